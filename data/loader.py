@@ -1,0 +1,110 @@
+"""Windows of a prepared split as batches, in an order that is a pure function of (seed, sample index)."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from config import UserError, nearest_multiples
+from data.shards import TokenStream, read_manifest
+from data.tokenizer import Tokenizer
+from rng import permute, stable_key
+
+IGNORE = -100  # the target of a position that is not scored
+
+
+class Batch(NamedTuple):
+    """Everything positional is explicit: the model never searches for ids."""
+
+    tokens: torch.Tensor  # (B, T) int64
+    targets: torch.Tensor  # (B, T) int64, IGNORE where nothing is scored
+    positions: torch.Tensor  # (B, T) int64, index in the window
+    meta_index: torch.Tensor  # (B, M) int64, positions of the meta-tokens, increasing; pads are T and come last
+    meta_count: torch.Tensor  # (B,) int64, meta-tokens of each row
+
+    def to(self, device: torch.device) -> "Batch":
+        if device.type != "cuda":
+            return Batch(*(tensor.to(device) for tensor in self))
+        return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
+
+
+def window_order(step: int, batch_size: int, n_windows: int, seed: int) -> np.ndarray:
+    """The windows of a step (batch_size,), over all processes: a permutation of all windows each epoch."""
+    sample = np.arange(step * batch_size, (step + 1) * batch_size)
+    windows = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(sample // n_windows):
+        here = sample // n_windows == epoch
+        windows[here] = permute(sample[here] % n_windows, n_windows, stable_key(seed, "window order", int(epoch)))
+    return windows
+
+
+def targets_of(tokens: np.ndarray, T: int, meta: int, rule: str) -> np.ndarray:
+    """tokens (T + lookahead,), the window and what follows it -> targets (T,).
+
+    ignore: the next token, unless it is a marker. skip: at a content token the next content token past any
+    markers; at a marker nothing. IGNORE where nothing is scored, also where the stream ends."""
+    following = np.full(T, IGNORE, dtype=np.int64)
+    if rule == "ignore":
+        nxt = tokens[1 : T + 1]
+        following[: len(nxt)] = np.where(nxt == meta, IGNORE, nxt)
+    elif rule == "skip":
+        places = np.arange(len(tokens))
+        content = tokens != meta
+        next_content = np.minimum.accumulate(np.where(content, places, len(tokens))[::-1])[::-1]
+        nxt = next_content[1 : T + 1]
+        inside = nxt < len(tokens)
+        following[: len(nxt)][inside] = tokens[nxt[inside]]
+        following[~content[:T]] = IGNORE
+    else:
+        raise ValueError(f"unknown target rule {rule!r}")
+    return following
+
+
+class Windows:
+    """The windows of one split: window i is positions [i T, (i + 1) T) of the stream, T = block_size, a whole
+    number of chunks. Under both target rules every content token of the stream is scored exactly once per epoch,
+    but for the first, before which there may be nothing.
+
+    Raises UserError for a missing or damaged dataset, a block_size that is not whole chunks, a split shorter
+    than one window."""
+
+    def __init__(self, folder: str | Path, split: str, block_size: int, target_rule: str):
+        self.manifest = read_manifest(Path(folder))
+        self.tokenizer = Tokenizer.load(Path(folder))
+        if self.tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
+            raise UserError(f"the tokenizer in {folder} is not the one of its manifest: prepare the dataset again.")
+        chunk = self.manifest["chunk_content"] + self.manifest["chunk_markers"]
+        if block_size % chunk:
+            raise UserError(
+                f"block_size={block_size} is not a whole number of the {chunk}-position chunks of {folder}: "
+                f"take --block_size={nearest_multiples(block_size, chunk)}."
+            )
+        self.stream = TokenStream(Path(folder), self.manifest["splits"][split]["shards"], self.tokenizer.n_vocab)
+        self.T, self.rule = block_size, target_rule
+        # under "skip" the last target may lie behind all markers of the next chunk
+        self.lookahead = 1 + self.manifest["chunk_markers"]
+        self.content_per_window = block_size // chunk * self.manifest["chunk_content"]
+        self.n_windows = len(self.stream) // block_size
+        if self.n_windows == 0:
+            raise UserError(
+                f"the {split} split of {folder} has {len(self.stream):,} positions, fewer than one window of "
+                f"block_size={block_size}: prepare more text, or raise --val_fraction if validation is too short."
+            )
+
+    def batch(self, windows: np.ndarray) -> Batch:
+        """The given windows (B,) as a Batch on the CPU."""
+        T, meta = self.T, self.tokenizer.meta
+        tokens = np.empty((len(windows), T), dtype=np.int64)
+        targets = np.empty((len(windows), T), dtype=np.int64)
+        for row, window in enumerate(windows):
+            ids = self.stream.read(int(window) * T, (int(window) + 1) * T + self.lookahead)
+            tokens[row], targets[row] = ids[:T], targets_of(ids, T, meta, self.rule)
+            if window == 0:  # the stream's first content token is scored in no arm: only markers can precede it
+                targets[row, : int(np.argmax(ids != meta))] = IGNORE
+        is_meta = tokens == meta
+        count = is_meta.sum(axis=1)
+        order = np.argsort(~is_meta, axis=1, kind="stable")[:, : int(count.max(initial=0))]
+        meta_index = np.where(np.arange(order.shape[1]) < count[:, None], order, T)
+        positions = np.broadcast_to(np.arange(T), tokens.shape).copy()
+        return Batch(*map(torch.from_numpy, (tokens, targets, positions, meta_index, count)))

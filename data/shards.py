@@ -1,0 +1,126 @@
+"""Token shards: a 32-byte header and raw ids; a manifest that describes and hashes a dataset's files.
+
+    magic "NANOMETA" | version uint32 | bytes a token uint32 | tokens uint64 | 8 zero bytes | ids, little-endian
+"""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from config import UserError
+
+HEADER = struct.Struct("<8sIIQ8x")
+MAGIC, VERSION = b"NANOMETA", 1
+MANIFEST = "manifest.json"
+
+
+def token_dtype(n_vocab: int) -> np.dtype:
+    return np.dtype("<u2" if n_vocab <= 2**16 else "<u4")
+
+
+class ShardWriter:
+    """Writes a split's ids to folder/<split>_000000.bin, _000001.bin, ...; `entries` describes what was written."""
+
+    def __init__(self, folder: Path, split: str, n_vocab: int, shard_tokens: int):
+        self.folder, self.split, self.n_vocab, self.shard_tokens = folder, split, n_vocab, shard_tokens
+        self.entries: list[dict] = []
+        self._file = None
+
+    def write(self, ids: np.ndarray) -> None:
+        """ids (N,): all below n_vocab, else ValueError (uint16 would wrap round in silence)."""
+        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.n_vocab):
+            raise ValueError(f"ids {ids.min()}..{ids.max()} do not fit a vocabulary of {self.n_vocab}")
+        while ids.size:
+            if self._file is None:
+                self._open()
+            now, ids = np.split(ids, [self.shard_tokens - self._count])
+            self._file.write(now.astype(token_dtype(self.n_vocab)).tobytes())
+            self._count += now.size
+            if self._count == self.shard_tokens:
+                self.close()
+
+    def _open(self) -> None:
+        self._path = self.folder / f"{self.split}_{len(self.entries):06d}.bin"
+        self._file, self._count = open(self._path, "wb"), 0
+        self._file.write(bytes(HEADER.size))  # the count is not known yet; zeros are no valid header
+
+    def close(self) -> None:
+        if self._file is None:
+            return
+        self._file.seek(0)
+        self._file.write(HEADER.pack(MAGIC, VERSION, token_dtype(self.n_vocab).itemsize, self._count))
+        self._file.close()
+        self._file = None
+        self.entries.append({"file": self._path.name, "tokens": self._count, "sha256": file_sha256(self._path)})
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a prepared dataset. Raises UserError if there is none or it is damaged."""
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        manifest["splits"]["train"]["shards"], manifest["splits"]["val"]["shards"], manifest["tokenizer"]["n_vocab"]
+        return manifest
+    except FileNotFoundError:
+        raise UserError(f"there is no dataset in {folder} ({MANIFEST} is missing): make it with prepare.py.") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the dataset again.") from error
+
+
+def verify(folder: Path, manifest: dict) -> None:
+    """Compares the sha256 of every shard with the manifest. Raises UserError naming the file and both hashes."""
+    for split in manifest["splits"].values():
+        for entry in split["shards"]:
+            path = Path(folder) / entry["file"]
+            found = file_sha256(path) if path.is_file() else "no file"
+            if found != entry["sha256"]:
+                raise UserError(
+                    f"{path} is damaged: its sha256 is {found}, the manifest says {entry['sha256']}; "
+                    f"prepare the dataset again."
+                )
+
+
+class TokenStream:
+    """All shards of a split as one sequence of ids, memory-mapped. Headers and sizes are checked on opening."""
+
+    def __init__(self, folder: Path, shards: list[dict], n_vocab: int):
+        self._maps = [_open_shard(Path(folder) / entry["file"], entry["tokens"], n_vocab) for entry in shards]
+        self._ends = np.cumsum([len(m) for m in self._maps])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._maps) else 0
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """ids [start, stop) as int64, clipped to the stream's end."""
+        stop, parts = min(stop, len(self)), []
+        while start < stop:
+            shard = int(np.searchsorted(self._ends, start, side="right"))
+            offset = start - (int(self._ends[shard]) - len(self._maps[shard]))
+            parts.append(self._maps[shard][offset : offset + stop - start])
+            start += len(parts[-1])
+        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
+
+def _open_shard(path: Path, n_tokens: int, n_vocab: int) -> np.memmap:
+    dtype = token_dtype(n_vocab)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = file.read(HEADER.size)
+    except OSError as error:
+        raise UserError(f"the shard {path} cannot be read ({error.strerror}): prepare the dataset again.") from None
+    expected = HEADER.pack(MAGIC, VERSION, dtype.itemsize, n_tokens)
+    if header != expected or size != HEADER.size + n_tokens * dtype.itemsize:
+        raise UserError(
+            f"the shard {path} is damaged: header or size ({size:,} bytes) do not fit the manifest's "
+            f"{n_tokens:,} tokens of {dtype.itemsize} bytes; prepare the dataset again."
+        )
+    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER.size, shape=(n_tokens,))

