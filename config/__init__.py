@@ -224,7 +224,7 @@ class SampleConfig:
 
     run: str = ""
     """a run's folder (out/NAME) or one of its checkpoints; by default the newest run in out/"""
-    prompt: str = ""
+    prompt: str | None = None
     """text to continue; may contain <|meta|>; by default the start of a document"""
     prompt_file: str = ""
     """read the prompt from this UTF-8 file; - is standard input"""
@@ -257,7 +257,7 @@ class SampleConfig:
         check(self, "top_k", self.top_k is None or self.top_k >= 1, "be at least 1, or None")
         check(self, "top_p", 0 < self.top_p <= 1, "lie in (0, 1]")
         check(self, "sample_seed", self.sample_seed >= 0, "be at least 0")
-        if self.prompt and self.prompt_file:
+        if self.prompt is not None and self.prompt_file:
             raise UserError("prompt and prompt_file are both given: leave one out.")
 
 

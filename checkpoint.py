@@ -1,0 +1,195 @@
+"""Checkpoints that survive a kill at any moment, are verified on loading, and hold nothing pickled.
+
+    out/<run>/step_00001000/   model.safetensors optimizer.safetensors state.json tokenizer.* manifest.json (sha256 of all)
+    out/<run>/best_00000800/   the same without the optimizer
+    out/<run>/latest, best     a line each: the folder's name
+
+A folder is written under a temporary name, synced, and renamed; then the pointer moves. So a folder with its final name
+is whole, and the newest one that verifies is the one to trust.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from config import TrainConfig, UserError, train_config_from_dict
+from data.shards import file_sha256
+from data.tokenizer import Tokenizer
+from model import GPT
+
+WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+WRITING, DELETING = ".writing", ".deleting"  # suffixes of hidden folders that a kill may leave behind
+
+
+def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str, torch.Tensor]], keep: int) -> Path:
+    """Writes run_dir/<kind>_<step> atomically, moves the pointer to it, and keeps the newest `keep` of its kind.
+
+    kind: step | best; files: name -> bytes, or a dict of tensors for a .safetensors file."""
+    final = run_dir / f"{kind}_{step:08d}"
+    partial = run_dir / f".{final.name}{WRITING}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for name, content in files.items():
+        if isinstance(content, dict):
+            safetensors.torch.save_file({k: t.detach().contiguous() for k, t in content.items()}, partial / name)
+        else:
+            (partial / name).write_bytes(content)
+    hashes = {name: file_sha256(partial / name) for name in files}
+    (partial / MANIFEST).write_text(json.dumps({"format": 1, "sha256": hashes}, indent=2) + "\n")
+    for name in [*files, MANIFEST]:
+        _fsync(partial / name)
+    _fsync(partial)
+    if final.exists():  # written before, found damaged, and trained again
+        _delete(final)
+    os.rename(partial, final)
+    _fsync(run_dir)
+    _point(run_dir / ("latest" if kind == "step" else "best"), final.name)
+    for old in sorted(run_dir.glob(f"{kind}_*"))[:-keep]:
+        _delete(old)
+    return final
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _point(pointer: Path, name: str) -> None:
+    partial = pointer.with_name(f".{pointer.name}{WRITING}")
+    partial.write_text(name + "\n")
+    _fsync(partial)
+    os.replace(partial, pointer)
+    _fsync(pointer.parent)
+
+
+def _delete(folder: Path) -> None:
+    """Takes the name away first: half a folder never looks like a checkpoint."""
+    doomed = folder.with_name(f".{folder.name}{DELETING}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def sweep(run_dir: Path) -> None:
+    """Removes what a killed process left half-written or half-deleted."""
+    for suffix in (WRITING, DELETING):
+        for path in run_dir.glob(f".*{suffix}"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@dataclass
+class Checkpoint:
+    """A verified folder."""
+
+    folder: Path
+    state: dict  # step, config, data, best, source commit: as train.py wrote it
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    @property
+    def config(self) -> TrainConfig:
+        return train_config_from_dict(self.state["config"])
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return safetensors.torch.load_file(self.folder / WEIGHTS)
+
+    def optimizer(self) -> dict[str, torch.Tensor]:
+        return safetensors.torch.load_file(self.folder / OPTIMIZER)
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.folder)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Verifies every file of a checkpoint's folder. Raises UserError naming the file and both hashes."""
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text())["sha256"]
+        for name, expected in hashes.items():
+            found = file_sha256(folder / name)
+            if found != expected:
+                raise UserError(f"{folder / name} is damaged: its sha256 is {found}, the manifest says {expected}.")
+        return Checkpoint(folder, json.loads((folder / STATE).read_text()))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is no whole checkpoint: {Path(error.filename).name} is missing.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
+
+
+def newest(run_dir: Path, warn) -> Checkpoint | None:
+    """The newest checkpoint that verifies, or None where none was ever written; warn(sentence) for each that does not.
+
+    Raises UserError if there are checkpoints and all are damaged."""
+    folders = sorted((path for path in run_dir.glob("step_*") if path.is_dir()), reverse=True)
+    for folder in folders:
+        try:
+            return open_checkpoint(folder)
+        except UserError as error:
+            warn(f"{error} Falling back to the checkpoint before it.")
+    if folders:
+        raise UserError(f"no checkpoint in {run_dir} is whole: start again with another --run_name.")
+    return None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: GPT) -> dict[str, torch.Tensor]:
+    """The optimizer's state by parameter name: "h.0.attn.c_attn.weight/exp_avg" and so on."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {f"{names[id(p)]}/{key}": t for p, state in optimizer.state.items() for key, t in state.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, model: GPT, tensors: dict[str, torch.Tensor]) -> None:
+    params = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        param, key = name.rsplit("/", 1)
+        optimizer.state[params[param]][key] = tensor.to(params[param].device)
+
+
+@dataclass
+class Run:
+    """A trained model with all that it takes to use it."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    config: TrainConfig
+    state: dict
+    folder: Path
+
+
+def load_run(path: str | Path = "", device: str | torch.device = "cpu") -> Run:
+    """Loads a run for use: path is out/<run> (its best checkpoint, else its newest) or one checkpoint's folder; ""
+    is the run in out/ that saved last. Raises UserError if there is none, or it is damaged."""
+    path = Path(path) if path else _newest_run(Path("out"))
+    if (path / STATE).is_file():
+        checkpoint = open_checkpoint(path)
+    elif (path / "best").is_file():
+        checkpoint = open_checkpoint(path / (path / "best").read_text().strip())
+    else:
+        checkpoint = newest(path, warn=print)
+        if checkpoint is None:
+            raise UserError(f"there is no checkpoint in {str(path)!r}: give a run that train.py made, such as out/NAME.")
+    cfg = checkpoint.config
+    tokenizer = checkpoint.tokenizer()
+    if (tokenizer.n_vocab, tokenizer.n_content) != (cfg.model.vocab_size, cfg.model.content_vocab_size):
+        raise UserError(
+            f"{checkpoint.folder} does not fit together: its tokenizer has {tokenizer.n_vocab} ids and its model "
+            f"{cfg.model.vocab_size}."
+        )
+    model = GPT(cfg.model)
+    model.load_state_dict(checkpoint.weights())
+    return Run(model.to(device).eval(), tokenizer, cfg, checkpoint.state, checkpoint.folder)
+
+
+def _newest_run(out: Path) -> Path:
+    pointers = sorted(out.glob("*/latest"), key=lambda path: path.stat().st_mtime)
+    if not pointers:
+        raise UserError(f"there is no trained run in {out}/: train one first, python train.py config/tiny_meta.py.")
+    return pointers[-1].parent

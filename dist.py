@@ -1,0 +1,102 @@
+"""Processes and devices: who we are under torchrun, what the hardware can do, and the few collectives.
+
+One process needs no launcher; `torchrun --nproc_per_node=8 train.py ...` starts eight."""
+
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed
+
+from config import UserError
+
+
+@dataclass(frozen=True)
+class Dist:
+    """rank of world processes, local_rank on this machine, and the device of this process."""
+
+    rank: int
+    local_rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Adds up a tensor over all processes, in place."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def processes(device: str):
+    """The Dist of this process, for as long as the block lasts. device: auto | cuda | mps | cpu."""
+    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    chosen = pick_device(device, local_rank)
+    if world > 1:
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=10))
+    try:
+        yield Dist(rank, local_rank, world, chosen)
+    finally:
+        if world > 1:
+            torch.distributed.destroy_process_group()
+
+
+def pick_device(device: str, local_rank: int = 0) -> torch.device:
+    """auto takes CUDA, then MPS, then the CPU. Raises UserError for a device that is not there."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if device == "auto":
+        device = "cuda" if cuda else "mps" if mps else "cpu"
+    if (device == "cuda" and not cuda) or (device == "mps" and not mps):
+        raise UserError(f"device={device} is not available to this torch ({torch.__version__}): take --device=cpu.")
+    if device != "cuda":
+        return torch.device(device)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: "
+            f"start torchrun with --nproc_per_node={torch.cuda.device_count()}."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of autocast (float32 = none) and the reason for it. auto takes bfloat16 where the hardware has it."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        why = "this GPU computes it" if native else "this GPU does not compute bfloat16"
+    elif device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        why = "this CPU has AVX512-BF16 or AMX" if native else "this CPU has neither AVX512-BF16 nor AMX"
+    else:
+        native, why = False, f"bfloat16 is not used on {device.type}"
+    if dtype == "auto":
+        return (torch.bfloat16 if native else torch.float32), why
+    return getattr(torch, dtype), "as asked" if dtype == "float32" or native else f"as asked, though {why}"
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """The reason why torch.compile cannot work here, or None."""
+    if device.type == "cuda":
+        import importlib.util
+
+        return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if device.type == "mps":
+        return "it is not used on mps"
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
+    return None if any(map(shutil.which, compilers)) else f"no C++ compiler is found ({', '.join(compilers)})"

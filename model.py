@@ -1,0 +1,158 @@
+"""GPT-2 with a second attention in every block, for meta-tokens or for a control of equal size.
+
+x += attn(ln_1(x));  x += second_attn(ln_second(x));  x += mlp(ln_2(x))
+
+Pre-LayerNorm, tanh-GELU and tied head as GPT-2. The paper gives neither residual nor LayerNorm of its meta-attention; here
+it has both of its own, and its output projection starts at zero, so that step 0 is GPT-2 in every arm.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from config import GPTConfig, UserError
+from meta_attention import CausalSelfAttention, MetaAttention, gather_rows
+from rng import stable_key
+from rope import rope_tables, rotate
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm with an optional bias (torch's own constructor couples it to the weight's)."""
+
+    def __init__(self, cfg: GPTConfig):
+        super().__init__(cfg.n_embd, bias=cfg.bias)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=cfg.bias)
+        self.c_proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))  # erf would not be GPT-2
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: GPTConfig):
+        super().__init__()
+        attention = (cfg.n_embd, cfg.n_head, cfg.bias, cfg.dropout)
+        self.second = cfg.second_attention
+        self.ln_1 = LayerNorm(cfg)
+        self.attn = CausalSelfAttention(*attention)
+        if self.second != "none":
+            # the same names and shapes in every arm, so that equal seeds draw equal weights
+            self.ln_second = LayerNorm(cfg)
+            self.second_attn = (MetaAttention if self.second == "meta" else CausalSelfAttention)(*attention)
+        self.ln_2 = LayerNorm(cfg)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x, meta_index, rotate_all, rotate_meta):
+        x = x + self.attn(self.ln_1(x), rotate_all)
+        if self.second == "meta":
+            x = x + self.second_attn(self.ln_second(x), meta_index, rotate_meta)
+        elif self.second == "causal":
+            x = x + self.second_attn(self.ln_second(x), rotate_all)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """forward gives the final hidden states; `logits` is the tied head."""
+
+    def __init__(self, cfg: GPTConfig, seed: int = 1337):
+        """Raises UserError unless the vocabulary is set. Each parameter is drawn from a generator keyed by (seed, its
+        name), so arms share the weights that they share, whatever else they have."""
+        super().__init__()
+        if cfg.vocab_size is None or cfg.content_vocab_size is None:
+            raise UserError("vocab_size and content_vocab_size are not set: take them from the dataset's tokenizer.")
+        if not 1 <= cfg.content_vocab_size <= cfg.vocab_size:
+            raise UserError(f"content_vocab_size={cfg.content_vocab_size} must lie in 1 .. vocab_size={cfg.vocab_size}.")
+        self.cfg = cfg
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        if cfg.position == "learned":
+            self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
+        self.drop = nn.Dropout(cfg.dropout)
+        self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.ln_f = LayerNorm(cfg)
+        self._init_weights(seed)
+
+    @torch.no_grad()
+    def _init_weights(self, seed: int) -> None:
+        """GPT-2's: N(0, 0.02), projections into the residual stream 0.02 / sqrt(2 n_layer); second_attn's at zero."""
+        for name, p in self.named_parameters():
+            generator = torch.Generator().manual_seed(stable_key(seed, "init", name) >> 1)
+            if name.endswith(".bias") or name.endswith("second_attn.c_proj.weight"):
+                p.zero_()
+            elif ".ln_" in name or name.startswith("ln_f"):
+                p.fill_(1)
+            elif name.endswith("c_proj.weight"):
+                p.normal_(0, 0.02 / math.sqrt(2 * self.cfg.n_layer), generator=generator)
+            elif name.endswith(("wte.weight", "wpe.weight", "c_attn.weight", "c_fc.weight")):
+                p.normal_(0, 0.02, generator=generator)
+            else:
+                raise AssertionError(f"no initialisation is written for {name}")
+
+    def forward(self, tokens, positions, meta_index):
+        """tokens, positions (B, T), meta_index (B, M) as in a Batch -> hidden states after ln_f (B, T, C)."""
+        x = self.wte(tokens)  # (B, T, C)
+        rotate_all = rotate_meta = None
+        if self.cfg.position == "learned":
+            x = x + self.wpe(positions)
+        else:
+            cos, sin = rope_tables(positions, self.cfg.n_embd // self.cfg.n_head, self.cfg.rope_theta)
+            rotate_all = functools.partial(rotate, cos=cos, sin=sin)
+            if self.cfg.second_attention == "meta":
+                # meta-tokens keep their position in the window: (B, 1, T, D/2) -> (B, 1, M, D/2)
+                cos, sin = (gather_rows(table[:, 0], meta_index)[:, None] for table in (cos, sin))
+                rotate_meta = functools.partial(rotate, cos=cos, sin=sin)
+        x = self.drop(x)
+        for block in self.h:
+            x = block(x, meta_index, rotate_all, rotate_meta)
+        return self.ln_f(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (..., C) -> logits (..., vocab_size); ids >= content_vocab_size, which no position predicts, are -inf."""
+        logits = F.linear(hidden, self.wte.weight).float()
+        logits[..., self.cfg.content_vocab_size :] = -math.inf
+        return logits
+
+    def num_params(self, position_table: bool = True) -> int:
+        """Parameters; without the table of learned positions as nanoGPT counts."""
+        names = (n for n, _ in self.named_parameters() if position_table or n != "wpe.weight")
+        return sum(self.get_parameter(name).numel() for name in names)
+
+    def param_groups(self, weight_decay: float) -> list[dict]:
+        """Optimizer groups: matrices and embeddings decay, biases and LayerNorms do not."""
+        params = list(self.parameters())
+        decay, rest = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
+        assert len(decay) + len(rest) == len({id(p) for p in params}), "a parameter is in no group or in two"
+        return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+# GPT-2 weights in Hugging Face's naming. Theirs are Conv1D, (in, out), where ours are Linear, (out, in).
+_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def to_hf(model: GPT) -> dict[str, torch.Tensor]:
+    """State dict for transformers.GPT2LMHeadModel (second_attention none, learned positions, biases: UserError else)."""
+    cfg = model.cfg
+    if cfg.second_attention != "none" or cfg.position != "learned" or not cfg.bias:
+        raise UserError(
+            f"Hugging Face's GPT-2 has no second_attention={cfg.second_attention}, position={cfg.position}, "
+            f"bias={cfg.bias}: only none, learned, True can be converted."
+        )
+    state = {name: p.T if name.endswith(_TRANSPOSED) else p for name, p in model.state_dict().items()}
+    state = {f"transformer.{name}": p.contiguous().clone() for name, p in state.items()}
+    return {**state, "lm_head.weight": state["transformer.wte.weight"]}
+
+
+def from_hf(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """State dict for GPT from that of a GPT2LMHeadModel: the inverse of to_hf."""
+    prefix = "transformer."
+    ours = {name.removeprefix(prefix): p for name, p in state.items() if name.startswith(prefix)}
+    ours = {name: p for name, p in ours.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # masks
+    return {name: p.T.contiguous() if name.endswith(_TRANSPOSED) else p.clone() for name, p in ours.items()}

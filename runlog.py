@@ -1,0 +1,99 @@
+"""What a run leaves behind besides checkpoints: config.json, metrics.jsonl, train.log, wandb. Written by rank 0 only."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import config
+from config import TrainConfig
+
+
+def environment() -> dict:
+    """What a reviewer needs to repeat a run: command, versions, machine, source commit."""
+
+    def git(*args: str) -> str:
+        result = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
+        return result.stdout.strip() if result.returncode == 0 else ""
+
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+class RunLog:
+    """Lines for people (screen and train.log) and for programs (metrics.jsonl, wandb).
+
+    On a resume at `step`, lines of metrics.jsonl beyond it are cut: the steps are trained again. Silent unless main."""
+
+    def __init__(self, run_dir: Path, cfg: TrainConfig, step: int, main: bool):
+        self.main, self.wandb = main, None
+        if not main:
+            return
+        self.metrics = run_dir / "metrics.jsonl"
+        if self.metrics.exists():
+            lines = self.metrics.read_text().splitlines()
+            kept = [line for line in lines if _is_record(line) and json.loads(line)["step"] <= step]
+            partial = self.metrics.with_suffix(".writing")
+            partial.write_text("".join(line + "\n" for line in kept))
+            os.replace(partial, self.metrics)
+        self.text = open(run_dir / "train.log", "a")
+        resolved = {"config": config.to_dict(cfg), "environment": environment()}
+        (run_dir / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
+        if cfg.wandb != "disabled":
+            import wandb
+
+            settings = wandb.Settings(silent=True, console="off")
+            self.wandb = wandb.init(
+                project="nanometa", name=cfg.run_name, id=cfg.run_name, resume="allow", dir=run_dir, mode=cfg.wandb,
+                config=resolved["config"], settings=settings,
+            )  # fmt: skip
+
+    def say(self, line: str) -> None:
+        if self.main:
+            print(line, flush=True)
+            print(line, file=self.text, flush=True)
+
+    def record(self, kind: str, step: int, **values) -> None:
+        """One line of metrics.jsonl. Names that end in _s or _per_s are timings; all else repeats bit for bit."""
+        if not self.main:
+            return
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        if self.wandb:
+            self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        if self.main:
+            self.text.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
+def _is_record(line: str) -> bool:
+    """A kill can cut the last line short."""
+    try:
+        return "step" in json.loads(line)
+    except ValueError:
+        return False

@@ -1,0 +1,424 @@
+"""Trains a GPT with meta-tokens, or one of its controls, on a prepared dataset.
+
+    python train.py config/tiny_meta.py                                        # minutes on 2 CPU cores
+    python train.py config/tiny_meta.py --run_name=try2 --learning_rate=2e-3
+    python train.py config/tiny_meta.py --init_from=resume                     # goes on, exactly
+    torchrun --standalone --nproc_per_node=8 train.py config/meta_gpt2.py
+
+Everything random is a pure function of (seed, step), so a run is the same for any number of processes, any gradient
+accumulation (to floating-point rounding), and any number of interruptions (to the bit).
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import time
+from contextlib import nullcontext
+from os import environ
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+from checkpoint import Checkpoint
+from config import TrainConfig, UserError, load_config, run_cli, to_dict
+from data.loader import Windows, window_order
+from data.shards import verify
+from dist import Dist, autocast, pick_dtype, processes, why_not_compile
+from loss import Objective, Tally, token_nats
+from model import GPT
+from rng import stable_key
+from runlog import RunLog, environment
+
+# ----------------------------------------------------------------------------- before the first step
+
+
+def accumulation(cfg: TrainConfig, world: int) -> int:
+    """Micro-batches a step in each process. Raises UserError if batch_size cannot be divided so."""
+    per_pass = cfg.micro_batch_size * world
+    if cfg.batch_size % per_pass == 0:
+        return cfg.batch_size // per_pass
+    if cfg.batch_size % world:
+        below = cfg.batch_size // world * world
+        offers = f"--batch_size={below or world}" + (f" or {below + world}" if below else "")
+    else:
+        share = cfg.batch_size // world
+        best = min((d for d in range(1, share + 1) if share % d == 0), key=lambda d: abs(d - cfg.micro_batch_size))
+        offers = f"--micro_batch_size={best} or --batch_size={-(-cfg.batch_size // per_pass) * per_pass}"
+    raise UserError(
+        f"batch_size={cfg.batch_size} windows cannot be split over {world} processes in micro-batches of "
+        f"{cfg.micro_batch_size}: nearest possible is {offers}."
+    )
+
+
+def with_vocabulary(cfg: TrainConfig, data: Windows) -> TrainConfig:
+    """cfg with the vocabulary of the dataset's tokenizer. Raises UserError if cfg says another one."""
+    for name, found in (("vocab_size", data.tokenizer.n_vocab), ("content_vocab_size", data.tokenizer.n_content)):
+        wanted = getattr(cfg.model, name)
+        if wanted not in (None, found):
+            raise UserError(f"{name}={wanted}, but the tokenizer of {cfg.dataset} has {found}: leave the setting out.")
+    vocabulary = {"vocab_size": data.tokenizer.n_vocab, "content_vocab_size": data.tokenizer.n_content}
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **vocabulary))
+
+
+def data_facts(data: Windows, cfg: TrainConfig) -> dict:
+    """What a checkpoint keeps of its dataset: enough to insert markers as trained, and to know the data again."""
+    manifest = data.manifest
+    return {
+        "dataset": cfg.dataset,
+        **{key: manifest[key] for key in ("injection", "chunk_content", "chunk_markers", "seed")},
+        "tokenizer": manifest["tokenizer"]["fingerprint"],
+        "content_sha256": {split: manifest["splits"][split]["content_sha256"] for split in ("train", "val")},
+        "shards": {entry["file"]: entry["sha256"] for split in manifest["splits"].values() for entry in split["shards"]},
+    }
+
+
+def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[str]:
+    """Raises UserError if the run cannot go on exactly -> sentences about settings that may change and did."""
+    old = saved.state["data"]
+    if old["tokenizer"] != facts["tokenizer"]:
+        raise UserError(
+            f"{cfg.dataset} was made with another tokenizer (fingerprint {facts['tokenizer'][:12]}..) than "
+            f"{saved.folder} was trained with ({old['tokenizer'][:12]}..): give the run's dataset, {old['dataset']}."
+        )
+    for name, sha256 in old["shards"].items():
+        if facts["shards"].get(name) != sha256:
+            raise UserError(
+                f"{cfg.dataset} is not the dataset of {saved.folder}: the sha256 of {name} was {sha256[:12]}.. and is "
+                f"{str(facts['shards'].get(name))[:12]}..; give the run's dataset, {old['dataset']}."
+            )
+    changed = []
+    for name, value in {**to_dict(cfg), "model": None, **to_dict(cfg.model)}.items():
+        before = {**saved.state["config"], "model": None, **saved.state["config"]["model"]}[name]
+        if value == before or name in ("init_from", "out_dir", "run_name", "dataset"):
+            continue
+        if name in to_dict(cfg.model) or name in ("target_rule", "seed", "batch_size"):
+            raise UserError(
+                f"{name}={value} differs from the run's {before}, and {saved.folder} cannot go on with it: leave "
+                f"--{name} as it was, or start a new --run_name."
+            )
+        changed.append(f"changed since the checkpoint: {name} {before} -> {value}")
+    return changed
+
+
+def find_checkpoint(cfg: TrainConfig, run_dir: Path, warn) -> Checkpoint | None:
+    """What to resume from, None for a fresh start. Raises UserError if that is not what cfg.init_from allows."""
+    init_from = cfg.init_from
+    if init_from == "scratch" and int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        init_from = "auto"  # torchrun restarts the job: scratch was meant for its first start
+    if init_from == "scratch":
+        if run_dir.exists():
+            raise UserError(
+                f"the run folder {run_dir} exists: go on with --init_from=resume, choose another --run_name, or delete it."
+            )
+        return None
+    found = checkpoint.newest(run_dir, warn) if run_dir.exists() else None
+    if found is None and init_from == "resume":
+        raise UserError(f"there is no checkpoint in {run_dir} to resume: start with --init_from=scratch (or auto).")
+    return found
+
+
+# ----------------------------------------------------------------------------- pieces of the loop
+
+
+def learning_rate(step: int, cfg: TrainConfig) -> float:
+    """Rate of update number `step` (from 0): linear warm-up, then a cosine down to min_lr."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_steps + 1)
+    end = cfg.lr_decay_steps or cfg.max_steps
+    done = min(1.0, (step - cfg.warmup_steps) / max(1, end - cfg.warmup_steps))
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (cfg.learning_rate - cfg.min_lr)
+
+
+@torch.no_grad()
+def evaluate(model: GPT, data: Windows, cfg: TrainConfig, dist: Dist, n_windows: int | None = None) -> dict:
+    """Figures of loss.Tally over the first n_windows validation windows (None = all).
+
+    Processes take disjoint windows and add up their sums, so the result does not depend on how many there are."""
+    n_windows = min(n_windows or data.n_windows, data.n_windows)
+    windows = np.arange(dist.rank, n_windows, dist.world)
+    tally = Tally(torch.from_numpy(data.tokenizer.token_bytes), dist.device)
+    model.eval()
+    for start in range(0, len(windows), cfg.micro_batch_size):
+        batch = data.batch(windows[start : start + cfg.micro_batch_size]).to(dist.device)
+        with autocast(dist.device, pick_dtype(cfg.dtype, dist.device)[0]):
+            hidden = model(batch.tokens, batch.positions, batch.meta_index).flatten(0, 1)
+            nats = token_nats(hidden, model.wte.weight, batch.targets.flatten(), data.tokenizer.n_content)
+        tally.add(nats, batch.targets)
+    model.train()
+    dist.sum(tally.sums)
+    return tally.figures()
+
+
+class StopFlag:
+    """SIGTERM or SIGINT asks for a save and an end after the step under way; a second signal ends at once."""
+
+    def __init__(self):
+        self.raised = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._raise)
+
+    def _raise(self, number, frame) -> None:
+        self.raised = True
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+
+
+class Clock:
+    """Rates since the last look, and the time to the end; evaluation and saving are not counted as training."""
+
+    def __init__(self):
+        self.started = self._since = time.perf_counter()
+        self._steps = 0
+        self._paused = 0.0
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def pause(self, seconds: float) -> None:
+        self._paused += seconds
+
+    def look(self) -> float:
+        """Seconds a step since the last look."""
+        now = time.perf_counter()
+        seconds = (now - self._since - self._paused) / max(1, self._steps)
+        self._since, self._steps, self._paused = now, 0, 0.0
+        return seconds
+
+
+def hms(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+# ----------------------------------------------------------------------------- the run
+
+
+class Trainer:
+    """All that a run holds; `train_step`, `evaluate` and `save` are what its loop does."""
+
+    def __init__(self, cfg: TrainConfig, dist: Dist):
+        """Everything that can be refused is refused here, before anything is written."""
+        self.dist = dist
+        self.run_dir = Path(cfg.out_dir) / cfg.run_name
+        self.accumulation = accumulation(cfg, dist.world)
+        warnings: list[str] = []
+        saved = find_checkpoint(cfg, self.run_dir, warnings.append)
+        self.train_data, self.val_data = (
+            Windows(cfg.dataset, split, cfg.model.block_size, cfg.target_rule) for split in ("train", "val")
+        )
+        self.cfg = cfg = with_vocabulary(cfg, self.train_data)
+        self.facts = data_facts(self.train_data, cfg)
+        changed = check_resumable(saved, cfg, self.facts) if saved else []
+        if cfg.verify == "full" and dist.local_rank == 0:
+            verify(Path(cfg.dataset), self.train_data.manifest)
+        dist.barrier()
+
+        self.dtype, why = pick_dtype(cfg.dtype, dist.device)
+        no_compile = why_not_compile(dist.device) if cfg.compile else "as asked"
+        self.model = GPT(cfg.model, cfg.seed)
+        self.step, self.best = 0, None
+        if saved:
+            self.model.load_state_dict(saved.weights())
+            self.step, self.best = saved.step, saved.state["best"]
+        self.model.to(dist.device)
+        betas = (cfg.beta1, cfg.beta2)
+        self.optimizer = torch.optim.AdamW(self.model.param_groups(cfg.weight_decay), betas=betas, fused=True)
+        if saved:
+            checkpoint.restore_optimizer(self.optimizer, self.model, saved.optimizer())
+        self.objective = Objective(self.model)
+        if not no_compile:
+            self.objective = torch.compile(self.objective, dynamic=False)
+        if dist.world > 1:
+            self.objective = DistributedDataParallel(self.objective)
+
+        if dist.is_main:
+            if saved:
+                checkpoint.sweep(self.run_dir)
+            elif cfg.init_from == "auto" or int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+                shutil.rmtree(self.run_dir, ignore_errors=True)  # it holds no checkpoint: nothing to lose
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.log = RunLog(self.run_dir, cfg, self.step, dist.is_main)
+        for sentence in warnings + changed:
+            self.log.say(sentence)
+        self._introduce(why, no_compile)
+
+    def _introduce(self, why_dtype: str, no_compile: str | None) -> None:
+        cfg, data, say = self.cfg, self.train_data, self.log.say
+        say(json.dumps(to_dict(cfg)))
+        groups = self.optimizer.param_groups
+        decayed, rest = (sum(p.numel() for p in group["params"]) for group in groups)
+        say(
+            f"{self.model.num_params() / 1e6:.2f}M parameters ({self.model.num_params(False) / 1e6:.2f}M without the "
+            f"position table): {decayed:,} with weight decay, {rest:,} without"
+        )
+        content = cfg.batch_size * data.content_per_window
+        say(
+            f"{data.n_windows:,} train windows and {self.val_data.n_windows:,} validation windows of {data.T} positions, "
+            f"{data.content_per_window} of them content"
+        )
+        say(
+            f"a step: {cfg.batch_size} windows = {content:,} content tokens = {cfg.batch_size * data.T:,} positions, in "
+            f"{self.accumulation} micro-batches of {cfg.micro_batch_size} on each of {self.dist.world} processes; "
+            f"{cfg.max_steps:,} steps = {cfg.max_steps * content:,} content tokens = "
+            f"{cfg.max_steps * cfg.batch_size / data.n_windows:.2f} epochs"
+        )
+        say(
+            f"device {self.dist.device}, {str(self.dtype).removeprefix('torch.')} ({why_dtype}), "
+            f"compile {'off (' + no_compile + ')' if no_compile else 'on (the first step takes a while)'}"
+        )
+        packed = data.manifest["val_text_compressed"]
+        self.compressed = f"gzip -9 {packed['gzip_9_bits_per_byte']:.3f}, xz {packed['xz_bits_per_byte']:.3f}"
+
+    def train_step(self, stop: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One update -> (mean nats of the global batch, gradient norm, how many processes want to stop), on device.
+
+        The sum of nats is divided by the scored targets of the whole global batch: their number differs between
+        micro-batches and processes, so a mean of means would be another loss."""
+        cfg, dist = self.cfg, self.dist
+        order = window_order(self.step, cfg.batch_size, self.train_data.n_windows, cfg.seed)
+        share = cfg.batch_size // dist.world
+        mine = order[dist.rank * share : (dist.rank + 1) * share].reshape(self.accumulation, cfg.micro_batch_size)
+        batches = [self.train_data.batch(windows) for windows in mine]
+        scored = sum(int((batch.targets >= 0).sum()) for batch in batches)
+        # float64 holds any count exactly; MPS has none
+        exact = torch.float32 if dist.device.type == "mps" else torch.float64
+        scored, stops = dist.sum(torch.tensor([scored, stop], dtype=exact, device=dist.device))
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, cfg)
+        total = torch.zeros((), device=dist.device)
+        for micro, batch in enumerate(batches):
+            batch = batch.to(dist.device)
+            if cfg.model.dropout:
+                torch.manual_seed(stable_key(cfg.seed, "dropout", self.step, dist.rank, micro) >> 1)
+            last = micro == len(batches) - 1
+            # gradients are exchanged once a step; the flag must be set before the forward
+            hold = dist.world > 1 and not last
+            with self.objective.no_sync() if hold else nullcontext():
+                with autocast(dist.device, self.dtype):
+                    nats = self.objective(batch.tokens, batch.targets, batch.positions, batch.meta_index)
+                (nats * (dist.world / scored).float()).backward()  # DDP takes the mean over processes
+            total += nats.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return total / scored, norm, stops
+
+    def content_tokens(self) -> int:
+        return self.step * self.cfg.batch_size * self.train_data.content_per_window
+
+    def evaluate(self, n_windows: int | None, kind: str = "val") -> None:
+        started = time.perf_counter()
+        figures = evaluate(self.model, self.val_data, self.cfg, self.dist, n_windows)
+        took = time.perf_counter() - started
+        self.log.record(kind, self.step, **figures, content_tokens=self.content_tokens(), eval_s=took)
+        better = kind == "val" and self.step > 0 and (self.best is None or figures["loss"] < self.best["loss"])
+        if better:
+            self.best = {"step": self.step, "loss": figures["loss"], "bits_per_byte": figures["bits_per_byte"]}
+        end = figures["endoftext_loss"]
+        self.log.say(
+            f"step {self.step:>7,}  validation: {figures['bits_per_byte']:.4f} bits per byte ({self.compressed}), "
+            f"{figures['loss']:.4f} nats a token" + ("" if end is None else f", {end:.2f} an <|endoftext|>")
+            + f", on {figures['tokens']:,} tokens in {took:.1f} s" + ("  best" if better else "")
+        )  # fmt: skip
+        if better:
+            self.save("best")
+
+    def save(self, kind: str) -> None:
+        """kind: step = everything that a resume needs; best = the weights. Rank 0 writes, the others wait."""
+        if self.dist.is_main:
+            state = {
+                "step": self.step,
+                "samples": self.step * self.cfg.batch_size,
+                "best": self.best,
+                "config": to_dict(self.cfg),
+                "data": self.facts,
+                "environment": environment(),
+            }
+            files = {
+                checkpoint.WEIGHTS: self.model.state_dict(),
+                checkpoint.STATE: (json.dumps(state, indent=2) + "\n").encode(),
+                **self.train_data.tokenizer.files(),
+            }
+            if kind == "step":
+                files[checkpoint.OPTIMIZER] = checkpoint.optimizer_tensors(self.optimizer, self.model)
+            checkpoint.save(self.run_dir, kind, self.step, files, keep=self.cfg.keep if kind == "step" else 1)
+        self.dist.barrier()
+
+    def run(self) -> None:
+        cfg, log, stop, clock = self.cfg, self.log, StopFlag(), Clock()
+        saved_at = self.step
+        if self.step == 0:
+            self.evaluate(cfg.eval_windows)
+        clock.look()
+        while self.step < cfg.max_steps:
+            rate = learning_rate(self.step, cfg)
+            loss, norm, stops = self.train_step(stop.raised)
+            clock.step()
+            stopping = stops.item() > 0  # the one device sync of a step
+            if self.step % cfg.log_interval == 0 or self.step == cfg.max_steps:
+                loss = self.dist.sum(loss.clone()).item()
+                seconds = clock.look()
+                self._log_step(loss, norm.item(), rate, seconds, clock)
+            paused = time.perf_counter()
+            if self.step % cfg.eval_interval == 0 or self.step == cfg.max_steps:
+                self.evaluate(cfg.eval_windows)
+            if self.step % cfg.save_interval == 0 or self.step == cfg.max_steps or stopping:
+                self.save("step")
+                saved_at = self.step
+            clock.pause(time.perf_counter() - paused)
+            if stopping:
+                log.say(f"stopped by a signal after step {self.step:,}; it is saved: go on with --init_from=resume")
+                break
+        else:
+            if saved_at != self.step:
+                self.save("step")
+            self.evaluate(None, kind="final")
+            log.say(f"done in {hms(time.perf_counter() - clock.started)}: {self.run_dir}")
+        log.close()
+
+    def _log_step(self, loss: float, norm: float, rate: float, seconds: float, clock: Clock) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {self.step:,}: training has diverged; lower --learning_rate, or resume from "
+                f"the last checkpoint in {self.run_dir}."
+            )
+        cfg, data = self.cfg, self.train_data
+        content = cfg.batch_size * data.content_per_window / seconds
+        positions = cfg.batch_size * data.T / seconds
+        self.log.record(
+            "train",
+            self.step,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            content_tokens=self.content_tokens(),
+            positions=self.step * cfg.batch_size * data.T,
+            content_tokens_per_s=content,
+            positions_per_s=positions,
+            elapsed_s=time.perf_counter() - clock.started,
+        )
+        self.log.say(
+            f"step {self.step:>7,}/{cfg.max_steps:,}  loss {loss:.4f}  lr {rate:.2e}  norm {norm:.2f}  "
+            f"{content:,.0f} content tokens/s  {positions:,.0f} positions/s  "
+            f"ETA {hms(seconds * (cfg.max_steps - self.step))}"
+        )
+
+
+def main(argv: list[str]) -> None:
+    cfg = load_config(TrainConfig, argv)
+    if not cfg.run_name:
+        raise UserError("the run has no name: give a config file (config/tiny_meta.py) or --run_name=NAME.")
+    with processes(cfg.device) as dist:
+        Trainer(cfg, dist).run()
+
+
+if __name__ == "__main__":
+    run_cli(main)
