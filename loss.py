@@ -5,15 +5,23 @@ import math
 import torch
 import torch.nn as nn
 
-CHUNK = 2048  # rows of logits at a time: (2048, 50304) fp32 is 0.4 GB
+
+def _chunk_rows(hidden: torch.Tensor) -> int:
+    """Rows of logits at a time. Measured on 2 cores, 8192 x 192 x 4160, bf16: 84 ms with 512 rows (they stay in the
+    cache), 164 with 2048, 282 without chunks. GPUs want larger products; (4096, 50304) fp32 is 0.8 GB."""
+    return 512 if hidden.device.type == "cpu" else 4096
 
 
-def _chunk_logits(h: torch.Tensor, weight: torch.Tensor, n_content: int) -> torch.Tensor:
-    """h (N, C), weight (V, C) in one dtype -> logits (N, V) fp32; markers and spare ids (>= n_content) cannot be
-    predicted in any arm, so theirs are -inf."""
-    logits = (h @ weight.T).float() if h.dtype != torch.float64 else h @ weight.T
+def _log_probs(h: torch.Tensor, w: torch.Tensor, n_content: int) -> torch.Tensor:
+    """h (N, C), w (V, C) of one dtype -> log-softmax (N, V), at least fp32. Markers and spare ids (>= n_content) cannot
+    be predicted, in any arm: their log-probability is -inf."""
+    logits = h @ w.T
     logits[:, n_content:] = -math.inf
-    return logits
+    return torch.log_softmax(logits, -1, dtype=_sum_dtype(h.dtype))
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -27,26 +35,21 @@ class _SummedNats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, n_content, dtype, chunk):
         w = weight.to(dtype)
-        sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
-        grads = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        d_hidden = torch.empty_like(hidden) if grads else None
-        d_weight = torch.zeros_like(weight, dtype=sum_dtype) if grads else None
+        total = torch.zeros((), dtype=_sum_dtype(dtype), device=hidden.device)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=_sum_dtype(dtype))
         for start in range(0, hidden.size(0), chunk):
             rows = slice(start, start + chunk)
             h, t = hidden[rows].to(dtype), targets[rows].clamp(min=0)[:, None]
             scored = (targets[rows] >= 0)[:, None]
-            logits = _chunk_logits(h, w, n_content)
-            lse = logits.logsumexp(-1, keepdim=True)
-            total += torch.where(scored, lse - logits.gather(1, t), 0).sum()
-            if grads:  # d nats / d logits = softmax - onehot
-                d = (logits - lse).exp_()
-                d.scatter_add_(1, t, torch.full_like(lse, -1))
-                d = torch.where(scored, d, 0).to(dtype)
-                d_hidden[rows] = (d @ w).to(hidden.dtype)
-                d_weight += d.T @ h
-        if grads:
-            ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+            logp = _log_probs(h, w, n_content)
+            total -= torch.where(scored, logp.gather(1, t), 0).sum()
+            d = logp.exp_()  # d nats / d logits = softmax - onehot
+            d.scatter_add_(1, t, -torch.ones_like(t, dtype=d.dtype))
+            d = d.to(dtype)
+            # rows without a target drop out of the narrow products, cheaper than out of d
+            d_hidden[rows] = torch.where(scored, d @ w, 0).to(hidden.dtype)
+            d_weight += d.T @ torch.where(scored, h, 0)
+        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
         return total
 
     @staticmethod
@@ -55,22 +58,22 @@ class _SummedNats(torch.autograd.Function):
         return d_hidden * grad.to(d_hidden.dtype), d_weight * grad.to(d_weight.dtype), None, None, None, None
 
 
-def summed_nats(hidden, weight, targets, n_content: int, chunk: int = CHUNK) -> torch.Tensor:
+def summed_nats(hidden, weight, targets, n_content: int, chunk: int | None = None) -> torch.Tensor:
     """Nats of all scored targets, summed, with gradients.
 
     hidden (N, C), weight (V, C), targets (N,), negative where nothing is scored -> scalar, fp32. The products run in
     autocast's dtype, softmax and sums in fp32 (float64 stays float64)."""
+    chunk = chunk or _chunk_rows(hidden)
     return _SummedNats.apply(hidden, weight, targets, n_content, _compute_dtype(hidden), chunk)
 
 
 @torch.no_grad()
-def token_nats(hidden, weight, targets, n_content: int, chunk: int = CHUNK) -> torch.Tensor:
+def token_nats(hidden, weight, targets, n_content: int, chunk: int | None = None) -> torch.Tensor:
     """Nats of every target (N,), 0 where nothing is scored; shapes as in summed_nats."""
-    dtype = _compute_dtype(hidden)
+    dtype, chunk = _compute_dtype(hidden), chunk or _chunk_rows(hidden)
     out = []
     for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        logits = _chunk_logits(h.to(dtype), weight.to(dtype), n_content)
-        nats = logits.logsumexp(-1) - logits.gather(1, t.clamp(min=0)[:, None]).squeeze(1)
+        nats = -_log_probs(h.to(dtype), weight.to(dtype), n_content).gather(1, t.clamp(min=0)[:, None]).squeeze(1)
         out.append(torch.where(t >= 0, nats, 0))
     return torch.cat(out)
 

@@ -46,12 +46,12 @@ class MetaAttention(CausalSelfAttention):
 
 
 def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x (B, T, ...), index (B, M) in [0, T] -> (B, M, ...); a pad, T, reads the last row.
+    """x (B, T, C), index (B, M) in [0, T] -> (B, M, C); a pad, T, reads zeros.
 
-    What a pad reads is never seen: pads come last, so no real row attends to them, and scatter_rows drops them."""
-    index = index.clamp(max=x.size(1) - 1)
-    trailing = (1,) * (x.dim() - 2)
-    return x.gather(1, index.view(*index.shape, *trailing).expand(*index.shape, *x.shape[2:]))
+    Pads come last, so no real row attends to them, but a weight of 0 would not silence what is not a number."""
+    T = x.size(1)
+    rows = x.gather(1, index.clamp(max=T - 1)[..., None].expand(-1, -1, x.size(2)))
+    return torch.where((index < T)[..., None], rows, 0)
 
 
 def scatter_rows(y: torch.Tensor, index: torch.Tensor, T: int) -> torch.Tensor:

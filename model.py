@@ -107,7 +107,7 @@ class GPT(nn.Module):
             rotate_all = functools.partial(rotate, cos=cos, sin=sin)
             if self.cfg.second_attention == "meta":
                 # meta-tokens keep their position in the window: (B, 1, T, D/2) -> (B, 1, M, D/2)
-                cos, sin = (gather_rows(table[:, 0], meta_index)[:, None] for table in (cos, sin))
+                cos, sin = (gather_rows(table.squeeze(1), meta_index).unsqueeze(1) for table in (cos, sin))
                 rotate_meta = functools.partial(rotate, cos=cos, sin=sin)
         x = self.drop(x)
         for block in self.h:

@@ -136,11 +136,11 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
 
 @torch.no_grad()
 def evaluate(model: GPT, data: Windows, cfg: TrainConfig, dist: Dist, n_windows: int | None = None) -> dict:
-    """Figures of loss.Tally over the first n_windows validation windows (None = all).
+    """Figures of loss.Tally over n_windows validation windows, evenly spread over the split (None = all).
 
     Processes take disjoint windows and add up their sums, so the result does not depend on how many there are."""
     n_windows = min(n_windows or data.n_windows, data.n_windows)
-    windows = np.arange(dist.rank, n_windows, dist.world)
+    windows = (np.arange(n_windows) * data.n_windows // n_windows)[dist.rank :: dist.world]
     tally = Tally(torch.from_numpy(data.tokenizer.token_bytes), dist.device)
     model.eval()
     for start in range(0, len(windows), cfg.micro_batch_size):

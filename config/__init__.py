@@ -138,7 +138,7 @@ class TrainConfig:
     eval_interval: int = 1000
     """steps between evaluations on the validation split"""
     eval_windows: int | None = None
-    """evaluate on the first so many validation windows; None = all; the last evaluation takes all"""
+    """evaluate on so many validation windows, evenly spread over the split; None = all; the end takes all"""
     save_interval: int = 1000
     """steps between checkpoints"""
     keep: int = 2

@@ -1,0 +1,80 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+WORDS = "the cat sat on a mat and saw that one dog had run over two hills to eat some red apples".split()
+
+
+def write_texts(folder: Path, documents: int = 60, words: int = 300) -> None:
+    """Small documents of repeatable nonsense, enough for a few hundred windows of 32 positions."""
+    state = 1
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(documents):
+        out = []
+        for i in range(words):
+            state = (state * 1103515245 + 12345) % 2**31
+            out.append(WORDS[(state >> 16) % len(WORDS)] + ("\n" if i % 11 == 10 else " "))
+        (folder / f"doc{number:03}.txt").write_text("".join(out))
+
+
+def cli(*args: str, cwd: Path, env: dict | None = None, stdin: bytes = b"", launcher=(sys.executable,)):
+    """Runs a command-line program of the repository in another folder, as a user would."""
+    command = [*launcher, str(ROOT / args[0]), *args[1:]]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    return subprocess.run(command, cwd=cwd, env=env, input=stdin, capture_output=True, timeout=280)
+
+
+def refusal(result) -> str:
+    """The one sentence of a refused command: status 2, nothing else on stderr, no traceback."""
+    stderr = result.stderr.decode()
+    assert result.returncode == 2, stderr + result.stdout.decode()
+    assert "Traceback" not in stderr and stderr.count("\n") == 1 and stderr.startswith("error: "), stderr
+    return stderr
+
+
+def tree(folder: Path) -> dict[str, tuple]:
+    """Every file below a folder with size and change time: equal before and after means nothing was touched."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if "__pycache__" not in path.parts
+    }
+
+
+TINY = (
+    "--n_layer=2", "--n_head=2", "--n_embd=32", "--dtype=float32", "--compile=False", "--wandb=disabled", "--device=cpu",
+    "--batch_size=8", "--micro_batch_size=8", "--learning_rate=1e-3", "--min_lr=1e-4", "--warmup_steps=3",
+    "--log_interval=1", "--eval_interval=10", "--save_interval=10", "--eval_windows=5",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory) -> Path:
+    """A folder with three prepared datasets of the same content: data/u (uniform), data/p (periodic), data/n (none)."""
+    folder = tmp_path_factory.mktemp("work")
+    write_texts(folder / "texts")
+    for name, injection in (("u", "uniform"), ("p", "periodic"), ("n", "none")):
+        result = cli(
+            "prepare.py", "--source=files", "--files", "texts/*.txt", f"--name={name}", f"--injection={injection}",
+            "--bpe_vocab_size=300", "--chunk_content=28", "--chunk_markers=4", "--val_fraction=0.1", cwd=folder,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr.decode()
+    return folder
+
+
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def losses(run_dir: Path, kind: str = "train") -> list[float]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["kind"] == kind]

@@ -1,0 +1,36 @@
+"""Meta-attention written from the paper's definition, one query and one key at a time."""
+
+import math
+
+import torch
+
+
+def meta_attention(x, is_meta, c_attn, c_proj, n_head):
+    """x (B, T, C), is_meta (B, T) bool, c_attn and c_proj linear layers -> (B, T, C).
+
+    Query i attends to key j iff j <= i and both are meta positions; a position that is none gets 0."""
+    B, T, C = x.shape
+    D = C // n_head
+    out = torch.zeros_like(x)
+    for b in range(B):
+        q, k, v = c_attn(x[b]).split(C, dim=-1)  # (T, C) each
+        for i in range(T):
+            if not is_meta[b, i]:
+                continue
+            keys = [j for j in range(i + 1) if is_meta[b, j]]
+            heads = []
+            for h in range(n_head):
+                cols = slice(h * D, (h + 1) * D)
+                scores = torch.stack([q[i, cols] @ k[j, cols] / math.sqrt(D) for j in keys])
+                weights = torch.exp(scores) / torch.exp(scores).sum()
+                heads.append(sum(w * v[j, cols] for w, j in zip(weights, keys, strict=True)))
+            out[b, i] = c_proj(torch.cat(heads))
+    return out
+
+
+def meta_index(is_meta):
+    """is_meta (B, T) bool -> (B, M) increasing positions, padded with T."""
+    T = is_meta.shape[1]
+    rows = [[j for j in range(T) if row[j]] for row in is_meta]
+    M = max(map(len, rows))
+    return torch.tensor([row + [T] * (M - len(row)) for row in rows], dtype=torch.long).reshape(len(rows), M)

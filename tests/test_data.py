@@ -1,0 +1,277 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config import UserError
+from data.inject import strip
+from data.loader import IGNORE, Windows, targets_of, window_order
+from data.shards import HEADER, ShardWriter, TokenStream, file_sha256, verify
+from data.sources import check_utf8, read_pieces
+from data.tokenizer import META, Tokenizer
+from tests.conftest import manifest
+from tests.reference.targets import stream_targets
+
+# ----------------------------------------------------------------------------- targets
+
+
+def windows_of(stream, T, meta, rule, lookahead):
+    """Targets of a stream cut into windows, each with its lookahead: what the loader does."""
+    stream, out = np.array(stream), []
+    for start in range(0, len(stream) // T * T, T):
+        targets = targets_of(stream[start : start + T + lookahead], T, meta, rule)
+        if start == 0:
+            targets[: int(np.argmax(stream != meta))] = IGNORE
+        out += targets.tolist()
+    return out
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.integers(1, 6), st.integers(0, 5), st.integers(1, 6), st.sampled_from(["ignore", "skip"]))
+def test_targets_equal_the_reference_over_window_borders_and_runs_of_markers(data, C, M, n_chunks, rule):
+    meta, stream, token = 0, [], 1
+    for _ in range(n_chunks):
+        chunk = data.draw(st.permutations([meta] * M + list(range(token, token + C))))
+        chunk = [token + chunk[:i].count(meta) * 0 if t else meta for i, t in enumerate(chunk)]
+        for i, t in enumerate(chunk):
+            if t != meta:
+                chunk[i], token = token, token + 1
+        stream += chunk
+    targets = windows_of(stream, C + M, meta, rule, lookahead=1 + M)
+    assert targets == stream_targets(stream, meta, rule)
+    # every content token is scored exactly once, but for the first of the stream
+    assert sorted(t for t in targets if t != IGNORE) == list(range(2, token))
+
+
+# ----------------------------------------------------------------------------- order
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 10**6))
+def test_every_epoch_sees_every_window_once(n_windows, batch_size, seed):
+    steps = -(-3 * n_windows // batch_size)
+    order = np.concatenate([window_order(step, batch_size, n_windows, seed) for step in range(steps)])
+    for epoch in range(3):
+        assert sorted(order[epoch * n_windows : (epoch + 1) * n_windows].tolist()) == list(range(n_windows))
+    # the same samples in steps of another size
+    again = np.concatenate([window_order(step, 1, n_windows, seed) for step in range(3 * n_windows)])
+    assert (again == order[: 3 * n_windows]).all()
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [window_order(step, 100, 100, seed).tolist() for step in (0, 1) for seed in (1, 2)]
+    assert len(set(map(tuple, orders))) == 4
+
+
+# ----------------------------------------------------------------------------- prepared datasets
+
+
+def test_window_i_of_every_arm_has_the_same_content(workdir):
+    arms = {name: Windows(workdir / "data" / name, "train", T, "ignore") for name, T in (("u", 32), ("p", 32), ("n", 28))}
+    assert len({arm.n_windows for arm in arms.values()}) == 1 and arms["u"].n_windows > 100
+    assert len({manifest(workdir / "data" / name)["splits"]["train"]["content_sha256"] for name in arms}) == 1
+    for window in (0, 1, 57, arms["u"].n_windows - 1):
+        content = {}
+        for name, arm in arms.items():
+            batch = arm.batch(np.array([window]))
+            tokens = batch.tokens[0].numpy()
+            content[name] = strip(tokens, arm.tokenizer.meta).tolist()
+            assert batch.meta_count.item() == (0 if name == "n" else 4)
+            assert batch.meta_index[0].tolist() == np.flatnonzero(tokens == arm.tokenizer.meta).tolist()
+            assert batch.positions[0].tolist() == list(range(arm.T))
+        assert content["u"] == content["p"] == content["n"]
+
+
+@pytest.mark.parametrize("rule", ["ignore", "skip"])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_every_arm_scores_the_same_tokens(workdir, rule, chunks):
+    """The whole validation split: equal multisets of targets, each content token once, but for the first."""
+    scored = {}
+    for name, T in (("u", 32), ("p", 32), ("n", 28)):
+        data = Windows(workdir / "data" / name, "val", T * chunks, rule)
+        n = data.n_windows
+        batch = data.batch(np.arange(n))
+        scored[name] = sorted(batch.targets[batch.targets != IGNORE].tolist())
+        content = strip(data.stream.read(0, n * data.T), data.tokenizer.meta)
+        following = data.stream.read(n * data.T, n * data.T + data.lookahead)
+        extra = [t for t in following.tolist() if t != data.tokenizer.meta][:1]
+        # the last window's last target may lie in chunks that fill no window
+        assert scored[name] in (sorted(content[1:].tolist()), sorted(content[1:].tolist() + extra))
+    if chunks == 1:
+        assert scored["u"] == scored["p"] == scored["n"]
+
+
+def test_decoded_validation_text_is_the_source(workdir):
+    """Shards decode to the documents, in order: nothing is lost on the way but the end that fills no chunk."""
+    data = Windows(workdir / "data" / "u", "train", 32, "ignore")
+    content = strip(data.stream.read(0, len(data.stream)), data.tokenizer.meta)
+    documents = data.tokenizer.decode(content).split("<|endoftext|>")
+    files = [path.read_text() for path in sorted((workdir / "texts").glob("*.txt"))]
+    assert len(documents) > 40
+    remaining = iter(files)
+    for document in documents[:-1]:
+        assert document in remaining  # a sub-sequence of the files, in their order
+    for name in "upn":
+        assert manifest(workdir / "data" / name)["splits"]["train"]["documents"] >= len(documents) - 1
+
+
+def test_streams_read_across_shards(tmp_path):
+    ids = np.arange(1000) % 300
+    writer = ShardWriter(tmp_path, "train", n_vocab=320, shard_tokens=96)
+    for part in np.array_split(ids, 7):
+        writer.write(part)
+    writer.close()
+    assert [entry["tokens"] for entry in writer.entries] == [96] * 10 + [40]
+    stream = TokenStream(tmp_path, writer.entries, 320)
+    assert len(stream) == 1000
+    for start, stop in ((0, 1000), (90, 100), (95, 97), (96, 192), (950, 2000), (1000, 1010)):
+        assert stream.read(start, stop).tolist() == ids[start:stop].tolist()
+
+
+@pytest.mark.parametrize("n_vocab, size", [(65_536, 2), (65_537, 4)])
+def test_ids_that_do_not_fit_are_refused_not_wrapped(tmp_path, n_vocab, size):
+    writer = ShardWriter(tmp_path, "train", n_vocab, 100)
+    with pytest.raises(ValueError, match="do not fit"):
+        writer.write(np.array([1, n_vocab]))
+    writer.write(np.array([n_vocab - 1]))
+    writer.close()
+    assert (tmp_path / "train_000000.bin").stat().st_size == HEADER.size + size
+    assert TokenStream(tmp_path, writer.entries, n_vocab).read(0, 1).tolist() == [n_vocab - 1]
+
+
+@pytest.fixture
+def copy(workdir, tmp_path):
+    return shutil.copytree(workdir / "data" / "u", tmp_path / "u")
+
+
+def test_damaged_shards_are_named_with_their_hash(copy):
+    shard = copy / "train_000000.bin"
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(UserError, match=f"train_000000.bin is damaged: its sha256 is {file_sha256(shard)}"):
+        verify(copy, manifest(copy))
+    for damage in (bytes(raw[:-2]), b"", bytes(raw[:40]), b"x" + bytes(raw[1:])):
+        shard.write_bytes(damage)
+        with pytest.raises(UserError, match="train_000000.bin is damaged"):
+            Windows(copy, "train", 32, "ignore")
+    shard.unlink()
+    with pytest.raises(UserError, match="train_000000.bin cannot be read"):
+        Windows(copy, "train", 32, "ignore")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"splits": 3}'])
+def test_damaged_manifests_are_refused(copy, text):
+    (copy / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="damaged"):
+        Windows(copy, "train", 32, "ignore")
+
+
+def test_another_tokenizer_in_the_folder_is_noticed(copy):
+    for name, content in Tokenizer.train(["some other text " * 50], 270).files().items():
+        (copy / name).write_bytes(content)
+    with pytest.raises(UserError, match="not the one of its manifest"):
+        Windows(copy, "train", 32, "ignore")
+
+
+def test_a_damaged_tokenizer_is_refused(copy):
+    ranks = copy / "tokenizer.ranks"
+    ranks.write_bytes(ranks.read_bytes()[:-3])
+    with pytest.raises(UserError, match="tokenizer in .* is damaged"):
+        Windows(copy, "train", 32, "ignore")
+
+
+def test_windows_are_whole_chunks(workdir):
+    with pytest.raises(UserError, match=r"block_size=40 .*--block_size=32 or 64"):
+        Windows(workdir / "data" / "u", "train", 40, "ignore")
+    with pytest.raises(UserError, match="fewer than one window"):
+        Windows(workdir / "data" / "u", "val", 32 * 10_000, "ignore")
+
+
+# ----------------------------------------------------------------------------- tokenizers
+
+
+@pytest.fixture(scope="module")
+def bpe(workdir):
+    return Tokenizer.load(workdir / "data" / "u")
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return Tokenizer.gpt2()
+
+
+def test_gpt2_ids(gpt2):
+    assert (gpt2.eot, gpt2.meta, gpt2.n_content, gpt2.n_vocab) == (50256, 50257, 50257, 50304)
+    # known answers of OpenAI's encoder
+    assert gpt2.encode("Hello world").tolist() == [15496, 995]
+    assert gpt2.encode("It's  two  spaces\n\n").tolist() == [1026, 338, 220, 734, 220, 9029, 628]
+    assert gpt2.token_bytes[15496] == 5 and gpt2.token_bytes[50256:].sum() == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=60))
+def test_round_trip_and_bytes(bpe, gpt2, text):
+    for tokenizer in (bpe, gpt2):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+        assert b"".join(tokenizer.decode_bytes(i) for i in ids) == text.encode()
+
+
+def test_corpora_cannot_contain_specials(bpe, gpt2):
+    text = "a <|meta|> b <|endoftext|>"
+    for tokenizer in (bpe, gpt2):
+        assert max(tokenizer.encode(text)) < tokenizer.eot
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_prompts_place_markers_at_token_borders(bpe, gpt2):
+    for tokenizer in (bpe, gpt2):
+        text = f"the{META} cat{META}{META} sat{META}"
+        ids = tokenizer.encode_prompt(text)
+        assert strip(ids, tokenizer.meta).tolist() == tokenizer.encode("the cat sat").tolist()
+        assert tokenizer.decode(ids) == text and (ids == tokenizer.meta).sum() == 4
+        assert tokenizer.encode_prompt(META + "the").tolist() == [tokenizer.meta, *tokenizer.encode("the")]
+        assert tokenizer.encode_prompt("the cat").tolist() == tokenizer.encode("the cat").tolist()
+    with pytest.raises(UserError, match="splits the token ' cat'"):
+        gpt2.encode_prompt(f"the {META}cat")
+
+
+def test_a_tokenizer_survives_saving(bpe, gpt2, tmp_path):
+    for tokenizer in (bpe, gpt2):
+        for name, content in tokenizer.files().items():
+            (tmp_path / name).write_bytes(content)
+        again = Tokenizer.load(tmp_path)
+        assert again.fingerprint == tokenizer.fingerprint and again.ranks == tokenizer.ranks
+        assert json.loads((tmp_path / "tokenizer.json").read_text())["n_vocab"] == tokenizer.n_vocab
+    assert bpe.fingerprint != gpt2.fingerprint
+
+
+# ----------------------------------------------------------------------------- sources
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet="ab\n é𝄞", max_size=200), st.integers(4, 50))
+def test_pieces_join_to_the_file(tmp_path_factory, text, limit):
+    path = tmp_path_factory.mktemp("p") / "f.txt"
+    path.write_bytes(text.encode())
+    pieces = list(read_pieces(path, limit))
+    assert "".join(piece.text for piece in pieces) == text
+    assert all(len(piece.text) <= limit for piece in pieces)
+    assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True] * bool(pieces)
+    assert all(piece.text.endswith("\n") for piece in pieces[:-1] if "\n" in piece.text)
+
+
+def test_the_place_of_bad_utf8_is_the_files(tmp_path):
+    path = tmp_path / "bad.txt"
+    for n in (0, 5, 2**20 - 1, 2**20 + 3):
+        path.write_bytes(b"a" * n + b"\xc3\x28")
+        with pytest.raises(UnicodeDecodeError) as caught:
+            check_utf8(path)
+        assert caught.value.start == n
+    path.write_bytes("é".encode() * 2**20)  # characters across block borders are fine
+    check_utf8(path)

@@ -1,0 +1,91 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loss import Tally, summed_nats, token_nats
+
+
+def reference(hidden, weight, targets, n_content):
+    """Cross-entropy over whole logits, one row at a time."""
+    total = []
+    for h, t in zip(hidden, targets, strict=True):
+        logits = (weight[:n_content] @ h).double() if h.dtype == torch.float64 else (weight[:n_content] @ h).float()
+        total.append(F.cross_entropy(logits[None], t[None], reduction="sum") if t >= 0 else logits.sum() * 0)
+    return torch.stack(total)
+
+
+def case(N, seed, dtype=torch.float64, V=17, n_content=13, C=6):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, C, generator=g, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, C, generator=g, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, n_content, (N,), generator=g)
+    targets[torch.rand(N, generator=g) < 0.3] = -100
+    return hidden, weight, targets, n_content
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 25), st.integers(0, 10**6))
+def test_equals_the_reference_for_any_chunk(N, chunk, seed):
+    hidden, weight, targets, n = case(N, seed)
+    slow = reference(hidden, weight, targets, n)
+    torch.testing.assert_close(token_nats(hidden, weight, targets, n, chunk), slow.detach())
+    fast = summed_nats(hidden, weight, targets, n, chunk)
+    torch.testing.assert_close(fast, slow.sum())
+    for ours, expected in zip(
+        torch.autograd.grad(fast * 0.7, (hidden, weight)), torch.autograd.grad(slow.sum() * 0.7, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_gradcheck():
+    hidden, weight, targets, n = case(7, 2)
+    assert torch.autograd.gradcheck(lambda h, w: summed_nats(h, w, targets, n, 3), (hidden, weight))
+
+
+def test_bfloat16_products_stay_near_the_float32_loss():
+    hidden, weight, targets, n = case(400, 1, torch.float32, V=300, n_content=290, C=32)
+    exact = summed_nats(hidden, weight, targets, n)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = summed_nats(hidden, weight, targets, n)
+    assert rough.dtype == torch.float32
+    assert 0 < abs(rough - exact) / exact < 2e-3
+    got, expected = (torch.autograd.grad(loss, weight)[0] for loss in (rough, exact))
+    assert F.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.999
+
+
+def test_markers_and_spare_ids_get_neither_probability_nor_gradient():
+    hidden, weight, targets, n = case(9, 4)
+    with torch.no_grad():
+        weight[n:] *= 1000  # were they in the softmax, they would take all of it
+    grad = torch.autograd.grad(summed_nats(hidden, weight, targets, n), weight)[0]
+    assert (grad[n:] == 0).all() and (grad[:n] != 0).any()
+    torch.testing.assert_close(token_nats(hidden, weight, targets, n), reference(hidden, weight, targets, n).detach())
+
+
+def test_figures_by_hand():
+    """Ids 0..2 stand for 1, 2, 5 bytes, id 3 is <|endoftext|>."""
+    tally = Tally(torch.tensor([1, 2, 5, 0]), torch.device("cpu"))
+    tally.add(torch.tensor([[0.5, 1.0, 9.0]]), torch.tensor([[0, 2, -100]]))
+    tally.add(torch.tensor([2.0, 4.0]), torch.tensor([1, 3]))
+    figures = tally.figures()
+    assert figures["loss"] == pytest.approx((0.5 + 1.0 + 2.0 + 4.0) / 4)
+    assert figures["bits_per_byte"] == pytest.approx(3.5 / (math.log(2) * 8))
+    assert figures["endoftext_loss"] == 4.0
+    assert (figures["tokens"], figures["bytes"]) == (4, 8)
+
+
+def test_bits_per_byte_of_a_uniform_model_do_not_depend_on_the_markers():
+    """A model that knows nothing pays log2(n_content) bits a token, however many markers stand between."""
+    n_bytes = torch.tensor([1, 1, 1, 1, 0])
+    values = []
+    for targets in ([0, 1, 2, 3], [0, -100, 1, -100, -100, 2, 3]):
+        targets = torch.tensor(targets)
+        nats = token_nats(torch.zeros(len(targets), 2), torch.ones(5, 2), targets, n_content=4)
+        tally = Tally(n_bytes, torch.device("cpu"))
+        tally.add(nats, targets)
+        values.append(tally.figures()["bits_per_byte"])
+    assert values[0] == values[1] == pytest.approx(2.0)
