@@ -1,6 +1,6 @@
 """Checkpoints that survive a kill at any moment, are verified on loading, and hold nothing pickled.
 
-    out/<run>/step_00001000/   model.safetensors optimizer.safetensors state.json tokenizer.* manifest.json (sha256 of all)
+    out/<run>/step_00001000/   model.safetensors optimizer.safetensors state.json tokenizer.*, manifest.json (sha256)
     out/<run>/best_00000800/   the same without the optimizer
     out/<run>/latest, best     a line each: the folder's name
 
@@ -175,7 +175,9 @@ def load_run(path: str | Path = "", device: str | torch.device = "cpu") -> Run:
     else:
         checkpoint = newest(path, warn=print)
         if checkpoint is None:
-            raise UserError(f"there is no checkpoint in {str(path)!r}: give a run that train.py made, such as out/NAME.")
+            raise UserError(
+                f"there is no checkpoint in {str(path)!r}: give a run that train.py made, such as out/NAME."
+            )
     cfg = checkpoint.config
     tokenizer = checkpoint.tokenizer()
     if (tokenizer.n_vocab, tokenizer.n_content) != (cfg.model.vocab_size, cfg.model.content_vocab_size):

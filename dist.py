@@ -41,7 +41,9 @@ class Dist:
 @contextlib.contextmanager
 def processes(device: str):
     """The Dist of this process, for as long as the block lasts. device: auto | cuda | mps | cpu."""
-    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     chosen = pick_device(device, local_rank)
     if world > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"

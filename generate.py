@@ -1,12 +1,12 @@
 """The one decoding loop: content tokens are sampled, markers are inserted by a plan and never sampled.
 
-    from checkpoint import load_run
-    from generate import MarkerPlan, generate, lay_out
+from checkpoint import load_run
+from generate import MarkerPlan, generate, lay_out
 
-    run = load_run("out/tiny_meta")
-    plan = MarkerPlan.of_run(run)
-    ids = lay_out(run, run.tokenizer.encode("def "), plan)
-    print(run.tokenizer.decode(generate(run, ids, plan, max_new_tokens=50)))
+run = load_run("out/tiny_meta")
+plan = MarkerPlan.of_run(run)
+ids = lay_out(run, run.tokenizer.encode("def "), plan)
+print(run.tokenizer.decode(generate(run, ids, plan, max_new_tokens=50)))
 """
 
 import functools

@@ -2,8 +2,8 @@
 
 x += attn(ln_1(x));  x += second_attn(ln_second(x));  x += mlp(ln_2(x))
 
-Pre-LayerNorm, tanh-GELU and tied head as GPT-2. The paper gives neither residual nor LayerNorm of its meta-attention; here
-it has both of its own, and its output projection starts at zero, so that step 0 is GPT-2 in every arm.
+Pre-LayerNorm, tanh-GELU and tied head as GPT-2. The paper gives neither residual nor LayerNorm of its meta-attention;
+here it has both of its own, and its output projection starts at zero, so that step 0 is GPT-2 in every arm.
 """
 
 import functools
@@ -70,7 +70,9 @@ class GPT(nn.Module):
         if cfg.vocab_size is None or cfg.content_vocab_size is None:
             raise UserError("vocab_size and content_vocab_size are not set: take them from the dataset's tokenizer.")
         if not 1 <= cfg.content_vocab_size <= cfg.vocab_size:
-            raise UserError(f"content_vocab_size={cfg.content_vocab_size} must lie in 1 .. vocab_size={cfg.vocab_size}.")
+            raise UserError(
+                f"content_vocab_size={cfg.content_vocab_size} must lie in 1 .. vocab_size={cfg.vocab_size}."
+            )
         self.cfg = cfg
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.position == "learned":
@@ -115,7 +117,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (..., C) -> logits (..., vocab_size); ids >= content_vocab_size, which no position predicts, are -inf."""
+        """hidden (..., C) -> logits (..., vocab_size); ids >= content_vocab_size are never predicted: -inf."""
         logits = F.linear(hidden, self.wte.weight).float()
         logits[..., self.cfg.content_vocab_size :] = -math.inf
         return logits
@@ -138,7 +140,7 @@ _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "m
 
 
 def to_hf(model: GPT) -> dict[str, torch.Tensor]:
-    """State dict for transformers.GPT2LMHeadModel (second_attention none, learned positions, biases: UserError else)."""
+    """State dict for transformers.GPT2LMHeadModel; UserError unless second_attention none, learned positions, biases."""
     cfg = model.cfg
     if cfg.second_attention != "none" or cfg.position != "learned" or not cfg.bias:
         raise UserError(

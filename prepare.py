@@ -184,7 +184,9 @@ def write_dataset(folder: Path, cfg: PrepareConfig, command: str, console: Conso
     source = open_source(cfg)
     console.print(f"{len(source.paths):,} documents, {source.total_bytes:,} bytes: {source.description}")
     tokenizer = make_tokenizer(cfg, source)
-    console.print(f"tokenizer {tokenizer.name}: {tokenizer.n_content:,} tokens, embedding of {tokenizer.n_vocab:,} rows")
+    console.print(
+        f"tokenizer {tokenizer.name}: {tokenizer.n_content:,} tokens, embedding of {tokenizer.n_vocab:,} rows"
+    )
     writers = {split: SplitWriter(folder, split, cfg, tokenizer) for split in SPLITS}
     compressors, run = Compressors(), None  # run = the split that the current document's last piece went to
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind besides checkpoints: config.json, metrics.jsonl, train.log, wandb. Written by rank 0 only."""
+"""What a run leaves behind besides checkpoints: config.json, metrics.jsonl, train.log, wandb. Rank 0 writes."""
 
 import json
 import os
@@ -47,7 +47,7 @@ class RunLog:
 
     On a resume at `step`, lines of metrics.jsonl beyond it are cut: the steps are trained again. Silent unless main."""
 
-    def __init__(self, run_dir: Path, cfg: TrainConfig, step: int, main: bool):
+    def __init__(self, run_dir: Path, cfg: TrainConfig, data: dict, step: int, main: bool):
         self.main, self.wandb = main, None
         if not main:
             return
@@ -59,7 +59,7 @@ class RunLog:
             partial.write_text("".join(line + "\n" for line in kept))
             os.replace(partial, self.metrics)
         self.text = open(run_dir / "train.log", "a")
-        resolved = {"config": config.to_dict(cfg), "environment": environment()}
+        resolved = {"config": config.to_dict(cfg), "data": data, "environment": environment()}
         (run_dir / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
         if cfg.wandb != "disabled":
             import wandb

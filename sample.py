@@ -1,9 +1,9 @@
 """Writes text with a trained run.
 
-    python sample.py                                     # the newest run, from the start of a document
-    python sample.py --run=out/tiny_meta --prompt='def main' --count=3 --temperature=0.7
-    python sample.py --prompt='import<|meta|> os' --meta=none         # markers placed by hand
-    head -c 300 some.py | python sample.py --prompt_file=-
+python sample.py                                     # the newest run, from the start of a document
+python sample.py --run=out/tiny_meta --prompt='def main' --count=3 --temperature=0.7
+python sample.py --prompt='import<|meta|> os' --meta=none         # markers placed by hand
+head -c 300 some.py | python sample.py --prompt_file=-
 """
 
 import codecs

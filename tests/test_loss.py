@@ -36,7 +36,9 @@ def test_equals_the_reference_for_any_chunk(N, chunk, seed):
     fast = summed_nats(hidden, weight, targets, n, chunk)
     torch.testing.assert_close(fast, slow.sum())
     for ours, expected in zip(
-        torch.autograd.grad(fast * 0.7, (hidden, weight)), torch.autograd.grad(slow.sum() * 0.7, (hidden, weight)), strict=True
+        torch.autograd.grad(fast * 0.7, (hidden, weight)),
+        torch.autograd.grad(slow.sum() * 0.7, (hidden, weight)),
+        strict=True,
     ):
         torch.testing.assert_close(ours, expected)
 

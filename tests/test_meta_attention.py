@@ -45,7 +45,9 @@ def test_gradcheck():
     m = layer(C=4)
     index = meta_index(torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 0]]).bool())
     x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, w: m(x * w, index), (x, torch.rand(4, dtype=torch.float64, requires_grad=True)))
+    assert torch.autograd.gradcheck(
+        lambda x, w: m(x * w, index), (x, torch.rand(4, dtype=torch.float64, requires_grad=True))
+    )
 
 
 def test_pads_cannot_be_seen():

@@ -63,7 +63,10 @@ def test_meta_tokens_reach_later_meta_tokens_and_only_them(position):
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
 def test_without_markers_the_meta_model_is_gpt2_to_the_bit(position):
-    meta, plain = wake(build(second_attention="meta", position=position)), build(second_attention="none", position=position)
+    meta, plain = (
+        wake(build(second_attention="meta", position=position)),
+        build(second_attention="none", position=position),
+    )
     plain.load_state_dict({k: v for k, v in meta.state_dict().items() if "second" not in k})
     tokens, positions, _ = inputs()
     for index in (torch.empty(3, 0, dtype=torch.long), torch.full((3, 2), 12)):
@@ -90,7 +93,9 @@ def test_step_0_is_gpt2_in_every_arm_and_shared_weights_are_equal():
 def test_every_parameter_gets_a_gradient_from_the_second_step_on():
     model = wake(build())
     model(*inputs()).sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters() if name != "wpe.weight")
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters() if name != "wpe.weight"
+    )
 
 
 def test_parameter_counts_of_the_paper():
@@ -132,7 +137,10 @@ def test_logits_of_hugging_faces_gpt2_both_ways():
 
 
 def test_conversion_refuses_what_gpt2_cannot_hold():
-    for changes in ({"second_attention": "meta", "bias": True}, {"second_attention": "none", "position": "rope", "bias": True}):
+    for changes in (
+        {"second_attention": "meta", "bias": True},
+        {"second_attention": "none", "position": "rope", "bias": True},
+    ):
         with pytest.raises(UserError, match="Hugging Face"):
             to_hf(build(**changes))
 
@@ -142,7 +150,9 @@ def test_rope_depends_on_distance_alone():
     tokens, positions, index = inputs()
     here = model.logits(model(tokens, positions, index))
     there = model.logits(model(tokens, positions + 5000, index))
-    torch.testing.assert_close(there[..., :60], here[..., :60], rtol=1e-3, atol=1e-4)  # fp32 angles of some 5000 radians
+    torch.testing.assert_close(
+        there[..., :60], here[..., :60], rtol=1e-3, atol=1e-4
+    )  # fp32 angles of some 5000 radians
 
 
 def test_ids_that_no_position_predicts_have_no_probability():

@@ -1,0 +1,39 @@
+# Everything runs in .venv, which the first target makes; Python 3.11 or newer is all that has to be there.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: install quickstart test test-slow lint bench clean
+
+install: $(VENV)/.installed
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11: name a newer one, make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+# Text -> shards -> a trained model -> its loss curve and a sample.
+quickstart: install data/stdlib_uniform/manifest.json out/quickstart/loss.png
+	$(RUN) sample.py --run=out/quickstart --prompt='def main' --max_new_tokens=200
+	@echo; echo "loss curve: out/quickstart/loss.png    more text: $(RUN) sample.py --run=out/quickstart"
+data/stdlib_uniform/manifest.json:
+	$(RUN) prepare.py
+out/quickstart/loss.png:
+	$(RUN) train.py config/tiny_meta.py --run_name=quickstart --init_from=auto
+	$(RUN) plot.py out/quickstart
+
+test: install lint
+	$(RUN) -m pytest -q -n 2 -m 'not slow'
+test-slow: install
+	$(RUN) -m pytest -q -m slow
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: install
+	$(RUN) bench.py
+
+clean:
+	rm -rf $(VENV) out/quickstart data/stdlib_uniform

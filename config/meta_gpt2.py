@@ -1,0 +1,24 @@
+"""The paper's recipe (arXiv 2509.16278, appendix B): GPT-2 with meta-attention, 151.9M parameters, 98B positions.
+
+The paper says C4; with any text:
+    python prepare.py --source=files --files 'texts/**/*.txt' --name=gpt2_uniform --tokenizer=gpt2 \\
+        --chunk_content=922 --chunk_markers=102 --val_fraction=0.0005
+    torchrun --standalone --nproc_per_node=8 train.py config/meta_gpt2.py --dataset=data/gpt2_uniform
+The paper trains learned and rotary positions: --position=rope is the other one.
+"""
+
+from config import GPTConfig, TrainConfig
+
+config = TrainConfig(
+    model=GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, second_attention="meta", position="learned"),
+    dataset="data/gpt2_uniform",
+    batch_size=480,  # windows: 491,520 positions, 442,560 content tokens
+    micro_batch_size=12,
+    max_steps=200_000,
+    learning_rate=6e-4,
+    min_lr=6e-5,
+    warmup_steps=2000,
+    eval_interval=1000,
+    eval_windows=480,
+    save_interval=1000,
+)

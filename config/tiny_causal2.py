@@ -1,0 +1,9 @@
+"""The laptop's twin of causal2_gpt2.py: the parameters of tiny_meta.py in a second causal attention, no markers.
+
+python prepare.py --injection=none"""
+
+from dataclasses import replace
+
+from config.tiny_gpt2 import config as gpt2
+
+config = replace(gpt2, model=replace(gpt2.model, second_attention="causal"))

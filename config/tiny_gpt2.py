@@ -1,0 +1,13 @@
+"""The laptop's twin of gpt2.py: no markers, no second attention, the same content windows as tiny_meta.py.
+
+python prepare.py --injection=none"""
+
+from dataclasses import replace
+
+from config.tiny_meta import config as meta
+
+config = replace(
+    meta,
+    model=replace(meta.model, block_size=461, second_attention="none"),
+    dataset="data/stdlib_none",
+)

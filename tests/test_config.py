@@ -1,0 +1,165 @@
+import dataclasses
+import typing
+from pathlib import Path
+
+import pytest
+
+import config as schema
+from config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig, UserError, load_config, to_dict
+from tests.conftest import ROOT
+
+CONFIGS = sorted(path for path in (ROOT / "config").glob("*.py") if path.name != "__init__.py")
+
+
+def load(*argv: str, cls=TrainConfig):
+    return load_config(cls, list(argv))
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, PrepareConfig, SampleConfig])
+def test_flat_names_are_unique(cls):
+    names = schema.field_names(cls)
+    assert len(names) == len(set(names)) and "model" not in names
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_loads_and_survives_saving(path):
+    cfg = load(str(path))
+    assert cfg.run_name == path.stem
+    assert schema.train_config_from_dict(to_dict(cfg)) == cfg
+
+
+def test_the_papers_recipe():
+    cfg = load(str(ROOT / "config/meta_gpt2.py"))
+    m = cfg.model
+    assert (m.n_layer, m.n_head, m.n_embd, m.block_size, m.dropout) == (12, 12, 768, 1024, 0.0)
+    assert cfg.batch_size * m.block_size == 491_520
+    assert (cfg.max_steps, cfg.warmup_steps, cfg.learning_rate, cfg.min_lr) == (200_000, 2000, 6e-4, 6e-5)
+    assert (cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.grad_clip) == (0.9, 0.95, 0.1, 1.0)
+
+
+@pytest.mark.parametrize("size", ["gpt2", "tiny"])
+def test_arms_differ_in_nothing_but_the_arm(size):
+    """Same steps, windows, rates and seeds; the content of a window is the same (922 of 1024, 461 of 512)."""
+    meta_name, others = (
+        ("meta_gpt2", ["gpt2", "causal2_gpt2"]) if size == "gpt2" else ("tiny_meta", ["tiny_gpt2", "tiny_causal2"])
+    )
+    meta = load(str(ROOT / f"config/{meta_name}.py"))
+    for name in others:
+        arm = load(str(ROOT / f"config/{name}.py"))
+        assert {"meta_gpt2": 922, "tiny_meta": 461}[meta_name] == arm.model.block_size
+        same = dataclasses.replace(arm, dataset=meta.dataset, run_name=meta.run_name, model=meta.model)
+        assert same == meta
+        model = dataclasses.replace(arm.model, block_size=meta.model.block_size, second_attention="meta")
+        assert model == meta.model
+
+
+def test_overrides_of_every_kind(tmp_path):
+    cfg = load("--n_layer=6", "--learning_rate=1", "--compile=False", "--second_attention=none", "--vocab_size=100",
+               "--n-head=3", "--run_name", "x")  # fmt: skip
+    assert cfg.model == GPTConfig(n_layer=6, n_head=3, second_attention="none", vocab_size=100)
+    assert (
+        cfg.learning_rate == 1.0 and type(cfg.learning_rate) is float and cfg.compile is False and cfg.run_name == "x"
+    )
+    assert load("--vocab_size=None").model.vocab_size is None
+    assert load("--files", "a", "b*", "--source=files", cls=PrepareConfig).files == ("a", "b*")
+
+
+def test_command_line_beats_file_beats_default():
+    path = str(ROOT / "config/tiny_meta.py")
+    assert load(path).model.n_layer == 4 != GPTConfig().n_layer
+    assert load(path, "--n_layer=2").model.n_layer == 2
+    assert load(path, "--n_layer=2").model.n_embd == load(path).model.n_embd
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--n_leyer=4"], "unknown setting --n_leyer: did you mean 'n_layer'?"),
+        (["--learning_rte=1"], "did you mean 'learning_rate'?"),
+        (["--n_layer=six"], "--n_layer.*six.*--help lists all settings"),
+        (["--compile=maybe"], "maybe.*--compile.*True.*False"),
+        (["--second_attention=metta"], "metta.*meta.*causal.*none"),
+        (["--n_layer"], "n_layer"),
+        (["--n_layer=4", "--n_layer=5"], "--n_layer is given 2 times: leave one"),
+        (["--n_layer=4", "--n-layer=5"], "--n_layer is given 2 times"),
+        (["--n_layer=4", "oops"], "unexpected argument 'oops'"),
+        (["--n_layer=0"], "n_layer=0 is out of range: it must be at least 1"),
+        (["--dropout=1"], r"dropout=1.0 is out of range: it must lie in \[0, 1\)"),
+        (["--learning_rate=nan"], "learning_rate=nan is out of range"),
+        (["--learning_rate=1e-5"], "min_lr=6e-05 is out of range: it must be at most learning_rate=1e-05"),
+        (["--n_embd=100"], r"n_embd=100 cannot be split into n_head=12 heads: take n_embd=96 or 108"),
+        (["--n_embd=36", "--position=rope"], "even head size, and n_embd/n_head = 3"),
+        (["--keep=1"], "keep=1 is out of range.*damaged"),
+        (["--run_name=../x"], "run_name='../x' is out of range.*folder name"),
+        (["config/tiny_mata.py"], "no config file 'config/tiny_mata.py': did you mean 'config/tiny_meta.py'"),
+    ],
+)  # fmt: skip
+def test_bad_command_lines_get_one_sentence(argv, sentence, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=sentence) as caught:
+        load(*argv)
+    assert "\n" not in str(caught.value) and "│" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "config = TrainConfig(learing_rate=1e-4)",
+            "TrainConfig has no setting 'learing_rate': did you mean 'learning_rate'",
+        ),
+        ("config = TrainConfig(n_layer=4)", "TrainConfig has no setting 'n_layer'"),
+        ("config = TrainConfig(model=GPTConfig(n_layer='6'))", "n_layer='6' has the wrong type: it must be int"),
+        ("config = TrainConfig(model=GPTConfig(bias=1))", "bias=1 has the wrong type: it must be bool"),
+        (
+            "config = TrainConfig(dtype='float16')",
+            "dtype='float16' has the wrong type: it must be one of auto, bfloat16, float32",
+        ),
+        ("config = TrainConfig(max_steps=True)", "max_steps=True has the wrong type"),
+        ("config = TrainConfig(eval_windows=2.5)", "eval_windows=2.5 has the wrong type: it must be int or None"),
+        ("config = {}", "must define `config = TrainConfig"),
+        ("confg = TrainConfig()", "must define `config = TrainConfig"),
+        ("config = TrainConfig(", "SyntaxError"),
+        ("config = 1/0", "ZeroDivisionError"),
+    ],
+)
+def test_bad_config_files_get_one_sentence(tmp_path, text, sentence):
+    path = tmp_path / "c.py"
+    path.write_text("from config import GPTConfig, TrainConfig\n" + text)
+    with pytest.raises(UserError, match=sentence) as caught:
+        load(str(path))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--source=files"], "needs patterns"),
+        (["--files", "a.txt"], "only read with --source=files"),
+        (["--chunk_markers=0"], "places nothing"),
+        (["--val_fraction=0"], "strictly between"),
+        (["--name=a/b"], "folder name"),
+        (["--bpe_vocab_size=200"], "257"),
+    ],
+)
+def test_bad_preparation(argv, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load(*argv, cls=PrepareConfig)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [(["--temperature=-1"], "temperature"), (["--top_p=0"], "top_p"), (["--top_k=0"], "top_k"),
+     (["--count=0"], "count"), (["--prompt=a", "--prompt_file=b"], "both given")],
+)  # fmt: skip
+def test_bad_sampling(argv, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load(*argv, cls=SampleConfig)
+
+
+def test_every_setting_says_what_it_is():
+    """A comment for a reader, a help text for the command line: all but the betas, which say it by their name."""
+    source = Path(schema.__file__).read_text()
+    for cls in (GPTConfig, TrainConfig, PrepareConfig, SampleConfig):
+        for name in typing.get_type_hints(cls):
+            assert f"    {name}: " in source

@@ -1,0 +1,199 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoint import Run, load_run
+from config import UserError
+from data.inject import strip
+from generate import MarkerPlan, generate, hidden_states, lay_out, next_logits, pick, score
+from tests.conftest import TINY, cli, tree
+
+
+@pytest.fixture(scope="module")
+def run(workdir) -> Run:
+    args = ("--dataset=data/u", "--block_size=64", "--run_name=gen", "--max_steps=15")
+    result = cli("train.py", *TINY, *args, cwd=workdir)
+    assert result.returncode == 0, result.stderr.decode()
+    return load_run(workdir / "out/gen")
+
+
+def with_rule(run: Run, rule: str) -> Run:
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, target_rule=rule))
+
+
+def test_markers_stand_where_the_plan_says_and_are_never_sampled(run):
+    for injection in ("trained", "periodic", "uniform", "none"):
+        plan = MarkerPlan.of_run(run, injection, seed=4)
+        prompt = lay_out(run, run.tokenizer.encode("the cat sat"), plan)
+        ids = prompt + list(generate(run, prompt, plan, 150, temperature=1.5, top_k=None))
+        tokens = np.array(ids)
+        assert [position in plan for position in range(len(ids))] == (tokens == run.tokenizer.meta).tolist()
+        assert len(strip(tokens, run.tokenizer.meta)) == 1 + len(run.tokenizer.encode("the cat sat")) + 150
+        assert tokens.max() <= run.tokenizer.meta and (injection != "none" or tokens.max() < run.tokenizer.meta)
+        whole = tokens[: len(tokens) // 32 * 32].reshape(-1, 32)  # chunks of 28 + 4
+        assert ((whole == run.tokenizer.meta).sum(1) == (0 if injection == "none" else 4)).all()
+
+
+def test_markers_by_hand_are_left_alone(run):
+    plan = MarkerPlan.of_run(run, "none")
+    content = run.tokenizer.encode_prompt("the<|meta|> cat")
+    assert lay_out(run, content, plan) == [run.tokenizer.eot, *content]
+    assert lay_out(run, content, MarkerPlan.of_run(run)) == [run.tokenizer.eot, *content]
+
+
+def test_seeds_repeat_and_differ(run):
+    plan = MarkerPlan.of_run(run)
+    prompt = lay_out(run, run.tokenizer.encode("the"), plan)
+    texts = [tuple(generate(run, prompt, plan, 40, seed=seed)) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("rule", ["ignore", "skip"])
+def test_greedy_follows_the_models_own_predictions(run, rule):
+    """Every greedy token is the argmax at the position that the training targets score it from."""
+    run, meta = with_rule(run, rule), run.tokenizer.meta
+    plan = MarkerPlan.of_run(run, "uniform", seed=9)
+    prompt = lay_out(run, run.tokenizer.encode("the cat"), plan)
+    ids = prompt + list(generate(run, prompt, plan, 30, temperature=0))
+    assert len(ids) < 64
+    logits = run.model.logits(hidden_states(run, ids))
+    for i in range(len(prompt), len(ids)):
+        if ids[i] == meta:
+            continue
+        source = i - 1
+        while rule == "skip" and ids[source] == meta:
+            source -= 1
+        assert ids[i] == int(logits[source].argmax())
+
+
+def test_past_the_window_the_older_half_is_dropped(run):
+    plan = MarkerPlan.of_run(run, "none")
+    prompt = lay_out(run, run.tokenizer.encode("the"), plan)
+    ids = prompt + list(generate(run, prompt, plan, 200, temperature=0))
+    start = 0
+    for i in range(len(prompt), len(ids)):
+        if i - start > 64:
+            start = i - 32
+        assert ids[i] == int(next_logits(run, ids[start:i]).argmax())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 30), st.integers(1, 40), st.floats(0.05, 1), st.integers(0, 10**6))
+def test_pick_stays_inside_top_k_and_top_p(V, k, p, seed):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(V, generator=g) * 3
+    probs, order = logits.softmax(-1).sort(descending=True)
+    top = order[:k].tolist()
+    mass, nucleus = 0.0, []
+    kept = (probs[:k] / probs[:k].sum()).tolist()
+    for token, share in zip(top, kept, strict=False):
+        nucleus.append(token)
+        mass += share
+        if mass >= p + 1e-5:
+            break
+    drawn = {pick(logits, 1.0, k, p, g) for _ in range(50)}
+    assert drawn <= set(nucleus)
+    assert pick(logits, 0, None, 1.0, g) == int(logits.argmax())
+
+
+def test_pick_draws_by_probability():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.7, 0.2, 0.1]).log()
+    counts = np.bincount([pick(logits, 1.0, None, 1.0, g) for _ in range(3000)], minlength=3) / 3000
+    assert np.abs(counts - [0.7, 0.2, 0.1]).max() < 0.03
+    cold = np.bincount([pick(logits, 0.5, None, 1.0, g) for _ in range(3000)], minlength=3) / 3000
+    assert np.abs(cold - np.array([0.49, 0.04, 0.01]) / 0.54).max() < 0.03
+
+
+@pytest.mark.parametrize("rule", ["ignore", "skip"])
+def test_score_equals_the_log_probabilities(run, rule):
+    run = with_rule(run, rule)
+    plan = MarkerPlan.of_run(run, "uniform")
+    ids, nats = score(run, "the cat sat on a mat", plan)
+    assert ids == run.tokenizer.encode("the cat sat on a mat").tolist()
+    prefix = lay_out(run, np.array([], dtype=int), plan)
+    for token, value in zip(ids, nats, strict=True):
+        while len(prefix) in plan:
+            prefix.append(run.tokenizer.meta)
+        assert value == pytest.approx(-next_logits(run, prefix).log_softmax(-1)[token].item(), abs=1e-4)
+        prefix.append(token)
+
+
+def test_what_cannot_be_continued(run):
+    plan = MarkerPlan.of_run(run)
+    with pytest.raises(UserError, match="the prompt is empty"):
+        next(generate(run, [], plan, 5))
+    with pytest.raises(UserError, match="the prompt has 65 positions .* window has 64"):
+        next(generate(run, [1] * 65, plan, 5))
+    assert len(list(generate(run, [1] * 64, MarkerPlan.of_run(run, "none"), 5))) == 5
+    with pytest.raises(UserError, match="more than the window"):
+        score(run, "the cat " * 50, plan)
+    with torch.no_grad():
+        broken = load_run(run.folder)
+        broken.model.wte.weight[3] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        list(generate(broken, [3], plan, 5))
+
+
+# ----------------------------------------------------------------------------- sample.py
+
+
+def test_sampling_the_newest_run(run, workdir):
+    result = cli("sample.py", "--prompt=the cat", "--max_new_tokens=20", "--count=2", cwd=workdir)
+    out = result.stdout.decode()
+    assert result.returncode == 0 and out.count("the cat") >= 2 and "sample 2 of 2" in out
+    assert "<|meta|>" not in out and "\x1b" not in out  # not a terminal
+    again = cli("sample.py", "--prompt=the cat", "--max_new_tokens=20", "--count=2", cwd=workdir)
+    assert again.stdout == result.stdout
+    shown = cli("sample.py", "--prompt=the cat", "--max_new_tokens=40", "--show_markers=yes", cwd=workdir)
+    assert "<|meta|>" in shown.stdout.decode()
+
+
+def test_prompts_from_files_and_standard_input(run, workdir, tmp_path):
+    (tmp_path / "p.txt").write_text("the cat")
+    outs = [
+        cli("sample.py", "--run=out/gen", "--max_new_tokens=9", *args, cwd=workdir, stdin=stdin).stdout
+        for args, stdin in (
+            (["--prompt=the cat"], b""),
+            ([f"--prompt_file={tmp_path}/p.txt"], b""),
+            (["--prompt_file=-"], b"the cat"),
+        )
+    ]
+    assert outs[0] == outs[1] == outs[2] and outs[0].startswith(b"the cat")
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "sentence"),
+    [
+        (["--prompt="], b"", "the prompt is empty"),
+        (["--prompt=<|meta|>"], b"", "the prompt is empty"),
+        (["--prompt_file=-"], b"", "the prompt is empty"),
+        (["--prompt_file=-"], b"caf\xe9 ", "standard input is not UTF-8 at byte 3"),
+        (["--prompt_file=nowhere.txt"], b"", "nowhere.txt cannot be read"),
+        (["--prompt=" + "the cat " * 60], b"", "window has 64: shorten it"),
+        (["--prompt=th<|meta|>e"], b"", "splits the token"),
+        (["--run=out/nothing"], b"", "no checkpoint in 'out/nothing'"),
+        (["--temprature=1"], b"", "did you mean 'temperature'"),
+    ],
+)
+def test_bad_prompts_get_one_sentence(run, workdir, args, stdin, sentence):
+    before = tree(workdir)
+    result = cli("sample.py", *([] if "--run" in args[0] else ["--run=out/gen"]), *args, cwd=workdir, stdin=stdin)
+    error = result.stderr.decode()
+    assert result.returncode == 2 and sentence in error and "Traceback" not in error
+    assert sum(line.startswith("error: ") for line in error.splitlines()) == 1
+    assert tree(workdir) == before
+
+
+def test_markers_need_a_run_that_had_some(workdir):
+    args = ("--dataset=data/n", "--block_size=28", "--run_name=plain", "--max_steps=1", "--second_attention=none")
+    assert cli("train.py", *TINY, *args, cwd=workdir).returncode == 0
+    assert (
+        "needs a run that was trained with markers"
+        in cli("sample.py", "--run=out/plain", "--meta=uniform", cwd=workdir).stderr.decode()
+    )
+    assert cli("sample.py", "--run=out/plain", "--max_new_tokens=5", cwd=workdir).returncode == 0

@@ -1,0 +1,256 @@
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+
+import train
+from config import TrainConfig, UserError
+from tests.conftest import ROOT, TINY, cli, losses, refusal, tree
+
+META = ("--dataset=data/u", "--block_size=32")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def run(workdir, name, *args, launcher=(sys.executable,)):
+    result = cli("train.py", *TINY, *META, f"--run_name={name}", *args, cwd=workdir, launcher=launcher)
+    assert result.returncode == 0, result.stderr.decode()[-3000:] + result.stdout.decode()[-2000:]
+    return workdir / "out" / name
+
+
+def final(run_dir) -> dict[str, torch.Tensor]:
+    folder = run_dir / (run_dir / "latest").read_text().strip()
+    weights, optimizer = (
+        safetensors.torch.load_file(folder / f"{kind}.safetensors") for kind in ("model", "optimizer")
+    )
+    return {**weights, **optimizer}
+
+
+def metrics(run_dir) -> list[dict]:
+    """All that a run recorded, but for timings."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if not k.endswith("_s")} for line in lines]
+
+
+def equal(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def straight(workdir):
+    """20 steps at once, with dropout and two micro-batches."""
+    return run(workdir, "straight", "--max_steps=20", "--dropout=0.1", "--micro_batch_size=4")
+
+
+def test_it_learns_and_records(straight):
+    lines = metrics(straight)
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 21))
+    assert [line["step"] for line in lines if line["kind"] == "val"] == [0, 10, 20]
+    assert lines[-1]["kind"] == "final" and lines[-1]["bits_per_byte"] < 0.95 * lines[0]["bits_per_byte"]
+    assert lines[0]["loss"] == pytest.approx(torch.tensor(300.0).log().item(), rel=0.02)  # knows nothing yet
+    assert {path.name for path in straight.iterdir()} == {
+        "config.json", "metrics.jsonl", "train.log", "step_00000010", "step_00000020", "latest", "best",
+        (straight / "best").read_text().strip(),
+    }  # fmt: skip
+    saved = json.loads((straight / "config.json").read_text())
+    assert saved["config"]["model"]["vocab_size"] == 320 and saved["environment"]["torch"] == torch.__version__
+
+
+def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(workdir, straight):
+    args = ("--dropout=0.1", "--micro_batch_size=4", "--lr_decay_steps=20")
+    run(workdir, "resumed", "--max_steps=13", *args)
+    # lines that were written after the last save must go: they will be written again
+    with open(workdir / "out/resumed/metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 14, "loss": 0.0}\n{"kind": "tr')
+    result = run(workdir, "resumed", "--max_steps=20", *args, "--init_from=resume")
+    assert equal(final(result), final(straight))
+    lines = [line for line in metrics(result) if not (line["step"] == 13 and line["kind"] != "train")]
+    assert lines == metrics(straight)  # the stop at 13 evaluated once more
+    assert "changed since the checkpoint: max_steps 13 -> 20" in (result / "train.log").read_text()
+
+
+@pytest.mark.parametrize("second", ["meta", "causal", "none"])
+def test_two_processes_and_accumulation_equal_one(workdir, second):
+    args = ("--max_steps=20", f"--second_attention={second}", "--eval_interval=20", "--learning_rate=3e-3")
+    one = run(workdir, f"one_{second}", *args)
+    four = run(workdir, f"four_{second}", *args, "--micro_batch_size=2")
+    two = run(workdir, f"two_{second}", *args, "--micro_batch_size=2", launcher=TORCHRUN)
+    for other in (four, two):
+        assert losses(other) == pytest.approx(losses(one), rel=1e-5, abs=1e-5)
+        assert losses(other, "final") == pytest.approx(losses(one, "final"), rel=1e-5)
+        ours, theirs = final(one), final(other)
+        # AdamW divides by the root of tiny second moments: weights agree to a small part of what they moved
+        for name, p in ours.items():
+            torch.testing.assert_close(theirs[name], p, rtol=1e-3, atol=2e-4)
+    assert losses(one)[-1] < losses(one)[0]
+
+
+def test_a_step_sees_the_same_windows_on_any_number_of_processes(workdir):
+    """Windows of all ranks and micro-batches together are the step's slice of the order."""
+    from data.loader import window_order
+
+    for world, micro in ((1, 8), (2, 4), (4, 1)):
+        share = 8 // world
+        for step in (0, 3):
+            order = window_order(step, 8, 100, seed=5)
+            parts = [order[r * share : (r + 1) * share].reshape(-1, micro) for r in range(world)]
+            assert torch.tensor([w for part in parts for row in part for w in row]).tolist() == order.tolist()
+
+
+def test_resume_with_another_number_of_processes(workdir, tmp_path):
+    args = ("--lr_decay_steps=12", "--eval_interval=6", "--micro_batch_size=4")
+    whole = run(workdir, "whole", "--max_steps=12", *args)
+    run(workdir, "elastic", "--max_steps=6", *args)
+    elastic = run(workdir, "elastic", "--max_steps=12", *args, "--init_from=resume", launcher=TORCHRUN)
+    assert losses(elastic) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_evaluation_does_not_depend_on_batch_size(workdir, straight):
+    from checkpoint import load_run
+    from data.loader import Windows
+    from dist import Dist
+
+    loaded = load_run(straight)
+    data = Windows(workdir / "data/u", "val", 32, "ignore")
+    figures = []
+    for micro in (1, 3, 16):
+        cfg = TrainConfig(model=loaded.config.model, micro_batch_size=micro, dtype="float32")
+        figures.append(train.evaluate(loaded.model, data, cfg, Dist(0, 0, 1, torch.device("cpu"))))
+    for other in figures[1:]:
+        assert other == pytest.approx(figures[0], rel=1e-6)
+    assert figures[0]["tokens"] == data.n_windows * 28 - 1
+
+
+def test_auto_starts_then_resumes(workdir):
+    first = run(workdir, "auto", "--init_from=auto", "--max_steps=4")
+    before = final(first)
+    again = run(workdir, "auto", "--init_from=auto", "--max_steps=4")
+    assert equal(final(again), before)
+    assert len([line for line in metrics(again) if line["kind"] == "train"]) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_in_order(workdir, number):
+    name = f"signal{int(number)}"
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, *META, f"--run_name={name}", "--max_steps=100000"]
+    process = subprocess.Popen(command, cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step      25"):
+            process.send_signal(number)
+            break
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    step = int(re.search(r"stopped by a signal after step ([\d,]+)", out)[1].replace(",", ""))
+    assert step >= 25
+    run_dir = workdir / "out" / name
+    assert (run_dir / "latest").read_text() == f"step_{step:08d}\n"
+    resumed = run(workdir, name, "--init_from=resume", f"--max_steps={step + 2}")
+    assert [line["step"] for line in metrics(resumed) if line["kind"] == "train"] == list(range(1, step + 3))
+
+
+def test_rope_skip_and_compile_train_too(workdir):
+    eager = run(workdir, "eager", "--position=rope", "--target_rule=skip", "--max_steps=6")
+    compiled = run(workdir, "compiled", "--position=rope", "--target_rule=skip", "--max_steps=6", "--compile=True")
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)
+    assert losses(eager)[-1] < losses(eager)[0]
+
+
+def test_bfloat16_follows_float32(workdir, straight):
+    rough = run(workdir, "bf16", "--max_steps=20", "--dropout=0.1", "--micro_batch_size=4", "--dtype=bfloat16")
+    assert losses(rough) == pytest.approx(losses(straight), rel=2e-2) and losses(rough) != losses(straight)
+
+
+def test_wandb_offline_writes_into_the_run(workdir):
+    folder = run(workdir, "wandb", "--max_steps=2", "--wandb=offline")
+    time.sleep(0.2)
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+# ----------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ((), "the run folder out/straight exists: go on with --init_from=resume"),
+        (("--run_name=new", "--init_from=resume"), "there is no checkpoint in out/new to resume"),
+        (("--init_from=resume", "--n_layer=3"), "n_layer=3 differs from the run's 2"),
+        (("--init_from=resume", "--batch_size=16"), "batch_size=16 differs from the run's 8"),
+        (("--init_from=resume", "--seed=2"), "seed=2 differs from the run's 1337"),
+        (("--init_from=resume", "--dataset=data/p"), "data/p is not the dataset of .*train_000000.bin"),
+        (("--run_name=new", "--dataset=data/nothing"), "there is no dataset in data/nothing"),
+        (("--run_name=new", "--block_size=33"), "take --block_size=32 or 64"),
+        (("--run_name=new", "--block_size=32000"), "fewer than one window"),
+        (("--run_name=new", "--vocab_size=999"), "vocab_size=999, but the tokenizer of data/u has 320"),
+        (
+            ("--run_name=new", "--batch_size=10"),
+            "micro-batches of 8: nearest possible is --micro_batch_size=10 or --batch_size=16",
+        ),
+        (("--run_name=new", "--device=cuda"), "device=cuda is not available"),
+    ],
+)
+def test_bad_input_changes_nothing(workdir, straight, args, sentence):
+    before = tree(workdir)
+    given = {arg.split("=")[0] for arg in args}
+    base = [arg for arg in (*TINY, *META, "--run_name=straight", "--dropout=0.1") if arg.split("=")[0] not in given]
+    error = refusal(cli("train.py", *base, *args, cwd=workdir))
+    assert re.search(sentence, error), error
+    assert tree(workdir) == before
+
+
+def test_a_damaged_dataset_is_refused_before_anything_is_written(workdir, tmp_path):
+    shutil.copytree(workdir / "data/u", tmp_path / "data/u")
+    shard = tmp_path / "data/u/val_000000.bin"
+    raw = bytearray(shard.read_bytes())
+    raw[100] ^= 4
+    shard.write_bytes(raw)
+    error = refusal(cli("train.py", *TINY, *META, "--run_name=x", cwd=tmp_path))
+    assert "data/u/val_000000.bin is damaged: its sha256 is " in error and not (tmp_path / "out").exists()
+
+
+def test_a_dataset_of_another_tokenizer_is_refused_by_name(workdir, straight, tmp_path):
+    result = cli("prepare.py", "--source=files", "--files", str(workdir / "texts/*.txt"), "--bpe_vocab_size=290",
+                 "--name=other", "--chunk_content=28", "--chunk_markers=4", "--val_fraction=0.1", cwd=tmp_path)  # fmt: skip
+    assert result.returncode == 0
+    base = [arg for arg in TINY if not arg.startswith("--dropout")]
+    error = refusal(cli("train.py", *base, "--block_size=32", f"--dataset={tmp_path}/data/other", "--run_name=straight",
+                        "--dropout=0.1", "--init_from=resume", cwd=workdir))  # fmt: skip
+    assert "another tokenizer" in error or "differs from the run's" in error
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "offer"),
+    [
+        (480, 12, 7, "--batch_size=476 or 483"),
+        (10, 4, 1, "--micro_batch_size=5 or --batch_size=12"),
+        (16, 3, 2, "--micro_batch_size=2 or --batch_size=18|--micro_batch_size=4 or --batch_size=18"),
+        (3, 1, 4, "--batch_size=4:?"),
+    ],
+)
+def test_impossible_batches_offer_the_nearest(batch, micro, world, offer):
+    with pytest.raises(UserError, match=offer):
+        train.accumulation(TrainConfig(batch_size=batch, micro_batch_size=micro), world)
+
+
+def test_possible_batches():
+    assert train.accumulation(TrainConfig(batch_size=480, micro_batch_size=12), 8) == 5
+    assert train.accumulation(TrainConfig(batch_size=480, micro_batch_size=12), 4) == 10  # the paper's
+
+
+def test_learning_rate():
+    cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
+    rates = [train.learning_rate(step, cfg) for step in range(200)]
+    assert 0 < rates[0] < rates[9] < 1 == rates[10] and rates[60] == pytest.approx(0.55)
+    assert rates[10:111] == sorted(rates[10:111], reverse=True) and rates[110] == pytest.approx(0.1) == rates[199]
+
+
+def test_divergence_is_an_error_not_a_night_of_nan(workdir):
+    error = refusal(cli("train.py", *[a for a in TINY if "learning" not in a], *META, "--run_name=nan",
+                        "--learning_rate=1e30", "--grad_clip=0", "--max_steps=50", cwd=workdir))  # fmt: skip
+    assert re.search(r"the loss is (nan|inf) at step \d+: training has diverged", error)
