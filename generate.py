@@ -115,7 +115,7 @@ def generate(
             return
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def hidden_states(run: Run, ids: list[int]) -> torch.Tensor:
     """ids (T,) -> final hidden states (T, C)."""
     tokens = torch.tensor([ids], device=run.model.wte.weight.device)
@@ -123,7 +123,7 @@ def hidden_states(run: Run, ids: list[int]) -> torch.Tensor:
     return run.model(tokens, torch.arange(len(ids), device=tokens.device)[None], meta_index)[0]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def next_logits(run: Run, ids: list[int]) -> torch.Tensor:
     """Logits over the predictable ids (n_content,) of the content token that follows `ids`."""
     source = len(ids) - 1
@@ -144,7 +144,7 @@ def pick(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: flo
     return int(order[torch.multinomial(probs, 1, generator=generator)])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score(run: Run, text: str, plan: MarkerPlan) -> tuple[list[int], list[float]]:
     """Content ids of a text and the nats of each, given <|endoftext|> and the tokens before it.
 

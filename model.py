@@ -140,7 +140,7 @@ _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "m
 
 
 def to_hf(model: GPT) -> dict[str, torch.Tensor]:
-    """State dict for transformers.GPT2LMHeadModel; UserError unless second_attention none, learned positions, biases."""
+    """State dict for transformers.GPT2LMHeadModel. UserError but for second_attention none, position learned, bias."""
     cfg = model.cfg
     if cfg.second_attention != "none" or cfg.position != "learned" or not cfg.bias:
         raise UserError(

@@ -53,8 +53,7 @@ class RunLog:
             return
         self.metrics = run_dir / "metrics.jsonl"
         if self.metrics.exists():
-            lines = self.metrics.read_text().splitlines()
-            kept = [line for line in lines if _is_record(line) and json.loads(line)["step"] <= step]
+            kept = [line for line in self.metrics.read_text().splitlines() if _is_kept(line, step)]
             partial = self.metrics.with_suffix(".writing")
             partial.write_text("".join(line + "\n" for line in kept))
             os.replace(partial, self.metrics)
@@ -91,9 +90,9 @@ class RunLog:
                 self.wandb.finish()
 
 
-def _is_record(line: str) -> bool:
-    """A kill can cut the last line short."""
+def _is_kept(line: str, step: int) -> bool:
     try:
-        return "step" in json.loads(line)
-    except ValueError:
+        record = json.loads(line)
+    except ValueError:  # a kill can cut the last line short
         return False
+    return record["step"] <= step and record["kind"] != "final"  # it was not the end after all

@@ -5,7 +5,7 @@ Windows of 512 positions (461 content tokens and 51 meta-tokens), so that tasks 
 from config import GPTConfig, TrainConfig
 
 config = TrainConfig(
-    model=GPTConfig(n_layer=4, n_head=3, n_embd=192, block_size=512, second_attention="meta"),
+    model=GPTConfig(n_layer=4, n_head=3, n_embd=192, block_size=512, second_attention="meta", position="rope"),
     dataset="data/stdlib_uniform",
     batch_size=8,  # 3,688 content tokens a step
     micro_batch_size=8,

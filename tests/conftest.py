@@ -33,6 +33,12 @@ def cli(*args: str, cwd: Path, env: dict | None = None, stdin: bytes = b"", laun
     return subprocess.run(command, cwd=cwd, env=env, input=stdin, capture_output=True, timeout=280)
 
 
+def override(base: tuple[str, ...], *args: str) -> list[str]:
+    """Settings --name=value of `args` in place of those of `base`: a program refuses to be told twice."""
+    given = {arg.split("=")[0] for arg in args}
+    return [arg for arg in base if arg.split("=")[0] not in given] + list(args)
+
+
 def refusal(result) -> str:
     """The one sentence of a refused command: status 2, nothing else on stderr, no traceback."""
     stderr = result.stderr.decode()
@@ -42,18 +48,17 @@ def refusal(result) -> str:
 
 
 def tree(folder: Path) -> dict[str, tuple]:
-    """Every file below a folder with size and change time: equal before and after means nothing was touched."""
+    """Every file and folder below one, files with size and change time: equal before and after means untouched."""
     return {
-        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ()
         for path in sorted(folder.rglob("*"))
-        if "__pycache__" not in path.parts
     }
 
 
 TINY = (
     "--n_layer=2", "--n_head=2", "--n_embd=32", "--dtype=float32", "--compile=False", "--wandb=disabled",
-    "--device=cpu",    "--batch_size=8", "--micro_batch_size=8", "--learning_rate=1e-3", "--min_lr=1e-4", "--warmup_steps=3",
-    "--log_interval=1", "--eval_interval=10", "--save_interval=10", "--eval_windows=5",
+    "--device=cpu", "--batch_size=8", "--micro_batch_size=8", "--learning_rate=1e-3", "--min_lr=1e-4",
+    "--warmup_steps=3", "--log_interval=1", "--eval_interval=10", "--save_interval=10", "--eval_windows=5",
 )  # fmt: skip
 
 

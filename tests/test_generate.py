@@ -175,7 +175,6 @@ def test_prompts_from_files_and_standard_input(run, workdir, tmp_path):
         (["--prompt_file=-"], b"caf\xe9 ", "standard input is not UTF-8 at byte 3"),
         (["--prompt_file=nowhere.txt"], b"", "nowhere.txt cannot be read"),
         (["--prompt=" + "the cat " * 60], b"", "window has 64: shorten it"),
-        (["--prompt=th<|meta|>e"], b"", "splits the token"),
         (["--run=out/nothing"], b"", "no checkpoint in 'out/nothing'"),
         (["--temprature=1"], b"", "did you mean 'temperature'"),
     ],
@@ -187,6 +186,13 @@ def test_bad_prompts_get_one_sentence(run, workdir, args, stdin, sentence):
     assert result.returncode == 2 and sentence in error and "Traceback" not in error
     assert sum(line.startswith("error: ") for line in error.splitlines()) == 1
     assert tree(workdir) == before
+
+
+def test_a_marker_inside_a_token_gets_one_sentence(run, workdir):
+    token = next(token for token in map(run.tokenizer.decode_bytes, run.tokenizer.encode("the cat")) if len(token) > 1)
+    text = token.decode()
+    result = cli("sample.py", "--run=out/gen", f"--prompt={text[:1]}<|meta|>{text[1:]}", cwd=workdir)
+    assert result.returncode == 2 and f"splits the token {text!r}" in result.stderr.decode()
 
 
 def test_markers_need_a_run_that_had_some(workdir):

@@ -1,13 +1,15 @@
 import json
+import re
 
 import pytest
 
+from config import PrepareConfig
 from data.shards import file_sha256
 from data.tokenizer import Tokenizer
 from prepare import split_of
-from tests.conftest import cli, manifest, refusal, tree, write_texts
+from tests.conftest import cli, manifest, override, refusal, tree, write_texts
 
-FILES = ("--source=files", "--files", "texts/*.txt", "--bpe_vocab_size=300", "--chunk_content=28", "--chunk_markers=4",
+FILES = ("--source=files", "--files=texts/*.txt", "--bpe_vocab_size=300", "--chunk_content=28", "--chunk_markers=4",
          "--val_fraction=0.1")  # fmt: skip
 
 
@@ -18,7 +20,7 @@ def folder(tmp_path):
 
 
 def prepare(folder, *args):
-    result = cli("prepare.py", *FILES, *args, cwd=folder)
+    result = cli("prepare.py", *override(FILES, *args), cwd=folder)
     assert result.returncode == 0, result.stderr.decode()
     return result.stdout.decode()
 
@@ -62,8 +64,6 @@ def test_one_very_large_document_does_not_dominate_validation(tmp_path):
 
 def test_the_split_looks_at_the_text_alone(folder):
     """Documents that are added move no other document, and equal texts share a side."""
-    from config import PrepareConfig
-
     cfg = PrepareConfig(val_fraction=0.2)
     texts = [f"document number {i}" for i in range(2000)]
     sides = [split_of(text, cfg) for text in texts]
@@ -74,8 +74,6 @@ def test_the_split_looks_at_the_text_alone(folder):
 def test_a_bpe_is_trained_on_the_train_split_alone(folder):
     prepare(folder, "--name=a")
     secret = "zqxzqx zqxzqx zqxzqx " * 200
-    from config import PrepareConfig
-
     cfg = PrepareConfig(val_fraction=0.1)
     number = next(i for i in range(1000) if split_of(f"{i} {secret}", cfg) == "val")
     (folder / "texts/zz.txt").write_text(f"{number} {secret}")
@@ -115,7 +113,7 @@ def test_inspect_shows_the_markers(workdir):
     ("args", "sentence"),
     [
         (["--name=taken"], "data/taken exists: choose another --name"),
-        (["--files", "nothing/*.txt"], "no file matches 'nothing/*.txt'"),
+        (["--files=nothing/*.txt"], r"no file matches 'nothing/\*.txt'"),
         (["--tokenizer=gpt3"], "tokenizer='gpt3' is unknown"),
         (["--chunk_content=1000000"], "the train split has .* tokens, fewer than one chunk"),
         (["--val_fraction=0.0000001"], "the val split has 0 tokens.*raise --val_fraction"),
@@ -124,18 +122,9 @@ def test_inspect_shows_the_markers(workdir):
     ],
 )
 def test_bad_input_changes_nothing(folder, args, sentence):
-    import re
-
     prepare(folder, "--name=taken")
     before = tree(folder)
-    drop = {arg.split("=")[0] for arg in args}
-    base, i = [], 0
-    while i < len(FILES):  # the given settings replace the usual ones
-        step = 2 if FILES[i] == "--files" else 1
-        if FILES[i].split("=")[0] not in drop:
-            base += FILES[i : i + step]
-        i += step
-    error = refusal(cli("prepare.py", *base, *args, cwd=folder))
+    error = refusal(cli("prepare.py", *override(FILES, *args), cwd=folder))
     assert re.search(sentence, error), error
     assert tree(folder) == before
 
