@@ -28,7 +28,7 @@ class UserError(Exception):
 
 
 def run_cli(main) -> None:
-    """Calls main(argv) of a command-line program and ends the process: a UserError becomes its sentence and status 2."""
+    """Calls main(argv) of a command-line program and ends the process; a UserError: its sentence and status 2."""
     status = 0
     try:
         main(sys.argv[1:])
