@@ -3,9 +3,9 @@ Meta-Tokens", arXiv 2509.16278, section 2). Needs torch and einops alone, so tha
 
 The paper writes it as attention over all T positions under two masks, the causal one and P with P[i, j] = 0 where i
 and j are both meta positions and -inf elsewhere. Only M of the T rows take part, so those rows are gathered, ordinary
-causal attention runs over them, and the result is scattered back: gathered positions increase, hence causal order among
-the rows is causal order in the sequence, and M^2 scores replace T^2. The other rows, for which a softmax over
-nothing is undefined, get exactly 0.
+causal attention runs over them, and the result is added back in place: gathered positions increase, hence causal order
+among the rows is causal order in the sequence, and M^2 scores replace T^2. The other rows, for which a softmax over
+nothing is undefined, get exactly 0 added.
 """
 
 import torch
@@ -29,20 +29,29 @@ class CausalSelfAttention(nn.Module):
         q, k, v = rearrange(self.c_attn(x), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        y = causal_sdpa(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(rearrange(y, "b h t d -> b t (h d)")))
 
 
 class MetaAttention(CausalSelfAttention):
-    """Causal self-attention among the meta-tokens only. x (B, T, C), meta_index (B, M) -> (B, T, C).
+    """The residual sub-layer x + attention(norm(x)) among the meta-tokens only; all other rows of x stay as they are.
 
-    meta_index holds each row's meta positions in increasing order; rows with fewer than M are padded at the end with T.
-    All rows of the result that are no meta position are exactly 0. M may be 0."""
+    x (B, T, C), meta_index (B, M) -> (B, T, C). meta_index holds each row's meta positions in increasing order; a row
+    with fewer than M is padded at the end with T. M may be 0."""
 
-    def forward(self, x, meta_index, rotate=None):
-        """rotate: as above, for the gathered rows (B, H, M, D)."""
-        y = super().forward(gather_rows(x, meta_index), rotate)  # (B, M, C)
-        return scatter_rows(y, meta_index, x.size(1))
+    def forward(self, x, meta_index, norm, rotate=None):
+        """norm: a LayerNorm or the like, which works row by row; rotate: as above, for gathered rows (B, H, M, D)."""
+        rows = gather_rows(x, meta_index)  # (B, M, C): nothing below touches more than these
+        return add_rows(x, super().forward(norm(rows), rotate), meta_index)
+
+
+def causal_sdpa(q, k, v, dropout_p):
+    """Causal scaled dot-product attention: q, k, v (B, H, T, D) -> (B, H, T, D)."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) < 256:
+        # with few rows, as the meta-tokens are, the bf16 kernel of torch 2.13 takes 1.5 to 4 times as long as fp32's
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, dropout_p=dropout_p)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
 
 
 def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -54,7 +63,8 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return torch.where((index < T)[..., None], rows, 0)
 
 
-def scatter_rows(y: torch.Tensor, index: torch.Tensor, T: int) -> torch.Tensor:
-    """y (B, M, C), index (B, M) in [0, T] -> (B, T, C) with y's rows at their index, 0 elsewhere, pads dropped."""
-    out = y.new_zeros(y.size(0), T + 1, y.size(2))  # row T takes the pads
-    return out.scatter(1, index[..., None].expand_as(y), y)[:, :T]
+def add_rows(x: torch.Tensor, y: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x (B, T, C), y (B, M, C), index (B, M) in [0, T] -> x with y's rows added at their index, pads dropped."""
+    T = x.size(1)
+    y = torch.where((index < T)[..., None], y, 0).to(x.dtype)
+    return x.scatter_add(1, index.clamp(max=T - 1)[..., None].expand_as(y), y)

@@ -54,7 +54,7 @@ class Block(nn.Module):
     def forward(self, x, meta_index, rotate_all, rotate_meta):
         x = x + self.attn(self.ln_1(x), rotate_all)
         if self.second == "meta":
-            x = x + self.second_attn(self.ln_second(x), meta_index, rotate_meta)
+            x = self.second_attn(x, meta_index, self.ln_second, rotate_meta)  # adds to the meta-tokens' rows
         elif self.second == "causal":
             x = x + self.second_attn(self.ln_second(x), rotate_all)
         return x + self.mlp(self.ln_2(x))
