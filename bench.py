@@ -79,7 +79,8 @@ def bench_step(label: str, shape: GPTConfig, C: int, M: int, windows: int, repea
 
 
 def bench_layer(T: int, M: int, C: int = 768, n_head: int = 12, B: int = 4, repeats: int = 9) -> None:
-    """Forward and backward of MetaAttention, a residual sub-layer, against SDPA over all rows under the paper's two masks, materialised."""
+    """Forward and backward of MetaAttention against SDPA over all rows with the paper's masks materialised, both with
+    LayerNorm and residual."""
     torch.manual_seed(0)
     layer, norm = MetaAttention(C, n_head, bias=False, dropout=0.0), torch.nn.LayerNorm(C)
     x = torch.randn(B, T, C, requires_grad=True)
