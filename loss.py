@@ -97,12 +97,13 @@ class Tally:
     `sums` (5,) float64: nats and count of targets that have bytes, those bytes, nats and count of <|endoftext|>."""
 
     def __init__(self, token_bytes: torch.Tensor, device: torch.device):
+        device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         self.token_bytes = token_bytes.to(device)
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
 
     def add(self, nats: torch.Tensor, targets: torch.Tensor) -> None:
         """nats and targets of one shape; a negative target is not scored."""
-        nats, targets = nats.flatten().double(), targets.flatten()
+        nats, targets = nats.flatten().to(self.sums.device).double(), targets.flatten().to(self.sums.device)
         n_bytes = torch.where(targets >= 0, self.token_bytes[targets.clamp(min=0)], 0)
         text, end = n_bytes > 0, (targets >= 0) & (n_bytes == 0)
         for i, part in enumerate((nats * text, text, n_bytes, nats * end, end)):

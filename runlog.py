@@ -45,7 +45,7 @@ def _processor() -> str:
 class RunLog:
     """Lines for people (screen and train.log) and for programs (metrics.jsonl, wandb).
 
-    On a resume at `step`, lines of metrics.jsonl beyond it are cut: the steps are trained again. Silent unless main."""
+    Lines of metrics.jsonl beyond `step` are cut, -1 cuts all: those steps are trained again. Silent unless main."""
 
     def __init__(self, run_dir: Path, cfg: TrainConfig, data: dict, step: int, main: bool):
         self.main, self.wandb = main, None

@@ -12,7 +12,6 @@ accumulation (to floating-point rounding), and any number of interruptions (to t
 import dataclasses
 import json
 import math
-import shutil
 import signal
 import time
 from contextlib import nullcontext
@@ -79,6 +78,12 @@ def data_facts(data: Windows, cfg: TrainConfig) -> dict:
     }
 
 
+def flat(cfg: TrainConfig) -> dict:
+    """All settings by their flat names."""
+    settings = to_dict(cfg)
+    return {**settings.pop("model"), **settings}
+
+
 def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[str]:
     """Raises UserError if the run cannot go on exactly -> sentences about settings that may change and did."""
     old = saved.state["data"]
@@ -93,9 +98,9 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
                 f"{cfg.dataset} is not the dataset of {saved.folder}: the sha256 of {name} was {sha256[:12]}.. and is "
                 f"{str(facts['shards'].get(name))[:12]}..; give the run's dataset, {old['dataset']}."
             )
-    changed = []
-    for name, value in {**to_dict(cfg), "model": None, **to_dict(cfg.model)}.items():
-        before = {**saved.state["config"], "model": None, **saved.state["config"]["model"]}[name]
+    changed, was = [], flat(saved.config)
+    for name, value in flat(cfg).items():
+        before = was[name]
         if value == before or name in ("init_from", "out_dir", "run_name", "dataset"):
             continue
         if name in to_dict(cfg.model) or name in ("target_rule", "seed", "batch_size"):
@@ -122,6 +127,8 @@ def find_checkpoint(cfg: TrainConfig, run_dir: Path, warn) -> Checkpoint | None:
     found = checkpoint.newest(run_dir, warn) if run_dir.exists() else None
     if found is None and init_from == "resume":
         raise UserError(f"there is no checkpoint in {run_dir} to resume: start with --init_from=scratch (or auto).")
+    if found is None and run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / "config.json").exists():
+        raise UserError(f"{run_dir} exists and is no run of ours: choose another --run_name.")
     return found
 
 
@@ -215,6 +222,11 @@ class Trainer:
         self.train_data, self.val_data = (
             Windows(cfg.dataset, split, cfg.model.block_size, cfg.target_rule) for split in ("train", "val")
         )
+        if cfg.model.second_attention == "meta" and not self.train_data.manifest["chunk_markers"]:
+            raise UserError(
+                f"second_attention=meta would idle, since {cfg.dataset} has no markers: take --second_attention=none, "
+                f"or a dataset prepared with --injection=uniform."
+            )
         self.cfg = cfg = with_vocabulary(cfg, self.train_data)
         self.facts = data_facts(self.train_data, cfg)
         changed = check_resumable(saved, cfg, self.facts) if saved else []
@@ -241,19 +253,18 @@ class Trainer:
             self.objective = DistributedDataParallel(self.objective)
 
         if dist.is_main:
-            if saved:
-                checkpoint.sweep(self.run_dir)
-            elif cfg.init_from == "auto" or int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-                shutil.rmtree(self.run_dir, ignore_errors=True)  # it holds no checkpoint: nothing to lose
             self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.log = RunLog(self.run_dir, cfg, self.facts, self.step, dist.is_main)
+            checkpoint.sweep(self.run_dir)
+        self.log = RunLog(self.run_dir, cfg, self.facts, self.step if saved else -1, dist.is_main)
         for sentence in warnings + changed:
             self.log.say(sentence)
         self._introduce(why, no_compile)
 
     def _introduce(self, why_dtype: str, no_compile: str | None) -> None:
         cfg, data, say = self.cfg, self.train_data, self.log.say
-        say(json.dumps(to_dict(cfg)))
+        say(
+            f"{cfg.run_name}: " + " ".join(f"{name}={value}" for name, value in flat(cfg).items() if name != "run_name")
+        )
         groups = self.optimizer.param_groups
         decayed, rest = (sum(p.numel() for p in group["params"]) for group in groups)
         say(

@@ -128,8 +128,13 @@ def test_evaluation_does_not_depend_on_batch_size(workdir, straight):
 
 
 def test_auto_starts_then_resumes(workdir):
+    """Also in the folder of a run that was killed before its first checkpoint."""
+    (workdir / "out/auto/.step_00000001.writing").mkdir(parents=True)
+    (workdir / "out/auto/config.json").write_text("{}")
+    (workdir / "out/auto/metrics.jsonl").write_text('{"kind": "val", "step": 0, "loss": 9}\n{"kind": "tra')
     first = run(workdir, "auto", "--init_from=auto", "--max_steps=4")
     before = final(first)
+    assert [line["step"] for line in metrics(first)] == [0, 1, 2, 3, 4, 4, 4] and not list(first.glob(".*"))
     again = run(workdir, "auto", "--init_from=auto", "--max_steps=4")
     assert equal(final(again), before)
     assert len([line for line in metrics(again) if line["kind"] == "train"]) == 4
@@ -193,6 +198,8 @@ def test_wandb_offline_writes_into_the_run(workdir):
             "micro-batches of 8: nearest possible is --micro_batch_size=10 or --batch_size=16",
         ),
         (("--run_name=new", "--device=cuda"), "device=cuda is not available"),
+        (("--run_name=new", "--dataset=data/n", "--block_size=28"), "second_attention=meta would idle"),
+        (("--out_dir=.", "--run_name=texts", "--init_from=auto"), "texts exists and is no run of ours"),
     ],
 )
 def test_bad_input_changes_nothing(workdir, straight, args, sentence):
