@@ -36,6 +36,9 @@ def run_cli(main) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
             print(f"error: {error}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
     except BrokenPipeError:  # the reader of our output (head, say) has gone
         os._exit(1)
     if "TORCHELASTIC_RUN_ID" in os.environ:

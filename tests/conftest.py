@@ -26,11 +26,11 @@ def write_texts(folder: Path, documents: int = 60, words: int = 300) -> None:
         (folder / f"doc{number:03}.txt").write_text("".join(out))
 
 
-def cli(*args: str, cwd: Path, env: dict | None = None, stdin: bytes = b"", launcher=(sys.executable,)):
+def cli(*args: str, cwd: Path, env: dict | None = None, stdin: bytes = b"", launcher=(sys.executable,), timeout=280):
     """Runs a command-line program of the repository in another folder, as a user would."""
     command = [*launcher, str(ROOT / args[0]), *args[1:]]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
-    return subprocess.run(command, cwd=cwd, env=env, input=stdin, capture_output=True, timeout=280)
+    return subprocess.run(command, cwd=cwd, env=env, input=stdin, capture_output=True, timeout=timeout)
 
 
 def override(base: tuple[str, ...], *args: str) -> list[str]:

@@ -1,0 +1,53 @@
+"""The commands of README and docstrings are real: every one parses, and the notebook lines run."""
+
+import re
+import shlex
+
+import pytest
+
+from checkpoint import load_run
+from config import PrepareConfig, SampleConfig, TrainConfig, load_config
+from tests.conftest import ROOT, TINY, cli
+
+CLASSES = {"train.py": TrainConfig, "prepare.py": PrepareConfig, "sample.py": SampleConfig}
+PAGES = [ROOT / "README.md", ROOT / "LOG.md", *ROOT.glob("*.py"), *(ROOT / "config").glob("*.py")]
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        text = page.read_text().replace("\\\\\n", " ").replace("\\\n", " ")
+        for match in re.finditer(r"(?:python |nproc_per_node=8 )((train|prepare|sample)\.py\b[^\n`|]*)", text):
+            found.append((page.name, match[1].split("#")[0].strip().rstrip(".,:)")))
+    return found
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_every_command_parses(page, command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    program, *argv = shlex.split(command)
+    if not {"--help", "CONFIG"} & set(argv):
+        load_config(CLASSES[program], argv)
+
+
+def test_there_are_commands_to_test():
+    pages = {page for page, _ in commands()}
+    assert len(commands()) > 25 and {"README.md", "train.py", "sample.py", "prepare.py", "meta_gpt2.py"} <= pages
+
+
+def test_the_notebook_lines_run(workdir):
+    args = ("--dataset=data/u", "--block_size=64", "--run_name=notebook", "--max_steps=2")
+    assert cli("train.py", *TINY, *args, cwd=workdir).returncode == 0
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    names: dict = {}
+    exec(code.replace("out/quickstart", str(workdir / "out/notebook")), names)
+    assert isinstance(names["text"], str) and len(names["nats"]) == len(names["tokens"]) > 3
+    assert names["run"].config == load_run(workdir / "out/notebook").config
+
+
+def test_every_file_of_the_readme_exists():
+    listing = (ROOT / "README.md").read_text().split("## The files")[1]
+    for name in re.findall(r"\b(\w+\.py)\b", listing):
+        assert (ROOT / name).is_file(), name
+    modules = {path.name for path in ROOT.glob("*.py")}
+    assert modules == set(re.findall(r"\b(\w+\.py)\b", listing))
