@@ -47,7 +47,7 @@ def processes(device: str):
     chosen = pick_device(device, local_rank)
     if world > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=10))
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
     try:
         yield Dist(rank, local_rank, world, chosen)
     finally:

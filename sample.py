@@ -40,7 +40,7 @@ def read_prompt(cfg: SampleConfig) -> str | None:
 
 def write_sample(console: Console, run: Run, cfg: SampleConfig, prompt_text: str | None, number: int) -> None:
     """Streams one sample to the console: prompt bold, markers dim."""
-    tokenizer, seed = run.tokenizer, stable_key(cfg.sample_seed, number)
+    tokenizer, seed = run.tokenizer, stable_key(cfg.seed, number)
     plan = MarkerPlan.of_run(run, cfg.meta, seed)
     prompt = lay_out(run, tokenizer.encode_prompt(prompt_text or ""), plan)
     ids = generate(

@@ -249,7 +249,7 @@ class SampleConfig:
     """draw from the k most likely tokens; None = from all"""
     top_p: float = 1.0
     """draw from the smallest set of tokens with this much probability"""
-    sample_seed: int = 1337
+    seed: int = 1337
     """keys the draws and the places of the markers"""
     meta: Literal["trained", "none", "periodic", "uniform"] = "trained"
     """where markers are inserted: as the run's data had them, nowhere, or by another rule"""
@@ -267,7 +267,7 @@ class SampleConfig:
         check(self, "temperature", 0 <= self.temperature < float("inf"), "be at least 0 and finite")
         check(self, "top_k", self.top_k is None or self.top_k >= 1, "be at least 1, or None")
         check(self, "top_p", 0 < self.top_p <= 1, "lie in (0, 1]")
-        check(self, "sample_seed", self.sample_seed >= 0, "be at least 0")
+        check(self, "seed", self.seed >= 0, "be at least 0")
         if self.prompt is not None and self.prompt_file:
             raise UserError("prompt and prompt_file are both given: leave one out.")
 
