@@ -3,6 +3,7 @@
 python bench.py            # meta against plain training steps, and the meta layer against a dense mask
 """
 
+import argparse
 import dataclasses
 import statistics
 import time
@@ -115,6 +116,7 @@ def bench_layer(T: int, M: int, C: int = 768, n_head: int = 12, B: int = 4, repe
 
 
 def main(argv: list[str]) -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     facts = environment()
     print(", ".join(f"{key} {facts[key]}" for key in ("processor", "cpu_capability", "threads", "torch", "commit")))
     bench_layer(T=1024, M=102)
