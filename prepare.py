@@ -13,10 +13,11 @@ import json
 import lzma
 import os
 import shutil
+import signal
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -70,32 +71,54 @@ def make_tokenizer(cfg: PrepareConfig, source: Source) -> Tokenizer:
     return Tokenizer.train(train_texts(), cfg.bpe_vocab_size)
 
 
-def encode_in_order(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[Piece, np.ndarray]]:
-    """(piece, ids) in the order of the pieces. Threads, since tiktoken releases Python's lock; at most a few
-    megabytes of text are under way, so memory does not grow with the corpus."""
+_tokenizer: Tokenizer  # of a worker process
 
-    def tasks() -> Iterator[list[Piece]]:
-        task, size = [], 0
-        for piece in pieces:
-            task.append(piece)
-            size += len(piece.text)
-            if size >= BATCH_BYTES:
-                yield task
-                task, size = [], 0
-        if task:
-            yield task
 
-    def encode(task: list[Piece]) -> list[tuple[Piece, np.ndarray]]:
-        return [(piece, tokenizer.encode(piece.text)) for piece in task]
+def _start_worker(tokenizer: Tokenizer) -> None:
+    global _tokenizer
+    _tokenizer = tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
 
-    with ThreadPoolExecutor(workers) as pool:
+
+def _encode(texts: list[str]) -> list[np.ndarray]:
+    return [_tokenizer.encode(text) for text in texts]
+
+
+class Encoders:
+    """Worker processes that tokenize; the result does not depend on how many there are."""
+
+    def __init__(self, tokenizer: Tokenizer, workers: int):
+        self.workers = workers
+        self.pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(tokenizer,))
+        self.pool.submit(_encode, []).result()  # starts the processes now, before the progress bar starts a thread
+
+    def in_order(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
+        """(piece, ids) in the order of the pieces. At most a few megabytes of text are under way, so memory does not
+        grow with the corpus."""
         waiting: deque = deque()
-        for task in tasks():
-            waiting.append(pool.submit(encode, task))
-            if len(waiting) > 2 * workers:
-                yield from waiting.popleft().result()
+        for task in tasks(pieces):
+            waiting.append((task, self.pool.submit(_encode, [piece.text for piece in task])))
+            if len(waiting) > 2 * self.workers:
+                yield from self._finish(*waiting.popleft())
         while waiting:
-            yield from waiting.popleft().result()
+            yield from self._finish(*waiting.popleft())
+
+    @staticmethod
+    def _finish(task: list[Piece], future: Future) -> Iterator[tuple[Piece, np.ndarray]]:
+        return zip(task, future.result(), strict=True)
+
+
+def tasks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in lists of about BATCH_BYTES of text."""
+    task, size = [], 0
+    for piece in pieces:
+        task.append(piece)
+        size += len(piece.text)
+        if size >= BATCH_BYTES:
+            yield task
+            task, size = [], 0
+    if task:
+        yield task
 
 
 class SplitWriter:
@@ -196,9 +219,10 @@ def write_dataset(folder: Path, cfg: PrepareConfig, command: str, console: Conso
         TextColumn("{task.percentage:>3.0f}%  {task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    encoders = Encoders(tokenizer, cfg.workers)
+    with encoders.pool, Progress(*columns, console=console) as progress:
         bar, tokens = progress.add_task("", total=source.total_bytes, rate=""), 0
-        for piece, ids in encode_in_order(source.pieces(), tokenizer, cfg.workers):
+        for piece, ids in encoders.in_order(source.pieces()):
             split = split_of(piece.text, cfg)
             if run not in (None, split):  # the document goes on in the other split: here it ends
                 writers[run].end_document()

@@ -206,7 +206,7 @@ class PrepareConfig:
     seed: int = 1337
     """keys the places of the markers and the split"""
     workers: int = os.cpu_count() or 1
-    """threads that tokenize (tiktoken works outside Python's lock); the result does not depend on it"""
+    """processes that tokenize; the result does not depend on their number"""
     shard_tokens: int = 100_000_000
     """positions in a shard file"""
     inspect: str = ""
