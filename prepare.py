@@ -78,6 +78,7 @@ def _start_worker(tokenizer: Tokenizer) -> None:
     global _tokenizer
     _tokenizer = tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _encode(texts: list[str]) -> list[np.ndarray]:
@@ -331,6 +332,7 @@ def main(argv: list[str]) -> None:
     if cfg.inspect:
         inspect(Path(cfg.inspect), console)
     else:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up as Ctrl-C does
         prepare(cfg, " ".join(["python prepare.py", *argv]), console)
 
 
