@@ -27,7 +27,7 @@ def test_every_command_parses(page, command, monkeypatch):
     monkeypatch.chdir(ROOT)
     program, *argv = shlex.split(command)
     if not {"--help", "CONFIG"} & set(argv):
-        load_config(CLASSES[program], argv)
+        assert isinstance(load_config(CLASSES[program], argv), CLASSES[program])
 
 
 def test_there_are_commands_to_test():
