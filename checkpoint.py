@@ -10,7 +10,9 @@ is whole, and the newest one that verifies is the one to trust.
 
 import json
 import os
+import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import torch
 
 from config import TrainConfig, UserError, train_config_from_dict
 from data.shards import file_sha256
-from data.tokenizer import Tokenizer
+from data.tokenizer import RANKS_FILE, SPEC_FILE, Tokenizer
 from model import GPT
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
@@ -36,7 +38,10 @@ def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str,
     partial.mkdir()
     for name, content in files.items():
         if isinstance(content, dict):
-            safetensors.torch.save_file({k: t.detach().contiguous() for k, t in content.items()}, partial / name)
+            try:
+                safetensors.torch.save_file({k: t.detach().contiguous() for k, t in content.items()}, partial / name)
+            except safetensors.SafetensorError as error:  # a full disk, say
+                raise UserError(f"{partial / name} could not be written ({error}): make room, then resume.") from error
         else:
             (partial / name).write_bytes(content)
     hashes = {name: file_sha256(partial / name) for name in files}
@@ -49,9 +54,16 @@ def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str,
     os.rename(partial, final)
     _fsync(run_dir)
     _point(run_dir / ("latest" if kind == "step" else "best"), final.name)
-    for old in sorted(run_dir.glob(f"{kind}_*"))[:-keep]:
+    others = [folder for folder in _folders(run_dir, kind) if folder != final]
+    for old in others[: len(others) - (keep - 1)]:
         _delete(old)
     return final
+
+
+def _folders(run_dir: Path, kind: str) -> list[Path]:
+    """Folders of exactly our naming, oldest first: a user's copies beside them are left alone."""
+    folders = (path for path in run_dir.glob(f"{kind}_*") if re.fullmatch(rf"{kind}_\d{{8}}", path.name))
+    return sorted(path for path in folders if path.is_dir())
 
 
 def _fsync(path: Path) -> None:
@@ -78,8 +90,14 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def sweep(run_dir: Path) -> None:
-    """Removes what a killed process left half-written or half-deleted."""
+def sweep(run_dir: Path, step: int) -> None:
+    """Removes what a killed process left half-written or half-deleted, and sets aside, as damaged_step_*, checkpoints
+    beyond `step`, the one that is resumed: they did not verify."""
+    for folder in _folders(run_dir, "step"):
+        if int(folder.name.split("_")[1]) > step:
+            aside = folder.with_name(f"damaged_{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
     for suffix in (WRITING, DELETING):
         for path in run_dir.glob(f".*{suffix}"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -114,6 +132,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Verifies every file of a checkpoint's folder. Raises UserError naming the file and both hashes."""
     try:
         hashes = json.loads((folder / MANIFEST).read_text())["sha256"]
+        missing = {WEIGHTS, STATE, SPEC_FILE, RANKS_FILE} - hashes.keys()
+        if missing:
+            raise ValueError(f"it does not list {min(missing)}")
         for name, expected in hashes.items():
             found = file_sha256(folder / name)
             if found != expected:
@@ -129,8 +150,8 @@ def newest(run_dir: Path, warn) -> Checkpoint | None:
     """The newest checkpoint that verifies, or None where none was ever written; warn(sentence) for each that does not.
 
     Raises UserError if there are checkpoints and all are damaged."""
-    folders = sorted((path for path in run_dir.glob("step_*") if path.is_dir()), reverse=True)
-    for folder in folders:
+    folders = _folders(run_dir, "step")
+    for folder in reversed(folders):
         try:
             return open_checkpoint(folder)
         except UserError as error:
@@ -168,16 +189,15 @@ def load_run(path: str | Path = "", device: str | torch.device = "cpu") -> Run:
     """Loads a run for use: path is out/<run> (its best checkpoint, else its newest) or one checkpoint's folder; ""
     is the run in out/ that saved last. Raises UserError if there is none, or it is damaged."""
     path = Path(path) if path else _newest_run(Path("out"))
-    if (path / STATE).is_file():
-        checkpoint = open_checkpoint(path)
-    elif (path / "best").is_file():
-        checkpoint = open_checkpoint(path / (path / "best").read_text().strip())
-    else:
-        checkpoint = newest(path, warn=print)
-        if checkpoint is None:
-            raise UserError(
-                f"there is no checkpoint in {str(path)!r}: give a run that train.py made, such as out/NAME."
-            )
+    checkpoint = open_checkpoint(path) if (path / STATE).is_file() else None
+    for folder in reversed(_folders(path, "best")):
+        try:
+            checkpoint = checkpoint or open_checkpoint(folder)
+        except UserError as error:
+            _warn(f"{error} Taking the newest checkpoint instead.")
+    checkpoint = checkpoint or newest(path, _warn)
+    if checkpoint is None:
+        raise UserError(f"there is no checkpoint in {str(path)!r}: give a run that train.py made, such as out/NAME.")
     cfg = checkpoint.config
     tokenizer = checkpoint.tokenizer()
     if (tokenizer.n_vocab, tokenizer.n_content) != (cfg.model.vocab_size, cfg.model.content_vocab_size):
@@ -188,6 +208,10 @@ def load_run(path: str | Path = "", device: str | torch.device = "cpu") -> Run:
     model = GPT(cfg.model)
     model.load_state_dict(checkpoint.weights())
     return Run(model.to(device).eval(), tokenizer, cfg, checkpoint.state, checkpoint.folder)
+
+
+def _warn(sentence: str) -> None:
+    print(f"warning: {sentence}", file=sys.stderr)
 
 
 def _newest_run(out: Path) -> Path:

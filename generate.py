@@ -96,6 +96,11 @@ def generate(
         raise UserError(
             f"the prompt has {len(prompt)} positions with its markers, and the model's window has {T}: shorten it."
         )
+    return _generate(run, prompt, plan, max_new_tokens, temperature, top_k, top_p, seed, stop_at_endoftext)
+
+
+def _generate(run, prompt, plan, max_new_tokens, temperature, top_k, top_p, seed, stop_at_endoftext) -> Iterator[int]:
+    T = run.config.model.block_size
     generator = torch.Generator().manual_seed(stable_key(seed, "sample") >> 1)
     meta, ids, dropped = run.tokenizer.meta, list(prompt), 0
     for _ in range(max_new_tokens):

@@ -21,7 +21,9 @@ def read_run(folder: Path) -> tuple[dict, dict[str, list[dict]]]:
     """A run's config.json and its metrics by kind. Raises UserError if it has none."""
     try:
         facts = json.loads((folder / "config.json").read_text())
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        text = (folder / "metrics.jsonl").read_text()
+        # a line that is being written, or that a kill cut short, has no end
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder} has no readable metrics ({error}): give folders of runs, such as out/NAME."
@@ -36,7 +38,7 @@ def read_run(folder: Path) -> tuple[dict, dict[str, list[dict]]]:
 
 def smooth(values: list[float], share: float = 0.05) -> np.ndarray:
     """Mean over a centred window of `share` of the points, so that the curve behind the noise can be seen."""
-    width = max(1, int(len(values) * share))
+    width = int(len(values) * share) | 1  # odd: it has a middle
     kernel = np.ones(width)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
@@ -48,7 +50,7 @@ def plot(folders: list[Path], output: Path) -> None:
         color = f"C{number}"
         tokens, losses = ([line[key] for line in metrics["train"]] for key in ("content_tokens", "loss"))
         left.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8)
-        left.plot(tokens, smooth(losses), color=color, label=folder.name)
+        left.plot(tokens, smooth(losses) if losses else [], color=color, label=folder.name)
         tokens, bits = ([line[key] for line in metrics["val"]] for key in ("content_tokens", "bits_per_byte"))
         final = metrics["final"][-1]["bits_per_byte"] if metrics["final"] else None
         label = folder.name + (f", whole split at the end: {final:.3f}" if final else "")
@@ -64,7 +66,10 @@ def plot(folders: list[Path], output: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(output, dpi=150)
+    try:
+        figure.savefig(output, dpi=150)
+    except ValueError as error:
+        raise UserError(f"{output} cannot be drawn ({error}): take a name that ends in .png.") from error
 
 
 def main(argv: list[str]) -> None:

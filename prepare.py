@@ -31,6 +31,7 @@ from data.shards import MANIFEST, ShardWriter, read_manifest, token_dtype
 from data.sources import Piece, Source, open_source
 from data.tokenizer import SPEC_FILE, Tokenizer
 from rng import stable_key
+from terminal import MAGENTA, write
 
 SPLITS = ("train", "val")
 TOKENIZER_BYTES = 64 * 2**20  # text that a BPE is trained on at most
@@ -158,14 +159,14 @@ class SplitWriter:
             self.chunks += n
         self._pending, self._pending_tokens = [rest], len(rest)
 
-    def finish(self) -> dict:
+    def finish(self, skipped: str) -> dict:
         """-> the split's part of the manifest. Raises UserError if there is not one whole chunk."""
         self._flush()
         self.shards.close()
         if not self.chunks:
             raise UserError(
-                f"the {self.split} split has {self._pending_tokens} tokens, fewer than one chunk of "
-                f"{self.C}: give more text, or raise --val_fraction if it is validation that is short."
+                f"the {self.split} split has {self._pending_tokens} tokens, fewer than one chunk of {self.C}"
+                f"{skipped}: give more text, or {'raise' if self.split == 'val' else 'lower'} --val_fraction."
             )
         return {
             "content_tokens": self.chunks * self.C,
@@ -238,6 +239,9 @@ def write_dataset(folder: Path, cfg: PrepareConfig, command: str, console: Conso
             rate = f"{tokens / max(progress.tasks[0].elapsed or 0, 1e-9):,.0f} tokens/s"
             progress.update(bar, advance=int(tokenizer.token_bytes[ids].sum()), rate=rate)
 
+    skipped = (
+        f" ({len(source.skipped)} documents were skipped, {': '.join(source.skipped[0])})" if source.skipped else ""
+    )
     manifest = {
         "format": 1,
         "command": command,
@@ -257,7 +261,7 @@ def write_dataset(folder: Path, cfg: PrepareConfig, command: str, console: Conso
         "documents_skipped": len(source.skipped),
         "skipped": source.skipped[:100],
         "val_text_compressed": compressors.finish(),
-        "splits": {split: writers[split].finish() for split in SPLITS},
+        "splits": {split: writers[split].finish(skipped) for split in SPLITS},
     }
     for name, content in tokenizer.files().items():
         (folder / name).write_bytes(content)
@@ -271,9 +275,9 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
     if folder.exists():
         raise UserError(f"{folder} exists: choose another --name, or delete it first.")
     partial = root / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         manifest = write_dataset(partial, cfg, command, console)
         os.replace(partial, folder)
     except OSError as error:
@@ -287,7 +291,7 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
 def print_summary(folder: Path, manifest: dict, console: Console) -> None:
     C, M = manifest["chunk_content"], manifest["chunk_markers"]
     console.print(f"\n{folder}: {manifest['source']}")
-    console.print(f"made by: {manifest['command']}", markup=False)
+    console.print(f"made by: {manifest['command']}")
     console.print(
         f"chunks of {C} content tokens + {M} markers ({manifest['injection']}, k = {M / (C + M):.4f}), "
         f"seed {manifest['seed']}, tokenizer {manifest['tokenizer']['name']}"
@@ -307,7 +311,7 @@ def print_summary(folder: Path, manifest: dict, console: Console) -> None:
     if manifest["documents_skipped"]:
         console.print(f"  {manifest['documents_skipped']} documents were skipped:", style="yellow")
         for path, reason in manifest["skipped"][:10]:
-            console.print(f"    {path}: {reason}", markup=False, style="yellow")
+            console.print(f"    {path}: {reason}", style="yellow")
 
 
 def inspect(folder: Path, console: Console, windows: int = 2) -> None:
@@ -322,13 +326,13 @@ def inspect(folder: Path, console: Console, windows: int = 2) -> None:
             console.rule(f"{split}, window {window} of {data.n_windows:,}", style="dim")
             for is_marker, group in itertools.groupby(tokens, key=lambda token: token == data.tokenizer.meta):
                 text = data.tokenizer.decode(group)
-                console.print(text, end="", markup=False, highlight=False, style="bold magenta" if is_marker else None)
+                write(text, MAGENTA if is_marker else "")
             console.print()
 
 
 def main(argv: list[str]) -> None:
     cfg = load_config(PrepareConfig, argv)
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     if cfg.inspect:
         inspect(Path(cfg.inspect), console)
     else:

@@ -95,4 +95,4 @@ def _is_kept(line: str, step: int) -> bool:
         record = json.loads(line)
     except ValueError:  # a kill can cut the last line short
         return False
-    return record["step"] <= step and record["kind"] != "final"  # it was not the end after all
+    return isinstance(record, dict) and record["step"] <= step and record["kind"] != "final"  # not the end after all

@@ -8,9 +8,8 @@ head -c 300 some.py | python sample.py --prompt_file=-
 
 import codecs
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-
-from rich.console import Console
 
 from checkpoint import Run, load_run
 from config import SampleConfig, UserError, load_config, run_cli
@@ -18,6 +17,7 @@ from data.tokenizer import META
 from dist import autocast, pick_device, pick_dtype
 from generate import MarkerPlan, generate, lay_out
 from rng import stable_key
+from terminal import BOLD, DIM_MAGENTA, write
 
 
 def read_prompt(cfg: SampleConfig) -> str | None:
@@ -32,59 +32,56 @@ def read_prompt(cfg: SampleConfig) -> str | None:
         except UnicodeDecodeError as error:
             raise UserError(f"the prompt in {name} is not UTF-8 at byte {error.start}: convert it first.") from None
     else:
-        text = cfg.prompt
+        text, name = cfg.prompt, "--prompt"
+        if text is not None and not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError(f"the prompt in {name} is not UTF-8: convert it first.")
     if text is not None and not text.replace(META, ""):
         raise UserError("the prompt is empty: give some text, or leave the prompt out to start a document.")
     return text
 
 
-def write_sample(console: Console, run: Run, cfg: SampleConfig, prompt_text: str | None, number: int) -> None:
-    """Streams one sample to the console: prompt bold, markers dim."""
-    tokenizer, seed = run.tokenizer, stable_key(cfg.seed, number)
+def start_sample(run: Run, cfg: SampleConfig, prompt_text: str | None, number: int) -> tuple[list[int], Iterator[int]]:
+    """The ids of a prompt, markers included, and those that will follow. Raises UserError before anything is shown."""
+    seed = stable_key(cfg.seed, number)
     plan = MarkerPlan.of_run(run, cfg.meta, seed)
-    prompt = lay_out(run, tokenizer.encode_prompt(prompt_text or ""), plan)
-    ids = generate(
-        run,
-        prompt,
-        plan,
-        cfg.max_new_tokens,
-        cfg.temperature,
-        cfg.top_k,
-        cfg.top_p,
-        seed,
-        cfg.stop_at_endoftext,
-    )
-    show_markers = cfg.show_markers == "yes" or (cfg.show_markers == "auto" and console.is_terminal)
+    prompt = lay_out(run, run.tokenizer.encode_prompt(prompt_text or ""), plan)
+    options = (cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seed, cfg.stop_at_endoftext)
+    return prompt, generate(run, prompt, plan, *options)
+
+
+def show_sample(run: Run, show_markers: bool, prompt: list[int], ids: Iterator[int]) -> None:
+    """Streams one sample to standard output: prompt bold, markers dim."""
+    tokenizer = run.tokenizer
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
 
-    def show(token: int, style: str | None) -> None:
-        if token == tokenizer.meta:
-            if show_markers:
-                console.print(META, end="", style="dim magenta", markup=False, highlight=False)
-        else:
-            text = decoder.decode(tokenizer.decode_bytes(token))
-            console.print(text, end="", style=style, markup=False, highlight=False)
+    def show(token: int, style: str = "") -> None:
+        if token != tokenizer.meta:
+            write(decoder.decode(tokenizer.decode_bytes(token)), style)
+        elif show_markers:
+            write(META, DIM_MAGENTA)
 
     for token in prompt[prompt.index(tokenizer.eot) + 1 :]:
-        show(token, "bold")
+        show(token, BOLD)
     for token in ids:
-        show(token, None)
-    console.print()
+        show(token)
+    write(decoder.decode(b"", final=True) + "\n")
 
 
 def main(argv: list[str]) -> None:
     cfg = load_config(SampleConfig, argv)
-    prompt = read_prompt(cfg)
+    prompt_text = read_prompt(cfg)
     device = pick_device(cfg.device)
     run = load_run(cfg.run, device)
-    where = f"{run.folder}, step {run.state['step']:,}, {run.model.num_params() / 1e6:.1f}M parameters"
-    Console(stderr=True).print(f"# {where}, markers: {cfg.meta}", style="dim", highlight=False, soft_wrap=True)
-    console = Console(soft_wrap=True)
+    show_markers = cfg.show_markers == "yes" or (cfg.show_markers == "auto" and sys.stdout.isatty())
     with autocast(device, pick_dtype(cfg.dtype, device)[0]):
         for number in range(cfg.count):
+            sample = start_sample(run, cfg, prompt_text, number)
+            if number == 0:
+                size = f"{run.model.num_params() / 1e6:.1f}M parameters"
+                print(f"# {run.folder}, step {run.state['step']:,}, {size}, markers: {cfg.meta}", file=sys.stderr)
             if cfg.count > 1:
-                console.rule(f"sample {number + 1} of {cfg.count}", style="dim")
-            write_sample(console, run, cfg, prompt, number)
+                write(f"--- sample {number + 1} of {cfg.count} ---\n", BOLD)
+            show_sample(run, show_markers, *sample)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ accumulation (to floating-point rounding), and any number of interruptions (to t
 """
 
 import dataclasses
+import fcntl
 import json
 import math
 import signal
@@ -98,12 +99,14 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
                 f"{cfg.dataset} is not the dataset of {saved.folder}: the sha256 of {name} was {sha256[:12]}.. and is "
                 f"{str(facts['shards'].get(name))[:12]}..; give the run's dataset, {old['dataset']}."
             )
+    if cfg.max_steps < saved.step:
+        raise UserError(f"max_steps={cfg.max_steps}, but {saved.folder} is at step {saved.step}: ask for more steps.")
     changed, was = [], flat(saved.config)
     for name, value in flat(cfg).items():
         before = was[name]
         if value == before or name in ("init_from", "out_dir", "run_name", "dataset"):
             continue
-        if name in to_dict(cfg.model) or name in ("target_rule", "seed", "batch_size"):
+        if name in to_dict(cfg.model) or name in ("target_rule", "seed", "batch_size", "eval_windows"):
             raise UserError(
                 f"{name}={value} differs from the run's {before}, and {saved.folder} cannot go on with it: leave "
                 f"--{name} as it was, or start a new --run_name."
@@ -118,15 +121,15 @@ def find_checkpoint(cfg: TrainConfig, run_dir: Path, warn) -> Checkpoint | None:
     if init_from == "scratch" and int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         init_from = "auto"  # torchrun restarts the job: scratch was meant for its first start
     if init_from == "scratch":
-        if run_dir.exists():
+        if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
             raise UserError(
-                f"the run folder {run_dir} exists: go on with --init_from=resume, choose another --run_name, or "
+                f"the run folder {run_dir} exists: go on with --init_from=auto, choose another --run_name, or "
                 f"delete it."
             )
         return None
     found = checkpoint.newest(run_dir, warn) if run_dir.exists() else None
     if found is None and init_from == "resume":
-        raise UserError(f"there is no checkpoint in {run_dir} to resume: start with --init_from=scratch (or auto).")
+        raise UserError(f"there is no checkpoint in {run_dir} to resume: start with --init_from=auto.")
     if found is None and run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / "config.json").exists():
         raise UserError(f"{run_dir} exists and is no run of ours: choose another --run_name.")
     return found
@@ -162,6 +165,16 @@ def evaluate(model: GPT, data: Windows, cfg: TrainConfig, dist: Dist, n_windows:
     model.train()
     dist.sum(tally.sums)
     return tally.figures()
+
+
+def lock(run_dir: Path):
+    """An open file whose lock lasts as long as the process. Raises UserError if another process trains here."""
+    file = open(run_dir / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is training in {run_dir}: wait for it, or take another --run_name.") from None
+    return file
 
 
 class StopFlag:
@@ -230,9 +243,9 @@ class Trainer:
         self.cfg = cfg = with_vocabulary(cfg, self.train_data)
         self.facts = data_facts(self.train_data, cfg)
         changed = check_resumable(saved, cfg, self.facts) if saved else []
-        if cfg.verify == "full" and dist.local_rank == 0:
-            verify(Path(cfg.dataset), self.train_data.manifest)
-        dist.barrier()
+        damage = self._damage()
+        if dist.sum(torch.tensor(float(damage is not None), device=dist.device)) > 0:  # all processes end together
+            raise damage or UserError(f"another process found {cfg.dataset} damaged: see its machine's message.")
 
         self.dtype, why = pick_dtype(cfg.dtype, dist.device)
         no_compile = why_not_compile(dist.device) if cfg.compile else "as asked"
@@ -254,11 +267,21 @@ class Trainer:
 
         if dist.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            checkpoint.sweep(self.run_dir)
+            self.lock = lock(self.run_dir)
+            checkpoint.sweep(self.run_dir, self.step)
         self.log = RunLog(self.run_dir, cfg, self.facts, self.step if saved else -1, dist.is_main)
         for sentence in warnings + changed:
             self.log.say(sentence)
         self._introduce(why, no_compile)
+
+    def _damage(self) -> UserError | None:
+        """What is wrong with the shards' bodies, looked at by one process of each machine."""
+        try:
+            if self.cfg.verify == "full" and self.dist.local_rank == 0:
+                verify(Path(self.cfg.dataset), self.train_data.manifest)
+        except UserError as error:
+            return error
+        return None
 
     def _introduce(self, why_dtype: str, no_compile: str | None) -> None:
         cfg, data, say = self.cfg, self.train_data, self.log.say
@@ -332,16 +355,18 @@ class Trainer:
         started = time.perf_counter()
         figures = evaluate(self.model, self.val_data, self.cfg, self.dist, n_windows)
         took = time.perf_counter() - started
+        if not math.isfinite(figures["loss"]):
+            self._diverged(f"the validation loss is {figures['loss']}")
         self.log.record(kind, self.step, **figures, content_tokens=self.content_tokens(), eval_s=took)
         better = kind == "val" and self.step > 0 and (self.best is None or figures["loss"] < self.best["loss"])
         if better:
             self.best = {"step": self.step, "loss": figures["loss"], "bits_per_byte": figures["bits_per_byte"]}
-        end = figures["endoftext_loss"]
+        end = "" if figures["endoftext_loss"] is None else f", {figures['endoftext_loss']:.2f} an <|endoftext|>"
         self.log.say(
-            f"step {self.step:>7,}  validation: {figures['bits_per_byte']:.4f} bits per byte ({self.compressed}), "
-            f"{figures['loss']:.4f} nats a token" + ("" if end is None else f", {end:.2f} an <|endoftext|>")
-            + f", on {figures['tokens']:,} tokens in {took:.1f} s" + ("  best" if better else "")
-        )  # fmt: skip
+            f"step {self.step:>7,}  {'whole ' if n_windows is None else ''}validation: {figures['bits_per_byte']:.4f} "
+            f"bits per byte ({self.compressed}), {figures['loss']:.4f} nats a token{end}, on {figures['tokens']:,} "
+            f"tokens in {took:.1f} s{'  best' if better else ''}"
+        )
         if better:
             self.save("best")
 
@@ -376,11 +401,13 @@ class Trainer:
             rate = learning_rate(self.step, cfg)
             loss, norm, stops = self.train_step(stop.raised)
             clock.step()
-            stopping = stops.item() > 0  # the one device sync of a step
+            stopping, norm = torch.stack((stops, norm.to(stops.dtype))).tolist()  # the one device sync of a step
+            if not math.isfinite(norm):
+                self._diverged(f"the gradient's norm is {norm}")  # before anything of it could be saved
             if self.step % cfg.log_interval == 0 or self.step == cfg.max_steps:
                 loss = self.dist.sum(loss.clone()).item()
                 seconds = clock.look()
-                self._log_step(loss, norm.item(), rate, seconds, clock)
+                self._log_step(loss, norm, rate, seconds, clock)
             paused = time.perf_counter()
             if self.step % cfg.eval_interval == 0 or self.step == cfg.max_steps:
                 self.evaluate(cfg.eval_windows)
@@ -398,12 +425,13 @@ class Trainer:
             log.say(f"done in {hms(time.perf_counter() - clock.started)}: {self.run_dir}")
         log.close()
 
+    def _diverged(self, what: str) -> None:
+        raise UserError(
+            f"{what} at step {self.step:,}: training has diverged; lower --learning_rate and start again, or resume "
+            f"with it from the last checkpoint in {self.run_dir}, which is from before."
+        )
+
     def _log_step(self, loss: float, norm: float, rate: float, seconds: float, clock: Clock) -> None:
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {self.step:,}: training has diverged; lower --learning_rate, or resume "
-                f"from the last checkpoint in {self.run_dir}."
-            )
         cfg, data = self.cfg, self.train_data
         content = cfg.batch_size * data.content_per_window / seconds
         positions = cfg.batch_size * data.T / seconds
@@ -427,7 +455,7 @@ class Trainer:
 
 
 def main(argv: list[str]) -> None:
-    cfg = load_config(TrainConfig, argv)
+    cfg = load_config(TrainConfig, argv, config_file=True)
     if not cfg.run_name:
         raise UserError("the run has no name: give a config file (config/tiny_meta.py) or --run_name=NAME.")
     with processes(cfg.device) as dist:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import os
 import re
 import runpy
@@ -36,11 +37,15 @@ def run_cli(main) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
             print(f"error: {error}", file=sys.stderr)
         status = 2
+    except (OSError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output (head, say) has gone
+            os._exit(1)
+        reason = str(error) or "there is not enough memory"
+        print(f"error: {reason}: check the path, its permissions and the space that is left.", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
-    except BrokenPipeError:  # the reader of our output (head, say) has gone
-        os._exit(1)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # DDP keeps gloo's threads alive beyond destroy_process_group, and one that frees a tensor while the interpreter
         # shuts down aborts the process (seen in 4 of 99 runs of two processes): leave without that shutdown.
@@ -80,8 +85,8 @@ class GPTConfig:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("n_layer", "n_head", "n_embd", "block_size"):
-            check(self, name, getattr(self, name) >= 1, "be at least 1")
+        for name, most in (("n_layer", 10**4), ("n_head", 10**4), ("n_embd", 2**16), ("block_size", 2**24)):
+            check(self, name, 1 <= getattr(self, name) <= most, f"lie in 1 .. {most}")
         check(self, "dropout", 0 <= self.dropout < 1, "lie in [0, 1)")
         check(self, "rope_theta", self.rope_theta > 1, "be above 1")
         if self.n_embd % self.n_head:
@@ -166,7 +171,9 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("batch_size", "micro_batch_size", "max_steps", "log_interval", "eval_interval", "save_interval"):
+        for name in ("batch_size", "micro_batch_size"):
+            check(self, name, 1 <= getattr(self, name) <= 10**6, "lie in 1 .. 1000000")
+        for name in ("max_steps", "log_interval", "eval_interval", "save_interval"):
             check(self, name, getattr(self, name) >= 1, "be at least 1")
         for name in ("min_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"):
             check(self, name, getattr(self, name) >= 0, "be at least 0")
@@ -214,10 +221,11 @@ class PrepareConfig:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("chunk_content", "workers", "shard_tokens"):
-            check(self, name, getattr(self, name) >= 1, "be at least 1")
-        for name in ("chunk_markers", "seed"):
-            check(self, name, getattr(self, name) >= 0, "be at least 0")
+        check(self, "chunk_content", 1 <= self.chunk_content <= 2**20, "lie in 1 .. 1048576")
+        check(self, "chunk_markers", 0 <= self.chunk_markers <= 2**20, "lie in 0 .. 1048576")
+        check(self, "workers", 1 <= self.workers <= 1024, "lie in 1 .. 1024")
+        check(self, "shard_tokens", self.shard_tokens >= 1, "be at least 1")
+        check(self, "seed", self.seed >= 0, "be at least 0")
         check(self, "val_fraction", 0 < self.val_fraction < 1, "lie strictly between 0 and 1")
         check(self, "bpe_vocab_size", 257 <= self.bpe_vocab_size <= 1_000_000, "lie in 257 .. 1000000")
         check(self, "name", is_folder_name(self.name) or not self.name, FOLDER_NAME)
@@ -264,7 +272,7 @@ class SampleConfig:
         check_types(self)
         for name in ("max_new_tokens", "count"):
             check(self, name, getattr(self, name) >= 1, "be at least 1")
-        check(self, "temperature", 0 <= self.temperature < float("inf"), "be at least 0 and finite")
+        check(self, "temperature", self.temperature == 0 or self.temperature >= 1e-3, "be 0, or at least 0.001")
         check(self, "top_k", self.top_k is None or self.top_k >= 1, "be at least 1, or None")
         check(self, "top_p", 0 < self.top_p <= 1, "lie in (0, 1]")
         check(self, "seed", self.seed >= 0, "be at least 0")
@@ -274,11 +282,11 @@ class SampleConfig:
 
 # ----------------------------------------------------------------------------- checks
 
-FOLDER_NAME = "be a folder name of letters, digits, '.', '_' and '-', not starting with a dot"
+FOLDER_NAME = "be a folder name of at most 100 letters, digits, '.', '_' and '-', not starting with a dot"
 
 
 def is_folder_name(name: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name) is not None
+    return re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name) is not None
 
 
 def check(config, name: str, holds: bool, must: str) -> None:
@@ -296,6 +304,8 @@ def check_types(config) -> None:
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         if float in options and type(value) is int:
             object.__setattr__(config, name, float(value))
+        elif type(value) is float and not math.isfinite(value):
+            raise UserError(f"{name}={value} is out of range: it must be finite.")
         elif not any(_is_a(value, option) for option in options):
             wanted = " or ".join(_type_name(option) for option in options)
             raise UserError(f"{name}={value!r} has the wrong type: it must be {wanted}.")
@@ -336,10 +346,10 @@ def field_names(cls) -> list[str]:
     return names
 
 
-def load_config(cls, argv: list[str]):
-    """argv = [FILE.py] --name=value ... -> an instance of cls. Raises UserError."""
+def load_config(cls, argv: list[str], config_file: bool = False):
+    """argv = --name=value ..., after a FILE.py if config_file -> an instance of cls. Raises UserError."""
     default = None
-    if argv and not argv[0].startswith("-"):
+    if config_file and argv and not argv[0].startswith("-"):
         default, argv = _read_config_file(cls, argv[0]), argv[1:]
     known = field_names(cls)
     given = [arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")]
@@ -388,7 +398,7 @@ def _read_config_file(cls, path: str):
         raise UserError(f"{path}: {owner} has no setting {name!r}: {nearest_name(name, known)}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path} fails with {type(error).__name__}: {error}; correct the file.") from error
     if not isinstance(config, cls):
         raise UserError(f"{path} must define `config = {cls.__name__}(...)`, and defines {type(config).__name__}.")

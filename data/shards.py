@@ -67,12 +67,35 @@ def read_manifest(folder: Path) -> dict:
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        manifest["splits"]["train"]["shards"], manifest["splits"]["val"]["shards"], manifest["tokenizer"]["n_vocab"]
+        _check_manifest(manifest)
         return manifest
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no dataset in {folder} ({MANIFEST} is missing): make it with prepare.py.") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the dataset again.") from error
+
+
+def _check_manifest(manifest: dict) -> None:
+    """Raises KeyError, TypeError or ValueError if a part is missing, of another type, or contradicts another."""
+    C, M = manifest["chunk_content"], manifest["chunk_markers"]
+    texts = [manifest[key] for key in ("command", "source", "injection")]
+    texts += [manifest["tokenizer"][key] for key in ("name", "fingerprint")]
+    numbers = [C, M, manifest["seed"], manifest["documents_skipped"], manifest["tokenizer"]["n_vocab"]]
+    packed = manifest["val_text_compressed"]
+    numbers += [packed["bytes"], int(packed["gzip_9_bits_per_byte"]), int(packed["xz_bits_per_byte"])]
+    for name in ("train", "val"):
+        split = manifest["splits"][name]
+        texts += [split["content_sha256"], *(entry[key] for entry in split["shards"] for key in ("file", "sha256"))]
+        numbers += [split[key] for key in ("chunks", "content_tokens", "markers", "documents", "bytes")]
+        tokens = sum(entry["tokens"] for entry in split["shards"])
+        if not split["content_tokens"] + split["markers"] == tokens == split["chunks"] * (C + M):
+            raise ValueError(f"the counts of {name} contradict each other")
+        if any(Path(entry["file"]).name != entry["file"] for entry in split["shards"]):
+            raise ValueError(f"a shard of {name} lies in another folder")
+    if not (all(type(text) is str for text in texts) and all(type(number) is int for number in numbers)):
+        raise TypeError("a value is of another type")
+    if C < 1 or M < 0 or type(manifest["skipped"]) is not list:
+        raise ValueError("a value is out of range")
 
 
 def verify(folder: Path, manifest: dict) -> None:

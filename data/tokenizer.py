@@ -136,4 +136,4 @@ class Tokenizer:
         bpe = rustbpe.Tokenizer()
         bpe.train_from_iterator(iter(texts), vocab_size - 1)
         ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
-        return cls(f"bpe{vocab_size}", bpe.get_pattern(), ranks)
+        return cls(f"bpe{len(ranks) + 1}", bpe.get_pattern(), ranks)  # fewer than asked for where text runs out

@@ -103,7 +103,7 @@ def test_a_save_that_fails_leaves_the_old_ones_and_no_half_one(tmp_path, monkeyp
             warnings = []
             found = newest(folder, warnings.append)
             assert found.step in ((1, 2) if failed else (2,)) and not warnings
-            checkpoint.sweep(folder)
+            checkpoint.sweep(folder, found.step)
             assert all(not path.name.startswith(".") for path in folder.iterdir())
             write(folder, 3)
             assert newest(folder, warnings.append).step == 3
@@ -147,16 +147,43 @@ def test_a_damaged_folder_of_the_same_step_is_replaced(tmp_path):
     assert newest(tmp_path, warn=pytest.fail).step == 2
 
 
-def test_best_is_preferred_for_use(tmp_path):
+def test_best_is_preferred_for_use_and_a_damaged_one_replaced(tmp_path, capsys):
     write(tmp_path, 3)
     write(tmp_path, 2, kind="best", keep=1)
     assert load_run(tmp_path).state["step"] == 2
     assert load_run(tmp_path / "step_00000003").state["step"] == 3
     write(tmp_path, 5, kind="best", keep=1)
     assert [path.name for path in tmp_path.glob("best_*")] == ["best_00000005"]
-    shutil.rmtree(tmp_path / "best_00000005")
-    with pytest.raises(UserError, match="best_00000005"):
-        load_run(tmp_path)
+    (tmp_path / "best_00000005/model.safetensors").write_bytes(b"")
+    assert load_run(tmp_path).state["step"] == 3
+    assert "best_00000005/model.safetensors is damaged" in capsys.readouterr().err
+
+
+def test_going_on_after_damage_never_deletes_what_is_whole(tmp_path):
+    """The newest are damaged, the one before is resumed: pruning by name alone would keep the damaged ones."""
+    for step in (10, 15, 20):
+        write(tmp_path, step, keep=3)
+    for step in (15, 20):
+        (tmp_path / f"step_{step:08d}/model.safetensors").write_bytes(b"")
+    write(tmp_path, 20, kind="best", keep=1)
+    found = newest(tmp_path, lambda sentence: None)
+    assert found.step == 10
+    checkpoint.sweep(tmp_path, found.step)
+    write(tmp_path, 13)
+    write(tmp_path, 13, kind="best", keep=1)
+    assert newest(tmp_path, pytest.fail).step == 13
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"step_00000010", "step_00000013", "best_00000013", "damaged_step_00000015"} <= names
+    assert load_run(tmp_path).state["step"] == 13
+
+
+def test_a_users_copies_are_left_alone(tmp_path):
+    shutil.copytree(write(tmp_path, 1), tmp_path / "step_00000001_backup")
+    (tmp_path / "step_notes.txt").write_text("mine")
+    for step in (2, 3, 4):
+        write(tmp_path, step)
+    assert (tmp_path / "step_00000001_backup/model.safetensors").exists() and (tmp_path / "step_notes.txt").exists()
+    assert newest(tmp_path, pytest.fail).step == 4
 
 
 def test_no_run_is_one_sentence(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ CONFIGS = sorted(path for path in (ROOT / "config").glob("*.py") if path.name !=
 
 
 def load(*argv: str, cls=TrainConfig):
-    return load_config(cls, list(argv))
+    return load_config(cls, list(argv), config_file=cls is TrainConfig)
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, PrepareConfig, SampleConfig])
@@ -83,7 +83,10 @@ def test_command_line_beats_file_beats_default():
         (["--n_layer=4", "--n_layer=5"], "--n_layer is given 2 times: leave one"),
         (["--n_layer=4", "--n-layer=5"], "--n_layer is given 2 times"),
         (["--n_layer=4", "oops"], "unexpected argument 'oops'"),
-        (["--n_layer=0"], "n_layer=0 is out of range: it must be at least 1"),
+        (["--n_layer=0"], "n_layer=0 is out of range: it must lie in 1"),
+        (["--max_steps=0"], "max_steps=0 is out of range: it must be at least 1"),
+        (["--batch_size=1000000000000"], "batch_size=1000000000000 is out of range"),
+        (["--weight_decay=inf"], "weight_decay=inf is out of range: it must be finite"),
         (["--dropout=1"], r"dropout=1.0 is out of range: it must lie in \[0, 1\)"),
         (["--learning_rate=nan"], "learning_rate=nan is out of range"),
         (["--learning_rate=1e-5"], "min_lr=6e-05 is out of range: it must be at most learning_rate=1e-05"),
@@ -121,6 +124,7 @@ def test_bad_command_lines_get_one_sentence(argv, sentence, monkeypatch):
         ("confg = TrainConfig()", "must define `config = TrainConfig"),
         ("config = TrainConfig(", "SyntaxError"),
         ("config = 1/0", "ZeroDivisionError"),
+        ("import sys; sys.exit(0)", "SystemExit"),
     ],
 )
 def test_bad_config_files_get_one_sentence(tmp_path, text, sentence):
@@ -149,8 +153,9 @@ def test_bad_preparation(argv, sentence):
 
 @pytest.mark.parametrize(
     ("argv", "sentence"),
-    [(["--temperature=-1"], "temperature"), (["--top_p=0"], "top_p"), (["--top_k=0"], "top_k"),
-     (["--count=0"], "count"), (["--prompt=a", "--prompt_file=b"], "both given")],
+    [(["--temperature=-1"], "temperature"), (["--temperature=1e-40"], "temperature"), (["--top_p=0"], "top_p"),
+     (["--top_k=0"], "top_k"), (["--count=0"], "count"), (["some.py"], "unexpected argument"),
+     (["--prompt=a", "--prompt_file=b"], "both given")],
 )  # fmt: skip
 def test_bad_sampling(argv, sentence):
     with pytest.raises(UserError, match=sentence):

@@ -165,6 +165,20 @@ def test_damaged_shards_are_named_with_their_hash(copy):
         Windows(copy, "train", 32, "ignore")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("chunk_content", None), ("chunk_content", "28"), ("chunk_content", 27), ("injection", None), ("tokenizer", {}),
+     ("val_text_compressed", 3), ("skipped", None)],
+)  # fmt: skip
+def test_manifests_that_contradict_themselves_are_refused(copy, key, value):
+    facts = {**manifest(copy), key: value}
+    if value is None:
+        del facts[key]
+    (copy / "manifest.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="damaged"):
+        Windows(copy, "train", 32, "ignore")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"splits": 3}'])
 def test_damaged_manifests_are_refused(copy, text):
     (copy / "manifest.json").write_text(text)

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import re
 import shutil
@@ -55,7 +56,7 @@ def test_it_learns_and_records(straight):
     assert lines[-1]["kind"] == "final" and lines[-1]["bits_per_byte"] < 0.95 * lines[0]["bits_per_byte"]
     assert lines[0]["loss"] == pytest.approx(torch.tensor(300.0).log().item(), rel=0.02)  # knows nothing yet
     assert {path.name for path in straight.iterdir()} == {
-        "config.json", "metrics.jsonl", "train.log", "step_00000010", "step_00000020", "latest", "best",
+        ".lock", "config.json", "metrics.jsonl", "train.log", "step_00000010", "step_00000020", "latest", "best",
         (straight / "best").read_text().strip(),
     }  # fmt: skip
     saved = json.loads((straight / "config.json").read_text())
@@ -134,7 +135,8 @@ def test_auto_starts_then_resumes(workdir):
     (workdir / "out/auto/metrics.jsonl").write_text('{"kind": "val", "step": 0, "loss": 9}\n{"kind": "tra')
     first = run(workdir, "auto", "--init_from=auto", "--max_steps=4")
     before = final(first)
-    assert [line["step"] for line in metrics(first)] == [0, 1, 2, 3, 4, 4, 4] and not list(first.glob(".*"))
+    assert [line["step"] for line in metrics(first)] == [0, 1, 2, 3, 4, 4, 4]
+    assert [path.name for path in first.glob(".*")] == [".lock"]
     again = run(workdir, "auto", "--init_from=auto", "--max_steps=4")
     assert equal(final(again), before)
     assert len([line for line in metrics(again) if line["kind"] == "train"]) == 4
@@ -183,7 +185,7 @@ def test_wandb_offline_writes_into_the_run(workdir):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        ((), "the run folder out/straight exists: go on with --init_from=resume"),
+        ((), "the run folder out/straight exists: go on with --init_from=auto"),
         (("--run_name=new", "--init_from=resume"), "there is no checkpoint in out/new to resume"),
         (("--init_from=resume", "--n_layer=3"), "n_layer=3 differs from the run's 2"),
         (("--init_from=resume", "--batch_size=16"), "batch_size=16 differs from the run's 8"),
@@ -264,4 +266,29 @@ def test_divergence_is_an_error_not_a_night_of_nan(workdir):
     result = cli("train.py", *override(BASE, *args), cwd=workdir)
     error = result.stderr.decode()
     assert result.returncode == 2 and "Traceback" not in error
-    assert re.search(r"the loss is (nan|inf) at step \d+: training has diverged", error)
+    assert re.search(r"norm is (nan|inf) at step \d+: training has diverged", error)
+    for saved in (workdir / "out/nan").glob("*_0*/model.safetensors"):  # nothing of it was saved
+        assert all(torch.isfinite(p).all() for p in safetensors.torch.load_file(saved).values())
+
+
+def test_two_trainings_in_one_folder_are_refused(workdir, straight):
+    with open(straight / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        args = ("--run_name=straight", "--dropout=0.1", "--micro_batch_size=4", "--init_from=resume", "--max_steps=30")
+        assert "another process is training in out/straight" in refusal(
+            cli("train.py", *override(BASE, *args), cwd=workdir)
+        )
+
+
+def test_paths_that_cannot_be_written_get_one_sentence(workdir, tmp_path):
+    (tmp_path / "afile").write_text("")
+    for args in (
+        ("--out_dir=/proc/nope",),
+        (f"--out_dir={tmp_path}/afile",),
+        (f"--out_dir={tmp_path}", "--run_name=afile"),
+    ):
+        for init_from in ("scratch", "auto"):
+            args = override(BASE, "--run_name=x", *args, f"--init_from={init_from}")
+            result = cli("train.py", *dict.fromkeys(args), cwd=workdir)
+            assert result.returncode == 2 and b"Traceback" not in result.stderr, result.stderr.decode()
+            assert result.stderr.decode().count("error: ") == 1
