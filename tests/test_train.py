@@ -45,18 +45,18 @@ def equal(a, b) -> bool:
 
 @pytest.fixture(scope="module")
 def straight(workdir):
-    """20 steps at once, with dropout and two micro-batches."""
-    return run(workdir, "straight", "--max_steps=20", "--dropout=0.1", "--micro_batch_size=4")
+    """30 steps at once, with dropout and two micro-batches."""
+    return run(workdir, "straight", "--max_steps=30", "--dropout=0.1", "--micro_batch_size=4")
 
 
 def test_it_learns_and_records(straight):
     lines = metrics(straight)
-    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 21))
-    assert [line["step"] for line in lines if line["kind"] == "val"] == [0, 10, 20]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 31))
+    assert [line["step"] for line in lines if line["kind"] == "val"] == [0, 10, 20, 30]
     assert lines[-1]["kind"] == "final" and lines[-1]["bits_per_byte"] < 0.95 * lines[0]["bits_per_byte"]
     assert lines[0]["loss"] == pytest.approx(torch.tensor(300.0).log().item(), rel=0.02)  # knows nothing yet
     assert {path.name for path in straight.iterdir()} == {
-        ".lock", "config.json", "metrics.jsonl", "train.log", "step_00000010", "step_00000020", "latest", "best",
+        ".lock", "config.json", "metrics.jsonl", "train.log", "step_00000020", "step_00000030", "latest", "best",
         (straight / "best").read_text().strip(),
     }  # fmt: skip
     saved = json.loads((straight / "config.json").read_text())
@@ -64,16 +64,16 @@ def test_it_learns_and_records(straight):
 
 
 def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(workdir, straight):
-    args = ("--dropout=0.1", "--micro_batch_size=4", "--lr_decay_steps=20")
-    run(workdir, "resumed", "--max_steps=13", *args)
+    args = ("--dropout=0.1", "--micro_batch_size=4", "--lr_decay_steps=30")
+    run(workdir, "resumed", "--max_steps=17", *args)
     # lines that were written after the last save must go: they will be written again
     with open(workdir / "out/resumed/metrics.jsonl", "a") as file:
-        file.write('{"kind": "train", "step": 14, "loss": 0.0}\n{"kind": "tr')
-    result = run(workdir, "resumed", "--max_steps=20", *args, "--init_from=resume")
+        file.write('{"kind": "train", "step": 18, "loss": 0.0}\n{"kind": "tr')
+    result = run(workdir, "resumed", "--max_steps=30", *args, "--init_from=resume")
     assert equal(final(result), final(straight))
-    lines = [line for line in metrics(result) if (line["step"], line["kind"]) != (13, "val")]
-    assert lines == metrics(straight)  # the stop at 13 evaluated once more
-    assert "changed since the checkpoint: max_steps 13 -> 20" in (result / "train.log").read_text()
+    lines = [line for line in metrics(result) if (line["step"], line["kind"]) != (17, "val")]
+    assert lines == metrics(straight)  # the stop at 17 evaluated once more
+    assert "changed since the checkpoint: max_steps 17 -> 30" in (result / "train.log").read_text()
 
 
 @pytest.mark.parametrize("second", ["meta", "causal", "none"])
@@ -169,7 +169,7 @@ def test_rope_skip_and_compile_train_too(workdir):
 
 
 def test_bfloat16_follows_float32(workdir, straight):
-    rough = run(workdir, "bf16", "--max_steps=20", "--dropout=0.1", "--micro_batch_size=4", "--dtype=bfloat16")
+    rough = run(workdir, "bf16", "--max_steps=30", "--dropout=0.1", "--micro_batch_size=4", "--dtype=bfloat16")
     assert losses(rough) == pytest.approx(losses(straight), rel=2e-2) and losses(rough) != losses(straight)
 
 
@@ -274,7 +274,7 @@ def test_divergence_is_an_error_not_a_night_of_nan(workdir):
 def test_two_trainings_in_one_folder_are_refused(workdir, straight):
     with open(straight / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        args = ("--run_name=straight", "--dropout=0.1", "--micro_batch_size=4", "--init_from=resume", "--max_steps=30")
+        args = ("--run_name=straight", "--dropout=0.1", "--micro_batch_size=4", "--init_from=resume", "--max_steps=40")
         assert "another process is training in out/straight" in refusal(
             cli("train.py", *override(BASE, *args), cwd=workdir)
         )
