@@ -115,13 +115,20 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
     return changed
 
 
+def occupied(run_dir: Path) -> bool:
+    """Is there anything in the way of a new run? An empty folder, or one with nothing but a lock, is not."""
+    if not run_dir.is_dir():
+        return run_dir.exists()
+    return any(not path.name.startswith(".") for path in run_dir.iterdir())
+
+
 def find_checkpoint(cfg: TrainConfig, run_dir: Path, warn) -> Checkpoint | None:
     """What to resume from, None for a fresh start. Raises UserError if that is not what cfg.init_from allows."""
     init_from = cfg.init_from
     if init_from == "scratch" and int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         init_from = "auto"  # torchrun restarts the job: scratch was meant for its first start
     if init_from == "scratch":
-        if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
+        if occupied(run_dir):
             raise UserError(
                 f"the run folder {run_dir} exists: go on with --init_from=auto, choose another --run_name, or "
                 f"delete it."
@@ -130,7 +137,7 @@ def find_checkpoint(cfg: TrainConfig, run_dir: Path, warn) -> Checkpoint | None:
     found = checkpoint.newest(run_dir, warn) if run_dir.exists() else None
     if found is None and init_from == "resume":
         raise UserError(f"there is no checkpoint in {run_dir} to resume: start with --init_from=auto.")
-    if found is None and run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / "config.json").exists():
+    if found is None and occupied(run_dir) and not (run_dir / "config.json").exists():
         raise UserError(f"{run_dir} exists and is no run of ours: choose another --run_name.")
     return found
 
