@@ -7,6 +7,7 @@ head -c 300 some.py | python sample.py --prompt_file=-
 """
 
 import codecs
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,20 +23,20 @@ from terminal import BOLD, DIM_MAGENTA, write
 
 def read_prompt(cfg: SampleConfig) -> str | None:
     """The prompt's text, None if none was asked for. Raises UserError if it is empty or unreadable."""
-    if cfg.prompt_file:
-        name = "standard input" if cfg.prompt_file == "-" else cfg.prompt_file
-        try:
+    if not cfg.prompt_file and cfg.prompt is None:
+        return None
+    name = {"": "--prompt", "-": "standard input"}.get(cfg.prompt_file, cfg.prompt_file)
+    try:
+        if cfg.prompt_file:
             raw = sys.stdin.buffer.read() if cfg.prompt_file == "-" else Path(cfg.prompt_file).read_bytes()
-            text = raw.decode("utf-8")
-        except OSError as error:
-            raise UserError(f"the prompt file {name} cannot be read ({error.strerror}).") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"the prompt in {name} is not UTF-8 at byte {error.start}: convert it first.") from None
-    else:
-        text, name = cfg.prompt, "--prompt"
-        if text is not None and not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise UserError(f"the prompt in {name} is not UTF-8: convert it first.")
-    if text is not None and not text.replace(META, ""):
+        else:
+            raw = os.fsencode(cfg.prompt)  # the bytes that the shell gave
+        text = raw.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"the prompt file {name} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt in {name} is not UTF-8 at byte {error.start}: convert it first.") from None
+    if not text.replace(META, ""):
         raise UserError("the prompt is empty: give some text, or leave the prompt out to start a document.")
     return text
 

@@ -181,6 +181,7 @@ def test_prompts_from_files_and_standard_input(run, workdir, tmp_path):
         (["--prompt_file=-"], b"", "the prompt is empty"),
         (["--prompt_file=-"], b"caf\xe9 ", "standard input is not UTF-8 at byte 3"),
         (["--prompt_file=nowhere.txt"], b"", "nowhere.txt cannot be read"),
+        (["--prompt=caf\udce9"], b"", "the prompt in --prompt is not UTF-8 at byte 3"),
         (["--prompt=" + "the cat " * 60], b"", "window has 64: shorten it"),
         (["--run=out/nothing"], b"", "no checkpoint in 'out/nothing'"),
         (["--temprature=1"], b"", "did you mean 'temperature'"),
