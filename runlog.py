@@ -1,5 +1,6 @@
 """What a run leaves behind besides checkpoints: config.json, metrics.jsonl, train.log, wandb. Rank 0 writes."""
 
+import functools
 import json
 import os
 import platform
@@ -13,8 +14,11 @@ import config
 from config import TrainConfig
 
 
+@functools.cache
 def environment() -> dict:
-    """What a reviewer needs to repeat a run: command, versions, machine, source commit."""
+    """What a reviewer needs to repeat a run: command, versions, machine, source commit.
+
+    Looked up once, at the start: a commit that is made while the run goes on is not the code that runs."""
 
     def git(*args: str) -> str:
         result = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)

@@ -162,10 +162,11 @@ def evaluate(model: GPT, data: Windows, cfg: TrainConfig, dist: Dist, n_windows:
     n_windows = min(n_windows or data.n_windows, data.n_windows)
     windows = (np.arange(n_windows) * data.n_windows // n_windows)[dist.rank :: dist.world]
     tally = Tally(torch.from_numpy(data.tokenizer.token_bytes), dist.device)
+    dtype = pick_dtype(cfg.dtype, dist.device)[0]
     model.eval()
     for start in range(0, len(windows), cfg.micro_batch_size):
         batch = data.batch(windows[start : start + cfg.micro_batch_size]).to(dist.device)
-        with autocast(dist.device, pick_dtype(cfg.dtype, dist.device)[0]):
+        with autocast(dist.device, dtype):
             hidden = model(batch.tokens, batch.positions, batch.meta_index).flatten(0, 1)
             nats = token_nats(hidden, model.wte.weight, batch.targets.flatten(), data.tokenizer.n_content)
         tally.add(nats, batch.targets)

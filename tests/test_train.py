@@ -128,6 +128,30 @@ def test_evaluation_does_not_depend_on_batch_size(workdir, straight):
     assert figures[0]["tokens"] == data.n_windows * 28 - 1
 
 
+def test_the_run_evaluates_without_dropout(workdir, straight):
+    """The figure that a run with dropout recorded is that of its saved weights, loaded for use."""
+    from checkpoint import load_run
+    from data.loader import Windows
+
+    loaded = load_run(straight / "step_00000030")
+    assert loaded.config.model.dropout == 0.1 and not loaded.model.training
+    data = Windows(workdir / "data/u", "val", 32, "ignore")
+    batch = data.batch(torch.arange(data.n_windows).numpy())
+    with torch.no_grad():
+        logits = loaded.model.logits(loaded.model(batch.tokens, batch.positions, batch.meta_index))
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
+    assert losses(straight, "final") == pytest.approx([expected.item()], rel=1e-5)
+
+
+def test_the_recorded_commit_is_that_of_the_start(monkeypatch):
+    import runlog
+
+    runlog.environment.cache_clear()
+    first = runlog.environment()
+    monkeypatch.setattr(runlog.subprocess, "run", lambda *args, **kwargs: pytest.fail("looked up again"))
+    assert runlog.environment() == first and len(first["commit"]) in (0, 40)
+
+
 def test_auto_starts_then_resumes(workdir):
     """Also in the folder of a run that was killed before its first checkpoint."""
     (workdir / "out/auto/.step_00000001.writing").mkdir(parents=True)
