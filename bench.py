@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from config import GPTConfig, run_cli
+from cli import run_cli
+from config import GPTConfig
 from dist import autocast
 from loss import Objective
 from meta_attention import MetaAttention

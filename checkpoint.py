@@ -161,19 +161,6 @@ def newest(run_dir: Path, warn) -> Checkpoint | None:
     return None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: GPT) -> dict[str, torch.Tensor]:
-    """The optimizer's state by parameter name: "h.0.attn.c_attn.weight/exp_avg" and so on."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {f"{names[id(p)]}/{key}": t for p, state in optimizer.state.items() for key, t in state.items()}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, model: GPT, tensors: dict[str, torch.Tensor]) -> None:
-    params = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        param, key = name.rsplit("/", 1)
-        optimizer.state[params[param]][key] = tensor.to(params[param].device)
-
-
 @dataclass
 class Run:
     """A trained model with all that it takes to use it."""

@@ -14,7 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from config import UserError, run_cli
+from cli import run_cli
+from config import UserError
 
 
 def read_run(folder: Path) -> tuple[dict, dict[str, list[dict]]]:

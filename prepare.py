@@ -24,7 +24,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from config import PrepareConfig, UserError, load_config, run_cli
+from cli import load_config, run_cli
+from config import PrepareConfig, UserError
 from data.inject import inject, marker_places
 from data.loader import Windows
 from data.shards import MANIFEST, ShardWriter, read_manifest, token_dtype

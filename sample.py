@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoint import Run, load_run
-from config import SampleConfig, UserError, load_config, run_cli
+from cli import load_config, run_cli
+from config import SampleConfig, UserError
 from data.tokenizer import META
 from dist import autocast, pick_device, pick_dtype
 from generate import MarkerPlan, generate, lay_out

@@ -25,12 +25,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from checkpoint import Checkpoint
-from config import TrainConfig, UserError, load_config, run_cli, to_dict
+from cli import load_config, run_cli
+from config import TrainConfig, UserError, to_dict
 from data.loader import Windows, window_order
 from data.shards import verify
 from dist import Dist, autocast, pick_dtype, processes, why_not_compile
 from loss import Objective, Tally, token_nats
 from model import GPT
+from optim import Optimizer, learning_rate, norms
 from rng import stable_key
 from runlog import RunLog, environment
 
@@ -104,9 +106,9 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
     changed, was = [], flat(saved.config)
     for name, value in flat(cfg).items():
         before = was[name]
-        if value == before or name in ("init_from", "out_dir", "run_name", "dataset"):
+        if value == before or name in ("init_from", "branch_from", "out_dir", "run_name", "dataset"):
             continue
-        if name in to_dict(cfg.model) or name in ("target_rule", "seed", "batch_size", "eval_windows"):
+        if name in to_dict(cfg.model) or name in ("target_rule", "seed", "batch_size", "eval_windows", "optimizer"):
             raise UserError(
                 f"{name}={value} differs from the run's {before}, and {saved.folder} cannot go on with it: leave "
                 f"--{name} as it was, or start a new --run_name."
@@ -123,35 +125,40 @@ def occupied(run_dir: Path) -> bool:
 
 
 def find_checkpoint(cfg: TrainConfig, run_dir: Path, warn) -> Checkpoint | None:
-    """What to resume from, None for a fresh start. Raises UserError if that is not what cfg.init_from allows."""
+    """What to go on from, None for a fresh start. Raises UserError if that is not what cfg.init_from allows."""
     init_from = cfg.init_from
-    if init_from == "scratch" and int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        init_from = "auto"  # torchrun restarts the job: scratch was meant for its first start
-    if init_from == "scratch":
+    if init_from != "resume" and int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        init_from = "auto"  # torchrun restarts the job: anything else was meant for its first start
+    if init_from not in ("resume", "auto"):
         if occupied(run_dir):
             raise UserError(
                 f"the run folder {run_dir} exists: go on with --init_from=auto, choose another --run_name, or "
                 f"delete it."
             )
-        return None
+        return open_branch(cfg)
     found = checkpoint.newest(run_dir, warn) if run_dir.exists() else None
     if found is None and init_from == "resume":
         raise UserError(f"there is no checkpoint in {run_dir} to resume: start with --init_from=auto.")
     if found is None and occupied(run_dir) and not (run_dir / "config.json").exists():
         raise UserError(f"{run_dir} exists and is no run of ours: choose another --run_name.")
-    return found
+    return found or open_branch(cfg)
+
+
+def open_branch(cfg: TrainConfig) -> Checkpoint | None:
+    """The checkpoint of another run that this one goes on from, without that run's record of its best."""
+    if not cfg.branch_from:
+        return None
+    saved = checkpoint.open_checkpoint(Path(cfg.branch_from))
+    if not (saved.folder / checkpoint.OPTIMIZER).is_file():
+        raise UserError(
+            f"branch_from={cfg.branch_from} holds weights without their optimizer: give a step_ folder of the run, or "
+            f"start anew from these weights with --init_from={cfg.branch_from}."
+        )
+    saved.state["best"] = None
+    return saved
 
 
 # ----------------------------------------------------------------------------- pieces of the loop
-
-
-def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Rate of update number `step` (from 0): linear warm-up, then a cosine down to min_lr."""
-    if step < cfg.warmup_steps:
-        return cfg.learning_rate * (step + 1) / (cfg.warmup_steps + 1)
-    end = cfg.lr_decay_steps or cfg.max_steps
-    done = min(1.0, (step - cfg.warmup_steps) / max(1, end - cfg.warmup_steps))
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (cfg.learning_rate - cfg.min_lr)
 
 
 @torch.no_grad()
@@ -263,10 +270,9 @@ class Trainer:
             self.model.load_state_dict(saved.weights())
             self.step, self.best = saved.step, saved.state["best"]
         self.model.to(dist.device)
-        betas = (cfg.beta1, cfg.beta2)
-        self.optimizer = torch.optim.AdamW(self.model.param_groups(cfg.weight_decay), betas=betas, fused=True)
+        self.optimizer = Optimizer(self.model, cfg)
         if saved:
-            checkpoint.restore_optimizer(self.optimizer, self.model, saved.optimizer())
+            self.optimizer.restore(saved.optimizer())
         self.objective = Objective(self.model)
         if not no_compile:
             self.objective = torch.compile(self.objective, dynamic=False)
@@ -296,8 +302,7 @@ class Trainer:
         say(
             f"{cfg.run_name}: " + " ".join(f"{name}={value}" for name, value in flat(cfg).items() if name != "run_name")
         )
-        groups = self.optimizer.param_groups
-        decayed, rest = (sum(p.numel() for p in group["params"]) for group in groups)
+        decayed, rest = (sum(p.numel() for p in group["params"]) for group in self.model.param_groups(0.0))
         say(
             f"{self.model.num_params() / 1e6:.2f}M parameters ({self.model.num_params(False) / 1e6:.2f}M without the "
             f"position table): {decayed:,} with weight decay, {rest:,} without"
@@ -335,8 +340,6 @@ class Trainer:
         exact = torch.float32 if dist.device.type == "mps" else torch.float64
         scored, stops = dist.sum(torch.tensor([scored, stop], dtype=exact, device=dist.device))
 
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, cfg)
         total = torch.zeros((), device=dist.device)
         for micro, batch in enumerate(batches):
             batch = batch.to(dist.device)
@@ -350,11 +353,14 @@ class Trainer:
                     nats = self.objective(batch.tokens, batch.targets, batch.positions, batch.meta_index)
                 (nats * (dist.world / scored).float()).backward()  # DDP takes the mean over processes
             total += nats.detach()
+        self.norms = norms(self.model) if self.logs(self.step + 1) else {}
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step(learning_rate(self.step, cfg))
         self.step += 1
         return total / scored, norm, stops
+
+    def logs(self, step: int) -> bool:
+        return step % self.cfg.log_interval == 0 or step == self.cfg.max_steps
 
     def content_tokens(self) -> int:
         return self.step * self.cfg.batch_size * self.train_data.content_per_window
@@ -395,7 +401,7 @@ class Trainer:
                 **self.train_data.tokenizer.files(),
             }
             if kind == "step":
-                files[checkpoint.OPTIMIZER] = checkpoint.optimizer_tensors(self.optimizer, self.model)
+                files[checkpoint.OPTIMIZER] = self.optimizer.tensors()
             checkpoint.save(self.run_dir, kind, self.step, files, keep=self.cfg.keep if kind == "step" else 1)
         self.dist.barrier()
 
@@ -412,7 +418,7 @@ class Trainer:
             stopping, norm = torch.stack((stops, norm.to(stops.dtype))).tolist()  # the one device sync of a step
             if not math.isfinite(norm):
                 self._diverged(f"the gradient's norm is {norm}")  # before anything of it could be saved
-            if self.step % cfg.log_interval == 0 or self.step == cfg.max_steps:
+            if self.logs(self.step):
                 loss = self.dist.sum(loss.clone()).item()
                 seconds = clock.look()
                 self._log_step(loss, norm, rate, seconds, clock)
@@ -449,6 +455,7 @@ class Trainer:
             loss=loss,
             learning_rate=rate,
             grad_norm=norm,
+            **dict(zip(self.norms, torch.stack([*self.norms.values()]).tolist(), strict=True)),
             content_tokens=self.content_tokens(),
             positions=self.step * cfg.batch_size * data.T,
             content_tokens_per_s=content,

@@ -1,58 +1,18 @@
-"""The settings: frozen dataclasses, their checks, and how a config file and the command line fill them.
+"""The settings: frozen dataclasses and their checks. cli.py fills them from config files and command lines."""
 
-    python train.py config/tiny_meta.py --n_layer=6 --learning_rate=3e-4 --compile=False
-
-A config file is Python that defines `config = TrainConfig(...)`: running a config is running code.
-Overrides are flat: a field's name is unique over the nested dataclasses (tests/test_config.py).
-"""
-
-import contextlib
 import dataclasses
 import difflib
-import io
 import math
 import os
 import re
-import runpy
-import sys
 import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
-
-import tyro
 
 
 class UserError(Exception):
     """Bad input. The message is one sentence that names the value, the cause and the cure."""
-
-
-def run_cli(main) -> None:
-    """Calls main(argv) of a command-line program and ends the process; a UserError: its sentence and status 2."""
-    status = 0
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
-            print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except (OSError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output (head, say) has gone
-            os._exit(1)
-        reason = str(error) or "there is not enough memory"
-        print(f"error: {reason}: check the path, its permissions and the space that is left.", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # DDP keeps gloo's threads alive beyond destroy_process_group, and one that frees a tensor while the interpreter
-        # shuts down aborts the process (seen in 4 of 99 runs of two processes): leave without that shutdown.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 @dataclass(frozen=True)
@@ -65,17 +25,23 @@ class GPTConfig:
     """heads of every attention, the second one included"""
     n_embd: int = 768
     """width"""
+    n_inner: int | None = None
+    """width of the MLP; None = 4 n_embd, as GPT-2; 6 n_embd has the parameters of a second attention"""
     block_size: int = 1024
     """positions in a window, markers included; a whole number of the dataset's chunks"""
     vocab_size: int | None = None
     """rows of the embedding; None = the dataset's tokenizer decides"""
     content_vocab_size: int | None = None
     """ids below this can be predicted, the rest are markers and spare rows; None = the tokenizer decides"""
-    second_attention: Literal["meta", "causal", "none"] = "meta"
-    """after causal attention in every block: attention among the meta-tokens, a second causal attention of
-    equal size (the control with equal parameters), or nothing (GPT-2)"""
+    second_attention: Literal["meta", "causal", "random", "none"] = "meta"
+    """after causal attention in every block: attention among the meta-tokens; controls of equal size: a second
+    causal attention, or attention among randomly drawn positions (sparsity without tokens); or nothing (GPT-2)"""
+    random_fraction: float = 0.1
+    """share of a window's positions that second_attention=random connects, drawn for each window; needs no markers"""
     position: Literal["learned", "rope"] = "learned"
     """a learned table, as GPT-2, or rotary q and k in every attention"""
+    meta_position: Literal["same", "none"] = "same"
+    """meta-tokens have the position of their place in the window, as all tokens, or none"""
     rope_theta: float = 10000.0
     """base of the rotary wavelengths"""
     dropout: float = 0.0
@@ -88,6 +54,12 @@ class GPTConfig:
         for name, most in (("n_layer", 10**4), ("n_head", 10**4), ("n_embd", 2**16), ("block_size", 2**24)):
             check(self, name, 1 <= getattr(self, name) <= most, f"lie in 1 .. {most}")
         check(self, "dropout", 0 <= self.dropout < 1, "lie in [0, 1)")
+        check(self, "n_inner", self.n_inner is None or 1 <= self.n_inner <= 2**18, "lie in 1 .. 262144, or be None")
+        check(self, "random_fraction", 0 < self.random_fraction <= 1, "lie in (0, 1]")
+        if self.second_attention == "random" and self.meta_position == "none":
+            raise UserError(
+                "meta_position=none needs meta-tokens, and second_attention=random runs without: leave one out."
+            )
         check(self, "rope_theta", self.rope_theta > 1, "be above 1")
         if self.n_embd % self.n_head:
             raise UserError(
@@ -112,8 +84,13 @@ class TrainConfig:
     """the run's folder inside out_dir; by default the name of the config file"""
     out_dir: str = "out"
     """folder of all runs"""
-    init_from: Literal["scratch", "resume", "auto"] = "scratch"
-    """scratch refuses an existing run folder; resume needs one; auto resumes if there is a checkpoint"""
+    init_from: str = "scratch"
+    """scratch refuses an existing run folder; resume needs one; auto resumes if there is a checkpoint. Or weights for
+    step 0: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a local Hugging Face GPT-2 folder, or a run of ours; what they
+    lack (a second attention) starts as from scratch, markers at the mean embedding"""
+    branch_from: str = ""
+    """a checkpoint of another run (out/trunk/step_00001000) that this new run goes on from, optimizer and place in the
+    data included: one constant or wsd run branches into several budgets"""
     dataset: str = "data/stdlib_uniform"
     """folder that prepare.py made"""
     verify: Literal["full", "header"] = "full"
@@ -133,14 +110,21 @@ class TrainConfig:
     """steps of the run"""
 
     # optimizer: nanoGPT's GPT-2 settings, which are the paper's
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices inside the blocks, with updates scaled to the size of AdamW's, so that learning_rate means
+    the same; AdamW has the rest"""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """after a linear warm-up: half a cosine down to min_lr; warm-up, stable, decay; or constant"""
     learning_rate: float = 6e-4
     """peak of the schedule"""
     min_lr: float = 6e-5
-    """end of the cosine"""
+    """end of the schedule, if it decays"""
     warmup_steps: int = 2000
     """linear warm-up"""
     lr_decay_steps: int | None = None
-    """step at which the cosine reaches min_lr; None = max_steps"""
+    """step at which the schedule reaches min_lr; None = max_steps"""
+    decay_fraction: float = 0.2
+    """share of lr_decay_steps in which wsd decays, at its end"""
     weight_decay: float = 0.1
     """on matrices and embeddings only"""
     beta1: float = 0.9
@@ -169,6 +153,20 @@ class TrainConfig:
     compile: bool = True
     """torch.compile; off, with the reason, where no C++ compiler is found"""
 
+    # instead of training
+    dry_run: bool = False
+    """print parameters, tokens, FLOPs, memory, hours and cost; needs neither data nor GPU"""
+    accelerator: str = "H100"
+    """for dry_run: A100, H100, ..., an unknown name lists those whose peak is known"""
+    n_accelerators: int = 8
+    """for dry_run: how many"""
+    mfu: float = 0.4
+    """for dry_run: the share of the peak that training reaches"""
+    price: float = 3.0
+    """for dry_run: US dollars for an hour of one accelerator"""
+    show_batch: int | None = None
+    """print exactly what this step sees, markers made visible"""
+
     def __post_init__(self):
         check_types(self)
         for name in ("batch_size", "micro_batch_size"):
@@ -180,6 +178,14 @@ class TrainConfig:
         check(self, "learning_rate", self.learning_rate > 0, "be above 0")
         check(self, "min_lr", self.min_lr <= self.learning_rate, f"be at most learning_rate={self.learning_rate}")
         check(self, "lr_decay_steps", self.lr_decay_steps is None or self.lr_decay_steps >= 1, "be at least 1")
+        check(self, "decay_fraction", 0 < self.decay_fraction <= 1, "lie in (0, 1]")
+        check(self, "mfu", 0 < self.mfu <= 1, "lie in (0, 1]")
+        check(self, "n_accelerators", 1 <= self.n_accelerators <= 10**6, "lie in 1 .. 1000000")
+        check(self, "price", self.price >= 0, "be at least 0")
+        check(self, "show_batch", self.show_batch is None or self.show_batch >= 0, "be at least 0, or None")
+        check(self, "init_from", self.init_from != "", "be scratch, resume, auto, gpt2 or a folder")
+        if self.branch_from and self.init_from not in ("scratch", "auto"):
+            raise UserError(f"init_from={self.init_from} and branch_from={self.branch_from} are both given: leave one.")
         check(self, "eval_windows", self.eval_windows is None or self.eval_windows >= 1, "be at least 1")
         for name in ("beta1", "beta2"):
             check(self, name, 0 <= getattr(self, name) < 1, "lie in [0, 1)")
@@ -193,10 +199,26 @@ class PrepareConfig:
 
     name: str = ""
     """the dataset's folder inside data/; by default <source>_<injection>"""
-    source: Literal["stdlib", "files"] = "stdlib"
-    """stdlib: source and documentation of the running Python's standard library; files: your text files"""
+    source: Literal["stdlib", "files", "packages", "hf"] = "stdlib"
+    """stdlib: source and documentation of the running Python's standard library; files: your files; packages: the
+    Python source of installed packages; hf: a Hugging Face dataset"""
     files: tuple[str, ...] = ()
-    """glob patterns of UTF-8 text files for --source=files; ** crosses folders; a file is a document"""
+    """glob patterns for --source=files, ** crosses folders: UTF-8 text (a file is a document), .jsonl, .jsonl.gz or
+    .parquet (a row is a document)"""
+    text_column: str = "text"
+    """field or column that holds the text, for .jsonl, .parquet and --source=hf"""
+    packages: tuple[str, ...] = ()
+    """packages for --source=packages, each NAME or NAME==VERSION"""
+    hf_dataset: str = ""
+    """name on the hub (allenai/c4) or local folder for --source=hf"""
+    hf_config: str = ""
+    """its configuration (en), if it has several"""
+    hf_split: str = "train"
+    """its split; validation is cut from it by val_fraction"""
+    hf_revision: str = ""
+    """commit or tag of the dataset; by default the newest"""
+    streaming: bool = True
+    """read a Hugging Face dataset while it downloads, or download all of it first"""
     tokenizer: str = "bpe"
     """bpe: a byte-level BPE trained on this train split; gpt2; or the folder of a prepared dataset or run
     whose tokenizer is taken over"""
@@ -216,6 +238,10 @@ class PrepareConfig:
     """processes that tokenize; the result does not depend on their number"""
     shard_tokens: int = 100_000_000
     """positions in a shard file"""
+    part: str = ""
+    """2/3 = prepare the second of three parts, on a machine of its own, into data/NAME.part2of3"""
+    merge: tuple[str, ...] = ()
+    """folders of all parts (data/NAME.part*of3): check them and write one dataset"""
     inspect: str = ""
     """print this prepared dataset, with windows decoded, and prepare nothing"""
 
@@ -231,10 +257,22 @@ class PrepareConfig:
         check(self, "name", is_folder_name(self.name) or not self.name, FOLDER_NAME)
         if self.injection != "none" and self.chunk_markers == 0:
             raise UserError(f"injection={self.injection} with chunk_markers=0 places nothing: take --injection=none.")
-        if self.source == "files" and not self.files:
-            raise UserError("source=files needs patterns: for example --source=files --files 'texts/**/*.txt'.")
-        if self.source != "files" and self.files:
-            raise UserError(f"files is only read with --source=files, and source={self.source}: add --source=files.")
+        for source, name, example in (
+            ("files", "files", "--files 'texts/**/*.txt'"),
+            ("packages", "packages", "--packages numpy==2.4.6"),
+            ("hf", "hf_dataset", "--hf_dataset=allenai/c4 --hf_config=en"),
+        ):
+            if self.source == source and not getattr(self, name):
+                raise UserError(f"source={source} needs {name}: for example --source={source} {example}.")
+            if self.source != source and getattr(self, name):
+                raise UserError(
+                    f"{name} is only read with --source={source}, and source={self.source}: add --source={source}."
+                )
+        if self.part:
+            found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.part)
+            check(self, "part", found is not None and 1 <= int(found[1]) <= int(found[2]), "be i/n with 1 <= i <= n")
+            if self.merge:
+                raise UserError("part and merge are both given: prepare the parts first, then merge them.")
 
 
 @dataclass(frozen=True)
@@ -335,7 +373,7 @@ def nearest_name(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}."
 
 
-# ----------------------------------------------------------------------------- filling
+# ----------------------------------------------------------------------------- as dictionaries
 
 
 def field_names(cls) -> list[str]:
@@ -344,67 +382,6 @@ def field_names(cls) -> list[str]:
     for name, hint in typing.get_type_hints(cls).items():
         names += field_names(hint) if dataclasses.is_dataclass(hint) else [name]
     return names
-
-
-def load_config(cls, argv: list[str], config_file: bool = False):
-    """argv = --name=value ..., after a FILE.py if config_file -> an instance of cls. Raises UserError."""
-    default = None
-    if config_file and argv and not argv[0].startswith("-"):
-        default, argv = _read_config_file(cls, argv[0]), argv[1:]
-    known = field_names(cls)
-    given = [arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")]
-    for name in given:
-        if name not in known + ["help"]:
-            raise UserError(f"unknown setting --{name}: {nearest_name(name, known)}")
-        if given.count(name) > 1:
-            raise UserError(f"--{name} is given {given.count(name)} times: leave one.")
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            config, unknown = tyro.cli(
-                cls,
-                default=default,
-                args=argv,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-                use_underscores=True,
-                return_unknown_args=True,
-            )
-    except SystemExit as end:
-        if not end.code:  # --help
-            raise
-        # tyro draws a box; its first paragraph is the reason
-        lines = [line.strip("│╭╮╰╯ ") for line in complaint.getvalue().splitlines()[1:]]
-        rules = [i for i, line in enumerate(lines) if line.startswith("──")]
-        sentence = " ".join(lines[: rules[0]] if rules else lines).strip().rstrip(" .")
-        raise UserError(f"{sentence}; --help lists all settings.") from None
-    if unknown:
-        raise UserError(f"unexpected argument {unknown[0]!r}: settings are given as --name=value.")
-    return config
-
-
-def _read_config_file(cls, path: str):
-    if not Path(path).is_file():
-        here = sorted(str(p) for p in Path("config").glob("*.py") if p.name != "__init__.py")
-        raise UserError(f"there is no config file {path!r}: {nearest_name(path, here)}")
-    try:
-        config = runpy.run_path(path).get("config")
-    except TypeError as error:  # TrainConfig(learing_rate=...)
-        found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-        if not found:
-            raise UserError(f"{path} fails: {error}.") from error
-        owner, name = found.groups()
-        owner_class = {c.__name__: c for c in (GPTConfig, TrainConfig, PrepareConfig, SampleConfig)}.get(owner)
-        known = [f.name for f in dataclasses.fields(owner_class)] if owner_class else []
-        raise UserError(f"{path}: {owner} has no setting {name!r}: {nearest_name(name, known)}") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{path} fails with {type(error).__name__}: {error}; correct the file.") from error
-    if not isinstance(config, cls):
-        raise UserError(f"{path} must define `config = {cls.__name__}(...)`, and defines {type(config).__name__}.")
-    if isinstance(config, TrainConfig) and not config.run_name:
-        config = dataclasses.replace(config, run_name=Path(path).stem)
-    return config
 
 
 def to_dict(config) -> dict:

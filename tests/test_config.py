@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 import config as schema
-from config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig, UserError, load_config, to_dict
+from cli import load_config
+from config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig, UserError, to_dict
 from tests.conftest import ROOT
 
 CONFIGS = sorted(path for path in (ROOT / "config").glob("*.py") if path.name != "__init__.py")
@@ -138,7 +139,7 @@ def test_bad_config_files_get_one_sentence(tmp_path, text, sentence):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--source=files"], "needs patterns"),
+        (["--source=files"], "needs files: for example"),
         (["--files", "a.txt"], "only read with --source=files"),
         (["--chunk_markers=0"], "places nothing"),
         (["--val_fraction=0"], "strictly between"),

@@ -6,7 +6,8 @@ import shlex
 import pytest
 
 from checkpoint import load_run
-from config import PrepareConfig, SampleConfig, TrainConfig, load_config
+from cli import load_config
+from config import PrepareConfig, SampleConfig, TrainConfig
 from tests.conftest import ROOT, TINY, cli
 
 CLASSES = {"train.py": TrainConfig, "prepare.py": PrepareConfig, "sample.py": SampleConfig}

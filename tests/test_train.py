@@ -278,13 +278,6 @@ def test_possible_batches():
     assert train.accumulation(TrainConfig(batch_size=480, micro_batch_size=12), 4) == 10  # the paper's
 
 
-def test_learning_rate():
-    cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
-    rates = [train.learning_rate(step, cfg) for step in range(200)]
-    assert 0 < rates[0] < rates[9] < 1 == rates[10] and rates[60] == pytest.approx(0.55)
-    assert rates[10:111] == sorted(rates[10:111], reverse=True) and rates[110] == pytest.approx(0.1) == rates[199]
-
-
 def test_divergence_is_an_error_not_a_night_of_nan(workdir):
     args = ("--run_name=nan", "--learning_rate=1e30", "--grad_clip=0", "--max_steps=50")
     result = cli("train.py", *override(BASE, *args), cwd=workdir)

@@ -1,0 +1,108 @@
+"""Command lines: how a config file and --name=value settings fill a dataclass of config, and how a program ends.
+
+    python train.py config/tiny_meta.py --n_layer=6 --learning_rate=3e-4 --compile=False
+
+A config file is Python that defines `config = TrainConfig(...)` or PrepareConfig: running a config is running code.
+Overrides are flat: a field's name is unique over the nested dataclasses (tests/test_config.py).
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import tyro
+
+from config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig, UserError, field_names, nearest_name
+
+
+def run_cli(main) -> None:
+    """Calls main(argv) of a command-line program and ends the process; a UserError: its sentence and status 2."""
+    status = 0
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
+            print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except (OSError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output (head, say) has gone
+            os._exit(1)
+        reason = str(error) or "there is not enough memory"
+        print(f"error: {reason}: check the path, its permissions and the space that is left.", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # DDP keeps gloo's threads alive beyond destroy_process_group, and one that frees a tensor while the interpreter
+        # shuts down aborts the process (seen in 4 of 99 runs of two processes): leave without that shutdown.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def load_config(cls, argv: list[str], config_file: bool = False):
+    """argv = --name=value ..., after a FILE.py if config_file -> an instance of cls. Raises UserError."""
+    default = None
+    if config_file and argv and not argv[0].startswith("-"):
+        default, argv = _read_config_file(cls, argv[0]), argv[1:]
+    known = field_names(cls)
+    given = [arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")]
+    for name in given:
+        if name not in known + ["help"]:
+            raise UserError(f"unknown setting --{name}: {nearest_name(name, known)}")
+        if given.count(name) > 1:
+            raise UserError(f"--{name} is given {given.count(name)} times: leave one.")
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            config, unknown = tyro.cli(
+                cls,
+                default=default,
+                args=argv,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+                use_underscores=True,
+                return_unknown_args=True,
+            )
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        # tyro draws a box; its first paragraph is the reason
+        lines = [line.strip("│╭╮╰╯ ") for line in complaint.getvalue().splitlines()[1:]]
+        rules = [i for i, line in enumerate(lines) if line.startswith("──")]
+        sentence = " ".join(lines[: rules[0]] if rules else lines).strip().rstrip(" .")
+        raise UserError(f"{sentence}; --help lists all settings.") from None
+    if unknown:
+        raise UserError(f"unexpected argument {unknown[0]!r}: settings are given as --name=value.")
+    return config
+
+
+def _read_config_file(cls, path: str):
+    if not Path(path).is_file():
+        here = sorted(str(p) for p in Path("config").glob("*.py") if p.name != "__init__.py")
+        raise UserError(f"there is no config file {path!r}: {nearest_name(path, here)}")
+    try:
+        config = runpy.run_path(path).get("config")
+    except TypeError as error:  # TrainConfig(learing_rate=...)
+        found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        if not found:
+            raise UserError(f"{path} fails: {error}.") from error
+        owner, name = found.groups()
+        owner_class = {c.__name__: c for c in (GPTConfig, TrainConfig, PrepareConfig, SampleConfig)}.get(owner)
+        known = [f.name for f in dataclasses.fields(owner_class)] if owner_class else []
+        raise UserError(f"{path}: {owner} has no setting {name!r}: {nearest_name(name, known)}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{path} fails with {type(error).__name__}: {error}; correct the file.") from error
+    if not isinstance(config, cls):
+        raise UserError(f"{path} must define `config = {cls.__name__}(...)`, and defines {type(config).__name__}.")
+    if isinstance(config, TrainConfig) and not config.run_name:
+        config = dataclasses.replace(config, run_name=Path(path).stem)
+    return config

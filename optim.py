@@ -1,0 +1,89 @@
+"""Learning-rate schedules, AdamW and Muon as one optimizer, and the norms that are logged."""
+
+import math
+
+import torch
+from torch.nn.utils import get_total_norm
+
+from config import TrainConfig
+from model import GPT
+
+
+def learning_rate(step: int, cfg: TrainConfig) -> float:
+    """Rate of update number `step` (from 0).
+
+    Linear warm-up, then: cosine = half a cosine down to min_lr (GPT-3, nanoGPT); wsd = stable, and over the last
+    decay_fraction of the steps down to min_lr as 1 - sqrt, so that the rate before that does not depend on the budget
+    (Hu et al., arXiv 2404.06395; the form of the decay: Hägele et al., arXiv 2405.18392); constant = no decay."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_steps + 1)
+    if cfg.schedule == "constant":
+        return cfg.learning_rate
+    end = cfg.lr_decay_steps or cfg.max_steps
+    stable = end - round(cfg.decay_fraction * end) if cfg.schedule == "wsd" else 0
+    start = max(cfg.warmup_steps, stable)
+    done = min(1.0, max(0, step - start) / max(1, end - start))
+    left = 0.5 * (1 + math.cos(math.pi * done)) if cfg.schedule == "cosine" else 1 - math.sqrt(done)
+    return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
+
+
+class Optimizer:
+    """AdamW on all parameters, or Muon on the matrices inside the blocks and AdamW on the rest.
+
+    Muon (Jordan et al., 2024): momentum, orthogonalised by Newton-Schulz steps; here scaled to the root mean square of
+    AdamW's updates (Liu et al., arXiv 2502.16982), so both share one learning rate and weight decay."""
+
+    def __init__(self, model: GPT, cfg: TrainConfig):
+        self.model = model
+        self.parts: list[torch.optim.Optimizer] = []
+        groups = model.param_groups(cfg.weight_decay)
+        if cfg.optimizer == "muon":
+            matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2]
+            ids = {id(p) for p in matrices}
+            groups = [{**group, "params": [p for p in group["params"] if id(p) not in ids]} for group in groups]
+            self.parts.append(torch.optim.Muon(matrices, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        self.parts.append(torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=True))
+        mine = [p for part in self.parts for group in part.param_groups for p in group["params"]]
+        assert len(mine) == len({id(p) for p in mine}) == len(list(model.parameters())), "a parameter is left out"
+
+    def step(self, rate: float) -> None:
+        """One update at this learning rate, and the gradients are gone."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The state by parameter name: "h.0.attn.c_attn.weight/exp_avg" and so on."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        states = ((p, state) for part in self.parts for p, state in part.state.items())
+        return {f"{names[id(p)]}/{key}": tensor for p, state in states for key, tensor in state.items()}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The inverse of `tensors`."""
+        params = dict(self.model.named_parameters())
+        owner = {id(p): part for part in self.parts for group in part.param_groups for p in group["params"]}
+        for name, tensor in tensors.items():
+            param, key = name.rsplit("/", 1)
+            owner[id(params[param])].state[params[param]][key] = tensor.to(params[param].device)
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to: embeddings, attn, second_attn, mlp or norms."""
+    if name.startswith("h.") and ".ln_" not in name:
+        return name.split(".")[2]
+    return "embeddings" if name.startswith(("wte", "wpe")) else "norms"
+
+
+@torch.no_grad()
+def norms(model: GPT) -> dict[str, torch.Tensor]:
+    """L2 norms of weights and gradients: weight_norm of the whole model, weight_norm_PART and grad_norm_PART."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name, p in model.named_parameters():
+        parts.setdefault(part_of(name), []).append(p)
+    out = {"weight_norm": get_total_norm(model.parameters())}
+    for part, params in parts.items():
+        out[f"weight_norm_{part}"] = get_total_norm(params)
+        out[f"grad_norm_{part}"] = get_total_norm([p.grad for p in params])
+    return out

@@ -1,0 +1,151 @@
+"""Schedules against their formulas, Muon against what it promises, and one wsd run that branches into budgets."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from config import GPTConfig, TrainConfig
+from model import GPT
+from optim import Optimizer, learning_rate, norms, part_of
+from tests.conftest import cli, override, refusal
+from tests.test_train import BASE, equal, final, metrics, run
+
+CFG = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
+SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64, content_vocab_size=60, bias=True)
+
+
+def rates(**changes) -> list[float]:
+    cfg = dataclasses.replace(CFG, **changes)
+    return [learning_rate(step, cfg) for step in range(200)]
+
+
+def test_every_schedule_warms_up():
+    for schedule in ("cosine", "wsd", "constant"):
+        assert rates(schedule=schedule)[:11] == pytest.approx([(i + 1) / 11 for i in range(11)])
+
+
+def test_cosine():
+    found = rates()
+    assert found[60] == pytest.approx(0.55) and found[110] == pytest.approx(0.1) == found[199]
+    assert found[10:111] == sorted(found[10:111], reverse=True)
+    assert rates(lr_decay_steps=60)[60] == pytest.approx(0.1)
+
+
+def test_wsd_is_flat_and_then_decays_as_one_minus_root():
+    found = rates(schedule="wsd", decay_fraction=0.2)  # the last 22 of 110
+    assert set(found[10:89]) == {1.0} and found[89] < 1 and found[110] == pytest.approx(0.1) == found[199]
+    assert found[88 + 11] == pytest.approx(0.1 + 0.9 * (1 - 0.5**0.5))
+    assert set(rates(schedule="constant")[10:]) == {1.0}
+
+
+def test_the_stable_part_of_wsd_does_not_depend_on_the_budget():
+    assert rates(schedule="wsd", max_steps=100)[:80] == rates(schedule="wsd", max_steps=1000)[:80]
+
+
+def model_with_gradients() -> GPT:
+    model = GPT(SHAPE, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    return model
+
+
+def test_muon_has_exactly_the_matrices_of_the_blocks():
+    model = model_with_gradients()
+    muon, adamw = Optimizer(model, dataclasses.replace(CFG, optimizer="muon")).parts
+    names = {id(p): name for name, p in model.named_parameters()}
+    mine = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert mine == {name for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2}
+    assert "wte.weight" not in mine and len(mine) == 2 * 6
+    rest = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert mine | rest == set(names.values()) and not mine & rest
+
+
+def test_muon_moves_every_matrix_in_all_directions_alike_and_as_far_as_adamw_would():
+    """All singular values of an update are about equal, and its root mean square is 0.2 learning rates."""
+    model = model_with_gradients()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    Optimizer(model, dataclasses.replace(CFG, optimizer="muon", weight_decay=0.0)).step(0.01)
+    for name, p in model.named_parameters():
+        update = (p.detach() - before[name]).float()
+        assert p.grad is None and update.abs().max() > 0
+        if name.startswith("h.") and p.dim() == 2:
+            values = torch.linalg.svdvals(update) / (0.01 * 0.2 * max(p.shape) ** 0.5)
+            assert 0.5 < values.min() and values.max() < 1.35, (name, values)
+            assert update.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay_pulls_matrices_and_nothing_else(optimizer):
+    model = model_with_gradients()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    Optimizer(model, dataclasses.replace(CFG, optimizer=optimizer, weight_decay=0.5)).step(0.1)
+    for name, p in model.named_parameters():
+        expected = before[name] * (0.95 if p.dim() == 2 else 1)
+        torch.testing.assert_close(p.detach(), expected)
+
+
+def test_norms_by_part_add_up():
+    model = model_with_gradients()
+    found = {name: value.item() for name, value in norms(model).items()}
+    parts = {part_of(name) for name, _ in model.named_parameters()}
+    assert parts == {"embeddings", "attn", "second_attn", "mlp", "norms"}
+    for kind, tensors in (("weight", list(model.parameters())), ("grad", [p.grad for p in model.parameters()])):
+        whole = sum(tensor.double().square().sum().item() for tensor in tensors)
+        assert sum(found[f"{kind}_norm_{part}"] ** 2 for part in parts) == pytest.approx(whole, rel=1e-5)
+    assert found["weight_norm"] ** 2 == pytest.approx(sum(found[f"weight_norm_{part}"] ** 2 for part in parts))
+
+
+def test_muon_resumes_to_the_bit(workdir):
+    straight = run(workdir, "muon", "--optimizer=muon", "--max_steps=12", "--save_interval=6")
+    run(workdir, "muon2", "--optimizer=muon", "--max_steps=6", "--lr_decay_steps=12")
+    resumed = run(workdir, "muon2", "--optimizer=muon", "--max_steps=12", "--init_from=resume", "--lr_decay_steps=12")
+    assert equal(final(straight), final(resumed))
+    assert any(name.endswith("/momentum_buffer") for name in final(straight))
+    lines = metrics(straight)
+    assert lines[-1]["bits_per_byte"] < 0.99 * lines[0]["bits_per_byte"]
+    assert lines[1]["weight_norm_second_attn"] > 0 and lines[2]["grad_norm_mlp"] > 0
+    args = (*BASE, "--run_name=muon2", "--init_from=resume", "--max_steps=15")
+    assert "optimizer=adamw differs from the run's muon" in refusal(cli("train.py", *override(args), cwd=workdir))
+
+
+def test_one_trunk_branches_into_budgets_and_each_is_as_if_run_alone(workdir):
+    wsd = ("--schedule=wsd", "--decay_fraction=0.25", "--save_interval=1")
+    trunk = run(workdir, "trunk", "--schedule=constant", "--max_steps=9", "--save_interval=3", "--keep=9")
+    for steps, branch_at in ((8, 6), (12, 9)):
+        alone = run(workdir, f"alone{steps}", *wsd, f"--max_steps={steps}")
+        before = {path: path.stat().st_mtime_ns for path in trunk.rglob("*")}
+        branch_from = f"--branch_from=out/trunk/step_{branch_at:08d}"
+        branch = run(workdir, f"branch{steps}", *wsd, f"--max_steps={steps}", branch_from)
+        assert equal(final(branch), final(alone))
+        assert metrics(branch)[-1] == metrics(alone)[-1]
+        assert {path: path.stat().st_mtime_ns for path in trunk.rglob("*")} == before
+        assert json.loads((branch / "config.json").read_text())["config"]["branch_from"].endswith(f"{branch_at:08d}")
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--branch_from=out/nothing"], "out/nothing is no whole checkpoint"),
+        (["--branch_from=out/trunk2/BEST"], "holds weights without their optimizer"),
+        (
+            ["--branch_from=out/trunk2/step_00000003", "--max_steps=2"],
+            "max_steps=2, but out/trunk2/step_00000003 is at",
+        ),
+        (["--branch_from=out/trunk2/step_00000003", "--seed=5"], "seed=5 differs from the run's 1337"),
+        (["--branch_from=out/trunk2/step_00000003", "--init_from=resume"], "both given"),
+    ],
+)
+def test_impossible_branches(workdir, args, sentence):
+    if not (workdir / "out/trunk2").exists():
+        run(workdir, "trunk2", "--schedule=constant", "--max_steps=3", "--save_interval=3")
+    best = (workdir / "out/trunk2/best").read_text().strip()
+    args = [arg.replace("BEST", best) for arg in args]
+    base = (*BASE, "--run_name=fails", "--max_steps=9")
+    error = refusal(cli("train.py", *override(base, *args), cwd=workdir))
+    assert sentence in error
+    assert not (workdir / "out/fails").exists()
