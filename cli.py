@@ -47,9 +47,10 @@ def run_cli(main) -> None:
     sys.exit(status)
 
 
-def load_config(cls, argv: list[str], config_file: bool = False):
-    """argv = --name=value ..., after a FILE.py if config_file -> an instance of cls. Raises UserError."""
-    default = None
+def load_config(cls, argv: list[str], config_file: bool = False, default=None):
+    """argv = --name=value ..., after a FILE.py if config_file -> an instance of cls. Raises UserError.
+
+    default: the values of settings that neither names; None = the defaults of cls."""
     if config_file and argv and not argv[0].startswith("-"):
         default, argv = _read_config_file(cls, argv[0]), argv[1:]
     known = field_names(cls)
@@ -105,4 +106,6 @@ def _read_config_file(cls, path: str):
         raise UserError(f"{path} must define `config = {cls.__name__}(...)`, and defines {type(config).__name__}.")
     if isinstance(config, TrainConfig) and not config.run_name:
         config = dataclasses.replace(config, run_name=Path(path).stem)
+    if isinstance(config, PrepareConfig) and not config.recipe:
+        config = dataclasses.replace(config, recipe=Path(path).stem)
     return config

@@ -7,17 +7,14 @@
     python prepare.py --inspect data/stdlib_uniform      # what is in there
 """
 
+import functools
 import hashlib
 import itertools
-import json
-import lzma
 import os
 import shutil
 import signal
-import zlib
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +22,31 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cli import load_config, run_cli
-from config import PrepareConfig, UserError
-from data.inject import inject, marker_places
+from config import PrepareConfig, UserError, to_dict
+from data.assemble import assemble
+from data.encoders import Encoders, Item
 from data.loader import Windows
-from data.shards import MANIFEST, ShardWriter, read_manifest, token_dtype
-from data.sources import Piece, Source, open_source
+from data.shards import read_manifest, token_dtype
+from data.sources import Piece, Skipped, Source, open_source
+from data.staging import (
+    FREE,
+    PLAN,
+    SEGMENT_TOKENS,
+    SPLITS,
+    Segment,
+    SegmentWriter,
+    finished_segments,
+    lock,
+    make_plan,
+    plan_conflict,
+    read_plan,
+    units_of,
+    write_plan,
+)  # fmt: skip
 from data.tokenizer import SPEC_FILE, Tokenizer
-from rng import stable_key
 from terminal import MAGENTA, write
 
-SPLITS = ("train", "val")
 TOKENIZER_BYTES = 64 * 2**20  # text that a BPE is trained on at most
-COMPRESSOR_BYTES = 8 * 2**20  # validation text that gzip and xz are measured on at most
-BATCH_BYTES = 2**20  # text in one task of a worker
 
 
 def split_of(text: str, cfg: PrepareConfig) -> str:
@@ -63,230 +72,202 @@ def make_tokenizer(cfg: PrepareConfig, source: Source) -> Tokenizer:
 
     def train_texts() -> Iterator[str]:
         room = TOKENIZER_BYTES
-        for piece in source.pieces():
-            if split_of(piece.text, cfg) == "train":
-                yield piece.text
-                room -= len(piece.text)
+        for item in itertools.chain.from_iterable(map(source.read, range(source.n_units))):
+            if isinstance(item, Piece) and split_of(item.text, cfg) == "train":
+                yield item.text
+                room -= len(item.text)
                 if room <= 0:
                     return
 
     return Tokenizer.train(train_texts(), cfg.bpe_vocab_size)
 
 
-_tokenizer: Tokenizer  # of a worker process
+def new_items(source: Source, work: Path, units: list[int], token_bytes: int) -> Iterator[Item]:
+    """What no finished segment holds yet, as (unit, number in it, piece); None in place of a piece ends a unit."""
+    for unit in units:
+        done = finished_segments(work, unit, token_bytes)
+        if done and done[-1].ends_unit:
+            continue
+        start = done[-1].items if done else 0
+        number = start
+        for number, item in enumerate(itertools.islice(source.read(unit), start, None), start + 1):
+            yield unit, number, item
+        yield unit, number, None
 
 
-def _start_worker(tokenizer: Tokenizer) -> None:
-    global _tokenizer
-    _tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _encode(texts: list[str]) -> list[np.ndarray]:
-    return [_tokenizer.encode(text) for text in texts]
-
-
-class Encoders:
-    """Worker processes that tokenize; the result does not depend on how many there are."""
-
-    def __init__(self, tokenizer: Tokenizer, workers: int):
-        self.workers = workers
-        self.pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(tokenizer,))
-        self.pool.submit(_encode, []).result()  # starts the processes now, before the progress bar starts a thread
-
-    def in_order(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
-        """(piece, ids) in the order of the pieces. At most a few megabytes of text are under way, so memory does not
-        grow with the corpus."""
-        waiting: deque = deque()
-        for task in tasks(pieces):
-            waiting.append((task, self.pool.submit(_encode, [piece.text for piece in task])))
-            if len(waiting) > 2 * self.workers:
-                yield from self._finish(*waiting.popleft())
-        while waiting:
-            yield from self._finish(*waiting.popleft())
-
-    @staticmethod
-    def _finish(task: list[Piece], future: Future) -> Iterator[tuple[Piece, np.ndarray]]:
-        return zip(task, future.result(), strict=True)
-
-
-def tasks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in lists of about BATCH_BYTES of text."""
-    task, size = [], 0
-    for piece in pieces:
-        task.append(piece)
-        size += len(piece.text)
-        if size >= BATCH_BYTES:
-            yield task
-            task, size = [], 0
-    if task:
-        yield task
-
-
-class SplitWriter:
-    """Collects the content stream of one split, injects markers chunk by chunk, and writes shards."""
-
-    def __init__(self, folder: Path, split: str, cfg: PrepareConfig, tokenizer: Tokenizer):
-        self.C, self.M = cfg.chunk_content, cfg.chunk_markers if cfg.injection != "none" else 0
-        self.cfg, self.tokenizer, self.split = cfg, tokenizer, split
-        chunk = self.C + self.M  # whole chunks in a shard
-        self.shards = ShardWriter(folder, split, tokenizer.n_vocab, -(-cfg.shard_tokens // chunk) * chunk)
-        self.key = stable_key(cfg.seed, "marker places", split)
-        self.content_hash = hashlib.sha256()
-        self.chunks = self.bytes = self.documents = 0
-        self._pending: list[np.ndarray] = []
-        self._pending_tokens = 0
-
-    def add(self, ids: np.ndarray) -> None:
-        self._pending.append(ids)
-        self._pending_tokens += len(ids)
-        if self._pending_tokens >= 2**18:  # large enough to be quick, small in memory
-            self._flush()
-
-    def end_document(self) -> None:
-        self.documents += 1
-        self.add(np.array([self.tokenizer.eot], dtype=np.uint32))
-
-    def _flush(self) -> None:
-        stream = np.concatenate(self._pending) if self._pending else np.empty(0, np.uint32)
-        n = len(stream) // self.C
-        content, rest = stream[: n * self.C].reshape(n, self.C), stream[n * self.C :]
-        if n:
-            places = marker_places(self.cfg.injection, self.chunks, n, self.C, self.M, self.key)
-            self.shards.write(inject(content, places, self.tokenizer.meta).reshape(-1))
-            self.content_hash.update(content.astype(token_dtype(self.tokenizer.n_vocab)).tobytes())
-            self.bytes += int(self.tokenizer.token_bytes[content].sum())
-            self.chunks += n
-        self._pending, self._pending_tokens = [rest], len(rest)
-
-    def finish(self, skipped: str) -> dict:
-        """-> the split's part of the manifest. Raises UserError if there is not one whole chunk."""
-        self._flush()
-        self.shards.close()
-        if not self.chunks:
-            raise UserError(
-                f"the {self.split} split has {self._pending_tokens} tokens, fewer than one chunk of {self.C}"
-                f"{skipped}: give more text, or {'raise' if self.split == 'val' else 'lower'} --val_fraction."
-            )
-        return {
-            "content_tokens": self.chunks * self.C,
-            "markers": self.chunks * self.M,
-            "chunks": self.chunks,
-            "documents": self.documents,
-            "bytes": self.bytes,
-            "content_tokens_dropped_at_end": self._pending_tokens,  # they do not fill a chunk
-            "content_sha256": self.content_hash.hexdigest(),  # equal in all arms
-            "shards": self.shards.entries,
-        }
-
-
-class Compressors:
-    """Bits per byte of gzip -9 and xz on (the first 8 MiB of) the validation text: what a model has to beat."""
-
-    def __init__(self):
-        self.gzip, self.xz = zlib.compressobj(9, wbits=31), lzma.LZMACompressor()
-        self.bytes = self.gzip_bytes = self.xz_bytes = 0
-
-    def add(self, text: str) -> None:
-        raw = text.encode()[: COMPRESSOR_BYTES - self.bytes]
-        self.bytes += len(raw)
-        self.gzip_bytes += len(self.gzip.compress(raw))
-        self.xz_bytes += len(self.xz.compress(raw))
-
-    def finish(self) -> dict:
-        self.gzip_bytes += len(self.gzip.flush())
-        self.xz_bytes += len(self.xz.flush())
-        size = max(self.bytes, 1)
-        return {
-            "bytes": self.bytes,
-            "gzip_9_bits_per_byte": round(8 * self.gzip_bytes / size, 4),
-            "xz_bits_per_byte": round(8 * self.xz_bytes / size, 4),
-        }
-
-
-def write_dataset(folder: Path, cfg: PrepareConfig, command: str, console: Console) -> dict:
-    """Writes shards, tokenizer and manifest into the existing, empty `folder` -> manifest."""
-    source = open_source(cfg)
-    console.print(f"{len(source.paths):,} documents, {source.total_bytes:,} bytes: {source.description}")
-    tokenizer = make_tokenizer(cfg, source)
-    console.print(
-        f"tokenizer {tokenizer.name}: {tokenizer.n_content:,} tokens, embedding of {tokenizer.n_vocab:,} rows"
-    )
-    writers = {split: SplitWriter(folder, split, cfg, tokenizer) for split in SPLITS}
-    compressors, run = Compressors(), None  # run = the split that the current document's last piece went to
-
+def tokenize(source: Source, work: Path, cfg: PrepareConfig, tokenizer: Tokenizer, console: Console) -> None:
+    """Fills `work` with the segments of this part that are not there yet."""
+    units = units_of(cfg.part, source.n_units)
+    token_bytes = token_dtype(tokenizer.n_vocab).itemsize
+    finished = [segment for unit in units for segment in finished_segments(work, unit, token_bytes)]
+    if finished:
+        units_done = sum(segment.ends_unit for segment in finished)
+        console.print(f"going on in {work}: {units_done} of {len(units)} units are tokenized")
+    bytes_done = sum(segment.splits[split]["bytes"] for segment in finished for split in SPLITS)
+    total = source.total_bytes * len(units) // source.n_units or None
     columns = (
         TextColumn("tokenizing"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%  {task.fields[rate]}"),
         TimeRemainingColumn(),
     )
+    writer, run = None, None  # run = the split that the current document's last piece went to
     encoders = Encoders(tokenizer, cfg.workers)
     with encoders.pool, Progress(*columns, console=console) as progress:
-        bar, tokens = progress.add_task("", total=source.total_bytes, rate=""), 0
-        for piece, ids in encoders.in_order(source.pieces()):
-            split = split_of(piece.text, cfg)
-            if run not in (None, split):  # the document goes on in the other split: here it ends
-                writers[run].end_document()
-            writers[split].add(ids)
-            if split == "val":
-                compressors.add(piece.text)
-            run = split
-            if piece.last:
-                writers[split].end_document()
-                run = None
+        bar, tokens = progress.add_task("", total=total, completed=bytes_done, rate=""), 0
+        for (unit, number, item), ids in encoders.in_order(new_items(source, work, units, token_bytes)):
+            if writer is None:
+                writer = SegmentWriter(work, unit, len(finished_segments(work, unit, token_bytes)), tokenizer)
+            if isinstance(item, Skipped):
+                writer.skip(item)
+            elif isinstance(item, Piece):
+                split = split_of(item.text, cfg)
+                if run not in (None, split):  # the document goes on in the other split: here it ends
+                    writer.end_document(run)
+                writer.add(split, ids)
+                run = split
+                if item.last:
+                    writer.end_document(split)
+                    run = None
+            if item is None or (run is None and writer.tokens >= SEGMENT_TOKENS):
+                writer.close(number, ends_unit=item is None)
+                writer = None
             tokens += len(ids)
-            rate = f"{tokens / max(progress.tasks[0].elapsed or 0, 1e-9):,.0f} tokens/s"
+            units_text = "" if total else f", unit {units.index(unit) + 1:,} of {len(units):,}"
+            rate = f"{tokens / max(progress.tasks[0].elapsed or 0, 1e-9):,.0f} tokens/s{units_text}"
             progress.update(bar, advance=int(tokenizer.token_bytes[ids].sum()), rate=rate)
 
-    skipped = (
-        f" ({len(source.skipped)} documents were skipped, {': '.join(source.skipped[0])})" if source.skipped else ""
-    )
-    manifest = {
-        "format": 1,
-        "command": command,
-        "source": source.description,
-        "tokenizer": {
-            "name": tokenizer.name,
-            "fingerprint": tokenizer.fingerprint,
-            "n_content": tokenizer.n_content,
-            "n_vocab": tokenizer.n_vocab,
-            "markers": {"<|meta|>": tokenizer.meta},
-        },
-        "injection": cfg.injection,
-        "chunk_content": cfg.chunk_content,
-        "chunk_markers": writers["train"].M,
-        "seed": cfg.seed,
-        "val_fraction": cfg.val_fraction,
-        "documents_skipped": len(source.skipped),
-        "skipped": source.skipped[:100],
-        "val_text_compressed": compressors.finish(),
-        "splits": {split: writers[split].finish(skipped) for split in SPLITS},
-    }
-    for name, content in tokenizer.files().items():
-        (folder / name).write_bytes(content)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")  # last: a folder without it is no dataset
+
+def all_segments(folders: list[Path], n_units: int, token_bytes: int) -> list[tuple[Path, Segment]]:
+    """(folder, segment) of every unit in order. Raises UserError for a unit that is not whole, or there twice."""
+    found = []
+    for unit in range(n_units):
+        here = [(folder, segments) for folder in folders if (segments := finished_segments(folder, unit, token_bytes))]
+        if len(here) > 1:
+            raise UserError(f"unit {unit} is in {here[0][0]} and in {here[1][0]}: give every part once.")
+        if not here or not here[0][1][-1].ends_unit:
+            raise UserError(f"unit {unit} of {n_units} is in none of the parts: give all of them, each prepared whole.")
+        found += [(here[0][0], segment) for segment in here[0][1]]
+    return found
+
+
+def write_dataset(
+    folder: Path, segments: list[tuple[Path, Segment]], cfg: PrepareConfig, tokenizer: Tokenizer, source: str,
+    command: str, console: Console,
+) -> dict:  # fmt: skip
+    """Assembles `folder` beside itself and renames it when all is written -> manifest."""
+    writing = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    total = sum(segment.splits[split]["tokens"] for _, segment in segments for split in SPLITS)
+    columns = (TextColumn("writing shards"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("", total=total)
+            advance = functools.partial(progress.advance, bar)
+            manifest = assemble(writing, segments, cfg, tokenizer, source, command, advance)
+        os.replace(writing, folder)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
     return manifest
 
 
+def dataset_folder(cfg: PrepareConfig, root: Path) -> Path:
+    return root / (cfg.name or f"{cfg.recipe or cfg.source}_{cfg.injection}")
+
+
 def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Path("data")) -> Path:
-    """Prepares root/<name> in a hidden folder beside it and renames that when all is written -> the folder."""
-    folder = root / (cfg.name or f"{cfg.source}_{cfg.injection}")
+    """Prepares a dataset, or with cfg.part a part of one -> its folder.
+
+    What is tokenized lies in a hidden folder beside it, from which the same command goes on after an interruption."""
+    folder = dataset_folder(cfg, root)
+    if cfg.part:
+        folder = folder.with_name(f"{folder.name}.part{cfg.part.replace('/', 'of')}")
     if folder.exists():
         raise UserError(f"{folder} exists: choose another --name, or delete it first.")
-    partial = root / f".{folder.name}.partial"
+    source = open_source(cfg)
+    units_of(cfg.part, source.n_units)  # refuses too many parts
+    size = f", {source.total_bytes:,} bytes" if source.total_bytes else ""
+    console.print(f"{source.description}: {source.n_units:,} units{size}")
+
+    work = folder.with_name(f".{folder.name}.partial")
+    fresh = not (work / PLAN).exists()
+    work.mkdir(parents=True, exist_ok=True)
+    held = lock(work)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        manifest = write_dataset(partial, cfg, command, console)
-        os.replace(partial, folder)
+        tokenizer = make_tokenizer(cfg, source) if fresh else Tokenizer.load(work)
+        plan = make_plan(cfg, source, tokenizer)
+        if fresh:
+            for name, content in tokenizer.files().items():
+                (work / name).write_bytes(content)
+            write_plan(work, plan)
+        elif conflict := plan_conflict(plan, read_plan(work), part=True):
+            raise UserError(
+                f"{work} is an unfinished preparation that differs from this one ({conflict}): finish it with its own "
+                f"command, choose another --name, or delete it."
+            )
+        console.print(
+            f"tokenizer {tokenizer.name}: {tokenizer.n_content:,} tokens, embedding of {tokenizer.n_vocab:,} rows"
+        )
+        tokenize(source, work, cfg, tokenizer, console)
+        if cfg.part:
+            os.replace(work, folder)
+            console.print(f"{folder} is done; when all parts are: python prepare.py --merge {folder.parent}/PARTS")
+            return folder
+        token_bytes = token_dtype(tokenizer.n_vocab).itemsize
+        segments = all_segments([work], source.n_units, token_bytes)
+        manifest = write_dataset(folder, segments, cfg, tokenizer, source.description, command, console)
+        shutil.rmtree(work)
+    except UserError:
+        if fresh:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    except BrokenProcessPool:
+        raise UserError(
+            f"a worker process was ended from outside (is memory short?): what is tokenized is kept, give the same "
+            f"command with fewer --workers than {cfg.workers}."
+        ) from None
     except OSError as error:
-        raise UserError(f"{folder} could not be written ({error}): nothing was kept.") from error
+        raise UserError(
+            f"{folder} is not finished ({error}): what is tokenized is kept, see to the cause (space? network?) and "
+            f"give the same command again."
+        ) from error
+    except KeyboardInterrupt:
+        console.print(f"what is tokenized is kept in {work}: the same command goes on from there")
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        held.close()
     print_summary(folder, manifest, console)
     return folder
+
+
+def merge(cfg: PrepareConfig, command: str, console: Console, root: Path = Path("data")) -> Path:
+    """Checks that the parts fit together and writes their dataset; the parts stay -> its folder."""
+    parts = [Path(name) for name in cfg.merge]
+    plans = [read_plan(part) for part in parts]
+    for part, plan in zip(parts, plans, strict=True):
+        if conflict := plan_conflict(plan, plans[0]):
+            raise UserError(f"{part} and {parts[0]} do not fit together ({conflict}): prepare both with one command.")
+    folder = dataset_folder(cfg, root)
+    if folder.exists():
+        raise UserError(f"{folder} exists: choose another --name, or delete it first.")
+    tokenizer = Tokenizer.load(parts[0])
+    segments = all_segments(parts, plans[0]["n_units"], token_dtype(tokenizer.n_vocab).itemsize)
+    manifest = write_dataset(folder, segments, cfg, tokenizer, plans[0]["source"], command, console)
+    print_summary(folder, manifest, console)
+    return folder
+
+
+def merge_config(argv: list[str]) -> PrepareConfig:
+    """The settings of a merge: those of its parts, but for what argv says of chunks, markers and shards."""
+    asked = load_config(PrepareConfig, argv)
+    plan = read_plan(Path(asked.merge[0]))
+    lists = {key: tuple(value) for key, value in plan["config"].items() if isinstance(value, list)}
+    cfg = load_config(PrepareConfig, argv, default=PrepareConfig(**{**plan["config"], **lists, "part": ""}))
+    for name, value in to_dict(cfg).items():
+        if name not in (*FREE, "part") and value != {**plan["config"], **lists}[name]:
+            raise UserError(f"{name}={value} comes too late: the parts were prepared with {plan['config'][name]}.")
+    return cfg
 
 
 def print_summary(folder: Path, manifest: dict, console: Console) -> None:
@@ -332,13 +313,17 @@ def inspect(folder: Path, console: Console, windows: int = 2) -> None:
 
 
 def main(argv: list[str]) -> None:
-    cfg = load_config(PrepareConfig, argv)
+    cfg = load_config(PrepareConfig, argv, config_file=True)
     console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+    command = " ".join(["python prepare.py", *argv])
     if cfg.inspect:
         inspect(Path(cfg.inspect), console)
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up as Ctrl-C does
+    if cfg.merge:
+        merge(merge_config(argv), command, console)
     else:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up as Ctrl-C does
-        prepare(cfg, " ".join(["python prepare.py", *argv]), console)
+        prepare(cfg, command, console)
 
 
 if __name__ == "__main__":

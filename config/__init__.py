@@ -198,7 +198,9 @@ class PrepareConfig:
     """How text becomes token shards with meta-tokens. The defaults make the embedded dataset."""
 
     name: str = ""
-    """the dataset's folder inside data/; by default <source>_<injection>"""
+    """the dataset's folder inside data/; by default <recipe>_<injection>"""
+    recipe: str = ""
+    """by default the name of the config file, or the source"""
     source: Literal["stdlib", "files", "packages", "hf"] = "stdlib"
     """stdlib: source and documentation of the running Python's standard library; files: your files; packages: the
     Python source of installed packages; hf: a Hugging Face dataset"""
@@ -254,7 +256,8 @@ class PrepareConfig:
         check(self, "seed", self.seed >= 0, "be at least 0")
         check(self, "val_fraction", 0 < self.val_fraction < 1, "lie strictly between 0 and 1")
         check(self, "bpe_vocab_size", 257 <= self.bpe_vocab_size <= 1_000_000, "lie in 257 .. 1000000")
-        check(self, "name", is_folder_name(self.name) or not self.name, FOLDER_NAME)
+        for name in ("name", "recipe"):
+            check(self, name, is_folder_name(getattr(self, name)) or not getattr(self, name), FOLDER_NAME)
         if self.injection != "none" and self.chunk_markers == 0:
             raise UserError(f"injection={self.injection} with chunk_markers=0 places nothing: take --injection=none.")
         for source, name, example in (

@@ -75,6 +75,10 @@ class Tokenizer:
         """ids -> text; markers appear as <|meta|>, bytes that are no UTF-8 as U+FFFD."""
         return self._encoding.decode([int(i) for i in ids])
 
+    def text_bytes(self, ids: np.ndarray) -> bytes:
+        """The text of content ids (N,); <|endoftext|> stands for none."""
+        return self._encoding.decode_bytes(ids[ids != self.eot].tolist())
+
     def decode_bytes(self, token: int) -> bytes:
         """The bytes of one id (a character may span several ids)."""
         return self._encoding.decode_single_token_bytes(int(token))

@@ -10,7 +10,6 @@ from config import UserError
 from data.inject import strip
 from data.loader import IGNORE, Windows, targets_of, window_order
 from data.shards import HEADER, ShardWriter, TokenStream, file_sha256, verify
-from data.sources import check_utf8, read_pieces
 from data.tokenizer import META, Tokenizer
 from tests.conftest import manifest
 from tests.reference.targets import stream_targets
@@ -265,29 +264,3 @@ def test_a_tokenizer_survives_saving(bpe, gpt2, tmp_path):
         assert again.fingerprint == tokenizer.fingerprint and again.ranks == tokenizer.ranks
         assert json.loads((tmp_path / "tokenizer.json").read_text())["n_vocab"] == tokenizer.n_vocab
     assert bpe.fingerprint != gpt2.fingerprint
-
-
-# ----------------------------------------------------------------------------- sources
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.text(alphabet="ab\n é𝄞", max_size=200), st.integers(4, 50))
-def test_pieces_join_to_the_file(tmp_path_factory, text, limit):
-    path = tmp_path_factory.mktemp("p") / "f.txt"
-    path.write_bytes(text.encode())
-    pieces = list(read_pieces(path, limit))
-    assert "".join(piece.text for piece in pieces) == text
-    assert all(len(piece.text) <= limit for piece in pieces)
-    assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True] * bool(pieces)
-    assert all(piece.text.endswith("\n") for piece in pieces[:-1] if "\n" in piece.text)
-
-
-def test_the_place_of_bad_utf8_is_the_files(tmp_path):
-    path = tmp_path / "bad.txt"
-    for n in (0, 5, 2**20 - 1, 2**20 + 3):
-        path.write_bytes(b"a" * n + b"\xc3\x28")
-        with pytest.raises(UnicodeDecodeError) as caught:
-            check_utf8(path)
-        assert caught.value.start == n
-    path.write_bytes("é".encode() * 2**20)  # characters across block borders are fine
-    check_utf8(path)

@@ -1,9 +1,5 @@
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -11,7 +7,7 @@ from config import PrepareConfig
 from data.shards import file_sha256
 from data.tokenizer import Tokenizer
 from prepare import split_of
-from tests.conftest import ROOT, cli, manifest, override, refusal, tree, write_texts
+from tests.conftest import cli, manifest, override, refusal, tree, write_texts
 
 FILES = ("--source=files", "--files=texts/*.txt", "--bpe_vocab_size=300", "--chunk_content=28", "--chunk_markers=4",
          "--val_fraction=0.1")  # fmt: skip
@@ -131,20 +127,6 @@ def test_bad_input_changes_nothing(folder, args, sentence):
     error = refusal(cli("prepare.py", *override(FILES, *args), cwd=folder))
     assert re.search(sentence, error), error
     assert tree(folder) == before
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_preparation_leaves_nothing(tmp_path, number):
-    write_texts(tmp_path / "texts", documents=2, words=1_500_000)
-    command = [sys.executable, str(ROOT / "prepare.py"), *FILES, "--name=cut"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("data/.cut.partial/*.bin")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)  # ends only when the workers, who hold the pipes too, are gone
-    assert process.returncode == 130 and error == "interrupted\n"
-    assert list((tmp_path / "data").iterdir()) == []
 
 
 def test_the_manifest_is_json_a_person_can_read(workdir):

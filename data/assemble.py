@@ -1,0 +1,151 @@
+"""Segments into a dataset: the content stream is cut into chunks, markers are injected, shards and manifest written."""
+
+import hashlib
+import json
+import lzma
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from config import PrepareConfig, UserError
+from data.inject import inject, marker_places
+from data.shards import MANIFEST, ShardWriter, token_dtype
+from data.staging import SPLITS, Segment, read_segment
+from data.tokenizer import Tokenizer
+from rng import stable_key
+
+COMPRESSOR_BYTES = 8 * 2**20  # validation text that gzip and xz are measured on at most
+
+
+class SplitWriter:
+    """Takes the content stream of one split, injects markers chunk by chunk, and writes shards."""
+
+    def __init__(self, folder: Path, split: str, cfg: PrepareConfig, tokenizer: Tokenizer):
+        self.C, self.M = cfg.chunk_content, cfg.chunk_markers if cfg.injection != "none" else 0
+        self.cfg, self.tokenizer, self.split = cfg, tokenizer, split
+        chunk = self.C + self.M  # whole chunks in a shard
+        self.shards = ShardWriter(folder, split, tokenizer.n_vocab, -(-cfg.shard_tokens // chunk) * chunk)
+        self.key = stable_key(cfg.seed, "marker places", split)
+        self.content_hash = hashlib.sha256()
+        self.chunks = self.bytes = 0
+        self._pending: list[np.ndarray] = []
+        self._pending_tokens = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        self._pending.append(ids)
+        self._pending_tokens += len(ids)
+        if self._pending_tokens >= 2**18:  # large enough to be quick, small in memory
+            self._flush()
+
+    def _flush(self) -> None:
+        stream = np.concatenate(self._pending) if self._pending else np.empty(0, np.uint32)
+        n = len(stream) // self.C
+        content, rest = stream[: n * self.C].reshape(n, self.C), stream[n * self.C :]
+        if n:
+            places = marker_places(self.cfg.injection, self.chunks, n, self.C, self.M, self.key)
+            self.shards.write(inject(content, places, self.tokenizer.meta).reshape(-1))
+            self.content_hash.update(content.astype(token_dtype(self.tokenizer.n_vocab)).tobytes())
+            self.bytes += int(self.tokenizer.token_bytes[content].sum())
+            self.chunks += n
+        self._pending, self._pending_tokens = [rest], len(rest)
+
+    def finish(self, documents: int, skipped: str) -> dict:
+        """-> the split's part of the manifest. Raises UserError if there is not one whole chunk."""
+        self._flush()
+        self.shards.close()
+        if not self.chunks:
+            raise UserError(
+                f"the {self.split} split has {self._pending_tokens} tokens, fewer than one chunk of {self.C}"
+                f"{skipped}: give more text, or {'raise' if self.split == 'val' else 'lower'} --val_fraction."
+            )
+        return {
+            "content_tokens": self.chunks * self.C,
+            "markers": self.chunks * self.M,
+            "chunks": self.chunks,
+            "documents": documents,
+            "bytes": self.bytes,
+            "content_tokens_dropped_at_end": self._pending_tokens,  # they do not fill a chunk
+            "content_sha256": self.content_hash.hexdigest(),  # equal in all arms
+            "shards": self.shards.entries,
+        }
+
+
+class Compressors:
+    """Bits per byte of gzip -9 and xz on (the first 8 MiB of) the validation text: what a model has to beat."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.gzip, self.xz = zlib.compressobj(9, wbits=31), lzma.LZMACompressor()
+        self.bytes = self.gzip_bytes = self.xz_bytes = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        if self.bytes < COMPRESSOR_BYTES:
+            raw = self.tokenizer.text_bytes(ids)[: COMPRESSOR_BYTES - self.bytes]
+            self.bytes += len(raw)
+            self.gzip_bytes += len(self.gzip.compress(raw))
+            self.xz_bytes += len(self.xz.compress(raw))
+
+    def finish(self) -> dict:
+        self.gzip_bytes += len(self.gzip.flush())
+        self.xz_bytes += len(self.xz.flush())
+        size = max(self.bytes, 1)
+        return {
+            "bytes": self.bytes,
+            "gzip_9_bits_per_byte": round(8 * self.gzip_bytes / size, 4),
+            "xz_bits_per_byte": round(8 * self.xz_bytes / size, 4),
+        }
+
+
+def assemble(
+    folder: Path,
+    segments: list[tuple[Path, Segment]],
+    cfg: PrepareConfig,
+    tokenizer: Tokenizer,
+    description: str,
+    command: str,
+    advance: Callable[[int], None],
+) -> dict:
+    """Writes shards, tokenizer and manifest into the existing, empty `folder` -> manifest.
+
+    segments: (where it lies, it), all of the source, in order; advance(tokens): progress. Raises UserError for a
+    damaged segment and for a split without one whole chunk."""
+    skipped = [item for _, segment in segments for item in segment.skipped_named][:100]
+    n_skipped = sum(segment.skipped for _, segment in segments)
+    note = f" ({n_skipped} documents were skipped, {': '.join(skipped[0])})" if skipped else ""
+    compressors, splits = Compressors(tokenizer), {}
+    for split in SPLITS:
+        writer = SplitWriter(folder, split, cfg, tokenizer)
+        for where, segment in segments:
+            for ids in read_segment(where, segment, split, token_dtype(tokenizer.n_vocab)):
+                writer.add(ids)
+                if split == "val":
+                    compressors.add(ids)
+                advance(len(ids))
+        splits[split] = writer.finish(sum(segment.splits[split]["documents"] for _, segment in segments), note)
+    manifest = {
+        "format": 1,
+        "command": command,
+        "source": description,
+        "tokenizer": {
+            "name": tokenizer.name,
+            "fingerprint": tokenizer.fingerprint,
+            "n_content": tokenizer.n_content,
+            "n_vocab": tokenizer.n_vocab,
+            "markers": {"<|meta|>": tokenizer.meta},
+        },
+        "injection": cfg.injection,
+        "chunk_content": cfg.chunk_content,
+        "chunk_markers": cfg.chunk_markers if cfg.injection != "none" else 0,
+        "seed": cfg.seed,
+        "val_fraction": cfg.val_fraction,
+        "documents_skipped": n_skipped,
+        "skipped": skipped,
+        "val_text_compressed": compressors.finish(),
+        "splits": splits,
+    }
+    for name, content in tokenizer.files().items():
+        (folder / name).write_bytes(content)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")  # last: a folder without it is no dataset
+    return manifest

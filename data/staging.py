@@ -1,0 +1,190 @@
+"""Unfinished preparations: tokenized text in segments on disk, from which any interruption goes on.
+
+    data/.NAME.partial/            plan.json, tokenizer.*, the segments
+    unit_000003_000001.json        tokens of unit 3 of the source, second segment: counts, sha256 of both files
+    unit_000003_000001.train, .val raw ids, documents ended by <|endoftext|>, no markers yet
+
+A segment's .json is written last and renamed into place, so a segment that has one is whole. Segments depend on the
+source and the settings alone: in the order of their names they are the content stream, whoever made them. So a part
+that another machine prepared is the same folder with the segments of some units, and merging is reading all of them.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from config import PrepareConfig, UserError, to_dict
+from data.shards import token_dtype
+from data.sources import Skipped, Source
+from data.tokenizer import Tokenizer
+
+PLAN = "plan.json"
+SPLITS = ("train", "val")
+SEGMENT_TOKENS = 2**24  # a segment ends with the first document beyond: some seconds of work, and few files
+SKIPPED_NAMED = 100  # so many of a segment's skipped documents are named, all are counted
+# settings that merging or another machine may choose anew; all others decide about the segments
+FREE = ("name", "recipe", "injection", "chunk_content", "chunk_markers", "shard_tokens", "workers", "merge", "inspect")
+
+
+def make_plan(cfg: PrepareConfig, source: Source, tokenizer: Tokenizer) -> dict:
+    """All that segments depend on, and the settings for the shards."""
+    return {
+        "format": 1,
+        "config": to_dict(cfg),
+        "source": source.description,
+        "source_fingerprint": source.fingerprint,
+        "n_units": source.n_units,
+        "tokenizer": tokenizer.fingerprint,
+    }
+
+
+def plan_conflict(a: dict, b: dict, part: bool = False) -> str | None:
+    """The first thing in which the segments of two plans would differ: "seed=1 against seed=2", or None.
+
+    part: the number of the part counts, too."""
+    free = FREE if part else (*FREE, "part")
+    pairs = [(f"{key}={{}}", a["config"][key], b["config"][key]) for key in a["config"] if key not in free]
+    pairs += [("one of {} parts", *((plan["config"]["part"] or "1/1").split("/")[1] for plan in (a, b)))]
+    pairs += [(f"{key} {{}}", a[key], b[key]) for key in ("source", "n_units", "tokenizer")]
+    for form, x, y in pairs:
+        if (list(x) if isinstance(x, tuple) else x) != (list(y) if isinstance(y, tuple) else y):
+            return f"{form.format(x)} against {form.format(y)}"
+    return None if a["source_fingerprint"] == b["source_fingerprint"] else "their files differ in name or size"
+
+
+def write_plan(folder: Path, plan: dict) -> None:
+    partial = folder / f"{PLAN}.writing"
+    partial.write_text(json.dumps(plan, indent=2) + "\n")
+    os.replace(partial, folder / PLAN)
+
+
+def read_plan(folder: Path) -> dict:
+    try:
+        plan = json.loads((folder / PLAN).read_text())
+        _ = plan["config"]["part"], plan["source"], plan["n_units"], plan["source_fingerprint"], plan["tokenizer"]
+        return plan
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} is no part of a dataset ({PLAN} is missing): give the folders of --part.") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{folder / PLAN} is damaged ({error}): prepare this part again.") from error
+
+
+def units_of(part: str, n_units: int) -> list[int]:
+    """The units of part "i/n": every n-th, so that the parts are of about one size. "" = all. Raises UserError."""
+    if not part:
+        return list(range(n_units))
+    i, n = map(int, part.split("/"))
+    if n > n_units:
+        raise UserError(f"part={part}, but the source has {n_units} units to share: make it {n_units} parts at most.")
+    return list(range(i - 1, n_units, n))
+
+
+@dataclass
+class Segment:
+    """What a segment's .json holds; `items` of its unit are done by its end, pieces and skipped ones."""
+
+    unit: int
+    number: int
+    items: int
+    ends_unit: bool
+    splits: dict[str, dict]  # split -> tokens, bytes, documents, sha256
+    skipped: int = 0
+    skipped_named: list[list[str]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"unit_{self.unit:06d}_{self.number:06d}"
+
+
+def finished_segments(folder: Path, unit: int, token_bytes: int) -> list[Segment]:
+    """The whole segments of a unit, in order, up to the first that is not. Bodies are verified when they are read."""
+    found: list[Segment] = []
+    while not (found and found[-1].ends_unit):
+        path = folder / f"unit_{unit:06d}_{len(found):06d}.json"
+        try:
+            segment = Segment(**json.loads(path.read_text()))
+            sizes = {split: (folder / f"{segment.name}.{split}").stat().st_size for split in SPLITS}
+        except (OSError, ValueError, TypeError):
+            break
+        if any(sizes[split] != segment.splits[split]["tokens"] * token_bytes for split in SPLITS):
+            break
+        found.append(segment)
+    return found
+
+
+class SegmentWriter:
+    """Writes one segment: `add` ids to a split, `end_document`, `skip`, and `close` makes it count."""
+
+    def __init__(self, folder: Path, unit: int, number: int, tokenizer: Tokenizer):
+        self.folder, self.tokenizer = folder, tokenizer
+        self.segment = Segment(unit, number, 0, False, {})
+        self.dtype = token_dtype(tokenizer.n_vocab)
+        self.counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
+        self.hashes = {split: hashlib.sha256() for split in SPLITS}
+        self.files = {split: open(self._path(split, ".writing"), "wb") for split in SPLITS}
+
+    def _path(self, split: str, suffix: str = "") -> Path:
+        return self.folder / f"{self.segment.name}.{split}{suffix}"
+
+    @property
+    def tokens(self) -> int:
+        return sum(count["tokens"] for count in self.counts.values())
+
+    def add(self, split: str, ids: np.ndarray) -> None:
+        raw = ids.astype(self.dtype).tobytes()
+        self.files[split].write(raw)
+        self.hashes[split].update(raw)
+        self.counts[split]["tokens"] += len(ids)
+        self.counts[split]["bytes"] += int(self.tokenizer.token_bytes[ids].sum())
+
+    def end_document(self, split: str) -> None:
+        self.add(split, np.array([self.tokenizer.eot]))
+        self.counts[split]["documents"] += 1
+
+    def skip(self, what: Skipped) -> None:
+        self.segment.skipped += 1
+        if len(self.segment.skipped_named) < SKIPPED_NAMED:
+            self.segment.skipped_named.append(list(what))
+
+    def close(self, items: int, ends_unit: bool) -> None:
+        segment = self.segment
+        segment.items, segment.ends_unit = items, ends_unit
+        for split in SPLITS:
+            self.files[split].close()
+            os.replace(self._path(split, ".writing"), self._path(split))
+            segment.splits[split] = {**self.counts[split], "sha256": self.hashes[split].hexdigest()}
+        partial = self.folder / f"{segment.name}.json.writing"
+        partial.write_text(json.dumps(vars(segment)) + "\n")
+        os.replace(partial, self.folder / f"{segment.name}.json")
+
+
+def read_segment(folder: Path, segment: Segment, split: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The ids of a segment in blocks. Raises UserError, at its end, if the file is not what was written."""
+    path, sha256 = folder / f"{segment.name}.{split}", hashlib.sha256()
+    with open(path, "rb") as file:  # not mapped: pages of a mapped file count as the process's memory
+        while block := file.read(2**20 * dtype.itemsize):
+            sha256.update(block)
+            if len(block) % dtype.itemsize:
+                break
+            yield np.frombuffer(block, dtype)
+    if sha256.hexdigest() != segment.splits[split]["sha256"]:
+        raise UserError(
+            f"{path} is damaged (its sha256 is {sha256.hexdigest()[:12]}.., not {segment.splits[split]['sha256'][:12]}"
+            f"..): delete {path.with_suffix('.json')} and prepare it again with the command that made it."
+        )
+
+
+def lock(folder: Path):
+    """An open file whose lock lasts as long as the process. Raises UserError if another process works here."""
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is preparing {folder}: wait for it, or choose another --name.") from None
+    return file
