@@ -212,7 +212,7 @@ def test_a_damaged_segment_is_named_with_its_cure(tmp_path, monkeypatch):
     write_texts(tmp_path / "texts", documents=30)
     run(tmp_path, "--name=a", "--part=1/1")
     part = tmp_path / "data/a.part1of1"
-    segment = sorted(part.glob("*.json"))[1]
+    segment = sorted(part.glob("unit_*.json"))[1]
     victim = max((segment.with_suffix(f".{split}") for split in staging.SPLITS), key=lambda path: path.stat().st_size)
     with open(victim, "r+b") as file:
         file.write(b"\xff")

@@ -1,0 +1,9 @@
+"""PG-19, books of Project Gutenberg from before 1919 (Rae et al., arXiv 1911.05507): long documents.
+
+python prepare.py config/pg19.py"""
+
+from dataclasses import replace
+
+from config.c4 import config as c4
+
+config = replace(c4, recipe="", hf_dataset="emozilla/pg19", hf_config="")
