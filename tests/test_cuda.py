@@ -1,0 +1,94 @@
+"""What only a GPU can show: run by pytest -m cuda where there is one, skipped elsewhere."""
+
+import os
+
+import pytest
+import torch
+
+from config import GPTConfig
+from dist import autocast, pick_dtype, why_not_compile
+from loss import Objective
+from model import GPT
+from tests.conftest import TINY, cli, losses, override
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here"),
+]
+SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=128, vocab_size=320, content_vocab_size=300)
+GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")}
+
+
+def batch(device: str) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 300, (3, 128), generator=generator)
+    index = torch.stack([torch.randperm(128, generator=generator)[:13].sort().values for _ in range(3)])
+    index[2, 9:] = 128  # pads
+    tokens.scatter_(1, index.clamp(max=127), 301)
+    targets = torch.where(tokens.roll(-1, 1) >= 300, -100, tokens.roll(-1, 1))
+    positions = torch.arange(128).expand(3, 128)
+    return tuple(tensor.to(device) for tensor in (tokens, targets, positions, index))
+
+
+def loss_and_gradients(device: str, dtype: torch.dtype, compiled: bool = False, **changes):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**vars(SHAPE), **changes}))
+    for block in model.h:
+        torch.nn.init.normal_(block.second_attn.c_proj.weight, std=0.1)
+    model.to(device)
+    objective = torch.compile(Objective(model), dynamic=False) if compiled else Objective(model)
+    with autocast(torch.device(device), dtype):
+        nats = objective(*batch(device))
+    nats.backward()
+    return nats.item(), {name: p.grad.float().cpu() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("second", ["meta", "causal", "random"])
+def test_the_gpu_computes_what_the_cpu_does(second, position):
+    changes = {"second_attention": second, "position": position}
+    nats, grads = loss_and_gradients("cpu", torch.float32, **changes)
+    gpu_nats, gpu_grads = loss_and_gradients("cuda", torch.float32, **changes)
+    assert gpu_nats == pytest.approx(nats, rel=1e-4)
+    for name, grad in grads.items():
+        assert (gpu_grads[name] - grad).norm() <= 1e-3 * grad.norm() + 1e-6, name
+    half_nats, half_grads = loss_and_gradients("cuda", torch.bfloat16, **changes)
+    assert half_nats == pytest.approx(nats, rel=1e-2)
+    for name, grad in grads.items():
+        assert (half_grads[name] - grad).norm() <= 0.1 * grad.norm() + 1e-3, name
+
+
+@pytest.mark.skipif(why_not_compile(torch.device("cuda")) is not None, reason="triton is missing")
+def test_compiled_equals_eager():
+    nats, grads = loss_and_gradients("cuda", torch.float32)
+    compiled_nats, compiled_grads = loss_and_gradients("cuda", torch.float32, compiled=True)
+    assert compiled_nats == pytest.approx(nats, rel=1e-4)
+    for name, grad in grads.items():
+        assert (compiled_grads[name] - grad).norm() <= 1e-3 * grad.norm() + 1e-6, name
+
+
+def train(workdir, name, *args, launcher=None):
+    base = (*TINY, "--dataset=data/u", "--block_size=32", f"--run_name={name}", "--max_steps=20")
+    launched = {"launcher": launcher} if launcher else {}
+    result = cli("train.py", *override(base, "--device=cuda", *args), cwd=workdir, env=GPU, **launched)
+    assert result.returncode == 0, result.stderr.decode()[-3000:]
+    return workdir / "out" / name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_in_bf16_with_compile_and_resume(workdir, optimizer):
+    assert pick_dtype("auto", torch.device("cuda"))[0] in (torch.bfloat16, torch.float32)
+    args = ("--dtype=auto", "--compile=True", f"--optimizer={optimizer}", "--lr_decay_steps=20")
+    straight = train(workdir, f"gpu_{optimizer}", *args)
+    train(workdir, f"gpu2_{optimizer}", *args, "--max_steps=9")
+    resumed = train(workdir, f"gpu2_{optimizer}", *args, "--init_from=resume")
+    assert losses(straight)[-1] < losses(straight)[0]
+    assert losses(resumed) == pytest.approx(losses(straight), rel=2e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU alone")
+def test_two_gpus_equal_one(workdir):
+    launcher = ("torchrun", "--standalone", "--nproc_per_node=2")
+    one = train(workdir, "gpu_one", "--micro_batch_size=4")
+    two = train(workdir, "gpu_two", "--micro_batch_size=4", launcher=launcher)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)

@@ -1,0 +1,56 @@
+"""Several machines: two torchrun agents that meet over a socket, and the SLURM script with SLURM played by the test."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, TINY, cli, losses, override
+
+BASE = (*TINY, "--dataset=data/u", "--block_size=32", "--max_steps=5", "--micro_batch_size=4")
+
+
+def test_two_nodes_equal_one(workdir):
+    args = override(BASE, "--run_name=nodes")
+    port = 20000 + os.getpid() % 20000
+    agents = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test",
+                "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", str(ROOT / "train.py"), *args,
+            ],
+            cwd=workdir, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    out = [agent.communicate(timeout=200) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], out
+    assert sum("2 processes" in stdout for stdout, _ in out) == 1  # one of them is rank 0 and speaks
+    assert cli("train.py", *override(BASE, "--run_name=node"), cwd=workdir).returncode == 0
+    assert losses(workdir / "out/nodes") == pytest.approx(losses(workdir / "out/node"), rel=1e-5)
+
+
+def script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_the_slurm_script_starts_torchrun_on_every_node(tmp_path):
+    script(tmp_path / "bin/scontrol", '[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"')
+    script(tmp_path / "bin/srun", '"$@"; SLURM_NODEID=1 "$@"')
+    script(tmp_path / ".venv/bin/torchrun", 'printf "<%s>" "$@"; echo')
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "77"}
+    result = subprocess.run(
+        ["bash", str(ROOT / "train.sbatch"), "config/meta_gpt2.py", "--run_name=a b"], cwd=tmp_path, text=True,
+        env={**os.environ, **slurm, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}, capture_output=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    line = (
+        "<--nnodes=2><--nproc_per_node=8><--max_restarts=3><--rdzv_id=77><--rdzv_backend=c10d>"
+        "<--rdzv_endpoint=n1:29500><train.py><config/meta_gpt2.py><--run_name=a b><--init_from=auto>"
+    )
+    assert result.stdout.splitlines() == [line, line]
