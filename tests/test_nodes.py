@@ -9,11 +9,11 @@ import pytest
 
 from tests.conftest import ROOT, TINY, cli, losses, override
 
-BASE = (*TINY, "--dataset=data/u", "--block_size=32", "--max_steps=5", "--micro_batch_size=4")
+BASE = override(TINY, "--dataset=data/u", "--block_size=32", "--max_steps=5", "--micro_batch_size=4")
 
 
 def test_two_nodes_equal_one(workdir):
-    args = override(BASE, "--run_name=nodes")
+    args = [*BASE, "--run_name=nodes"]
     port = 20000 + os.getpid() % 20000
     agents = [
         subprocess.Popen(
@@ -29,7 +29,7 @@ def test_two_nodes_equal_one(workdir):
     out = [agent.communicate(timeout=200) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], out
     assert sum("2 processes" in stdout for stdout, _ in out) == 1  # one of them is rank 0 and speaks
-    assert cli("train.py", *override(BASE, "--run_name=node"), cwd=workdir).returncode == 0
+    assert cli("train.py", *BASE, "--run_name=node", cwd=workdir).returncode == 0
     assert losses(workdir / "out/nodes") == pytest.approx(losses(workdir / "out/node"), rel=1e-5)
 
 
