@@ -118,12 +118,13 @@ def tokenize(source: Source, work: Path, cfg: PrepareConfig, tokenizer: Tokenize
         for (unit, number, item), ids in encoders.in_order(new_items(source, work, units, token_bytes)):
             if writer is None:
                 writer = SegmentWriter(work, unit, len(finished_segments(work, unit, token_bytes)), tokenizer)
+            split = split_of(item.text, cfg) if isinstance(item, Piece) else None
+            if run not in (None, split):  # the document goes on in the other split, or its rest cannot be read
+                writer.end_document(run)
+                run = None
             if isinstance(item, Skipped):
                 writer.skip(item)
             elif isinstance(item, Piece):
-                split = split_of(item.text, cfg)
-                if run not in (None, split):  # the document goes on in the other split: here it ends
-                    writer.end_document(run)
                 writer.add(split, ids)
                 run = split
                 if item.last:
@@ -212,7 +213,8 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
         tokenize(source, work, cfg, tokenizer, console)
         if cfg.part:
             os.replace(work, folder)
-            console.print(f"{folder} is done; when all parts are: python prepare.py --merge {folder.parent}/PARTS")
+            all_parts = f"{dataset_folder(cfg, root)}.part*of{cfg.part.split('/')[1]}"
+            console.print(f"{folder} is done; with all parts in one place: python prepare.py --merge {all_parts}")
             return folder
         token_bytes = token_dtype(tokenizer.n_vocab).itemsize
         segments = all_segments([work], source.n_units, token_bytes)

@@ -10,11 +10,15 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+import prepare
 from config import PrepareConfig, UserError
 from data import sources
 from data.shards import file_sha256
 from data.sources import FileSource, Piece, Skipped, check_utf8, open_source, pieces_of, read_pieces
+from data.staging import SPLITS, finished_segments
+from data.tokenizer import Tokenizer
 from tests.conftest import cli, manifest, override, refusal, tree, write_texts
 
 SMALL = ("--bpe_vocab_size=300", "--chunk_content=28", "--chunk_markers=4", "--val_fraction=0.1", "--workers=2")
@@ -235,3 +239,23 @@ def test_bad_sources_change_nothing(formats, args, sentences):
         assert sentence in error
     after = {name: facts for name, facts in tree(folder).items() if not name.startswith("cache")}
     assert after == {name: facts for name, facts in before.items() if not name.startswith("cache")}
+
+
+def test_a_document_whose_rest_cannot_be_read_ends_there(tmp_path, monkeypatch):
+    """No document runs into the next one: a file that fails in its middle is ended before what follows."""
+    write_texts(tmp_path / "texts", documents=4)
+    whole = FileSource.read
+
+    def read(self, unit):
+        for number, item in enumerate(whole(self, unit)):
+            yield item._replace(last=False) if number == 1 else item
+            if number == 1:
+                yield Skipped("disk", "gone")
+
+    monkeypatch.setattr(FileSource, "read", read)
+    source = files_source(tmp_path / "texts/*.txt")
+    source.units, source.n_units = [[path for unit in source.units for path in unit]], 1
+    cfg = PrepareConfig(source="files", files=("x",), tokenizer="gpt2", workers=1)
+    prepare.tokenize(source, tmp_path, cfg, Tokenizer.gpt2(), Console(quiet=True))
+    (segment,) = finished_segments(tmp_path, 0, 2)
+    assert sum(segment.splits[split]["documents"] for split in SPLITS) == 4 and segment.skipped == 1
