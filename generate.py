@@ -19,6 +19,7 @@ import torch
 from checkpoint import Run
 from config import UserError
 from data.inject import marker_places
+from data.loader import random_positions
 from loss import token_nats
 from rng import stable_key
 
@@ -123,8 +124,12 @@ def _generate(run, prompt, plan, max_new_tokens, temperature, top_k, top_p, seed
 @torch.no_grad()
 def hidden_states(run: Run, ids: list[int]) -> torch.Tensor:
     """ids (T,) -> final hidden states (T, C)."""
-    tokens = torch.tensor([ids], device=run.model.wte.weight.device)
-    meta_index = (tokens[0] == run.tokenizer.meta).nonzero().T  # (1, M)
+    tokens, m = torch.tensor([ids], device=run.model.wte.weight.device), run.config.model
+    if m.second_attention == "random":  # a draw of its own, the same for a text however far it has come
+        drawn = random_positions(np.array([0]), m.block_size, m.random_fraction, run.config.seed, "generated")
+        meta_index = torch.from_numpy(drawn[drawn < len(ids)][None]).to(tokens.device)
+    else:
+        meta_index = (tokens[0] == run.tokenizer.meta).nonzero().T  # (1, M)
     return run.model(tokens, torch.arange(len(ids), device=tokens.device)[None], meta_index)[0]
 
 

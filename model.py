@@ -18,6 +18,8 @@ from meta_attention import CausalSelfAttention, MetaAttention, gather_rows
 from rng import stable_key
 from rope import rope_tables, rotate
 
+GATHERED = ("meta", "random")  # the second attentions that connect the positions of meta_index alone
+
 
 class LayerNorm(nn.LayerNorm):
     """LayerNorm with an optional bias (torch's own constructor couples it to the weight's)."""
@@ -29,8 +31,9 @@ class LayerNorm(nn.LayerNorm):
 class MLP(nn.Module):
     def __init__(self, cfg: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=cfg.bias)
-        self.c_proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        n_inner = cfg.n_inner or 4 * cfg.n_embd
+        self.c_fc = nn.Linear(cfg.n_embd, n_inner, bias=cfg.bias)
+        self.c_proj = nn.Linear(n_inner, cfg.n_embd, bias=cfg.bias)
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x):
@@ -47,14 +50,14 @@ class Block(nn.Module):
         if self.second != "none":
             # the same names and shapes in every arm, so that equal seeds draw equal weights
             self.ln_second = LayerNorm(cfg)
-            self.second_attn = (MetaAttention if self.second == "meta" else CausalSelfAttention)(*attention)
+            self.second_attn = (MetaAttention if self.second in GATHERED else CausalSelfAttention)(*attention)
         self.ln_2 = LayerNorm(cfg)
         self.mlp = MLP(cfg)
 
     def forward(self, x, meta_index, rotate_all, rotate_meta):
         x = x + self.attn(self.ln_1(x), rotate_all)
-        if self.second == "meta":
-            x = self.second_attn(x, meta_index, self.ln_second, rotate_meta)  # adds to the meta-tokens' rows
+        if self.second in GATHERED:
+            x = self.second_attn(x, meta_index, self.ln_second, rotate_meta)  # adds to the rows of meta_index
         elif self.second == "causal":
             x = x + self.second_attn(self.ln_second(x), rotate_all)
         return x + self.mlp(self.ln_2(x))
@@ -101,14 +104,21 @@ class GPT(nn.Module):
     def forward(self, tokens, positions, meta_index):
         """tokens, positions (B, T), meta_index (B, M) as in a Batch -> hidden states after ln_f (B, T, C)."""
         x = self.wte(tokens)  # (B, T, C)
-        rotate_all = rotate_meta = None
+        rotate_all = rotate_meta = unplaced = None
+        if self.cfg.meta_position == "none":
+            B, T = tokens.shape
+            unplaced = torch.zeros(B, T + 1, dtype=torch.bool, device=tokens.device)
+            unplaced = unplaced.scatter(1, meta_index, True)[:, :T]  # pads, T, mark the column that is cut off
         if self.cfg.position == "learned":
-            x = x + self.wpe(positions)
+            place = self.wpe(positions)
+            x = x + (place if unplaced is None else place.masked_fill(unplaced[..., None], 0))
         else:
+            if unplaced is not None:
+                positions = positions.masked_fill(unplaced, 0)  # an angle of 0 turns nothing
             cos, sin = rope_tables(positions, self.cfg.n_embd // self.cfg.n_head, self.cfg.rope_theta)
             rotate_all = functools.partial(rotate, cos=cos, sin=sin)
-            if self.cfg.second_attention == "meta":
-                # meta-tokens keep their position in the window: (B, 1, T, D/2) -> (B, 1, M, D/2)
+            if self.cfg.second_attention in GATHERED:
+                # gathered rows keep their position in the window: (B, 1, T, D/2) -> (B, 1, M, D/2)
                 cos, sin = (gather_rows(table.squeeze(1), meta_index).unsqueeze(1) for table in (cos, sin))
                 rotate_meta = functools.partial(rotate, cos=cos, sin=sin)
         x = self.drop(x)
@@ -140,12 +150,13 @@ _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "m
 
 
 def to_hf(model: GPT) -> dict[str, torch.Tensor]:
-    """State dict for transformers.GPT2LMHeadModel. UserError but for second_attention none, position learned, bias."""
+    """State dict for transformers.GPT2LMHeadModel. UserError but for second_attention none, position learned,
+    meta_position same, bias."""
     cfg = model.cfg
-    if cfg.second_attention != "none" or cfg.position != "learned" or not cfg.bias:
+    if (cfg.second_attention, cfg.position, cfg.meta_position, cfg.bias) != ("none", "learned", "same", True):
         raise UserError(
             f"Hugging Face's GPT-2 has no second_attention={cfg.second_attention}, position={cfg.position}, "
-            f"bias={cfg.bias}: only none, learned, True can be converted."
+            f"meta_position={cfg.meta_position}, bias={cfg.bias}: only none, learned, same, True can be converted."
         )
     state = {name: p.T if name.endswith(_TRANSPOSED) else p for name, p in model.state_dict().items()}
     state = {f"transformer.{name}": p.contiguous().clone() for name, p in state.items()}

@@ -247,13 +247,26 @@ class Trainer:
         self.accumulation = accumulation(cfg, dist.world)
         warnings: list[str] = []
         saved = find_checkpoint(cfg, self.run_dir, warnings.append)
+        random_fraction = cfg.model.random_fraction if cfg.model.second_attention == "random" else None
         self.train_data, self.val_data = (
-            Windows(cfg.dataset, split, cfg.model.block_size, cfg.target_rule) for split in ("train", "val")
+            Windows(cfg.dataset, split, cfg.model.block_size, cfg.target_rule, random_fraction, cfg.seed)
+            for split in ("train", "val")
         )
-        if cfg.model.second_attention == "meta" and not self.train_data.manifest["chunk_markers"]:
+        markers = self.train_data.manifest["chunk_markers"]
+        if cfg.model.second_attention == "meta" and not markers:
             raise UserError(
                 f"second_attention=meta would idle, since {cfg.dataset} has no markers: take --second_attention=none, "
                 f"or a dataset prepared with --injection=uniform."
+            )
+        if cfg.model.second_attention == "random" and markers:
+            raise UserError(
+                f"second_attention=random is a control without markers, and {cfg.dataset} has {markers} a chunk: take "
+                f"a dataset prepared with --injection=none."
+            )
+        if cfg.model.meta_position == "none" and not markers:
+            raise UserError(
+                f"meta_position=none would change nothing, since {cfg.dataset} has no markers: take "
+                f"--meta_position=same, or a dataset prepared with --injection=uniform."
             )
         self.cfg = cfg = with_vocabulary(cfg, self.train_data)
         self.facts = data_facts(self.train_data, cfg)

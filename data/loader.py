@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from config import UserError, nearest_multiples
+from data.inject import marker_places
 from data.shards import TokenStream, read_manifest
 from data.tokenizer import Tokenizer
 from rng import permute, stable_key
@@ -20,8 +21,10 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # (B, T) int64
     targets: torch.Tensor  # (B, T) int64, IGNORE where nothing is scored
     positions: torch.Tensor  # (B, T) int64, index in the window
-    meta_index: torch.Tensor  # (B, M) int64, positions of the meta-tokens, increasing; pads are T and come last
-    meta_count: torch.Tensor  # (B,) int64, meta-tokens of each row
+    # (B, M) int64, positions that take part in the second attention, increasing; pads are T and come last: those of
+    # the meta-tokens, or for second_attention=random those drawn
+    meta_index: torch.Tensor
+    meta_count: torch.Tensor  # (B,) int64, how many these are in each row
 
     def to(self, device: torch.device) -> "Batch":
         if device.type != "cuda":
@@ -61,15 +64,35 @@ def targets_of(tokens: np.ndarray, T: int, meta: int, rule: str) -> np.ndarray:
     return following
 
 
+def random_positions(windows: np.ndarray, T: int, fraction: float, seed: int, split: str) -> np.ndarray:
+    """windows (B,) of a split -> (B, R) increasing, the positions of each window that second_attention=random connects.
+
+    R = round(fraction T), at least 1, drawn without replacement as the markers of a chunk are. The draw of a window
+    depends on (seed, split, window, T, R) alone."""
+    R, key = max(1, round(fraction * T)), stable_key(seed, "random positions", split)
+    draws = [np.flatnonzero(marker_places("uniform", int(window), 1, T - R, R, key)) for window in windows]
+    return np.array(draws, dtype=np.int64).reshape(len(windows), R)
+
+
 class Windows:
     """The windows of one split: window i is positions [i T, (i + 1) T) of the stream, T = block_size, a whole
     number of chunks. Under both target rules every content token of the stream is scored exactly once per epoch,
     but for the first, before which there may be nothing.
+    random_fraction, seed: for second_attention=random, what random_positions takes; None = the markers are connected.
 
     Raises UserError for a missing or damaged dataset, a block_size that is not whole chunks, a split shorter
     than one window."""
 
-    def __init__(self, folder: str | Path, split: str, block_size: int, target_rule: str):
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        block_size: int,
+        target_rule: str,
+        random_fraction: float | None = None,
+        seed: int = 1337,
+    ):
+        self.split, self.random_fraction, self.seed = split, random_fraction, seed
         self.manifest = read_manifest(Path(folder))
         self.tokenizer = Tokenizer.load(Path(folder))
         if self.tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
@@ -102,9 +125,13 @@ class Windows:
             tokens[row], targets[row] = ids[:T], targets_of(ids, T, meta, self.rule)
             if window == 0:  # the stream's first content token is scored in no arm: only markers can precede it
                 targets[row, : int(np.argmax(ids != meta))] = IGNORE
-        is_meta = tokens == meta
-        count = is_meta.sum(axis=1)
-        order = np.argsort(~is_meta, axis=1, kind="stable")[:, : int(count.max(initial=0))]
-        meta_index = np.where(np.arange(order.shape[1]) < count[:, None], order, T)
+        if self.random_fraction is None:
+            is_meta = tokens == meta
+            count = is_meta.sum(axis=1)
+            order = np.argsort(~is_meta, axis=1, kind="stable")[:, : int(count.max(initial=0))]
+            meta_index = np.where(np.arange(order.shape[1]) < count[:, None], order, T)
+        else:
+            meta_index = random_positions(windows, T, self.random_fraction, self.seed, self.split)
+            count = np.full(len(windows), meta_index.shape[1])
         positions = np.broadcast_to(np.arange(T), tokens.shape).copy()
         return Batch(*map(torch.from_numpy, (tokens, targets, positions, meta_index, count)))

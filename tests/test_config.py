@@ -41,17 +41,22 @@ def test_the_papers_recipe():
 @pytest.mark.parametrize("size", ["gpt2", "tiny"])
 def test_arms_differ_in_nothing_but_the_arm(size):
     """Same steps, windows, rates and seeds; the content of a window is the same (922 of 1024, 461 of 512)."""
-    meta_name, others = (
-        ("meta_gpt2", ["gpt2", "causal2_gpt2"]) if size == "gpt2" else ("tiny_meta", ["tiny_gpt2", "tiny_causal2"])
-    )
-    meta = load(str(ROOT / f"config/{meta_name}.py"))
-    for name in others:
-        arm = load(str(ROOT / f"config/{name}.py"))
-        assert {"meta_gpt2": 922, "tiny_meta": 461}[meta_name] == arm.model.block_size
-        same = dataclasses.replace(arm, dataset=meta.dataset, run_name=meta.run_name, model=meta.model)
-        assert same == meta
-        model = dataclasses.replace(arm.model, block_size=meta.model.block_size, second_attention="meta")
-        assert model == meta.model
+    file = {"gpt2": "config/{}_gpt2.py", "tiny": "config/tiny_{}.py"}[size].format
+    meta = load(str(ROOT / file("meta")))
+    bare = {"gpt2": "config/gpt2.py", "tiny": "config/tiny_gpt2.py"}[size]
+    with_markers = (meta.dataset, meta.model.block_size)
+    without = (load(str(ROOT / bare)).dataset, {"gpt2": 922, "tiny": 461}[size])
+    assert without[0].endswith("_none") and with_markers[0].endswith("_uniform")
+    for path, data, model in (
+        (bare, without, {"second_attention": "none"}),
+        (file("causal2"), without, {"second_attention": "causal"}),
+        (file("random"), without, {"second_attention": "random"}),
+        (file("widemlp"), without, {"second_attention": "none", "n_inner": 6 * meta.model.n_embd}),
+        (file("pause"), with_markers, {"second_attention": "none"}),
+    ):
+        model = dataclasses.replace(meta.model, block_size=data[1], **model)
+        arm = dataclasses.replace(meta, dataset=data[0], run_name=Path(path).stem, model=model)
+        assert load(str(ROOT / path)) == arm, path
 
 
 def test_overrides_of_every_kind(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from config import UserError
 from data.inject import strip
-from data.loader import IGNORE, Windows, targets_of, window_order
+from data.loader import IGNORE, Windows, random_positions, targets_of, window_order
 from data.shards import HEADER, ShardWriter, TokenStream, file_sha256, verify
 from data.tokenizer import META, Tokenizer
 from tests.conftest import manifest
@@ -63,6 +63,57 @@ def test_every_epoch_sees_every_window_once(n_windows, batch_size, seed):
 def test_epochs_and_seeds_have_orders_of_their_own():
     orders = [window_order(step, 100, 100, seed).tolist() for step in (0, 1) for seed in (1, 2)]
     assert len(set(map(tuple, orders))) == 4
+
+
+# ----------------------------------------------------------------------------- random positions
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.floats(0.001, 1), st.integers(0, 10**9), st.integers(0, 2**32))
+def test_a_draw_is_of_r_positions_and_of_its_window_alone(T, fraction, first, seed):
+    R = max(1, round(fraction * T))
+    windows = np.array([first, first + 7, first, 10**12])
+    drawn = random_positions(windows, T, fraction, seed, "train")
+    assert drawn.shape == (4, R) and drawn.min() >= 0 and drawn.max() < T and (np.diff(drawn) > 0).all()
+    alone = [random_positions(windows[i : i + 1], T, fraction, seed, "train")[0] for i in range(4)]
+    assert (drawn == alone).all() and (drawn[0] == drawn[2]).all()
+
+
+def test_windows_splits_and_seeds_have_draws_of_their_own():
+    draws = [
+        tuple(random_positions(np.array([window]), 100, 0.2, seed, split)[0])
+        for window in range(20)
+        for seed in (1, 2)
+        for split in ("train", "val", "generated")
+    ]
+    assert len(set(draws)) == 120
+    assert random_positions(np.array([], dtype=np.int64), 100, 0.2, 1, "val").shape == (0, 20)
+
+
+@pytest.mark.parametrize(("T", "fraction", "R"), [(28, 0.1, 3), (461, 0.1, 46)])
+def test_each_position_is_drawn_equally_often(T, fraction, R):
+    """Chi-square with T - 1 degrees of freedom, within 5 standard deviations; see test_injection.py."""
+    drawn = random_positions(np.arange(20_000), T, fraction, 1337, "train")
+    assert drawn.shape == (20_000, R)
+    counts, expected = np.bincount(drawn.flatten(), minlength=T), 20_000 * R / T
+    statistic = (((counts - expected) ** 2) / expected).sum() / ((T - R) / (T - 1))
+    assert abs(statistic - (T - 1)) < 5 * np.sqrt(2 * (T - 1))
+    # and neighbours of the order are drawn apart from each other: both hold the same place in R of T cases
+    both = sum(np.isin(drawn[i], drawn[i + 1]).sum() for i in range(5000)) / (5000 * R)
+    assert abs(both - R / T) < 5 * np.sqrt(R / T / (5000 * R))
+
+
+def test_a_window_brings_its_draw_into_every_batch(workdir):
+    data = Windows(workdir / "data" / "n", "train", 28, "ignore", random_fraction=0.25, seed=5)
+    plain = Windows(workdir / "data" / "n", "train", 28, "ignore")
+    batch = data.batch(np.array([9, 4, 30]))
+    assert batch.meta_index.shape == (3, 7) and batch.meta_count.tolist() == [7, 7, 7]
+    assert batch.meta_index.tolist() == random_positions(np.array([9, 4, 30]), 28, 0.25, 5, "train").tolist()
+    for i, window in enumerate((9, 4, 30)):
+        assert data.batch(np.array([window])).meta_index[0].tolist() == batch.meta_index[i].tolist()
+    # nothing else of the batch differs from that of an arm without
+    for ours, theirs in zip(batch[:3], plain.batch(np.array([9, 4, 30]))[:3], strict=True):
+        assert (ours == theirs).all()
 
 
 # ----------------------------------------------------------------------------- prepared datasets

@@ -6,9 +6,12 @@ import transformers
 
 from config import GPTConfig, UserError
 from model import GPT, from_hf, to_hf
+from tests.reference import gpt as reference
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=64, content_vocab_size=60)
-ARMS = ("meta", "causal", "none")
+ARMS = ("meta", "causal", "random", "none")
+# second_attention and meta_position: all that goes together
+ARMS_AND_PLACES = [(arm, place) for arm in ARMS for place in ("same", "none") if (arm, place) != ("random", "none")]
 
 
 def build(seed=3, **changes) -> GPT:
@@ -24,6 +27,14 @@ def wake(model: GPT, seed: int = 0) -> GPT:
     return model
 
 
+def sharpen(model: GPT) -> GPT:
+    """Attention that shows where it looks: at GPT-2's initial weights it is nearly uniform."""
+    for name, p in model.named_parameters():
+        if "c_attn.weight" in name:
+            torch.nn.init.normal_(p, std=0.5)
+    return model
+
+
 def inputs(T=12, B=3, meta=61):
     torch.manual_seed(1)
     tokens = torch.randint(0, 60, (B, T))
@@ -34,9 +45,61 @@ def inputs(T=12, B=3, meta=61):
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
-@pytest.mark.parametrize("second", ARMS)
-def test_a_token_changes_nothing_before_it(second, position):
-    model = wake(build(second_attention=second, position=position))
+@pytest.mark.parametrize(("second", "meta_position"), ARMS_AND_PLACES)
+def test_the_model_is_its_definition(second, meta_position, position):
+    """Masked attention over all pairs of positions, in every block, with rows of different numbers of meta-tokens."""
+    cfg = {"second_attention": second, "meta_position": meta_position, "position": position, "bias": True}
+    model = sharpen(wake(build(**cfg))).double()
+    for name, p in model.named_parameters():
+        if name.endswith(("bias", "wpe.weight")):
+            torch.nn.init.normal_(p, std=0.3)
+    tokens, positions, index = inputs()
+    tokens = torch.randint(0, 60, tokens.shape)  # equal values would hide who is looked at; the model sees no ids
+    members = torch.stack([torch.isin(torch.arange(12), row) for row in index])
+    ours, expected = model(tokens, positions, index), reference.hidden_states(model, tokens, positions, members)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)  # angles and turned q, k are fp32
+    others = reference.hidden_states(model, tokens, positions, members.roll(1, dims=1))
+    if second in ("meta", "random") or meta_position == "none":
+        assert (others - expected).abs().max() > 1e-2  # the tolerance can tell
+
+
+@pytest.mark.parametrize("silent", ["", "attn", "second_attn"])
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_meta_tokens_without_a_position_can_be_moved(position, silent):
+    """Nothing changes at all, in either attention alone or in both; with a position, or a content token, it does."""
+    tokens, positions, index = inputs()
+    tokens = torch.randint(0, 60, tokens.shape)  # equal values would hide who is looked at; the model sees no ids
+    moved, elsewhere = positions.clone(), positions.clone()
+    moved[0, 3], moved[0, 7], moved[2, 4] = 9, 1, 0
+    elsewhere[0, 4], elsewhere[0, 5] = 10, 2
+    for meta_position in ("same", "none"):
+        model = sharpen(wake(build(position=position, meta_position=meta_position)))
+        for name, p in model.named_parameters():
+            if silent and f".{silent}.c_proj" in name:
+                torch.nn.init.zeros_(p)
+        here, there = model(tokens, positions, index), model(tokens, moved, index)
+        if meta_position == "none":
+            assert torch.equal(here, there)
+        else:
+            assert (here - there).abs().amax((1, 2))[0] > 1e-3
+        if silent != "attn" or position == "learned":  # else content has no attention that its position could turn
+            assert (here - model(tokens, elsewhere, index)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("second", ["meta", "causal", "none"])
+def test_without_markers_meta_position_says_nothing(second, position):
+    same, none = (wake(build(second_attention=second, position=position, meta_position=m)) for m in ("same", "none"))
+    tokens, positions, index = inputs()
+    for empty in (torch.empty(3, 0, dtype=torch.long), torch.full((3, 2), 12)):
+        assert torch.equal(same(tokens, positions, empty), none(tokens, positions, empty))
+    assert not torch.equal(same(tokens, positions, index), none(tokens, positions, index))
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize(("second", "meta_position"), ARMS_AND_PLACES)
+def test_a_token_changes_nothing_before_it(second, meta_position, position):
+    model = wake(build(second_attention=second, position=position, meta_position=meta_position))
     tokens, positions, index = inputs()
     before = model.logits(model(tokens, positions, index))
     for t in range(12):
@@ -77,12 +140,13 @@ def test_step_0_is_gpt2_in_every_arm_and_shared_weights_are_equal():
     models = {arm: build(second_attention=arm) for arm in ARMS}
     tokens, positions, index = inputs()
     outputs = {arm: model(tokens, positions, index) for arm, model in models.items()}
-    for arm in ("meta", "causal"):
+    for arm in ("meta", "causal", "random"):
         assert torch.equal(outputs[arm], outputs["none"])
         for name, p in models["none"].named_parameters():
             assert torch.equal(p, models[arm].get_parameter(name)), name
-    meta, causal = models["meta"].state_dict(), models["causal"].state_dict()
-    assert meta.keys() == causal.keys() and all(torch.equal(meta[name], causal[name]) for name in meta)
+    meta = models["meta"].state_dict()
+    for control in (models["causal"].state_dict(), models["random"].state_dict()):
+        assert meta.keys() == control.keys() and all(torch.equal(meta[name], control[name]) for name in meta)
     assert not torch.equal(meta["h.0.attn.c_attn.weight"], meta["h.1.attn.c_attn.weight"])
     assert not torch.equal(meta["h.0.attn.c_attn.weight"], build(seed=4).state_dict()["h.0.attn.c_attn.weight"])
     # a control's window has fewer positions; the rows that it has are the same
@@ -108,7 +172,8 @@ def test_parameter_counts_of_the_paper():
         groups = model.param_groups(0.1)
         assert sum(p.numel() for group in groups for p in group["params"]) == model.num_params()
         assert all(p.dim() >= 2 for p in groups[0]["params"]) and all(p.dim() == 1 for p in groups[1]["params"])
-    assert counts["meta"] == counts["causal"] == 123_587_328 + 12 * (4 * 768**2 + 768) == 151_908_096
+    assert counts["meta"] == counts["causal"] == counts["random"] == 151_908_096
+    assert counts["meta"] == 123_587_328 + 12 * (4 * 768**2 + 768)
     assert counts["none"] == 123_587_328
 
 
@@ -140,6 +205,7 @@ def test_conversion_refuses_what_gpt2_cannot_hold():
     for changes in (
         {"second_attention": "meta", "bias": True},
         {"second_attention": "none", "position": "rope", "bias": True},
+        {"second_attention": "none", "meta_position": "none", "bias": True},
     ):
         with pytest.raises(UserError, match="Hugging Face"):
             to_hf(build(**changes))

@@ -76,9 +76,11 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(workdir, straight):
     assert "changed since the checkpoint: max_steps 17 -> 30" in (result / "train.log").read_text()
 
 
-@pytest.mark.parametrize("second", ["meta", "causal", "none"])
+@pytest.mark.parametrize("second", ["meta", "causal", "random", "none"])
 def test_two_processes_and_accumulation_equal_one(workdir, second):
     args = ("--max_steps=20", f"--second_attention={second}", "--eval_interval=20", "--learning_rate=3e-3")
+    if second == "random":
+        args += ("--dataset=data/n", "--block_size=28")
     one = run(workdir, f"one_{second}", *args)
     four = run(workdir, f"four_{second}", *args, "--micro_batch_size=2")
     two = run(workdir, f"two_{second}", *args, "--micro_batch_size=2", launcher=TORCHRUN)
@@ -225,6 +227,21 @@ def test_wandb_offline_writes_into_the_run(workdir):
         ),
         (("--run_name=new", "--device=cuda"), "device=cuda is not available"),
         (("--run_name=new", "--dataset=data/n", "--block_size=28"), "second_attention=meta would idle"),
+        (
+            ("--run_name=new", "--second_attention=random"),
+            "second_attention=random is a control without markers, and data/u has 4 a chunk: take .*--injection=none",
+        ),
+        (
+            (
+                "--run_name=new",
+                "--dataset=data/n",
+                "--block_size=28",
+                "--second_attention=none",
+                "--meta_position=none",
+            ),
+            "meta_position=none would change nothing, since data/n has no markers: take --meta_position=same",
+        ),
+        (("--run_name=new", "--second_attention=random", "--meta_position=none"), "random runs without: leave one out"),
         (("--out_dir=.", "--run_name=texts", "--init_from=auto"), "texts exists and is no run of ours"),
     ],
 )

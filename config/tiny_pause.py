@@ -1,0 +1,9 @@
+"""The laptop's twin of pause_gpt2.py: the data of tiny_meta.py, markers included, without its second attention.
+
+python prepare.py"""
+
+from dataclasses import replace
+
+from config.tiny_meta import config as meta
+
+config = replace(meta, model=replace(meta.model, second_attention="none"))
