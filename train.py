@@ -30,12 +30,13 @@ from cli import load_config, run_cli
 from config import TrainConfig, UserError, to_dict
 from data.loader import Windows, step_windows
 from data.shards import verify
-from dist import Dist, autocast, pick_dtype, processes, why_not_compile
+from dist import Dist, autocast, pick_dtype, processes, ranks, why_not_compile
 from loss import Objective, Tally, token_nats
 from model import GPT
 from optim import Optimizer, learning_rate, norms
 from rng import stable_key
 from runlog import RunLog, environment
+from show import show_batch
 
 # ----------------------------------------------------------------------------- before the first step
 
@@ -474,6 +475,10 @@ class Trainer:
 
 def main(argv: list[str]) -> None:
     cfg = load_config(TrainConfig, argv, config_file=True)
+    if cfg.show_batch is not None:
+        rank, _, world = ranks()
+        accumulation(cfg, world)  # refuses what cannot be split
+        return show_batch(cfg, world) if rank == 0 else None
     if not cfg.run_name:
         raise UserError("the run has no name: give a config file (config/tiny_meta.py) or --run_name=NAME.")
     with processes(cfg.device) as dist:
