@@ -172,9 +172,14 @@ class Run:
     folder: Path
 
 
-def load_run(path: str | Path = "", device: str | torch.device = "cpu") -> Run:
-    """Loads a run for use: path is out/<run> (its best checkpoint, else its newest) or one checkpoint's folder; ""
-    is the run in out/ that saved last. Raises UserError if there is none, or it is damaged."""
+def holds_run(path: Path) -> bool:
+    """Is this a run of ours with a checkpoint, or a checkpoint's folder?"""
+    return (path / STATE).is_file() or bool(_folders(path, "step") + _folders(path, "best"))
+
+
+def open_run(path: str | Path = "") -> Checkpoint:
+    """path is out/<run> (its best checkpoint, else its newest) or one checkpoint's folder; "" is the run in out/ that
+    saved last. Raises UserError if there is none, or it is damaged."""
     path = Path(path) if path else _newest_run(Path("out"))
     checkpoint = open_checkpoint(path) if (path / STATE).is_file() else None
     for folder in reversed(_folders(path, "best")):
@@ -185,6 +190,12 @@ def load_run(path: str | Path = "", device: str | torch.device = "cpu") -> Run:
     checkpoint = checkpoint or newest(path, _warn)
     if checkpoint is None:
         raise UserError(f"there is no checkpoint in {str(path)!r}: give a run that train.py made, such as out/NAME.")
+    return checkpoint
+
+
+def load_run(path: str | Path = "", device: str | torch.device = "cpu") -> Run:
+    """Loads a run for use; path as for open_run. Raises UserError if there is none, or it is damaged."""
+    checkpoint = open_run(path)
     cfg = checkpoint.config
     tokenizer = checkpoint.tokenizer()
     if (tokenizer.n_vocab, tokenizer.n_content) != (cfg.model.vocab_size, cfg.model.content_vocab_size):

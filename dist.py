@@ -38,12 +38,17 @@ class Dist:
             torch.distributed.barrier()
 
 
+def ranks() -> tuple[int, int, int]:
+    """rank, local_rank, world as torchrun says them; without it we are the only process."""
+    names = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    rank, local_rank, world = (int(os.environ.get(name, alone)) for name, alone in names)
+    return rank, local_rank, world
+
+
 @contextlib.contextmanager
 def processes(device: str):
     """The Dist of this process, for as long as the block lasts. device: auto | cuda | mps | cpu."""
-    rank, local_rank, world = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+    rank, local_rank, world = ranks()
     chosen = pick_device(device, local_rank)
     if world > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"

@@ -164,8 +164,7 @@ def to_hf(model: GPT) -> dict[str, torch.Tensor]:
 
 
 def from_hf(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State dict for GPT from that of a GPT2LMHeadModel: the inverse of to_hf."""
-    prefix = "transformer."
-    ours = {name.removeprefix(prefix): p for name, p in state.items() if name.startswith(prefix)}
+    """State dict for GPT from that of a GPT2LMHeadModel: the inverse of to_hf. The hub's own gpt2 has no prefix."""
+    ours = {name.removeprefix("transformer."): p for name, p in state.items() if name != "lm_head.weight"}
     ours = {name: p for name, p in ours.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # masks
     return {name: p.T.contiguous() if name.endswith(_TRANSPOSED) else p.clone() for name, p in ours.items()}

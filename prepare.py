@@ -44,7 +44,7 @@ from data.staging import (
     write_plan,
 )  # fmt: skip
 from data.tokenizer import SPEC_FILE, Tokenizer
-from terminal import MAGENTA, write
+from terminal import write_tokens
 
 TOKENIZER_BYTES = 64 * 2**20  # text that a BPE is trained on at most
 
@@ -308,9 +308,7 @@ def inspect(folder: Path, console: Console, windows: int = 2) -> None:
         for window in range(min(windows, data.n_windows)):
             tokens = data.batch(np.array([window])).tokens[0].tolist()
             console.rule(f"{split}, window {window} of {data.n_windows:,}", style="dim")
-            for is_marker, group in itertools.groupby(tokens, key=lambda token: token == data.tokenizer.meta):
-                text = data.tokenizer.decode(group)
-                write(text, MAGENTA if is_marker else "")
+            write_tokens(tokens, data.tokenizer)
             console.print()
 
 

@@ -24,17 +24,19 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import pretrained
 from checkpoint import Checkpoint
 from cli import load_config, run_cli
 from config import TrainConfig, UserError, to_dict
-from data.loader import Windows, window_order
+from data.loader import Windows, step_windows
 from data.shards import verify
-from dist import Dist, autocast, pick_dtype, processes, why_not_compile
+from dist import Dist, autocast, pick_dtype, processes, ranks, why_not_compile
 from loss import Objective, Tally, token_nats
 from model import GPT
 from optim import Optimizer, learning_rate, norms
 from rng import stable_key
 from runlog import RunLog, environment
+from show import show_batch
 
 # ----------------------------------------------------------------------------- before the first step
 
@@ -130,6 +132,7 @@ def find_checkpoint(cfg: TrainConfig, run_dir: Path, warn) -> Checkpoint | None:
     if init_from != "resume" and int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         init_from = "auto"  # torchrun restarts the job: anything else was meant for its first start
     if init_from not in ("resume", "auto"):
+        pretrained.check_name(init_from)
         if occupied(run_dir):
             raise UserError(
                 f"the run folder {run_dir} exists: go on with --init_from=auto, choose another --run_name, or "
@@ -271,14 +274,14 @@ class Trainer:
         self.cfg = cfg = with_vocabulary(cfg, self.train_data)
         self.facts = data_facts(self.train_data, cfg)
         changed = check_resumable(saved, cfg, self.facts) if saved else []
-        damage = self._damage()
-        if dist.sum(torch.tensor(float(damage is not None), device=dist.device)) > 0:  # all processes end together
-            raise damage or UserError(f"another process found {cfg.dataset} damaged: see its machine's message.")
+        self.model = GPT(cfg.model, cfg.seed)
+        self.step, self.best = 0, None
+        refusal = self._read_files(weights=not saved and cfg.init_from not in pretrained.KEYWORDS, said=changed)
+        if dist.sum(torch.tensor(float(refusal is not None), device=dist.device)) > 0:  # all processes end together
+            raise refusal or UserError("another process refused its files: see its machine's message.")
 
         self.dtype, why = pick_dtype(cfg.dtype, dist.device)
         no_compile = why_not_compile(dist.device) if cfg.compile else "as asked"
-        self.model = GPT(cfg.model, cfg.seed)
-        self.step, self.best = 0, None
         if saved:
             self.model.load_state_dict(saved.weights())
             self.step, self.best = saved.step, saved.state["best"]
@@ -301,9 +304,12 @@ class Trainer:
             self.log.say(sentence)
         self._introduce(why, no_compile)
 
-    def _damage(self) -> UserError | None:
-        """What is wrong with the shards' bodies, looked at by one process of each machine."""
+    def _read_files(self, weights: bool, said: list[str]) -> UserError | None:
+        """What is wrong with the shards' bodies, looked at by one process of each machine, or with weights for step 0,
+        which all processes load; sentences for the log go to `said`."""
         try:
+            if weights:
+                said.append(pretrained.load_into(self.model, self.cfg.init_from, self.train_data.tokenizer))
             if self.cfg.verify == "full" and self.dist.local_rank == 0:
                 verify(Path(self.cfg.dataset), self.train_data.manifest)
         except UserError as error:
@@ -344,9 +350,7 @@ class Trainer:
         The sum of nats is divided by the scored targets of the whole global batch: their number differs between
         micro-batches and processes, so a mean of means would be another loss."""
         cfg, dist = self.cfg, self.dist
-        order = window_order(self.step, cfg.batch_size, self.train_data.n_windows, cfg.seed)
-        share = cfg.batch_size // dist.world
-        mine = order[dist.rank * share : (dist.rank + 1) * share].reshape(self.accumulation, cfg.micro_batch_size)
+        mine = step_windows(self.step, cfg, self.train_data.n_windows, dist.rank, dist.world)
         batches = [self.train_data.batch(windows) for windows in mine]
         scored = sum(int((batch.targets >= 0).sum()) for batch in batches)
         # float64 holds any count exactly; MPS has none
@@ -484,6 +488,10 @@ class Trainer:
 
 def main(argv: list[str]) -> None:
     cfg = load_config(TrainConfig, argv, config_file=True)
+    if cfg.show_batch is not None:
+        rank, _, world = ranks()
+        accumulation(cfg, world)  # refuses what cannot be split
+        return show_batch(cfg, world) if rank == 0 else None
     if not cfg.run_name:
         raise UserError("the run has no name: give a config file (config/tiny_meta.py) or --run_name=NAME.")
     with processes(cfg.device) as dist:

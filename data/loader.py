@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from config import UserError, nearest_multiples
+from config import TrainConfig, UserError, nearest_multiples
 from data.inject import marker_places
 from data.shards import TokenStream, read_manifest
 from data.tokenizer import Tokenizer
@@ -40,6 +40,13 @@ def window_order(step: int, batch_size: int, n_windows: int, seed: int) -> np.nd
         here = sample // n_windows == epoch
         windows[here] = permute(sample[here] % n_windows, n_windows, stable_key(seed, "window order", int(epoch)))
     return windows
+
+
+def step_windows(step: int, cfg: TrainConfig, n_windows: int, rank: int, world: int) -> np.ndarray:
+    """The windows of a step in process `rank` of `world`: (micro-batches, micro_batch_size), in order."""
+    share = cfg.batch_size // world
+    order = window_order(step, cfg.batch_size, n_windows, cfg.seed)
+    return order[rank * share : (rank + 1) * share].reshape(-1, cfg.micro_batch_size)
 
 
 def targets_of(tokens: np.ndarray, T: int, meta: int, rule: str) -> np.ndarray:

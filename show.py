@@ -1,0 +1,39 @@
+"""Prints what one step of training sees: python train.py config/tiny_meta.py --show_batch=1000"""
+
+import numpy as np
+
+from config import TrainConfig, UserError
+from data.loader import Windows, step_windows
+from terminal import BOLD, write, write_tokens
+
+
+def show_batch(cfg: TrainConfig, world: int) -> None:
+    """Every window of step cfg.show_batch, in order, with the process (of `world`) and micro-batch that gets it.
+
+    A step has the number of updates before it, as in a checkpoint's name: step_00001000 goes on with step 1000."""
+    step, last = cfg.show_batch, cfg.max_steps - 1
+    if step > last:
+        raise UserError(f"show_batch={step}, and with max_steps={cfg.max_steps} the last step is {last}: show that.")
+    data = Windows(cfg.dataset, "train", cfg.model.block_size, cfg.target_rule)
+    shares = [step_windows(step, cfg, data.n_windows, rank, world) for rank in range(world)]
+    first = step * cfg.batch_size  # sample number; an epoch is n_windows samples
+    ends = (first // data.n_windows, (first + cfg.batch_size - 1) // data.n_windows)
+    epochs = f"epoch {ends[0]}" if ends[0] == ends[1] else f"epochs {ends[0]} .. {ends[1]}"
+    write(
+        f"step {step} of {cfg.dataset}, {epochs} of {data.n_windows:,} windows, samples {first} .. "
+        f"{first + cfg.batch_size - 1}, target_rule={cfg.target_rule}, seed {cfg.seed}\n"
+        f"{world} processes x {len(shares[0])} micro-batches x {cfg.micro_batch_size} windows: "
+        f"{' '.join(str(window) for share in shares for window in share.flat)}\n"
+    )
+    places = [(rank, micro, w) for rank, share in enumerate(shares) for micro, row in enumerate(share) for w in row]
+    for sample, (rank, micro, window) in enumerate(places, start=first):
+        batch = data.batch(np.array([window]))
+        markers, scored = int(batch.meta_count[0]), int((batch.targets >= 0).sum())
+        write(
+            f"--- window {window}: sample {sample}, epoch {sample // data.n_windows}, process {rank} of {world}, "
+            f"micro-batch {micro} of {len(shares[0])}, {data.T - markers} content tokens, {markers} markers, "
+            f"{scored} scored targets ---\n",
+            BOLD,
+        )
+        write_tokens(batch.tokens[0].tolist(), data.tokenizer)
+        write("\n")

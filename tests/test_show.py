@@ -1,0 +1,156 @@
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train
+from config import TrainConfig, UserError
+from data.loader import Windows, step_windows
+from data.shards import TokenStream
+from data.tokenizer import META, Tokenizer
+from tests.conftest import ROOT, TINY, cli, manifest, override, refusal, tree
+from tests.test_train import TORCHRUN
+
+BASE = override(TINY, "--dataset=data/u", "--block_size=32", "--micro_batch_size=2")
+HEADER = (
+    r"--- window (\d+): sample (\d+), epoch (\d+), process (\d+) of (\d+), micro-batch (\d+) of (\d+), "
+    r"(\d+) content tokens, (\d+) markers, (\d+) scored targets ---\n"
+)
+
+# Trains and writes down what each train_step loads: a line {"step", "rank", "windows"} a micro-batch.
+SPY = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from data.loader import Windows
+from cli import run_cli
+
+step, load, update = None, Windows.batch, train.Trainer.train_step
+
+def train_step(self, stop):
+    global step
+    step, rank = self.step, self.dist.rank
+    Windows.batch = lambda data, windows: record(data, windows, rank)
+    result = update(self, stop)
+    Windows.batch = load
+    return result
+
+def record(data, windows, rank):
+    with open(f"seen{{rank}}.jsonl", "a") as file:
+        file.write(json.dumps({{"step": step, "rank": rank, "windows": windows.tolist()}}) + "\\n")
+    return load(data, windows)
+
+train.Trainer.train_step = train_step
+run_cli(train.main)
+"""
+
+
+def show(workdir, step: int, *args: str, **how) -> str:
+    result = cli("train.py", *override(BASE, *args), f"--show_batch={step}", cwd=workdir, **how)
+    assert result.returncode == 0, result.stderr.decode()
+    return result.stdout.decode()
+
+
+def windows_of(out: str) -> list[tuple[dict, str]]:
+    """The numbers of every window's header, and the text under it."""
+    names = ("window", "sample", "epoch", "rank", "world", "micro", "micros", "content", "markers", "scored")
+    heads = list(re.finditer(HEADER, out))
+    ends = [head.start() for head in heads[1:]] + [len(out)]
+    return [
+        (dict(zip(names, map(int, head.groups()), strict=True)), out[head.end() : end - 1])
+        for head, end in zip(heads, ends, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_it_shows_what_a_step_loads(workdir, tmp_path, world):
+    """Also a step that lies in two epochs."""
+    (tmp_path / "data").symlink_to(workdir / "data")
+    (tmp_path / "spy.py").write_text(SPY)
+    launcher = TORCHRUN if world == 2 else (sys.executable,)
+    args = ("--batch_size=80", "--micro_batch_size=20", "--eval_interval=100", "--max_steps=12")
+    command = [*launcher, str(tmp_path / "spy.py"), *override(BASE, *args), "--run_name=spied"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=280)
+    assert done.returncode == 0, done.stderr.decode()
+    seen = [json.loads(line) for rank in range(world) for line in (tmp_path / f"seen{rank}.jsonl").open()]
+
+    n_windows = Windows(workdir / "data/u", "train", 32, "ignore").n_windows
+    border = n_windows // 80  # the step in which the first epoch ends
+    assert border < 12 and n_windows % 80
+    for step in (0, border):
+        shown = windows_of(show(tmp_path, step, *args, launcher=launcher))
+        loaded = [(part["rank"], w) for part in seen if part["step"] == step for w in part["windows"]]
+        assert [(head["rank"], head["window"]) for head, _ in shown] == loaded and len(loaded) == 80
+        micros = [part["windows"] for part in seen if part["step"] == step]
+        assert [head["micro"] for head, _ in shown] == [i % (4 // world) for i, m in enumerate(micros) for _ in m]
+        assert {(head["world"], head["micros"]) for head, _ in shown} == {(world, 4 // world)}
+        assert [head["sample"] for head, _ in shown] == list(range(step * 80, (step + 1) * 80))
+        assert [head["epoch"] for head, _ in shown] == [
+            sample // n_windows for sample in range(step * 80, step * 80 + 80)
+        ]
+
+
+@pytest.mark.parametrize("rule", ["ignore", "skip"])
+def test_the_text_is_that_of_the_content_stream(workdir, rule):
+    tokenizer = Tokenizer.load(workdir / "data/u")
+    contents = manifest(workdir / "data/n")["splits"]["train"]["shards"]
+    content = TokenStream(workdir / "data/n", contents, tokenizer.n_vocab)  # the same content without markers
+    data = Windows(workdir / "data/u", "train", 32, rule)
+    shown = windows_of(show(workdir, 3, f"--target_rule={rule}"))
+    assert len(shown) == 8
+    for head, text in shown:
+        window = head["window"]
+        assert text.replace(META, "") == tokenizer.decode(content.read(window * 28, (window + 1) * 28))
+        assert text.count(META) == head["markers"] == 4 and head["content"] == 28
+        assert head["scored"] == int((data.batch(torch.tensor([window]).numpy()).targets >= 0).sum())
+
+
+def test_it_writes_nothing_and_needs_no_name(workdir, monkeypatch):
+    monkeypatch.setattr(train, "GPT", lambda *args: pytest.fail("a model was built"))
+    monkeypatch.chdir(workdir)
+    before = tree(workdir)
+    train.main([*BASE, "--show_batch=0", "--max_steps=1"])
+    assert tree(workdir) == before
+
+
+def test_a_reader_that_leaves_gets_no_traceback(workdir):
+    command = (
+        f"{sys.executable} {ROOT}/train.py {' '.join(override(BASE, '--batch_size=128'))} --show_batch=3 | head -c 100"
+    )
+    done = subprocess.run(command, shell=True, cwd=workdir, capture_output=True, timeout=100)
+    assert done.stdout.startswith(b"step 3 of data/u, epoch ") and done.stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (("--show_batch=-1",), "show_batch=-1 is out of range: it must be at least 0"),
+        (("--show_batch=30", "--max_steps=30"), "show_batch=30, and with max_steps=30 the last step is 29"),
+        (("--show_batch=0", "--batch_size=7"), "batch_size=7 windows cannot be split over 1 processes"),
+        (("--show_batch=0", "--dataset=data/nothing"), "there is no dataset in data/nothing"),
+        (("--show_batch=0", "--block_size=33"), "take --block_size=32 or 64"),
+    ],
+)
+def test_bad_input(workdir, monkeypatch, args, sentence):
+    monkeypatch.chdir(workdir)
+    with pytest.raises(UserError, match=sentence):
+        train.main(override(BASE, *args))
+
+
+def test_bad_input_of_the_command_line(workdir):
+    assert "the last step is 4" in refusal(cli("train.py", *BASE, "--show_batch=9", "--max_steps=5", cwd=workdir))
+
+
+def test_shares_of_a_step_are_the_step():
+    cfg = TrainConfig(batch_size=12, micro_batch_size=2)
+    whole = step_windows(5, cfg, 50, 0, 1)
+    assert whole.shape == (6, 2)
+    for world in (2, 3, 6):
+        shares = [step_windows(5, cfg, 50, rank, world) for rank in range(world)]
+        assert [w for share in shares for w in share.flat] == list(whole.flat)
+        assert all(share.shape == (6 // world, 2) for share in shares)
