@@ -30,6 +30,7 @@ from config import TrainConfig, UserError, to_dict
 from data.loader import Windows, window_order
 from data.shards import verify
 from dist import Dist, autocast, pick_dtype, processes, why_not_compile
+from estimate import flops_per_window, peak_flops, report
 from loss import Objective, Tally, token_nats
 from model import GPT
 from optim import Optimizer, learning_rate, norms
@@ -264,6 +265,8 @@ class Trainer:
 
         self.dtype, why = pick_dtype(cfg.dtype, dist.device)
         no_compile = why_not_compile(dist.device) if cfg.compile else "as asked"
+        name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type
+        self.peak = peak_flops(name) if self.dtype == torch.bfloat16 else None  # FLOP/s, for MFU
         self.model = GPT(cfg.model, cfg.seed)
         self.step, self.best = 0, None
         if saved:
@@ -449,6 +452,10 @@ class Trainer:
         cfg, data = self.cfg, self.train_data
         content = cfg.batch_size * data.content_per_window / seconds
         positions = cfg.batch_size * data.T / seconds
+        mfu = {}
+        if self.peak:
+            flops = cfg.batch_size * flops_per_window(cfg.model, data.T - data.content_per_window)
+            mfu = {"mfu": flops / seconds / (self.dist.world * self.peak)}
         self.log.record(
             "train",
             self.step,
@@ -460,17 +467,22 @@ class Trainer:
             positions=self.step * cfg.batch_size * data.T,
             content_tokens_per_s=content,
             positions_per_s=positions,
+            **mfu,
             elapsed_s=time.perf_counter() - clock.started,
         )
         self.log.say(
             f"step {self.step:>7,}/{cfg.max_steps:,}  loss {loss:.4f}  lr {rate:.2e}  norm {norm:.2f}  "
             f"{content:,.0f} content tokens/s  {positions:,.0f} positions/s  "
+            f"{'MFU {mfu:.1%}  '.format(**mfu) if mfu else ''}"
             f"ETA {hms(seconds * (cfg.max_steps - self.step))}"
         )
 
 
 def main(argv: list[str]) -> None:
     cfg = load_config(TrainConfig, argv, config_file=True)
+    if cfg.dry_run:
+        print(report(cfg, accumulation(cfg, cfg.n_accelerators)))
+        return
     if not cfg.run_name:
         raise UserError("the run has no name: give a config file (config/tiny_meta.py) or --run_name=NAME.")
     with processes(cfg.device) as dist:
