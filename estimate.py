@@ -4,7 +4,8 @@
     python train.py config/meta_gpt2.py --dry_run --accelerator=A100 --n_accelerators=4 --price=1.5 --micro_batch_size=8
 
 Parameters are counted on the model itself; FLOPs and memory are derived below, term by term, and
-tests/test_estimate.py holds them against what PyTorch really multiplies, saves and allocates.
+tests/test_estimate.py holds them against what PyTorch really multiplies, saves and allocates, on a CPU: where a GPU
+differs (`device` below), the terms follow from PyTorch's source and are not measured yet.
 """
 
 import dataclasses
@@ -212,8 +213,7 @@ def activations(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
 
 
 def loss_transient(cfg: GPTConfig, B: int, size: int, device: str) -> int:
-    """The most that loss._SummedNats holds at once in its forward, with its input; nothing of it depends on the
-    depth."""
+    """The most that loss._SummedNats holds at once in its forward, its input included."""
     n, C, V = B * cfg.block_size, cfg.n_embd, cfg.vocab_size
     first = min(n, chunk_rows(device))
     second = min(n - first, first)
@@ -244,7 +244,7 @@ def memory(cfg: TrainConfig, M: int, dtype: torch.dtype, device: str, accumulati
         # autocast casts a block's matrices once a forward, and their backward needs the casts
         "casts of weights": 2 * matrices if size == 2 else 0,
         "activations": activations(cfg.model, B, M, size, device),
-        "loss": loss_transient(cfg.model, B, size, device),
+        "loss, while it is made": loss_transient(cfg.model, B, size, device),
     }
     kept = parts["weights"] + parts["optimizer"] + parts["DDP's buckets"]
     forward = kept + parts["casts of weights"] + parts["activations"]
@@ -253,7 +253,7 @@ def memory(cfg: TrainConfig, M: int, dtype: torch.dtype, device: str, accumulati
     phases = {
         # never less than the backward's start, where the gradients of hidden and head are there twice, as saved and
         # as scaled by that of the sum: the loss has held those, a product of the head's size and hidden
-        "forward's end": forward + parts["loss"],
+        "forward's end": forward + parts["loss, while it is made"],
         # in between, activations go as gradients come; here the embedding's gradient is made, dense, beside the head's,
         # and with earlier micro-batches' it is the third. AdamW's fused update needs nothing of its own
         "backward's end": kept + parts["gradients"] + 4 * wte * (2 if accumulation > 1 else 1),
