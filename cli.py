@@ -9,6 +9,7 @@ Overrides are flat: a field's name is unique over the nested dataclasses (tests/
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import re
 import runpy
@@ -17,7 +18,16 @@ from pathlib import Path
 
 import tyro
 
-from config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig, UserError, field_names, nearest_name
+from config import (
+    GPTConfig,
+    PrepareConfig,
+    SampleConfig,
+    TrainConfig,
+    UserError,
+    bool_names,
+    field_names,
+    nearest_name,
+)
 
 
 def run_cli(main) -> None:
@@ -54,6 +64,7 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None):
     if config_file and argv and not argv[0].startswith("-"):
         default, argv = _read_config_file(cls, argv[0]), argv[1:]
     known = field_names(cls)
+    argv = spell_out_flags(argv, cls)
     given = [arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")]
     for name in given:
         if name not in known + ["help"]:
@@ -82,6 +93,15 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None):
     if unknown:
         raise UserError(f"unexpected argument {unknown[0]!r}: settings are given as --name=value.")
     return config
+
+
+def spell_out_flags(argv: list[str], cls) -> list[str]:
+    """argv with --name=True for a bare --name of a bool: one that no value follows."""
+    bools, out = bool_names(cls), []
+    for arg, following in itertools.pairwise([*argv, "--"]):
+        bare = arg.startswith("--") and arg[2:].replace("-", "_") in bools and following.startswith("--")
+        out.append(f"{arg}=True" if bare else arg)
+    return out
 
 
 def _read_config_file(cls, path: str):

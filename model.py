@@ -83,7 +83,8 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = LayerNorm(cfg)
-        self._init_weights(seed)
+        if not self.wte.weight.is_meta:  # only counted, by estimate.py: there are no numbers to draw
+            self._init_weights(seed)
 
     @torch.no_grad()
     def _init_weights(self, seed: int) -> None:

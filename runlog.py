@@ -79,7 +79,7 @@ class RunLog:
             print(line, file=self.text, flush=True)
 
     def record(self, kind: str, step: int, **values) -> None:
-        """One line of metrics.jsonl. Names that end in _s or _per_s are timings; all else repeats bit for bit."""
+        """One line of metrics.jsonl. Names that end in _s, and mfu, are timings; all else repeats bit for bit."""
         if not self.main:
             return
         with open(self.metrics, "a") as file:

@@ -31,6 +31,7 @@ from config import TrainConfig, UserError, to_dict
 from data.loader import Windows, step_windows
 from data.shards import verify
 from dist import Dist, autocast, pick_dtype, processes, ranks, why_not_compile
+from estimate import flops_per_window, peak_flops, report
 from loss import Objective, Tally, token_nats
 from model import GPT
 from optim import Optimizer, learning_rate, norms
@@ -282,6 +283,8 @@ class Trainer:
 
         self.dtype, why = pick_dtype(cfg.dtype, dist.device)
         no_compile = why_not_compile(dist.device) if cfg.compile else "as asked"
+        name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type
+        self.peak = peak_flops(name) if self.dtype == torch.bfloat16 else None  # FLOP/s, for MFU
         if saved:
             self.model.load_state_dict(saved.weights())
             self.step, self.best = saved.step, saved.state["best"]
@@ -466,6 +469,10 @@ class Trainer:
         cfg, data = self.cfg, self.train_data
         content = cfg.batch_size * data.content_per_window / seconds
         positions = cfg.batch_size * data.T / seconds
+        mfu = {}
+        if self.peak:
+            flops = cfg.batch_size * flops_per_window(cfg.model, data.T - data.content_per_window)
+            mfu = {"mfu": flops / seconds / (self.dist.world * self.peak)}
         self.log.record(
             "train",
             self.step,
@@ -477,17 +484,22 @@ class Trainer:
             positions=self.step * cfg.batch_size * data.T,
             content_tokens_per_s=content,
             positions_per_s=positions,
+            **mfu,
             elapsed_s=time.perf_counter() - clock.started,
         )
         self.log.say(
             f"step {self.step:>7,}/{cfg.max_steps:,}  loss {loss:.4f}  lr {rate:.2e}  norm {norm:.2f}  "
             f"{content:,.0f} content tokens/s  {positions:,.0f} positions/s  "
+            f"{'MFU {mfu:.1%}  '.format(**mfu) if mfu else ''}"
             f"ETA {hms(seconds * (cfg.max_steps - self.step))}"
         )
 
 
 def main(argv: list[str]) -> None:
     cfg = load_config(TrainConfig, argv, config_file=True)
+    if cfg.dry_run:
+        print(report(cfg, accumulation(cfg, cfg.n_accelerators)))
+        return
     if cfg.show_batch is not None:
         rank, _, world = ranks()
         accumulation(cfg, world)  # refuses what cannot be split

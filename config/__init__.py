@@ -387,6 +387,14 @@ def field_names(cls) -> list[str]:
     return names
 
 
+def bool_names(cls) -> list[str]:
+    """The flat names of the settings that are True or False."""
+    names = []
+    for name, hint in typing.get_type_hints(cls).items():
+        names += bool_names(hint) if dataclasses.is_dataclass(hint) else [name] if hint is bool else []
+    return names
+
+
 def to_dict(config) -> dict:
     return dataclasses.asdict(config)
 

@@ -1,9 +1,8 @@
 """The paper's recipe (arXiv 2509.16278, appendix B): GPT-2 with meta-attention, 151.9M parameters, 98B positions.
 
-The paper says C4; with any text:
-    python prepare.py --source=files --files 'texts/**/*.txt' --name=gpt2_uniform --tokenizer=gpt2 \\
-        --chunk_content=922 --chunk_markers=102 --val_fraction=0.0005
-    torchrun --standalone --nproc_per_node=8 train.py config/meta_gpt2.py --dataset=data/gpt2_uniform
+    python train.py config/meta_gpt2.py --dry_run       # what it takes, without data or GPU
+    python prepare.py config/c4.py
+    torchrun --standalone --nproc_per_node=8 train.py config/meta_gpt2.py
 The paper trains learned and rotary positions: --position=rope is the other one.
 """
 
@@ -11,7 +10,7 @@ from config import GPTConfig, TrainConfig
 
 config = TrainConfig(
     model=GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, second_attention="meta", position="learned"),
-    dataset="data/gpt2_uniform",
+    dataset="data/c4_uniform",
     batch_size=480,  # windows: 491,520 positions, 442,560 content tokens
     micro_batch_size=12,
     max_steps=200_000,

@@ -20,4 +20,5 @@ config = TrainConfig(
     eval_windows=64,
     save_interval=200,
     compile=False,  # it would take longer than it saves
+    n_accelerators=1,  # for --dry_run: there is nothing in a batch of 4 to spread
 )

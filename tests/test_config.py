@@ -1,4 +1,5 @@
 import dataclasses
+import runpy
 import typing
 from pathlib import Path
 
@@ -9,11 +10,13 @@ from cli import load_config
 from config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig, UserError, to_dict
 from tests.conftest import ROOT
 
-CONFIGS = sorted(path for path in (ROOT / "config").glob("*.py") if path.name != "__init__.py")
+FILES = sorted(path for path in (ROOT / "config").glob("*.py") if path.name != "__init__.py")
+RECIPES = [path for path in FILES if isinstance(runpy.run_path(str(path))["config"], PrepareConfig)]
+CONFIGS = [path for path in FILES if path not in RECIPES]
 
 
 def load(*argv: str, cls=TrainConfig):
-    return load_config(cls, list(argv), config_file=cls is TrainConfig)
+    return load_config(cls, list(argv), config_file=cls is not SampleConfig)
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, PrepareConfig, SampleConfig])
@@ -27,6 +30,30 @@ def test_every_config_file_loads_and_survives_saving(path):
     cfg = load(str(path))
     assert cfg.run_name == path.stem
     assert schema.train_config_from_dict(to_dict(cfg)) == cfg
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_can_be_overridden(path):
+    recipe = load(str(path), cls=PrepareConfig)
+    assert load(str(path), "--injection=none", cls=PrepareConfig) == dataclasses.replace(recipe, injection="none")
+
+
+def test_every_dataset_of_a_config_has_a_recipe():
+    recipes = {path.stem for path in RECIPES}
+    assert {"stdlib", "c4"} <= recipes
+    for path in CONFIGS:
+        recipe, _, injection = load(str(path)).dataset.removeprefix("data/").rpartition("_")
+        assert recipe in recipes and injection in ("uniform", "periodic", "none")
+
+
+def test_a_bool_needs_no_value():
+    for argv in (["--dry_run"], ["--dry-run"], ["--dry_run", "True"], ["--dry_run=True"], ["--dry_run", "--n_layer=2"]):
+        assert load(*argv).dry_run is True
+    cfg = load("--n_layer=2", "--bias", "--compile=False", "--dry_run")
+    assert (cfg.model.n_layer, cfg.model.bias, cfg.compile, cfg.dry_run) == (2, True, False, True)
+    assert load("--compile", "False").compile is False and load("--dry_run=False").dry_run is False
+    assert load("--run_name", "x", "--dry_run").run_name == "x"
+    assert schema.bool_names(TrainConfig) == ["bias", "compile", "dry_run"]
 
 
 def test_the_papers_recipe():
@@ -86,6 +113,8 @@ def test_command_line_beats_file_beats_default():
         (["--compile=maybe"], "maybe.*--compile.*True.*False"),
         (["--second_attention=metta"], "metta.*meta.*causal.*none"),
         (["--n_layer"], "n_layer"),
+        (["--dry_run", "perhaps"], "perhaps.*--dry_run.*True.*False"),
+        (["--dry_run", "--dry_run=True"], "--dry_run is given 2 times"),
         (["--n_layer=4", "--n_layer=5"], "--n_layer is given 2 times: leave one"),
         (["--n_layer=4", "--n-layer=5"], "--n_layer is given 2 times"),
         (["--n_layer=4", "oops"], "unexpected argument 'oops'"),

@@ -1,0 +1,348 @@
+"""The dry run's figures against what PyTorch really multiplies, saves and allocates, and its report and refusals."""
+
+import dataclasses
+import gc
+import json
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import estimate
+import train
+from cli import load_config
+from config import GPTConfig, TrainConfig, UserError
+from data.tokenizer import Tokenizer
+from dist import Dist, autocast
+from loss import Objective
+from model import GPT
+from optim import Optimizer
+from tests.conftest import ROOT, cli, override, tree
+from tests.conftest import TINY as SMALL
+
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TINY = GPTConfig(n_layer=4, n_head=3, n_embd=192, block_size=512, vocab_size=4160, content_vocab_size=4096)
+GPT2 = GPTConfig(vocab_size=50304, content_vocab_size=50257)
+
+
+def arm(cfg: GPTConfig, second: str, **changes) -> tuple[GPTConfig, int]:
+    """The shape in an arm, and the meta-tokens of its window (a tenth of it, or none)."""
+    M = cfg.block_size // 10 if second == "meta" else 0
+    return dataclasses.replace(cfg, second_attention=second, block_size=cfg.block_size - (not M) * 51, **changes), M
+
+
+def random_batch(cfg: GPTConfig, B: int, M: int) -> tuple[torch.Tensor, ...]:
+    """tokens, targets, positions (B, T) and meta_index (B, M), as in a Batch."""
+    T, meta = cfg.block_size, cfg.content_vocab_size
+    tokens = torch.randint(0, meta, (B, T))
+    index = torch.stack([torch.randperm(T)[:M].sort().values for _ in range(B)])
+    tokens.scatter_(1, index, meta)
+    targets = torch.where(tokens.roll(-1, 1) == meta, -100, tokens.roll(-1, 1))
+    return tokens, targets, torch.arange(T).expand(B, T).contiguous(), index
+
+
+# ----------------------------------------------------------------------------- how it is measured
+
+
+def counted_flops(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype) -> int:
+    """Forward and backward; the counter knows the products of the plain attention kernel, not the CPU's fused one."""
+    objective = Objective(GPT(cfg))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with autocast(CPU, dtype):
+            nats = objective(*random_batch(cfg, B, M))
+        nats.backward()
+    return counter.get_total_flops()
+
+
+def saved_bytes(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of what autograd saves in a forward, but parameters and batch: (activations, casts of weights).
+
+    Each storage is counted once, and kept, lest its address be given to another."""
+    model = GPT(cfg)
+    batch = random_batch(cfg, B, M)
+    shapes = {p.shape for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2}
+    shapes |= {shape[::-1] for shape in shapes}
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *batch)}
+    storages: dict[int, tuple] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = (storage, tensor.shape in shapes and tensor.dtype == torch.bfloat16)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(CPU, dtype):
+        model(*[tensor for i, tensor in enumerate(batch) if i != 1])
+    sizes = [(storage.nbytes(), is_cast) for storage, is_cast in storages.values()]
+    return sum(n for n, is_cast in sizes if not is_cast), sum(n for n, is_cast in sizes if is_cast)
+
+
+def allocated_peak(prepare, tmp_path) -> int:
+    """The most that torch's CPU allocator holds during prepare()(), of what was allocated since the profiler's start.
+
+    Every allocation writes the total into the trace. It is the process's: what an earlier profile saw allocated and
+    did not see freed is still in it, and is taken off."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        measured = prepare()
+        with torch.profiler.record_function("measured"):
+            measured()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    span = next(e for e in events if e.get("name") == "measured" and e.get("ph") == "X")
+    totals = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    before = totals[0]["args"]["Total Allocated"] - totals[0]["args"]["Bytes"]
+    inside = [e["args"]["Total Allocated"] for e in totals if 0 <= e["ts"] - span["ts"] <= span["dur"]]
+    return max(inside) - before
+
+
+def step_peak(cfg: TrainConfig, M: int, dtype: torch.dtype, accumulation: int, tmp_path) -> int:
+    """The peak of the second update, when the optimizer has its state, as Trainer.train_step makes it."""
+
+    def prepare():
+        model = GPT(cfg.model)
+        objective, optimizer = Objective(model), Optimizer(model, cfg)
+
+        def step():
+            for _ in range(accumulation):
+                batch = random_batch(cfg.model, cfg.micro_batch_size, M)
+                with autocast(CPU, dtype):
+                    nats = objective(*batch)
+                (nats / 1000).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step(1e-4)
+
+        step()
+        return step
+
+    return allocated_peak(prepare, tmp_path)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_allocator_is_read_rightly(again, tmp_path):
+    """80 MB held, 40 of it freed, and then on top 20 and 8, one after the other; also in a second profile."""
+
+    def prepare():
+        held = [torch.empty(10_000_000), torch.empty(10_000_000)]
+
+        def measured():
+            held.pop()
+            for n in (5_000_000, 2_000_000):
+                torch.empty(n)
+
+        return measured
+
+    assert allocated_peak(prepare, tmp_path) == pytest.approx(60e6, rel=1e-3)
+
+
+def compare(what: str, predicted: int, measured: int, unit: float, within: float) -> None:
+    print(
+        f"\n{what}: predicted {predicted / unit:.4f}, measured {measured / unit:.4f}, {predicted / measured - 1:+.1%}"
+    )
+    assert predicted == pytest.approx(measured, rel=within), what
+
+
+# ----------------------------------------------------------------------------- small: the normal suite
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("second", ["meta", "causal", "none"])
+def test_flops_are_those_that_are_counted(second, dtype):
+    cfg, M = arm(TINY, second)
+    assert 2 * estimate.flops_per_window(cfg, M) == counted_flops(cfg, 2, M, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize(
+    ("second", "dropout", "T"),
+    # the last: above the 256 rows up to which the CPU's bfloat16 attention runs in fp32, meta-attention, too
+    [*((second, p, 512) for second in ("meta", "causal", "none") for p in (0.0, 0.1)), ("meta", 0.0, 2600)],
+)
+def test_activations_are_those_that_autograd_saves(second, dropout, T, position, dtype):
+    shape = dataclasses.replace(TINY, n_layer=2, block_size=T, position=position, dropout=dropout)
+    cfg, M = arm(shape, second)
+    measured, casts = saved_bytes(cfg, 2, M, DTYPES[dtype])
+    assert estimate.activations(cfg, 2, M, DTYPES[dtype].itemsize, "cpu") == pytest.approx(measured, rel=1e-3)
+    parts = estimate.memory(TrainConfig(model=cfg), M, DTYPES[dtype], "cpu", 1)["parts"]
+    assert parts.get("casts of weights", 0) == casts
+
+
+WIDE = dataclasses.replace(TINY, n_layer=8, n_head=4, n_embd=256, block_size=20)  # the peak is the backward's end
+
+
+@pytest.mark.parametrize(
+    ("shape", "second", "position", "dtype", "micro", "accumulation", "optimizer"),
+    [
+        (TINY, "meta", "rope", "fp32", 4, 1, "adamw"),  # config/tiny_meta.py
+        (TINY, "meta", "rope", "bf16", 4, 1, "adamw"),
+        (TINY, "none", "rope", "fp32", 4, 1, "adamw"),
+        (TINY, "none", "rope", "bf16", 4, 1, "adamw"),
+        (TINY, "causal", "learned", "bf16", 1, 2, "adamw"),
+        (TINY, "meta", "learned", "fp32", 1, 3, "muon"),
+        (WIDE, "meta", "learned", "fp32", 1, 1, "muon"),
+        (WIDE, "meta", "learned", "bf16", 1, 1, "adamw"),
+        (WIDE, "meta", "learned", "bf16", 1, 2, "adamw"),
+    ],
+)
+def test_peak_memory_of_a_tiny_step(shape, second, position, dtype, micro, accumulation, optimizer, tmp_path):
+    model, M = arm(shape, second, position=position)
+    cfg = TrainConfig(model=model, micro_batch_size=micro, optimizer=optimizer, n_accelerators=1)
+    predicted = max(estimate.memory(cfg, M, DTYPES[dtype], "cpu", accumulation)["phases"].values())
+    measured = step_peak(cfg, M, DTYPES[dtype], accumulation, tmp_path)
+    name = f"{model.n_embd} wide, {second} {position} {dtype} {optimizer}, {accumulation} micro-batches of {micro}, MB"
+    compare(name, predicted, measured, 1e6, within=0.02)
+
+
+# ----------------------------------------------------------------------------- names, recipes, the report
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("A100-SXM4-40GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA RTX A6000", 154.8e12),
+        ("NVIDIA L4", 121e12),
+        ("h100", 989e12),
+        # others, of which the table says nothing
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA L40", None),
+        ("Tesla V100-SXM2-16GB", None),
+        ("cpu", None),
+        ("", None),
+    ],
+)
+def test_peaks_by_device_name(name, peak):
+    assert estimate.peak_flops(name) == peak
+
+
+def test_parameters_are_counted_on_the_model():
+    counts = estimate.parameters(estimate.skeleton(GPT2))
+    assert sum(counts.values()) == GPT(GPT2).num_params()
+    assert counts == {
+        "embeddings": 50304 * 768,
+        "position table": 1024 * 768,
+        "norms": 37 * 768,
+        "attention": 12 * 4 * 768**2,
+        "second attention": 12 * 4 * 768**2,
+        "MLP": 12 * 8 * 768**2,
+    }
+
+
+def test_recipes_have_the_sizes_of_what_they_make():
+    tokenizer = Tokenizer.gpt2()
+    assert estimate.data_of("data/c4_periodic")[:4] == (922, 102, tokenizer.n_vocab, tokenizer.n_content)
+    assert estimate.data_of("data/c4_none")[:4] == (922, 0, 50304, 50257)
+    assert estimate.data_of("elsewhere/stdlib_uniform")[:4] == (461, 51, 4160, 4096)
+    for name in ("c4", "c4_random", "nothing_uniform", "_uniform", "a_b_c"):
+        assert estimate.recipe_of(f"data/{name}") is None
+
+
+def test_a_prepared_dataset_speaks_for_itself(workdir):
+    found = estimate.data_of(str(workdir / "data/u"))
+    assert found[:4] == (28, 4, 320, 300) and "as prepared" in found.origin
+    assert estimate.data_of(str(workdir / "data/n")).chunk_markers == 0
+
+
+def test_dry_run_needs_nothing_and_leaves_nothing(tmp_path):
+    result = cli(
+        "train.py", str(ROOT / "config/meta_gpt2.py"), "--dry_run", "--n_accelerators=4", "--mfu=0.5", cwd=tmp_path
+    )
+    out = result.stdout.decode()
+    assert result.returncode == 0 and not result.stderr, result.stderr.decode()
+    for line in (
+        "dataset, by recipe, config/c4.py: data/c4_uniform is not prepared yet",
+        "480 windows = 4 processes x 10 micro-batches x 12 windows",
+        "a step                          442,560 content tokens in 491,520 positions",
+    ):
+        assert line in out, out
+    hours = 96_000_000 * estimate.flops_per_window(GPT2, 102) / (4 * 989e12 * 0.5) / 3600
+    assert out.splitlines()[-1] == f"hours and cost: {hours:,.2f} hours on 4 x H100, {hours * 4 * 3:,.2f} USD"
+    assert not tree(tmp_path)
+
+
+def test_dry_run_of_a_prepared_dataset(workdir):
+    args = ("--dataset=data/n", "--block_size=56", "--second_attention=none", "--n_accelerators=1", "--dry_run")
+    before = tree(workdir)
+    out = cli(
+        "train.py", "--batch_size=8", "--micro_batch_size=8", "--device=cpu", "--dtype=float32", *args, cwd=workdir
+    )
+    text = out.stdout.decode()
+    assert "as prepared in data/n" in text and "float32" in text, text + out.stderr.decode()
+    assert "markers  " not in text and "second attention" not in text and "casts" not in text
+    assert text.splitlines()[-1].startswith("hours and cost: not estimated, since the peaks known are bfloat16's")
+    assert tree(workdir) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (("--accelerator=V100",), "accelerator='V100' is not one whose peak is known: take A100, .*RTX 4090"),
+        (("--dataset=data/books",), "neither a dataset in data/books nor a recipe .*: prepare it first, or name it"),
+        (("--block_size=1000",), "block_size=1000 is not a whole number of the 512-.*--block_size=512 or 1024"),
+        (("--dataset=data/stdlib_none", "--block_size=461"), "second_attention=meta would idle"),
+        (("--vocab_size=99",), "vocab_size=99, but the tokenizer of data/stdlib_uniform has 4160: leave"),
+        (("--n_accelerators=3",), "cannot be split over 3 processes"),
+        (
+            ("--dataset=data/tiny_meta_uniform",),
+            r"must define `config = PrepareConfig\(...\)`, and defines TrainConfig",
+        ),
+    ],
+)
+def test_refusals(args, sentence, tmp_path, capsys):
+    with pytest.raises(UserError, match=sentence) as caught:
+        train.main([str(ROOT / "config/tiny_meta.py"), *args, "--dry_run"])
+    assert "\n" not in str(caught.value) and not capsys.readouterr().out
+
+
+def test_mfu_is_recorded_where_the_peak_is_known(workdir, monkeypatch):
+    """Also that it is the model's FLOPs over the peak of all processes; a CPU has no peak, nor has fp32."""
+    monkeypatch.chdir(workdir)
+    monkeypatch.setattr(train, "peak_flops", lambda name: 1e12)
+    for dtype in ("bfloat16", "float32"):
+        args = [f"--run_name=mfu_{dtype}", "--dataset=data/u", "--block_size=64", f"--dtype={dtype}"]
+        cfg = load_config(TrainConfig, override(SMALL, *args))
+        trainer = train.Trainer(cfg, Dist(0, 0, 1, CPU))
+        clock = train.Clock()
+        trainer.train_step(False)
+        trainer._log_step(1.0, 1.0, 1e-3, 0.5, clock)
+        trainer.log.close()
+        line = json.loads((workdir / f"out/{cfg.run_name}/metrics.jsonl").read_text())
+        if dtype == "bfloat16":
+            assert line["mfu"] == estimate.flops_per_window(trainer.cfg.model, 8) * 8 / 0.5 / 1e12
+        else:
+            assert "mfu" not in line
+
+
+# ----------------------------------------------------------------------------- GPT-2 124M: make test-slow
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("second", "micro"), [("meta", 1), ("none", 2)])
+def test_gpt2_takes_what_was_predicted(second, micro, dtype, tmp_path):
+    model, M = (
+        (GPT2, 102) if second == "meta" else (dataclasses.replace(GPT2, block_size=922, second_attention="none"), 0)
+    )
+    cfg = TrainConfig(model=model, micro_batch_size=micro, n_accelerators=1)
+    name = f"GPT-2 {second} {dtype} micro {micro}"
+    flops = estimate.flops_per_window(model, M)
+    compare(f"{name}, TFLOP a window", flops, counted_flops(model, 1, M, DTYPES[dtype]), 1e12, within=1e-9)
+    predicted = max(estimate.memory(cfg, M, DTYPES[dtype], "cpu", 1)["phases"].values())
+    compare(f"{name}, GB", predicted, step_peak(cfg, M, DTYPES[dtype], 1, tmp_path), 1e9, within=0.02)
