@@ -23,6 +23,7 @@ from dist import pick_dtype
 from loss import chunk_rows
 from model import GPT
 from optim import part_of
+from startup import with_data
 
 # Dense bfloat16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets (which print twice as much where they count
 # structured sparsity). Keys are what torch.cuda.get_device_name() says, less maker, form and size of the memory.
@@ -94,27 +95,6 @@ def data_of(dataset: str) -> Data:
     n_vocab = -(-(n_content + 1) // 64) * 64  # a marker's id, and spare rows as data/tokenizer.py adds them
     origin = f"by recipe, config/{Path(dataset).name.rpartition('_')[0]}.py: {dataset} is not prepared yet"
     return Data(recipe.chunk_content, markers, n_vocab, n_content, origin)
-
-
-def with_data(cfg: TrainConfig, data: Data) -> TrainConfig:
-    """cfg with the vocabulary of its data. Raises UserError where training would refuse the pair."""
-    chunk = data.chunk_content + data.chunk_markers
-    if cfg.model.block_size % chunk:
-        raise UserError(
-            f"block_size={cfg.model.block_size} is not a whole number of the {chunk}-position chunks of {cfg.dataset}: "
-            f"take --block_size={nearest_multiples(cfg.model.block_size, chunk)}."
-        )
-    if cfg.model.second_attention == "meta" and not data.chunk_markers:
-        raise UserError(
-            f"second_attention=meta would idle, since {cfg.dataset} has no markers: take --second_attention=none, or a "
-            f"dataset prepared with --injection=uniform."
-        )
-    vocabulary = {"vocab_size": data.n_vocab, "content_vocab_size": data.n_content}
-    for name, found in vocabulary.items():
-        if getattr(cfg.model, name) not in (None, found):
-            given = getattr(cfg.model, name)
-            raise UserError(f"{name}={given}, but the tokenizer of {cfg.dataset} has {found}: leave the setting out.")
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **vocabulary))
 
 
 # ----------------------------------------------------------------------------- parameters and FLOPs
@@ -270,9 +250,15 @@ def report(cfg: TrainConfig, accumulation: int) -> str:
     if peak is None:
         raise UserError(f"accelerator={cfg.accelerator!r} is not one whose peak is known: take {', '.join(PEAK)}.")
     data = data_of(cfg.dataset)
-    cfg = with_data(cfg, data)
+    chunk = data.chunk_content + data.chunk_markers
+    if cfg.model.block_size % chunk:
+        raise UserError(
+            f"block_size={cfg.model.block_size} is not a whole number of the {chunk}-position chunks of {cfg.dataset}: "
+            f"take --block_size={nearest_multiples(cfg.model.block_size, chunk)}."
+        )
+    cfg = with_data(cfg, data.chunk_markers, data.n_vocab, data.n_content)
     T, n = cfg.model.block_size, cfg.n_accelerators
-    C = T // (data.chunk_content + data.chunk_markers) * data.chunk_content
+    C = T // chunk * data.chunk_content
     device = cfg.device if cfg.device != "auto" else "cuda"
     if cfg.dtype == "auto" and device == "cuda":
         dtype = torch.bfloat16  # every accelerator of the table computes it

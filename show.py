@@ -3,7 +3,8 @@
 import numpy as np
 
 from config import TrainConfig, UserError
-from data.loader import Windows, step_windows
+from data.loader import step_windows
+from startup import open_windows, with_data
 from terminal import BOLD, write, write_tokens
 
 
@@ -14,7 +15,8 @@ def show_batch(cfg: TrainConfig, world: int) -> None:
     step, last = cfg.show_batch, cfg.max_steps - 1
     if step > last:
         raise UserError(f"show_batch={step}, and with max_steps={cfg.max_steps} the last step is {last}: show that.")
-    data = Windows(cfg.dataset, "train", cfg.model.block_size, cfg.target_rule)
+    data = open_windows(cfg, "train")
+    with_data(cfg, data.manifest["chunk_markers"], data.tokenizer.n_vocab, data.tokenizer.n_content)  # refuses misfits
     shares = [step_windows(step, cfg, data.n_windows, rank, world) for rank in range(world)]
     first = step * cfg.batch_size  # sample number; an epoch is n_windows samples
     ends = (first // data.n_windows, (first + cfg.batch_size - 1) // data.n_windows)
@@ -28,7 +30,7 @@ def show_batch(cfg: TrainConfig, world: int) -> None:
     places = [(rank, micro, w) for rank, share in enumerate(shares) for micro, row in enumerate(share) for w in row]
     for sample, (rank, micro, window) in enumerate(places, start=first):
         batch = data.batch(np.array([window]))
-        markers, scored = int(batch.meta_count[0]), int((batch.targets >= 0).sum())
+        markers, scored = int((batch.tokens == data.tokenizer.meta).sum()), int((batch.targets >= 0).sum())
         write(
             f"--- window {window}: sample {sample}, epoch {sample // data.n_windows}, process {rank} of {world}, "
             f"micro-batch {micro} of {len(shares[0])}, {data.T - markers} content tokens, {markers} markers, "
@@ -37,3 +39,5 @@ def show_batch(cfg: TrainConfig, world: int) -> None:
         )
         write_tokens(batch.tokens[0].tolist(), data.tokenizer)
         write("\n")
+        if cfg.model.second_attention == "random":
+            write(f"second attention among positions {' '.join(map(str, batch.meta_index[0].tolist()))}\n", BOLD)

@@ -9,14 +9,12 @@ Everything random is a pure function of (seed, step), so a run is the same for a
 accumulation (to floating-point rounding), and any number of interruptions (to the bit).
 """
 
-import dataclasses
 import fcntl
 import json
 import math
 import signal
 import time
 from contextlib import nullcontext
-from os import environ
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import pretrained
-from checkpoint import Checkpoint
 from cli import load_config, run_cli
 from config import TrainConfig, UserError, to_dict
 from data.loader import Windows, step_windows
@@ -38,131 +35,7 @@ from optim import Optimizer, learning_rate, norms
 from rng import stable_key
 from runlog import RunLog, environment
 from show import show_batch
-
-# ----------------------------------------------------------------------------- before the first step
-
-
-def accumulation(cfg: TrainConfig, world: int) -> int:
-    """Micro-batches a step in each process. Raises UserError if batch_size cannot be divided so."""
-    per_pass = cfg.micro_batch_size * world
-    if cfg.batch_size % per_pass == 0:
-        return cfg.batch_size // per_pass
-    if cfg.batch_size % world:
-        below = cfg.batch_size // world * world
-        offers = f"--batch_size={below or world}" + (f" or {below + world}" if below else "")
-    else:
-        share = cfg.batch_size // world
-        best = min((d for d in range(1, share + 1) if share % d == 0), key=lambda d: abs(d - cfg.micro_batch_size))
-        offers = f"--micro_batch_size={best} or --batch_size={-(-cfg.batch_size // per_pass) * per_pass}"
-    raise UserError(
-        f"batch_size={cfg.batch_size} windows cannot be split over {world} processes in micro-batches of "
-        f"{cfg.micro_batch_size}: nearest possible is {offers}."
-    )
-
-
-def with_vocabulary(cfg: TrainConfig, data: Windows) -> TrainConfig:
-    """cfg with the vocabulary of the dataset's tokenizer. Raises UserError if cfg says another one."""
-    for name, found in (("vocab_size", data.tokenizer.n_vocab), ("content_vocab_size", data.tokenizer.n_content)):
-        wanted = getattr(cfg.model, name)
-        if wanted not in (None, found):
-            raise UserError(f"{name}={wanted}, but the tokenizer of {cfg.dataset} has {found}: leave the setting out.")
-    vocabulary = {"vocab_size": data.tokenizer.n_vocab, "content_vocab_size": data.tokenizer.n_content}
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **vocabulary))
-
-
-def data_facts(data: Windows, cfg: TrainConfig) -> dict:
-    """What a checkpoint keeps of its dataset: enough to insert markers as trained, and to know the data again."""
-    manifest = data.manifest
-    return {
-        "dataset": cfg.dataset,
-        **{key: manifest[key] for key in ("injection", "chunk_content", "chunk_markers", "val_text_compressed")},
-        "tokenizer": manifest["tokenizer"]["fingerprint"],
-        "content_sha256": {split: manifest["splits"][split]["content_sha256"] for split in ("train", "val")},
-        "shards": {
-            entry["file"]: entry["sha256"] for split in manifest["splits"].values() for entry in split["shards"]
-        },
-    }
-
-
-def flat(cfg: TrainConfig) -> dict:
-    """All settings by their flat names."""
-    settings = to_dict(cfg)
-    return {**settings.pop("model"), **settings}
-
-
-def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[str]:
-    """Raises UserError if the run cannot go on exactly -> sentences about settings that may change and did."""
-    old = saved.state["data"]
-    if old["tokenizer"] != facts["tokenizer"]:
-        raise UserError(
-            f"{cfg.dataset} was made with another tokenizer (fingerprint {facts['tokenizer'][:12]}..) than "
-            f"{saved.folder} was trained with ({old['tokenizer'][:12]}..): give the run's dataset, {old['dataset']}."
-        )
-    for name, sha256 in old["shards"].items():
-        if facts["shards"].get(name) != sha256:
-            raise UserError(
-                f"{cfg.dataset} is not the dataset of {saved.folder}: the sha256 of {name} was {sha256[:12]}.. and is "
-                f"{str(facts['shards'].get(name))[:12]}..; give the run's dataset, {old['dataset']}."
-            )
-    if cfg.max_steps < saved.step:
-        raise UserError(f"max_steps={cfg.max_steps}, but {saved.folder} is at step {saved.step}: ask for more steps.")
-    changed, was = [], flat(saved.config)
-    for name, value in flat(cfg).items():
-        before = was[name]
-        if value == before or name in ("init_from", "branch_from", "out_dir", "run_name", "dataset"):
-            continue
-        if name in to_dict(cfg.model) or name in ("target_rule", "seed", "batch_size", "eval_windows", "optimizer"):
-            raise UserError(
-                f"{name}={value} differs from the run's {before}, and {saved.folder} cannot go on with it: leave "
-                f"--{name} as it was, or start a new --run_name."
-            )
-        changed.append(f"changed since the checkpoint: {name} {before} -> {value}")
-    return changed
-
-
-def occupied(run_dir: Path) -> bool:
-    """Is there anything in the way of a new run? An empty folder, or one with nothing but a lock, is not."""
-    if not run_dir.is_dir():
-        return run_dir.exists()
-    return any(not path.name.startswith(".") for path in run_dir.iterdir())
-
-
-def find_checkpoint(cfg: TrainConfig, run_dir: Path, warn) -> Checkpoint | None:
-    """What to go on from, None for a fresh start. Raises UserError if that is not what cfg.init_from allows."""
-    init_from = cfg.init_from
-    if init_from != "resume" and int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        init_from = "auto"  # torchrun restarts the job: anything else was meant for its first start
-    if init_from not in ("resume", "auto"):
-        pretrained.check_name(init_from)
-        if occupied(run_dir):
-            raise UserError(
-                f"the run folder {run_dir} exists: go on with --init_from=auto, choose another --run_name, or "
-                f"delete it."
-            )
-        return open_branch(cfg)
-    found = checkpoint.newest(run_dir, warn) if run_dir.exists() else None
-    if found is None and init_from == "resume":
-        raise UserError(f"there is no checkpoint in {run_dir} to resume: start with --init_from=auto.")
-    if found is None and occupied(run_dir) and not (run_dir / "config.json").exists():
-        raise UserError(f"{run_dir} exists and is no run of ours: choose another --run_name.")
-    return found or open_branch(cfg)
-
-
-def open_branch(cfg: TrainConfig) -> Checkpoint | None:
-    """The checkpoint of another run that this one goes on from, without that run's record of its best."""
-    if not cfg.branch_from:
-        return None
-    saved = checkpoint.open_checkpoint(Path(cfg.branch_from))
-    if not (saved.folder / checkpoint.OPTIMIZER).is_file():
-        raise UserError(
-            f"branch_from={cfg.branch_from} holds weights without their optimizer: give a step_ folder of the run, or "
-            f"start anew from these weights with --init_from={cfg.branch_from}."
-        )
-    saved.state["best"] = None
-    return saved
-
-
-# ----------------------------------------------------------------------------- pieces of the loop
+from startup import accumulation, check_resumable, data_facts, find_checkpoint, flat, open_windows, with_data
 
 
 @torch.no_grad()
@@ -251,28 +124,10 @@ class Trainer:
         self.accumulation = accumulation(cfg, dist.world)
         warnings: list[str] = []
         saved = find_checkpoint(cfg, self.run_dir, warnings.append)
-        random_fraction = cfg.model.random_fraction if cfg.model.second_attention == "random" else None
-        self.train_data, self.val_data = (
-            Windows(cfg.dataset, split, cfg.model.block_size, cfg.target_rule, random_fraction, cfg.seed)
-            for split in ("train", "val")
-        )
-        markers = self.train_data.manifest["chunk_markers"]
-        if cfg.model.second_attention == "meta" and not markers:
-            raise UserError(
-                f"second_attention=meta would idle, since {cfg.dataset} has no markers: take --second_attention=none, "
-                f"or a dataset prepared with --injection=uniform."
-            )
-        if cfg.model.second_attention == "random" and markers:
-            raise UserError(
-                f"second_attention=random is a control without markers, and {cfg.dataset} has {markers} a chunk: take "
-                f"a dataset prepared with --injection=none."
-            )
-        if cfg.model.meta_position == "none" and not markers:
-            raise UserError(
-                f"meta_position=none would change nothing, since {cfg.dataset} has no markers: take "
-                f"--meta_position=same, or a dataset prepared with --injection=uniform."
-            )
-        self.cfg = cfg = with_vocabulary(cfg, self.train_data)
+        self.train_data, self.val_data = (open_windows(cfg, split) for split in ("train", "val"))
+        data = self.train_data
+        markers = data.manifest["chunk_markers"]
+        self.cfg = cfg = with_data(cfg, markers, data.tokenizer.n_vocab, data.tokenizer.n_content)
         self.facts = data_facts(self.train_data, cfg)
         changed = check_resumable(saved, cfg, self.facts) if saved else []
         self.model = GPT(cfg.model, cfg.seed)

@@ -38,8 +38,10 @@ def random_batch(cfg: GPTConfig, B: int, M: int) -> tuple[torch.Tensor, ...]:
     """tokens, targets, positions (B, T) and meta_index (B, M), as in a Batch."""
     T, meta = cfg.block_size, cfg.content_vocab_size
     tokens = torch.randint(0, meta, (B, T))
-    index = torch.stack([torch.randperm(T)[:M].sort().values for _ in range(B)])
-    tokens.scatter_(1, index, meta)
+    rows = estimate.second_rows(cfg, M) if cfg.second_attention == "random" else M
+    index = torch.stack([torch.randperm(T)[:rows].sort().values for _ in range(B)])
+    if M:
+        tokens.scatter_(1, index, meta)
     targets = torch.where(tokens.roll(-1, 1) == meta, -100, tokens.roll(-1, 1))
     return tokens, targets, torch.arange(T).expand(B, T).contiguous(), index
 
@@ -149,9 +151,11 @@ def compare(what: str, predicted: int, measured: int, unit: float, within: float
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("second", ["meta", "causal", "none"])
-def test_flops_are_those_that_are_counted(second, dtype):
-    cfg, M = arm(TINY, second)
+@pytest.mark.parametrize(
+    ("second", "n_inner"), [("meta", None), ("causal", None), ("random", None), ("none", None), ("none", 6 * 192)]
+)
+def test_flops_are_those_that_are_counted(second, n_inner, dtype):
+    cfg, M = arm(TINY, second, n_inner=n_inner)
     assert 2 * estimate.flops_per_window(cfg, M) == counted_flops(cfg, 2, M, DTYPES[dtype])
 
 
@@ -160,7 +164,7 @@ def test_flops_are_those_that_are_counted(second, dtype):
 @pytest.mark.parametrize(
     ("second", "dropout", "T"),
     # the last: above the 256 rows up to which the CPU's bfloat16 attention runs in fp32, meta-attention, too
-    [*((second, p, 512) for second in ("meta", "causal", "none") for p in (0.0, 0.1)), ("meta", 0.0, 2600)],
+    [*((second, p, 512) for second in ("meta", "causal", "random", "none") for p in (0.0, 0.1)), ("meta", 0.0, 2600)],
 )
 def test_activations_are_those_that_autograd_saves(second, dropout, T, position, dtype):
     shape = dataclasses.replace(TINY, n_layer=2, block_size=T, position=position, dropout=dropout)

@@ -11,9 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 
-import train
 from config import TrainConfig, UserError
+from startup import accumulation
 from tests.conftest import ROOT, TINY, cli, losses, override, refusal, tree
+from train import evaluate
 
 BASE = (*TINY, "--dataset=data/u", "--block_size=32")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -124,7 +125,7 @@ def test_evaluation_does_not_depend_on_batch_size(workdir, straight):
     figures = []
     for micro in (1, 3, 16):
         cfg = TrainConfig(model=loaded.config.model, micro_batch_size=micro, dtype="float32")
-        figures.append(train.evaluate(loaded.model, data, cfg, Dist(0, 0, 1, torch.device("cpu"))))
+        figures.append(evaluate(loaded.model, data, cfg, Dist(0, 0, 1, torch.device("cpu"))))
     for other in figures[1:]:
         assert other == pytest.approx(figures[0], rel=1e-6)
     assert figures[0]["tokens"] == data.n_windows * 28 - 1
@@ -287,12 +288,12 @@ def test_a_dataset_of_another_tokenizer_is_refused_by_name(workdir, straight, tm
 )
 def test_impossible_batches_offer_the_nearest(batch, micro, world, offer):
     with pytest.raises(UserError, match=offer):
-        train.accumulation(TrainConfig(batch_size=batch, micro_batch_size=micro), world)
+        accumulation(TrainConfig(batch_size=batch, micro_batch_size=micro), world)
 
 
 def test_possible_batches():
-    assert train.accumulation(TrainConfig(batch_size=480, micro_batch_size=12), 8) == 5
-    assert train.accumulation(TrainConfig(batch_size=480, micro_batch_size=12), 4) == 10  # the paper's
+    assert accumulation(TrainConfig(batch_size=480, micro_batch_size=12), 8) == 5
+    assert accumulation(TrainConfig(batch_size=480, micro_batch_size=12), 4) == 10  # the paper's
 
 
 def test_divergence_is_an_error_not_a_night_of_nan(workdir):

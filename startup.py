@@ -1,0 +1,154 @@
+"""What is settled before the first step: batch, data and arm must fit together, and so must a run that goes on."""
+
+import dataclasses
+from os import environ
+from pathlib import Path
+
+import checkpoint
+import pretrained
+from checkpoint import Checkpoint
+from config import TrainConfig, UserError, to_dict
+from data.loader import Windows
+
+
+def accumulation(cfg: TrainConfig, world: int) -> int:
+    """Micro-batches a step in each process. Raises UserError if batch_size cannot be divided so."""
+    per_pass = cfg.micro_batch_size * world
+    if cfg.batch_size % per_pass == 0:
+        return cfg.batch_size // per_pass
+    if cfg.batch_size % world:
+        below = cfg.batch_size // world * world
+        offers = f"--batch_size={below or world}" + (f" or {below + world}" if below else "")
+    else:
+        share = cfg.batch_size // world
+        best = min((d for d in range(1, share + 1) if share % d == 0), key=lambda d: abs(d - cfg.micro_batch_size))
+        offers = f"--micro_batch_size={best} or --batch_size={-(-cfg.batch_size // per_pass) * per_pass}"
+    raise UserError(
+        f"batch_size={cfg.batch_size} windows cannot be split over {world} processes in micro-batches of "
+        f"{cfg.micro_batch_size}: nearest possible is {offers}."
+    )
+
+
+def open_windows(cfg: TrainConfig, split: str) -> Windows:
+    """The windows of cfg's dataset as cfg's arm sees them."""
+    random_fraction = cfg.model.random_fraction if cfg.model.second_attention == "random" else None
+    return Windows(cfg.dataset, split, cfg.model.block_size, cfg.target_rule, random_fraction, cfg.seed)
+
+
+def with_data(cfg: TrainConfig, markers: int, n_vocab: int, n_content: int) -> TrainConfig:
+    """cfg with the vocabulary of its dataset, whose chunks have so many markers.
+
+    Raises UserError if cfg says another vocabulary, or if its arm makes no sense on this data."""
+    if cfg.model.second_attention == "meta" and not markers:
+        raise UserError(
+            f"second_attention=meta would idle, since {cfg.dataset} has no markers: take --second_attention=none, or a "
+            f"dataset prepared with --injection=uniform."
+        )
+    if cfg.model.second_attention == "random" and markers:
+        raise UserError(
+            f"second_attention=random is a control without markers, and {cfg.dataset} has {markers} a chunk: take a "
+            f"dataset prepared with --injection=none."
+        )
+    if cfg.model.meta_position == "none" and not markers:
+        raise UserError(
+            f"meta_position=none would change nothing, since {cfg.dataset} has no markers: take --meta_position=same, "
+            f"or a dataset prepared with --injection=uniform."
+        )
+    vocabulary = {"vocab_size": n_vocab, "content_vocab_size": n_content}
+    for name, found in vocabulary.items():
+        wanted = getattr(cfg.model, name)
+        if wanted not in (None, found):
+            raise UserError(f"{name}={wanted}, but the tokenizer of {cfg.dataset} has {found}: leave the setting out.")
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **vocabulary))
+
+
+def data_facts(data: Windows, cfg: TrainConfig) -> dict:
+    """What a checkpoint keeps of its dataset: enough to insert markers as trained, and to know the data again."""
+    manifest = data.manifest
+    return {
+        "dataset": cfg.dataset,
+        **{key: manifest[key] for key in ("injection", "chunk_content", "chunk_markers", "val_text_compressed")},
+        "tokenizer": manifest["tokenizer"]["fingerprint"],
+        "content_sha256": {split: manifest["splits"][split]["content_sha256"] for split in ("train", "val")},
+        "shards": {
+            entry["file"]: entry["sha256"] for split in manifest["splits"].values() for entry in split["shards"]
+        },
+    }
+
+
+def flat(cfg: TrainConfig) -> dict:
+    """All settings by their flat names."""
+    settings = to_dict(cfg)
+    return {**settings.pop("model"), **settings}
+
+
+def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[str]:
+    """Raises UserError if the run cannot go on exactly -> sentences about settings that may change and did."""
+    old = saved.state["data"]
+    if old["tokenizer"] != facts["tokenizer"]:
+        raise UserError(
+            f"{cfg.dataset} was made with another tokenizer (fingerprint {facts['tokenizer'][:12]}..) than "
+            f"{saved.folder} was trained with ({old['tokenizer'][:12]}..): give the run's dataset, {old['dataset']}."
+        )
+    for name, sha256 in old["shards"].items():
+        if facts["shards"].get(name) != sha256:
+            raise UserError(
+                f"{cfg.dataset} is not the dataset of {saved.folder}: the sha256 of {name} was {sha256[:12]}.. and is "
+                f"{str(facts['shards'].get(name))[:12]}..; give the run's dataset, {old['dataset']}."
+            )
+    if cfg.max_steps < saved.step:
+        raise UserError(f"max_steps={cfg.max_steps}, but {saved.folder} is at step {saved.step}: ask for more steps.")
+    changed, was = [], flat(saved.config)
+    for name, value in flat(cfg).items():
+        before = was[name]
+        if value == before or name in ("init_from", "branch_from", "out_dir", "run_name", "dataset"):
+            continue
+        if name in to_dict(cfg.model) or name in ("target_rule", "seed", "batch_size", "eval_windows", "optimizer"):
+            raise UserError(
+                f"{name}={value} differs from the run's {before}, and {saved.folder} cannot go on with it: leave "
+                f"--{name} as it was, or start a new --run_name."
+            )
+        changed.append(f"changed since the checkpoint: {name} {before} -> {value}")
+    return changed
+
+
+def occupied(run_dir: Path) -> bool:
+    """Is there anything in the way of a new run? An empty folder, or one with nothing but a lock, is not."""
+    if not run_dir.is_dir():
+        return run_dir.exists()
+    return any(not path.name.startswith(".") for path in run_dir.iterdir())
+
+
+def find_checkpoint(cfg: TrainConfig, run_dir: Path, warn) -> Checkpoint | None:
+    """What to go on from, None for a fresh start. Raises UserError if that is not what cfg.init_from allows."""
+    init_from = cfg.init_from
+    if init_from != "resume" and int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        init_from = "auto"  # torchrun restarts the job: anything else was meant for its first start
+    if init_from not in ("resume", "auto"):
+        pretrained.check_name(init_from)
+        if occupied(run_dir):
+            raise UserError(
+                f"the run folder {run_dir} exists: go on with --init_from=auto, choose another --run_name, or "
+                f"delete it."
+            )
+        return open_branch(cfg)
+    found = checkpoint.newest(run_dir, warn) if run_dir.exists() else None
+    if found is None and init_from == "resume":
+        raise UserError(f"there is no checkpoint in {run_dir} to resume: start with --init_from=auto.")
+    if found is None and occupied(run_dir) and not (run_dir / "config.json").exists():
+        raise UserError(f"{run_dir} exists and is no run of ours: choose another --run_name.")
+    return found or open_branch(cfg)
+
+
+def open_branch(cfg: TrainConfig) -> Checkpoint | None:
+    """The checkpoint of another run that this one goes on from, without that run's record of its best."""
+    if not cfg.branch_from:
+        return None
+    saved = checkpoint.open_checkpoint(Path(cfg.branch_from))
+    if not (saved.folder / checkpoint.OPTIMIZER).is_file():
+        raise UserError(
+            f"branch_from={cfg.branch_from} holds weights without their optimizer: give a step_ folder of the run, or "
+            f"start anew from these weights with --init_from={cfg.branch_from}."
+        )
+    saved.state["best"] = None
+    return saved
