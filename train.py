@@ -132,7 +132,12 @@ class Trainer:
         changed = check_resumable(saved, cfg, self.facts) if saved else []
         self.model = GPT(cfg.model, cfg.seed)
         self.step, self.best = 0, None
-        refusal = self._read_files(weights=not saved and cfg.init_from not in pretrained.KEYWORDS, said=changed)
+        self.origin = (
+            saved.state.get("origin", "unknown") if saved else "scratch"
+        )  # of the weights, for whoever finds the checkpoint
+        if saved and saved.folder.parent.resolve() != self.run_dir.resolve():
+            self.origin = f"branch of {saved.folder} ({self.origin})"
+        refusal = self._read_files(weights=not saved and cfg.init_from not in pretrained.KEYWORDS)
         if dist.sum(torch.tensor(float(refusal is not None), device=dist.device)) > 0:  # all processes end together
             raise refusal or UserError("another process refused its files: see its machine's message.")
 
@@ -158,16 +163,16 @@ class Trainer:
             self.lock = lock(self.run_dir)
             checkpoint.sweep(self.run_dir, self.step)
         self.log = RunLog(self.run_dir, cfg, self.facts, self.step if saved else -1, dist.is_main)
-        for sentence in warnings + changed:
+        for sentence in [*warnings, *changed, f"started from {self.origin}"]:
             self.log.say(sentence)
         self._introduce(why, no_compile)
 
-    def _read_files(self, weights: bool, said: list[str]) -> UserError | None:
+    def _read_files(self, weights: bool) -> UserError | None:
         """What is wrong with the shards' bodies, looked at by one process of each machine, or with weights for step 0,
-        which all processes load; sentences for the log go to `said`."""
+        which all processes load."""
         try:
             if weights:
-                said.append(pretrained.load_into(self.model, self.cfg.init_from, self.train_data.tokenizer))
+                self.origin = pretrained.load_into(self.model, self.cfg.init_from, self.train_data.tokenizer)
             if self.cfg.verify == "full" and self.dist.local_rank == 0:
                 verify(Path(self.cfg.dataset), self.train_data.manifest)
         except UserError as error:
@@ -266,6 +271,7 @@ class Trainer:
                 "step": self.step,
                 "samples": self.step * self.cfg.batch_size,
                 "best": self.best,
+                "origin": self.origin,
                 "config": to_dict(self.cfg),
                 "data": self.facts,
                 "environment": environment(),

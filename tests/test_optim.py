@@ -123,6 +123,7 @@ def test_one_trunk_branches_into_budgets_and_each_is_as_if_run_alone(workdir):
         branch = run(workdir, f"branch{steps}", *wsd, f"--max_steps={steps}", branch_from)
         assert equal(final(branch), final(alone))
         assert metrics(branch)[-1] == metrics(alone)[-1]
+        assert f"started from branch of out/trunk/step_{branch_at:08d} (scratch)" in (branch / "train.log").read_text()
         assert {path: path.stat().st_mtime_ns for path in trunk.rglob("*")} == before
         assert json.loads((branch / "config.json").read_text())["config"]["branch_from"].endswith(f"{branch_at:08d}")
 
