@@ -21,6 +21,7 @@ from model import GPT
 from optim import Optimizer
 from tests.conftest import ROOT, cli, override, tree
 from tests.conftest import TINY as SMALL
+from tests.test_config import CONFIGS
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -350,3 +351,12 @@ def test_gpt2_takes_what_was_predicted(second, micro, dtype, tmp_path):
     compare(f"{name}, TFLOP a window", flops, counted_flops(model, 1, M, DTYPES[dtype]), 1e12, within=1e-9)
     predicted = max(estimate.memory(cfg, M, DTYPES[dtype], "cpu", 1)["phases"].values())
     compare(f"{name}, GB", predicted, step_peak(cfg, M, DTYPES[dtype], 1, tmp_path), 1e9, within=0.02)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_has_a_dry_run_without_data(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main([str(path), "--dry_run"])
+    out = capsys.readouterr().out
+    assert "is not prepared yet" in out and "hours and cost: " in out and out.endswith(" USD\n")
+    assert not list(tmp_path.iterdir())
