@@ -25,7 +25,6 @@ from cli import load_config, run_cli
 from config import PrepareConfig, UserError, to_dict
 from data.assemble import assemble
 from data.encoders import Encoders, Item
-from data.loader import Windows
 from data.shards import read_manifest, token_dtype
 from data.sources import Piece, Skipped, Source, open_source
 from data.staging import (
@@ -300,6 +299,8 @@ def print_summary(folder: Path, manifest: dict, console: Console) -> None:
 
 def inspect(folder: Path, console: Console, windows: int = 2) -> None:
     """Prints a dataset's manifest and its first windows with the markers made visible."""
+    from data.loader import Windows  # brings torch, which nothing else here needs: seconds, and 200 MB
+
     manifest = read_manifest(folder)
     print_summary(folder, manifest, console)
     chunk = manifest["chunk_content"] + manifest["chunk_markers"]

@@ -195,17 +195,15 @@ def test_a_full_disk(slow_folder, limit):
     shutil.rmtree(slow_folder / "data/full")
 
 
-def test_two_preparations_of_one_name_are_refused(slow_folder):
-    process = start(slow_folder, "--name=two")
-    while not (slow_folder / "data/.two.partial/plan.json").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    try:
-        assert "another process is preparing" in refusal(cli("prepare.py", *FILES, "--name=two", cwd=slow_folder))
-    finally:
-        process.kill()
-        process.communicate()
-    shutil.rmtree(slow_folder / "data/.two.partial")
+def test_two_preparations_of_one_name_are_refused(whole):
+    (whole / "data/.two.partial").mkdir()
+    held = staging.lock(whole / "data/.two.partial")
+    assert "another process is preparing data/.two.partial" in refusal(
+        cli("prepare.py", *FILES, "--name=two", cwd=whole)
+    )
+    held.close()
+    run(whole, "--name=two")
+    assert content(whole / "data/two") == content(whole / "data/whole")
 
 
 def test_a_damaged_segment_is_named_with_its_cure(tmp_path, monkeypatch):
