@@ -225,7 +225,8 @@ def test_skipped_rows_reach_the_screen_and_the_manifest(tmp_path):
 )  # fmt: skip
 def test_bad_sources_change_nothing(formats, args, sentences):
     folder, _ = formats
-    (folder / "empty").mkdir(exist_ok=True)
+    for name in ("empty", "data"):
+        (folder / name).mkdir(exist_ok=True)
     (folder / "empty/a.jsonl").write_text("\n")
     before = tree(folder)
     base = override(("--source=files", *SMALL, "--name=bad"), "--tokenizer=gpt2")
