@@ -74,6 +74,12 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def latest(run_dir: Path) -> str:
+    """The name of the newest checkpoint, for a sentence."""
+    folders = _folders(run_dir, "step")
+    return folders[-1].name if folders else "none was saved yet"
+
+
 def _point(pointer: Path, name: str) -> None:
     partial = pointer.with_name(f".{pointer.name}{WRITING}")
     partial.write_text(name + "\n")

@@ -47,11 +47,14 @@ class Optimizer:
         assert len(mine) == len({id(p) for p in mine}) == len(list(model.parameters())), "a parameter is left out"
 
     def step(self, rate: float) -> None:
-        """One update at this learning rate, and the gradients are gone."""
+        """One update at this learning rate."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate
             part.step()
+
+    def forget_gradients(self) -> None:
+        for part in self.parts:
             part.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -29,9 +29,10 @@ def read_run(folder: Path) -> tuple[dict, dict[str, list[dict]]]:
         raise UserError(
             f"{folder} has no readable metrics ({error}): give folders of runs, such as out/NAME."
         ) from error
-    metrics: dict[str, list[dict]] = {"train": [], "val": [], "final": []}
+    metrics: dict[str, list[dict]] = {"train": [], "val": [], "final": [], "guard": []}
     for line in lines:
-        metrics[line["kind"]].append(line)
+        if line.get("loss", 0) is not None:  # a loss that was not finite
+            metrics[line["kind"]].append(line)
     if not metrics["val"]:
         raise UserError(f"{folder} has no evaluation yet: wait for the run's first.")
     return facts, metrics

@@ -25,10 +25,11 @@ import checkpoint
 import pretrained
 from cli import load_config, run_cli
 from config import TrainConfig, UserError, to_dict
-from data.loader import Windows, step_windows
+from data.loader import Windows, step_windows, window_order
 from data.shards import verify
 from dist import Dist, autocast, pick_dtype, processes, ranks, why_not_compile
 from estimate import flops_per_window, peak_flops, report
+from guard import Guard
 from loss import Objective, Tally, token_nats
 from model import GPT
 from optim import Optimizer, learning_rate, norms
@@ -39,8 +40,9 @@ from startup import accumulation, check_resumable, data_facts, find_checkpoint, 
 
 
 @torch.no_grad()
-def evaluate(model: GPT, data: Windows, cfg: TrainConfig, dist: Dist, n_windows: int | None = None) -> dict:
-    """Figures of loss.Tally over n_windows validation windows, evenly spread over the split (None = all).
+def evaluate(model: GPT, data: Windows, cfg: TrainConfig, dist: Dist, n_windows=None, stop=None) -> dict | None:
+    """Figures of loss.Tally over n_windows validation windows, evenly spread over the split (None = all); None if
+    `stop` was raised in some process meanwhile.
 
     Processes take disjoint windows and add up their sums, so the result does not depend on how many there are."""
     n_windows = min(n_windows or data.n_windows, data.n_windows)
@@ -48,8 +50,14 @@ def evaluate(model: GPT, data: Windows, cfg: TrainConfig, dist: Dist, n_windows:
     tally = Tally(torch.from_numpy(data.tokenizer.token_bytes), dist.device)
     dtype = pick_dtype(cfg.dtype, dist.device)[0]
     model.eval()
-    for start in range(0, len(windows), cfg.micro_batch_size):
+    # all processes come here equally often, though the last may have no window left: they must agree to stop
+    for number, start in enumerate(range(0, -(-n_windows // dist.world), cfg.micro_batch_size)):
+        if stop and number % 10 == 9 and dist.sum(torch.tensor(float(stop.raised), device=dist.device)) > 0:
+            model.train()
+            return None
         batch = data.batch(windows[start : start + cfg.micro_batch_size]).to(dist.device)
+        if not len(batch.tokens):
+            continue
         with autocast(dist.device, dtype):
             hidden = model(batch.tokens, batch.positions, batch.meta_index).flatten(0, 1)
             nats = token_nats(hidden, model.wte.weight, batch.targets.flatten(), data.tokenizer.n_content)
@@ -105,6 +113,11 @@ class Clock:
         return seconds
 
 
+def finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
 def hms(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -131,7 +144,7 @@ class Trainer:
         self.facts = data_facts(self.train_data, cfg)
         changed = check_resumable(saved, cfg, self.facts) if saved else []
         self.model = GPT(cfg.model, cfg.seed)
-        self.step, self.best = 0, None
+        self.step, self.best, self.evaluated, self.guard = 0, None, None, Guard(cfg)
         self.origin = (
             saved.state.get("origin", "unknown") if saved else "scratch"
         )  # of the weights, for whoever finds the checkpoint
@@ -148,6 +161,7 @@ class Trainer:
         if saved:
             self.model.load_state_dict(saved.weights())
             self.step, self.best = saved.step, saved.state["best"]
+            self.evaluated, self.guard = saved.state.get("evaluated", saved.step), Guard(cfg, saved.state.get("guard"))
         self.model.to(dist.device)
         self.optimizer = Optimizer(self.model, cfg)
         if saved:
@@ -207,8 +221,8 @@ class Trainer:
         packed = data.manifest["val_text_compressed"]
         self.compressed = f"gzip -9 {packed['gzip_9_bits_per_byte']:.3f}, xz {packed['xz_bits_per_byte']:.3f}"
 
-    def train_step(self, stop: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One update -> (mean nats of the global batch, gradient norm, how many processes want to stop), on device.
+    def train_step(self, stop: bool) -> tuple[float, float, bool]:
+        """One update, unless the guard skips it -> (mean nats of the global batch, gradient norm, stop?).
 
         The sum of nats is divided by the scored targets of the whole global batch: their number differs between
         micro-batches and processes, so a mean of means would be another loss."""
@@ -235,9 +249,25 @@ class Trainer:
             total += nats.detach()
         self.norms = norms(self.model) if self.logs(self.step + 1) else {}
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
-        self.optimizer.step(learning_rate(self.step, cfg))
+        # the one device sync of a step
+        loss, norm, stops = torch.stack((dist.sum(total / scored), norm.to(scored.dtype), stops)).tolist()
+        take, wrong = self.guard.judge(loss, norm)
+        if take:
+            self.optimizer.step(learning_rate(self.step, cfg))
+        self.optimizer.forget_gradients()
         self.step += 1
-        return total / scored, norm, stops
+        if wrong:
+            self._log_bad_step("spike" if take else "skipped", wrong)
+        return loss, norm, stops > 0
+
+    def _log_bad_step(self, what: str, why: str) -> None:
+        step, cfg = self.step - 1, self.cfg
+        windows = window_order(step, cfg.batch_size, self.train_data.n_windows, cfg.seed).tolist()
+        self.log.record("guard", self.step, what=what, why=why, windows=windows)
+        self.log.say(
+            f"step {self.step:>7,}  {what}: {why}; windows {' '.join(map(str, windows[:16]))}"
+            f"{' ..' if len(windows) > 16 else ''} (all of it: --show_batch={step})"
+        )
 
     def logs(self, step: int) -> bool:
         return step % self.cfg.log_interval == 0 or step == self.cfg.max_steps
@@ -245,9 +275,12 @@ class Trainer:
     def content_tokens(self) -> int:
         return self.step * self.cfg.batch_size * self.train_data.content_per_window
 
-    def evaluate(self, n_windows: int | None, kind: str = "val") -> None:
+    def evaluate(self, n_windows: int | None, stop: StopFlag, kind: str = "val") -> bool:
+        """Records the figures, and saves the weights if they are the best -> False if a signal ended it before."""
         started = time.perf_counter()
-        figures = evaluate(self.model, self.val_data, self.cfg, self.dist, n_windows)
+        figures = evaluate(self.model, self.val_data, self.cfg, self.dist, n_windows, stop)
+        if figures is None:
+            return False
         took = time.perf_counter() - started
         if not math.isfinite(figures["loss"]):
             self._diverged(f"the validation loss is {figures['loss']}")
@@ -261,8 +294,10 @@ class Trainer:
             f"bits per byte ({self.compressed}), {figures['loss']:.4f} nats a token{end}, on {figures['tokens']:,} "
             f"tokens in {took:.1f} s{'  best' if better else ''}"
         )
+        self.evaluated = self.step
         if better:
             self.save("best")
+        return True
 
     def save(self, kind: str) -> None:
         """kind: step = everything that a resume needs; best = the weights. Rank 0 writes, the others wait."""
@@ -271,6 +306,8 @@ class Trainer:
                 "step": self.step,
                 "samples": self.step * self.cfg.batch_size,
                 "best": self.best,
+                "evaluated": self.evaluated,
+                "guard": self.guard.state(),
                 "origin": self.origin,
                 "config": to_dict(self.cfg),
                 "data": self.facts,
@@ -286,37 +323,37 @@ class Trainer:
             checkpoint.save(self.run_dir, kind, self.step, files, keep=self.cfg.keep if kind == "step" else 1)
         self.dist.barrier()
 
+    def evaluates(self) -> bool:
+        """Is an evaluation due after this step?"""
+        return self.step % self.cfg.eval_interval == 0 or self.step == self.cfg.max_steps
+
     def run(self) -> None:
         cfg, log, stop, clock = self.cfg, self.log, StopFlag(), Clock()
-        saved_at = self.step
-        if self.step == 0:
-            self.evaluate(cfg.eval_windows)
+        saved_at, stopping = self.step, False
+        if self.evaluates() and self.evaluated != self.step:  # the start, or what a signal had ended
+            stopping = not self.evaluate(cfg.eval_windows, stop)
         clock.look()
-        while self.step < cfg.max_steps:
+        while self.step < cfg.max_steps and not stopping:
             rate = learning_rate(self.step, cfg)
-            loss, norm, stops = self.train_step(stop.raised)
+            loss, norm, stopping = self.train_step(stop.raised)
             clock.step()
-            stopping, norm = torch.stack((stops, norm.to(stops.dtype))).tolist()  # the one device sync of a step
-            if not math.isfinite(norm):
-                self._diverged(f"the gradient's norm is {norm}")  # before anything of it could be saved
             if self.logs(self.step):
-                loss = self.dist.sum(loss.clone()).item()
-                seconds = clock.look()
-                self._log_step(loss, norm, rate, seconds, clock)
+                self._log_step(loss, norm, rate, clock.look(), clock)
+            self.guard.check(self.step, f"the last checkpoint in {self.run_dir} ({checkpoint.latest(self.run_dir)})")
             paused = time.perf_counter()
-            if self.step % cfg.eval_interval == 0 or self.step == cfg.max_steps:
-                self.evaluate(cfg.eval_windows)
+            if self.evaluates() and not stopping:
+                stopping = not self.evaluate(cfg.eval_windows, stop)
             if self.step % cfg.save_interval == 0 or self.step == cfg.max_steps or stopping:
                 self.save("step")
                 saved_at = self.step
             clock.pause(time.perf_counter() - paused)
-            if stopping:
-                log.say(f"stopped by a signal after step {self.step:,}; it is saved: go on with --init_from=resume")
-                break
+        if saved_at != self.step:
+            self.save("step")
+        if not stopping:
+            stopping = not self.evaluate(None, stop, kind="final")
+        if stopping:
+            log.say(f"stopped by a signal after step {self.step:,}; it is saved: go on with --init_from=resume")
         else:
-            if saved_at != self.step:
-                self.save("step")
-            self.evaluate(None, kind="final")
             log.say(f"done in {hms(time.perf_counter() - clock.started)}: {self.run_dir}")
         log.close()
 
@@ -337,10 +374,10 @@ class Trainer:
         self.log.record(
             "train",
             self.step,
-            loss=loss,
+            loss=finite(loss),
             learning_rate=rate,
-            grad_norm=norm,
-            **dict(zip(self.norms, torch.stack([*self.norms.values()]).tolist(), strict=True)),
+            grad_norm=finite(norm),
+            **dict(zip(self.norms, map(finite, torch.stack([*self.norms.values()]).tolist()), strict=True)),
             content_tokens=self.content_tokens(),
             positions=self.step * cfg.batch_size * data.T,
             content_tokens_per_s=content,

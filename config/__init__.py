@@ -132,6 +132,14 @@ class TrainConfig:
     grad_clip: float = 1.0
     """largest norm of the whole gradient; 0 = no clipping"""
 
+    # bad steps
+    max_skipped: int = 10
+    """steps with a non-finite loss or gradient are skipped; so many in a row end the run"""
+    spike_deviations: float = 6.0
+    """a gradient norm so many standard deviations above the mean of the last 128 is logged as a spike"""
+    skip_spikes: bool = False
+    """skip the update of a spike, too"""
+
     # watching and saving
     log_interval: int = 10
     """steps between lines of the log"""
@@ -171,11 +179,12 @@ class TrainConfig:
         check_types(self)
         for name in ("batch_size", "micro_batch_size"):
             check(self, name, 1 <= getattr(self, name) <= 10**6, "lie in 1 .. 1000000")
-        for name in ("max_steps", "log_interval", "eval_interval", "save_interval"):
+        for name in ("max_steps", "log_interval", "eval_interval", "save_interval", "max_skipped"):
             check(self, name, getattr(self, name) >= 1, "be at least 1")
         for name in ("min_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"):
             check(self, name, getattr(self, name) >= 0, "be at least 0")
-        check(self, "learning_rate", self.learning_rate > 0, "be above 0")
+        for name in ("learning_rate", "spike_deviations"):
+            check(self, name, getattr(self, name) > 0, "be above 0")
         check(self, "min_lr", self.min_lr <= self.learning_rate, f"be at most learning_rate={self.learning_rate}")
         check(self, "lr_decay_steps", self.lr_decay_steps is None or self.lr_decay_steps >= 1, "be at least 1")
         check(self, "decay_fraction", 0 < self.decay_fraction <= 1, "lie in (0, 1]")

@@ -1,0 +1,175 @@
+"""A bad step changes nothing: it is skipped by all processes and recorded, and many in a row end the run."""
+
+import dataclasses
+import json
+import statistics
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+from cli import load_config
+from config import TrainConfig, UserError
+from data.loader import Windows, window_order
+from dist import Dist
+from guard import WINDOW, Guard
+from loss import Objective
+from tests.conftest import ROOT, cli, losses, override
+from tests.test_train import BASE, equal, final, metrics, run
+
+CFG = TrainConfig()
+CPU = Dist(0, 0, 1, torch.device("cpu"))
+
+
+def judged_slowly(values: list[float], deviations: float) -> list[bool]:
+    """Which finite norms are spikes, by the definition."""
+    out = []
+    for i, value in enumerate(values):
+        before = values[max(0, i - WINDOW) : i]
+        enough = len(before) >= WINDOW // 2
+        out.append(enough and value > statistics.fmean(before) + deviations * statistics.pstdev(before))
+    return out
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.5, 6), st.integers(0, 299))
+def test_spikes_are_what_the_definition_says_also_after_a_resume(seed, deviations, cut):
+    generator = torch.Generator().manual_seed(seed)
+    norms = (torch.randn(300, generator=generator).exp() + 0.1).tolist()
+    cfg = dataclasses.replace(CFG, spike_deviations=deviations)
+    guard, found = Guard(cfg), []
+    for i, norm in enumerate(norms):
+        if i == cut:
+            guard = Guard(cfg, json.loads(json.dumps(guard.state())))
+        take, wrong = guard.judge(1.0, norm)
+        assert take  # spikes are logged, not skipped, unless asked for
+        found.append(bool(wrong))
+    assert found == judged_slowly(norms, deviations)
+
+
+def test_what_is_not_finite_is_skipped_and_counted():
+    guard = Guard(dataclasses.replace(CFG, max_skipped=3))
+    for loss, norm in ((1.0, float("nan")), (float("inf"), 1.0)):
+        take, wrong = guard.judge(loss, norm)
+        assert not take and "gradient's norm" in wrong
+        guard.check(5, "there")
+    assert guard.judge(1.0, 1.0) == (True, "") and guard.in_a_row == 0 and guard.skipped == 2
+    for _ in range(3):
+        guard.judge(float("nan"), 1.0)
+    with pytest.raises(UserError, match=r"3 steps in a row up to step 9 were skipped.*resume with it from there"):
+        guard.check(9, "there")
+
+
+def test_a_spike_is_skipped_if_asked_for():
+    guard = Guard(dataclasses.replace(CFG, skip_spikes=True))
+    for i in range(100):
+        assert guard.judge(1.0, 1.0 + i % 2 / 10) == (True, "")
+    take, wrong = guard.judge(1.0, 9.0)
+    assert not take and "its gradient's norm 9 is " in wrong and "deviations above the mean of 1.05" in wrong
+
+
+# ----------------------------------------------------------------------------- in the loop
+
+
+def trainer(workdir, monkeypatch, name, *args) -> train.Trainer:
+    monkeypatch.chdir(workdir)
+    return train.Trainer(load_config(TrainConfig, override(BASE, f"--run_name={name}", *args)), CPU)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_poisoned_step_changes_no_weight_and_no_moment(workdir, monkeypatch, bad):
+    subject = trainer(workdir, monkeypatch, f"poison_{bad}")
+    for _ in range(3):
+        subject.train_step(False)
+    before = {name: p.clone() for name, p in subject.model.state_dict().items()}
+    moments = {name: tensor.clone() for name, tensor in subject.optimizer.tensors().items()}
+    forward = Objective.forward
+
+    def poisoned(self, *batch):
+        nats = forward(self, *batch)
+        if bad == "loss":
+            return nats * float("nan")
+        nats.register_hook(lambda grad: grad * float("inf"))
+        return nats
+
+    monkeypatch.setattr(Objective, "forward", poisoned)
+    subject.train_step(False)
+    assert subject.step == 4 and equal(before, subject.model.state_dict())
+    assert equal(moments, subject.optimizer.tensors())
+    monkeypatch.setattr(Objective, "forward", forward)
+    subject.train_step(False)
+    assert subject.step == 5 and not equal(before, subject.model.state_dict())
+    subject.log.close()
+    (line,) = [line for line in metrics(workdir / f"out/poison_{bad}") if line["kind"] == "guard"]
+    assert line["step"] == 4 and line["what"] == "skipped"
+    assert line["windows"] == window_order(3, 8, subject.train_data.n_windows, 1337).tolist()
+    assert "step       4  skipped: its loss is " in (workdir / f"out/poison_{bad}/train.log").read_text()
+
+
+POISONED = """
+import os, sys
+sys.path.insert(0, {root!r})
+import cli, train
+from loss import Objective
+forward, calls = Objective.forward, []
+def poisoned(self, *batch):
+    nats = forward(self, *batch)
+    if self.training:
+        calls.append(1)
+    return nats * float("nan") if os.environ.get("RANK") == "1" and len(calls) in (5, 6) else nats
+Objective.forward = poisoned
+cli.run_cli(train.main)
+"""
+
+
+def test_one_rank_with_a_bad_batch_stops_the_update_of_all(workdir, tmp_path):
+    """Rank 1 gets NaN in its third step (two micro-batches a step): both skip that step and go on alike."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(POISONED.format(root=str(ROOT)))
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    args = override(BASE, "--micro_batch_size=2", "--run_name=one_rank", "--max_steps=6")
+    result = cli(str(script), *args, cwd=workdir, launcher=launcher)
+    assert result.returncode == 0, result.stderr.decode()[-2000:]
+    folder = workdir / "out/one_rank"
+    found = losses(folder)
+    assert found[2] is None and all(loss is not None for i, loss in enumerate(found) if i != 2)
+    assert [line["step"] for line in metrics(folder) if line["kind"] == "guard"] == [3]
+    assert all(torch.isfinite(tensor).all() for tensor in final(folder).values())
+    assert "NaN" not in (folder / "metrics.jsonl").read_text()  # it is JSON
+
+
+def test_an_evaluation_that_a_signal_ends_is_made_up_for(workdir, monkeypatch):
+    """Stopped in the evaluation after step 10, and again in the one at the end: the same run as without."""
+    args = ("--eval_windows=40", "--micro_batch_size=2", "--max_steps=12")
+    straight = run(workdir, "eval_straight", *args)
+    batch, flag = Windows.batch, train.StopFlag
+
+    def stop_in(kind: str, run_name: str):
+        subject = trainer(workdir, monkeypatch, run_name, *args, "--init_from=auto")
+        stop, calls = flag(), []
+        monkeypatch.setattr(train, "StopFlag", lambda: stop)
+
+        def counted(self, windows):
+            due = self is subject.val_data and (subject.step == 10 if kind == "val" else subject.step == 12)
+            calls.append(due)
+            # the evaluation at step 12 comes before the final one
+            if sum(calls) > (3 if kind == "val" else 25):
+                stop.raised = True
+            return batch(self, windows)
+
+        monkeypatch.setattr(Windows, "batch", counted)
+        subject.run()
+        subject.lock.close()
+        monkeypatch.setattr(Windows, "batch", batch)
+
+    for kind in ("val", "final"):
+        stop_in(kind, "eval_stopped")
+        lines = metrics(workdir / "out/eval_stopped")
+        assert lines[-1]["step"] == (10 if kind == "val" else 12) and lines[-1]["kind"] != "final"
+    assert "stopped by a signal after step 10" in (workdir / "out/eval_stopped/train.log").read_text()
+    resumed = run(workdir, "eval_stopped", *args, "--init_from=resume")
+    assert equal(final(resumed), final(straight)) and metrics(resumed) == metrics(straight)
+    assert (resumed / "best").read_text() == (straight / "best").read_text()
