@@ -289,6 +289,7 @@ class Trainer:
             }
             if kind == "step":
                 files[checkpoint.OPTIMIZER] = self.optimizer.tensors()
+                self.log.sync()
             checkpoint.save(self.run_dir, kind, self.step, files, keep=self.cfg.keep if kind == "step" else 1)
         self.dist.barrier()
 
