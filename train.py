@@ -167,7 +167,7 @@ class Trainer:
         if dist.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.run_dir)
-            checkpoint.sweep(self.run_dir, self.step)
+            checkpoint.sweep(self.run_dir, self.step, cfg.keep)
         self.log = RunLog(self.run_dir, cfg, self.facts, self.step if saved else -1, dist.is_main)
         for sentence in [*warnings, *changed, f"started from {self.origin}"]:
             self.log.say(sentence)
