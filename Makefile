@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: install quickstart test test-slow lint bench clean
+.PHONY: install quickstart test test-slow faults lint bench clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
@@ -27,6 +27,10 @@ test: install lint
 	$(RUN) -m pytest -q -n 2 -m 'not slow'
 test-slow: install
 	$(RUN) -m pytest -q -m slow
+
+# Hundreds of kills, signals, full disks and damaged files, each followed by a resume that must be exact.
+faults: install
+	$(RUN) -m tests.faults
 
 lint: install
 	$(VENV)/bin/ruff check .

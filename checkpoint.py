@@ -2,10 +2,10 @@
 
     out/<run>/step_00001000/   model.safetensors optimizer.safetensors state.json tokenizer.*, manifest.json (sha256)
     out/<run>/best_00000800/   the same without the optimizer
-    out/<run>/latest, best     a line each: the folder's name
+    out/<run>/latest           a line: the newest step_ folder's name
 
 A folder is written under a temporary name, synced, and renamed; then the pointer moves. So a folder with its final name
-is whole, and the newest one that verifies is the one to trust.
+is whole, and the newest one that verifies is the one to trust; the pointer is for people and their scripts.
 """
 
 import json
@@ -29,7 +29,7 @@ WRITING, DELETING = ".writing", ".deleting"  # suffixes of hidden folders that a
 
 
 def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str, torch.Tensor]], keep: int) -> Path:
-    """Writes run_dir/<kind>_<step> atomically, moves the pointer to it, and keeps the newest `keep` of its kind.
+    """Writes run_dir/<kind>_<step> atomically, and keeps the newest `keep` of its kind.
 
     kind: step | best; files: name -> bytes, or a dict of tensors for a .safetensors file."""
     final = run_dir / f"{kind}_{step:08d}"
@@ -53,11 +53,17 @@ def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str,
         _delete(final)
     os.rename(partial, final)
     _fsync(run_dir)
-    _point(run_dir / ("latest" if kind == "step" else "best"), final.name)
-    others = [folder for folder in _folders(run_dir, kind) if folder != final]
-    for old in others[: len(others) - (keep - 1)]:
-        _delete(old)
+    _settle(final, kind, keep)
     return final
+
+
+def _settle(final: Path, kind: str, keep: int) -> None:
+    """What follows on a new folder: `latest` names it, and of the others of its kind the newest keep - 1 stay."""
+    if kind == "step":
+        _point(final.with_name("latest"), final.name)
+    others = [folder for folder in _folders(final.parent, kind) if folder != final]
+    for old in others[: max(0, len(others) - (keep - 1))]:
+        _delete(old)
 
 
 def _folders(run_dir: Path, kind: str) -> list[Path]:
@@ -96,9 +102,9 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def sweep(run_dir: Path, step: int) -> None:
-    """Removes what a killed process left half-written or half-deleted, and sets aside, as damaged_step_*, checkpoints
-    beyond `step`, the one that is resumed: they did not verify."""
+def sweep(run_dir: Path, step: int, keep: int) -> None:
+    """Removes what a killed process left half-written or half-deleted, sets aside, as damaged_step_*, checkpoints
+    beyond `step`, the one that is resumed: they did not verify; and does what the save of that one may have left."""
     for folder in _folders(run_dir, "step"):
         if int(folder.name.split("_")[1]) > step:
             aside = folder.with_name(f"damaged_{folder.name}")
@@ -107,6 +113,9 @@ def sweep(run_dir: Path, step: int) -> None:
     for suffix in (WRITING, DELETING):
         for path in run_dir.glob(f".*{suffix}"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    resumed = run_dir / f"step_{step:08d}"
+    if resumed.is_dir():
+        _settle(resumed, "step", keep)
 
 
 @dataclass
@@ -156,14 +165,15 @@ def newest(run_dir: Path, warn) -> Checkpoint | None:
     """The newest checkpoint that verifies, or None where none was ever written; warn(sentence) for each that does not.
 
     Raises UserError if there are checkpoints and all are damaged."""
-    folders = _folders(run_dir, "step")
-    for folder in reversed(folders):
+    why = []
+    for folder in reversed(_folders(run_dir, "step")):
         try:
             return open_checkpoint(folder)
         except UserError as error:
+            why.append(str(error).rstrip("."))
             warn(f"{error} Falling back to the checkpoint before it.")
-    if folders:
-        raise UserError(f"no checkpoint in {run_dir} is whole: start again with another --run_name.")
+    if why:
+        raise UserError(f"no checkpoint in {run_dir} is whole ({'; '.join(why)}): start again with another --run_name.")
     return None
 
 

@@ -57,13 +57,16 @@ class RunLog:
             return
         self.metrics = run_dir / "metrics.jsonl"
         if self.metrics.exists():
-            kept = [line for line in self.metrics.read_text().splitlines() if _is_kept(line, step)]
+            lines = self.metrics.read_text(errors="replace").splitlines()
             partial = self.metrics.with_suffix(".writing")
-            partial.write_text("".join(line + "\n" for line in kept))
+            with open(partial, "w") as file:
+                file.write("".join(line + "\n" for line in lines if _is_kept(line, step)))
+                _sync(file)
             os.replace(partial, self.metrics)
-        self.text = open(run_dir / "train.log", "a")
         resolved = {"config": config.to_dict(cfg), "data": data, "environment": environment()}
+        # before any other file that is not hidden: by this one --init_from=auto knows a run that was killed early
         (run_dir / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
+        self.text = open(run_dir / "train.log", "a")
         if cfg.wandb != "disabled":
             import wandb
 
@@ -87,6 +90,12 @@ class RunLog:
         if self.wandb:
             self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
+    def sync(self) -> None:
+        """Metrics that a checkpoint follows on are on disk before it: a resume would not write them again."""
+        if self.main and self.metrics.exists():
+            with open(self.metrics, "a") as file:
+                _sync(file)
+
     def close(self) -> None:
         if self.main:
             self.text.close()
@@ -94,9 +103,14 @@ class RunLog:
                 self.wandb.finish()
 
 
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def _is_kept(line: str, step: int) -> bool:
     try:
         record = json.loads(line)
-    except ValueError:  # a kill can cut the last line short
+        return record["step"] <= step and record["kind"] != "final"  # not the end after all
+    except (ValueError, TypeError, KeyError):  # a kill can cut the last line short
         return False
-    return isinstance(record, dict) and record["step"] <= step and record["kind"] != "final"  # not the end after all

@@ -12,6 +12,7 @@ accumulation (to floating-point rounding), and any number of interruptions (to t
 import fcntl
 import json
 import math
+import os
 import signal
 import time
 from contextlib import nullcontext
@@ -78,17 +79,22 @@ def lock(run_dir: Path):
 
 
 class StopFlag:
-    """SIGTERM or SIGINT asks for a save and an end after the step under way; a second signal ends at once."""
+    """SIGTERM or SIGINT asks for a save and an end after the step under way; another one, later, ends at once.
+
+    Within a second it is the same request: systemd or a scheduler may signal torchrun and its processes, and torchrun
+    passes on what it gets."""
 
     def __init__(self):
-        self.raised = False
+        self.raised, self._when = False, 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._raise)
 
     def _raise(self, number, frame) -> None:
-        self.raised = True
-        for number in (signal.SIGTERM, signal.SIGINT):
+        if not self.raised:
+            self.raised, self._when = True, time.monotonic()
+        elif time.monotonic() - self._when > 1:
             signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 class Clock:
@@ -175,7 +181,7 @@ class Trainer:
         if dist.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.run_dir)
-            checkpoint.sweep(self.run_dir, self.step)
+            checkpoint.sweep(self.run_dir, self.step, cfg.keep)
         self.log = RunLog(self.run_dir, cfg, self.facts, self.step if saved else -1, dist.is_main)
         for sentence in [*warnings, *changed, f"started from {self.origin}"]:
             self.log.say(sentence)
@@ -320,6 +326,7 @@ class Trainer:
             }
             if kind == "step":
                 files[checkpoint.OPTIMIZER] = self.optimizer.tensors()
+                self.log.sync()
             checkpoint.save(self.run_dir, kind, self.step, files, keep=self.cfg.keep if kind == "step" else 1)
         self.dist.barrier()
 

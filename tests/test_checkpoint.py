@@ -1,7 +1,10 @@
+import io
 import json
+import os
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 
 import checkpoint
@@ -70,7 +73,7 @@ def test_any_damage_is_named_and_the_one_before_is_used(tmp_path, name, damage):
 
 def test_if_all_are_damaged_that_is_an_error(tmp_path):
     (write(tmp_path, 1) / "state.json").write_text("{}")
-    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole \(.*state.json is damaged: its sha256 is "):
         newest(tmp_path, warn=lambda sentence: None)
 
 
@@ -103,41 +106,76 @@ def test_a_save_that_fails_leaves_the_old_ones_and_no_half_one(tmp_path, monkeyp
             warnings = []
             found = newest(folder, warnings.append)
             assert found.step in ((1, 2) if failed else (2,)) and not warnings
-            checkpoint.sweep(folder, found.step)
+            checkpoint.sweep(folder, found.step, keep=2)
             assert all(not path.name.startswith(".") for path in folder.iterdir())
             write(folder, 3)
             assert newest(folder, warnings.append).step == 3
 
 
 def test_the_order_of_a_save(tmp_path, monkeypatch):
-    """Every file is synced before the rename, the parent after it, and only then does the pointer move."""
-    import os
-
+    """All files are written, then synced, then the folder; it is renamed, and its parent synced; then the pointer is
+    written, synced and moved; then the old one goes. A kill does not lose what the kernel has: only this shows it."""
+    write(tmp_path, 3)
+    write(tmp_path, 4)
     events, opened = [], {}
-    real_open, real_fsync, real_rename, real_replace = os.open, os.fsync, os.rename, os.replace
+    real_open, real_fsync, real_file, real_tensors = os.open, os.fsync, io.open, safetensors.torch.save_file
+
+    def short(path) -> str:
+        return str(path).removeprefix(f"{tmp_path}/")
 
     def spy_open(path, *args, **kwargs):
         handle = real_open(path, *args, **kwargs)
-        opened[handle] = str(path)
+        opened[handle] = path
         return handle
 
+    def spy_file(path, mode="r", *args, **kwargs):
+        if not mode.startswith("r"):
+            events.append(("write", short(path)))
+        return real_file(path, mode, *args, **kwargs)
+
     monkeypatch.setattr(os, "open", spy_open)
-    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(("fsync", opened[handle])), real_fsync(handle)))
-    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(("rename", str(b))), real_rename(a, b)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("replace", str(b))), real_replace(a, b)))
-    final = write(tmp_path, 5)
-    partial = str(tmp_path / ".step_00000005.writing")
-    names = [what for what, _ in events]
-    rename = names.index("rename")
-    synced = {path for what, path in events[:rename]}
-    assert synced == {partial, *(f"{partial}/{path.name}" for path in final.iterdir())}
-    assert events[rename:] == [
-        ("rename", str(final)),
-        ("fsync", str(tmp_path)),
-        ("fsync", str(tmp_path / ".latest.writing")),
-        ("replace", str(tmp_path / "latest")),
-        ("fsync", str(tmp_path)),
+    monkeypatch.setattr(io, "open", spy_file)
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (events.append(("sync", short(opened[handle]))), real_fsync(handle))
+    )
+    for name in ("rename", "replace"):
+        real = getattr(os, name)
+        spy = lambda a, b, name=name, real=real: (events.append((name, short(a), short(b))), real(a, b))  # noqa: E731
+        monkeypatch.setattr(os, name, spy)
+    spy = lambda tensors, path: (events.append(("write", short(path))), real_tensors(tensors, path))  # noqa: E731
+    monkeypatch.setattr(safetensors.torch, "save_file", spy)
+
+    final, partial = write(tmp_path, 5), ".step_00000005.writing"
+    names = {f"{partial}/{path.name}" for path in final.iterdir()}
+    n = len(names)
+    assert set(events[:n]) == {("write", name) for name in names} and events[n - 1] == (
+        "write",
+        f"{partial}/manifest.json",
+    )
+    assert set(events[n : 2 * n]) == {("sync", name) for name in names}
+    assert events[2 * n :] == [
+        ("sync", partial),
+        ("rename", partial, "step_00000005"),
+        ("sync", str(tmp_path)),
+        ("write", ".latest.writing"),
+        ("sync", ".latest.writing"),
+        ("replace", ".latest.writing", "latest"),
+        ("sync", str(tmp_path)),
+        ("rename", "step_00000003", ".step_00000003.deleting"),
     ]
+
+
+def test_what_a_killed_save_left_undone_is_done_by_the_resumed(tmp_path, monkeypatch):
+    """Killed between the rename and the pointer: `latest` names the new one, and the old one goes."""
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_settle", lambda *args: None)
+        write(tmp_path, 3)
+    assert (tmp_path / "latest").read_text() == "step_00000002\n"
+    checkpoint.sweep(tmp_path, newest(tmp_path, pytest.fail).step, keep=2)
+    assert (tmp_path / "latest").read_text() == "step_00000003\n"
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000002", "step_00000003"]
 
 
 def test_a_damaged_folder_of_the_same_step_is_replaced(tmp_path):
@@ -168,7 +206,7 @@ def test_going_on_after_damage_never_deletes_what_is_whole(tmp_path):
     write(tmp_path, 20, kind="best", keep=1)
     found = newest(tmp_path, lambda sentence: None)
     assert found.step == 10
-    checkpoint.sweep(tmp_path, found.step)
+    checkpoint.sweep(tmp_path, found.step, keep=2)
     write(tmp_path, 13)
     write(tmp_path, 13, kind="best", keep=1)
     assert newest(tmp_path, pytest.fail).step == 13

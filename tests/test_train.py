@@ -1,18 +1,22 @@
 import fcntl
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
+import train
 from config import TrainConfig, UserError
-from startup import accumulation
+from runlog import RunLog
+from startup import accumulation, occupied
 from tests.conftest import ROOT, TINY, cli, losses, override, refusal, tree
 from train import evaluate
 
@@ -57,8 +61,8 @@ def test_it_learns_and_records(straight):
     assert lines[-1]["kind"] == "final" and lines[-1]["bits_per_byte"] < 0.95 * lines[0]["bits_per_byte"]
     assert lines[0]["loss"] == pytest.approx(torch.tensor(300.0).log().item(), rel=0.02)  # knows nothing yet
     assert {path.name for path in straight.iterdir()} == {
-        ".lock", "config.json", "metrics.jsonl", "train.log", "step_00000020", "step_00000030", "latest", "best",
-        (straight / "best").read_text().strip(),
+        ".lock", "config.json", "metrics.jsonl", "train.log", "step_00000020", "step_00000030", "latest",
+        "best_00000030",
     }  # fmt: skip
     saved = json.loads((straight / "config.json").read_text())
     assert saved["config"]["model"]["vocab_size"] == 320 and saved["environment"]["torch"] == torch.__version__
@@ -186,6 +190,47 @@ def test_a_signal_saves_and_ends_in_order(workdir, number):
     assert (run_dir / "latest").read_text() == f"step_{step:08d}\n"
     resumed = run(workdir, name, "--init_from=resume", f"--max_steps={step + 2}")
     assert [line["step"] for line in metrics(resumed) if line["kind"] == "train"] == list(range(1, step + 3))
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_and_a_later_one_ends(monkeypatch):
+    """torchrun passes on the signal that its processes got from a scheduler, too."""
+    previous = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    now, sent = [100.0], []
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train.os, "kill", lambda *args: sent.append(args))
+    try:
+        stop = train.StopFlag()
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.raised and not sent
+        now[0] += 1.5
+        signal.raise_signal(signal.SIGINT)
+        assert sent == [(os.getpid(), signal.SIGINT)] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), previous, strict=True):
+            signal.signal(number, handler)
+
+
+def test_a_run_killed_before_its_first_line_is_known_again(tmp_path, monkeypatch):
+    """Whatever file that is not hidden there is, config.json is there before it: auto asks for it."""
+    monkeypatch.setattr(Path, "write_text", lambda path, text: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        RunLog(tmp_path, TrainConfig(wandb="disabled"), {}, -1, main=True)
+    assert not occupied(tmp_path)
+
+
+def test_lines_of_metrics_that_are_damaged_are_dropped(tmp_path):
+    lines = [
+        b'{"kind": "val", "step": 0}',
+        b"\xff\xfe",
+        b"\0" * 9,
+        b"3",
+        b'{"step": 1}',
+        b'{"kind": "train", "step": 2}',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b'\n{"kind": "tra')
+    RunLog(tmp_path, TrainConfig(wandb="disabled"), {}, 2, main=True).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == lines[0] + b"\n" + lines[-1] + b"\n"
 
 
 def test_rope_skip_and_compile_train_too(workdir):

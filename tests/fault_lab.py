@@ -1,0 +1,261 @@
+"""Runs for faults.py: started by forking this process, which has imported torch, or under torchrun; and compared."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+import einops._torch_specific  # noqa: F401
+import safetensors.numpy
+import torch._dynamo  # noqa: F401  these would be imported in every fork
+
+from cli import load_config
+from config import TrainConfig
+from runlog import environment
+from tests import faulty_train
+from tests.conftest import ROOT, TINY, override
+
+STEPS, SAVE_INTERVAL, KEEP = 9, 3, 2
+ARGS = override(
+    TINY, "--dataset=data/u", "--block_size=32", "--dropout=0.1", f"--max_steps={STEPS}", "--eval_interval=4",
+    f"--save_interval={SAVE_INTERVAL}", f"--keep={KEEP}", "--init_from=auto",
+)  # fmt: skip
+
+
+class Lost(Exception):
+    """A run that did not come to what it would have been, and why."""
+
+
+def need(condition, why) -> None:
+    if not condition:
+        raise Lost(str(why))
+
+
+@dataclass
+class Attempt:
+    """How one start of a run ended: a status per process (negative = killed by that signal), and what it printed."""
+
+    statuses: list[int]
+    out: str
+    error: str
+
+    def __str__(self) -> str:
+        return f"ended with {self.statuses}: {' | '.join(self.error.splitlines()[-2:])}"
+
+
+class Run:
+    """A run in its own folder, started as often as it takes, and the trace of all its starts."""
+
+    kills = 0  # starts of any run that ended by SIGKILL
+
+    def __init__(self, name: str, world: int):
+        self.name, self.world, self.attempts = name, world, 0
+        self.was_damaged = False  # by us
+        self.folder, self.trace = Path("out") / name, Path("out") / f"{name}.trace"
+        self.folder.parent.mkdir(exist_ok=True)
+        self.argv = [*override(ARGS, f"--micro_batch_size={4 // world}"), f"--run_name={name}"]
+
+    def copy(self, name: str) -> "Run":
+        other = Run(name, self.world)
+        other.attempts = self.attempts
+        other.was_damaged = self.was_damaged
+        shutil.copytree(self.folder, other.folder)
+        shutil.copy(self.trace, other.trace)
+        return other
+
+    def delete(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.trace.unlink(missing_ok=True)
+
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in self.trace.read_text().splitlines()]
+
+    def newest(self) -> list[Path]:
+        return sorted(self.folder.glob("step_*"))
+
+    # ------------------------------------------------------------------------- starting
+
+    def start(self, fault: dict | None = None, kill_after: float | None = None, patience: float = 60) -> Attempt:
+        """Starts it by forking, until it ends. All processes are killed after kill_after or patience seconds; when one
+        has failed, the others are ended as torchrun does it."""
+        sys.stdout.flush()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        rank_of = {self._fork(rank, port, fault or {}): rank for rank in range(self.world)}
+        statuses = [0] * self.world
+        end, failed_at = time.monotonic() + (patience if kill_after is None else kill_after), None
+        while rank_of:
+            for pid in [*rank_of]:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    statuses[rank_of.pop(pid)] = status = os.waitstatus_to_exitcode(status)
+                    if status and failed_at is None:
+                        failed_at = time.monotonic()
+                        for other in rank_of:
+                            os.kill(other, signal.SIGTERM)
+            if time.monotonic() > min(end, (failed_at or end) + 2):
+                for pid in rank_of:
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.002)
+        return self._ended(statuses, [f"out{rank}" for rank in range(self.world)])
+
+    def _ended(self, statuses: list[int], outs: list[str]) -> Attempt:
+        self.attempts += 1
+        Run.kills += -signal.SIGKILL in statuses
+        return Attempt(
+            statuses, "".join(Path(name).read_text() for name in outs),
+            "".join(Path(name.replace("out", "err")).read_text() for name in outs),
+        )  # fmt: skip
+
+    def _fork(self, rank: int, port: str, fault: dict) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        status = 1
+        try:
+            if self.world > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            for stream, name in ((1, f"out{rank}"), (2, f"err{rank}")):
+                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
+            faulty_train.main(self.argv, fault, self.trace, self.attempts)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    def torchrun(self, fault: dict | None = None, patience: float = 60) -> Attempt:
+        """Starts it under torchrun -> an Attempt whose only status is torchrun's. What survives it goes on."""
+        env = {**os.environ, "FAULT": json.dumps(fault or {}), "TRACE": str(self.trace), "ATTEMPT": str(self.attempts)}
+        launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.world}")
+        with open("out0", "w") as out, open("err0", "w") as error:
+            process = subprocess.Popen(
+                [*launcher, str(ROOT / "tests/faulty_train.py"), *self.argv], env=env, stdout=out, stderr=error
+            )
+            try:
+                status = process.wait(patience)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                self.kill_orphans()
+                status = process.wait()
+        return self._ended([status], ["out0"])
+
+    def kill_orphans(self) -> None:
+        """Ends processes of the last start that their launcher left behind, and waits until they are gone."""
+        for line in self.lines():
+            command = Path(f"/proc/{line.get('pid')}/cmdline")
+            while "pid" in line and command.exists() and f"--run_name={self.name}".encode() in command.read_bytes():
+                os.kill(line["pid"], signal.SIGKILL)
+                time.sleep(0.01)
+
+    # ------------------------------------------------------------------------- what came of it
+
+    def finish(self, reference: "Run", start=None) -> None:
+        """Resumes until it is done. Raises Lost if it cannot, or comes to anything but what `reference` came to."""
+        for _ in range(3):
+            attempt = (start or self.start)()
+            need(not any(attempt.statuses), f"resumed, it {attempt}")
+            if "done in" in attempt.out:
+                return self.compare(reference)
+        raise Lost("it does not come to an end")
+
+    def compare(self, reference: "Run") -> None:
+        self.compare_windows(reference)
+        aside = [*self.folder.glob("damaged_*")]
+        need(self.was_damaged or not aside, f"a kill left {aside} under a final name")
+        need(self.metrics() == reference.metrics(), "metrics.jsonl differs")
+        names = {path.name for path in self.folder.iterdir() if not path.name.startswith("damaged_")}
+        older = {name for name in names if name.startswith("step_") and name != f"step_{STEPS:08d}"}
+        expected = {path.name for path in reference.folder.iterdir()} - {path.name for path in reference.newest()[:-1]}
+        need(names - older == expected and len(older) == 1, f"the folder holds {sorted(names)}")
+        need((self.folder / "latest").read_text() == f"step_{STEPS:08d}\n", "latest names another checkpoint")
+        ours, theirs = self.tensors(), reference.tensors()
+        need(ours.keys() == theirs.keys(), "the tensors are others")
+        for name, tensor in theirs.items():
+            need(ours[name].tobytes() == tensor.tobytes(), f"{name} differs")
+
+    def metrics(self) -> list[dict]:
+        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        return [{k: v for k, v in line.items() if k != "mfu" and not k.endswith("_s")} for line in lines]
+
+    def tensors(self) -> dict:
+        files = [*self.newest()[-1].glob("*.safetensors"), *self.folder.glob("best_*/*.safetensors")]
+        loaded = {f"{path.parent.name}/{path.name}": safetensors.numpy.load_file(path) for path in files}
+        return {f"{file}:{name}": tensor for file, tensors in loaded.items() for name, tensor in tensors.items()}
+
+    def check_kept(self) -> None:
+        """Raises Lost if saves that were over are not there: KEEP of them, or as many as there were."""
+        steps = [line["step"] for line in self.lines() if "windows" in line]
+        saves = max(steps, default=0) // SAVE_INTERVAL
+        need(len(self.newest()) >= min(KEEP, saves), f"{saves} saves left {[path.name for path in self.newest()]}")
+
+    def compare_windows(self, reference: "Run") -> None:
+        """Each start goes on at a step that was reached, step by step, and a step always sees the same windows."""
+        expected = reference.windows()[0]
+        seen, reached = {}, {}
+        for attempt in self.windows():
+            for rank in range(self.world):
+                steps = sorted(step for step, of in attempt if of == rank)
+                if not steps:
+                    continue
+                need(steps == [*range(steps[0], steps[-1] + 1)], f"a start trained the steps {steps}")
+                need(steps[0] <= reached.get(rank, -1) + 1, f"steps before {steps[0]} are missing")
+                reached[rank] = steps[-1]
+            for key, batches in attempt.items():
+                need(batches == expected[key][: len(batches)], f"step {key[0]} saw other windows")
+            seen |= attempt
+        need(seen == expected, "not all windows were seen")
+
+    def windows(self) -> list[dict]:
+        """For each start: (step, rank) -> its micro-batches."""
+        starts = [{} for _ in range(self.attempts)]
+        for line in self.lines():
+            if "windows" in line:
+                batches = starts[line["attempt"]].setdefault((line["step"], line["rank"]), [])
+                batches.append((line["windows"], line["tokens"]))
+        return starts
+
+
+class Lab:
+    """Uninterrupted runs of one and of two processes, what moments they had, and a name for each trial."""
+
+    def __init__(self, rng: random.Random, quick: bool, kills: int):
+        self.rng, self.quick, self.kills, self.count = rng, quick, kills, 0
+        self.references, self.moments, self.seconds = {}, {}, {}
+        # once here instead of in every fork
+        load_config(TrainConfig, ARGS)
+        environment()
+        for world in (1, 2):
+            run = self.references[world] = Run(f"whole{world}", world)
+            began = time.monotonic()
+            attempt = run.start({"trace": True})
+            self.seconds[world] = time.monotonic() - began
+            need(not any(attempt.statuses), f"the uninterrupted run {attempt}")
+            self.moments[world] = [line for line in run.lines() if "moment" in line and line["rank"] == 0]
+
+    def run(self, world: int = 1) -> Run:
+        self.count += 1
+        return Run(f"trial{self.count}", world)
+
+    def some(self, items: list, full: int | None, quick: int) -> list:
+        """So many of the items, drawn; None = all."""
+        number = quick if self.quick else full
+        return items if number is None or number >= len(items) else self.rng.sample(items, number)
+
+    def at(self, *phases: str, calls: tuple = (), world: int = 1) -> list[int]:
+        """The moments of rank 0 in these phases, of these calls (none = of all)."""
+        found = self.moments[world]
+        return [m["moment"] for m in found if m["phase"] in phases and (not calls or m["call"] in calls)]

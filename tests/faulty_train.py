@@ -1,0 +1,194 @@
+"""Training as train.py does it, with a fault at a chosen moment. The product has no hook for it: calls are wrapped.
+
+    FAULT='{"at": 17, "do": ["SIGKILL"]}' TRACE=x.trace ATTEMPT=0 torchrun ... tests/faulty_train.py --run_name=x ...
+
+Moments are counted: each call that creates, fills, syncs, renames or deletes a file, each file hashed and each batch.
+The trace, a JSON line a moment or batch, says what they were, so that a first run without a fault tells what to aim at.
+"""
+
+import builtins
+import errno
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import checkpoint
+import data.loader
+import train
+from cli import run_cli
+
+# what a full disk refuses; deleting and opening for reading go on
+FILLING = ("open", "write", "fsync", "mkdir", "rename", "replace", "tensors")
+
+
+class Fault:
+    """What shall go wrong in this process.
+
+    at: the moment's number; rank: whose (None = every process's); do: half (kill in the middle of a write), full (from
+    here on the disk is full), once (this call alone fails so), or signals to send before the call, one after another:
+    ["SIGTERM", 1.2, "parent SIGKILL"] has a pause, and means torchrun with `parent`.
+    limit: bytes that a file may have (RLIMIT_FSIZE), from the start."""
+
+    def __init__(self, plan: dict, trace: Path, attempt: int):
+        self.at, self.do, self.attempt = plan.get("at"), plan.get("do"), attempt
+        self.rank = int(os.environ.get("RANK", 0))
+        if plan.get("rank") not in (None, self.rank):
+            self.at = None
+        self.all_moments = plan.get("trace", False)
+        self.trace = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.moment, self.phase, self.disk_full = -1, "start", False
+        if plan.get("limit"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (plan["limit"], plan["limit"]))
+
+    def note(self, **what) -> None:
+        line = {"attempt": self.attempt, "rank": self.rank, **what}
+        os.write(self.trace, (json.dumps(line) + "\n").encode())
+
+    def before(self, call: str, name="", half=None) -> None:
+        """A moment: `call` is about to happen to `name`; half() does the first half of it."""
+        self.moment += 1
+        if self.all_moments:
+            self.note(moment=self.moment, call=call, name=str(name), phase=self.phase, halves=half is not None)
+        if self.moment == self.at:
+            if self.do == "half":
+                half()
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif self.do == "full":
+                self.disk_full = True
+            elif self.do != "once":
+                for item in self.do:
+                    if isinstance(item, float):
+                        time.sleep(item)
+                    else:
+                        *parent, name = item.split()
+                        os.kill(os.getppid() if parent else os.getpid(), signal.Signals[name])
+        if call in FILLING and (self.disk_full or (self.do == "once" and self.moment == self.at)):
+            if half:
+                half()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(name))
+
+    def during(self, phase: str, function):
+        def wrapped(*args, **kwargs):
+            outer, self.phase = self.phase, phase
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.phase = outer
+
+        return wrapped
+
+
+class WatchedFile:
+    """An open file whose every write is a moment, and is in the file when it returns."""
+
+    def __init__(self, file, name, fault: Fault):
+        self._file, self._name, self._fault = file, name, fault
+
+    def write(self, content) -> int:
+        def half():
+            self._file.write(content[: len(content) // 2])
+            self._file.flush()
+
+        if len(content) > 1:  # print writes the line's end apart
+            self._fault.before("write", self._name, half)
+        written = self._file.write(content)
+        self._file.flush()
+        return written
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._file.close()
+
+
+def wrap(fault: Fault) -> None:
+    """Makes moments of the calls by which train.py and its modules touch the disk, and of its batches."""
+    real_open, save_file, batch, windows = (
+        open,
+        safetensors.torch.save_file,
+        data.loader.Windows.batch,
+        train.step_windows,
+    )
+
+    def watched_open(path, mode="r", *args, **kwargs):
+        if isinstance(path, int) or mode.startswith("r"):
+            return real_open(path, mode, *args, **kwargs)
+        fault.before("open", path)
+        return WatchedFile(real_open(path, mode, *args, **kwargs), path, fault)
+
+    builtins.open = io.open = watched_open  # pathlib takes io's
+
+    def watch(module, name: str, call: str) -> None:
+        real = getattr(module, name)
+
+        def watched(*args, **kwargs):
+            fault.before(call, args[0])
+            return real(*args, **kwargs)
+
+        setattr(module, name, watched)
+
+    for module, name, call in (
+        (os, "fsync", "fsync"), (os, "mkdir", "mkdir"), (os, "rename", "rename"), (os, "replace", "replace"),
+        (os, "unlink", "delete"), (os, "rmdir", "delete"), (shutil, "rmtree", "rmtree"),
+        (checkpoint, "file_sha256", "hash"), (data.shards, "file_sha256", "hash"),
+    ):  # fmt: skip
+        watch(module, name, call)
+
+    def watched_save_file(tensors, path, *args, **kwargs):
+        def half():
+            save_file(tensors, path, *args, **kwargs)
+            os.truncate(path, os.path.getsize(path) // 2)
+
+        try:
+            fault.before("tensors", path, half)
+        except OSError as error:  # as the library reports it
+            raise safetensors.SafetensorError(f"Error while serializing: I/O error: {error}") from None
+        save_file(tensors, path, *args, **kwargs)
+
+    safetensors.torch.save_file = watched_save_file
+
+    step = None
+
+    def watched_windows(step_, *args):
+        nonlocal step
+        step = step_
+        return windows(step, *args)
+
+    def watched_batch(self, rows):
+        fault.before("batch", self.split)
+        made = batch(self, rows)
+        if self.split == "train":
+            fault.note(step=step, windows=[int(row) for row in rows], tokens=int((made.tokens * made.targets).sum()))
+        return made
+
+    train.step_windows, data.loader.Windows.batch = watched_windows, watched_batch
+    train.evaluate = fault.during("evaluation", train.evaluate)
+    for name, phase in (("run", "training"), ("save", "saving")):
+        setattr(train.Trainer, name, fault.during(phase, getattr(train.Trainer, name)))
+
+
+def main(argv: list[str], plan: dict, trace: Path, attempt: int) -> None:
+    """Runs train.main(argv) under a fault and ends the process, as python train.py would."""
+    fault = Fault(plan, trace, attempt)
+    fault.note(pid=os.getpid())
+    wrap(fault)
+    sys.argv = ["train.py", *argv]
+    run_cli(train.main)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:], json.loads(os.environ["FAULT"]), Path(os.environ["TRACE"]), int(os.environ["ATTEMPT"]))
