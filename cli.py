@@ -86,8 +86,8 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None):
         if not end.code:  # --help
             raise
         # tyro draws a box; its first paragraph is the reason
-        lines = [line.strip("│╭╮╰╯ ") for line in complaint.getvalue().splitlines()[1:]]
-        rules = [i for i, line in enumerate(lines) if line.startswith("──")]
+        lines = [line.strip("│╭╮╰╯|+- ") for line in complaint.getvalue().splitlines()[1:]]
+        rules = [i for i, line in enumerate(lines) if not line.strip("─")]
         sentence = " ".join(lines[: rules[0]] if rules else lines).strip().rstrip(" .")
         raise UserError(f"{sentence}; --help lists all settings.") from None
     if unknown:
@@ -105,7 +105,7 @@ def spell_out_flags(argv: list[str], cls) -> list[str]:
 
 
 def _read_config_file(cls, path: str):
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # False, too, for what can be no path
         here = sorted(str(p) for p in Path("config").glob("*.py") if p.name != "__init__.py")
         raise UserError(f"there is no config file {path!r}: {nearest_name(path, here)}")
     try:
