@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 from config import TrainConfig, UserError, train_config_from_dict
-from data.files import file_inside, is_count, read_json
+from data.files import file_inside, is_count, read_file, read_json
 from data.shards import file_sha256
 from data.tokenizer import RANKS_FILE, SPEC_FILE, Tokenizer
 from model import GPT
@@ -48,7 +48,7 @@ def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str,
         else:
             (partial / name).write_bytes(content)
     hashes = {name: file_sha256(partial / name) for name in files}
-    (partial / MANIFEST).write_text(json.dumps({"format": 1, "sha256": hashes}, indent=2) + "\n")
+    (partial / MANIFEST).write_bytes(_manifest(hashes))
     for name in [*files, MANIFEST]:
         _fsync(partial / name)
     _fsync(partial)
@@ -61,6 +61,10 @@ def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str,
     for old in others[: len(others) - (keep - 1)]:
         _delete(old)
     return final
+
+
+def _manifest(hashes: dict[str, str]) -> bytes:
+    return json.dumps({"format": 1, "sha256": hashes}, indent=2).encode() + b"\n"
 
 
 def _folders(run_dir: Path, kind: str) -> list[Path]:
@@ -175,11 +179,11 @@ def _check_state(state: dict) -> None:
     texts = [data["dataset"], data["tokenizer"], state.get("origin", "")]
     for table in (data["shards"], data["content_sha256"]):
         texts += [text for item in table.items() for text in item]
-    counts = [state["step"], data["chunk_content"], data["chunk_markers"], *([best["step"]] if best else [])]
-    losses = [best["loss"], best["bits_per_byte"]] if best else []
+    counts = [state["step"], data["chunk_content"], data["chunk_markers"], *([] if best is None else [best["step"]])]
+    losses = [] if best is None else [best["loss"], best["bits_per_byte"]]
     if not (all(type(text) is str for text in texts) and all(map(is_count, counts)) and type(config) is dict):
         raise TypeError("a value is of another type")
-    if best is not None and not all(type(loss) is float and math.isfinite(loss) for loss in losses):
+    if not all(type(loss) is float and math.isfinite(loss) for loss in losses):
         raise TypeError("best is not the record of an evaluation")
     if not 1 <= data["chunk_content"] <= 2**20 or data["chunk_markers"] > 2**20:
         raise ValueError("a chunk is out of range")
@@ -193,6 +197,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Verifies every file of a checkpoint's folder. Raises UserError naming the file and both hashes."""
     try:
         hashes = read_json(folder / MANIFEST)["sha256"]
+        if read_file(folder / MANIFEST) != _manifest(hashes):  # it has no hash of its own
+            raise ValueError("its text is not as it was written")
         missing = {WEIGHTS, STATE, SPEC_FILE, RANKS_FILE} - hashes.keys()
         if missing:
             raise ValueError(f"it does not list {min(missing)}")

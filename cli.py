@@ -85,10 +85,10 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None):
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        # tyro draws a box; its first paragraph is the reason
-        lines = [line.strip("│╭╮╰╯|+- ") for line in complaint.getvalue().splitlines()[1:]]
-        rules = [i for i, line in enumerate(lines) if not line.strip("─")]
-        sentence = " ".join(lines[: rules[0]] if rules else lines).strip().rstrip(" .")
+        # tyro draws a box, or where there is no UTF-8 rules of "-"; its first paragraph after the title is the reason
+        lines = [line.strip("│╭╮╰╯ ") for line in complaint.getvalue().splitlines()[1:]]
+        paragraphs = itertools.groupby(lines, key=lambda line: bool(line.strip("─-")))
+        sentence = next((" ".join(text) for is_text, text in paragraphs if is_text), "").rstrip(" .")
         raise UserError(f"{sentence}; --help lists all settings.") from None
     if unknown:
         raise UserError(f"unexpected argument {unknown[0]!r}: settings are given as --name=value.")

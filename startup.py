@@ -17,8 +17,8 @@ def accumulation(cfg: TrainConfig, world: int) -> int:
     if cfg.batch_size % per_pass == 0:
         return cfg.batch_size // per_pass
     if cfg.batch_size % world:
-        below = cfg.batch_size // world * world
-        offers = f"--batch_size={below or world}" + (f" or {below + world}" if below else "")
+        below = cfg.batch_size // per_pass * per_pass
+        offers = f"--batch_size={below or per_pass}" + (f" or {below + per_pass}" if below else "")
     else:
         share = cfg.batch_size // world
         best = min((d for d in range(1, share + 1) if share % d == 0), key=lambda d: abs(d - cfg.micro_batch_size))

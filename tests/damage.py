@@ -125,6 +125,7 @@ class World:
     """A folder with a dataset, one part of another, a trained run, weights and texts; `restore` undoes damages."""
 
     def __init__(self, folder: Path):
+        self.folder = folder
         os.chdir(folder)
         write_texts(Path("texts"), documents=6, words=150)
         texts = [path.read_text() for path in sorted(Path("texts").iterdir())]
@@ -242,5 +243,5 @@ def seal_dataset(folder: Path) -> None:
 def seal_checkpoint(folder: Path) -> None:
     with contextlib.suppress(Exception):
         manifest = read_json(folder / "manifest.json")
-        manifest["sha256"] = {name: sha256_of(folder, name) for name in manifest["sha256"]}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        hashes = {name: sha256_of(folder, name) for name in manifest["sha256"]}
+        (folder / "manifest.json").write_bytes(checkpoint._manifest(hashes))
