@@ -9,6 +9,7 @@ is whole, and the newest one that verifies is the one to trust; the pointer is f
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -20,9 +21,11 @@ import safetensors.torch
 import torch
 
 from config import TrainConfig, UserError, train_config_from_dict
+from data.files import file_inside, is_count, read_file, read_json
 from data.shards import file_sha256
 from data.tokenizer import RANKS_FILE, SPEC_FILE, Tokenizer
 from model import GPT
+from optim import Optimizer
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 WRITING, DELETING = ".writing", ".deleting"  # suffixes of hidden folders that a kill may leave behind
@@ -45,7 +48,7 @@ def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str,
         else:
             (partial / name).write_bytes(content)
     hashes = {name: file_sha256(partial / name) for name in files}
-    (partial / MANIFEST).write_text(json.dumps({"format": 1, "sha256": hashes}, indent=2) + "\n")
+    (partial / MANIFEST).write_bytes(_manifest(hashes))
     for name in [*files, MANIFEST]:
         _fsync(partial / name)
     _fsync(partial)
@@ -64,6 +67,10 @@ def _settle(final: Path, kind: str, keep: int) -> None:
     others = [folder for folder in _folders(final.parent, kind) if folder != final]
     for old in others[: max(0, len(others) - (keep - 1))]:
         _delete(old)
+
+
+def _manifest(hashes: dict[str, str]) -> bytes:
+    return json.dumps({"format": 1, "sha256": hashes}, indent=2).encode() + b"\n"
 
 
 def _folders(run_dir: Path, kind: str) -> list[Path]:
@@ -134,31 +141,98 @@ class Checkpoint:
         return train_config_from_dict(self.state["config"])
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return safetensors.torch.load_file(self.folder / WEIGHTS)
+        return read_tensors(self.folder / WEIGHTS)
 
     def optimizer(self) -> dict[str, torch.Tensor]:
-        return safetensors.torch.load_file(self.folder / OPTIMIZER)
+        return read_tensors(self.folder / OPTIMIZER)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder)
+
+    def load_into(self, model: GPT, device: str | torch.device | None = None) -> GPT:
+        """Gives the model these weights; device: where a model without numbers (on "meta") gets its memory.
+
+        Raises UserError, before there is any, unless names, shapes and types are those of the model."""
+        tensors, wanted = self.weights(), model.state_dict()
+        for name in sorted(wanted.keys() | tensors.keys()):
+            ours, found = (_brief(state.get(name)) for state in (wanted, tensors))
+            if ours != found:
+                raise UserError(
+                    f"{self.folder / WEIGHTS} does not fit its config: {name} is {found}, and must be {ours}; take "
+                    f"another checkpoint."
+                )
+        if device is not None:
+            model = model.to_empty(device=device)
+        model.load_state_dict(tensors)
+        return model
+
+    def restore(self, optimizer: Optimizer) -> None:
+        """Gives the optimizer this state. Raises UserError unless it is one of the same parameters."""
+        try:
+            optimizer.restore(self.optimizer())
+        except ValueError as error:
+            raise UserError(
+                f"{self.folder / OPTIMIZER} does not fit the model ({error}): take another checkpoint."
+            ) from None
+
+
+def _brief(tensor: torch.Tensor | None) -> str:
+    return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Raises UserError if it is no safetensors file."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): take another one.") from error
+
+
+def _check_state(state: dict) -> None:
+    """Raises KeyError, TypeError or ValueError unless it is what train.py writes; `config` checks the settings."""
+    best, data, config = state["best"], state["data"], state["config"]
+    texts = [data["dataset"], data["tokenizer"], state.get("origin", "")]
+    for table in (data["shards"], data["content_sha256"]):
+        texts += [text for item in table.items() for text in item]
+    counts = [state["step"], data["chunk_content"], data["chunk_markers"], *([] if best is None else [best["step"]])]
+    losses = [] if best is None else [best["loss"], best["bits_per_byte"]]
+    if not (all(type(text) is str for text in texts) and all(map(is_count, counts)) and type(config) is dict):
+        raise TypeError("a value is of another type")
+    if not all(type(loss) is float and math.isfinite(loss) for loss in losses):
+        raise TypeError("best is not the record of an evaluation")
+    if not 1 <= data["chunk_content"] <= 2**20 or data["chunk_markers"] > 2**20:
+        raise ValueError("a chunk is out of range")
+    if data["injection"] not in ("uniform", "periodic", "none") or (data["injection"] == "none") != (
+        data["chunk_markers"] == 0
+    ):
+        raise ValueError(f"injection {data['injection']} with {data['chunk_markers']} markers")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Verifies every file of a checkpoint's folder. Raises UserError naming the file and both hashes."""
     try:
-        hashes = json.loads((folder / MANIFEST).read_text())["sha256"]
+        hashes = read_json(folder / MANIFEST)["sha256"]
+        if read_file(folder / MANIFEST) != _manifest(hashes):  # it has no hash of its own
+            raise ValueError("its text is not as it was written")
         missing = {WEIGHTS, STATE, SPEC_FILE, RANKS_FILE} - hashes.keys()
         if missing:
             raise ValueError(f"it does not list {min(missing)}")
         for name, expected in hashes.items():
-            found = file_sha256(folder / name)
+            found = file_sha256(file_inside(folder, name))
             if found != expected:
                 raise UserError(f"{folder / name} is damaged: its sha256 is {found}, the manifest says {expected}.")
-        return Checkpoint(folder, json.loads((folder / STATE).read_text()))
+        state = read_json(folder / STATE)
     except FileNotFoundError as error:
         raise UserError(f"{folder} is no whole checkpoint: {Path(error.filename).name} is missing.") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
+    try:
+        _check_state(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / STATE} is not what train.py writes ({type(error).__name__}: {error}): take another checkpoint."
+        ) from error
+    return Checkpoint(folder, state)
 
 
 def newest(run_dir: Path, warn) -> Checkpoint | None:
@@ -219,9 +293,10 @@ def load_run(path: str | Path = "", device: str | torch.device = "cpu") -> Run:
             f"{checkpoint.folder} does not fit together: its tokenizer has {tokenizer.n_vocab} ids and its model "
             f"{cfg.model.vocab_size}."
         )
-    model = GPT(cfg.model)
-    model.load_state_dict(checkpoint.weights())
-    return Run(model.to(device).eval(), tokenizer, cfg, checkpoint.state, checkpoint.folder)
+    with torch.device("meta"):  # no memory before the shapes are known to be those of the file
+        model = GPT(cfg.model)
+    model = checkpoint.load_into(model, "cpu").to(device).eval()
+    return Run(model, tokenizer, cfg, checkpoint.state, checkpoint.folder)
 
 
 def _warn(sentence: str) -> None:

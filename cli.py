@@ -85,10 +85,10 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None):
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        # tyro draws a box; its first paragraph is the reason
+        # tyro draws a box, or where there is no UTF-8 rules of "-"; its first paragraph after the title is the reason
         lines = [line.strip("│╭╮╰╯ ") for line in complaint.getvalue().splitlines()[1:]]
-        rules = [i for i, line in enumerate(lines) if line.startswith("──")]
-        sentence = " ".join(lines[: rules[0]] if rules else lines).strip().rstrip(" .")
+        paragraphs = itertools.groupby(lines, key=lambda line: bool(line.strip("─-")))
+        sentence = next((" ".join(text) for is_text, text in paragraphs if is_text), "").rstrip(" .")
         raise UserError(f"{sentence}; --help lists all settings.") from None
     if unknown:
         raise UserError(f"unexpected argument {unknown[0]!r}: settings are given as --name=value.")
@@ -105,7 +105,7 @@ def spell_out_flags(argv: list[str], cls) -> list[str]:
 
 
 def _read_config_file(cls, path: str):
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # False, too, for what can be no path
         here = sorted(str(p) for p in Path("config").glob("*.py") if p.name != "__init__.py")
         raise UserError(f"there is no config file {path!r}: {nearest_name(path, here)}")
     try:

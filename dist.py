@@ -22,6 +22,7 @@ class Dist:
     local_rank: int
     world: int
     device: torch.device
+    store: torch.distributed.Store | None = None  # where the processes met; None if there is only one
 
     @property
     def is_main(self) -> bool:
@@ -32,6 +33,18 @@ class Dist:
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
+
+    def hear(self, name: str, word: str) -> list[str]:
+        """What every process says, in the order of ranks. A name is good for one time.
+
+        Not a collective: those give up after 30 minutes, and a GPU spins meanwhile. This waits on the socket of the
+        store as long as it takes, for a process that hashes terabytes, say; if one dies, torchrun ends the others."""
+        if self.world == 1:
+            return [word]
+        self.store.set(f"{name} {self.rank}", word)
+        names = [f"{name} {rank}" for rank in range(self.world)]
+        self.store.wait(names, timedelta(days=7))
+        return [self.store.get(name).decode() for name in names]
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -50,11 +63,14 @@ def processes(device: str):
     """The Dist of this process, for as long as the block lasts. device: auto | cuda | mps | cpu."""
     rank, local_rank, world = ranks()
     chosen = pick_device(device, local_rank)
+    store = None
     if world > 1:
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+        backend, timeout = "nccl" if chosen.type == "cuda" else "gloo", timedelta(minutes=30)
+        store, rank, world = next(torch.distributed.rendezvous("env://", timeout=timeout))
+        of_group = torch.distributed.PrefixStore("collectives", store)  # so that no name of ours is one of theirs
+        torch.distributed.init_process_group(backend, store=of_group, rank=rank, world_size=world, timeout=timeout)
     try:
-        yield Dist(rank, local_rank, world, chosen)
+        yield Dist(rank, local_rank, world, chosen, store)
     finally:
         if world > 1:
             torch.distributed.destroy_process_group()

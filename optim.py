@@ -27,6 +27,10 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
 
 
+# what each has for a parameter: "step" is a number, all else has the parameter's shape
+STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
+
+
 class Optimizer:
     """AdamW on all parameters, or Muon on the matrices inside the blocks and AdamW on the rest.
 
@@ -64,9 +68,20 @@ class Optimizer:
         return {f"{names[id(p)]}/{key}": tensor for p, state in states for key, tensor in state.items()}
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The inverse of `tensors`."""
+        """The inverse of `tensors`. Raises ValueError, before anything has changed, if that is not what they are."""
         params = dict(self.model.named_parameters())
         owner = {id(p): part for part in self.parts for group in part.param_groups for p in group["params"]}
+        for name, p in params.items():
+            here = {
+                key.rpartition("/")[2]: tensor.shape for key, tensor in tensors.items() if key.startswith(f"{name}/")
+            }
+            keys = STATE[type(owner[id(p)])]
+            wanted = {key: torch.Size() if key == "step" else p.shape for key in keys}
+            if here != wanted:
+                raise ValueError(f"{name} has {sorted(here) or 'nothing'}, and needs {', '.join(keys)} of its shape")
+        for name in tensors:
+            if name.rpartition("/")[0] not in params:
+                raise ValueError(f"{name} is of no parameter")
         for name, tensor in tensors.items():
             param, key = name.rsplit("/", 1)
             owner[id(params[param])].state[params[param]][key] = tensor.to(params[param].device)

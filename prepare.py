@@ -7,6 +7,7 @@
     python prepare.py --inspect data/stdlib_uniform      # what is in there
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -37,6 +38,7 @@ from data.staging import (
     finished_segments,
     lock,
     make_plan,
+    plan_config,
     plan_conflict,
     read_plan,
     units_of,
@@ -141,6 +143,10 @@ def tokenize(source: Source, work: Path, cfg: PrepareConfig, tokenizer: Tokenize
 def all_segments(folders: list[Path], n_units: int, token_bytes: int) -> list[tuple[Path, Segment]]:
     """(folder, segment) of every unit in order. Raises UserError for a unit that is not whole, or there twice."""
     found = []
+    for folder in folders:
+        beyond = [path for path in folder.glob("unit_*.json") if int(path.name.split("_")[1]) >= n_units]
+        if beyond:
+            raise UserError(f"{beyond[0]} is beyond the {n_units} units of its {PLAN}: prepare that part again.")
     for unit in range(n_units):
         here = [(folder, segments) for folder in folders if (segments := finished_segments(folder, unit, token_bytes))]
         if len(here) > 1:
@@ -263,11 +269,11 @@ def merge_config(argv: list[str]) -> PrepareConfig:
     """The settings of a merge: those of its parts, but for what argv says of chunks, markers and shards."""
     asked = load_config(PrepareConfig, argv)
     plan = read_plan(Path(asked.merge[0]))
-    lists = {key: tuple(value) for key, value in plan["config"].items() if isinstance(value, list)}
-    cfg = load_config(PrepareConfig, argv, default=PrepareConfig(**{**plan["config"], **lists, "part": ""}))
+    whole = dataclasses.replace(plan_config(plan), part="")
+    cfg = load_config(PrepareConfig, argv, default=whole)
     for name, value in to_dict(cfg).items():
-        if name not in (*FREE, "part") and value != {**plan["config"], **lists}[name]:
-            raise UserError(f"{name}={value} comes too late: the parts were prepared with {plan['config'][name]}.")
+        if name not in FREE and value != getattr(whole, name):
+            raise UserError(f"{name}={value} comes too late: the parts were prepared with {getattr(whole, name)}.")
     return cfg
 
 

@@ -7,17 +7,15 @@ Only safetensors is read, nothing pickled, and transformers is not needed. What 
 stays as GPT draws it, with an output projection of zero: at step 0 text without markers has the logits of the weights.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 
-from checkpoint import WEIGHTS, holds_run, open_run
+from checkpoint import WEIGHTS, holds_run, open_run, read_tensors
 from config import GPTConfig, UserError, nearest_name
+from data.files import read_json
 from data.shards import file_sha256
 from data.tokenizer import Tokenizer
 from model import GPT, from_hf
@@ -107,10 +105,7 @@ def _check_shape(weights: Weights, name: str, wanted: tuple[int, ...]) -> None:
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        return safetensors.torch.load_file(file)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{file} is damaged ({error}): fetch it again.") from error
+    return read_tensors(file)
 
 
 def _with_markers(wte: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
@@ -172,14 +167,14 @@ def _files_of(folder: Path) -> tuple[Path, Path]:
 def _hugging_face(init_from: str, config: Path, file: Path, cfg: GPTConfig, tokenizer: Tokenizer) -> Weights:
     """Raises UserError unless settings, vocabulary and positions are those of the model."""
     try:
-        theirs = json.loads(config.read_text())
+        theirs = read_json(config)
         n_layer, n_head, n_embd, n_positions, vocab_size = (
             int(theirs[key]) for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
         )
         n_inner = int(theirs.get("n_inner") or 4 * n_embd)
     except KeyError as error:
         raise UserError(f"{config} does not say {error}: give a folder of a Hugging Face GPT-2.") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{config} is damaged ({type(error).__name__}: {error}): fetch it again.") from None
     for key, values in COMPUTED.items():
         if theirs.get(key, values[0]) not in values:

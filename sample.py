@@ -7,7 +7,6 @@ head -c 300 some.py | python sample.py --prompt_file=-
 """
 
 import codecs
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,12 +30,15 @@ def read_prompt(cfg: SampleConfig) -> str | None:
         if cfg.prompt_file:
             raw = sys.stdin.buffer.read() if cfg.prompt_file == "-" else Path(cfg.prompt_file).read_bytes()
         else:
-            raw = os.fsencode(cfg.prompt)  # the bytes that the shell gave
+            raw = cfg.prompt.encode("utf-8", "surrogateescape")  # the bytes that the shell gave
         text = raw.decode("utf-8")
-    except OSError as error:
-        raise UserError(f"the prompt file {name} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError as error:
         raise UserError(f"the prompt in {name} is not UTF-8 at byte {error.start}: convert it first.") from None
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt in {name} is no Unicode at character {error.start}: leave that out.") from None
+    except (OSError, ValueError) as error:  # a zero byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the prompt file {name} cannot be read ({reason}): give a text file.") from None
     if not text.replace(META, ""):
         raise UserError("the prompt is empty: give some text, or leave the prompt out to start a document.")
     return text

@@ -17,8 +17,8 @@ def accumulation(cfg: TrainConfig, world: int) -> int:
     if cfg.batch_size % per_pass == 0:
         return cfg.batch_size // per_pass
     if cfg.batch_size % world:
-        below = cfg.batch_size // world * world
-        offers = f"--batch_size={below or world}" + (f" or {below + world}" if below else "")
+        below = cfg.batch_size // per_pass * per_pass
+        offers = f"--batch_size={below or per_pass}" + (f" or {below + per_pass}" if below else "")
     else:
         share = cfg.batch_size // world
         best = min((d for d in range(1, share + 1) if share % d == 0), key=lambda d: abs(d - cfg.micro_batch_size))
@@ -90,18 +90,34 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
             f"{cfg.dataset} was made with another tokenizer (fingerprint {facts['tokenizer'][:12]}..) than "
             f"{saved.folder} was trained with ({old['tokenizer'][:12]}..): give the run's dataset, {old['dataset']}."
         )
-    for name, sha256 in old["shards"].items():
-        if facts["shards"].get(name) != sha256:
+    changed = []
+    names = sorted(old["shards"].keys() | facts["shards"].keys())
+    other = [name for name in names if old["shards"].get(name) != facts["shards"].get(name)]
+    if other:
+        was, now = (f"{shards[other[0]][:12]}.." if other[0] in shards else "not there"
+                    for shards in (old["shards"], facts["shards"]))  # fmt: skip
+        if not cfg.allow_changed_data:
             raise UserError(
-                f"{cfg.dataset} is not the dataset of {saved.folder}: the sha256 of {name} was {sha256[:12]}.. and is "
-                f"{str(facts['shards'].get(name))[:12]}..; give the run's dataset, {old['dataset']}."
+                f"{cfg.dataset} is not the dataset of {saved.folder}: the sha256 of {other[0]} was {was} and is {now}; "
+                f"give the run's dataset, {old['dataset']}, or say --allow_changed_data to go on with this one."
             )
+        changed.append(
+            f"changed since the checkpoint: {len(other)} shards of {cfg.dataset}, as allowed, the sha256 of {other[0]} "
+            f"from {was} to {now}; the order of the windows is that of the new data, from step {saved.step} on"
+        )
     if cfg.max_steps < saved.step:
         raise UserError(f"max_steps={cfg.max_steps}, but {saved.folder} is at step {saved.step}: ask for more steps.")
-    changed, was = [], flat(saved.config)
+    was = flat(saved.config)
     for name, value in flat(cfg).items():
         before = was[name]
-        if value == before or name in ("init_from", "branch_from", "out_dir", "run_name", "dataset"):
+        if value == before or name in (
+            "init_from",
+            "branch_from",
+            "out_dir",
+            "run_name",
+            "dataset",
+            "allow_changed_data",
+        ):
             continue
         if name in to_dict(cfg.model) or name in ("target_rule", "seed", "batch_size", "eval_windows", "optimizer"):
             raise UserError(

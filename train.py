@@ -16,6 +16,7 @@ import os
 import signal
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ import pretrained
 from cli import load_config, run_cli
 from config import TrainConfig, UserError, to_dict
 from data.loader import Windows, step_windows, window_order
-from data.shards import verify
+from data.verify import verify
 from dist import Dist, autocast, pick_dtype, processes, ranks, why_not_compile
 from estimate import flops_per_window, peak_flops, report
 from guard import Guard
@@ -157,21 +158,22 @@ class Trainer:
         if saved and saved.folder.parent.resolve() != self.run_dir.resolve():
             self.origin = f"branch of {saved.folder} ({self.origin})"
         refusal = self._read_files(weights=not saved and cfg.init_from not in pretrained.KEYWORDS)
-        if dist.sum(torch.tensor(float(refusal is not None), device=dist.device)) > 0:  # all processes end together
-            raise refusal or UserError("another process refused its files: see its machine's message.")
+        refusals = [sentence for sentence in dist.hear("refusal", refusal) if sentence]
+        if refusals:  # all processes end together
+            raise UserError(refusal or refusals[0])
 
         self.dtype, why = pick_dtype(cfg.dtype, dist.device)
         no_compile = why_not_compile(dist.device) if cfg.compile else "as asked"
         name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type
         self.peak = peak_flops(name) if self.dtype == torch.bfloat16 else None  # FLOP/s, for MFU
         if saved:
-            self.model.load_state_dict(saved.weights())
+            saved.load_into(self.model)
             self.step, self.best = saved.step, saved.state["best"]
             self.evaluated, self.guard = saved.state.get("evaluated", saved.step), Guard(cfg, saved.state.get("guard"))
         self.model.to(dist.device)
         self.optimizer = Optimizer(self.model, cfg)
         if saved:
-            self.optimizer.restore(saved.optimizer())
+            saved.restore(self.optimizer)
         self.objective = Objective(self.model)
         if not no_compile:
             self.objective = torch.compile(self.objective, dynamic=False)
@@ -183,21 +185,23 @@ class Trainer:
             self.lock = lock(self.run_dir)
             checkpoint.sweep(self.run_dir, self.step, cfg.keep)
         self.log = RunLog(self.run_dir, cfg, self.facts, self.step if saved else -1, dist.is_main)
-        for sentence in [*warnings, *changed, f"started from {self.origin}"]:
+        for sentence in [*warnings, *changed, f"started from {self.origin}", self.verified]:
             self.log.say(sentence)
         self._introduce(why, no_compile)
 
-    def _read_files(self, weights: bool) -> UserError | None:
-        """What is wrong with the shards' bodies, looked at by one process of each machine, or with weights for step 0,
-        which all processes load."""
+    def _read_files(self, weights: bool) -> str:
+        """What is wrong, "" = nothing, with the shards' bodies, looked at by one process of each machine, or with
+        weights for step 0, which all processes load."""
+        self.verified = "the bodies of the shards are not verified, as asked (--verify=header), only headers and sizes"
         try:
             if weights:
                 self.origin = pretrained.load_into(self.model, self.cfg.init_from, self.train_data.tokenizer)
             if self.cfg.verify == "full" and self.dist.local_rank == 0:
-                verify(Path(self.cfg.dataset), self.train_data.manifest)
+                data, say = self.train_data, partial(print, flush=True) if self.dist.is_main else lambda line: None
+                self.verified = verify(Path(self.cfg.dataset), data.manifest, data.tokenizer.n_vocab, say)
         except UserError as error:
-            return error
-        return None
+            return str(error)
+        return ""
 
     def _introduce(self, why_dtype: str, no_compile: str | None) -> None:
         cfg, data, say = self.cfg, self.train_data, self.log.say

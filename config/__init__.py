@@ -12,7 +12,15 @@ from typing import Literal
 
 
 class UserError(Exception):
-    """Bad input. The message is one sentence that names the value, the cause and the cure."""
+    """Bad input. The message is one sentence that names the value, the cause and the cure, on one printable line."""
+
+    def __init__(self, sentence: str):
+        super().__init__(printable(sentence))
+
+
+def printable(text: str) -> str:
+    """Text from outside for a line on the screen: what would break the line or steer the terminal is escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,10 @@ class TrainConfig:
     dataset: str = "data/stdlib_uniform"
     """folder that prepare.py made"""
     verify: Literal["full", "header"] = "full"
-    """check the sha256 of every shard at the start, or only headers and sizes"""
+    """check the sha256 and all ids of every shard at the start, unless that was done and the file has not changed since
+    (.verified.json in the dataset's folder); or only headers and sizes"""
+    allow_changed_data: bool = False
+    """go on from a checkpoint with other shards than it was trained on, of the same tokenizer"""
     target_rule: Literal["ignore", "skip"] = "ignore"
     """ignore: a position whose next token is a marker is not scored, a marker predicts its successor;
     skip: a content token predicts the next content token past any markers, markers are not scored"""
@@ -352,7 +363,7 @@ def check_types(config) -> None:
     for name, hint in hints.items():
         value = getattr(config, name)
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if float in options and type(value) is int:
+        if float in options and type(value) is int and abs(value) < 2**1000:  # float() takes no more than 1e308
             object.__setattr__(config, name, float(value))
         elif type(value) is float and not math.isfinite(value):
             raise UserError(f"{name}={value} is out of range: it must be finite.")

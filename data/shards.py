@@ -4,17 +4,19 @@ magic "NANOMETA" | version uint32 | bytes a token uint32 | tokens uint64 | 8 zer
 """
 
 import hashlib
-import json
+import math
 import struct
 from pathlib import Path
 
 import numpy as np
 
 from config import UserError
+from data.files import file_inside, is_count, read_json
 
 HEADER = struct.Struct("<8sIIQ8x")
 MAGIC, VERSION = b"NANOMETA", 1
 MANIFEST = "manifest.json"
+SPLITS = ("train", "val")
 
 
 def token_dtype(n_vocab: int) -> np.dtype:
@@ -43,7 +45,7 @@ class ShardWriter:
                 self.close()
 
     def _open(self) -> None:
-        self._path = self.folder / f"{self.split}_{len(self.entries):06d}.bin"
+        self._path = self.folder / shard_name(self.split, len(self.entries))
         self._file, self._count = open(self._path, "wb"), 0
         self._file.write(bytes(HEADER.size))  # the count is not known yet; zeros are no valid header
 
@@ -66,12 +68,12 @@ def read_manifest(folder: Path) -> dict:
     """The manifest of a prepared dataset. Raises UserError if there is none or it is damaged."""
     path = Path(folder) / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path)
         _check_manifest(manifest)
         return manifest
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no dataset in {folder} ({MANIFEST} is missing): make it with prepare.py.") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the dataset again.") from error
 
 
@@ -80,42 +82,55 @@ def _check_manifest(manifest: dict) -> None:
     C, M = manifest["chunk_content"], manifest["chunk_markers"]
     texts = [manifest[key] for key in ("command", "source", "injection")]
     texts += [manifest["tokenizer"][key] for key in ("name", "fingerprint")]
-    numbers = [C, M, manifest["seed"], manifest["documents_skipped"], manifest["tokenizer"]["n_vocab"]]
+    texts += [text for where_and_reason in manifest["skipped"] for text in where_and_reason]
     packed = manifest["val_text_compressed"]
-    numbers += [packed["bytes"], int(packed["gzip_9_bits_per_byte"]), int(packed["xz_bits_per_byte"])]
-    for name in ("train", "val"):
+    counts = [C, M, manifest["seed"], manifest["documents_skipped"], manifest["tokenizer"]["n_vocab"], packed["bytes"]]
+    rates = [packed["gzip_9_bits_per_byte"], packed["xz_bits_per_byte"]]
+    for name in SPLITS:
         split = manifest["splits"][name]
         texts += [split["content_sha256"], *(entry[key] for entry in split["shards"] for key in ("file", "sha256"))]
-        numbers += [split[key] for key in ("chunks", "content_tokens", "markers", "documents", "bytes")]
-        tokens = sum(entry["tokens"] for entry in split["shards"])
-        if not split["content_tokens"] + split["markers"] == tokens == split["chunks"] * (C + M):
-            raise ValueError(f"the counts of {name} contradict each other")
-        if any(Path(entry["file"]).name != entry["file"] for entry in split["shards"]):
-            raise ValueError(f"a shard of {name} lies in another folder")
-    if not (all(type(text) is str for text in texts) and all(type(number) is int for number in numbers)):
+        counts += [split[key] for key in ("chunks", "content_tokens", "markers", "documents", "bytes")]
+        counts += [entry["tokens"] for entry in split["shards"]]
+    if not (all(type(text) is str for text in texts) and all(map(is_count, counts))):
         raise TypeError("a value is of another type")
-    if C < 1 or M < 0 or type(manifest["skipped"]) is not list:
+    if not all(type(rate) in (int, float) and math.isfinite(rate) for rate in rates):
+        raise TypeError("a rate is no number")
+    if not 1 <= C <= 2**20 or M > 2**20 or any(len(pair) != 2 for pair in manifest["skipped"]):
         raise ValueError("a value is out of range")
+    if manifest["splits"].keys() != set(SPLITS):
+        raise ValueError("its splits are not train and val")
+    if manifest["injection"] not in ("uniform", "periodic", "none") or (manifest["injection"] == "none") != (M == 0):
+        raise ValueError(f"injection {manifest['injection']} with {M} markers")
+    for name in SPLITS:
+        split = manifest["splits"][name]
+        tokens = sum(entry["tokens"] for entry in split["shards"])
+        chunks = split["chunks"]
+        if not (chunks and split["content_tokens"] == chunks * C and split["markers"] == chunks * M):
+            raise ValueError(f"the counts of {name} contradict each other")
+        if tokens != chunks * (C + M):
+            raise ValueError(f"the counts of {name} contradict each other")
+        for number, entry in enumerate(split["shards"]):
+            if entry["file"] != shard_name(name, number):
+                raise ValueError(f"shard {number} of {name} is {entry['file']!r}, not {shard_name(name, number)}")
 
 
-def verify(folder: Path, manifest: dict) -> None:
-    """Compares the sha256 of every shard with the manifest. Raises UserError naming the file and both hashes."""
-    for split in manifest["splits"].values():
-        for entry in split["shards"]:
-            path = Path(folder) / entry["file"]
-            found = file_sha256(path) if path.is_file() else "no file"
-            if found != entry["sha256"]:
-                raise UserError(
-                    f"{path} is damaged: its sha256 is {found}, the manifest says {entry['sha256']}; "
-                    f"prepare the dataset again."
-                )
+def shard_name(split: str, number: int) -> str:
+    return f"{split}_{number:06d}.bin"
+
+
+def shard_path(folder: Path, name: str) -> Path:
+    """The path of a shard that a manifest names. Raises UserError if it lies elsewhere."""
+    try:
+        return file_inside(folder, name)
+    except ValueError as error:
+        raise UserError(f"the dataset {folder} is damaged ({error}): prepare it again.") from None
 
 
 class TokenStream:
     """All shards of a split as one sequence of ids, memory-mapped. Headers and sizes are checked on opening."""
 
     def __init__(self, folder: Path, shards: list[dict], n_vocab: int):
-        self._maps = [_open_shard(Path(folder) / entry["file"], entry["tokens"], n_vocab) for entry in shards]
+        self._maps = [_open_shard(shard_path(folder, entry["file"]), entry["tokens"], n_vocab) for entry in shards]
         self._ends = np.cumsum([len(m) for m in self._maps])
 
     def __len__(self) -> int:

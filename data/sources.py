@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import importlib.metadata
 import itertools
-import json
 import os
 import sysconfig
 import zlib
@@ -18,7 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from config import PrepareConfig, UserError, nearest_name
+from config import PrepareConfig, UserError, nearest_name, printable
+from data.files import parse_json
 
 PIECE_CHARS = 64 * 1024  # small beside any validation split, long beside any window
 UNITS, UNIT_BYTES = 64, 256 * 2**20  # files are grouped into some 64 units, or into more of about this size
@@ -172,7 +172,7 @@ def _read_jsonl(path: Path, column: str) -> Iterator[Piece | Skipped]:
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                 except ValueError as error:  # bad UTF-8 is one, too
                     yield Skipped(f"{path}:{number}", f"no JSON ({error})")
                     continue
@@ -196,7 +196,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[Piece | Skipped]:
                     number += 1
                     yield from _row({column: text}, column, f"{path}:{number}")
     except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = printable(" ".join(str(error).split()))
         yield Skipped(f"{path}:{number + 1}", f"damaged from here on ({reason})")
 
 
@@ -228,7 +228,7 @@ def _columns(path: Path) -> list[str]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             for line in itertools.islice(file, 100):
-                row = json.loads(line) if line.strip() else None
+                row = parse_json(line) if line.strip() else None
                 if isinstance(row, dict):
                     return list(row)
     except (ValueError, OSError, EOFError, zlib.error):

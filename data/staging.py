@@ -19,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from config import PrepareConfig, UserError, to_dict
-from data.shards import token_dtype
+from config import PrepareConfig, UserError, field_names, to_dict
+from data.files import is_count, read_json
+from data.shards import SPLITS, token_dtype
 from data.sources import Skipped, Source
 from data.tokenizer import Tokenizer
 
 PLAN = "plan.json"
-SPLITS = ("train", "val")
+COUNTS = ("tokens", "bytes", "documents")  # of each split in a segment
 SEGMENT_TOKENS = 2**24  # a segment ends with the first document beyond: some seconds of work, and few files
 SKIPPED_NAMED = 100  # so many of a segment's skipped documents are named, all are counted
 # settings that merging or another machine may choose anew; all others decide about the segments
@@ -66,13 +67,24 @@ def write_plan(folder: Path, plan: dict) -> None:
 
 def read_plan(folder: Path) -> dict:
     try:
-        plan = json.loads((folder / PLAN).read_text())
-        _ = plan["config"]["part"], plan["source"], plan["n_units"], plan["source_fingerprint"], plan["tokenizer"]
+        plan = read_json(folder / PLAN)
+        texts = [plan[key] for key in ("source", "source_fingerprint", "tokenizer")]
+        if not (all(type(text) is str for text in texts) and is_count(plan["n_units"]) and plan["n_units"]):
+            raise TypeError("a value is of another type")
+        if plan["config"].keys() != set(field_names(PrepareConfig)):
+            raise ValueError("its settings are not those of this version")
+        plan_config(plan)
         return plan
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is no part of a dataset ({PLAN} is missing): give the folders of --part.") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, UserError) as error:
         raise UserError(f"{folder / PLAN} is damaged ({error}): prepare this part again.") from error
+
+
+def plan_config(plan: dict) -> PrepareConfig:
+    """The settings of a plan; JSON has lists where they have tuples."""
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in plan["config"].items()}
+    return PrepareConfig(**config)
 
 
 def units_of(part: str, n_units: int) -> list[int]:
@@ -97,6 +109,17 @@ class Segment:
     skipped: int = 0
     skipped_named: list[list[str]] = field(default_factory=list)
 
+    def check(self, unit: int, number: int) -> None:
+        """Raises KeyError, TypeError or ValueError unless it is what was written for this place."""
+        counts = [self.items, self.skipped, *(self.splits[s][key] for s in SPLITS for key in COUNTS)]
+        texts = [text for pair in self.skipped_named for text in pair] + [self.splits[s]["sha256"] for s in SPLITS]
+        if not (all(map(is_count, counts)) and all(type(text) is str for text in texts)):
+            raise TypeError("a value is of another type")
+        if (self.unit, self.number) != (unit, number) or type(self.ends_unit) is not bool:
+            raise ValueError(f"it is not segment {number} of unit {unit}")
+        if type(self.skipped_named) is not list or any(len(pair) != 2 for pair in self.skipped_named):
+            raise ValueError("skipped_named is no list of pairs")
+
     @property
     def name(self) -> str:
         return f"unit_{self.unit:06d}_{self.number:06d}"
@@ -108,9 +131,11 @@ def finished_segments(folder: Path, unit: int, token_bytes: int) -> list[Segment
     while not (found and found[-1].ends_unit):
         path = folder / f"unit_{unit:06d}_{len(found):06d}.json"
         try:
-            segment = Segment(**json.loads(path.read_text()))
-            sizes = {split: (folder / f"{segment.name}.{split}").stat().st_size for split in SPLITS}
-        except (OSError, ValueError, TypeError):
+            segment = Segment(**read_json(path))
+            segment.check(unit, len(found))
+            files = {split: folder / f"{segment.name}.{split}" for split in SPLITS}
+            sizes = {split: path.stat().st_size if path.is_file() else None for split, path in files.items()}
+        except (OSError, ValueError, TypeError, KeyError):  # as if it had not been written
             break
         if any(sizes[split] != segment.splits[split]["tokens"] * token_bytes for split in SPLITS):
             break
@@ -125,7 +150,7 @@ class SegmentWriter:
         self.folder, self.tokenizer = folder, tokenizer
         self.segment = Segment(unit, number, 0, False, {})
         self.dtype = token_dtype(tokenizer.n_vocab)
-        self.counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
+        self.counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
         self.hashes = {split: hashlib.sha256() for split in SPLITS}
         self.files = {split: open(self._path(split, ".writing"), "wb") for split in SPLITS}
 

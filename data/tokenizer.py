@@ -17,6 +17,7 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from config import UserError
+from data.files import read_file, read_json
 
 ENDOFTEXT, META = "<|endoftext|>", "<|meta|>"
 SPEC_FILE, RANKS_FILE = "tokenizer.json", "tokenizer.ranks"
@@ -52,8 +53,14 @@ class Tokenizer:
         return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """As encode, but <|meta|> stands for the marker. Raises UserError where a marker would split a token,
-        so that removing the markers always leaves the ids of the text without them."""
+        """As encode, but <|meta|> stands for the marker. Raises UserError for what is no Unicode text, and where a
+        marker would split a token, so that removing the markers always leaves the ids of the text without them."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair
+            raise UserError(
+                f"the text is no Unicode at character {error.start} ({text[error.start]!r}): leave that out."
+            ) from None
         parts = text.split(META)
         ids = self.encode("".join(parts))
         starts = np.concatenate([[0], np.cumsum(self.token_bytes[ids])])  # first byte of every token, and the end
@@ -106,15 +113,25 @@ class Tokenizer:
     def load(cls, folder: Path) -> "Tokenizer":
         """Reads what `files` gave. Raises UserError if a file is missing or damaged."""
         try:
-            spec = json.loads((Path(folder) / SPEC_FILE).read_text())
-            ranks_text = (Path(folder) / RANKS_FILE).read_bytes()
+            spec = read_json(Path(folder) / SPEC_FILE)
+            ranks_text = read_file(Path(folder) / RANKS_FILE)
             if hashlib.sha256(ranks_text).hexdigest() != spec["ranks_sha256"]:
                 raise ValueError(f"sha256 of {RANKS_FILE} is not {spec['ranks_sha256'][:12]}..")
-            lines = (line.split() for line in ranks_text.splitlines())
-            return cls(spec["name"], spec["pattern"], {base64.b64decode(token): int(rank) for token, rank in lines})
+            lines = [line.split() for line in ranks_text.splitlines()]
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+            if sorted(ranks.values()) != list(range(len(lines))):
+                raise ValueError(f"its ranks are not 0 .. {len(lines) - 1}")
+            if not all(bytes([byte]) in ranks for byte in range(256)):
+                raise ValueError("not every byte is a token")
+            if type(spec["name"]) is not str:
+                raise TypeError("its name is no text")
+            tokenizer = cls(spec["name"], spec["pattern"], ranks)
+            if tokenizer.fingerprint != spec["fingerprint"]:
+                raise ValueError("its fingerprint is not that of its pattern and ranks")
+            return tokenizer
         except FileNotFoundError as error:
             raise UserError(f"{error.filename} is missing: {folder} holds no tokenizer.") from None
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise UserError(f"the tokenizer in {folder} is damaged ({error}): prepare the dataset again.") from error
 
     @classmethod

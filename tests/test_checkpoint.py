@@ -13,6 +13,10 @@ from config import GPTConfig, TrainConfig, UserError, to_dict
 from data.tokenizer import Tokenizer
 from model import GPT
 
+FACTS = {
+    "dataset": "data/x", "injection": "none", "chunk_content": 16, "chunk_markers": 0, "tokenizer": "",
+    "shards": {}, "content_sha256": {},
+}  # fmt: skip
 TOKENIZER = Tokenizer.train(["some words for a tokenizer " * 20], 270)
 
 
@@ -28,7 +32,7 @@ def write(run_dir, step, kind="step", keep=2, fill=0.0):
         )
     )
     model = GPT(cfg.model, seed=step)
-    state = {"step": step, "config": to_dict(cfg), "data": {}, "best": None}
+    state = {"step": step, "config": to_dict(cfg), "data": FACTS, "best": None}
     files = {
         checkpoint.WEIGHTS: model.state_dict(),
         checkpoint.STATE: json.dumps(state).encode(),

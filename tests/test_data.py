@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from config import UserError
 from data.inject import strip
 from data.loader import IGNORE, Windows, random_positions, targets_of, window_order
-from data.shards import HEADER, ShardWriter, TokenStream, file_sha256, verify
+from data.shards import HEADER, ShardWriter, TokenStream, file_sha256
 from data.tokenizer import META, Tokenizer
+from data.verify import verify
 from tests.conftest import manifest
 from tests.reference.targets import stream_targets
 
@@ -205,7 +206,7 @@ def test_damaged_shards_are_named_with_their_hash(copy):
     raw[-1] ^= 1
     shard.write_bytes(raw)
     with pytest.raises(UserError, match=f"train_000000.bin is damaged: its sha256 is {file_sha256(shard)}"):
-        verify(copy, manifest(copy))
+        verify(copy, manifest(copy), 320)
     for damage in (bytes(raw[:-2]), b"", bytes(raw[:40]), b"x" + bytes(raw[1:])):
         shard.write_bytes(damage)
         with pytest.raises(UserError, match="train_000000.bin is damaged"):

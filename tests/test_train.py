@@ -325,7 +325,7 @@ def test_a_dataset_of_another_tokenizer_is_refused_by_name(workdir, straight, tm
 @pytest.mark.parametrize(
     ("batch", "micro", "world", "offer"),
     [
-        (480, 12, 7, "--batch_size=476 or 483"),
+        (480, 12, 7, "--batch_size=420 or 504"),
         (10, 4, 1, "--micro_batch_size=5 or --batch_size=12"),
         (16, 3, 2, "--micro_batch_size=2 or --batch_size=18|--micro_batch_size=4 or --batch_size=18"),
         (3, 1, 4, "--batch_size=4:?"),

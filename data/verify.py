@@ -1,0 +1,121 @@
+"""Bodies of shards against their manifest: the sha256 of every file, and every id below n_vocab.
+
+What was verified is noted in the dataset's folder, .verified.json: file -> size, mtime_ns, sha256, n_vocab. A restart
+that finds all of it unchanged does not read the file again, so a long run over 200 GB starts as quickly the second
+time. The note is no more than that: where it cannot be written or read, files are hashed."""
+
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from config import UserError
+from data.files import read_json
+from data.shards import HEADER, shard_path, token_dtype
+
+CACHE = ".verified.json"
+BLOCK = 2**22  # bytes read at a time
+REPORT_SECONDS = 10
+
+
+def verify(folder: Path, manifest: dict, n_vocab: int, say: Callable[[str], None] = lambda line: None) -> str:
+    """Raises UserError naming the shard and both hashes, or the place of an id that is none -> what was done.
+
+    say(line): about every REPORT_SECONDS, how far it has come."""
+    shards = {entry["file"]: entry["sha256"] for split in manifest["splits"].values() for entry in split["shards"]}
+    known, facts, pending = _read_cache(folder), {}, []
+    for name, sha256 in shards.items():
+        path = shard_path(folder, name)
+        facts[name] = _facts(path, sha256, n_vocab)
+        if not facts[name] or known.get(name) != facts[name]:
+            pending.append((path, sha256))
+    progress = _Progress(sum(path.stat().st_size for path, _ in pending if path.is_file()), say)
+    for path, sha256 in pending:
+        found = _hash_and_check(path, n_vocab, progress) if path.is_file() else "no file"
+        if found != sha256:
+            raise UserError(
+                f"{path} is damaged: its sha256 is {found}, the manifest says {sha256}; prepare the dataset again."
+            )
+        if _facts(path, sha256, n_vocab) != facts[path.name]:
+            raise UserError(f"{path} changed while it was read: let its writer end, then start again.")
+    if pending:
+        _write_cache(folder, facts)
+    before = len(shards) - len(pending)
+    return (
+        f"verified the sha256 of {len(pending)} shards ({progress.done / 1e9:.2f} GB in {progress.seconds():.1f} s)"
+        f"{f'; {before} are unchanged since they were verified ({CACHE})' if before else ''}"
+    )
+
+
+def _hash_and_check(path: Path, n_vocab: int, progress: "_Progress") -> str:
+    """The sha256 of a shard. Raises UserError for an id that is no id of the tokenizer."""
+    sha256, dtype, position, bad = hashlib.sha256(), token_dtype(n_vocab), 0, None
+    with open(path, "rb") as file:
+        sha256.update(file.read(HEADER.size))
+        while block := file.read(BLOCK):
+            sha256.update(block)
+            ids = np.frombuffer(block[: len(block) // dtype.itemsize * dtype.itemsize], dtype)
+            if bad is None and ids.size and int(ids.max()) >= n_vocab:
+                place = int(np.argmax(ids >= n_vocab))
+                bad = (position + place, int(ids[place]))
+            position += len(ids)
+            progress.add(len(block))
+    if bad:
+        raise UserError(
+            f"{path} is damaged: position {bad[0]:,} holds the id {bad[1]}, and the tokenizer has ids below {n_vocab}; "
+            f"prepare the dataset again."
+        )
+    return sha256.hexdigest()
+
+
+class _Progress:
+    """A line about every REPORT_SECONDS: GB done, of how many, and how fast."""
+
+    def __init__(self, total: int, say: Callable[[str], None]):
+        self.total, self.say, self.done = total, say, 0
+        self.started = self.reported = time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def add(self, n_bytes: int) -> None:
+        self.done += n_bytes
+        now = time.monotonic()
+        if now - self.reported >= REPORT_SECONDS:
+            self.reported = now
+            rate = self.done / (now - self.started)
+            self.say(
+                f"verifying shards: {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s, "
+                f"{(self.total - self.done) / rate:.0f} s to go; --verify=header leaves it out"
+            )
+
+
+def _facts(path: Path, sha256: str, n_vocab: int) -> dict:
+    """What must agree for a file to count as verified; a file that is not there never does."""
+    if not path.is_file():
+        return {}
+    stat = path.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256, "n_vocab": n_vocab}
+
+
+def _read_cache(folder: Path) -> dict:
+    try:
+        known = read_json(folder / CACHE)
+        return known if isinstance(known, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_cache(folder: Path, facts: dict) -> None:
+    """Atomically, under a name of our own: several machines may share the folder."""
+    partial = folder / f"{CACHE}.{socket.gethostname()}.{os.getpid()}.writing"
+    try:
+        partial.write_text(json.dumps(facts, indent=1) + "\n")
+        os.replace(partial, folder / CACHE)
+    except OSError:  # a folder that we may only read
+        partial.unlink(missing_ok=True)

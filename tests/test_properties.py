@@ -1,0 +1,208 @@
+"""Laws that hold for any input: order over processes, shards, checkpoints, settings, batches.
+
+Elsewhere: every epoch is a permutation, targets (test_data.py), inject and strip (test_injection.py)."""
+
+import dataclasses
+import json
+import re
+import tempfile
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+from checkpoint import open_checkpoint
+from cli import load_config
+from config import GPTConfig, SampleConfig, TrainConfig, UserError, to_dict, train_config_from_dict
+from data.loader import step_windows, window_order
+from data.shards import ShardWriter, TokenStream
+from data.verify import verify
+from startup import accumulation, flat
+from tests.test_checkpoint import write
+
+# ----------------------------------------------------------------------------- the order of the data
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(1, 90), st.integers(0, 10**6), st.data())
+def test_processes_and_micro_batches_share_a_step_and_change_nothing(world, accum, micro, n_windows, seed, data):
+    """However a step is split, and wherever a run was stopped: the same windows, each in one process."""
+    batch = world * accum * micro
+    cfg = TrainConfig(batch_size=batch, micro_batch_size=micro, seed=seed)
+    assert accumulation(cfg, world) == accum
+    steps = -(-n_windows // batch) + 1
+    seen = []
+    for step in range(steps):
+        shares = [step_windows(step, cfg, n_windows, rank, world) for rank in range(world)]
+        assert all(share.shape == (accum, micro) for share in shares)
+        seen.append(np.concatenate([share.flatten() for share in shares]))
+        assert (seen[-1] == window_order(step, batch, n_windows, seed)).all()
+    whole = np.concatenate(seen)
+    assert sorted(whole[:n_windows]) == list(range(n_windows))  # disjoint over processes within an epoch
+    # one that starts in the middle, alone and with micro-batches of one, sees the rest
+    start = data.draw(st.integers(0, steps - 1))
+    alone = dataclasses.replace(cfg, micro_batch_size=1)
+    rest = [step_windows(step, alone, n_windows, 0, 1).flatten() for step in range(start, steps)]
+    assert (np.concatenate(rest) == whole[start * batch :]).all()
+
+
+# ----------------------------------------------------------------------------- shards
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 40), max_size=12), st.integers(1, 50), st.sampled_from([300, 2**16, 2**16 + 1, 2**31]),
+    st.integers(0, 10**6), st.data(),
+)  # fmt: skip
+def test_shards_of_any_size_read_back(pieces, shard_tokens, n_vocab, seed, data):
+    rng = np.random.default_rng(seed)
+    ids = [rng.integers(0, n_vocab, size) for size in pieces]
+    with tempfile.TemporaryDirectory() as folder:
+        writer = ShardWriter(Path(folder), "train", n_vocab, shard_tokens)
+        for part in ids:
+            writer.write(part)
+        writer.close()
+        whole = np.concatenate([np.empty(0, np.int64), *ids])
+        stream = TokenStream(Path(folder), writer.entries, n_vocab)
+        assert len(stream) == len(whole) and len(writer.entries) == -(-len(whole) // shard_tokens)
+        assert stream.read(0, len(whole)).tolist() == whole.tolist()
+        start = data.draw(st.integers(0, len(whole)))
+        stop = data.draw(st.integers(start, len(whole) + 5))
+        assert stream.read(start, stop).tolist() == whole[start:stop].tolist()
+        verify(Path(folder), {"splits": {"train": {"shards": writer.entries}}}, n_vocab)
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+NAMES = st.text("abch.0_/", min_size=1, max_size=12)
+
+
+@st.composite
+def tensors(draw):
+    dtype, shape = draw(st.sampled_from(DTYPES)), draw(st.lists(st.integers(0, 4), max_size=3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    tensor = torch.randint(0, 2 if dtype == torch.bool else 100, shape, generator=generator).to(dtype)
+    return tensor.T if tensor.dim() == 2 and draw(st.booleans()) else tensor  # not contiguous
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.dictionaries(NAMES, tensors(), max_size=5), st.binary(max_size=300), st.integers(0, 10**8 - 1))
+def test_what_is_saved_reads_back(saved, raw, step):
+    with tempfile.TemporaryDirectory() as folder:
+        other = write(Path(folder), 1)
+        needed = {path.name: path.read_bytes() for path in other.iterdir() if path.name != "manifest.json"}
+        files = {**needed, "notes.bin": raw, checkpoint.OPTIMIZER: saved}
+        made = checkpoint.save(Path(folder) / "", "step", step, files, keep=2)
+        found = open_checkpoint(made)
+        assert (made / "notes.bin").read_bytes() == raw
+        back = found.optimizer()
+        assert back.keys() == saved.keys()
+        for name, tensor in saved.items():
+            assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("run"), 7)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_one_flipped_bit_anywhere_is_refused_by_name(whole, data):
+    path = data.draw(st.sampled_from(sorted(whole.iterdir())))
+    raw = path.read_bytes()
+    at, bit = data.draw(st.integers(0, len(raw) - 1)), data.draw(st.integers(0, 7))
+    path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :])
+    try:
+        with pytest.raises(UserError) as caught:
+            open_checkpoint(whole)
+    finally:
+        path.write_bytes(raw)
+    # a flip within the manifest may make another file the one that does not fit
+    assert path.name in str(caught.value) or path.name == "manifest.json"
+    assert str(whole) in str(caught.value)
+    open_checkpoint(whole)
+
+
+# ----------------------------------------------------------------------------- settings
+
+NUMBERS = {  # where the type alone says too little
+    "n_inner": st.none() | st.integers(1, 2**18), "n_layer": st.integers(1, 10**4), "block_size": st.integers(1, 2**24),
+    "vocab_size": st.none() | st.integers(1, 10**6), "dropout": st.floats(0, 1, exclude_max=True),
+    "random_fraction": st.floats(0, 1, exclude_min=True), "rope_theta": st.floats(1.5, 1e300),
+    "batch_size": st.integers(1, 10**6), "micro_batch_size": st.integers(1, 10**6), "keep": st.integers(2, 10**9),
+    "beta1": st.floats(0, 1, exclude_max=True), "beta2": st.floats(0, 1, exclude_max=True),
+    "decay_fraction": st.floats(0, 1, exclude_min=True), "mfu": st.floats(0, 1, exclude_min=True),
+    "n_accelerators": st.integers(1, 10**6), "learning_rate": st.floats(1, 1e300), "min_lr": st.floats(0, 1),
+    "run_name": st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", fullmatch=True), "top_p": st.just(1.0),
+    "temperature": st.floats(1e-3, 1e300), "prompt": st.none(),
+}  # fmt: skip
+# a text "None" cannot be told from no text on a command line, but no setting that is not also None has that
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
+
+
+def values(hint, name: str):
+    if name in NUMBERS:
+        return NUMBERS[name]
+    options = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else ()
+    if typing.get_origin(hint) is typing.Literal:
+        return st.sampled_from(typing.get_args(hint))
+    if options:
+        return st.one_of(*(values(option, "") for option in options))
+    return {
+        int: st.integers(1, 10**12), float: st.floats(0, 1e300), bool: st.booleans(), str: TEXT, type(None): st.none(),
+    }[hint]  # fmt: skip
+
+
+@st.composite
+def configs(draw, cls):
+    hints = {
+        name: hint for name, hint in typing.get_type_hints(cls).items() if name not in ("model", "n_head", "n_embd")
+    }
+    chosen = {name: draw(values(hint, name)) for name, hint in hints.items() if draw(st.booleans())}
+    if cls is TrainConfig:
+        chosen["model"] = draw(configs(GPTConfig))
+        chosen["learning_rate"] = max(chosen.get("learning_rate", 1.0), chosen.get("min_lr", 0.0))
+    if cls is GPTConfig:
+        head, size = draw(st.integers(1, 12)), 2 * draw(st.integers(1, 64))
+        chosen |= {"n_head": head, "n_embd": head * size}
+        if (chosen.get("second_attention"), chosen.get("meta_position")) == ("random", "none"):
+            del chosen["meta_position"]
+    return cls(**{name: value for name, value in chosen.items() if not (name == "init_from" and not value)})
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs(TrainConfig))
+def test_any_training_survives_saving_and_the_command_line(cfg):
+    assert train_config_from_dict(json.loads(json.dumps(to_dict(cfg)))) == cfg
+    assert load_config(TrainConfig, [f"--{name}={value}" for name, value in flat(cfg).items()]) == cfg
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs(SampleConfig))
+def test_any_sampling_survives_the_command_line(cfg):
+    argv = [f"--{name}={value}" for name, value in to_dict(cfg).items()]
+    assert load_config(SampleConfig, argv) == cfg
+
+
+# ----------------------------------------------------------------------------- batches
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 200), st.integers(1, 64))
+def test_a_step_has_batch_size_windows_and_what_is_offered_instead_works(batch, micro, world):
+    cfg = TrainConfig(batch_size=batch, micro_batch_size=micro)
+    try:
+        assert accumulation(cfg, world) * micro * world == batch
+    except UserError as error:
+        offers = re.findall(r"(\w+_size)=(\d+)(?: or (\d+))?", str(error).split("nearest possible is")[1])
+        assert offers and batch % (micro * world)
+        for name, *sizes in offers:
+            for size in filter(None, sizes):
+                accumulation(dataclasses.replace(cfg, **{name: int(size)}), world)

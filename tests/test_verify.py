@@ -1,0 +1,191 @@
+"""Verification of shards' bodies: what it finds, what it remembers, how long it may take."""
+
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from config import UserError
+from data import verify as module
+from data.loader import Windows
+from data.shards import HEADER, file_sha256, read_manifest
+from data.verify import CACHE, verify
+from tests.conftest import ROOT, TINY, cli, manifest, override, refusal
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+BASE = (*TINY, "--dataset=data/u", "--block_size=32")
+
+
+@pytest.fixture
+def folder(workdir, tmp_path):
+    copied = shutil.copytree(workdir / "data/u", tmp_path / "u")
+    (copied / CACHE).unlink(missing_ok=True)
+    return copied
+
+
+def seal(folder) -> None:
+    """The manifest says what the shards are now."""
+    facts = manifest(folder)
+    for split in facts["splits"].values():
+        for entry in split["shards"]:
+            entry["sha256"] = file_sha256(folder / entry["file"])
+    (folder / "manifest.json").write_text(json.dumps(facts))
+
+
+def test_an_id_beyond_the_vocabulary_is_named_with_its_place(folder, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 128)  # the place is counted over blocks
+    ids = np.memmap(folder / "val_000000.bin", dtype="<u2", mode="r+", offset=HEADER.size)
+    ids[500], ids[700] = 320, 65535
+    ids.flush()
+    seal(folder)
+    with pytest.raises(UserError, match=r"val_000000.bin is damaged: position 500 holds the id 320, .* ids below 320"):
+        verify(folder, manifest(folder), 320)
+    assert not (folder / CACHE).exists()
+
+
+def test_what_is_verified_and_unchanged_is_not_read_again(folder, monkeypatch):
+    read, real = [], module._hash_and_check
+    monkeypatch.setattr(module, "_hash_and_check", lambda path, *args: (read.append(path.name), real(path, *args))[1])
+    shards = ["train_000000.bin", "val_000000.bin"]
+    victim = folder / shards[0]
+
+    def names():
+        read.clear()
+        verify(folder, manifest(folder), 320)
+        return sorted(read)
+
+    assert names() == shards and names() == []
+    stat = victim.stat()
+    os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert names() == [shards[0]] and names() == []
+    for damage in ("", "[]", "{", '{"train_000000.bin": 3}', "[" * 100_000, "\0"):
+        (folder / CACHE).write_text(damage)
+        assert names() == shards and names() == []
+    known = json.loads((folder / CACHE).read_text())
+    for key, value in (("size", 1), ("sha256", "0"), ("n_vocab", 319)):
+        (folder / CACHE).write_text(json.dumps({**known, shards[0]: {**known[shards[0]], key: value}}))
+        assert names() == [shards[0]]
+    # another manifest is another expectation, whatever was verified
+    facts = manifest(folder)
+    facts["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
+    with pytest.raises(UserError, match=r"train_000000.bin is damaged: its sha256 is .*, the manifest says 0000"):
+        verify(folder, facts, 320)
+    victim.unlink()
+    for _ in range(2):
+        with pytest.raises(UserError, match="its sha256 is no file"):
+            verify(folder, manifest(folder), 320)
+
+
+def test_a_folder_that_cannot_be_written_is_only_not_remembered(folder, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(30, "Read-only file system")
+
+    for call in ("os.replace", "pathlib.Path.write_text"):
+        with monkeypatch.context() as patch:
+            patch.setattr(call, refuse)
+            assert "verified the sha256 of 2 shards" in verify(folder, manifest(folder), 320)
+        assert not list(folder.glob(".verified*"))
+    assert "of 2 shards" in verify(folder, manifest(folder), 320)
+    assert "of 0 shards" in verify(folder, manifest(folder), 320)
+
+
+def test_a_file_that_changes_while_it_is_read_is_no_verified_one(folder, monkeypatch):
+    real = module._hash_and_check
+
+    def touched(path, *args):
+        found = real(path, *args)
+        os.utime(path, ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(module, "_hash_and_check", touched)
+    with pytest.raises(UserError, match="changed while it was read"):
+        verify(folder, manifest(folder), 320)
+    assert not (folder / CACHE).exists()
+
+
+def test_long_hashing_shows_how_far_it_is(folder, monkeypatch):
+    monkeypatch.setattr(module, "REPORT_SECONDS", 0)
+    monkeypatch.setattr(module, "BLOCK", 4096)
+    lines = []
+    verify(folder, manifest(folder), 320, lines.append)
+    assert len(lines) > 5 and all("GB/s" in line and "to go" in line for line in lines)
+
+
+def test_shards_cannot_lie_elsewhere(folder, tmp_path):
+    """Names in a manifest, and links in the place of a shard, do not lead out of the dataset's folder."""
+    shutil.copy(folder / "val_000000.bin", tmp_path / "val_000000.bin")
+    facts = manifest(folder)
+    for name in ("../val_000000.bin", str(tmp_path / "val_000000.bin"), "/etc/passwd", ".", "", "sub/val_000000.bin"):
+        facts["splits"]["val"]["shards"][0]["file"] = name
+        (folder / "manifest.json").write_text(json.dumps(facts))
+        with pytest.raises(UserError, match="is damaged"):
+            read_manifest(folder)
+        with pytest.raises(UserError, match="is damaged"):
+            verify(folder, facts, 320)
+    facts["splits"]["val"]["shards"][0]["file"] = "val_000000.bin"
+    (folder / "manifest.json").write_text(json.dumps(facts))
+    for target in (tmp_path / "val_000000.bin", "/dev/zero", "../val_000000.bin"):
+        (folder / "val_000000.bin").unlink()
+        (folder / "val_000000.bin").symlink_to(target)
+        for use in (lambda: verify(folder, manifest(folder), 320), lambda: Windows(folder, "val", 32, "ignore")):
+            with pytest.raises(UserError, match="val_000000.bin is a link out of its folder"):
+                use()
+    # a dataset that is itself behind a link, and a link within it, are as good as any
+    (folder / "val_000000.bin").unlink()
+    os.rename(tmp_path / "val_000000.bin", folder / "body")
+    (folder / "val_000000.bin").symlink_to("body")
+    (tmp_path / "link").symlink_to(folder)
+    verify(tmp_path / "link", manifest(folder), 320)
+    assert Windows(tmp_path / "link", "val", 32, "ignore").n_windows > 0
+
+
+def test_the_log_says_what_was_verified_and_other_data_need_leave(workdir, tmp_path):
+    shutil.copytree(workdir / "data/u", tmp_path / "data/u")
+    result = cli(
+        "prepare.py", "--source=files", f"--files={workdir}/texts/*.txt", "--name=other", "--tokenizer=data/u",
+        "--chunk_content=28", "--chunk_markers=4", "--val_fraction=0.2", "--seed=5", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr.decode()
+    args = override(BASE, "--run_name=r", "--max_steps=2", "--verify=header")
+    assert cli("train.py", *args, cwd=tmp_path).returncode == 0
+    log = tmp_path / "out/r/train.log"
+    assert "the bodies of the shards are not verified, as asked (--verify=header)" in log.read_text()
+
+    args = override(BASE, "--run_name=r", "--max_steps=4", "--init_from=resume", "--dataset=data/other")
+    error = refusal(cli("train.py", *args, cwd=tmp_path))
+    assert "the sha256 of train_000000.bin was " in error and "give the run's dataset, data/u, or say --allow" in error
+    result = cli("train.py", *args, "--allow_changed_data", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr.decode()
+    text = log.read_text()
+    assert "changed since the checkpoint: 2 shards of data/other, as allowed, the sha256 of train_000000.bin" in text
+    assert "verified the sha256 of 2 shards" in text and (tmp_path / "data/other" / CACHE).exists()
+    # it now is that dataset's run
+    again = override(tuple(args), "--max_steps=5")
+    assert cli("train.py", *again, cwd=tmp_path).returncode == 0
+    assert "2 are unchanged since they were verified" in log.read_text()
+
+
+def test_waiting_for_a_process_that_hashes_outlasts_the_timeout_of_collectives(tmp_path):
+    """With 4 seconds in the place of 30 minutes, and a process that takes 9."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import sys, time
+from datetime import timedelta
+sys.path.insert(0, {str(ROOT)!r})
+import dist, torch
+dist.timedelta = lambda minutes=0, days=0: timedelta(seconds=4) if minutes else timedelta(days=days)
+with dist.processes("cpu") as d:
+    assert d.sum(torch.ones(1)).item() == 2
+    if d.rank == 0:
+        time.sleep(9)
+    print(d.hear("a", f"word {{d.rank}}"), flush=True)
+    assert d.hear("b", "") == ["", ""] and d.sum(torch.ones(1)).item() == 2
+"""
+    )
+    result = cli(str(script), cwd=tmp_path, launcher=TORCHRUN)
+    assert result.returncode == 0, result.stderr.decode()[-3000:]
+    assert result.stdout.decode().splitlines() == ["['word 0', 'word 1']"] * 2
