@@ -8,22 +8,20 @@ tests/test_estimate.py holds them against what PyTorch really multiplies, saves 
 differs (`device` below), the terms follow from PyTorch's source and are not measured yet.
 """
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from cli import load_config
-from config import GPTConfig, PrepareConfig, TrainConfig, UserError, nearest_multiples
+from config import GPTConfig, TrainConfig, UserError, nearest_multiples
 from data.shards import MANIFEST, read_manifest
 from data.tokenizer import Tokenizer
 from dist import pick_dtype
 from loss import chunk_rows
 from model import GPT
 from optim import part_of
-from startup import with_data
+from startup import check_arm, recipe_of, with_vocabulary
 
 # Dense bfloat16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets (which print twice as much where they count
 # structured sparsity). Keys are what torch.cuda.get_device_name() says, less maker, form and size of the memory.
@@ -41,6 +39,9 @@ PEAK = {
     "RTX 3090": 71e12,
     "RTX 4090": 165.2e12,
 }
+
+# bytes of memory, by the first word of the key; of those that are sold with several sizes the largest
+MEMORY = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9, "L4": 24e9, "L40S": 48e9}
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -63,15 +64,6 @@ class Data(NamedTuple):
     n_vocab: int
     n_content: int
     origin: str  # where these come from, in words
-
-
-def recipe_of(dataset: str) -> PrepareConfig | None:
-    """The recipe of data/RECIPE_INJECTION, which is config/RECIPE.py with that injection; None if there is none."""
-    recipe, _, injection = Path(dataset).name.rpartition("_")
-    path = Path(__file__).parent / "config" / f"{recipe}.py"
-    if not recipe or injection not in ("uniform", "periodic", "none") or not path.is_file():
-        return None
-    return dataclasses.replace(load_config(PrepareConfig, [str(path)], config_file=True), injection=injection)
 
 
 def data_of(dataset: str) -> Data:
@@ -250,13 +242,14 @@ def report(cfg: TrainConfig, accumulation: int) -> str:
     if peak is None:
         raise UserError(f"accelerator={cfg.accelerator!r} is not one whose peak is known: take {', '.join(PEAK)}.")
     data = data_of(cfg.dataset)
+    check_arm(cfg, data.chunk_markers)
     chunk = data.chunk_content + data.chunk_markers
     if cfg.model.block_size % chunk:
         raise UserError(
             f"block_size={cfg.model.block_size} is not a whole number of the {chunk}-position chunks of {cfg.dataset}: "
             f"take --block_size={nearest_multiples(cfg.model.block_size, chunk)}."
         )
-    cfg = with_data(cfg, data.chunk_markers, data.n_vocab, data.n_content)
+    cfg = with_vocabulary(cfg, data.n_vocab, data.n_content)
     T, n = cfg.model.block_size, cfg.n_accelerators
     C = T // chunk * data.chunk_content
     device = cfg.device if cfg.device != "auto" else "cuda"
@@ -300,13 +293,16 @@ def report(cfg: TrainConfig, accumulation: int) -> str:
     name = str(dtype).removeprefix("torch.")
     title = f"memory of a process on {device}, {name}, micro-batches of {cfg.micro_batch_size}"
     rows |= phases | {"peak": f"{max(bytes_of['phases'].values()) / 1e9:9.3f} GB"}
+    room = MEMORY.get(cfg.accelerator.upper().split()[0]) if device == "cuda" else None
+    if room and max(bytes_of["phases"].values()) > room:
+        rows |= {"IT DOES NOT FIT": f"{room / 1e9:9.0f} GB is what a {cfg.accelerator} has: lower --micro_batch_size"}
     notes = (
         "  (tensors in eager mode; torch.compile usually saves some of the activations; the CUDA context, NCCL and\n"
     )
     out += lines(title, rows, notes + "  the allocator's rounding come on top; GB = 1e9 bytes)\n")
 
-    if dtype != torch.bfloat16:
-        return out + f"\nhours and cost: not estimated, since the peaks known are bfloat16's and dtype={name}"
+    if dtype != torch.bfloat16 or device != "cuda":
+        return out + f"\nhours and cost: not estimated: the peaks known are of GPUs in bfloat16, not {device}, {name}"
     hours = all_flops / (n * peak * cfg.mfu) / 3600
     out += (
         f"\nassumed: {peak:.3e} dense bfloat16 FLOP/s a {cfg.accelerator}, MFU {cfg.mfu:g}, {cfg.price:g} USD for an "

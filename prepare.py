@@ -240,7 +240,10 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
             f"give the same command again."
         ) from error
     except KeyboardInterrupt:
-        console.print(f"what is tokenized is kept in {work}: the same command goes on from there")
+        if (work / PLAN).exists():
+            console.print(f"what is tokenized is kept in {work}: the same command goes on from there")
+        else:
+            shutil.rmtree(work)
         raise
     finally:
         held.close()
@@ -327,6 +330,8 @@ def main(argv: list[str]) -> None:
         inspect(Path(cfg.inspect), console)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up as Ctrl-C does
+    if not cfg.merge and any(arg.split("=")[0] == "--merge" for arg in argv):
+        raise UserError("merge has no folder: give those of all parts, --merge data/NAME.part*of3.")
     if cfg.merge:
         merge(merge_config(argv), command, console)
     else:

@@ -4,7 +4,7 @@ import numpy as np
 
 from config import TrainConfig, UserError
 from data.loader import step_windows
-from startup import open_windows, with_data
+from startup import open_windows
 from terminal import BOLD, write, write_tokens
 
 
@@ -16,7 +16,6 @@ def show_batch(cfg: TrainConfig, world: int) -> None:
     if step > last:
         raise UserError(f"show_batch={step}, and with max_steps={cfg.max_steps} the last step is {last}: show that.")
     data = open_windows(cfg, "train")
-    with_data(cfg, data.manifest["chunk_markers"], data.tokenizer.n_vocab, data.tokenizer.n_content)  # refuses misfits
     shares = [step_windows(step, cfg, data.n_windows, rank, world) for rank in range(world)]
     first = step * cfg.batch_size  # sample number; an epoch is n_windows samples
     ends = (first // data.n_windows, (first + cfg.batch_size - 1) // data.n_windows)

@@ -7,8 +7,11 @@ from pathlib import Path
 import checkpoint
 import pretrained
 from checkpoint import Checkpoint
-from config import TrainConfig, UserError, to_dict
+from cli import load_config
+from config import PrepareConfig, TrainConfig, UserError, to_dict
 from data.loader import Windows
+from data.shards import read_manifest
+from optim import learning_rate
 
 
 def accumulation(cfg: TrainConfig, world: int) -> int:
@@ -29,16 +32,31 @@ def accumulation(cfg: TrainConfig, world: int) -> int:
     )
 
 
+def recipe_of(dataset: str) -> PrepareConfig | None:
+    """The recipe of data/RECIPE_INJECTION, which is config/RECIPE.py with that injection; None if there is none."""
+    recipe, _, injection = Path(dataset).name.rpartition("_")
+    path = Path(__file__).parent / "config" / f"{recipe}.py"
+    if not recipe or injection not in ("uniform", "periodic", "none") or not path.is_file():
+        return None
+    return dataclasses.replace(load_config(PrepareConfig, [str(path)], config_file=True), injection=injection)
+
+
 def open_windows(cfg: TrainConfig, split: str) -> Windows:
-    """The windows of cfg's dataset as cfg's arm sees them."""
+    """The windows of cfg's dataset as cfg's arm sees them. Raises UserError if there is none, or the arm needs another
+    one."""
+    recipe = recipe_of(cfg.dataset)
+    if recipe and not Path(cfg.dataset).exists():
+        raise UserError(
+            f"there is no dataset in {cfg.dataset}: make it with python prepare.py config/{recipe.recipe}.py "
+            f"--injection={recipe.injection}."
+        )
+    check_arm(cfg, read_manifest(Path(cfg.dataset))["chunk_markers"])
     random_fraction = cfg.model.random_fraction if cfg.model.second_attention == "random" else None
     return Windows(cfg.dataset, split, cfg.model.block_size, cfg.target_rule, random_fraction, cfg.seed)
 
 
-def with_data(cfg: TrainConfig, markers: int, n_vocab: int, n_content: int) -> TrainConfig:
-    """cfg with the vocabulary of its dataset, whose chunks have so many markers.
-
-    Raises UserError if cfg says another vocabulary, or if its arm makes no sense on this data."""
+def check_arm(cfg: TrainConfig, markers: int) -> None:
+    """Raises UserError if the arm makes no sense on a dataset whose chunks have so many markers."""
     if cfg.model.second_attention == "meta" and not markers:
         raise UserError(
             f"second_attention=meta would idle, since {cfg.dataset} has no markers: take --second_attention=none, or a "
@@ -54,6 +72,10 @@ def with_data(cfg: TrainConfig, markers: int, n_vocab: int, n_content: int) -> T
             f"meta_position=none would change nothing, since {cfg.dataset} has no markers: take --meta_position=same, "
             f"or a dataset prepared with --injection=uniform."
         )
+
+
+def with_vocabulary(cfg: TrainConfig, n_vocab: int, n_content: int) -> TrainConfig:
+    """cfg with the vocabulary of its dataset. Raises UserError if cfg says another one."""
     vocabulary = {"vocab_size": n_vocab, "content_vocab_size": n_content}
     for name, found in vocabulary.items():
         wanted = getattr(cfg.model, name)
@@ -125,6 +147,11 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
                 f"--{name} as it was, or start a new --run_name."
             )
         changed.append(f"changed since the checkpoint: {name} {before} -> {value}")
+    if any(learning_rate(step, cfg) != learning_rate(step, saved.config) for step in range(saved.step)):
+        changed.append(
+            f"up to step {saved.step} these settings would have had other learning rates than the run had: what comes "
+            f"is not the run that they alone would give"
+        )
     return changed
 
 

@@ -38,7 +38,7 @@ from optim import Optimizer, learning_rate, norms
 from rng import stable_key
 from runlog import RunLog, environment
 from show import show_batch
-from startup import accumulation, check_resumable, data_facts, find_checkpoint, flat, open_windows, with_data
+from startup import accumulation, check_resumable, data_facts, find_checkpoint, flat, open_windows, with_vocabulary
 
 
 @torch.no_grad()
@@ -145,9 +145,8 @@ class Trainer:
         warnings: list[str] = []
         saved = find_checkpoint(cfg, self.run_dir, warnings.append)
         self.train_data, self.val_data = (open_windows(cfg, split) for split in ("train", "val"))
-        data = self.train_data
-        markers = data.manifest["chunk_markers"]
-        self.cfg = cfg = with_data(cfg, markers, data.tokenizer.n_vocab, data.tokenizer.n_content)
+        tokenizer = self.train_data.tokenizer
+        self.cfg = cfg = with_vocabulary(cfg, tokenizer.n_vocab, tokenizer.n_content)
         self.facts = data_facts(self.train_data, cfg)
         changed = check_resumable(saved, cfg, self.facts) if saved else []
         self.model = GPT(cfg.model, cfg.seed)

@@ -57,8 +57,9 @@ class SplitWriter:
         self.shards.close()
         if not self.chunks:
             raise UserError(
-                f"the {self.split} split has {self._pending_tokens} tokens, fewer than one chunk of {self.C}"
-                f"{skipped}: give more text, or {'raise' if self.split == 'val' else 'lower'} --val_fraction."
+                f"the {self.split} split has {self._pending_tokens} tokens in {documents} documents, fewer than one "
+                f"chunk of {self.C}{skipped}: give more text, or {'raise' if self.split == 'val' else 'lower'} "
+                f"--val_fraction (a text of less than 64 KB goes to one split as a whole)."
             )
         return {
             "content_tokens": self.chunks * self.C,
@@ -114,6 +115,8 @@ def assemble(
     skipped = [item for _, segment in segments for item in segment.skipped_named][:100]
     n_skipped = sum(segment.skipped for _, segment in segments)
     note = f" ({n_skipped} documents were skipped, {': '.join(skipped[0])})" if skipped else ""
+    if not any(segment.splits[split]["tokens"] for _, segment in segments for split in SPLITS):
+        raise UserError(f"there is no text in {description}{note}: give files with text.")
     compressors, splits = Compressors(tokenizer), {}
     for split in SPLITS:
         writer = SplitWriter(folder, split, cfg, tokenizer)

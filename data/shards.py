@@ -72,6 +72,8 @@ def read_manifest(folder: Path) -> dict:
         _check_manifest(manifest)
         return manifest
     except (FileNotFoundError, NotADirectoryError):
+        if (Path(folder) / "plan.json").exists():
+            raise UserError(f"{folder} is a part of a dataset: merge all parts first, prepare.py --merge.") from None
         raise UserError(f"there is no dataset in {folder} ({MANIFEST} is missing): make it with prepare.py.") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the dataset again.") from error

@@ -69,7 +69,10 @@ def open_source(cfg: PrepareConfig) -> Source:
     else:
         found: set[Path] = set()
         for pattern in cfg.files:
-            matches = {Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file()}
+            # a broken link is no folder: it is named among what cannot be read
+            matches = {Path(name) for name in glob.glob(pattern, recursive=True) if not Path(name).is_dir()}
+            if not matches and Path(pattern).is_dir():
+                raise UserError(f"{pattern!r} is a folder: say which files, such as --files '{pattern}/**/*.txt'.")
             if not matches:
                 raise UserError(f"no file matches {pattern!r}: give a glob of text files, such as 'texts/**/*.txt'.")
             found |= matches
@@ -88,7 +91,7 @@ class FileSource:
     def __init__(self, paths: list[Path], description: str, column: str, root: Path | None = None):
         """root: the fingerprint takes names below it, the same on every machine; None = names as they are."""
         self.description, self.column = description, column
-        sizes = [path.stat().st_size for path in paths]
+        sizes = [path.stat().st_size if path.exists() else 0 for path in paths]
         names = [os.path.relpath(path, root) if root else str(path) for path in paths]
         self.total_bytes = sum(sizes)
         self.units = list(_grouped(paths, sizes, min(self.total_bytes / UNITS, UNIT_BYTES)))
@@ -237,10 +240,9 @@ def _columns(path: Path) -> list[str]:
 
 
 def _no_column(where: str, column: str, columns: list[str]) -> str:
-    return (
-        f"{where} has no column {column!r}, its columns are {', '.join(columns)}: say --text_column="
-        f"{columns[0] if len(columns) == 1 else 'NAME'}; {nearest_name(column, columns)}"
-    )
+    close = nearest_name(column, columns)
+    cure = close if close.startswith("did you") else "say which holds the text, --text_column=NAME."
+    return f"{where} has no column {column!r}, its columns are {', '.join(columns)}: {cure}"
 
 
 def _wanted(path: Path, root: Path) -> bool:

@@ -24,7 +24,7 @@ from data.tokenizer import RANKS_FILE, SPEC_FILE
 from data.verify import CACHE
 from dist import Dist
 from model import GPT, to_hf
-from startup import open_windows, with_data
+from startup import open_windows, with_vocabulary
 from tests.conftest import ROOT, write_texts
 from train import Trainer
 
@@ -154,7 +154,7 @@ class World:
             for number, handler in handlers:  # training has its own
                 signal.signal(number, handler)
         self.data = open_windows(self.cfg, "train")
-        self.cfg = with_data(self.cfg, M, self.data.tokenizer.n_vocab, self.data.tokenizer.n_content)
+        self.cfg = with_vocabulary(self.cfg, self.data.tokenizer.n_vocab, self.data.tokenizer.n_content)
         self.run = checkpoint.load_run("out/r")
         self.step = Path("out/r/step_00000001")
         self._write_hugging_face(Path("hf"))

@@ -48,7 +48,7 @@ from generate import MarkerPlan, score
 from model import GPT
 from optim import Optimizer, learning_rate
 from sample import read_prompt, show_sample, start_sample
-from startup import accumulation, check_resumable, data_facts, find_checkpoint, with_data
+from startup import accumulation, check_resumable, data_facts, find_checkpoint, with_vocabulary
 from tests.conftest import ROOT
 from tests.damage import (
     CHUNK,
@@ -138,7 +138,7 @@ def use_dataset(world: World) -> None:
             batch = data.batch(np.array([0, data.n_windows - 1]))
             data.tokenizer.decode(batch.tokens[0].tolist())
             data.tokenizer.encode("any text at all: é\0\U0001f600")
-            cfg = with_data(TrainConfig(dataset="data/d"), M, data.tokenizer.n_vocab, data.tokenizer.n_content)
+            cfg = with_vocabulary(TrainConfig(dataset="data/d"), data.tokenizer.n_vocab, data.tokenizer.n_content)
             json.dumps(data_facts(data, cfg))
             assert batch.tokens.max() < data.tokenizer.n_vocab and batch.targets.max() < data.tokenizer.n_content
 
