@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: install quickstart test test-slow lint bench clean
+.PHONY: install quickstart test test-slow fuzz lint bench clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
@@ -27,6 +27,10 @@ test: install lint
 	$(RUN) -m pytest -q -n 2 -m 'not slow'
 test-slow: install
 	$(RUN) -m pytest -q -m slow
+
+# Thousands of damaged files, settings and prompts: each refused in one sentence, or usable.
+fuzz: install
+	OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz
 
 lint: install
 	$(VENV)/bin/ruff check .
