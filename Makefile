@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: install quickstart test test-slow faults lint bench clean
+.PHONY: install quickstart test test-slow faults fuzz lint bench clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
@@ -31,6 +31,10 @@ test-slow: install
 # Hundreds of kills, signals, full disks and damaged files, each followed by a resume that must be exact.
 faults: install
 	$(RUN) -m tests.faults
+
+# Thousands of damaged files, settings and prompts: each refused in one sentence, or usable.
+fuzz: install
+	OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz
 
 lint: install
 	$(VENV)/bin/ruff check .

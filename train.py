@@ -197,7 +197,7 @@ class Trainer:
                 self.origin = pretrained.load_into(self.model, self.cfg.init_from, self.train_data.tokenizer)
             if self.cfg.verify == "full" and self.dist.local_rank == 0:
                 data, say = self.train_data, partial(print, flush=True) if self.dist.is_main else lambda line: None
-                self.verified = verify(Path(self.cfg.dataset), data.manifest, data.tokenizer.n_vocab, say)
+                self.verified = verify(Path(self.cfg.dataset), data.manifest, data.tokenizer.meta + 1, say)
         except UserError as error:
             return str(error)
         return ""

@@ -80,14 +80,18 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """ids -> text; markers appear as <|meta|>, bytes that are no UTF-8 as U+FFFD."""
-        return self._encoding.decode([int(i) for i in ids])
+        return b"".join(self.decode_bytes(i) for i in ids).decode("utf-8", errors="replace")
 
     def text_bytes(self, ids: np.ndarray) -> bytes:
         """The text of content ids (N,); <|endoftext|> stands for none."""
         return self._encoding.decode_bytes(ids[ids != self.eot].tolist())
 
     def decode_bytes(self, token: int) -> bytes:
-        """The bytes of one id (a character may span several ids)."""
+        """The bytes of one id (a character may span several ids). Raises UserError for a number that is none."""
+        if not 0 <= token <= self.meta:
+            raise UserError(
+                f"{token} is no id of the tokenizer {self.name}, which ends at {self.meta}: verify the data."
+            )
         return self._encoding.decode_single_token_bytes(int(token))
 
     def _ranks_text(self) -> bytes:

@@ -1,6 +1,6 @@
-"""Bodies of shards against their manifest: the sha256 of every file, and every id below n_vocab.
+"""Bodies of shards against their manifest: the sha256 of every file, and every id one of the tokenizer's.
 
-What was verified is noted in the dataset's folder, .verified.json: file -> size, mtime_ns, sha256, n_vocab. A restart
+What was verified is noted in the dataset's folder, .verified.json: file -> size, mtime_ns, sha256, n_ids. A restart
 that finds all of it unchanged does not read the file again, so a long run over 200 GB starts as quickly the second
 time. The note is no more than that: where it cannot be written or read, files are hashed."""
 
@@ -23,25 +23,26 @@ BLOCK = 2**22  # bytes read at a time
 REPORT_SECONDS = 10
 
 
-def verify(folder: Path, manifest: dict, n_vocab: int, say: Callable[[str], None] = lambda line: None) -> str:
-    """Raises UserError naming the shard and both hashes, or the place of an id that is none -> what was done.
+def verify(folder: Path, manifest: dict, n_ids: int, say: Callable[[str], None] = lambda line: None) -> str:
+    """n_ids: the tokenizer's, markers included; spare rows of the embedding stand for nothing.
+    Raises UserError naming the shard and both hashes, or the place of an id that is none -> what was done.
 
     say(line): about every REPORT_SECONDS, how far it has come."""
     shards = {entry["file"]: entry["sha256"] for split in manifest["splits"].values() for entry in split["shards"]}
     known, facts, pending = _read_cache(folder), {}, []
     for name, sha256 in shards.items():
         path = shard_path(folder, name)
-        facts[name] = _facts(path, sha256, n_vocab)
+        facts[name] = _facts(path, sha256, n_ids)
         if not facts[name] or known.get(name) != facts[name]:
             pending.append((path, sha256))
     progress = _Progress(sum(path.stat().st_size for path, _ in pending if path.is_file()), say)
     for path, sha256 in pending:
-        found = _hash_and_check(path, n_vocab, progress) if path.is_file() else "no file"
+        found = _hash_and_check(path, n_ids, progress) if path.is_file() else "no file"
         if found != sha256:
             raise UserError(
                 f"{path} is damaged: its sha256 is {found}, the manifest says {sha256}; prepare the dataset again."
             )
-        if _facts(path, sha256, n_vocab) != facts[path.name]:
+        if _facts(path, sha256, n_ids) != facts[path.name]:
             raise UserError(f"{path} changed while it was read: let its writer end, then start again.")
     if pending:
         _write_cache(folder, facts)
@@ -52,22 +53,22 @@ def verify(folder: Path, manifest: dict, n_vocab: int, say: Callable[[str], None
     )
 
 
-def _hash_and_check(path: Path, n_vocab: int, progress: "_Progress") -> str:
+def _hash_and_check(path: Path, n_ids: int, progress: "_Progress") -> str:
     """The sha256 of a shard. Raises UserError for an id that is no id of the tokenizer."""
-    sha256, dtype, position, bad = hashlib.sha256(), token_dtype(n_vocab), 0, None
+    sha256, dtype, position, bad = hashlib.sha256(), token_dtype(n_ids), 0, None
     with open(path, "rb") as file:
         sha256.update(file.read(HEADER.size))
         while block := file.read(BLOCK):
             sha256.update(block)
             ids = np.frombuffer(block[: len(block) // dtype.itemsize * dtype.itemsize], dtype)
-            if bad is None and ids.size and int(ids.max()) >= n_vocab:
-                place = int(np.argmax(ids >= n_vocab))
+            if bad is None and ids.size and int(ids.max()) >= n_ids:
+                place = int(np.argmax(ids >= n_ids))
                 bad = (position + place, int(ids[place]))
             position += len(ids)
             progress.add(len(block))
     if bad:
         raise UserError(
-            f"{path} is damaged: position {bad[0]:,} holds the id {bad[1]}, and the tokenizer has ids below {n_vocab}; "
+            f"{path} is damaged: position {bad[0]:,} holds the id {bad[1]}, and the tokenizer has ids below {n_ids}; "
             f"prepare the dataset again."
         )
     return sha256.hexdigest()
@@ -95,12 +96,12 @@ class _Progress:
             )
 
 
-def _facts(path: Path, sha256: str, n_vocab: int) -> dict:
+def _facts(path: Path, sha256: str, n_ids: int) -> dict:
     """What must agree for a file to count as verified; a file that is not there never does."""
     if not path.is_file():
         return {}
     stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256, "n_vocab": n_vocab}
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256, "n_ids": n_ids}
 
 
 def _read_cache(folder: Path) -> dict:

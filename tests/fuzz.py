@@ -134,7 +134,7 @@ def use_dataset(world: World) -> None:
     for split in ("train", "val"):
         for rule in ("ignore", "skip"):
             data = Windows("data/d", split, CHUNK, rule)
-            verify(Path("data/d"), data.manifest, data.tokenizer.n_vocab)
+            verify(Path("data/d"), data.manifest, data.tokenizer.meta + 1)
             batch = data.batch(np.array([0, data.n_windows - 1]))
             data.tokenizer.decode(batch.tokens[0].tolist())
             data.tokenizer.encode("any text at all: é\0\U0001f600")
@@ -221,7 +221,7 @@ def unfinished(world: World, rng: random.Random) -> Callable:
         try:
             prepare.merge(prepare.merge_config(["--merge", str(folder), "--name=merged"]), " ".join(argv), QUIET)
             data = Windows("data/merged", "val", CHUNK, "ignore")
-            verify(Path("data/merged"), data.manifest, data.tokenizer.n_vocab)
+            verify(Path("data/merged"), data.manifest, data.tokenizer.meta + 1)
         finally:
             for path in Path("data").glob("merged*"):
                 for file in path.iterdir():

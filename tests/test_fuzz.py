@@ -228,3 +228,12 @@ def test_segments_that_lie(world):
         (folder / "plan.json").write_text(json.dumps({**plan, key: value}))
         with pytest.raises(UserError, match=sentence):
             prepare.merge(prepare.merge_config(["--merge", str(folder)]), "", QUIET)
+
+
+def test_a_spare_row_is_no_token(world):
+    """Ids between the markers and n_vocab have a row of the embedding and no text: decoding one ended in KeyError."""
+    tokenizer = world.run.tokenizer
+    for token in (tokenizer.meta + 1, tokenizer.n_vocab, -1):
+        with pytest.raises(UserError, match=f"{token} is no id of the tokenizer"):
+            tokenizer.decode([5, token])
+    assert tokenizer.decode([tokenizer.meta, tokenizer.eot]) == "<|meta|><|endoftext|>"

@@ -168,6 +168,8 @@ def configs(draw, cls):
     chosen = {name: draw(values(hint, name)) for name, hint in hints.items() if draw(st.booleans())}
     if cls is TrainConfig:
         chosen["model"] = draw(configs(GPTConfig))
+        if chosen.get("init_from", "scratch") != "scratch":
+            chosen.pop("branch_from", None)
         chosen["learning_rate"] = max(chosen.get("learning_rate", 1.0), chosen.get("min_lr", 0.0))
     if cls is GPTConfig:
         head, size = draw(st.integers(1, 12)), 2 * draw(st.integers(1, 64))

@@ -54,3 +54,13 @@ def test_every_file_of_the_readme_exists():
         assert (ROOT / name).is_file(), name
     modules = {path.name for path in ROOT.glob("*.py")}
     assert modules == set(re.findall(r"\b(\w+\.py)\b", listing))
+
+
+def test_every_guarantee_names_a_test_that_exists():
+    section = (ROOT / "README.md").read_text().split("## What is guaranteed")[1].split("\n## ")[0]
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", section)
+    assert len(named) >= 12 and len(re.findall(r"::", section)) == len(named)
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(), (file, test)
+    for sentence in re.split(r"\n- ", section)[1:]:
+        assert re.search(r"`test_\w+\.py::test_\w+`", sentence), sentence

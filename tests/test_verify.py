@@ -16,6 +16,7 @@ from data.verify import CACHE, verify
 from tests.conftest import ROOT, TINY, cli, manifest, override, refusal
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+N_IDS = 301  # 299 tokens and <|endoftext|>, <|meta|>
 BASE = (*TINY, "--dataset=data/u", "--block_size=32")
 
 
@@ -38,11 +39,11 @@ def seal(folder) -> None:
 def test_an_id_beyond_the_vocabulary_is_named_with_its_place(folder, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 128)  # the place is counted over blocks
     ids = np.memmap(folder / "val_000000.bin", dtype="<u2", mode="r+", offset=HEADER.size)
-    ids[500], ids[700] = 320, 65535
+    ids[500], ids[700] = N_IDS, 65535
     ids.flush()
     seal(folder)
-    with pytest.raises(UserError, match=r"val_000000.bin is damaged: position 500 holds the id 320, .* ids below 320"):
-        verify(folder, manifest(folder), 320)
+    with pytest.raises(UserError, match=r"val_000000.bin is damaged: position 500 holds the id 301, .* ids below 301"):
+        verify(folder, manifest(folder), N_IDS)
     assert not (folder / CACHE).exists()
 
 
@@ -54,7 +55,7 @@ def test_what_is_verified_and_unchanged_is_not_read_again(folder, monkeypatch):
 
     def names():
         read.clear()
-        verify(folder, manifest(folder), 320)
+        verify(folder, manifest(folder), N_IDS)
         return sorted(read)
 
     assert names() == shards and names() == []
@@ -65,18 +66,18 @@ def test_what_is_verified_and_unchanged_is_not_read_again(folder, monkeypatch):
         (folder / CACHE).write_text(damage)
         assert names() == shards and names() == []
     known = json.loads((folder / CACHE).read_text())
-    for key, value in (("size", 1), ("sha256", "0"), ("n_vocab", 319)):
+    for key, value in (("size", 1), ("sha256", "0"), ("n_ids", 300)):
         (folder / CACHE).write_text(json.dumps({**known, shards[0]: {**known[shards[0]], key: value}}))
         assert names() == [shards[0]]
     # another manifest is another expectation, whatever was verified
     facts = manifest(folder)
     facts["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
     with pytest.raises(UserError, match=r"train_000000.bin is damaged: its sha256 is .*, the manifest says 0000"):
-        verify(folder, facts, 320)
+        verify(folder, facts, N_IDS)
     victim.unlink()
     for _ in range(2):
         with pytest.raises(UserError, match="its sha256 is no file"):
-            verify(folder, manifest(folder), 320)
+            verify(folder, manifest(folder), N_IDS)
 
 
 def test_a_folder_that_cannot_be_written_is_only_not_remembered(folder, monkeypatch):
@@ -86,10 +87,10 @@ def test_a_folder_that_cannot_be_written_is_only_not_remembered(folder, monkeypa
     for call in ("os.replace", "pathlib.Path.write_text"):
         with monkeypatch.context() as patch:
             patch.setattr(call, refuse)
-            assert "verified the sha256 of 2 shards" in verify(folder, manifest(folder), 320)
+            assert "verified the sha256 of 2 shards" in verify(folder, manifest(folder), N_IDS)
         assert not list(folder.glob(".verified*"))
-    assert "of 2 shards" in verify(folder, manifest(folder), 320)
-    assert "of 0 shards" in verify(folder, manifest(folder), 320)
+    assert "of 2 shards" in verify(folder, manifest(folder), N_IDS)
+    assert "of 0 shards" in verify(folder, manifest(folder), N_IDS)
 
 
 def test_a_file_that_changes_while_it_is_read_is_no_verified_one(folder, monkeypatch):
@@ -102,7 +103,7 @@ def test_a_file_that_changes_while_it_is_read_is_no_verified_one(folder, monkeyp
 
     monkeypatch.setattr(module, "_hash_and_check", touched)
     with pytest.raises(UserError, match="changed while it was read"):
-        verify(folder, manifest(folder), 320)
+        verify(folder, manifest(folder), N_IDS)
     assert not (folder / CACHE).exists()
 
 
@@ -110,7 +111,7 @@ def test_long_hashing_shows_how_far_it_is(folder, monkeypatch):
     monkeypatch.setattr(module, "REPORT_SECONDS", 0)
     monkeypatch.setattr(module, "BLOCK", 4096)
     lines = []
-    verify(folder, manifest(folder), 320, lines.append)
+    verify(folder, manifest(folder), N_IDS, lines.append)
     assert len(lines) > 5 and all("GB/s" in line and "to go" in line for line in lines)
 
 
@@ -124,13 +125,13 @@ def test_shards_cannot_lie_elsewhere(folder, tmp_path):
         with pytest.raises(UserError, match="is damaged"):
             read_manifest(folder)
         with pytest.raises(UserError, match="is damaged"):
-            verify(folder, facts, 320)
+            verify(folder, facts, N_IDS)
     facts["splits"]["val"]["shards"][0]["file"] = "val_000000.bin"
     (folder / "manifest.json").write_text(json.dumps(facts))
     for target in (tmp_path / "val_000000.bin", "/dev/zero", "../val_000000.bin"):
         (folder / "val_000000.bin").unlink()
         (folder / "val_000000.bin").symlink_to(target)
-        for use in (lambda: verify(folder, manifest(folder), 320), lambda: Windows(folder, "val", 32, "ignore")):
+        for use in (lambda: verify(folder, manifest(folder), N_IDS), lambda: Windows(folder, "val", 32, "ignore")):
             with pytest.raises(UserError, match="val_000000.bin is a link out of its folder"):
                 use()
     # a dataset that is itself behind a link, and a link within it, are as good as any
@@ -138,7 +139,7 @@ def test_shards_cannot_lie_elsewhere(folder, tmp_path):
     os.rename(tmp_path / "val_000000.bin", folder / "body")
     (folder / "val_000000.bin").symlink_to("body")
     (tmp_path / "link").symlink_to(folder)
-    verify(tmp_path / "link", manifest(folder), 320)
+    verify(tmp_path / "link", manifest(folder), N_IDS)
     assert Windows(tmp_path / "link", "val", 32, "ignore").n_windows > 0
 
 
