@@ -1,6 +1,7 @@
 """The kinds of faults that faults.py tries: each a function of the Lab -> trials: (what is done, a function)."""
 
 import functools
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -55,13 +56,13 @@ def kills_in_saves(lab: Lab):
     """Before every call of every save of both kinds, deletion of the old ones included; in the middle of its writes."""
     moments = [(moment, ("SIGKILL",)) for moment in lab.at("saving")]
     halves = [m["moment"] for m in lab.moments[1] if m["phase"] == "saving" and m["halves"]]
-    for at, do in lab.some(moments, None, 3) + [(at, "half") for at in lab.some(halves, None, 2)]:
+    for at, do in lab.some(moments, None, 2) + [(at, "half") for at in lab.some(halves, None, 1)]:
         yield trial(lab, 1, kill(at, do=do))
 
 
 def kills_elsewhere(lab: Lab):
     """Before calls of the start, of training and of evaluation, and in the middle of their writes."""
-    for at in lab.some(lab.at("start", "training", "evaluation"), 60, 2):
+    for at in lab.some(lab.at("start", "training", "evaluation"), 60, 1):
         yield trial(lab, 1, kill(at))
     for m in lab.some([m for m in lab.moments[1] if m["phase"] != "saving" and m["halves"]], 20, 1):
         yield trial(lab, 1, kill(m["moment"], do="half"))
@@ -69,7 +70,7 @@ def kills_elsewhere(lab: Lab):
 
 def kills_of_the_resumed(lab: Lab):
     """In a save, then while the next start clears up after it or trains on, then once more."""
-    for at in lab.some(lab.at("saving"), 40, 2):
+    for at in lab.some(lab.at("saving"), 40, 1):
         yield trial(lab, 1, kill(at), kill(lab.rng.randrange(40)), kill(lab.rng.randrange(60)))
 
 
@@ -82,12 +83,11 @@ def ended_in_order(attempt) -> None:
 
 
 def signals(lab: Lab, world: int):
-    for name in SIGNALS:
-        for phase in PHASES:
-            for at in lab.some(lab.at(phase, world=world), 5 if world == 1 else 1, 1):
-                for rank in (0,) if world == 1 else (0, 1, None):
-                    check = None if phase == "start" else ended_in_order
-                    yield trial(lab, world, kill(at, rank, [name]), check=check)
+    for name, phase in lab.some([*itertools.product(SIGNALS, PHASES)], None, 2):
+        for at in lab.some(lab.at(phase, world=world), 5 if world == 1 else 1, 1):
+            for rank in (0,) if world == 1 else (0, 1, None):
+                check = None if phase == "start" else ended_in_order
+                yield trial(lab, world, kill(at, rank, [name]), check=check)
 
 
 def signals_twice(lab: Lab):
@@ -96,9 +96,9 @@ def signals_twice(lab: Lab):
     def ended_at_once(attempt):
         need(attempt.statuses[0] < 0, attempt)
 
-    for phase in PHASES[1:]:
+    for phase in lab.some(list(PHASES[1:]), None, 1):
         for at in lab.some(lab.at(phase), 4, 1):
-            for names in (["SIGTERM", "SIGTERM"], ["SIGINT", "SIGINT"], ["SIGINT", "SIGTERM"]):
+            for names in lab.some([*itertools.product(SIGNALS, SIGNALS)], None, 1):
                 yield trial(lab, 1, kill(at, do=names), check=ended_in_order)
             yield trial(lab, 1, kill(at, do=["SIGTERM", 1.5, "SIGINT"]), check=ended_at_once)
 
@@ -116,7 +116,7 @@ def full_disk(lab: Lab):
     """From some write, fsync, rename ... on, all fail; or that one alone."""
     filling = [m["moment"] for m in lab.moments[1] if m["call"] in ("open", "write", "fsync", "mkdir", "tensors")]
     filling += lab.at(*PHASES, calls=("rename", "replace"))
-    for at in lab.some(filling, 60, 3):
+    for at in lab.some(filling, 60, 1):
         yield trial(lab, 1, kill(at, do="full"), check=one_sentence)
     for at in lab.some(filling, 30, 1):
         yield trial(lab, 1, kill(at, do="once"), check=one_sentence)
@@ -124,7 +124,7 @@ def full_disk(lab: Lab):
 
 def file_size_limit(lab: Lab):
     """A real one, of the kernel: metrics, train.log, state, weights or the optimizer do not fit."""
-    for limit in lab.some([1500, 2000, 2500, 3000, 4000, 6000, 9000, 100_000, 178_000, 200_000, 359_000], None, 2):
+    for limit in lab.some([1500, 2000, 2500, 3000, 4000, 6000, 9000, 100_000, 178_000, 200_000, 359_000], None, 1):
         yield trial(lab, 1, {"limit": limit}, check=one_sentence)
 
 
@@ -182,7 +182,7 @@ def damaged_checkpoints(lab: Lab, world: int):
         cases += [(word, [f"best_00000004/{name}"], damage, "") for name in files if name != "optimizer.safetensors"]
         cases += [(word, ["latest"], damage, "")]
     cases += [("a missing folder", ["step_00000006"], shutil.rmtree, "")]
-    for word, names, damage, outcome in lab.some(cases, None if world == 1 else 12, 4 if world == 1 else 0):
+    for word, names, damage, outcome in lab.some(cases, None if world == 1 else 12, 2 if world == 1 else 0):
         yield f"{word} {names}", functools.partial(tried, names, damage, outcome)
 
 
@@ -206,7 +206,7 @@ def damaged_shards(lab: Lab):
     cases = [
         (word, shard, damage) for shard in sorted(Path("data/u").glob("*.bin")) for word, damage in DAMAGES.items()
     ]
-    for word, shard, damage in lab.some(cases, None, 2):
+    for word, shard, damage in lab.some(cases, None, 1):
         yield f"{word} {shard}", functools.partial(tried, shard, damage)
 
 
@@ -214,7 +214,7 @@ def damaged_shards(lab: Lab):
 
 
 def rank_dies(lab: Lab):
-    for rank in (0, 1):
+    for rank in lab.some([0, 1], None, 1):
         for at in lab.some(range(len(lab.moments[2]) // 3), 15, 1):
             yield trial(lab, 2, kill(at, rank))
     for at in lab.some(lab.at("saving", world=2), 15, 0):
@@ -225,7 +225,7 @@ def rank_dies(lab: Lab):
 
 def rank_hangs(lab: Lab):
     """Stopped for longer than anyone waits: all are killed after some seconds."""
-    for rank in lab.some([0, 1], None, 1):
+    for rank in lab.some([0, 1], None, 0):
         for at in lab.some(range(20, len(lab.moments[2]) // 3), 3, 1):
             yield trial(lab, 2, kill(at, rank, ["SIGSTOP"]), patience=3)
 
@@ -242,7 +242,7 @@ def under_torchrun(lab: Lab):
         elif check == "saved":
             need("stopped by a signal" in attempt.out, f"nothing was saved: it {attempt}")
         run.kill_orphans()
-        run.finish(lab.references[2], run.torchrun if number == 0 else None)
+        run.finish(lab.references[2], run.torchrun if number == 0 and not lab.quick else None)
         run.delete()
 
     train = lab.at("training", calls=("batch",), world=2)

@@ -28,6 +28,7 @@ def run_all(lab: Lab, kinds: dict, out) -> bool:
     """Runs all trials -> was nothing lost? A line a kind goes to `out` when it is through, a table at the end."""
     trials = {name: list(make(lab)) for name, make in kinds.items()}
     total, done, began, rows = sum(map(len, trials.values())), 0, time.monotonic(), []
+    shown = began
     for name, tries in trials.items():
         lost, kills, since = [], Run.kills, time.monotonic()
         for number, (what, trial) in enumerate(tries, 1):
@@ -37,8 +38,8 @@ def run_all(lab: Lab, kinds: dict, out) -> bool:
                 lost.append(f"{what}: {reason}")
             done += 1
             spent = time.monotonic() - began
-            if out.isatty() or number == len(tries):
-                eta = spent / done * (total - done)
+            if out.isatty() or number == len(tries) or time.monotonic() - shown > 30:
+                shown, eta = time.monotonic(), spent / done * (total - done)
                 line = f"{name}: {number}/{len(tries)}, {len(lost)} lost"
                 line += f" ({done}/{total} in {spent:.0f} s, ETA {eta:.0f} s)"
                 start, end = ("\r", "\x1b[K" + "\n" * (number == len(tries))) if out.isatty() else ("", "\n")
