@@ -196,10 +196,14 @@ def _check_state(state: dict) -> None:
         texts += [text for item in table.items() for text in item]
     counts = [state["step"], data["chunk_content"], data["chunk_markers"], *([] if best is None else [best["step"]])]
     losses = [] if best is None else [best["loss"], best["bits_per_byte"]]
+    if "guard" in state:
+        counts += [state["guard"]["in_a_row"], state["guard"]["skipped"]]
+        losses += state["guard"]["norms"]
+    counts += [] if state.get("evaluated") is None else [state["evaluated"]]
     if not (all(type(text) is str for text in texts) and all(map(is_count, counts)) and type(config) is dict):
         raise TypeError("a value is of another type")
     if not all(type(loss) is float and math.isfinite(loss) for loss in losses):
-        raise TypeError("best is not the record of an evaluation")
+        raise TypeError("a loss or norm is no finite number")
     if not 1 <= data["chunk_content"] <= 2**20 or data["chunk_markers"] > 2**20:
         raise ValueError("a chunk is out of range")
     if data["injection"] not in ("uniform", "periodic", "none") or (data["injection"] == "none") != (
