@@ -77,7 +77,7 @@ class Run:
         self.trace.unlink(missing_ok=True)
 
     def lines(self) -> list[dict]:
-        return [json.loads(line) for line in self.trace.read_text().splitlines()]
+        return [json.loads(line) for line in self.trace.read_text().splitlines()] if self.trace.exists() else []
 
     def newest(self) -> list[Path]:
         return sorted(self.folder.glob("step_*"))
@@ -138,27 +138,34 @@ class Run:
         os._exit(status)
 
     def torchrun(self, fault: dict | None = None, patience: float = 60) -> Attempt:
-        """Starts it under torchrun -> an Attempt whose only status is torchrun's. What survives it goes on."""
+        """Starts it under torchrun -> an Attempt whose only status is torchrun's. What survives that goes on. All are
+        killed patience seconds after the processes are there."""
         env = {**os.environ, "FAULT": json.dumps(fault or {}), "TRACE": str(self.trace), "ATTEMPT": str(self.attempts)}
         launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.world}")
         with open("out0", "w") as out, open("err0", "w") as error:
             process = subprocess.Popen(
                 [*launcher, str(ROOT / "tests/faulty_train.py"), *self.argv], env=env, stdout=out, stderr=error
             )
-            try:
-                status = process.wait(patience)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                self.kill_orphans()
-                status = process.wait()
-        return self._ended([status], ["out0"])
+            end = None
+            while process.poll() is None:
+                time.sleep(0.1)
+                if end is None and len(self.pids()) == self.world:
+                    end = time.monotonic() + patience
+                if end is not None and time.monotonic() > end:
+                    process.kill()
+                    self.kill_orphans()
+        return self._ended([process.wait()], ["out0"])
+
+    def pids(self) -> list[int]:
+        """Of the processes of the last start."""
+        return [line["pid"] for line in self.lines() if "pid" in line and line["attempt"] == self.attempts]
 
     def kill_orphans(self) -> None:
-        """Ends processes of the last start that their launcher left behind, and waits until they are gone."""
-        for line in self.lines():
-            command = Path(f"/proc/{line.get('pid')}/cmdline")
-            while "pid" in line and command.exists() and f"--run_name={self.name}".encode() in command.read_bytes():
-                os.kill(line["pid"], signal.SIGKILL)
+        """Ends processes of it that their launcher left behind, and waits until they are gone."""
+        for pid in [line["pid"] for line in self.lines() if "pid" in line]:
+            command = Path(f"/proc/{pid}/cmdline")
+            while command.exists() and f"--run_name={self.name}".encode() in command.read_bytes():
+                os.kill(pid, signal.SIGKILL)
                 time.sleep(0.01)
 
     # ------------------------------------------------------------------------- what came of it

@@ -30,6 +30,8 @@ def run_all(lab: Lab, kinds: dict, out) -> bool:
     total, done, began, rows = sum(map(len, trials.values())), 0, time.monotonic(), []
     shown = began
     for name, tries in trials.items():
+        if not tries:
+            continue
         lost, kills, since = [], Run.kills, time.monotonic()
         for number, (what, trial) in enumerate(tries, 1):
             try:
