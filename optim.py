@@ -51,11 +51,12 @@ class Optimizer:
         assert len(mine) == len({id(p) for p in mine}) == len(list(model.parameters())), "a parameter is left out"
 
     def step(self, rate: float) -> None:
-        """One update at this learning rate."""
+        """One update at this learning rate; the gradients are gone after it."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate
             part.step()
+        self.forget_gradients()
 
     def forget_gradients(self) -> None:
         for part in self.parts:

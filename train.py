@@ -263,7 +263,8 @@ class Trainer:
         take, wrong = self.guard.judge(loss, norm)
         if take:
             self.optimizer.step(learning_rate(self.step, cfg))
-        self.optimizer.forget_gradients()
+        else:
+            self.optimizer.forget_gradients()
         self.step += 1
         if wrong:
             self._log_bad_step("spike" if take else "skipped", wrong)
