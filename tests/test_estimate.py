@@ -291,7 +291,9 @@ def test_dry_run_of_a_prepared_dataset(workdir):
     text = out.stdout.decode()
     assert "as prepared in data/n" in text and "float32" in text, text + out.stderr.decode()
     assert "markers  " not in text and "second attention" not in text and "casts" not in text
-    assert text.splitlines()[-1].startswith("hours and cost: not estimated, since the peaks known are bfloat16's")
+    assert text.splitlines()[-1].startswith(
+        "hours and cost: not estimated: the peaks known are of GPUs in bfloat16, not cpu, "
+    )
     assert tree(workdir) == before
 
 

@@ -14,7 +14,7 @@ from tests.conftest import ROOT, cli
 
 def test_a_few_faults_of_every_kind(workdir):
     """The short version of `make faults`."""
-    result = cli("tests/faults.py", "--quick", f"--workdir={workdir}", cwd=ROOT)
+    result = cli("tests/faults.py", "--quick", f"--workdir={workdir}", cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
     out = result.stdout.decode()
     assert result.returncode == 0, out + result.stderr.decode()[-3000:]
     tried, survived, lost, kills = map(int, re.search(r"^all +(\d+) +(\d+) +(\d+) +(\d+)", out, re.M).groups())

@@ -115,7 +115,7 @@ def test_inspect_shows_the_markers(workdir):
         (["--name=taken"], "data/taken exists: choose another --name"),
         (["--files=nothing/*.txt"], r"no file matches 'nothing/\*.txt'"),
         (["--tokenizer=gpt3"], "tokenizer='gpt3' is unknown"),
-        (["--chunk_content=1000000"], "the train split has .* tokens, fewer than one chunk"),
+        (["--chunk_content=1000000"], "the train split has .* tokens in .* documents, fewer than one chunk"),
         (["--val_fraction=0.0000001"], "the val split has 0 tokens.*raise --val_fraction"),
         (["--inspect", "data/nothing"], "there is no dataset in data/nothing"),
         (["--wokers=3"], "did you mean 'workers'"),
