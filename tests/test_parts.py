@@ -141,6 +141,7 @@ def start(folder, *args):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "prepare.py"), *FILES, *args], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
     )  # fmt: skip
 
 

@@ -141,7 +141,7 @@ NUMBERS = {  # where the type alone says too little
     "decay_fraction": st.floats(0, 1, exclude_min=True), "mfu": st.floats(0, 1, exclude_min=True),
     "n_accelerators": st.integers(1, 10**6), "learning_rate": st.floats(1, 1e300), "min_lr": st.floats(0, 1),
     "run_name": st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", fullmatch=True), "top_p": st.just(1.0),
-    "temperature": st.floats(1e-3, 1e300), "prompt": st.none(),
+    "temperature": st.floats(1e-3, 1e300), "prompt": st.none(), "spike_deviations": st.floats(1e-3, 1e300),
 }  # fmt: skip
 # a text "None" cannot be told from no text on a command line, but no setting that is not also None has that
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
