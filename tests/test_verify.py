@@ -189,4 +189,4 @@ with dist.processes("cpu") as d:
     )
     result = cli(str(script), cwd=tmp_path, launcher=TORCHRUN)
     assert result.returncode == 0, result.stderr.decode()[-3000:]
-    assert result.stdout.decode().splitlines() == ["['word 0', 'word 1']"] * 2
+    assert result.stdout.decode().count("['word 0', 'word 1']") == 2  # their lines may run into each other
