@@ -241,11 +241,18 @@ def rank_hangs(lab: Lab):
 
 
 def under_torchrun(lab: Lab):
-    """What the launcher makes of it; the first is also resumed under torchrun."""
+    """What the launcher makes of it, restarted by it or by us; the first is also resumed under torchrun."""
 
     def tried(fault: dict, patience: float, check, number: int):
         run = lab.run(2)
-        attempt = run.torchrun(fault, patience)
+        attempt = run.torchrun(fault, patience, restarts=2 if check == "restarted" else 0)
+        if check == "restarted":
+            need(
+                attempt.statuses == [0] and "done in" in attempt.out and run.attempts == 2,
+                f"not restarted: it {attempt}",
+            )
+            run.compare(lab.references[2])
+            return run.delete()
         if check == "orphans":
             refused = run.start(patience=20)
             need("another process is training" in refused.error and any(refused.statuses), refused)
@@ -261,6 +268,8 @@ def under_torchrun(lab: Lab):
         (kill(saving), 60, ""),
         (kill(middle, 0, ["parent SIGTERM", 0.7]), 60, "saved"),
         (kill(middle, None, ["SIGTERM", "parent SIGTERM", 0.7]), 60, "saved"),
+        (kill(lab.at("saving", calls=("rename",), world=2)[-1], 0), 60, "restarted"),
+        (kill(middle, 1), 60, "restarted"),
         (kill(saving, 0, ["parent SIGINT", 0.7]), 60, "saved"),
         (kill(middle, 1, ["SIGINT"]), 60, "saved"),
         (kill(middle, 1), 60, ""),
@@ -270,7 +279,7 @@ def under_torchrun(lab: Lab):
         (kill(lab.at("start", world=2)[-1], 0, ["parent SIGTERM", 0.7]), 60, ""),
         (kill(saving, do="full"), 60, ""),
     ]
-    for number, (fault, patience, check) in enumerate(cases[2:3] if lab.quick else cases):
+    for number, (fault, patience, check) in enumerate(cases[2:4] if lab.quick else cases):
         yield json.dumps(fault), functools.partial(tried, fault, patience, check, number)
 
 

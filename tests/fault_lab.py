@@ -137,11 +137,12 @@ class Run:
         sys.stderr.flush()
         os._exit(status)
 
-    def torchrun(self, fault: dict | None = None, patience: float = 60) -> Attempt:
-        """Starts it under torchrun -> an Attempt whose only status is torchrun's. What survives that goes on. All are
-        killed patience seconds after the processes are there."""
+    def torchrun(self, fault: dict | None = None, patience: float = 60, restarts: int = 0) -> Attempt:
+        """Starts it under torchrun, which restarts it so often -> an Attempt whose only status is torchrun's. What
+        survives that goes on. All are killed patience seconds after the processes are there."""
         env = {**os.environ, "FAULT": json.dumps(fault or {}), "TRACE": str(self.trace), "ATTEMPT": str(self.attempts)}
-        launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.world}")
+        launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+        launcher += (f"--nproc_per_node={self.world}", f"--max_restarts={restarts}")
         with open("out0", "w") as out, open("err0", "w") as error:
             process = subprocess.Popen(
                 [*launcher, str(ROOT / "tests/faulty_train.py"), *self.argv], env=env, stdout=out, stderr=error
@@ -154,7 +155,10 @@ class Run:
                 if end is not None and time.monotonic() > end:
                     process.kill()
                     self.kill_orphans()
-        return self._ended([process.wait()], ["out0"])
+        ended = self._ended([process.wait()], ["out0"])
+        # each restart was a start of its own
+        self.attempts = max([self.attempts, *(line["attempt"] + 1 for line in self.lines())])
+        return ended
 
     def pids(self) -> list[int]:
         """Of the processes of the last start."""

@@ -182,8 +182,10 @@ def wrap(fault: Fault) -> None:
 
 
 def main(argv: list[str], plan: dict, trace: Path, attempt: int) -> None:
-    """Runs train.main(argv) under a fault and ends the process, as python train.py would."""
-    fault = Fault(plan, trace, attempt)
+    """Runs train.main(argv) under a fault and ends the process, as python train.py would. What torchrun restarts is
+    an attempt of its own, without the fault."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    fault = Fault({} if restarts else plan, trace, attempt + restarts)
     fault.note(pid=os.getpid())
     wrap(fault)
     sys.argv = ["train.py", *argv]
