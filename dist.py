@@ -5,6 +5,8 @@ One process needs no launcher; `torchrun --nproc_per_node=8 train.py ...` starts
 import contextlib
 import os
 import shutil
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -67,6 +69,7 @@ def processes(device: str):
     if world > 1:
         backend, timeout = "nccl" if chosen.type == "cuda" else "gloo", timedelta(minutes=30)
         store, rank, world = next(torch.distributed.rendezvous("env://", timeout=timeout))
+        store = fresh_store(store, rank, world, timeout)
         of_group = torch.distributed.PrefixStore("collectives", store)  # so that no name of ours is one of theirs
         torch.distributed.init_process_group(backend, store=of_group, rank=rank, world_size=world, timeout=timeout)
     try:
@@ -74,6 +77,32 @@ def processes(device: str):
     finally:
         if world > 1:
             torch.distributed.destroy_process_group()
+
+
+def fresh_store(store, rank: int, world: int, timeout: timedelta) -> torch.distributed.Store:
+    """A part of the store that no earlier start of these processes has written to; all processes get the same.
+
+    torchrun's store outlives its restarts (--max_restarts), and torch 2.13 finds the addresses of dead processes in it:
+    most restarts hang in init_process_group or fail (pytorch issues 135712, 167288). So rank 0 draws a name and
+    gives it to those who ask for it with a word of their own, until all have heard it: neither an old question nor an
+    old answer is taken for a new one. A count of restarts would not do: every node has its own."""
+    mine = uuid.uuid4().hex
+    store.set_timeout(timeout)
+    if rank > 0:
+        store.set(f"question of {rank}", mine)
+        name = store.get(f"answer to {mine}").decode()
+        store.set(f"{rank} heard {name}", "")
+        return torch.distributed.PrefixStore(name, store)
+    deaf, end = set(range(1, world)), time.monotonic() + timeout.total_seconds()
+    while deaf:
+        for other in deaf:
+            if store.check([f"question of {other}"]):
+                store.set(f"answer to {store.get(f'question of {other}').decode()}", mine)
+        deaf = {other for other in deaf if not store.check([f"{other} heard {mine}"])}
+        if deaf and time.monotonic() > end:
+            raise UserError(f"processes {sorted(deaf)} of {world} did not come within {timeout}: see to their nodes.")
+        time.sleep(0.01)
+    return torch.distributed.PrefixStore(mine, store)
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:

@@ -23,6 +23,7 @@ def trial(lab: Lab, world: int, *faults: dict, check=None, **limits):
         run = lab.run(world)
         for fault in faults:
             attempt = run.start(fault, **limits)
+            need(run.has_struck() or "limit" in fault, f"the fault never came: it {attempt}")
             run.check_kept()
             if check:
                 check(attempt)
@@ -77,9 +78,10 @@ def kills_of_the_resumed(lab: Lab):
 # ----------------------------------------------------------------------------- signals
 
 
-def in_order(lab: Lab, world: int, at: int):
+def in_order(lab: Lab, world: int, at: int, rank: int | None = 0):
     """A check: it has saved and ended, or, if the last step was under way, come to its end."""
-    last = [m["moment"] for m in lab.moments[world] if m["call"] == "batch" and m["name"] == "train"][-2]
+    moments = lab.moments_of[world, rank or 0]
+    last = [m["moment"] for m in moments if m["call"] == "batch" and m["name"] == "train"][-2]
 
     def check(attempt):
         stopped = "stopped by a signal" in attempt.out
@@ -91,10 +93,9 @@ def in_order(lab: Lab, world: int, at: int):
 
 def signals(lab: Lab, world: int):
     for name, phase in lab.some([*itertools.product(SIGNALS, PHASES)], None, 2):
-        for at in lab.some(lab.at(phase, world=world), 5 if world == 1 else 1, 1):
-            for rank in (0,) if world == 1 else (0, 1, None):
-                # rank 1 has fewer moments: this one may be in its start
-                check = None if phase == "start" or rank == 1 else in_order(lab, world, at)
+        for rank in (0,) if world == 1 else (0, 1, None):
+            for at in lab.some(lab.at(phase, world=world, rank=rank or 0), 5 if world == 1 else 1, 1):
+                check = None if phase == "start" else in_order(lab, world, at, rank)
                 yield trial(lab, world, kill(at, rank, [name]), check=check)
 
 
@@ -225,7 +226,7 @@ def damaged_shards(lab: Lab):
 
 def rank_dies(lab: Lab):
     for rank in lab.some([0, 1], None, 1):
-        for at in lab.some(range(len(lab.moments[2]) // 3), 15, 1):
+        for at in lab.some([m["moment"] for m in lab.moments_of[2, rank]], 15, 1):
             yield trial(lab, 2, kill(at, rank))
     for at in lab.some(lab.at("saving", world=2), 15, 0):
         yield trial(lab, 2, kill(at))
@@ -236,7 +237,7 @@ def rank_dies(lab: Lab):
 def rank_hangs(lab: Lab):
     """Stopped for longer than anyone waits: all are killed after some seconds."""
     for rank in lab.some([0, 1], None, 0):
-        for at in lab.some(range(20, len(lab.moments[2]) // 3), 3, 1):
+        for at in lab.some(lab.at("training", "evaluation", world=2, rank=rank), 3, 1):
             yield trial(lab, 2, kill(at, rank, ["SIGSTOP"]), patience=3)
 
 
@@ -246,6 +247,7 @@ def under_torchrun(lab: Lab):
     def tried(fault: dict, patience: float, check, number: int):
         run = lab.run(2)
         attempt = run.torchrun(fault, patience, restarts=2 if check == "restarted" else 0)
+        need(run.has_struck(), f"the fault never came: it {attempt}")
         if check == "restarted":
             need(
                 attempt.statuses == [0] and "done in" in attempt.out and run.attempts == 2,
@@ -262,19 +264,20 @@ def under_torchrun(lab: Lab):
         run.finish(lab.references[2], run.torchrun if number == 0 and not lab.quick else None)
         run.delete()
 
-    train = lab.at("training", calls=("batch",), world=2)
-    middle, saving = train[len(train) // 2], lab.at("saving", calls=("fsync",), world=2)[3]
+    trained = [lab.at("training", calls=("batch",), world=2, rank=rank) for rank in (0, 1)]
+    middle, middle_1 = (moments[len(moments) // 2] for moments in trained)
+    saving = lab.at("saving", calls=("fsync",), world=2)[3]
     cases = [
         (kill(saving), 60, ""),
         (kill(middle, 0, ["parent SIGTERM", 0.7]), 60, "saved"),
         (kill(middle, None, ["SIGTERM", "parent SIGTERM", 0.7]), 60, "saved"),
         (kill(lab.at("saving", calls=("rename",), world=2)[-1], 0), 60, "restarted"),
-        (kill(middle, 1), 60, "restarted"),
+        (kill(middle_1, 1), 60, "restarted"),
         (kill(saving, 0, ["parent SIGINT", 0.7]), 60, "saved"),
-        (kill(middle, 1, ["SIGINT"]), 60, "saved"),
-        (kill(middle, 1), 60, ""),
+        (kill(middle_1, 1, ["SIGINT"]), 60, "saved"),
+        (kill(middle_1, 1), 60, ""),
         (kill(middle, 0), 60, ""),
-        (kill(middle, 1, ["SIGSTOP"]), 12, ""),
+        (kill(middle_1, 1, ["SIGSTOP"]), 12, ""),
         (kill(middle, 0, ["parent SIGKILL", "SIGSTOP"]), 60, "orphans"),
         (kill(lab.at("start", world=2)[-1], 0, ["parent SIGTERM", 0.7]), 60, ""),
         (kill(saving, do="full"), 60, ""),

@@ -20,6 +20,7 @@ import torch._dynamo  # noqa: F401  these would be imported in every fork
 
 from cli import load_config
 from config import TrainConfig
+from data.verify import CACHE
 from runlog import environment
 from tests import faulty_train
 from tests.conftest import ROOT, TINY, override
@@ -58,7 +59,7 @@ class Run:
     kills = 0  # starts of any run that ended by SIGKILL
 
     def __init__(self, name: str, world: int):
-        self.name, self.world, self.attempts = name, world, 0
+        self.name, self.world, self.attempts, self.started = name, world, 0, 0
         self.was_damaged = False  # by us
         self.folder, self.trace = Path("out") / name, Path("out") / f"{name}.trace"
         self.folder.parent.mkdir(exist_ok=True)
@@ -110,7 +111,7 @@ class Run:
         return self._ended(statuses, [f"out{rank}" for rank in range(self.world)])
 
     def _ended(self, statuses: list[int], outs: list[str]) -> Attempt:
-        self.attempts += 1
+        self.started, self.attempts = self.attempts, self.attempts + 1
         Run.kills += -signal.SIGKILL in statuses
         return Attempt(
             statuses, "".join(Path(name).read_text() for name in outs),
@@ -159,6 +160,10 @@ class Run:
         # each restart was a start of its own
         self.attempts = max([self.attempts, *(line["attempt"] + 1 for line in self.lines())])
         return ended
+
+    def has_struck(self) -> bool:
+        """Did what should go wrong in the last start go wrong?"""
+        return any("strikes" in line and line["attempt"] == self.started for line in self.lines())
 
     def pids(self) -> list[int]:
         """Of the processes of the last start."""
@@ -245,28 +250,33 @@ class Lab:
 
     def __init__(self, rng: random.Random, quick: bool, kills: int):
         self.rng, self.quick, self.kills, self.count = rng, quick, kills, 0
-        self.references, self.moments, self.seconds = {}, {}, {}
+        self.references, self.moments_of, self.seconds = {}, {}, {}
         # once here instead of in every fork
         load_config(TrainConfig, ARGS)
         environment()
         for world in (1, 2):
-            run = self.references[world] = Run(f"whole{world}", world)
+            run = self.references[world] = self.run(world, f"whole{world}")
             began = time.monotonic()
             attempt = run.start({"trace": True})
             self.seconds[world] = time.monotonic() - began
             need(not any(attempt.statuses), f"the uninterrupted run {attempt}")
-            self.moments[world] = [line for line in run.lines() if "moment" in line and line["rank"] == 0]
+            for rank in range(world):
+                moments = [line for line in run.lines() if "moment" in line and line["rank"] == rank]
+                self.moments_of[world, rank] = moments
+        self.moments = {world: self.moments_of[world, 0] for world in (1, 2)}
 
-    def run(self, world: int = 1) -> Run:
+    def run(self, world: int = 1, name: str = "") -> Run:
+        """A new one. What an earlier one verified is forgotten, so that all have the same moments."""
+        Path("data/u", CACHE).unlink(missing_ok=True)
         self.count += 1
-        return Run(f"trial{self.count}", world)
+        return Run(name or f"trial{self.count}", world)
 
     def some(self, items: list, full: int | None, quick: int) -> list:
         """So many of the items, drawn; None = all."""
         number = quick if self.quick else full
         return items if number is None or number >= len(items) else self.rng.sample(items, number)
 
-    def at(self, *phases: str, calls: tuple = (), world: int = 1) -> list[int]:
-        """The moments of rank 0 in these phases, of these calls (none = of all)."""
-        found = self.moments[world]
+    def at(self, *phases: str, calls: tuple = (), world: int = 1, rank: int = 0) -> list[int]:
+        """The moments of a rank in these phases, of these calls (none = of all)."""
+        found = self.moments_of[world, rank]
         return [m["moment"] for m in found if m["phase"] in phases and (not calls or m["call"] in calls)]

@@ -60,6 +60,7 @@ class Fault:
         if self.all_moments:
             self.note(moment=self.moment, call=call, name=str(name), phase=self.phase, halves=half is not None)
         if self.moment == self.at:
+            self.note(strikes=call)
             if self.do == "half":
                 half()
                 os.kill(os.getpid(), signal.SIGKILL)

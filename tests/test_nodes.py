@@ -3,10 +3,15 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
+from config import UserError
+from dist import fresh_store
 from tests.conftest import ROOT, TINY, cli, losses, override
 
 BASE = override(TINY, "--dataset=data/u", "--block_size=32", "--max_steps=5", "--micro_batch_size=4")
@@ -54,3 +59,22 @@ def test_the_slurm_script_starts_torchrun_on_every_node(tmp_path):
         "<--rdzv_endpoint=n1:29500><train.py><config/meta_gpt2.py><--run_name=a b><--init_from=auto>"
     )
     assert result.stdout.splitlines() == [line, line]
+
+
+def test_every_start_gets_a_part_of_the_store_of_its_own():
+    """Three starts over one store that outlives them, as torchrun's does; in the second, rank 2 dies early on."""
+    memory, wait = torch.distributed.HashStore(), timedelta(seconds=20)
+
+    def start(ranks=(0, 1, 2), wait=wait) -> dict:
+        with ThreadPoolExecutor(len(ranks)) as pool:
+            return dict(zip(ranks, pool.map(lambda rank: fresh_store(memory, rank, 3, wait), ranks), strict=True))
+
+    first = start()
+    first[1].set("address", "of the first start")
+    assert first[0].get("address") == first[2].get("address") == b"of the first start"
+    with pytest.raises(UserError, match=r"processes \[2\] of 3 did not come"):
+        start((0, 1), timedelta(seconds=0.5))
+    third = start()
+    assert not any(store.check(["address"]) for store in third.values())
+    third[0].set("address", "of the third")
+    assert third[1].get("address") == third[2].get("address") == b"of the third"
