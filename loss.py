@@ -4,21 +4,33 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+
+from meta_attention import gather_rows
 
 
-def chunk_rows(device: str) -> int:
-    """Rows of logits at a time on a type of device. Measured on 2 cores, 8192 x 192 x 4160, bf16: 84 ms with 512 rows
-    (they stay in the cache), 164 with 2048, 282 without chunks. GPUs want larger products; (4096, 50304) fp32 is
-    0.8 GB."""
-    return 512 if device == "cpu" else 4096
+def chunk_rows(device: str, weight: torch.Size, itemsize: int) -> int:
+    """Rows of logits at a time: of a head (V, C), in a dtype of so many bytes, on a type of device.
+
+    Measured on 2 cores: a head of (4160, 192) stays in the cache, and with 512 rows so do its logits. One of
+    (50304, 768) does not, and then the products want many rows: in bf16 4096 at a time take 0.6 of the time of 512."""
+    if device != "cpu":
+        return 4096
+    return 512 if weight.numel() < 2**22 else max(512, 2**29 // (weight[0] * itemsize))
 
 
-def _log_probs(h: torch.Tensor, w: torch.Tensor, n_content: int) -> torch.Tensor:
-    """h (N, C), w (V, C) of one dtype -> log-softmax (N, V), at least fp32. Markers and spare ids (>= n_content) cannot
-    be predicted, in any arm: their log-probability is -inf."""
-    logits = h @ w.T
+def block_rows(device: str, vocabulary: int) -> int:
+    """Rows of a chunk that go through the softmax together: on a CPU some 3 MB in fp32, which its cache holds from pass
+    to pass; a GPU wants a whole chunk in one kernel."""
+    return max(1, 800_000 // vocabulary) if device == "cpu" else 4096
+
+
+def _log_probs(logits: torch.Tensor, n_content: int) -> torch.Tensor:
+    """logits (N, V) -> log-softmax (N, V), at least fp32. Markers and spare ids (>= n_content) cannot be predicted, in
+    any arm: their log-probability is -inf."""
+    logits = logits.to(_sum_dtype(logits.dtype), copy=True)
     logits[:, n_content:] = -math.inf
-    return torch.log_softmax(logits, -1, dtype=_sum_dtype(h.dtype))
+    return torch.log_softmax(logits, -1)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,26 +42,42 @@ def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
+def _nats_and_slopes(logits: torch.Tensor, targets: torch.Tensor, n_content: int) -> torch.Tensor:
+    """logits (N, V), targets (N,) -> nats of the scored targets (); logits become d nats / d logits, in place."""
+    total = torch.zeros((), dtype=_sum_dtype(logits.dtype), device=logits.device)
+    block = block_rows(logits.device.type, logits.size(1))
+    for part, t in zip(logits.split(block), targets.split(block), strict=True):
+        logp, scored, t = _log_probs(part, n_content), (t >= 0)[:, None], t.clamp(min=0)[:, None]
+        total -= torch.where(scored, logp.gather(1, t), 0).sum()
+        d = logp.exp_()  # softmax - onehot; before it is rounded, for it is small where the target is likely
+        d.scatter_add_(1, t, -torch.ones_like(t, dtype=d.dtype))
+        part.copy_(torch.where(scored, d, 0))
+    return total
+
+
 class _SummedNats(torch.autograd.Function):
     """Sum of cross-entropies of hidden @ weight.T, with the gradients made in the forward, chunk by chunk."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, n_content, dtype, chunk):
-        w = weight.to(dtype)
+        w, n = weight.to(dtype), hidden.size(0)
         total = torch.zeros((), dtype=_sum_dtype(dtype), device=hidden.device)
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=_sum_dtype(dtype))
-        for start in range(0, hidden.size(0), chunk):
+        d_hidden, d_weight = torch.empty_like(hidden), None
+        # on a CPU the pages of a new tensor of this size cost a third of the product
+        buffer = torch.empty(min(n, chunk), w.size(0), dtype=dtype) if hidden.device.type == "cpu" else None
+        for start in range(0, n, chunk):
             rows = slice(start, start + chunk)
-            h, t = hidden[rows].to(dtype), targets[rows].clamp(min=0)[:, None]
-            scored = (targets[rows] >= 0)[:, None]
-            logp = _log_probs(h, w, n_content)
-            total -= torch.where(scored, logp.gather(1, t), 0).sum()
-            d = logp.exp_()  # d nats / d logits = softmax - onehot
-            d.scatter_add_(1, t, -torch.ones_like(t, dtype=d.dtype))
-            d = d.to(dtype)
-            # rows without a target drop out of the narrow products, cheaper than out of d
-            d_hidden[rows] = torch.where(scored, d @ w, 0).to(hidden.dtype)
-            d_weight += d.T @ torch.where(scored, h, 0)
+            h = hidden[rows].to(dtype)
+            d = torch.mm(h, w.T, out=None if buffer is None else buffer[: h.size(0)])
+            total += _nats_and_slopes(d, targets[rows], n_content)
+            d_hidden[rows] = d @ w
+            if d_weight is None:
+                d_weight = (d.T @ h).to(_sum_dtype(dtype))
+            elif dtype == d_weight.dtype:
+                d_weight.addmm_(d.T, h)
+            else:
+                d_weight += d.T @ h
+            del d  # or there would be two of them
         ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
         return total
 
@@ -64,32 +92,45 @@ def summed_nats(hidden, weight, targets, n_content: int, chunk: int | None = Non
 
     hidden (N, C), weight (V, C), targets (N,), negative where nothing is scored -> scalar, fp32. The products run in
     autocast's dtype, softmax and sums in fp32 (float64 stays float64)."""
-    chunk = chunk or chunk_rows(hidden.device.type)
-    return _SummedNats.apply(hidden, weight, targets, n_content, _compute_dtype(hidden), chunk)
+    dtype = _compute_dtype(hidden)
+    chunk = chunk or chunk_rows(hidden.device.type, weight.shape, dtype.itemsize)
+    # a compiler would unroll the many small blocks of a CPU
+    apply = torch.compiler.disable(_SummedNats.apply) if hidden.device.type == "cpu" else _SummedNats.apply
+    return apply(hidden, weight, targets, n_content, dtype, chunk)
 
 
 @torch.no_grad()
 def token_nats(hidden, weight, targets, n_content: int, chunk: int | None = None) -> torch.Tensor:
     """Nats of every target (N,), 0 where nothing is scored; shapes as in summed_nats."""
-    dtype, chunk = _compute_dtype(hidden), chunk or chunk_rows(hidden.device.type)
-    out = []
+    dtype = _compute_dtype(hidden)
+    chunk = chunk or chunk_rows(hidden.device.type, weight.shape, dtype.itemsize)
+    block, w, out = block_rows(hidden.device.type, weight.size(0)), weight.to(dtype), []
     for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        nats = -_log_probs(h.to(dtype), weight.to(dtype), n_content).gather(1, t.clamp(min=0)[:, None]).squeeze(1)
-        out.append(torch.where(t >= 0, nats, 0))
+        for part, t_part in zip((h.to(dtype) @ w.T).split(block), t.split(block), strict=True):
+            nats = -_log_probs(part, n_content).gather(1, t_part.clamp(min=0)[:, None]).squeeze(1)
+            out.append(torch.where(t_part >= 0, nats, 0))
     return torch.cat(out)
 
 
+def scored_rows(hidden, targets, scored_index) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden (B, T, C), targets (B, T), scored_index (B, S) as in a Batch -> hidden (N, C) and targets (N,) of the rows
+    that are scored, so that the head is not computed at the others; N = B S is the same for every batch."""
+    if scored_index.size(1) < targets.size(1):
+        hidden, targets = gather_rows(hidden, scored_index), F.pad(targets, (0, 1), value=-100).gather(1, scored_index)
+    return hidden.flatten(0, 1), targets.flatten()
+
+
 class Objective(nn.Module):
-    """A model and its loss as one module, which is what DDP and torch.compile wrap -> summed nats."""
+    """A model and its loss as one module, which DDP and torch.compile wrap: fields of a Batch -> summed nats."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens, targets, positions, meta_index):
+    def forward(self, tokens, targets, positions, meta_index, scored_index):
         hidden = self.model(tokens, positions, meta_index)
-        n_content = self.model.cfg.content_vocab_size
-        return summed_nats(hidden.flatten(0, 1), self.model.wte.weight, targets.flatten(), n_content)
+        hidden, targets = scored_rows(hidden, targets, scored_index)
+        return summed_nats(hidden, self.model.wte.weight, targets, self.model.cfg.content_vocab_size)
 
 
 class Tally:

@@ -58,8 +58,10 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x (B, T, C), index (B, M) in [0, T] -> (B, M, C); a pad, T, reads zeros.
 
     Pads come last, so no real row attends to them, but a weight of 0 would not silence what is not a number."""
-    T = x.size(1)
-    rows = x.gather(1, index.clamp(max=T - 1)[..., None].expand(-1, -1, x.size(2)))
+    B, T, C = x.shape
+    flat = index.clamp(max=T - 1) + T * torch.arange(B, device=index.device)[:, None]
+    # torch.gather would save all of x for its backward, index_select saves its shape
+    rows = x.flatten(0, 1).index_select(0, flat.flatten()).view(B, -1, C)
     return torch.where((index < T)[..., None], rows, 0)
 
 

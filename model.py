@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from config import GPTConfig, UserError
 from meta_attention import CausalSelfAttention, MetaAttention, gather_rows
@@ -77,6 +78,7 @@ class GPT(nn.Module):
                 f"content_vocab_size={cfg.content_vocab_size} must lie in 1 .. vocab_size={cfg.vocab_size}."
             )
         self.cfg = cfg
+        self.recompute = False  # activation checkpointing: what a block saves is made again in the backward
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.position == "learned":
             self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
@@ -124,7 +126,10 @@ class GPT(nn.Module):
                 rotate_meta = functools.partial(rotate, cos=cos, sin=sin)
         x = self.drop(x)
         for block in self.h:
-            x = block(x, meta_index, rotate_all, rotate_meta)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, meta_index, rotate_all, rotate_meta, use_reentrant=False)
+            else:
+                x = block(x, meta_index, rotate_all, rotate_meta)
         return self.ln_f(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -27,12 +27,12 @@ import checkpoint
 import pretrained
 from cli import load_config, run_cli
 from config import TrainConfig, UserError, to_dict
-from data.loader import Windows, step_windows, window_order
+from data.loader import Batch, Windows, step_windows, window_order
 from data.verify import verify
 from dist import Dist, autocast, pick_dtype, processes, ranks, why_not_compile
 from estimate import flops_per_window, peak_flops, report
 from guard import Guard
-from loss import Objective, Tally, token_nats
+from loss import Objective, Tally, scored_rows, token_nats
 from model import GPT
 from optim import Optimizer, learning_rate, norms
 from rng import stable_key
@@ -61,9 +61,10 @@ def evaluate(model: GPT, data: Windows, cfg: TrainConfig, dist: Dist, n_windows=
         if not len(batch.tokens):
             continue
         with autocast(dist.device, dtype):
-            hidden = model(batch.tokens, batch.positions, batch.meta_index).flatten(0, 1)
-            nats = token_nats(hidden, model.wte.weight, batch.targets.flatten(), data.tokenizer.n_content)
-        tally.add(nats, batch.targets)
+            hidden = model(batch.tokens, batch.positions, batch.meta_index)
+            hidden, targets = scored_rows(hidden, batch.targets, batch.scored_index)
+            nats = token_nats(hidden, model.wte.weight, targets, data.tokenizer.n_content)
+        tally.add(nats, targets)
     model.train()
     dist.sum(tally.sums)
     return tally.figures()
@@ -151,6 +152,7 @@ class Trainer:
         changed = check_resumable(saved, cfg, self.facts) if saved else []
         self.model = GPT(cfg.model, cfg.seed)
         self.step, self.best, self.evaluated, self.guard = 0, None, None, Guard(cfg)
+        self.ahead: list[Batch] = []  # of the next step
         self.origin = (
             saved.state.get("origin", "unknown") if saved else "scratch"
         )  # of the weights, for whoever finds the checkpoint
@@ -170,6 +172,7 @@ class Trainer:
             self.step, self.best = saved.step, saved.state["best"]
             self.evaluated, self.guard = saved.state.get("evaluated", saved.step), Guard(cfg, saved.state.get("guard"))
         self.model.to(dist.device)
+        self.model.recompute = cfg.activation_checkpointing
         self.optimizer = Optimizer(self.model, cfg)
         if saved:
             saved.restore(self.optimizer)
@@ -177,7 +180,7 @@ class Trainer:
         if not no_compile:
             self.objective = torch.compile(self.objective, dynamic=False)
         if dist.world > 1:
-            self.objective = DistributedDataParallel(self.objective)
+            self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
 
         if dist.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -230,14 +233,18 @@ class Trainer:
         packed = data.manifest["val_text_compressed"]
         self.compressed = f"gzip -9 {packed['gzip_9_bits_per_byte']:.3f}, xz {packed['xz_bits_per_byte']:.3f}"
 
+    def read(self, step: int) -> list[Batch]:
+        """The micro-batches of this process in a step."""
+        mine = step_windows(step, self.cfg, self.train_data.n_windows, self.dist.rank, self.dist.world)
+        return [self.train_data.batch(windows) for windows in mine]
+
     def train_step(self, stop: bool) -> tuple[float, float, bool]:
         """One update, unless the guard skips it -> (mean nats of the global batch, gradient norm, stop?).
 
         The sum of nats is divided by the scored targets of the whole global batch: their number differs between
         micro-batches and processes, so a mean of means would be another loss."""
         cfg, dist = self.cfg, self.dist
-        mine = step_windows(self.step, cfg, self.train_data.n_windows, dist.rank, dist.world)
-        batches = [self.train_data.batch(windows) for windows in mine]
+        batches = self.ahead or self.read(self.step)
         scored = sum(int((batch.targets >= 0).sum()) for batch in batches)
         # float64 holds any count exactly; MPS has none
         exact = torch.float32 if dist.device.type == "mps" else torch.float64
@@ -253,12 +260,15 @@ class Trainer:
             hold = dist.world > 1 and not last
             with self.objective.no_sync() if hold else nullcontext():
                 with autocast(dist.device, self.dtype):
-                    nats = self.objective(batch.tokens, batch.targets, batch.positions, batch.meta_index)
+                    nats = self.objective(
+                        batch.tokens, batch.targets, batch.positions, batch.meta_index, batch.scored_index
+                    )
                 (nats * (dist.world / scored).float()).backward()  # DDP takes the mean over processes
             total += nats.detach()
         self.norms = norms(self.model) if self.logs(self.step + 1) else {}
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
-        # the one device sync of a step
+        # while a GPU is still at work; what follows waits for it, and is the one device sync of a step
+        self.ahead = self.read(self.step + 1) if self.step + 1 < cfg.max_steps else []
         loss, norm, stops = torch.stack((dist.sum(total / scored), norm.to(scored.dtype), stops)).tolist()
         take, wrong = self.guard.judge(loss, norm)
         if take:

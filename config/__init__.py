@@ -171,6 +171,8 @@ class TrainConfig:
     """auto = bfloat16 autocast where the hardware computes it, else float32"""
     compile: bool = True
     """torch.compile; off, with the reason, where no C++ compiler is found"""
+    activation_checkpointing: bool = False
+    """keep only what goes into a block and make the rest again in the backward: less memory, a third more work"""
 
     # instead of training
     dry_run: bool = False

@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     # the meta-tokens, or for second_attention=random those drawn
     meta_index: torch.Tensor
     meta_count: torch.Tensor  # (B,) int64, how many these are in each row
+    scored_index: torch.Tensor  # (B, S) int64, positions that are scored, increasing; pads are T and come last
 
     def to(self, device: torch.device) -> "Batch":
         if device.type != "cuda":
@@ -81,6 +82,15 @@ def random_positions(windows: np.ndarray, T: int, fraction: float, seed: int, sp
     return np.array(draws, dtype=np.int64).reshape(len(windows), R)
 
 
+def places_of(there: np.ndarray, width: int) -> np.ndarray:
+    """there (B, T) bool, at most `width` a row, else ValueError -> (B, width) their positions, increasing, padded with
+    T."""
+    if there.sum(axis=1).max(initial=0) > width:
+        raise ValueError(f"a row has more than {width} positions: it would lose some")
+    order = np.argsort(~there, axis=1, kind="stable")[:, :width]
+    return np.where(np.arange(width) < there.sum(axis=1)[:, None], order, there.shape[1])
+
+
 class Windows:
     """The windows of one split: window i is positions [i T, (i + 1) T) of the stream, T = block_size, a whole
     number of chunks. Under both target rules every content token of the stream is scored exactly once per epoch,
@@ -133,12 +143,12 @@ class Windows:
             if window == 0:  # the stream's first content token is scored in no arm: only markers can precede it
                 targets[row, : int(np.argmax(ids != meta))] = IGNORE
         if self.random_fraction is None:
-            is_meta = tokens == meta
-            count = is_meta.sum(axis=1)
-            order = np.argsort(~is_meta, axis=1, kind="stable")[:, : int(count.max(initial=0))]
-            meta_index = np.where(np.arange(order.shape[1]) < count[:, None], order, T)
+            count = (tokens == meta).sum(axis=1)
+            meta_index = places_of(tokens == meta, int(count.max(initial=0)))
         else:
             meta_index = random_positions(windows, T, self.random_fraction, self.seed, self.split)
             count = np.full(len(windows), meta_index.shape[1])
+        # a window's content, and one more where the first token of the next is content and its own first is none
+        scored_index = places_of(targets != IGNORE, min(T, self.content_per_window + 1))
         positions = np.broadcast_to(np.arange(T), tokens.shape).copy()
-        return Batch(*map(torch.from_numpy, (tokens, targets, positions, meta_index, count)))
+        return Batch(*map(torch.from_numpy, (tokens, targets, positions, meta_index, count, scored_index)))

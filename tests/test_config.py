@@ -53,7 +53,14 @@ def test_a_bool_needs_no_value():
     assert (cfg.model.n_layer, cfg.model.bias, cfg.compile, cfg.dry_run) == (2, True, False, True)
     assert load("--compile", "False").compile is False and load("--dry_run=False").dry_run is False
     assert load("--run_name", "x", "--dry_run").run_name == "x"
-    assert schema.bool_names(TrainConfig) == ["bias", "allow_changed_data", "skip_spikes", "compile", "dry_run"]
+    assert schema.bool_names(TrainConfig) == [
+        "bias",
+        "allow_changed_data",
+        "skip_spikes",
+        "compile",
+        "activation_checkpointing",
+        "dry_run",
+    ]
 
 
 def test_the_papers_recipe():
