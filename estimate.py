@@ -8,6 +8,7 @@ tests/test_estimate.py holds them against what PyTorch really multiplies, saves 
 differs (`device` below), the terms follow from PyTorch's source and are not measured yet.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from config import GPTConfig, TrainConfig, UserError, nearest_multiples
 from data.shards import MANIFEST, read_manifest
 from data.tokenizer import Tokenizer
 from dist import pick_dtype
-from loss import chunk_rows
+from loss import block_rows, chunk_rows
 from model import GPT
 from optim import part_of
 from startup import check_arm, recipe_of, with_vocabulary
@@ -114,6 +115,11 @@ def second_rows(cfg: GPTConfig, M: int) -> int:
     return {"none": 0, "meta": M, "causal": T, "random": round(cfg.random_fraction * T)}[cfg.second_attention]
 
 
+def scored_rows(cfg: GPTConfig, M: int) -> int:
+    """Rows of a window with M meta-tokens that the head is computed at, as data/loader.py pads them."""
+    return min(cfg.block_size, cfg.block_size - M + 1)
+
+
 def flops_by_part(cfg: GPTConfig, M: int) -> dict[str, int]:
     """FLOPs of forward and backward on one window with M meta-tokens, in matrix products only.
 
@@ -131,7 +137,7 @@ def flops_by_part(cfg: GPTConfig, M: int) -> dict[str, int]:
         "attention": L * attention(T),
         "second attention": L * attention(second_rows(cfg, M)),
         "MLP": L * 2 * T * 2 * C * inner,
-        "head": 2 * T * C * cfg.vocab_size,
+        "head": 2 * scored_rows(cfg, M) * C * cfg.vocab_size,
     }
     return {part: 3 * flops for part, flops in forward.items() if flops}
 
@@ -175,29 +181,29 @@ def activations(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
     rows = second_rows(cfg, M)
     tables = T
     if cfg.second_attention in ("meta", "random"):
-        # torch.gather saves what it gathers from; with the indices of gather and scatter, and which rows are pads
-        block += attention(rows) + 4 * B * T * C + B * rows * (2 * 8 + 2 * 1)
+        block += attention(rows) + B * rows * (2 * 8 + 2 * 1)  # the indices of gather and scatter; which rows are pads
         tables += rows
     elif cfg.second_attention == "causal":
         block += attention(rows)
     cos_sin = 2 * 4 * B * tables * (C // H // 2) if rope else 0
-    return cfg.n_layer * block + norm(T) + cos_sin + dropout(T, 4)
+    scored = scored_rows(cfg, M)
+    gather = B * scored * (8 + 1) if scored < T else 0
+    return cfg.n_layer * block + norm(T) + cos_sin + dropout(T, 4) + gather
 
 
-def loss_transient(cfg: GPTConfig, B: int, size: int, device: str) -> int:
+def loss_transient(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
     """The most that loss._SummedNats holds at once in its forward, its input included."""
-    n, C, V = B * cfg.block_size, cfg.n_embd, cfg.vocab_size
-    first = min(n, chunk_rows(device))
-    second = min(n - first, first)
-    # one chunk: logits in autocast's dtype, fp32 log-probabilities; under autocast log_softmax converts its input first
-    new = size + 4 + (4 if size == 2 else 0)
-    # of the chunk before, log-probabilities and (another tensor under autocast) d stay until they are named again
-    old = 4 + (size if size == 2 else 0)
-    # d.T @ h is (V, C), and the CPU converts it as a whole to add it to the fp32 sum
-    product = C * (size + (4 if size == 2 and device == "cpu" else 0))
-    chunk = V * max(first * new, first * old + second * new, first * old + product)
+    n, C, V = B * scored_rows(cfg, M), cfg.n_embd, cfg.vocab_size
+    head = torch.Size((V, C))
+    chunk = min(n, chunk_rows(device, head, size))
+    block = min(chunk, block_rows(device, V))
+    # d.T @ h is (V, C), and under autocast there is an fp32 copy of it
+    product = V * C * (size + (4 if size == 2 else 0))
+    # a block's logits in fp32 and their log-softmax
+    most = max(2 * 4 * block * V, 4 * chunk * C, product)
     cast = V * C * size if size == 2 else 0  # of the head's weight
-    return chunk + cast + 4 * (V * C + n * C) + 4 * n * C  # the gradients it makes; hidden
+    first = 4 * V * C if n > chunk else 0  # the gradient that later chunks are added to
+    return chunk * V * size + most + cast + first + 4 * n * C + 4 * n * C  # the gradient of hidden; hidden
 
 
 def memory(cfg: TrainConfig, M: int, dtype: torch.dtype, device: str, accumulation: int) -> dict[str, dict[str, int]]:
@@ -205,18 +211,22 @@ def memory(cfg: TrainConfig, M: int, dtype: torch.dtype, device: str, accumulati
 
     cfg.model has a vocabulary; cfg.n_accelerators is the number of processes."""
     model, size = skeleton(cfg.model), dtype.itemsize
-    B, wte = cfg.micro_batch_size, cfg.model.vocab_size * cfg.model.n_embd
+    B, wte, L = cfg.micro_batch_size, cfg.model.vocab_size * cfg.model.n_embd, cfg.model.n_layer
     P = model.num_params()
     matrices = sum(p.numel() for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2)
+    saved = activations(cfg.model, B, M, size, device)
+    if cfg.activation_checkpointing:
+        block = activations(dataclasses.replace(cfg.model, n_layer=L + 1), B, M, size, device) - saved
+        saved += L * (4 * B * cfg.model.block_size * cfg.model.n_embd - block)  # only what goes into the blocks
     parts = {
         "weights": 4 * P,
-        "gradients": 4 * P,
+        "gradients": 4 * P if cfg.n_accelerators == 1 else 0,  # else they are views of DDP's buckets
         "optimizer": 4 * (2 * P - (matrices if cfg.optimizer == "muon" else 0)),  # Muon has one moment, AdamW two
-        "DDP's buckets": 4 * P if cfg.n_accelerators > 1 else 0,  # a copy of the gradients, kept from step to step
+        "DDP's buckets": 4 * P if cfg.n_accelerators > 1 else 0,  # kept from step to step
         # autocast casts a block's matrices once a forward, and their backward needs the casts
         "casts of weights": 2 * matrices if size == 2 else 0,
-        "activations": activations(cfg.model, B, M, size, device),
-        "loss, while it is made": loss_transient(cfg.model, B, size, device),
+        "activations": saved,
+        "loss, while it is made": loss_transient(cfg.model, B, M, size, device),
     }
     kept = parts["weights"] + parts["optimizer"] + parts["DDP's buckets"]
     forward = kept + parts["casts of weights"] + parts["activations"]
@@ -230,6 +240,12 @@ def memory(cfg: TrainConfig, M: int, dtype: torch.dtype, device: str, accumulati
         # and with earlier micro-batches' it is the third. AdamW's fused update needs nothing of its own
         "backward's end": kept + parts["gradients"] + 4 * wte * (2 if accumulation > 1 else 1),
     }
+    if cfg.activation_checkpointing:
+        # the last block's activations and casts, made again, beside the gradients of the head, of the residual stream
+        # and of the MLP's ends
+        rows = B * cfg.model.block_size * cfg.model.n_embd
+        again = block + (2 * matrices // L if size == 2 else 0) + 4 * wte + rows * (4 + 2 * size)
+        phases["last block's backward"] = forward - parts["casts of weights"] + again
     return {"parts": {name: n_bytes for name, n_bytes in parts.items() if n_bytes}, "phases": phases}
 
 

@@ -51,7 +51,8 @@ def _nats_and_slopes(logits: torch.Tensor, targets: torch.Tensor, n_content: int
         total -= torch.where(scored, logp.gather(1, t), 0).sum()
         d = logp.exp_()  # softmax - onehot; before it is rounded, for it is small where the target is likely
         d.scatter_add_(1, t, -torch.ones_like(t, dtype=d.dtype))
-        part.copy_(torch.where(scored, d, 0))
+        part.copy_(d.masked_fill_(~scored, 0))
+        del logp, d  # or they would be there beside those of the next block
     return total
 
 
@@ -74,7 +75,7 @@ class _SummedNats(torch.autograd.Function):
             if d_weight is None:
                 d_weight = (d.T @ h).to(_sum_dtype(dtype))
             elif dtype == d_weight.dtype:
-                d_weight.addmm_(d.T, h)
+                torch.addmm(d_weight, d.T, h, out=d_weight)
             else:
                 d_weight += d.T @ h
             del d  # or there would be two of them

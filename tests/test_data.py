@@ -135,6 +135,9 @@ def test_window_i_of_every_arm_has_the_same_content(workdir):
             assert batch.meta_count.item() == (0 if name == "n" else 4)
             assert batch.meta_index[0].tolist() == np.flatnonzero(tokens == arm.tokenizer.meta).tolist()
             assert batch.positions[0].tolist() == list(range(arm.T))
+            scored = np.flatnonzero(batch.targets[0] != IGNORE).tolist()
+            index = batch.scored_index[0].tolist()
+            assert index == scored + [arm.T] * (len(index) - len(scored)) and len(index) == (28 if name == "n" else 29)
         assert content["u"] == content["p"] == content["n"]
 
 

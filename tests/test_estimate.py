@@ -14,9 +14,10 @@ import estimate
 import train
 from cli import load_config
 from config import GPTConfig, TrainConfig, UserError
+from data.loader import IGNORE, places_of
 from data.tokenizer import Tokenizer
 from dist import Dist, autocast
-from loss import Objective
+from loss import Objective, scored_rows
 from model import GPT
 from optim import Optimizer
 from tests.conftest import ROOT, cli, override, tree
@@ -36,15 +37,16 @@ def arm(cfg: GPTConfig, second: str, **changes) -> tuple[GPTConfig, int]:
 
 
 def random_batch(cfg: GPTConfig, B: int, M: int) -> tuple[torch.Tensor, ...]:
-    """tokens, targets, positions (B, T) and meta_index (B, M), as in a Batch."""
+    """tokens, targets, positions (B, T), meta_index (B, M) and scored_index (B, S), as in a Batch."""
     T, meta = cfg.block_size, cfg.content_vocab_size
     tokens = torch.randint(0, meta, (B, T))
     rows = estimate.second_rows(cfg, M) if cfg.second_attention == "random" else M
     index = torch.stack([torch.randperm(T)[:rows].sort().values for _ in range(B)])
     if M:
         tokens.scatter_(1, index, meta)
-    targets = torch.where(tokens.roll(-1, 1) == meta, -100, tokens.roll(-1, 1))
-    return tokens, targets, torch.arange(T).expand(B, T).contiguous(), index
+    targets = torch.where(tokens.roll(-1, 1) == meta, IGNORE, tokens.roll(-1, 1))
+    scored = torch.from_numpy(places_of((targets != IGNORE).numpy(), estimate.scored_rows(cfg, M)))
+    return tokens, targets, torch.arange(T).expand(B, T).contiguous(), index, scored
 
 
 # ----------------------------------------------------------------------------- how it is measured
@@ -78,7 +80,8 @@ def saved_bytes(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype) -> tuple[int
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(CPU, dtype):
-        model(*[tensor for i, tensor in enumerate(batch) if i != 1])
+        tokens, targets, positions, index, scored = batch
+        scored_rows(model(tokens, positions, index), targets, scored)
     sizes = [(storage.nbytes(), is_cast) for storage, is_cast in storages.values()]
     return sum(n for n, is_cast in sizes if not is_cast), sum(n for n, is_cast in sizes if is_cast)
 
@@ -107,6 +110,7 @@ def step_peak(cfg: TrainConfig, M: int, dtype: torch.dtype, accumulation: int, t
 
     def prepare():
         model = GPT(cfg.model)
+        model.recompute = cfg.activation_checkpointing
         objective, optimizer = Objective(model), Optimizer(model, cfg)
 
         def step():
@@ -200,6 +204,17 @@ def test_peak_memory_of_a_tiny_step(shape, second, position, dtype, micro, accum
     measured = step_peak(cfg, M, DTYPES[dtype], accumulation, tmp_path)
     name = f"{model.n_embd} wide, {second} {position} {dtype} {optimizer}, {accumulation} micro-batches of {micro}, MB"
     compare(name, predicted, measured, 1e6, within=0.02)
+
+
+@pytest.mark.parametrize(("T", "dtype"), [(512, "fp32"), (4096, "fp32"), (4096, "bf16")])
+def test_peak_memory_with_activation_checkpointing(T, dtype, tmp_path):
+    """Of a short window the peak is the forward's end, of a long one the backward of the last block."""
+    model, M = arm(dataclasses.replace(TINY, n_layer=3, block_size=T), "meta")
+    cfg = TrainConfig(model=model, micro_batch_size=2, n_accelerators=1, activation_checkpointing=True)
+    predicted = max(estimate.memory(cfg, M, DTYPES[dtype], "cpu", 1)["phases"].values())
+    compare(f"T={T} {dtype}, MB", predicted, step_peak(cfg, M, DTYPES[dtype], 1, tmp_path), 1e6, within=0.06)
+    kept = dataclasses.replace(cfg, activation_checkpointing=False)
+    assert max(estimate.memory(kept, M, DTYPES[dtype], "cpu", 1)["phases"].values()) > 1.1 * predicted
 
 
 # ----------------------------------------------------------------------------- names, recipes, the report

@@ -1,12 +1,15 @@
 import math
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loss import Tally, summed_nats, token_nats
+from data.loader import Windows
+from loss import Tally, scored_rows, summed_nats, token_nats
 
 
 def reference(hidden, weight, targets, n_content):
@@ -28,18 +31,36 @@ def case(N, seed, dtype=torch.float64, V=17, n_content=13, C=6):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 20), st.integers(1, 25), st.integers(0, 10**6))
-def test_equals_the_reference_for_any_chunk(N, chunk, seed):
+@given(st.integers(1, 20), st.integers(1, 25), st.integers(1, 9), st.integers(0, 10**6))
+def test_equals_the_reference_for_any_chunk_and_block(N, chunk, block, seed):
     hidden, weight, targets, n = case(N, seed)
     slow = reference(hidden, weight, targets, n)
-    torch.testing.assert_close(token_nats(hidden, weight, targets, n, chunk), slow.detach())
-    fast = summed_nats(hidden, weight, targets, n, chunk)
+    with mock.patch("loss.block_rows", lambda device, vocabulary: block):
+        torch.testing.assert_close(token_nats(hidden, weight, targets, n, chunk), slow.detach())
+        fast = summed_nats(hidden, weight, targets, n, chunk)
     torch.testing.assert_close(fast, slow.sum())
     for ours, expected in zip(
         torch.autograd.grad(fast * 0.7, (hidden, weight)),
         torch.autograd.grad(slow.sum() * 0.7, (hidden, weight)),
         strict=True,
     ):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("rule", ["ignore", "skip"])
+@pytest.mark.parametrize("name", ["u", "n"])
+def test_the_head_is_computed_where_a_target_is_scored_and_nothing_is_lost(workdir, rule, name):
+    data = Windows(workdir / "data" / name, "val", 28 if name == "n" else 32, rule)
+    batch = data.batch(np.arange(data.n_windows))
+    torch.manual_seed(0)
+    hidden = torch.randn(*batch.tokens.shape, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(data.tokenizer.n_vocab, 6, dtype=torch.float64, requires_grad=True)
+    rows, targets = scored_rows(hidden, batch.targets, batch.scored_index)
+    assert len(rows) == len(targets) == data.n_windows * (28 if name == "n" else 29)
+    whole, few = (summed_nats(h.reshape(-1, 6), weight, t.flatten(), data.tokenizer.n_content)
+                  for h, t in ((hidden, batch.targets), (rows, targets)))  # fmt: skip
+    torch.testing.assert_close(few, whole)
+    for ours, expected in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (few, whole)), strict=True):
         torch.testing.assert_close(ours, expected)
 
 

@@ -227,6 +227,24 @@ def test_ids_that_no_position_predicts_have_no_probability():
     assert torch.isinf(logits[..., 60:]).all() and torch.isfinite(logits[..., :60]).all()
 
 
+@pytest.mark.parametrize("second", ["meta", "none"])
+def test_what_is_made_again_gives_the_same_gradients_to_the_bit(second):
+    """Activation checkpointing, with dropout, which must draw the same masks again."""
+    gradients = []
+    for recompute in (False, True):
+        model = wake(build(second_attention=second, dropout=0.3)).train()
+        model.recompute = recompute
+        torch.manual_seed(5)
+        run = []
+        for block in model.h:
+            block.register_forward_pre_hook(lambda block, _, run=run: run.append(block))
+        model.logits(model(*inputs()))[..., :61].sum().backward()
+        assert len(run) == len(model.h) * (1 + recompute)
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
 def test_dropout_is_dead_in_evaluation():
     tokens, positions, index = inputs()
     lively, without = build(dropout=0.5), build(dropout=0.0)

@@ -1,0 +1,164 @@
+"""Training steps: ours in its arms, nanoGPT's and Hugging Face's GPT-2, and meta-attention under a dense mask."""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+from config import GPTConfig, TrainConfig
+from data.loader import IGNORE, places_of
+from dist import autocast, pick_device
+from loss import Objective
+from meta_attention import MetaAttention
+from model import GPT
+from optim import Optimizer
+
+VOCABULARY, CONTENT = 50304, 50257
+# layers, heads, width, positions of a window, windows a step
+SHAPES = {"gpt2": (12, 12, 768, 1024, 4), "small": (6, 6, 384, 256, 8), "tiny": (4, 3, 192, 512, 8)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What is trained: arm is none, meta, dense (meta-attention under the paper's masks over all rows), nanogpt or hf.
+
+    markers: meta-tokens of each window; nanogpt: the folder of a checkout, which is read and not changed."""
+
+    arm: str
+    dtype: str  # fp32 | bf16
+    compiled: bool
+    shape: tuple[int, int, int, int, int]
+    markers: int = 0
+    vocabulary: tuple[int, int] = (VOCABULARY, CONTENT)
+    nanogpt: str = ""
+    device: str = "auto"
+    recompute: bool = False
+
+    @property
+    def positions(self) -> int:
+        return self.shape[3] * self.shape[4]
+
+    @property
+    def content(self) -> int:
+        return (self.shape[3] - self.markers) * self.shape[4]
+
+    def config(self) -> GPTConfig:
+        n_layer, n_head, n_embd, T, _ = self.shape
+        second = "meta" if self.arm in ("meta", "dense") else "none"
+        return GPTConfig(
+            n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=T, second_attention=second,
+            vocab_size=self.vocabulary[0], content_vocab_size=self.vocabulary[1],
+        )  # fmt: skip
+
+
+def training_step(step: Step) -> Callable[[], None]:
+    """-> a function that makes one whole update (forward, backward, clipping, AdamW), always on the same windows."""
+    torch.manual_seed(0)
+    device = pick_device(step.device)
+    nats, parameters, update = (_ours if step.arm in ("none", "meta", "dense") else _peer)(step, device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[step.dtype]
+
+    def one():
+        with autocast(device, dtype):
+            loss = nats()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        update()
+
+    return one
+
+
+def windows(step: Step) -> tuple[torch.Tensor, ...]:
+    """Random windows: tokens, targets, positions (B, T), meta_index (B, M), scored_index (B, S), as in a Batch."""
+    T, B, meta = step.shape[3], step.shape[4], step.vocabulary[1]
+    tokens = torch.randint(0, meta, (B, T))
+    index = torch.stack([torch.randperm(T)[: step.markers].sort().values for _ in range(B)])
+    tokens.scatter_(1, index, meta)
+    following = torch.cat((tokens[:, 1:], torch.randint(0, meta, (B, 1))), 1)
+    targets = torch.where(following == meta, IGNORE, following)
+    scored = torch.from_numpy(places_of((targets != IGNORE).numpy(), min(T, T - step.markers + 1)))
+    return tokens, targets, torch.arange(T).repeat(B, 1), index, scored
+
+
+def _ours(step: Step, device: torch.device) -> tuple[Callable, list, Callable]:
+    batch = [tensor.to(device) for tensor in windows(step)]
+    model = GPT(step.config())
+    model.recompute = step.recompute
+    if step.arm == "dense":
+        for block in model.h:
+            block.second_attn.__class__ = DenseMeta
+    model.to(device)
+    objective = Objective(model)
+    optimizer = Optimizer(model, TrainConfig(model=step.config()))
+    if step.compiled:
+        objective = torch.compile(objective, dynamic=False)
+    return lambda: objective(*batch) / step.content, list(model.parameters()), lambda: optimizer.step(1e-4)
+
+
+class DenseMeta(MetaAttention):
+    """The same sub-layer as the paper writes it: attention over all rows under both masks, materialised."""
+
+    def forward(self, x, meta_index, norm, rotate=None):
+        B, T, _ = x.shape
+        is_meta = torch.zeros(B, T, dtype=torch.bool, device=x.device).scatter_(1, meta_index, True)
+        pairs = is_meta[:, :, None] & is_meta[:, None, :] & torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+        # a row that is no meta position sees nothing: let it see itself, and drop it afterwards
+        mask = (pairs | torch.eye(T, dtype=torch.bool, device=x.device))[:, None]
+        q, k, v = rearrange(self.c_attn(norm(x)), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
+        if rotate is not None:
+            raise NotImplementedError("the dense layer is measured without rotary positions")
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return x + torch.where(is_meta[..., None], self.c_proj(rearrange(y, "b h t d -> b t (h d)")), 0)
+
+
+def _peer(step: Step, device: torch.device) -> tuple[Callable, list, Callable]:
+    tokens, targets, *_ = (tensor.to(device) for tensor in windows(step))
+    model = (nanogpt_model(step) if step.arm == "nanogpt" else hf_model(step)).to(device)
+    parameters = list(model.parameters())
+    if step.arm == "nanogpt":  # as its train.py has it
+        optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    run = torch.compile(model) if step.compiled else model
+
+    def update():
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    if step.arm == "nanogpt":
+        return lambda: run(tokens, targets)[1], parameters, update
+    return lambda: run(tokens, labels=tokens).loss, parameters, update
+
+
+@functools.cache
+def nanogpt_module(folder: str):
+    path = Path(folder) / "model.py"
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def nanogpt_model(step: Step) -> nn.Module:
+    n_layer, n_head, n_embd, T, _ = step.shape
+    module = nanogpt_module(step.nanogpt)
+    cfg = module.GPTConfig(T, step.vocabulary[0], n_layer, n_head, n_embd, dropout=0.0, bias=False)
+    return module.GPT(cfg)
+
+
+def hf_model(step: Step) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    n_layer, n_head, n_embd, T, _ = step.shape
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=T, vocab_size=step.vocabulary[0],
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    )  # fmt: skip
