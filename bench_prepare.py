@@ -44,7 +44,7 @@ def prepare(folder: Path, *args: str) -> None:
 
 def prepare_anew(*args: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), "--name=timed", *args)
+        prepare(Path(folder), *args, "--name=timed")
 
 
 def inject_all(manifest: dict) -> None:
@@ -72,8 +72,8 @@ def bench(argv: list[str], repeats: int) -> None:
     n_bytes = sum(len(text.encode()) for text in pieces)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, "--name=whole", *argv)
-        prepare(folder, "--name=whole", "--part=1/1", *argv)
+        prepare(folder, *argv, "--name=whole")
+        prepare(folder, *argv, "--name=whole", "--part=1/1")
         tokenizer, manifest = Tokenizer.load(folder / "data/whole"), read_manifest(folder / "data/whole")
         encoding = tokenizer._encoding
 
@@ -87,7 +87,7 @@ def bench(argv: list[str], repeats: int) -> None:
             "tiktoken, documents": lambda: raw(in_calls(documents)),
             "tiktoken, pieces": lambda: raw(in_calls(pieces)),
             "prepare.py": lambda: prepare_anew(*argv),
-            "prepare.py --part=1/1": lambda: prepare_anew("--part=1/1", *argv),
+            "prepare.py --part=1/1": lambda: prepare_anew(*argv, "--part=1/1"),
             "prepare.py --merge": lambda: prepare_anew("--merge", part),
             "importing prepare": lambda: subprocess.run([sys.executable, "-c", "import prepare"], cwd=ROOT, check=True),
             "injection": lambda: inject_all(manifest),
