@@ -83,7 +83,6 @@ def bench(argv: list[str], repeats: int) -> None:
         n_tokens = raw(in_calls(pieces))
         part = str(folder / "data/whole.part1of1")
         functions = {
-            "tiktoken, documents in one call": lambda: raw([documents]),
             "tiktoken, documents": lambda: raw(in_calls(documents)),
             "tiktoken, pieces": lambda: raw(in_calls(pieces)),
             "prepare.py": lambda: prepare_anew(*argv),
