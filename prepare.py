@@ -9,7 +9,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import os
 import shutil
@@ -25,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from cli import load_config, run_cli
 from config import PrepareConfig, UserError, to_dict
 from data.assemble import assemble
-from data.encoders import Encoders, Item
+from data.encoders import Encoders, Item, split_of
 from data.shards import read_manifest, token_dtype
 from data.sources import Piece, Skipped, Source, open_source
 from data.staging import (
@@ -48,14 +47,6 @@ from data.tokenizer import SPEC_FILE, Tokenizer
 from terminal import write_tokens
 
 TOKENIZER_BYTES = 64 * 2**20  # text that a BPE is trained on at most
-
-
-def split_of(text: str, cfg: PrepareConfig) -> str:
-    """train or val, by a hash of the text: it never depends on other documents, and equal texts share a side.
-
-    A long document is hashed piece by piece (64 KiB), so it cannot dominate validation."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=b"split %d" % cfg.seed).digest()
-    return "val" if int.from_bytes(digest, "little") < cfg.val_fraction * 2**64 else "train"
 
 
 def make_tokenizer(cfg: PrepareConfig, source: Source) -> Tokenizer:
@@ -113,31 +104,33 @@ def tokenize(source: Source, work: Path, cfg: PrepareConfig, tokenizer: Tokenize
         TimeRemainingColumn(),
     )
     writer, run = None, None  # run = the split that the current document's last piece went to
-    encoders = Encoders(tokenizer, cfg.workers)
+    encoders = Encoders(tokenizer, cfg)
     with encoders.pool, Progress(*columns, console=console) as progress:
         bar, tokens = progress.add_task("", total=total, completed=bytes_done, rate=""), 0
-        for (unit, number, item), ids in encoders.in_order(new_items(source, work, units, token_bytes)):
-            if writer is None:
-                writer = SegmentWriter(work, unit, len(finished_segments(work, unit, token_bytes)), tokenizer)
-            split = split_of(item.text, cfg) if isinstance(item, Piece) else None
-            if run not in (None, split):  # the document goes on in the other split, or its rest cannot be read
-                writer.end_document(run)
-                run = None
-            if isinstance(item, Skipped):
-                writer.skip(item)
-            elif isinstance(item, Piece):
-                writer.add(split, ids)
-                run = split
-                if item.last:
-                    writer.end_document(split)
+        for task in encoders.in_order(new_items(source, work, units, token_bytes)):
+            n_bytes = 0
+            for (unit, number, item), encoded in task:
+                if writer is None:
+                    writer = SegmentWriter(work, unit, len(finished_segments(work, unit, token_bytes)), tokenizer)
+                split = encoded.split if encoded else None
+                if run not in (None, split):  # the document goes on in the other split, or its rest cannot be read
+                    writer.end_document(run)
                     run = None
-            if item is None or (run is None and writer.tokens >= SEGMENT_TOKENS):
-                writer.close(number, ends_unit=item is None)
-                writer = None
-            tokens += len(ids)
+                if isinstance(item, Skipped):
+                    writer.skip(item)
+                elif encoded:
+                    writer.add(*encoded)
+                    tokens, n_bytes = tokens + len(encoded.ids), n_bytes + encoded.n_bytes
+                    run = split
+                    if item.last:
+                        writer.end_document(split)
+                        run = None
+                if item is None or (run is None and writer.tokens >= SEGMENT_TOKENS):
+                    writer.close(number, ends_unit=item is None)
+                    writer = None
             units_text = "" if total else f", unit {units.index(unit) + 1:,} of {len(units):,}"
             rate = f"{tokens / max(progress.tasks[0].elapsed or 0, 1e-9):,.0f} tokens/s{units_text}"
-            progress.update(bar, advance=int(tokenizer.token_bytes[ids].sum()), rate=rate)
+            progress.update(bar, advance=n_bytes, rate=rate)
 
 
 def all_segments(folders: list[Path], n_units: int, token_bytes: int) -> list[tuple[Path, Segment]]:

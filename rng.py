@@ -22,10 +22,16 @@ def uniform_bits(key: int, counter: np.ndarray) -> np.ndarray:
 
     counter: integers of any shape -> uint64 of the same shape."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        z = np.uint64(key) + (np.asarray(counter).astype(np.uint64) + np.uint64(1)) * _GOLDEN
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+        z = np.array(counter, dtype=np.uint64)  # all in two buffers: fresh ones cost more than the arithmetic
+        high = np.empty_like(z)
+        z *= _GOLDEN
+        z += np.uint64(key) + _GOLDEN
+        z ^= np.right_shift(z, np.uint64(30), out=high)
+        z *= np.uint64(0xBF58476D1CE4E5B9)
+        z ^= np.right_shift(z, np.uint64(27), out=high)
+        z *= np.uint64(0x94D049BB133111EB)
+        z ^= np.right_shift(z, np.uint64(31), out=high)
+        return z
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:

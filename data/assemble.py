@@ -5,6 +5,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from config import PrepareConfig, UserError
 from data.inject import inject, marker_places
 from data.shards import MANIFEST, ShardWriter, token_dtype
-from data.staging import SPLITS, Segment, read_segment
+from data.staging import BLOCK_TOKENS, SPLITS, Segment, read_segment
 from data.tokenizer import Tokenizer
 from rng import stable_key
 
@@ -27,6 +28,7 @@ class SplitWriter:
         self.cfg, self.tokenizer, self.split = cfg, tokenizer, split
         chunk = self.C + self.M  # whole chunks in a shard
         self.shards = ShardWriter(folder, split, tokenizer.n_vocab, -(-cfg.shard_tokens // chunk) * chunk)
+        self.dtype = token_dtype(tokenizer.n_vocab)
         self.key = stable_key(cfg.seed, "marker places", split)
         self.content_hash = hashlib.sha256()
         self.chunks = self.bytes = 0
@@ -34,19 +36,20 @@ class SplitWriter:
         self._pending_tokens = 0
 
     def add(self, ids: np.ndarray) -> None:
+        """ids (N,) of the dtype of shards."""
         self._pending.append(ids)
         self._pending_tokens += len(ids)
-        if self._pending_tokens >= 2**18:  # large enough to be quick, small in memory
+        if self._pending_tokens >= BLOCK_TOKENS:
             self._flush()
 
     def _flush(self) -> None:
-        stream = np.concatenate(self._pending) if self._pending else np.empty(0, np.uint32)
+        stream = np.concatenate([np.empty(0, self.dtype), *self._pending])
         n = len(stream) // self.C
         content, rest = stream[: n * self.C].reshape(n, self.C), stream[n * self.C :]
         if n:
             places = marker_places(self.cfg.injection, self.chunks, n, self.C, self.M, self.key)
             self.shards.write(inject(content, places, self.tokenizer.meta).reshape(-1))
-            self.content_hash.update(content.astype(token_dtype(self.tokenizer.n_vocab)).tobytes())
+            self.content_hash.update(content)
             self.bytes += int(self.tokenizer.token_bytes[content].sum())
             self.chunks += n
         self._pending, self._pending_tokens = [rest], len(rest)
@@ -73,30 +76,20 @@ class SplitWriter:
         }
 
 
-class Compressors:
+def compressed(segments: list[tuple[Path, Segment]], tokenizer: Tokenizer) -> dict:
     """Bits per byte of gzip -9 and xz on (the first 8 MiB of) the validation text: what a model has to beat."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.gzip, self.xz = zlib.compressobj(9, wbits=31), lzma.LZMACompressor()
-        self.bytes = self.gzip_bytes = self.xz_bytes = 0
-
-    def add(self, ids: np.ndarray) -> None:
-        if self.bytes < COMPRESSOR_BYTES:
-            raw = self.tokenizer.text_bytes(ids)[: COMPRESSOR_BYTES - self.bytes]
-            self.bytes += len(raw)
-            self.gzip_bytes += len(self.gzip.compress(raw))
-            self.xz_bytes += len(self.xz.compress(raw))
-
-    def finish(self) -> dict:
-        self.gzip_bytes += len(self.gzip.flush())
-        self.xz_bytes += len(self.xz.flush())
-        size = max(self.bytes, 1)
-        return {
-            "bytes": self.bytes,
-            "gzip_9_bits_per_byte": round(8 * self.gzip_bytes / size, 4),
-            "xz_bits_per_byte": round(8 * self.xz_bytes / size, 4),
-        }
+    dtype, text = token_dtype(tokenizer.n_vocab), bytearray()
+    for ids in (ids for where, segment in segments for ids in read_segment(where, segment, "val", dtype)):
+        text += tokenizer.text_bytes(ids)
+        if len(text) >= COMPRESSOR_BYTES:
+            break
+    del text[COMPRESSOR_BYTES:]
+    size = max(len(text), 1)
+    return {
+        "bytes": len(text),
+        "gzip_9_bits_per_byte": round(8 * len(zlib.compress(text, 9, wbits=31)) / size, 4),
+        "xz_bits_per_byte": round(8 * len(lzma.compress(text)) / size, 4),
+    }
 
 
 def assemble(
@@ -117,16 +110,16 @@ def assemble(
     note = f" ({n_skipped} documents were skipped, {': '.join(skipped[0])})" if skipped else ""
     if not any(segment.splits[split]["tokens"] for _, segment in segments for split in SPLITS):
         raise UserError(f"there is no text in {description}{note}: give files with text.")
-    compressors, splits = Compressors(tokenizer), {}
-    for split in SPLITS:
-        writer = SplitWriter(folder, split, cfg, tokenizer)
-        for where, segment in segments:
-            for ids in read_segment(where, segment, split, token_dtype(tokenizer.n_vocab)):
-                writer.add(ids)
-                if split == "val":
-                    compressors.add(ids)
-                advance(len(ids))
-        splits[split] = writer.finish(sum(segment.splits[split]["documents"] for _, segment in segments), note)
+    splits = {}
+    with ThreadPoolExecutor(1) as beside:  # compressing takes seconds, without the interpreter
+        compressing = beside.submit(compressed, segments, tokenizer)
+        for split in SPLITS:
+            writer = SplitWriter(folder, split, cfg, tokenizer)
+            for where, segment in segments:
+                for ids in read_segment(where, segment, split, token_dtype(tokenizer.n_vocab)):
+                    writer.add(ids)
+                    advance(len(ids))
+            splits[split] = writer.finish(sum(segment.splits[split]["documents"] for _, segment in segments), note)
     manifest = {
         "format": 1,
         "command": command,
@@ -145,7 +138,7 @@ def assemble(
         "val_fraction": cfg.val_fraction,
         "documents_skipped": n_skipped,
         "skipped": skipped,
-        "val_text_compressed": compressors.finish(),
+        "val_text_compressed": compressing.result(),
         "splits": splits,
     }
     for name, content in tokenizer.files().items():

@@ -7,6 +7,8 @@ import numpy as np
 
 from rng import uniform_bits
 
+IN_CACHE = 2**13  # random numbers drawn at a time: they and their copies stay in a core's cache, which halves the time
+
 
 def marker_places(injection: str, first_chunk: int, n_chunks: int, C: int, M: int, key: int) -> np.ndarray:
     """Which places of chunks first_chunk .. first_chunk + n_chunks - 1 hold markers -> bool (n_chunks, C + M).
@@ -22,10 +24,12 @@ def marker_places(injection: str, first_chunk: int, n_chunks: int, C: int, M: in
     elif injection == "periodic":
         places[:, (np.arange(1, M + 1) * n) // M - 1] = True
     elif injection == "uniform":
-        # the M places with the smallest random numbers are a uniformly drawn set
-        counter = np.arange(first_chunk * n, (first_chunk + n_chunks) * n, dtype=np.uint64).reshape(n_chunks, n)
-        chosen = np.argpartition(uniform_bits(key, counter), M - 1, axis=1)[:, :M]
-        np.put_along_axis(places, chosen, True, axis=1)
+        # the M places with the smallest random numbers are a uniformly drawn set; no two numbers of a key are equal
+        step = max(1, IN_CACHE // n)
+        for start in range(0, n_chunks, step):
+            chunks = np.arange(first_chunk + start, first_chunk + min(start + step, n_chunks), dtype=np.uint64)
+            bits = uniform_bits(key, chunks[:, None] * np.uint64(n) + np.arange(n, dtype=np.uint64))
+            places[start : start + step] = bits <= np.partition(bits, M - 1, axis=1)[:, M - 1 : M]
     else:
         raise ValueError(f"unknown injection {injection!r}")
     return places

@@ -15,12 +15,13 @@ import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 from config import PrepareConfig, UserError, nearest_name, printable
 from data.files import parse_json
 
 PIECE_CHARS = 64 * 1024  # small beside any validation split, long beside any window
+READ_BYTES = 2**20  # of a file at a time
 UNITS, UNIT_BYTES = 64, 256 * 2**20  # files are grouped into some 64 units, or into more of about this size
 ROWS = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")  # files whose rows are documents
 STDLIB_SUFFIXES = (".py", ".txt", ".rst")
@@ -59,7 +60,7 @@ def open_source(cfg: PrepareConfig) -> Source:
     root = None
     if cfg.source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        paths = sorted(path for path in root.rglob("*") if path.suffix in STDLIB_SUFFIXES and _wanted(path, root))
+        paths = sorted(_files_below(root, STDLIB_SUFFIXES))
         description = f"standard library of Python {sysconfig.get_python_version()} ({', '.join(STDLIB_SUFFIXES)})"
     elif cfg.source == "packages":
         paths = [path for name in cfg.packages for path in _package_files(name)]
@@ -111,7 +112,6 @@ class FileSource:
                 elif path.name.endswith(ROWS):
                     yield from _read_jsonl(path, self.column)
                 else:
-                    check_utf8(path)
                     yield from read_pieces(path)
             except UnicodeDecodeError as error:
                 yield Skipped(str(path), f"not UTF-8 at byte {error.start}")
@@ -132,37 +132,46 @@ def _grouped(paths: list[Path], sizes: list[int], least: float) -> Iterator[list
         yield group
 
 
-def check_utf8(path: Path) -> None:
-    """Raises UnicodeDecodeError, with the byte's place in the file, before any of the document is used."""
-    decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            pending = len(decoder.getstate()[0])
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError as error:
-                error.start += done - pending
-                raise
-            done += len(block)
-        decoder.decode(b"", final=True)
-
-
 def read_pieces(path: Path) -> Iterator[Piece]:
-    """The text of a UTF-8 file in pieces, never holding more than one or two of them."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    """The text of a UTF-8 file in pieces, a megabyte or two of it in memory. Raises UnicodeDecodeError, with the byte's
+    place in the file, before any of the document is used."""
     with open(path, "rb") as file:
-        yield from pieces_of(decoder.decode(block) for block in iter(lambda: file.read(PIECE_CHARS), b""))
+        start = file.read(READ_BYTES)
+        if len(start) < READ_BYTES:  # most files
+            yield from pieces_of([start.decode()])
+            return
+        file.seek(0)
+        for _ in _decoded(file):  # a long one is read twice: a bad byte at its end counts, too
+            pass
+        file.seek(0)
+        yield from pieces_of(_decoded(file))
+
+
+def _decoded(file: BinaryIO) -> Iterator[str]:
+    decoder, done, block = codecs.getincrementaldecoder("utf-8")(), 0, b"any"
+    while block:
+        block = file.read(READ_BYTES)
+        pending = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            error.start += done - pending
+            raise
+        done += len(block)
+        yield text
 
 
 def pieces_of(parts: Iterable[str]) -> Iterator[Piece]:
     """A document, given in parts of any size, cut after the last line break within PIECE_CHARS (or there)."""
     text = ""
     for part in parts:
-        text += part
-        while len(text) > PIECE_CHARS:
-            cut = text.rfind("\n", 0, PIECE_CHARS) + 1 or PIECE_CHARS
-            yield Piece(text[:cut], last=False)
-            text = text[cut:]
+        text, start = text + part, 0
+        while len(text) - start > PIECE_CHARS:
+            end = start + PIECE_CHARS
+            cut = text.rfind("\n", start, end) + 1 or end
+            yield Piece(text[start:cut], last=False)
+            start = cut
+        text = text[start:]
     if text:
         yield Piece(text, last=True)
 
@@ -245,8 +254,11 @@ def _no_column(where: str, column: str, columns: list[str]) -> str:
     return f"{where} has no column {column!r}, its columns are {', '.join(columns)}: {cure}"
 
 
-def _wanted(path: Path, root: Path) -> bool:
-    return not any(part in LEFT_OUT for part in path.relative_to(root).parts) and path.is_file()
+def _files_below(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]  # not even entered
+        paths = (Path(folder, name) for name in names if os.path.splitext(name)[1] in suffixes)
+        yield from (path for path in paths if path.is_file())
 
 
 def _package_name(requirement: str) -> str:

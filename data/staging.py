@@ -28,6 +28,7 @@ from data.tokenizer import Tokenizer
 PLAN = "plan.json"
 COUNTS = ("tokens", "bytes", "documents")  # of each split in a segment
 SEGMENT_TOKENS = 2**24  # a segment ends with the first document beyond: some seconds of work, and few files
+BLOCK_TOKENS = 2**16  # read at a time: what is computed from them stays in a core's cache
 SKIPPED_NAMED = 100  # so many of a segment's skipped documents are named, all are counted
 # settings that merging or another machine may choose anew; all others decide about the segments
 FREE = ("name", "recipe", "injection", "chunk_content", "chunk_markers", "shard_tokens", "workers", "merge", "inspect")
@@ -144,12 +145,13 @@ def finished_segments(folder: Path, unit: int, token_bytes: int) -> list[Segment
 
 
 class SegmentWriter:
-    """Writes one segment: `add` ids to a split, `end_document`, `skip`, and `close` makes it count."""
+    """Writes one segment: `add` tokens to their split, `end_document`, `skip`, and `close` makes it count."""
 
     def __init__(self, folder: Path, unit: int, number: int, tokenizer: Tokenizer):
-        self.folder, self.tokenizer = folder, tokenizer
+        self.folder = folder
         self.segment = Segment(unit, number, 0, False, {})
-        self.dtype = token_dtype(tokenizer.n_vocab)
+        self.end = np.array([tokenizer.eot], token_dtype(tokenizer.n_vocab))
+        self.tokens = 0
         self.counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
         self.hashes = {split: hashlib.sha256() for split in SPLITS}
         self.files = {split: open(self._path(split, ".writing"), "wb") for split in SPLITS}
@@ -157,19 +159,16 @@ class SegmentWriter:
     def _path(self, split: str, suffix: str = "") -> Path:
         return self.folder / f"{self.segment.name}.{split}{suffix}"
 
-    @property
-    def tokens(self) -> int:
-        return sum(count["tokens"] for count in self.counts.values())
-
-    def add(self, split: str, ids: np.ndarray) -> None:
-        raw = ids.astype(self.dtype).tobytes()
-        self.files[split].write(raw)
-        self.hashes[split].update(raw)
+    def add(self, split: str, ids: np.ndarray, n_bytes: int) -> None:
+        """ids (N,) of the dtype of shards, which stand for n_bytes of text."""
+        self.files[split].write(ids)
+        self.hashes[split].update(ids)
         self.counts[split]["tokens"] += len(ids)
-        self.counts[split]["bytes"] += int(self.tokenizer.token_bytes[ids].sum())
+        self.counts[split]["bytes"] += n_bytes
+        self.tokens += len(ids)
 
     def end_document(self, split: str) -> None:
-        self.add(split, np.array([self.tokenizer.eot]))
+        self.add(split, self.end, 0)
         self.counts[split]["documents"] += 1
 
     def skip(self, what: Skipped) -> None:
@@ -193,7 +192,7 @@ def read_segment(folder: Path, segment: Segment, split: str, dtype: np.dtype) ->
     """The ids of a segment in blocks. Raises UserError, at its end, if the file is not what was written."""
     path, sha256 = folder / f"{segment.name}.{split}", hashlib.sha256()
     with open(path, "rb") as file:  # not mapped: pages of a mapped file count as the process's memory
-        while block := file.read(2**20 * dtype.itemsize):
+        while block := file.read(BLOCK_TOKENS * dtype.itemsize):
             sha256.update(block)
             if len(block) % dtype.itemsize:
                 break

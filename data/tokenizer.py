@@ -46,7 +46,9 @@ class Tokenizer:
         self.token_bytes = np.zeros(self.n_vocab, dtype=np.int64)
         for token, rank in ranks.items():
             self.token_bytes[rank] = len(token)
-        self.fingerprint = hashlib.sha256(pattern.encode() + b"\0" + self._ranks_text()).hexdigest()
+        pairs = sorted(ranks.items(), key=lambda item: item[1])
+        self._ranks_text = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in pairs)
+        self.fingerprint = hashlib.sha256(pattern.encode() + b"\0" + self._ranks_text).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """text -> ids (N,) uint32. Special tokens have no special meaning: "<|meta|>" in a corpus is just text."""
@@ -94,13 +96,8 @@ class Tokenizer:
             )
         return self._encoding.decode_single_token_bytes(int(token))
 
-    def _ranks_text(self) -> bytes:
-        pairs = sorted(self.ranks.items(), key=lambda item: item[1])
-        return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in pairs)
-
     def files(self) -> dict[str, bytes]:
         """File name -> content: all that `load` needs, for a dataset's folder or a checkpoint."""
-        ranks = self._ranks_text()
         spec = {
             "name": self.name,
             "pattern": self.pattern,
@@ -108,10 +105,10 @@ class Tokenizer:
             "markers": {META: self.meta},
             "n_content": self.n_content,
             "n_vocab": self.n_vocab,
-            "ranks_sha256": hashlib.sha256(ranks).hexdigest(),
+            "ranks_sha256": hashlib.sha256(self._ranks_text).hexdigest(),
             "fingerprint": self.fingerprint,
         }
-        return {SPEC_FILE: json.dumps(spec, indent=2).encode() + b"\n", RANKS_FILE: ranks}
+        return {SPEC_FILE: json.dumps(spec, indent=2).encode() + b"\n", RANKS_FILE: self._ranks_text}
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":

@@ -16,7 +16,7 @@ import prepare
 from config import PrepareConfig, UserError
 from data import sources
 from data.shards import file_sha256
-from data.sources import FileSource, Piece, Skipped, check_utf8, open_source, pieces_of, read_pieces
+from data.sources import FileSource, Piece, Skipped, open_source, pieces_of, read_pieces
 from data.staging import SPLITS, finished_segments
 from data.tokenizer import Tokenizer
 from tests.conftest import cli, manifest, override, refusal, tree, write_texts
@@ -85,12 +85,13 @@ def test_every_format_gives_the_same_shards(formats):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.text(alphabet="ab\n\r é𝄞", max_size=200), st.integers(4, 50), st.integers(1, 60))
-def test_pieces_join_to_the_document_however_it_comes(tmp_path_factory, text, limit, step):
+@given(st.text(alphabet="ab\n\r é𝄞", max_size=200), st.integers(4, 50), st.integers(1, 60), st.integers(1, 300))
+def test_pieces_join_to_the_document_however_it_comes(tmp_path_factory, text, limit, step, read_bytes):
     path = tmp_path_factory.mktemp("p") / "f.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "PIECE_CHARS", limit)
+        patch.setattr(sources, "READ_BYTES", read_bytes)
         pieces = list(read_pieces(path))
         assert pieces == list(pieces_of([text]))
         assert pieces == list(pieces_of(text[i : i + step] for i in range(0, len(text), step)))
@@ -112,12 +113,13 @@ def test_units_are_the_files_in_order(sizes, least):
 def test_the_place_of_bad_utf8_is_the_files(tmp_path):
     path = tmp_path / "bad.txt"
     for n in (0, 5, 2**20 - 1, 2**20 + 3):
-        path.write_bytes(b"a" * n + b"\xc3\x28")
-        with pytest.raises(UnicodeDecodeError) as caught:
-            check_utf8(path)
-        assert caught.value.start == n
-    path.write_bytes("é".encode() * 2**20)  # characters across block borders are fine
-    check_utf8(path)
+        for bad in (b"\xc3\x28", b"\xc3"):  # also where the file ends within a character
+            path.write_bytes(b"a" * n + bad)
+            with pytest.raises(UnicodeDecodeError) as caught:
+                next(read_pieces(path))  # before any of the text
+            assert caught.value.start == n
+    path.write_bytes(b"a" + "é".encode() * 2**20)  # characters across block borders are fine
+    assert "".join(piece.text for piece in read_pieces(path)) == "a" + "é" * 2**20
 
 
 def test_the_embedded_sources_are_in_the_order_of_their_names():
