@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
+from benches.timing import DTYPES, alternate, in_fresh_process, quartiles
 from config import GPTConfig, TrainConfig
 from data.loader import IGNORE, places_of
 from dist import autocast, pick_device
+from estimate import flops_per_window
 from loss import Objective
 from meta_attention import MetaAttention
 from model import GPT
@@ -22,6 +25,7 @@ from optim import Optimizer
 VOCABULARY, CONTENT = 50304, 50257
 # layers, heads, width, positions of a window, windows a step
 SHAPES = {"gpt2": (12, 12, 768, 1024, 4), "small": (6, 6, 384, 256, 8), "tiny": (4, 3, 192, 512, 8)}
+MARKERS = 0.1  # of the positions, in the arm with meta-tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +66,9 @@ def training_step(step: Step) -> Callable[[], None]:
     torch.manual_seed(0)
     device = pick_device(step.device)
     nats, parameters, update = (_ours if step.arm in ("none", "meta", "dense") else _peer)(step, device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[step.dtype]
 
     def one():
-        with autocast(device, dtype):
+        with autocast(device, DTYPES[step.dtype]):
             loss = nats()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -136,8 +139,57 @@ def _peer(step: Step, device: torch.device) -> tuple[Callable, list, Callable]:
     return lambda: run(tokens, labels=tokens).loss, parameters, update
 
 
+def bench(args, peaks: dict[str, float]) -> list[dict]:
+    """A row for each contestant of each shape, dtype and mode; peak memory in eager mode only."""
+    rows = []
+    for name in args.shapes:
+        shape = SHAPES[name]
+        vocabulary = (4160, 4096) if name == "tiny" else (VOCABULARY, CONTENT)
+        arms = {"none": 0, "meta": round(MARKERS * shape[3])}
+        arms |= ({"nanogpt": 0} if args.nanogpt else {}) | ({"hf": 0} if args.hf else {})
+        for dtype, mode in itertools.product(args.dtypes, args.modes):
+            steps = {
+                arm: Step(arm, dtype, mode == "compiled", shape, markers, vocabulary, str(args.nanogpt))
+                for arm, markers in arms.items()
+            }
+            times = alternate({arm: training_step(step) for arm, step in steps.items()}, args.repeats)
+            for arm, step in steps.items():
+                low, middle, high = (step.positions / seconds for seconds in quartiles(times[arm])[::-1])
+                row = {"shape": name, "dtype": dtype, "mode": mode, "who": arm, "positions/s": middle}
+                row |= {"quartiles": f"{low:,.0f} .. {high:,.0f}", "content/s": middle * step.content / step.positions}
+                if arm in ("none", "meta"):
+                    flops = flops_per_window(step.config(), step.markers) / shape[3]
+                    row["share of the matmul peak"] = middle * flops / peaks[dtype]
+                if mode == "eager":
+                    row["peak GB"] = in_fresh_process(training_step, step, repeats=1)[1] / 1e9
+                rows.append(row)
+                print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True)
+    return rows
+
+
+def ratios(rows: list[dict]) -> list[str]:
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["shape"], row["dtype"], row["mode"]), {})[row["who"]] = row
+    out = []
+    for key, group in groups.items():
+        plain = group["none"]
+        sentence = (
+            f"{' '.join(key)}: meta / none {group['meta']['positions/s'] / plain['positions/s']:.3f} in positions/s"
+        )
+        sentence += f", {group['meta']['content/s'] / plain['content/s']:.3f} in content tokens/s"
+        for peer in ("nanogpt", "hf"):
+            if peer in group:
+                sentence += f"; none / {peer} {plain['positions/s'] / group[peer]['positions/s']:.3f}"
+                if "peak GB" in plain:
+                    sentence += f", memory {plain['peak GB'] / group[peer]['peak GB']:.2f}"
+        out.append(sentence)
+    return out
+
+
 @functools.cache
 def nanogpt_module(folder: str):
+    """model.py of a checkout, whatever we have under that name."""
     path = Path(folder) / "model.py"
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)

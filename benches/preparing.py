@@ -1,12 +1,6 @@
-"""Measures preparing against the tokenizer alone: tiktoken's own batch rate on the same text and the same cores.
+"""Preparing against the tokenizer alone: tiktoken's own batch rate on the same text and the same cores."""
 
-python bench_prepare.py --tokenizer=gpt2                      # the embedded corpus
-python bench_prepare.py config/packages.py --tokenizer=gpt2   # 129 MB; any settings of prepare.py, files by full path
-"""
-
-import argparse
 import itertools
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -14,17 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import alternate, spread
-from cli import load_config, run_cli
+from benches.timing import alternate, quartiles
+from cli import load_config
 from config import PrepareConfig, UserError
 from data.inject import inject, marker_places
 from data.shards import read_manifest, token_dtype
 from data.sources import Piece, open_source
 from data.staging import BLOCK_TOKENS
 from data.tokenizer import Tokenizer
-from runlog import environment
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 CALL_CHARS = 16 * 2**20  # text in one call of tiktoken: the lists of ids of 100 MB would be 2 GB
 
 
@@ -58,8 +51,19 @@ def inject_all(manifest: dict) -> None:
             inject(content, places, marker)
 
 
-def bench(argv: list[str], repeats: int) -> None:
-    argv = [str(Path(arg).resolve()) if Path(arg).is_file() else arg for arg in argv]
+def bench(args, peaks: dict[str, float]) -> list[dict]:
+    """End to end, from files to a dataset, each time anew; and the parts of it, which are measured one by one."""
+    rows = []
+    for recipe, tokenizer in (("stdlib", "gpt2"), ("stdlib", "bpe"), ("packages", "gpt2")):
+        argv = [str(ROOT / f"config/{recipe}.py"), f"--tokenizer={tokenizer}", "--workers=2"]
+        try:
+            rows += corpus(f"{recipe}, {tokenizer}", argv, args.repeats)
+        except UserError as error:  # the packages are not installed, say
+            print(f"{recipe} is left out: {error}")
+    return rows
+
+
+def corpus(name: str, argv: list[str], repeats: int) -> list[dict]:
     cfg = load_config(PrepareConfig, argv, config_file=True)
     source = open_source(cfg)
     items = [item for unit in range(source.n_units) for item in source.read(unit) if isinstance(item, Piece)]
@@ -70,8 +74,8 @@ def bench(argv: list[str], repeats: int) -> None:
             documents.append("".join(open_document))
             open_document = []
     n_bytes = sum(len(text.encode()) for text in pieces)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         prepare(folder, *argv, "--name=whole")
         prepare(folder, *argv, "--name=whole", "--part=1/1")
         tokenizer, manifest = Tokenizer.load(folder / "data/whole"), read_manifest(folder / "data/whole")
@@ -92,37 +96,32 @@ def bench(argv: list[str], repeats: int) -> None:
             "injection": lambda: inject_all(manifest),
         }
         times = alternate(functions, repeats)
-    print(
-        f"{source.description}: {n_bytes:,} bytes, {len(documents):,} documents, {n_tokens:,} tokens of "
-        f"{tokenizer.name}; {cfg.workers} threads or workers"
-    )
-    for name, seconds in times.items():
-        rate = statistics.median(seconds)
-        rates = f"{n_bytes / rate / 1e6:6.2f} MB/s {n_tokens / rate / 1e6:6.2f} M tokens/s"
-        print(f"  {name:31} {spread(seconds)}  {rates if 'tiktoken' in name or name == 'prepare.py' else ''}")
-    median = {name: statistics.median(seconds) for name, seconds in times.items()}
-    best = min(median[name] for name in median if name.startswith("tiktoken"))
-    whole, start = median["prepare.py"], median["importing prepare"]
-    parts = {
-        "starting": start,
-        "reading, tokenizing, segments": median["prepare.py --part=1/1"] - start,
-        "markers, shards, compressing": median["prepare.py --merge"] - start,
-    }
-    print(f"prepare.py, end to end / tiktoken at its best: {best / whole:.3f}")
-    print(f"share of injection: {median['injection'] / whole:.1%}")
-    print("where the time goes: " + ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in parts.items()))
+    rows = []
+    for who, seconds in times.items():
+        low, middle, high = quartiles(seconds)
+        row = {"corpus": name, "who": who, "s": middle, "quartiles": f"{low:.2f} .. {high:.2f}"}
+        if "tiktoken" in who or who == "prepare.py":
+            row |= {"MB/s": n_bytes / middle / 1e6, "M tokens/s": n_tokens / middle / 1e6}
+        rows.append(row)
+    return rows
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="timed rounds, after two of warm-up (at least 2)")
-    args, settings = parser.parse_known_args(argv)
-    facts = environment()
-    print(", ".join(f"{key} {facts[key]}" for key in ("processor", "threads", "commit")))
-    bench(settings, args.repeats)
-
-
-if __name__ == "__main__":
-    run_cli(main)
+def ratios(rows: list[dict]) -> list[str]:
+    out = []
+    for name in dict.fromkeys(row["corpus"] for row in rows):
+        s = {row["who"]: row["s"] for row in rows if row["corpus"] == name}
+        best, whole, start = (
+            min(s["tiktoken, documents"], s["tiktoken, pieces"]),
+            s["prepare.py"],
+            s["importing prepare"],
+        )
+        parts = {
+            "starting": start,
+            "reading, tokenizing, segments": s["prepare.py --part=1/1"] - start,
+            "markers, shards, compressing": s["prepare.py --merge"] - start,
+        }
+        out.append(
+            f"{name}: prepare.py, end to end / tiktoken at its best {best / whole:.3f}; injection "
+            f"{s['injection'] / whole:.1%}; " + ", ".join(f"{part} {took / whole:.0%}" for part, took in parts.items())
+        )
+    return out

@@ -1,0 +1,6 @@
+def bench(args, peaks):
+    return []
+
+
+def ratios(rows):
+    return []

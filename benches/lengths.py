@@ -1,0 +1,35 @@
+"""Time and memory of a training step by length and by share of meta-tokens, beside the arithmetic."""
+
+from benches.timing import in_fresh_process, quartiles
+from benches.training import Step, training_step
+from estimate import flops_per_window
+
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+POSITIONS = 8192  # a step, whatever the length
+# arm, share of meta-tokens; "dense": the same model under masks over all rows, as the paper writes it
+ARMS = (("none", 0.0), ("meta", 0.05), ("meta", 0.1), ("meta", 0.2), ("dense", 0.1))
+DENSE_AT_MOST = 4096  # its masks and scores would take most of an hour
+
+
+def bench(args, peaks: dict[str, float]) -> list[dict]:
+    """In bf16, eager, 6 layers of 384, each in a fresh process."""
+    rows = []
+    for T in LENGTHS:
+        for arm, share in ARMS:
+            if arm == "dense" and T > DENSE_AT_MOST:
+                continue
+            step = Step(arm, "bf16", False, (6, 6, 384, T, POSITIONS // T), round(share * T))
+            seconds, memory = in_fresh_process(training_step, step, repeats=args.repeats)
+            low, middle, high = quartiles(seconds)
+            flops = flops_per_window(step.config(), step.markers) * (POSITIONS // T)
+            row = {"T": T, "who": arm, "markers": share, "s a step": middle, "quartiles": f"{low:.2f} .. {high:.2f}"}
+            row |= {"peak GB": memory / 1e9, "TFLOP": flops / 1e12}
+            if "bf16" in peaks:
+                row["s at the matmul peak"] = flops / peaks["bf16"]
+            rows.append(row)
+            print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    return rows
+
+
+def ratios(rows: list[dict]) -> list[str]:
+    return []
