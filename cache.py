@@ -1,0 +1,156 @@
+"""Decoding with a cache: what a sequence has read is kept as keys and values, and only new tokens are computed.
+
+Every block has two caches: of causal attention, all positions; of the second attention, the positions that it connects
+(the markers, so it is small; or those drawn, or all). The new tokens of all sequences are packed into one row (1, N) of
+the model's own forward, whether they are a prompt or one token, so no layer ever sees padding; only attention knows
+which token is whose.
+"""
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from meta_attention import causal_sdpa
+from model import GPT
+
+
+class Store:
+    """Keys and values that one attention of every block has seen, for B sequences: (n_layer, B, S, H, D) each."""
+
+    def __init__(self, n_layer: int, B: int, S: int, H: int, D: int, dtype: torch.dtype, device: torch.device):
+        # zeros, not empty: a masked key has weight 0, and 0 x NaN is NaN. On a CPU untouched pages take no memory
+        self.k, self.v = (torch.zeros(n_layer, B, S, H, D, dtype=dtype, device=device) for _ in range(2))
+        self.used = [0] * B
+
+    def place(self, rows: list[int]) -> None:
+        """Gives a slot to every token of a packed row, and decides what it will look at. rows: whose each token is."""
+        B, S = self.k.shape[1:3]
+        slots, fresh, self.calls = [], None, []
+        for n, row in enumerate(rows):
+            if self.used[row] == 0:  # a prompt: the tokens of one sequence in a row, causal among themselves
+                fresh = row
+                self.calls.append((n, n + 1, None, 0, None))
+            elif row == fresh and self.calls[-1][2] is None:
+                self.calls[-1] = (self.calls[-1][0], n + 1, None, 0, None)
+            else:  # one query that sees all that its sequence has
+                fresh = None
+                self.calls.append((n, n + 1, slice(row, row + 1), self.used[row] + 1, None))
+            slots.append(row * S + self.used[row])
+            self.used[row] += 1
+        self.slots = torch.tensor(slots, device=self.k.device)
+        first = self.calls[:B]
+        if B > 1 and [call[2] for call in first] == [slice(row, row + 1) for row in range(B)]:
+            # all sequences at once, one query each: what is not there yet is masked
+            lengths = [call[3] for call in first]
+            mask, longest = None, max(lengths)
+            if min(lengths) < longest:
+                lengths = torch.tensor(lengths, device=self.k.device)
+                beyond = torch.arange(longest, device=self.k.device) >= lengths[:, None]
+                mask = torch.zeros(beyond.shape, dtype=self.k.dtype, device=self.k.device)
+                mask = mask.masked_fill(beyond, -math.inf)[:, None, None]  # (B, 1, 1, longest)
+            self.calls[:B] = [(0, B, slice(0, B), longest, mask)]
+
+    def attend(self, layer: int, q, k, v):
+        """q, k, v (1, H, N, D) of the placed tokens -> (1, H, N, D). What attention calls in place of causal_sdpa."""
+        for cache, new in ((self.k[layer], k), (self.v[layer], v)):
+            cache.flatten(0, 1).index_copy_(0, self.slots, new[0].transpose(0, 1))
+        out = []
+        for start, end, rows, length, mask in self.calls:
+            if rows is None:
+                out.append(causal_sdpa(*(x[:, :, start:end] for x in (q, k, v)), dropout_p=0.0))
+            else:
+                queries = q[:, :, start:end].transpose(0, 2)  # (B, H, 1, D)
+                keys, values = (x[layer, rows, :length].transpose(1, 2) for x in (self.k, self.v))  # (B, H, length, D)
+                y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+                out.append(y.transpose(0, 2))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+    def keep(self, rows: list[int]) -> None:
+        """Forgets all sequences but these."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.used = [self.used[row] for row in rows]
+
+
+class Decoder:
+    """A model with caches for B sequences. The model is not changed; it must not be while this is in use.
+
+    in_second: (token, position) -> does it take part in the second attention, "meta" or "random"? (If there is none,
+    or it is causal: is it a marker, which may have no position?); second_slots: of how many tokens that cache is.
+    dtype: bfloat16 casts the weights of the products once, for all steps, and computes as autocast does (LayerNorm,
+    residuals and logits stay fp32)."""
+
+    def __init__(self, model: GPT, B: int, in_second: Callable, second_slots: int, dtype: torch.dtype):
+        cfg = model.cfg
+        self.in_second, self.gathered = in_second, cfg.second_attention in ("meta", "random")
+        self.device = model.wte.weight.device
+        self.model = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})  # modules; weights are shared
+        for module in list(self.model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, Product(child, dtype))
+        self.head = model.wte.weight.detach()[: cfg.content_vocab_size].to(dtype)
+        size = (cfg.n_head, cfg.n_embd // cfg.n_head, dtype, self.device)
+        self.causal = Store(cfg.n_layer, B, cfg.block_size, *size)
+        self.stores, self.second = [self.causal], None
+        if cfg.second_attention != "none":
+            self.second = Store(cfg.n_layer, B, second_slots if self.gathered else cfg.block_size, *size)
+            self.stores.append(self.second)
+        self.attends = [
+            tuple(functools.partial(store.attend, layer) for store in self.stores) for layer in range(cfg.n_layer)
+        ]
+
+    @torch.inference_mode()
+    def read(self, new: list[list[int]], sources: list[int]) -> torch.Tensor:
+        """new[b]: tokens that follow what sequence b has read; sources[b]: the one of them, by index, whose prediction
+        is wanted -> logits (B, content_vocab_size), fp32."""
+        used = self.causal.used
+        # prompts one by one, then the first new token of each other sequence, the second ones, and so on
+        fresh = [(b, i) for b, tokens in enumerate(new) if used[b] == 0 for i in range(len(tokens))]
+        rounds = range(max(len(tokens) for tokens in new))
+        steps = [(b, i) for i in rounds for b, tokens in enumerate(new) if used[b] and i < len(tokens)]
+        order = fresh + steps
+        tokens, rows = [new[b][i] for b, i in order], [b for b, _ in order]
+        positions = [used[b] + i for b, i in order]
+        gathered = [n for n, pair in enumerate(zip(tokens, positions, strict=True)) if self.in_second(*pair)]
+        self.causal.place(rows)
+        if self.second is not None:
+            self.second.place([rows[n] for n in gathered] if self.gathered else rows)
+        inputs = (torch.tensor([part], device=self.device, dtype=torch.long) for part in (tokens, positions, gathered))
+        with torch.autocast(self.device.type, enabled=False):
+            hidden = self.model(*inputs, self.attends)[0]  # (N, C)
+            places = {pair: n for n, pair in enumerate(order)}
+            wanted = [places[pair] for pair in enumerate(sources)]
+            return product(hidden[wanted], self.head).float()
+
+    def forget(self, row: int) -> None:
+        """Sequence `row` starts again at position 0."""
+        for store in self.stores:
+            store.used[row] = 0
+
+    def keep(self, rows: list[int]) -> None:
+        """Forgets all sequences but these."""
+        for store in self.stores:
+            store.keep(rows)
+
+
+class Product(nn.Module):
+    """A Linear for decoding, its weight cast beforehand."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+        super().__init__()
+        self.weight = linear.weight.detach().to(dtype)
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+
+    def forward(self, x):
+        return product(x, self.weight, self.bias)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """F.linear in weight's dtype, x (..., N, C), by the way that is fastest on a CPU for few rows."""
+    x = x.to(weight.dtype)
+    return F.linear(x, weight, bias)
