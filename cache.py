@@ -16,14 +16,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from meta_attention import causal_sdpa
-from model import GPT
+from model import GATHERED, GPT
 
 
 class Store:
     """Keys and values that one attention of every block has seen, for B sequences: (n_layer, B, S, H, D) each."""
 
     def __init__(self, n_layer: int, B: int, S: int, H: int, D: int, dtype: torch.dtype, device: torch.device):
-        # zeros, not empty: a masked key has weight 0, and 0 x NaN is NaN. On a CPU untouched pages take no memory
+        # zeros, not empty: a masked key has weight 0, and 0 x NaN is NaN
         self.k, self.v = (torch.zeros(n_layer, B, S, H, D, dtype=dtype, device=device) for _ in range(2))
         self.used = [0] * B
 
@@ -76,30 +76,39 @@ class Store:
         self.used = [self.used[row] for row in rows]
 
 
-class Decoder:
-    """A model with caches for B sequences. The model is not changed; it must not be while this is in use.
+class Weights:
+    """A model made ready for decoding, good for many texts. The model itself is not changed, and unless packed or cast
+    its weights are shared: make a new one after training.
 
-    in_second: (token, position) -> does it take part in the second attention, "meta" or "random"? (If there is none,
-    or it is causal: is it a marker, which may have no position?); second_slots: of how many tokens that cache is.
-    dtype: bfloat16 casts the weights of the products once, for all steps, and computes as autocast does (LayerNorm,
-    residuals and logits stay fp32)."""
+    dtype: bfloat16 casts the weights of the products once, and computes as autocast does (LayerNorm, residuals and
+    logits stay fp32); rows: how many tokens most steps have, the size of the batch."""
 
-    def __init__(self, model: GPT, B: int, in_second: Callable, second_slots: int, dtype: torch.dtype):
-        cfg = model.cfg
-        self.in_second, self.gathered = in_second, cfg.second_attention in ("meta", "random")
-        self.device = model.wte.weight.device
-        self.model = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})  # modules; weights are shared
+    def __init__(self, model: GPT, dtype: torch.dtype, rows: int):
+        self.cfg, self.dtype, self.device = model.cfg, dtype, model.wte.weight.device
+        self.model = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})  # modules alone
         for module in list(self.model.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear):
-                    setattr(module, name, Product(child, dtype))
-        self.head = model.wte.weight.detach()[: cfg.content_vocab_size].to(dtype)
-        size = (cfg.n_head, cfg.n_embd // cfg.n_head, dtype, self.device)
-        self.causal = Store(cfg.n_layer, B, cfg.block_size, *size)
-        self.stores, self.second = [self.causal], None
+                    setattr(module, name, Product(child.weight, child.bias, dtype, rows))
+        self.head = Product(model.wte.weight[: model.cfg.content_vocab_size], None, dtype, rows)
+
+
+class Decoder:
+    """Caches for B sequences, and the one step that reads what is new to them.
+
+    slots, second_slots: positions of a window that will be used at most, and those of them that a second attention
+    "meta" or "random" connects. in_second: (token, position) -> does it connect this one? (If there is none, or it is
+    causal: is it a marker, which may have no position?)"""
+
+    def __init__(self, weights: Weights, B: int, slots: int, second_slots: int, in_second: Callable):
+        cfg = weights.cfg
+        self.weights, self.device = weights, weights.device
+        self.in_second, self.gathered = in_second, cfg.second_attention in GATHERED
+        size = (cfg.n_head, cfg.n_embd // cfg.n_head, weights.dtype, self.device)
+        self.causal, self.second = Store(cfg.n_layer, B, slots, *size), None
         if cfg.second_attention != "none":
-            self.second = Store(cfg.n_layer, B, second_slots if self.gathered else cfg.block_size, *size)
-            self.stores.append(self.second)
+            self.second = Store(cfg.n_layer, B, second_slots if self.gathered else slots, *size)
+        self.stores = [store for store in (self.causal, self.second) if store is not None]
         self.attends = [
             tuple(functools.partial(store.attend, layer) for store in self.stores) for layer in range(cfg.n_layer)
         ]
@@ -122,10 +131,10 @@ class Decoder:
             self.second.place([rows[n] for n in gathered] if self.gathered else rows)
         inputs = (torch.tensor([part], device=self.device, dtype=torch.long) for part in (tokens, positions, gathered))
         with torch.autocast(self.device.type, enabled=False):
-            hidden = self.model(*inputs, self.attends)[0]  # (N, C)
+            hidden = self.weights.model(*inputs, self.attends)[0]  # (N, C)
             places = {pair: n for n, pair in enumerate(order)}
             wanted = [places[pair] for pair in enumerate(sources)]
-            return product(hidden[wanted], self.head).float()
+            return self.weights.head(hidden[wanted]).float()
 
     def forget(self, row: int) -> None:
         """Sequence `row` starts again at position 0."""
@@ -139,18 +148,24 @@ class Decoder:
 
 
 class Product(nn.Module):
-    """A Linear for decoding, its weight cast beforehand."""
+    """A Linear for decoding: its weight is cast beforehand and, on a CPU, laid out as oneDNN's kernels read it.
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+    On few rows F.linear rearranges a bf16 weight in every call, and is slow with fp32. The packed product, the one that
+    torch.compile emits, reads every weight once, and takes as long for 10 rows as for 1. One fp32 row has nothing to
+    gain: F.linear reads the weights as fast as memory gives them, and no copy is made."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, rows: int):
+        """rows: how many there are in most steps."""
         super().__init__()
-        self.weight = linear.weight.detach().to(dtype)
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.weight = weight.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self.packed = on_cpu and (rows > 1 or dtype == torch.bfloat16)
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
 
     def forward(self, x):
-        return product(x, self.weight, self.bias)
-
-
-def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear in weight's dtype, x (..., N, C), by the way that is fastest on a CPU for few rows."""
-    x = x.to(weight.dtype)
-    return F.linear(x, weight, bias)
+        x = x.to(self.weight.dtype)
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)

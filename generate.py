@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cache import Decoder
+from cache import Decoder, Weights
 from checkpoint import Run
 from config import UserError
 from data.inject import marker_places
@@ -74,6 +74,14 @@ def lay_out(run: Run, content: np.ndarray, plan: MarkerPlan) -> list[int]:
     return ids
 
 
+def prepare(run: Run, batch: int = 1) -> Weights:
+    """The run's weights as decoding reads them fastest for batches of this size: cast once if autocast is on, packed
+    where that helps. The run's model stays as it is."""
+    device = run.model.wte.weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    return Weights(run.model, dtype, batch)
+
+
 def generate(
     run: Run,
     prompt: list[int],
@@ -84,15 +92,16 @@ def generate(
     top_p: float = 1.0,
     seed: int = 1337,
     stop_at_endoftext: bool = False,
+    weights: Weights | None = None,
 ) -> Iterator[int]:
     """Continues `prompt` (ids, markers included) and yields ids as they come: max_new_tokens of content, and the
     markers that the plan puts between them.
 
     Under target rule "skip" a content token comes from the last content token's logits, under "ignore" from the last
-    token's. When the window is full, its older half is dropped and positions start again at 0. Under autocast to
-    bfloat16 the weights are cast once, here; the run's own stay as they are.
+    token's. When the window is full, its older half is dropped and positions start again at 0. weights: what
+    `prepare(run)` gave, to share it between calls; by default it is made here.
     Raises UserError if the prompt is empty or longer than the window, or the model's logits are not finite."""
-    options = (temperature, top_k, top_p, [seed], stop_at_endoftext)
+    options = (temperature, top_k, top_p, [seed], stop_at_endoftext, weights)
     return (token for _, token in generate_batch(run, [prompt], [plan], max_new_tokens, *options))
 
 
@@ -106,6 +115,7 @@ def generate_batch(
     top_p: float = 1.0,
     seeds: list[int] | None = None,
     stop_at_endoftext: bool = False,
+    weights: Weights | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Continues several prompts at once, each with its plan and its seed (1337 by default): what `generate` yields for
     each, floating-point rounding apart, as pairs (number of the prompt, id) in the order of their coming."""
@@ -120,9 +130,8 @@ def generate_batch(
     seeds = [1337] * len(prompts) if seeds is None else seeds
     parts = zip(prompts, plans, seeds, strict=True)
     texts = [_Text(number, list(prompt), plan, seed) for number, (prompt, plan, seed) in enumerate(parts)]
-    device = run.model.wte.weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    return _generate(run, texts, dtype, max_new_tokens, (temperature, top_k, top_p), stop_at_endoftext)
+    weights = weights or prepare(run, len(prompts))
+    return _generate(run, weights, texts, max_new_tokens, (temperature, top_k, top_p), stop_at_endoftext)
 
 
 class _Text:
@@ -134,9 +143,9 @@ class _Text:
         self.generator = torch.Generator().manual_seed(stable_key(seed, "sample") >> 1)
 
 
-def _generate(run, texts, dtype, max_new_tokens, how, stop_at_endoftext) -> Iterator[tuple[int, int]]:
+def _generate(run, weights, texts, max_new_tokens, how, stop_at_endoftext) -> Iterator[tuple[int, int]]:
     T, meta, skip = run.config.model.block_size, run.tokenizer.meta, run.config.target_rule == "skip"
-    decoder = Decoder(run.model, len(texts), takes_part(run), _second_slots(run, texts), dtype)
+    decoder = Decoder(weights, len(texts), *_slots(run, texts, max_new_tokens), takes_part(run))
     for _ in range(max_new_tokens):
         new, sources = [], []
         for row, text in enumerate(texts):
@@ -182,14 +191,16 @@ def takes_part(run: Run) -> Callable[[int, int], bool]:
     return lambda token, position: position in drawn
 
 
-def _second_slots(run: Run, texts: list[_Text]) -> int:
-    """How many positions of a window the second attention can connect."""
-    m = run.config.model
-    if m.second_attention == "random":
-        return sum(takes_part(run)(0, position) for position in range(m.block_size))
-    # a window touches at most two chunks more than it could hold whole; and a prompt may have its own markers
-    planned = max(text.plan.M * (m.block_size // (text.plan.C + text.plan.M) + 2) for text in texts)
-    return min(m.block_size, planned + max(text.ids.count(run.tokenizer.meta) for text in texts))
+def _slots(run: Run, texts: list[_Text], max_new_tokens: int) -> tuple[int, int]:
+    """How many positions of a window will be used at most, and how many of them the second attention connects."""
+    T, member, meta = run.config.model.block_size, takes_part(run), run.tokenizer.meta
+    # so many chunks hold markers that the content falls into, or that a window touches: two more than are whole
+    chunks = [min(max_new_tokens // text.plan.C, T // (text.plan.C + text.plan.M)) + 2 for text in texts]
+    planned = [text.plan.M * n for text, n in zip(texts, chunks, strict=True)]
+    slots = max(len(text.ids) + max_new_tokens + n for text, n in zip(texts, planned, strict=True))
+    if run.config.model.second_attention == "random":
+        return min(T, slots), sum(member(meta, position) for position in range(T))
+    return min(T, slots), min(T, max(text.ids.count(meta) + n for text, n in zip(texts, planned, strict=True)))
 
 
 @torch.no_grad()
