@@ -8,6 +8,7 @@ which token is whose.
 
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -28,46 +29,55 @@ class Store:
         self.used = [0] * B
 
     def place(self, rows: list[int]) -> None:
-        """Gives a slot to every token of a packed row, and decides what it will look at. rows: whose each token is."""
+        """Gives a slot to every token of a packed row, and decides what it will look at. rows: whose each token is.
+
+        calls: (start, end, of which sequence or sequences, keys each has, mask) for the tokens start .. end - 1; a
+        prompt's are (start, end, None, 0, None). One sequence has several tokens in a call, several have one each."""
         B, S = self.k.shape[1:3]
-        slots, fresh, self.calls = [], None, []
-        for n, row in enumerate(rows):
-            if self.used[row] == 0:  # a prompt: the tokens of one sequence in a row, causal among themselves
-                fresh = row
-                self.calls.append((n, n + 1, None, 0, None))
-            elif row == fresh and self.calls[-1][2] is None:
-                self.calls[-1] = (self.calls[-1][0], n + 1, None, 0, None)
-            else:  # one query that sees all that its sequence has
-                fresh = None
-                self.calls.append((n, n + 1, slice(row, row + 1), self.used[row] + 1, None))
-            slots.append(row * S + self.used[row])
-            self.used[row] += 1
+        self.calls: list[tuple[int, int, slice | None, int, torch.Tensor | None]] = []
+        slots, n = [], 0
+        for row, group in itertools.groupby(rows):
+            count, used = len(list(group)), self.used[row]
+            slots += range(row * S + used, row * S + used + count)
+            if used == 0:
+                self.calls.append((n, n + count, None, 0, None))
+            else:
+                mask = self._mask(list(range(used + 1, used + count + 1)))
+                mask = None if mask is None else mask[None, None]  # (1, 1, count, keys)
+                self.calls.append((n, n + count, slice(row, row + 1), used + count, mask))
+            self.used[row] += count
+            n += count
         self.slots = torch.tensor(slots, device=self.k.device)
-        first = self.calls[:B]
-        if B > 1 and [call[2] for call in first] == [slice(row, row + 1) for row in range(B)]:
-            # all sequences at once, one query each: what is not there yet is masked
-            lengths = [call[3] for call in first]
-            mask, longest = None, max(lengths)
-            if min(lengths) < longest:
-                lengths = torch.tensor(lengths, device=self.k.device)
-                beyond = torch.arange(longest, device=self.k.device) >= lengths[:, None]
-                mask = torch.zeros(beyond.shape, dtype=self.k.dtype, device=self.k.device)
-                mask = mask.masked_fill(beyond, -math.inf)[:, None, None]  # (B, 1, 1, longest)
-            self.calls[:B] = [(0, B, slice(0, B), longest, mask)]
+        whose = [(call[1] - call[0], call[2]) for call in self.calls[:B]]
+        if B > 1 and whose == [(1, slice(row, row + 1)) for row in range(B)]:  # a token for each: all at once
+            lengths = [call[3] for call in self.calls[:B]]
+            mask = self._mask(lengths)
+            mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, keys)
+            self.calls[:B] = [(0, B, slice(0, B), max(lengths), mask)]
+
+    def _mask(self, lengths: list[int]) -> torch.Tensor | None:
+        """For queries that see the first lengths[i] keys: what to add to their scores (len(lengths), max(lengths))."""
+        longest = max(lengths)
+        if min(lengths) == longest:
+            return None
+        beyond = torch.arange(longest) >= torch.tensor(lengths)[:, None]
+        return torch.zeros(beyond.shape, dtype=self.k.dtype).masked_fill(beyond, -math.inf).to(self.k.device)
 
     def attend(self, layer: int, q, k, v):
         """q, k, v (1, H, N, D) of the placed tokens -> (1, H, N, D). What attention calls in place of causal_sdpa."""
         for cache, new in ((self.k[layer], k), (self.v[layer], v)):
             cache.flatten(0, 1).index_copy_(0, self.slots, new[0].transpose(0, 1))
         out = []
-        for start, end, rows, length, mask in self.calls:
+        for start, end, rows, keys, mask in self.calls:
+            part = q[:, :, start:end]
             if rows is None:
-                out.append(causal_sdpa(*(x[:, :, start:end] for x in (q, k, v)), dropout_p=0.0))
+                y = causal_sdpa(part, k[:, :, start:end], v[:, :, start:end], dropout_p=0.0)
             else:
-                queries = q[:, :, start:end].transpose(0, 2)  # (B, H, 1, D)
-                keys, values = (x[layer, rows, :length].transpose(1, 2) for x in (self.k, self.v))  # (B, H, length, D)
-                y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-                out.append(y.transpose(0, 2))
+                several = rows.stop - rows.start > 1
+                seen = (x[layer, rows, :keys].transpose(1, 2) for x in (self.k, self.v))  # (B, H, keys, D)
+                y = F.scaled_dot_product_attention(part.transpose(0, 2) if several else part, *seen, attn_mask=mask)
+                y = y.transpose(0, 2) if several else y
+            out.append(y)
         return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
     def keep(self, rows: list[int]) -> None:

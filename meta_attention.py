@@ -45,11 +45,15 @@ class MetaAttention(CausalSelfAttention):
 
     def forward(self, x, meta_index, norm, rotate=None, attend=None):
         """norm: a LayerNorm or the like, which works row by row; rotate and attend: as above, for the gathered rows
-        (B, H, M, D)."""
-        if attend is not None and meta_index.size(1) == 0:
-            return x  # most steps of decoding; in training every parameter takes part, also with no meta-token
+        (B, H, M, D). attend is for B = 1 without pads."""
+        if attend is not None:  # decoding: one row of packed tokens, no pads, and mostly no meta-token among them
+            index = meta_index[0]
+            if len(index) == 0:
+                return x
+            y = super().forward(norm(x[:, index]), rotate, attend)
+            return x.index_add(1, index, y.to(x.dtype))
         rows = gather_rows(x, meta_index)  # (B, M, C): nothing below touches more than these
-        return add_rows(x, super().forward(norm(rows), rotate, attend), meta_index)
+        return add_rows(x, super().forward(norm(rows), rotate), meta_index)
 
 
 def causal_sdpa(q, k, v, dropout_p):

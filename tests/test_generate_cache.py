@@ -9,10 +9,11 @@ import torch
 
 import generate as generate_module
 from cache import Decoder, Store
-from config import GPTConfig
-from generate import MarkerPlan, generate, generate_batch, pick
+from config import GPTConfig, SampleConfig
+from generate import MarkerPlan, generate, generate_batch, pick, prepare
 from model import GPT
 from rng import stable_key
+from sample import start_samples
 from tests.reference import generate as reference
 from tests.test_model import ARMS_AND_PLACES, sharpen, wake
 
@@ -190,7 +191,7 @@ def test_what_a_broken_cache_would_do_is_seen(loss, position, recorded, monkeypa
         monkeypatch.setattr(Decoder, "read", lambda self, new, sources: drop_markers(read, self, new, sources))
     else:
         monkeypatch.setattr(Decoder, "forget", lambda self, row: None)
-    with pytest.raises((AssertionError, IndexError, RuntimeError)):
+    with pytest.raises(AssertionError if loss != "stale" else IndexError):
         compare(run, [laid_out(5, plan)], [plan], 60, recorded)
 
 
@@ -249,6 +250,26 @@ def test_markers_cost_no_step_and_old_tokens_are_not_read_again(recorded, monkey
     assert ids.count(META) > 20 and max(sizes[1:]) > 2
 
 
+def test_samples_are_read_in_any_order():
+    """The samples of a batch come mixed; each stream has its own, whichever is read first."""
+    run = random_run()
+    run.state = {"data": {"chunk_content": 9, "chunk_markers": 3, "injection": "uniform"}}
+    run.tokenizer.encode_prompt = lambda text: [3, 1, 4]
+    cfg = SampleConfig(max_new_tokens=20, top_k=None)
+    mixed = start_samples(run, cfg, "x", range(4, 7))
+    alone = [start_samples(run, cfg, "x", [number])[0] for number in range(4, 7)]
+    for i in (1, 0, 2):
+        assert mixed[i][0] == alone[i][0] and list(mixed[i][1]) == list(alone[i][1])
+    assert len({tuple(prompt) for prompt, _ in mixed}) > 1
+
+
+def test_prepared_weights_serve_several_calls():
+    run, plan = random_run(), PLANS["uniform"]
+    weights, prompt = prepare(run), laid_out(5, plan)
+    texts = [list(generate(run, prompt, plan, 30, temperature=0, weights=weights)) for _ in range(2)]
+    assert texts[0] == texts[1] == list(generate(run, prompt, plan, 30, temperature=0))
+
+
 def test_bfloat16_is_what_autocast_computes(recorded):
     """The weights are cast once, for the decoder alone; its products are those of autocast, and so are its logits."""
     run, plan = random_run(), PLANS["uniform"]
@@ -263,4 +284,4 @@ def test_bfloat16_is_what_autocast_computes(recorded):
             assert (step[0] - expected).abs().max() < 0.1 * exact.std()
     for name, p in run.model.named_parameters():
         assert torch.equal(p, before[name]) and p.dtype == torch.float32
-    assert not hasattr(run.model.h[0].attn.c_attn, "dtype") and isinstance(run.model.h[0].mlp.c_fc, torch.nn.Linear)
+    assert isinstance(run.model.h[0].mlp.c_fc, torch.nn.Linear)
