@@ -1,10 +1,10 @@
 """Speed of decoding on a CPU, beside Hugging Face's generate and nanoGPT's, where they are.
 
 python bench_decode.py                                     # 12 layers of 768, random weights, greedy
-python bench_decode.py --nanogpt=../nanoGPT --batch=1 --dtype=fp32
+python bench_decode.py --nanogpt=../nanoGPT --batch 1 --dtype fp32 --new 256
 
-Every contestant has the same shape and its own random weights, a prompt of 32 tokens and 256 to write; they take turns.
-nanoGPT's generate has no cache and would take minutes: it writes 3 tokens after a prompt of 159, which has as many
+Every contestant has the same shape and its own random weights, a prompt of 32 tokens, --new to write; they take turns.
+nanoGPT's generate has no cache and would take minutes: it writes 3 tokens after a longer prompt, with as many
 before them as the others have on average. Weights are cast before the clock starts, for all but nanoGPT, whose own way
 is autocast.
 """
@@ -27,7 +27,7 @@ from rng import stable_key
 from runlog import environment
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PROMPT, NEW = 32, 256
+PROMPT = 32
 
 
 def prompt_of(n: int, seed: int) -> list[int]:
@@ -82,7 +82,7 @@ def hugging_face(cfg: GPTConfig, batch: int, dtype: torch.dtype) -> Callable:
     return write
 
 
-def nanogpt(folder: Path, cfg: GPTConfig, batch: int, dtype: torch.dtype) -> Callable:
+def nanogpt(folder: Path, cfg: GPTConfig, batch: int, dtype: torch.dtype, new: int) -> Callable:
     """The generate of a nanoGPT checkout, under autocast as its sample.py has it, after a longer prompt."""
     file = folder / "model.py"
     if not file.is_file():
@@ -92,7 +92,7 @@ def nanogpt(folder: Path, cfg: GPTConfig, batch: int, dtype: torch.dtype) -> Cal
     spec.loader.exec_module(module)
     shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")}
     model = module.GPT(module.GPTConfig(**shape)).eval()
-    tokens = torch.tensor([prompt_of(PROMPT + NEW // 2 - 1, number) for number in range(batch)])
+    tokens = torch.tensor([prompt_of(PROMPT + new // 2 - 1, number) for number in range(batch)])
 
     def write(n: int) -> None:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -101,7 +101,7 @@ def nanogpt(folder: Path, cfg: GPTConfig, batch: int, dtype: torch.dtype) -> Cal
     return write
 
 
-def bench_decode(batch: int, name: str, repeats: int, checkout: Path | None, layers: int = 12, new: int = NEW) -> None:
+def bench_decode(batch: int, name: str, repeats: int, checkout: Path | None, layers: int = 12, new: int = 64) -> None:
     """Prints content tokens/s and the time to the first token of everyone, and ratios to ours without markers."""
     dtype = DTYPES[name]
     shape = {"n_layer": layers, "vocab_size": 50304, "content_vocab_size": 50257}
@@ -113,7 +113,7 @@ def bench_decode(batch: int, name: str, repeats: int, checkout: Path | None, lay
         writers["Hugging Face"] = hugging_face(plain, batch, dtype)
     tokens = dict.fromkeys(writers, new)
     if checkout is not None:
-        writers["nanoGPT"], tokens["nanoGPT"] = nanogpt(checkout, plain, batch, dtype), 3
+        writers["nanoGPT"], tokens["nanoGPT"] = nanogpt(checkout, plain, batch, dtype, new), 3
     first = alternate({who: lambda w=write: w(1) for who, write in writers.items()}, repeats + 2)
     whole = alternate({who: lambda w=write, n=tokens[who]: w(n) for who, write in writers.items()}, repeats)
     rates = {who: [batch * tokens[who] / seconds for seconds in whole[who]] for who in writers}
@@ -135,7 +135,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=3, help="measured turns, after two of warm-up")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--new", type=int, default=NEW, help="content tokens to write")
+    parser.add_argument("--new", type=int, default=64, help="content tokens to write; 256 takes four times as long")
     args = parser.parse_args(argv)
     facts = environment()
     print(", ".join(f"{key} {facts[key]}" for key in ("processor", "cpu_capability", "threads", "torch", "commit")))
