@@ -10,12 +10,13 @@ print(run.tokenizer.decode(generate(run, ids, plan, max_new_tokens=50)))
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from cache import Decoder, Weights
 from checkpoint import Run
 from config import UserError
 from data.inject import marker_places
@@ -73,6 +74,14 @@ def lay_out(run: Run, content: np.ndarray, plan: MarkerPlan) -> list[int]:
     return ids
 
 
+def prepare(run: Run, batch: int = 1) -> Weights:
+    """The run's weights as decoding reads them fastest for batches of this size: cast once if autocast is on, packed
+    where that helps. The run's model stays as it is."""
+    device = run.model.wte.weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    return Weights(run.model, dtype, batch)
+
+
 def generate(
     run: Run,
     prompt: list[int],
@@ -83,64 +92,123 @@ def generate(
     top_p: float = 1.0,
     seed: int = 1337,
     stop_at_endoftext: bool = False,
+    weights: Weights | None = None,
 ) -> Iterator[int]:
     """Continues `prompt` (ids, markers included) and yields ids as they come: max_new_tokens of content, and the
     markers that the plan puts between them.
 
     Under target rule "skip" a content token comes from the last content token's logits, under "ignore" from the last
-    token's. When the window is full, its older half is dropped and positions start again at 0.
+    token's. When the window is full, its older half is dropped and positions start again at 0. weights: what
+    `prepare(run)` gave, to share it between calls; by default it is made here.
     Raises UserError if the prompt is empty or longer than the window, or the model's logits are not finite."""
-    T = run.config.model.block_size
-    if not prompt:
-        raise UserError("the prompt is empty: give some text, or leave the prompt out to start a document.")
-    if len(prompt) > T:
-        raise UserError(
-            f"the prompt has {len(prompt)} positions with its markers, and the model's window has {T}: shorten it."
-        )
-    return _generate(run, prompt, plan, max_new_tokens, temperature, top_k, top_p, seed, stop_at_endoftext)
+    options = (temperature, top_k, top_p, [seed], stop_at_endoftext, weights)
+    return (token for _, token in generate_batch(run, [prompt], [plan], max_new_tokens, *options))
 
 
-def _generate(run, prompt, plan, max_new_tokens, temperature, top_k, top_p, seed, stop_at_endoftext) -> Iterator[int]:
+def generate_batch(
+    run: Run,
+    prompts: list[list[int]],
+    plans: list[MarkerPlan],
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_k: int | None = 200,
+    top_p: float = 1.0,
+    seeds: list[int] | None = None,
+    stop_at_endoftext: bool = False,
+    weights: Weights | None = None,
+) -> Iterator[tuple[int, int]]:
+    """Continues several prompts at once, each with its plan and its seed (1337 by default): what `generate` yields for
+    each, floating-point rounding apart, as pairs (number of the prompt, id) in the order of their coming."""
     T = run.config.model.block_size
-    generator = torch.Generator().manual_seed(stable_key(seed, "sample") >> 1)
-    meta, ids, dropped = run.tokenizer.meta, list(prompt), 0
+    for prompt in prompts:
+        if not prompt:
+            raise UserError("the prompt is empty: give some text, or leave the prompt out to start a document.")
+        if len(prompt) > T:
+            raise UserError(
+                f"the prompt has {len(prompt)} positions with its markers, and the model's window has {T}: shorten it."
+            )
+    seeds = [1337] * len(prompts) if seeds is None else seeds
+    parts = zip(prompts, plans, seeds, strict=True)
+    texts = [_Text(number, list(prompt), plan, seed) for number, (prompt, plan, seed) in enumerate(parts)]
+    weights = weights or prepare(run, len(prompts))
+    return _generate(run, weights, texts, max_new_tokens, (temperature, top_k, top_p), stop_at_endoftext)
+
+
+class _Text:
+    """One sequence as it grows."""
+
+    def __init__(self, number: int, ids: list[int], plan: MarkerPlan, seed: int):
+        self.number, self.ids, self.plan = number, ids, plan  # ids: those in the window
+        self.dropped = self.read = 0  # ids before the window, and those in it that the cache has
+        self.generator = torch.Generator().manual_seed(stable_key(seed, "sample") >> 1)
+
+
+def _generate(run, weights, texts, max_new_tokens, how, stop_at_endoftext) -> Iterator[tuple[int, int]]:
+    T, meta, skip = run.config.model.block_size, run.tokenizer.meta, run.config.target_rule == "skip"
+    decoder = Decoder(weights, len(texts), *_slots(run, texts, max_new_tokens), takes_part(run))
     for _ in range(max_new_tokens):
-        while dropped + len(ids) in plan:
-            ids.append(meta)
-            yield meta
-        if len(ids) > T:  # the token to come is predicted from at most T positions
-            drop = len(ids) - T // 2
-            ids, dropped = ids[drop:], dropped + drop
-        logits = next_logits(run, ids)
-        if not torch.isfinite(logits).all():
+        new, sources = [], []
+        for row, text in enumerate(texts):
+            while text.dropped + len(text.ids) in text.plan:
+                text.ids.append(meta)
+                yield text.number, meta
+            if len(text.ids) > T:  # the token to come is predicted from at most T positions
+                drop = len(text.ids) - T // 2
+                text.ids, text.dropped, text.read = text.ids[drop:], text.dropped + drop, 0
+                decoder.forget(row)
+            unread = text.ids[text.read :]
+            last = source = len(unread) - 1
+            while skip and source and unread[source] == meta:
+                source -= 1
+            # a window of markers alone has no content token to predict from: the last marker does
+            sources.append(last if unread[source] == meta else source)
+            new.append(unread)
+            text.read = len(text.ids)
+        logits = decoder.read(new, sources)
+        if not torch.stack(torch.aminmax(logits)).isfinite().all():
             raise UserError(f"the weights in {run.folder} give logits that are not finite: take another checkpoint.")
-        token = pick(logits, temperature, top_k, top_p, generator)
-        ids.append(token)
-        yield token
-        if stop_at_endoftext and token == run.tokenizer.eot:
-            return
+        for text, token in zip(texts, _pick_all(logits, *how, [text.generator for text in texts]), strict=True):
+            text.ids.append(token)
+            yield text.number, token
+        if stop_at_endoftext:
+            going = [row for row, text in enumerate(texts) if text.ids[-1] != run.tokenizer.eot]
+            if not going:
+                return
+            if len(going) < len(texts):
+                texts = [texts[row] for row in going]
+                decoder.keep(going)
+
+
+def takes_part(run: Run) -> Callable[[int, int], bool]:
+    """(id, position in the window) -> does the second attention connect it? If it is causal or there is none, it
+    connects nothing by choice, and the markers are named, which may have no position."""
+    m, meta = run.config.model, run.tokenizer.meta
+    if m.second_attention != "random":
+        return lambda token, position: token == meta
+    # a draw of its own, the same for a text however far it has come
+    drawn = random_positions(np.array([0]), m.block_size, m.random_fraction, run.config.seed, "generated")
+    drawn = frozenset(drawn[0].tolist())
+    return lambda token, position: position in drawn
+
+
+def _slots(run: Run, texts: list[_Text], max_new_tokens: int) -> tuple[int, int]:
+    """How many positions of a window will be used at most, and how many of them the second attention connects."""
+    T, member, meta = run.config.model.block_size, takes_part(run), run.tokenizer.meta
+    # so many chunks hold markers that the content falls into, or that a window touches: two more than are whole
+    chunks = [min(max_new_tokens // text.plan.C, T // (text.plan.C + text.plan.M)) + 2 for text in texts]
+    planned = [text.plan.M * n for text, n in zip(texts, chunks, strict=True)]
+    slots = max(len(text.ids) + max_new_tokens + n for text, n in zip(texts, planned, strict=True))
+    if run.config.model.second_attention == "random":
+        return min(T, slots), sum(member(meta, position) for position in range(T))
+    return min(T, slots), min(T, max(text.ids.count(meta) + n for text, n in zip(texts, planned, strict=True)))
 
 
 @torch.no_grad()
 def hidden_states(run: Run, ids: list[int]) -> torch.Tensor:
-    """ids (T,) -> final hidden states (T, C)."""
-    tokens, m = torch.tensor([ids], device=run.model.wte.weight.device), run.config.model
-    if m.second_attention == "random":  # a draw of its own, the same for a text however far it has come
-        drawn = random_positions(np.array([0]), m.block_size, m.random_fraction, run.config.seed, "generated")
-        meta_index = torch.from_numpy(drawn[drawn < len(ids)][None]).to(tokens.device)
-    else:
-        meta_index = (tokens[0] == run.tokenizer.meta).nonzero().T  # (1, M)
-    return run.model(tokens, torch.arange(len(ids), device=tokens.device)[None], meta_index)[0]
-
-
-@torch.no_grad()
-def next_logits(run: Run, ids: list[int]) -> torch.Tensor:
-    """Logits over the predictable ids (n_content,) of the content token that follows `ids`."""
-    source = len(ids) - 1
-    if run.config.target_rule == "skip":
-        source = max((i for i, token in enumerate(ids) if token != run.tokenizer.meta), default=source)
-    hidden = hidden_states(run, ids)[source]
-    return run.model.logits(hidden)[: run.tokenizer.n_content].float().cpu()
+    """ids (T,) -> final hidden states (T, C), of a whole text at once."""
+    member, device = takes_part(run), run.model.wte.weight.device
+    inputs = (ids, range(len(ids)), [position for position, token in enumerate(ids) if member(token, position)])
+    return run.model(*(torch.tensor([list(part)], dtype=torch.long, device=device) for part in inputs))[0]
 
 
 def pick(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float, generator) -> int:
@@ -148,10 +216,19 @@ def pick(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: flo
     (Holtzman et al., arXiv 1904.09751); the most likely id is always kept."""
     if temperature == 0:
         return int(logits.argmax())
-    values, order = (logits / temperature).sort(descending=True, stable=True)
-    probs = values[: top_k or len(values)].softmax(-1)
+    V = len(logits)
+    values, order = (logits / temperature).topk(min(top_k or V, V))  # sorted
+    probs = values.softmax(-1)
     probs[1:][probs.cumsum(-1)[:-1] >= top_p] = 0
     return int(order[torch.multinomial(probs, 1, generator=generator)])
+
+
+def _pick_all(logits, temperature, top_k, top_p, generators) -> list[int]:
+    """logits (B, V) -> an id for each row, drawn by its own generator."""
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    rows = logits.cpu()
+    return [pick(row, temperature, top_k, top_p, generator) for row, generator in zip(rows, generators, strict=True)]
 
 
 @torch.no_grad()

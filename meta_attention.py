@@ -24,12 +24,16 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
         self.resid_dropout = nn.Dropout(dropout)
 
-    def forward(self, x, rotate=None):
-        """rotate: q or k (B, H, T, D) -> the same with its positions rotated in; None = no rotary positions."""
+    def forward(self, x, rotate=None, attend=None):
+        """rotate: q or k (B, H, T, D) -> the same with its positions rotated in; None = no rotary positions.
+        attend: q, k, v (B, H, T, D) -> (B, H, T, D) in place of causal attention, for a cache that has more keys."""
         q, k, v = rearrange(self.c_attn(x), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
-        y = causal_sdpa(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        if attend is not None:
+            y = attend(q, k, v)
+        else:
+            y = causal_sdpa(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(rearrange(y, "b h t d -> b t (h d)")))
 
 
@@ -39,8 +43,15 @@ class MetaAttention(CausalSelfAttention):
     x (B, T, C), meta_index (B, M) -> (B, T, C). meta_index holds each row's meta positions in increasing order; a row
     with fewer than M is padded at the end with T. M may be 0."""
 
-    def forward(self, x, meta_index, norm, rotate=None):
-        """norm: a LayerNorm or the like, which works row by row; rotate: as above, for gathered rows (B, H, M, D)."""
+    def forward(self, x, meta_index, norm, rotate=None, attend=None):
+        """norm: a LayerNorm or the like, which works row by row; rotate and attend: as above, for the gathered rows
+        (B, H, M, D). attend is for B = 1 without pads."""
+        if attend is not None:  # decoding: one row of packed tokens, no pads, and mostly no meta-token among them
+            index = meta_index[0]
+            if len(index) == 0:
+                return x
+            y = super().forward(norm(x[:, index]), rotate, attend)
+            return x.index_add(1, index, y.to(x.dtype))
         rows = gather_rows(x, meta_index)  # (B, M, C): nothing below touches more than these
         return add_rows(x, super().forward(norm(rows), rotate), meta_index)
 

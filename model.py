@@ -55,12 +55,12 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(cfg)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, meta_index, rotate_all, rotate_meta):
-        x = x + self.attn(self.ln_1(x), rotate_all)
-        if self.second in GATHERED:
-            x = self.second_attn(x, meta_index, self.ln_second, rotate_meta)  # adds to the rows of meta_index
+    def forward(self, x, meta_index, rotate_all, rotate_meta, attend=None, attend_second=None):
+        x = x + self.attn(self.ln_1(x), rotate_all, attend)
+        if self.second in GATHERED:  # adds to the rows of meta_index
+            x = self.second_attn(x, meta_index, self.ln_second, rotate_meta, attend_second)
         elif self.second == "causal":
-            x = x + self.second_attn(self.ln_second(x), rotate_all)
+            x = x + self.second_attn(self.ln_second(x), rotate_all, attend_second)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -104,8 +104,10 @@ class GPT(nn.Module):
             else:
                 raise AssertionError(f"no initialisation is written for {name}")
 
-    def forward(self, tokens, positions, meta_index):
-        """tokens, positions (B, T), meta_index (B, M) as in a Batch -> hidden states after ln_f (B, T, C)."""
+    def forward(self, tokens, positions, meta_index, attends=None):
+        """tokens, positions (B, T), meta_index (B, M) as in a Batch -> hidden states after ln_f (B, T, C).
+
+        attends: for each block what its two attentions call in place of causal attention (cache.py); None = causal."""
         x = self.wte(tokens)  # (B, T, C)
         rotate_all = rotate_meta = unplaced = None
         if self.cfg.meta_position == "none":
@@ -125,11 +127,12 @@ class GPT(nn.Module):
                 cos, sin = (gather_rows(table.squeeze(1), meta_index).unsqueeze(1) for table in (cos, sin))
                 rotate_meta = functools.partial(rotate, cos=cos, sin=sin)
         x = self.drop(x)
-        for block in self.h:
+        for block, attend in zip(self.h, attends or [()] * len(self.h), strict=True):
+            inputs = (x, meta_index, rotate_all, rotate_meta, *attend)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, meta_index, rotate_all, rotate_meta, use_reentrant=False)
+                x = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(x, meta_index, rotate_all, rotate_meta)
+                x = block(*inputs)
         return self.ln_f(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

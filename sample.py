@@ -8,17 +8,21 @@ head -c 300 some.py | python sample.py --prompt_file=-
 
 import codecs
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cache import Weights
 from checkpoint import Run, load_run
 from cli import load_config, run_cli
 from config import SampleConfig, UserError
 from data.tokenizer import META
 from dist import autocast, pick_device, pick_dtype
-from generate import MarkerPlan, generate, lay_out
+from generate import MarkerPlan, generate_batch, lay_out, prepare
 from rng import stable_key
 from terminal import BOLD, DIM_MAGENTA, write
+
+BATCH = 8  # samples at once: the cache of each takes memory
 
 
 def read_prompt(cfg: SampleConfig) -> str | None:
@@ -44,13 +48,29 @@ def read_prompt(cfg: SampleConfig) -> str | None:
     return text
 
 
-def start_sample(run: Run, cfg: SampleConfig, prompt_text: str | None, number: int) -> tuple[list[int], Iterator[int]]:
-    """The ids of a prompt, markers included, and those that will follow. Raises UserError before anything is shown."""
-    seed = stable_key(cfg.seed, number)
-    plan = MarkerPlan.of_run(run, cfg.meta, seed)
-    prompt = lay_out(run, run.tokenizer.encode_prompt(prompt_text or ""), plan)
-    options = (cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seed, cfg.stop_at_endoftext)
-    return prompt, generate(run, prompt, plan, *options)
+def start_samples(
+    run: Run, cfg: SampleConfig, prompt_text: str | None, numbers: Sequence[int], weights: Weights | None = None
+) -> list[tuple[list[int], Iterator[int]]]:
+    """For each of the samples, decoded as one batch: the ids of its prompt, markers included, and those that will
+    follow. weights: as for `generate`. Raises UserError before anything is shown."""
+    seeds = [stable_key(cfg.seed, number) for number in numbers]
+    plans = [MarkerPlan.of_run(run, cfg.meta, seed) for seed in seeds]
+    content = run.tokenizer.encode_prompt(prompt_text or "")
+    prompts = [lay_out(run, content, plan) for plan in plans]
+    options = (cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seeds, cfg.stop_at_endoftext, weights)
+    coming = generate_batch(run, prompts, plans, *options)
+    waiting: list[deque[int]] = [deque() for _ in numbers]
+
+    def stream(mine: deque[int]) -> Iterator[int]:
+        while True:
+            while mine:
+                yield mine.popleft()
+            number, token = next(coming, (None, None))
+            if number is None:
+                return
+            waiting[number].append(token)
+
+    return list(zip(prompts, map(stream, waiting), strict=True))
 
 
 def show_sample(run: Run, show_markers: bool, prompt: list[int], ids: Iterator[int]) -> None:
@@ -78,14 +98,17 @@ def main(argv: list[str]) -> None:
     run = load_run(cfg.run, device)
     show_markers = cfg.show_markers == "yes" or (cfg.show_markers == "auto" and sys.stdout.isatty())
     with autocast(device, pick_dtype(cfg.dtype, device)[0]):
-        for number in range(cfg.count):
-            sample = start_sample(run, cfg, prompt_text, number)
-            if number == 0:
+        weights = prepare(run, min(cfg.count, BATCH))
+        for first in range(0, cfg.count, BATCH):
+            numbers = range(first, min(first + BATCH, cfg.count))
+            samples = start_samples(run, cfg, prompt_text, numbers, weights)
+            if first == 0:
                 size = f"{run.model.num_params() / 1e6:.1f}M parameters"
                 print(f"# {run.folder}, step {run.state['step']:,}, {size}, markers: {cfg.meta}", file=sys.stderr)
-            if cfg.count > 1:
-                write(f"--- sample {number + 1} of {cfg.count} ---\n", BOLD)
-            show_sample(run, show_markers, *sample)
+            for number, sample in zip(numbers, samples, strict=True):
+                if cfg.count > 1:
+                    write(f"--- sample {number + 1} of {cfg.count} ---\n", BOLD)
+                show_sample(run, show_markers, *sample)
 
 
 if __name__ == "__main__":

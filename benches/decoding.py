@@ -1,6 +1,132 @@
-def bench(args, peaks):
-    return []
+"""Decoding, beside Hugging Face's generate and nanoGPT's: 12 layers of 768, random weights, greedy.
+
+Every contestant has the same shape and its own random weights, a prompt of 32 tokens and 256 to write; they take turns.
+nanoGPT's generate has no cache and would take minutes: it writes 3 tokens after a prompt of 159, which has as many
+before them as the others have on average. Weights are cast before the clock starts, for all but nanoGPT, whose own way
+is autocast.
+"""
+
+import importlib.util
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from benches.timing import DTYPES, alternate, quartiles
+from benches.training import Step, nanogpt_model
+from config import GPTConfig
+from generate import MarkerPlan, generate_batch, prepare
+from model import GPT
+from rng import stable_key
+
+PROMPT, NEW = 32, 256
 
 
-def ratios(rows):
-    return []
+def prompt_of(n: int, seed: int) -> list[int]:
+    return torch.randint(0, 50256, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def ours(second_attention: str, cfg: GPTConfig, batch: int, dtype: torch.dtype, alike: bool) -> Callable:
+    """n -> writes n content tokens after each prompt. "meta" has 102 markers in each 1024 positions, at other places in
+    each text unless `alike`; else there are none."""
+    M = 102 if second_attention == "meta" else 0
+    model = GPT(cfg).eval()
+    for block in model.h if M else ():
+        torch.nn.init.normal_(block.second_attn.c_proj.weight, std=0.02)
+    config = SimpleNamespace(model=model.cfg, target_rule="ignore", seed=0)
+    run = SimpleNamespace(model=model, tokenizer=SimpleNamespace(meta=50257, eot=50256), config=config, folder="none")
+    seeds = [0 if alike else number for number in range(batch)]
+    plans = [MarkerPlan("uniform" if M else "none", 1024 - M, M, stable_key("bench", seed)) for seed in seeds]
+    prompts = []
+    for number, plan in enumerate(plans):
+        ids: list[int] = []
+        for token in prompt_of(PROMPT, number):
+            while len(ids) in plan:
+                ids.append(50257)
+            ids.append(token)
+        prompts.append(ids)
+
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        weights = prepare(run, batch)
+
+    def write(n: int) -> None:
+        written = [token for _, token in generate_batch(run, prompts, plans, n, temperature=0, weights=weights)]
+        assert sum(token != 50257 for token in written) == n * batch
+
+    return write
+
+
+def hugging_face(cfg: GPTConfig, batch: int, dtype: torch.dtype) -> Callable:
+    """GPT2LMHeadModel.generate: its cache, greedy, all weights in dtype."""
+    import transformers
+
+    shape = transformers.GPT2Config(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd)
+    model = transformers.GPT2LMHeadModel(shape).eval().to(dtype)
+    tokens = torch.tensor([prompt_of(PROMPT, number) for number in range(batch)])
+    seen = torch.ones_like(tokens)
+
+    def write(n: int) -> None:
+        out = model.generate(
+            tokens, attention_mask=seen, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=50256
+        )
+        assert out.size(1) == PROMPT + n
+
+    return write
+
+
+def nanogpt(folder: str, cfg: GPTConfig, batch: int, dtype: torch.dtype, new: int) -> Callable:
+    """The generate of a nanoGPT checkout, under autocast as its sample.py has it, after a longer prompt."""
+    shape = (cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.block_size, batch)
+    model = nanogpt_model(Step("nanogpt", "", False, shape, vocabulary=(cfg.vocab_size, 0), nanogpt=folder)).eval()
+    tokens = torch.tensor([prompt_of(PROMPT + new // 2 - 1, number) for number in range(batch)])
+
+    def write(n: int) -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            model.generate(tokens, n, top_k=1)
+
+    return write
+
+
+def bench(args, peaks: dict[str, float]) -> list[dict]:
+    """On the CPU: content tokens/s, and the time to the first token."""
+    rows = []
+    for dtype, batch in itertools.product(args.dtypes, args.batches):
+        rows += contest(batch, dtype, args.repeats, args.nanogpt)
+    return rows
+
+
+def contest(batch: int, name: str, repeats: int, checkout: Path | None, new: int = NEW) -> list[dict]:
+    dtype = DTYPES[name]
+    shape = {"vocab_size": 50304, "content_vocab_size": 50257}
+    plain, meta = (GPTConfig(**shape, second_attention=second) for second in ("none", "meta"))
+    writers = {"none": ours("none", plain, batch, dtype, False), "meta": ours("meta", meta, batch, dtype, False)}
+    if batch > 1:
+        writers["meta, one plan"] = ours("meta", meta, batch, dtype, True)
+    if importlib.util.find_spec("transformers"):
+        writers["hf"] = hugging_face(plain, batch, dtype)
+    tokens = dict.fromkeys(writers, new)
+    if checkout is not None:
+        writers["nanogpt"], tokens["nanogpt"] = nanogpt(str(checkout), plain, batch, dtype, new), 3
+    first = alternate({who: lambda w=write: w(1) for who, write in writers.items()}, repeats)
+    whole = alternate({who: lambda w=write, n=tokens[who]: w(n) for who, write in writers.items()}, repeats)
+    rows = []
+    for who in writers:
+        low, middle, high = (batch * tokens[who] / seconds for seconds in quartiles(whole[who])[::-1])
+        row = {"batch": batch, "dtype": name, "who": who, "content tokens/s": middle}
+        row |= {"quartiles": f"{low:.1f} .. {high:.1f}", "first token ms": quartiles(first[who])[1] * 1e3}
+        rows.append(row)
+        print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    return rows
+
+
+def ratios(rows: list[dict]) -> list[str]:
+    groups: dict[tuple, dict] = {}
+    for row in rows:
+        groups.setdefault((row["batch"], row["dtype"]), {})[row["who"]] = row["content tokens/s"]
+    return [
+        f"batch {batch}, {dtype}: meta / none {group['meta'] / group['none']:.3f}"
+        + "".join(f", none / {who} {group['none'] / group[who]:.2f}" for who in ("hf", "nanogpt") if who in group)
+        for (batch, dtype), group in groups.items()
+    ]

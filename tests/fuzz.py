@@ -47,7 +47,7 @@ from data.verify import CACHE, verify
 from generate import MarkerPlan, score
 from model import GPT
 from optim import Optimizer, learning_rate
-from sample import read_prompt, show_sample, start_sample
+from sample import read_prompt, show_sample, start_samples
 from startup import accumulation, check_resumable, data_facts, find_checkpoint, with_vocabulary
 from tests.conftest import ROOT
 from tests.damage import (
@@ -171,7 +171,7 @@ def use_checkpoint(world: World) -> None:
 
 
 def continue_text(run, cfg: SampleConfig) -> None:
-    prompt, ids = start_sample(run, cfg, read_prompt(cfg), 0)
+    [(prompt, ids)] = start_samples(run, cfg, read_prompt(cfg), [0])
     with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")):
         show_sample(run, True, prompt, ids)
 

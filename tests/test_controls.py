@@ -1,5 +1,7 @@
 """The control arms: equal parameters, and every one trains and writes."""
 
+import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,9 +13,10 @@ from checkpoint import Run, load_run
 from cli import load_config
 from config import TrainConfig
 from data.loader import Windows, random_positions
-from generate import MarkerPlan, hidden_states, lay_out, next_logits, score
+from generate import MarkerPlan, hidden_states, lay_out, score
 from model import GPT
 from tests.conftest import ROOT, TINY, cli, losses, override
+from tests.reference.generate import next_logits
 
 # the arms without markers have windows of content alone
 CONTROLS = {
@@ -117,6 +120,7 @@ def test_the_random_arm_scores_what_it_would_write(random_run):
     plan = MarkerPlan.of_run(random_run)
     ids, nats = score(random_run, "the cat sat on a mat", plan)
     prefix = lay_out(random_run, np.array([], dtype=int), plan)
+    precise = dataclasses.replace(random_run, model=copy.deepcopy(random_run.model).double())
     for token, value in zip(ids, nats, strict=True):
-        assert value == pytest.approx(-next_logits(random_run, prefix).log_softmax(-1)[token].item(), abs=1e-4)
+        assert value == pytest.approx(-next_logits(precise, prefix).log_softmax(-1)[token].item(), abs=1e-4)
         prefix.append(token)

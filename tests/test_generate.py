@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from checkpoint import Run, load_run
 from config import UserError
 from data.inject import strip
-from generate import MarkerPlan, generate, hidden_states, lay_out, next_logits, pick, score
+from generate import MarkerPlan, generate, hidden_states, lay_out, pick, score
 from tests.conftest import TINY, cli, tree
+from tests.reference.generate import next_logits
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,287 @@
+"""Decoding with the cache against the loop that computes everything again (tests/reference/generate.py)."""
+
+import copy
+import dataclasses
+import types
+
+import pytest
+import torch
+
+import generate as generate_module
+from cache import Decoder, Store
+from config import GPTConfig, SampleConfig
+from generate import MarkerPlan, generate, generate_batch, pick, prepare
+from model import GPT
+from rng import stable_key
+from sample import start_samples
+from tests.reference import generate as reference
+from tests.test_model import ARMS_AND_PLACES, sharpen, wake
+
+META, EOT, V = 61, 60, 61  # markers are the id behind the content
+PLANS = {
+    "uniform": MarkerPlan("uniform", 9, 3, stable_key("a")),
+    "other": MarkerPlan("uniform", 7, 5, stable_key("b")),
+    "periodic": MarkerPlan("periodic", 6, 2, 0),
+    "none": MarkerPlan("none", 9, 0, 0),
+}
+
+
+def random_run(rule="ignore", seed=3, **changes):
+    """A model with random weights, all of which matter, and what of a run decoding looks at."""
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 24, "vocab_size": 64, "content_vocab_size": V}
+    cfg = GPTConfig(**{**shape, "bias": True, "random_fraction": 0.4, **changes})
+    model = sharpen(wake(GPT(cfg, seed)))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("bias", "wpe.weight", "wte.weight")):
+                torch.nn.init.normal_(p, std=0.3)
+            elif name.endswith(("mlp.c_fc.weight", "c_proj.weight")):
+                torch.nn.init.normal_(p, std=0.2)
+    return types.SimpleNamespace(
+        model=model.eval(),
+        tokenizer=types.SimpleNamespace(meta=META, eot=EOT, n_content=V),
+        config=types.SimpleNamespace(model=cfg, target_rule=rule, seed=5),
+        folder="out/random",
+    )
+
+
+def exact(run):
+    """The same in double precision, for the reference."""
+    return types.SimpleNamespace(**{**vars(run), "model": copy.deepcopy(run.model).double()})
+
+
+def content(n: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, EOT, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def laid_out(n: int, plan: MarkerPlan, seed: int = 0) -> list[int]:
+    """A prompt of n content tokens with the plan's markers between them, ending with the last content token."""
+    ids: list[int] = []
+    for token in content(n, seed):
+        while len(ids) in plan:
+            ids.append(META)
+        ids.append(token)
+    return ids
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> list[torch.Tensor]:
+    """The logits of every step, as the decoder gives them."""
+    steps, read = [], Decoder.read
+
+    def recording(self, new, sources):
+        steps.append(read(self, new, sources))
+        return steps[-1]
+
+    monkeypatch.setattr(Decoder, "read", recording)
+    return steps
+
+
+def compare(run, prompts, plans, n, steps, tolerance=1e-4):
+    """Greedy continuations of all prompts in one batch: ids equal, logits close."""
+    steps.clear()
+    precise = exact(run)
+    found: dict = {number: [] for number in range(len(prompts))}
+    for number, token in generate_batch(run, prompts, plans, n, temperature=0):
+        found[number].append(token)
+    for number, (prompt, plan) in enumerate(zip(prompts, plans, strict=True)):
+        expected = list(reference.generate(precise, prompt, plan, n, lambda logits: int(logits.argmax())))
+        ours = torch.stack([logits[number] for logits in steps])
+        theirs = torch.stack([logits for _, logits in expected if logits is not None]).float()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+        assert found[number] == [token for token, _ in expected]
+
+
+@pytest.mark.parametrize("rule", ["ignore", "skip"])
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize(("second", "place"), ARMS_AND_PLACES)
+def test_cached_equals_recomputed(second, place, position, rule, recorded):
+    """In every arm, through several windows: alone, and in a batch of unequal prompts with plans of their own."""
+    run = random_run(rule, second_attention=second, meta_position=place, position=position)
+    prompt = laid_out(5, PLANS["uniform"])
+    compare(run, [prompt], [PLANS["uniform"]], 70, recorded)
+    plans = [PLANS[name] for name in ("none", "uniform", "other", "periodic")]
+    prompts = [laid_out(n, plan, n) for n, plan in zip((1, 14, 4, 11), plans, strict=True)]
+    compare(run, prompts, plans, 50, recorded)
+
+
+def test_the_models_make_their_markers_matter():
+    """Otherwise no test here could see a marker that the cache lost: its causal key, its meta key, its position."""
+    for second, place in (("meta", "same"), ("meta", "none")):
+        run = random_run(second_attention=second, meta_position=place)
+        ids = laid_out(12, PLANS["uniform"])
+        assert ids.count(META) >= 2 and ids[-1] != META
+        base = reference.next_logits(run, ids)
+        first = ids.index(META)
+        assert (reference.next_logits(run, ids[:first] + ids[first + 1 :]) - base).abs().max() > 0.05
+        run.config.model = dataclasses.replace(run.config.model, second_attention="none")
+        run.model.cfg = run.config.model
+        assert (reference.next_logits(run, [*ids, META]) - base).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("rule", ["ignore", "skip"])
+def test_prompts_that_end_before_at_and_after_a_marker(rule, recorded):
+    run, plan = random_run(rule), PLANS["uniform"]
+    places = [position for position in range(24) if position in plan]
+    ids = laid_out(16, plan)
+    for place in places[:4]:
+        for end in (place, place + 1, place + 2):  # the marker is still to come; is the last; is followed by one more
+            if 0 < end <= len(ids):
+                compare(run, [ids[:end]], [plan], 12, recorded)
+
+
+@pytest.mark.parametrize("rule", ["ignore", "skip"])
+def test_markers_placed_by_hand(rule, recorded):
+    """Anywhere, in runs, first, last, nothing else, a whole window of them; with and without those of a plan."""
+    run, tokens = random_run(rule), content(9)
+    prompts = [
+        [META, *tokens], [*tokens, META], [*tokens[:4], META, META, META, *tokens[4:]], [META], [META] * 3,
+        [META] * 24, tokens,
+    ]  # fmt: skip
+    for plan in (PLANS["none"], PLANS["other"]):
+        for prompt in prompts:
+            compare(run, [prompt], [plan], 30, recorded)
+        compare(run, prompts, [plan] * len(prompts), 30, recorded)
+
+
+def test_a_full_window(recorded):
+    run = random_run()
+    for n in (22, 23, 24):
+        compare(run, [content(n)], [PLANS["none"]], 30, recorded)
+        compare(run, [content(n), content(3)], [PLANS["none"], PLANS["other"]], 30, recorded)
+
+
+def test_hundreds_of_tokens_in_a_long_window(recorded):
+    run = random_run(n_layer=3, block_size=200)
+    plans = [MarkerPlan("uniform", 45, 5, stable_key(key)) for key in range(3)]
+    compare(run, [laid_out(n, plan, n) for n, plan in zip((40, 2, 90), plans, strict=True)], plans, 250, recorded)
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("loss", ["meta_cache", "meta_keys", "late", "early", "marker_keys", "stale"])
+def test_what_a_broken_cache_would_do_is_seen(loss, position, recorded, monkeypatch):
+    """The comparison fails if the cache of the second attention is empty, if it misses its newest entry, if positions
+    are off by one, if the causal cache loses the markers, or if a new window finds what the last one left."""
+    run, plan = random_run(position=position), PLANS["uniform"]
+    attend, read = Store.attend, Decoder.read
+    if loss == "meta_cache":
+
+        def attend_nothing(self, layer, q, k, v):
+            return attend(self, layer, q, k, v) * (self.k.size(2) == run.config.model.block_size)
+
+        monkeypatch.setattr(Store, "attend", attend_nothing)
+    elif loss == "meta_keys":
+
+        def forgetful(self, layer, q, k, v):
+            y = attend(self, layer, q, k, v)
+            if self.k.size(2) != run.config.model.block_size and q.size(2) == 1:
+                self.k[layer].flatten(0, 1)[self.slots] = 0
+            return y
+
+        monkeypatch.setattr(Store, "attend", forgetful)
+    elif loss in ("late", "early"):
+        forward, shift = GPT.forward, 1 if loss == "late" else -1
+
+        def shifted(self, tokens, positions, *rest):
+            moved = positions + shift if tokens.size(1) < 4 else positions
+            return forward(self, tokens, moved.clamp(0, 23), *rest)
+
+        monkeypatch.setattr(GPT, "forward", shifted)
+    elif loss == "marker_keys":
+        monkeypatch.setattr(Decoder, "read", lambda self, new, sources: drop_markers(read, self, new, sources))
+    else:
+        monkeypatch.setattr(Decoder, "forget", lambda self, row: None)
+    with pytest.raises(AssertionError if loss != "stale" else IndexError):
+        compare(run, [laid_out(5, plan)], [plan], 60, recorded)
+
+
+def drop_markers(read, decoder, new, sources):
+    """Feeds what is to be read, and takes the markers out of the causal cache afterwards."""
+    before = decoder.causal.used[0]
+    logits = read(decoder, new, sources)
+    for i, token in enumerate(new[0]):
+        if token == META:
+            decoder.causal.v[:, 0, before + i] = 0
+    return logits
+
+
+@pytest.mark.parametrize("rule", ["ignore", "skip"])
+def test_sampling_draws_what_the_recomputed_logits_give(rule):
+    """Not greedy: every prompt has its own generator, whatever else is in the batch."""
+    run, plans = random_run(rule), [PLANS[name] for name in ("uniform", "none", "other")]
+    prompts = [laid_out(n, plan, n) for n, plan in zip((3, 9, 6), plans, strict=True)]
+    found: dict = {0: [], 1: [], 2: []}
+    for number, token in generate_batch(run, prompts, plans, 60, 1.1, 30, 0.9, seeds=[7, 8, 9]):
+        found[number].append(token)
+    for number, (prompt, plan, seed) in enumerate(zip(prompts, plans, (7, 8, 9), strict=True)):
+        generator = torch.Generator().manual_seed(stable_key(seed, "sample") >> 1)
+        expected = reference.generate(exact(run), prompt, plan, 60, lambda x, g=generator: pick(x, 1.1, 30, 0.9, g))
+        assert found[number] == [token for token, _ in expected]
+        assert found[number] == list(generate(run, prompt, plan, 60, 1.1, 30, 0.9, seed=seed))
+    assert len(set(map(tuple, found.values()))) == 3
+
+
+def test_a_batch_goes_on_when_some_texts_have_ended():
+    run, plan = random_run(), PLANS["uniform"]
+    with torch.no_grad():
+        run.model.wte.weight[EOT] *= 3  # so that it comes at last
+    prompts, seeds = [laid_out(n, plan, n) for n in (2, 7, 12, 5)], [1, 2, 3, 4]
+    found: dict = {number: [] for number in range(4)}
+    for number, token in generate_batch(run, prompts, [plan] * 4, 60, 1.5, None, 1.0, seeds, stop_at_endoftext=True):
+        found[number].append(token)
+    alone = [
+        list(generate(run, prompt, plan, 60, 1.5, None, 1.0, seed, stop_at_endoftext=True))
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    assert list(found.values()) == alone
+    ends = [len(ids) for ids in alone if ids[-1] == EOT]
+    assert len(set(ends)) >= 2 and all(EOT not in ids[:-1] for ids in alone)
+
+
+def test_markers_cost_no_step_and_old_tokens_are_not_read_again(recorded, monkeypatch):
+    run, plan, sizes = random_run(block_size=100), PLANS["other"], []
+    forward = GPT.forward
+    monkeypatch.setattr(
+        GPT, "forward", lambda self, tokens, *rest: sizes.append(tokens.size(1)) or forward(self, tokens, *rest)
+    )
+    prompt = laid_out(5, plan)
+    ids = list(generate(run, prompt, plan, 40, temperature=0))
+    assert len(sizes) == len(recorded) == 40 and sum(sizes) == len(prompt) + len(ids) - 1
+    assert ids.count(META) > 20 and max(sizes[1:]) > 2
+
+
+def test_samples_are_read_in_any_order():
+    """The samples of a batch come mixed; each stream has its own, whichever is read first."""
+    run = random_run()
+    run.state = {"data": {"chunk_content": 9, "chunk_markers": 3, "injection": "uniform"}}
+    run.tokenizer.encode_prompt = lambda text: [3, 1, 4]
+    cfg = SampleConfig(max_new_tokens=20, top_k=None)
+    mixed = start_samples(run, cfg, "x", range(4, 7))
+    alone = [start_samples(run, cfg, "x", [number])[0] for number in range(4, 7)]
+    for i in (1, 0, 2):
+        assert mixed[i][0] == alone[i][0] and list(mixed[i][1]) == list(alone[i][1])
+    assert len({tuple(prompt) for prompt, _ in mixed}) > 1
+
+
+def test_prepared_weights_serve_several_calls():
+    run, plan = random_run(), PLANS["uniform"]
+    weights, prompt = prepare(run), laid_out(5, plan)
+    texts = [list(generate(run, prompt, plan, 30, temperature=0, weights=weights)) for _ in range(2)]
+    assert texts[0] == texts[1] == list(generate(run, prompt, plan, 30, temperature=0))
+
+
+def test_bfloat16_is_what_autocast_computes(recorded):
+    """The weights are cast once, for the decoder alone; its products are those of autocast, and so are its logits."""
+    run, plan = random_run(), PLANS["uniform"]
+    prompt, before = laid_out(9, plan), {name: p.clone() for name, p in run.model.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = prompt + list(generate(run, prompt, plan, 8, temperature=0))
+        starts = [i for i in range(len(prompt), len(ids)) if ids[i] != META]
+        for step, i in zip(recorded, starts, strict=True):
+            hidden = generate_module.hidden_states(run, ids[:i])[-1]
+            expected = run.model.logits(hidden)[:V]
+            exact = reference.next_logits(run, ids[:i])
+            assert (step[0] - expected).abs().max() < 0.1 * exact.std()
+    for name, p in run.model.named_parameters():
+        assert torch.equal(p, before[name]) and p.dtype == torch.float32
+    assert isinstance(run.model.h[0].mlp.c_fc, torch.nn.Linear)
