@@ -21,7 +21,7 @@ from config import UserError
 from dist import pick_device, why_not_compile
 from runlog import environment
 
-SECTIONS = ("training", "layer", "lengths", "decoding", "preparing")
+SECTIONS = ("training", "decoding", "preparing", "layer", "lengths")
 
 
 def table(rows: list[dict]) -> str:

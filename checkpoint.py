@@ -50,6 +50,7 @@ def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str,
     hashes = {name: file_sha256(partial / name) for name in files}
     (partial / MANIFEST).write_bytes(_manifest(hashes))
     for name in [*files, MANIFEST]:
+        shutil.copymode(partial / MANIFEST, partial / name)  # safetensors writes for the owner alone
         _fsync(partial / name)
     _fsync(partial)
     if final.exists():  # written before, found damaged, and trained again

@@ -50,6 +50,9 @@ def test_newest_and_pruning(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002", "step_00000010"]
     assert newest(tmp_path, warn=print).step == 10
     assert newest(tmp_path, warn=print).optimizer()["wte.weight/exp_avg"].tolist() == [10.0] * 3
+    modes = {path.stat().st_mode for path in (tmp_path / "step_00000010").iterdir()}
+    (tmp_path / "any").touch()
+    assert modes == {(tmp_path / "any").stat().st_mode}  # as the user's umask has it, of all files
 
 
 @pytest.mark.parametrize(
