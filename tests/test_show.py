@@ -29,21 +29,25 @@ import train
 from data.loader import Windows
 from cli import run_cli
 
-step, load, update = None, Windows.batch, train.Trainer.train_step
+step, rank = None, None
+load, update, forward = Windows.batch, train.Trainer.train_step, train.Objective.forward
 
 def train_step(self, stop):
-    global step
+    global step, rank
     step, rank = self.step, self.dist.rank
-    Windows.batch = lambda data, windows: record(data, windows, rank)
-    result = update(self, stop)
-    Windows.batch = load
-    return result
+    return update(self, stop)
 
-def record(data, windows, rank):
+def batch(data, windows):
+    made = load(data, windows)
+    made.tokens.windows = windows.tolist()
+    return made
+
+def objective(self, tokens, *rest):  # what is trained on, whenever it was loaded
     with open(f"seen{{rank}}.jsonl", "a") as file:
-        file.write(json.dumps({{"step": step, "rank": rank, "windows": windows.tolist()}}) + "\\n")
-    return load(data, windows)
+        file.write(json.dumps({{"step": step, "rank": rank, "windows": tokens.windows}}) + "\\n")
+    return forward(self, tokens, *rest)
 
+Windows.batch, train.Objective.forward = batch, objective
 train.Trainer.train_step = train_step
 run_cli(train.main)
 """
