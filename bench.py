@@ -14,14 +14,14 @@ import argparse
 import json
 from pathlib import Path
 
-from benches import decoding, drawing, layer, lengths, preparing, training
+from benches import decoding, drawing, layer, lengths, preparing, profile, training
 from benches.timing import DTYPES, matmul_peak
 from cli import run_cli
 from config import UserError
 from dist import pick_device, why_not_compile
 from runlog import environment
 
-SECTIONS = ("training", "decoding", "preparing", "layer", "lengths")
+SECTIONS = ("training", "profile", "decoding", "preparing", "layer", "lengths")
 
 
 def table(rows: list[dict]) -> str:
@@ -64,7 +64,10 @@ def main(argv: list[str]) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
 
     results: dict[str, list[dict]] = {}
-    modules = {"training": training, "layer": layer, "lengths": lengths, "decoding": decoding, "preparing": preparing}
+    modules = {
+        "training": training, "profile": profile, "decoding": decoding, "preparing": preparing, "layer": layer,
+        "lengths": lengths,
+    }  # fmt: skip
     for section in SECTIONS:
         if section not in args.only:
             continue

@@ -152,6 +152,7 @@ def bench(args, peaks: dict[str, float]) -> list[dict]:
                 arm: Step(arm, dtype, mode == "compiled", shape, markers, vocabulary, str(args.nanogpt))
                 for arm, markers in arms.items()
             }
+            torch._dynamo.reset()  # what is compiled counts by function, over all models, and after eight it gives up
             times = alternate({arm: training_step(step) for arm, step in steps.items()}, args.repeats)
             for arm, step in steps.items():
                 low, middle, high = (step.positions / seconds for seconds in quartiles(times[arm])[::-1])

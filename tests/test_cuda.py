@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from config import GPTConfig
+from data.loader import places_of
 from dist import autocast, pick_dtype, why_not_compile
+from generate import generate
 from loss import Objective
 from model import GPT
 from tests.conftest import TINY, cli, losses, override
+from tests.test_generate_cache import PLANS, laid_out, random_run
 
 pytestmark = [
     pytest.mark.cuda,
@@ -27,12 +30,14 @@ def batch(device: str) -> tuple[torch.Tensor, ...]:
     tokens.scatter_(1, index.clamp(max=127), 301)
     targets = torch.where(tokens.roll(-1, 1) >= 300, -100, tokens.roll(-1, 1))
     positions = torch.arange(128).expand(3, 128)
-    return tuple(tensor.to(device) for tensor in (tokens, targets, positions, index))
+    scored = torch.from_numpy(places_of((targets >= 0).numpy(), 120))
+    return tuple(tensor.to(device) for tensor in (tokens, targets, positions, index, scored))
 
 
-def loss_and_gradients(device: str, dtype: torch.dtype, compiled: bool = False, **changes):
+def loss_and_gradients(device: str, dtype: torch.dtype, compiled: bool = False, recompute: bool = False, **changes):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**vars(SHAPE), **changes}))
+    model.recompute = recompute
     for block in model.h:
         torch.nn.init.normal_(block.second_attn.c_proj.weight, std=0.1)
     model.to(device)
@@ -65,6 +70,21 @@ def test_compiled_equals_eager():
     assert compiled_nats == pytest.approx(nats, rel=1e-4)
     for name, grad in grads.items():
         assert (compiled_grads[name] - grad).norm() <= 1e-3 * grad.norm() + 1e-6, name
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    nats, grads = loss_and_gradients("cuda", torch.float32, dropout=0.2)
+    again_nats, again = loss_and_gradients("cuda", torch.float32, recompute=True, dropout=0.2)
+    assert again_nats == nats and all((again[name] - grad).norm() <= 1e-5 * grad.norm() for name, grad in grads.items())
+
+
+@pytest.mark.parametrize("second", ["meta", "causal", "random"])
+def test_decoding_gives_the_ids_of_the_cpu(second):
+    run, plan = random_run(second_attention=second, position="rope"), PLANS["uniform"]
+    prompt = laid_out(5, plan)
+    expected = list(generate(run, prompt, plan, 60, temperature=0))
+    run.model.to("cuda")
+    assert list(generate(run, prompt, plan, 60, temperature=0)) == expected
 
 
 def train(workdir, name, *args, launcher=None):
