@@ -107,15 +107,14 @@ def _ours(step: Step, device: torch.device) -> tuple[Callable, list, Callable]:
 class DenseMeta(MetaAttention):
     """The same sub-layer as the paper writes it: attention over all rows under both masks, materialised."""
 
-    def forward(self, x, meta_index, norm, rotate=None):
+    def forward(self, x, meta_index, norm, rotate=None, attend=None):
+        assert rotate is None and attend is None, "this one is measured in training, without rotary positions"
         B, T, _ = x.shape
         is_meta = torch.zeros(B, T, dtype=torch.bool, device=x.device).scatter_(1, meta_index, True)
         pairs = is_meta[:, :, None] & is_meta[:, None, :] & torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
         # a row that is no meta position sees nothing: let it see itself, and drop it afterwards
         mask = (pairs | torch.eye(T, dtype=torch.bool, device=x.device))[:, None]
         q, k, v = rearrange(self.c_attn(norm(x)), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
-        if rotate is not None:
-            raise NotImplementedError("the dense layer is measured without rotary positions")
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return x + torch.where(is_meta[..., None], self.c_proj(rearrange(y, "b h t d -> b t (h d)")), 0)
 

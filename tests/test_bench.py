@@ -1,0 +1,58 @@
+"""What bench.py measures does what it says; that it is quick is for bench.py to say."""
+
+import pytest
+import torch
+
+from benches import drawing
+from benches.timing import alternate, in_fresh_process, quartiles
+from benches.training import DenseMeta, Step, training_step
+from meta_attention import MetaAttention
+
+SMALL = (1, 2, 32, 40, 2)
+
+
+@pytest.mark.parametrize("arm", ["none", "meta", "dense", "hf"])
+def test_every_arm_makes_steps(arm):
+    markers = 4 if arm in ("meta", "dense") else 0
+    step = training_step(Step(arm, "fp32", False, SMALL, markers, vocabulary=(128, 100), device="cpu"))
+    step()
+    step()
+
+
+def test_the_dense_layer_is_the_same_layer():
+    torch.manual_seed(0)
+    gathered, dense = (kind(32, 2, bias=False, dropout=0.0) for kind in (MetaAttention, DenseMeta))
+    dense.load_state_dict(gathered.state_dict())
+    x, index, norm = torch.randn(2, 12, 32), torch.tensor([[0, 3, 11], [2, 5, 7]]), torch.nn.LayerNorm(32)
+    torch.testing.assert_close(dense(x, index, norm), gathered(x, index, norm))
+
+
+def test_functions_take_turns_and_quartiles_are_in_order():
+    called = []
+    times = alternate({name: lambda name=name: called.append(name) for name in "ab"}, 3)
+    assert "".join(called) == "ab" * 5 and [len(times[name]) for name in "ab"] == [3, 3]
+    assert quartiles([3.0, 1.0, 2.0, 4.0]) == (1.25, 2.5, 3.75) and quartiles([2.0, 4.0]) == (2.0, 3.0, 4.0)
+
+
+def _holding(megabytes: int):
+    kept = []
+    return lambda: kept.append(torch.ones(megabytes * 250_000)) if not kept else None
+
+
+def test_peak_memory_is_of_a_fresh_process():
+    ours = torch.ones(100_000_000)  # 400 MB that do not count
+    small, large = (in_fresh_process(_holding, size, repeats=1)[1] for size in (1, 300))
+    assert 250e6 < large - small < 350e6 and len(ours)
+
+
+def test_a_figure_is_drawn(tmp_path):
+    rows = [
+        {"shape": "tiny", "dtype": "fp32", "mode": "eager", "who": who, "positions/s": rate, "peak GB": 1.0}
+        for who, rate in (("none", 10.0), ("meta", 9.0))
+    ]
+    lines = [
+        {"T": T, "who": "meta", "markers": 0.1, "s a step": T / 99, "peak GB": 1.0, "s at the matmul peak": T / 999}
+        for T in (256, 512)
+    ]
+    drawing.draw({"training": rows, "lengths": lines}, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
