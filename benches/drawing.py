@@ -59,7 +59,7 @@ def bars(ax, rows: list[dict], keys: tuple[str, ...], value: str, log: bool = Fa
 def lines(ax, rows: list[dict], value: str, arithmetic: str = "") -> None:
     for (who, share), colour in zip(
         dict.fromkeys((row["who"], row["markers"]) for row in rows),
-        ("tab:blue", "thistle", "tab:purple", "indigo", "tab:red"),
+        ("tab:blue", "tab:purple", "indigo", "tab:red"),
         strict=False,
     ):
         mine = [row for row in rows if (row["who"], row["markers"]) == (who, share)]

@@ -7,7 +7,7 @@ from estimate import flops_per_window
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 POSITIONS = 8192  # a step, whatever the length
 # arm, share of meta-tokens; "dense": the same model under masks over all rows, as the paper writes it
-ARMS = (("none", 0.0), ("meta", 0.05), ("meta", 0.1), ("meta", 0.2), ("dense", 0.1))
+ARMS = (("none", 0.0), ("meta", 0.1), ("meta", 0.2), ("dense", 0.1))
 DENSE_AT_MOST = 4096  # its masks and scores would take most of an hour
 
 
