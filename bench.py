@@ -39,18 +39,27 @@ def table(rows: list[dict]) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
-    parser.add_argument("--shapes", nargs="+", choices=training.SHAPES, default=list(training.SHAPES))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="texts decoded at once")
-    parser.add_argument("--repeats", type=int, default=3, help="turns that count, after two of warm-up")
+    shapes = "gpt2: 12 layers of 768, T = 1024, 4 windows; small: 6 of 384, 256, 8; tiny: 4 of 192, 512, 8"
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections (all)")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=training.SHAPES, default=list(training.SHAPES),
+        help=f"of training and profile (all); {shapes}",
+    )  # fmt: skip
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(all)")
+    parser.add_argument(
+        "--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"], help="of training (both)"
+    )
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="texts decoded at once (1 8)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns that count, after two of warm-up (3)")
     parser.add_argument("--nanogpt", type=Path, help="folder of a nanoGPT checkout")
     parser.add_argument("--hf", action="store_true", help="train Hugging Face's GPT-2, too (decoding has it anyway)")
-    parser.add_argument("--output", type=Path, default=Path("out/bench"))
+    parser.add_argument("--output", type=Path, default=Path("out/bench"), help="folder (out/bench)")
     args = parser.parse_args(argv)
-    if args.repeats < 1:
-        raise UserError(f"--repeats={args.repeats} leaves nothing to measure: take 1 at least.")
+    for name, values in (("repeats", [args.repeats]), ("batches", args.batches)):
+        if min(values) < 1:
+            raise UserError(f"--{name}={min(values)} leaves nothing to measure: take 1 at least.")
+    if args.output.exists() and not args.output.is_dir():
+        raise UserError(f"--output={args.output} is a file: name a folder for results.json and bench.png.")
     if args.nanogpt and not (args.nanogpt / "model.py").is_file():
         raise UserError(f"--nanogpt={args.nanogpt} has no model.py: give the folder of a nanoGPT checkout.")
     device = pick_device("auto")
@@ -78,7 +87,7 @@ def main(argv: list[str]) -> None:
             print(sentence, flush=True)
         # after every section: what is measured stays if the next one is interrupted
         (args.output / "results.json").write_text(json.dumps({"environment": facts, **results}, indent=1) + "\n")
-        drawing.draw(results, args.output / "bench.png")
+        drawing.draw(results, args.output / "bench.png", f"{facts['processor']}, {facts['threads']} threads")
     print(f"\n{args.output / 'bench.png'}, {args.output / 'results.json'}")
 
 

@@ -245,7 +245,7 @@ def memory(cfg: TrainConfig, M: int, dtype: torch.dtype, device: str, accumulati
         # and of the MLP's ends
         rows = B * cfg.model.block_size * cfg.model.n_embd
         again = block + (2 * matrices // L if size == 2 else 0) + 4 * wte + rows * (4 + 2 * size)
-        phases["last block's backward"] = forward - parts["casts of weights"] + again
+        phases["block made again"] = forward - parts["casts of weights"] + again
     return {"parts": {name: n_bytes for name, n_bytes in parts.items() if n_bytes}, "phases": phases}
 
 
@@ -301,6 +301,10 @@ def report(cfg: TrainConfig, accumulation: int) -> str:
     if T > C:
         rows |= {"markers": f"{100 * (T - C) / T:.1f} % of the positions: their share of projections, MLP and head"}
     rows |= {"a step": f"{window * cfg.batch_size:.3e}", "the run": f"{all_flops:.3e}"}
+    if cfg.activation_checkpointing:
+        again = (window - flops["head"]) // 3 * windows  # the blocks' forward; no useful work, but it takes its time
+        rows |= {"made again, on top": f"{again:.3e}"}
+        all_flops += again
     out += lines("FLOPs, forward and backward", rows, "  (matrix products; attention over all keys, as PaLM counts)\n")
 
     bytes_of = memory(cfg, T - C, dtype, device, accumulation)

@@ -44,7 +44,10 @@ def read_prompt(cfg: SampleConfig) -> str | None:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"the prompt file {name} cannot be read ({reason}): give a text file.") from None
     if not text.replace(META, ""):
-        raise UserError("the prompt is empty: give some text, or leave the prompt out to start a document.")
+        raise UserError(
+            f"the prompt {'holds markers alone' if text else 'is empty'}: give some text, or leave the prompt out to "
+            f"start a document."
+        )
     return text
 
 

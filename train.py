@@ -187,7 +187,9 @@ class Trainer:
             self.lock = lock(self.run_dir)
             checkpoint.sweep(self.run_dir, self.step, cfg.keep)
         self.log = RunLog(self.run_dir, cfg, self.facts, self.step if saved else -1, dist.is_main)
-        for sentence in [*warnings, *changed, f"started from {self.origin}", self.verified]:
+        goes_on = saved and saved.folder.parent.resolve() == self.run_dir.resolve()
+        start = f"goes on from {saved.folder}, step {saved.step:,}; " if goes_on else ""
+        for sentence in [*warnings, *changed, f"{start}started from {self.origin}", self.verified]:
             self.log.say(sentence)
         self._introduce(why, no_compile)
 

@@ -7,52 +7,72 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = {"none": "tab:blue", "plain": "tab:blue", "meta": "tab:purple", "nanogpt": "tab:gray", "nanoGPT": "tab:gray",
-           "hf": "tab:orange", "Hugging Face": "tab:orange", "dense": "tab:red"}  # fmt: skip
+COLOURS = {
+    "none": "tab:blue",
+    "meta": "tab:purple",
+    "meta, one plan": "plum",
+    "nanogpt": "tab:gray",
+    "hf": "tab:orange",
+    "dense": "tab:red",
+}
 
 
-def draw(results: dict[str, list[dict]], path: Path) -> None:
+def draw(results: dict[str, list[dict]], path: Path, machine: str = "") -> None:
     panels = []
     if "training" in results:
-        panels += [lambda ax: bars(ax, results["training"], ("shape", "dtype", "mode"), "positions/s", log=True)]
+        panels += [lambda ax: bars(ax, results["training"], ("shape", "dtype", "mode"), "positions/s", "training")]
         eager = [row for row in results["training"] if "peak GB" in row]
-        panels += [lambda ax: bars(ax, eager, ("shape", "dtype"), "peak GB")] if eager else []
+        panels += [lambda ax: bars(ax, eager, ("shape", "dtype"), "peak GB", "memory of training")] if eager else []
     if "layer" in results:
-        panels += [lambda ax: bars(ax, results["layer"], ("T", "dtype"), "ms", log=True)]
+        panels += [lambda ax: bars(ax, results["layer"], ("T", "dtype"), "ms", "a meta-attention layer")]
     if "lengths" in results:
         panels += [lambda ax: lines(ax, results["lengths"], "s a step", "s at the matmul peak")]
         panels += [lambda ax: lines(ax, results["lengths"], "peak GB")]
     if "decoding" in results:
-        panels += [lambda ax: bars(ax, results["decoding"], ("batch", "dtype"), "content tokens/s", log=True)]
+        panels += [lambda ax: bars(ax, results["decoding"], ("batch", "dtype"), "content tokens/s", "decoding")]
     if "preparing" in results:
-        panels += [lambda ax: bars(ax, results["preparing"], ("corpus",), "MB/s")]
+        timed = [row for row in results["preparing"] if "MB/s" in row]
+        panels += [lambda ax: bars(ax, timed, ("corpus",), "MB/s", "preparing")]
+    if not panels:  # a profile alone is a table
+        return
     columns = min(2, len(panels))
-    figure, axes = plt.subplots(
-        -(-len(panels) // columns), columns, figsize=(7 * columns, 4 * -(-len(panels) // columns)), squeeze=False
-    )
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(8 * columns, 4.2 * rows), squeeze=False)
     for ax, panel in zip(axes.flat, panels, strict=False):
         panel(ax)
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
+    figure.suptitle(machine, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def bars(ax, rows: list[dict], keys: tuple[str, ...], value: str, log: bool = False) -> None:
+def bars(ax, rows: list[dict], keys: tuple[str, ...], value: str, title: str) -> None:
+    """Groups of bars from 0, relative to the group's first contestant; the numbers on them are absolute. Lines span the
+    quartiles, where a row has them."""
     groups = list(dict.fromkeys(tuple(str(row[key]) for key in keys) for row in rows))
     contestants = list(dict.fromkeys(row["who"] for row in rows))
+    first = {}
+    for row in rows:
+        first.setdefault(tuple(str(row[key]) for key in keys), row[value])
     width = 0.8 / len(contestants)
     for i, who in enumerate(contestants):
-        mine = [row for row in rows if row["who"] == who and value in row]
-        x = [groups.index(tuple(str(row[key]) for key in keys)) + i * width for row in mine]
-        drawn = ax.bar(x, [row[value] for row in mine], width, label=who, color=COLOURS.get(who))
-        ax.bar_label(drawn, fmt="{:,.3g}", fontsize=6, rotation=90 if len(groups) > 4 else 0, padding=2)
+        mine = [(tuple(str(row[key]) for key in keys), row) for row in rows if row["who"] == who]
+        x, heights = [groups.index(group) + i * width for group, _ in mine], [r[value] / first[g] for g, r in mine]
+        ax.bar(x, heights, width, label=who, color=COLOURS.get(who))
+        for place, top, (group, row) in zip(x, heights, mine, strict=True):
+            if "quartiles" in row and value not in ("peak GB", "MB/s"):
+                ends = [float(part.replace(",", "")) / first[group] for part in row["quartiles"].split("..")]
+                ax.plot([place, place], ends, color="black", linewidth=0.8)
+                top = max(top, *ends)
+            label = f"{row[value]:,.3g}" if row[value] < 1000 else f"{row[value]:,.0f}"
+            ax.annotate(label, (place, top), (0, 3), textcoords="offset points", fontsize=6, rotation=90, ha="center")
     ax.set_xticks([n + 0.4 - width / 2 for n in range(len(groups))], ["\n".join(group) for group in groups], fontsize=7)
-    ax.set_ylabel(value)
-    if log:
-        ax.set_yscale("log")
-    ax.margins(y=0.2)
+    ax.set_title(f"{title} ({', '.join(keys)})", fontsize=9)
+    ax.set_ylabel(f"{value}, {contestants[0]} = 1")
+    ax.margins(y=0.25)
+    ax.set_ylim(bottom=0)
     ax.legend(fontsize=7)
 
 

@@ -178,7 +178,7 @@ def test_prompts_from_files_and_standard_input(run, workdir, tmp_path):
     ("args", "stdin", "sentence"),
     [
         (["--prompt="], b"", "the prompt is empty"),
-        (["--prompt=<|meta|>"], b"", "the prompt is empty"),
+        (["--prompt=<|meta|>"], b"", "the prompt holds markers alone"),
         (["--prompt_file=-"], b"", "the prompt is empty"),
         (["--prompt_file=-"], b"caf\xe9 ", "standard input is not UTF-8 at byte 3"),
         (["--prompt_file=nowhere.txt"], b"", "nowhere.txt cannot be read"),
