@@ -104,8 +104,7 @@ def tokenize(source: Source, work: Path, cfg: PrepareConfig, tokenizer: Tokenize
         TimeRemainingColumn(),
     )
     writer, run = None, None  # run = the split that the current document's last piece went to
-    encoders = Encoders(tokenizer, cfg)
-    with encoders.pool, Progress(*columns, console=console) as progress:
+    with Encoders(tokenizer, cfg) as encoders, Progress(*columns, console=console) as progress:
         bar, tokens = progress.add_task("", total=total, completed=bytes_done, rate=""), 0
         for task in encoders.in_order(new_items(source, work, units, token_bytes)):
             n_bytes = 0

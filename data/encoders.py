@@ -63,6 +63,14 @@ class Encoders:
         self.pool = ProcessPoolExecutor(cfg.workers, initializer=_start_worker, initargs=(tokenizer, cfg))
         self.pool.submit(_encode, []).result()  # starts the processes now, before the progress bar starts a thread
 
+    def __enter__(self) -> "Encoders":
+        return self
+
+    def __exit__(self, *error) -> None:
+        # a Ctrl-C in the middle of submit leaves an item that no worker is ever given: unless it is cancelled, it would
+        # be waited for without end
+        self.pool.shutdown(cancel_futures=True)
+
     def in_order(self, items: Iterable[Item]) -> Iterator[list[tuple[Item, Encoded | None]]]:
         """Tasks of (item, what became of its text, if it has any) in the order of the items. At most a few megabytes of
         text are under way, so memory does not grow with the corpus."""

@@ -180,6 +180,30 @@ def test_killed_and_started_again(slow_folder, number):
     shutil.rmtree(slow_folder / "data/cut")
 
 
+INTERRUPTED = """
+import sys
+sys.path.insert(0, {root!r})
+from config import PrepareConfig
+from data.encoders import Encoders
+from data.tokenizer import Tokenizer
+
+def put(number):
+    raise KeyboardInterrupt
+
+with Encoders(Tokenizer.gpt2(), PrepareConfig(workers=1)) as encoders:
+    encoders.pool._work_ids.put = put
+    encoders.pool.submit(len, "a text")
+"""
+
+
+def test_an_interruption_in_the_middle_of_a_submission_ends(tmp_path):
+    """The item is noted, and its number never given to the workers: a plain shutdown waits for it for ever."""
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED.format(root=str(ROOT)))
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=50)
+    assert result.returncode != 0 and result.stderr.rstrip().endswith("KeyboardInterrupt")
+
+
 @pytest.mark.parametrize("limit", [20_000, 1_000_000])
 def test_a_full_disk(slow_folder, limit):
     """No file may grow beyond `limit`: the tokenized text does, or the shards only."""
