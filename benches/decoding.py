@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import torch
 
-from benches.timing import DTYPES, alternate, quartiles
+from benches.timing import DTYPES, alternate, quartiles, say
 from benches.training import Step, nanogpt_model
 from config import GPTConfig
-from generate import MarkerPlan, generate_batch, prepare
+from generate import MarkerPlan, generate_batch, lay_out, prepare
 from model import GPT
 from rng import stable_key
 
@@ -39,14 +39,8 @@ def ours(second_attention: str, cfg: GPTConfig, batch: int, dtype: torch.dtype, 
     run = SimpleNamespace(model=model, tokenizer=SimpleNamespace(meta=50257, eot=50256), config=config, folder="none")
     seeds = [0 if alike else number for number in range(batch)]
     plans = [MarkerPlan("uniform" if M else "none", 1024 - M, M, stable_key("bench", seed)) for seed in seeds]
-    prompts = []
-    for number, plan in enumerate(plans):
-        ids: list[int] = []
-        for token in prompt_of(PROMPT, number):
-            while len(ids) in plan:
-                ids.append(50257)
-            ids.append(token)
-        prompts.append(ids)
+    # with the <|endoftext|> that lay_out begins with, as many as the others have
+    prompts = [lay_out(run, prompt_of(PROMPT - 1, number), plan) for number, plan in enumerate(plans)]
 
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         weights = prepare(run, batch)
@@ -117,7 +111,7 @@ def contest(batch: int, name: str, repeats: int, checkout: Path | None, new: int
         row = {"batch": batch, "dtype": name, "who": who, "content tokens/s": middle}
         row |= {"quartiles": f"{low:.1f} .. {high:.1f}", "first token ms": quartiles(first[who])[1] * 1e3}
         rows.append(row)
-        print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+        say(row)
     return rows
 
 

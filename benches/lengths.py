@@ -1,6 +1,6 @@
 """Time and memory of a training step by length and by share of meta-tokens, beside the arithmetic."""
 
-from benches.timing import in_fresh_process, quartiles
+from benches.timing import in_fresh_process, quartiles, say
 from benches.training import Step, training_step
 from estimate import flops_per_window
 
@@ -28,7 +28,7 @@ def bench(args, peaks: dict[str, float]) -> list[dict]:
             if "bf16" in peaks:
                 row["s at the matmul peak"] = flops / peaks["bf16"]
             rows.append(row)
-            print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+            say(row)
     return rows
 
 

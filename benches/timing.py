@@ -40,6 +40,11 @@ def spread(times: list[float]) -> str:
     return f"{middle * 1e3:8.1f} ms (quartiles {low * 1e3:.1f} .. {high * 1e3:.1f})"
 
 
+def say(row: dict) -> None:
+    """A row as it comes, in one line: the table follows only when all are there."""
+    print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+
+
 def peak_memory() -> int:
     """Bytes that this process has held at most: of the GPU if there is one, else resident, the interpreter included."""
     if torch.cuda.is_available():

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from benches.timing import DTYPES, alternate, in_fresh_process, quartiles
+from benches.timing import DTYPES, alternate, in_fresh_process, quartiles, say
 from config import GPTConfig, TrainConfig
 from data.loader import IGNORE, places_of
 from dist import autocast, pick_device
@@ -61,8 +61,9 @@ class Step:
         )  # fmt: skip
 
 
-def training_step(step: Step) -> Callable[[], None]:
-    """-> a function that makes one whole update (forward, backward, clipping, AdamW), always on the same windows."""
+def training_step(step: Step) -> Callable[[], torch.Tensor]:
+    """-> a function that makes one whole update (forward, backward, clipping, AdamW), always on the same windows, and
+    gives the loss before it."""
     torch.manual_seed(0)
     device = pick_device(step.device)
     nats, parameters, update = (_ours if step.arm in ("none", "meta", "dense") else _peer)(step, device)
@@ -73,6 +74,7 @@ def training_step(step: Step) -> Callable[[], None]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         update()
+        return loss.detach()
 
     return one
 
@@ -163,7 +165,7 @@ def bench(args, peaks: dict[str, float]) -> list[dict]:
                 if mode == "eager":
                     row["peak GB"] = in_fresh_process(training_step, step, repeats=1)[1] / 1e9
                 rows.append(row)
-                print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True)
+                say(row)
     return rows
 
 
