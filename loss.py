@@ -103,14 +103,24 @@ def summed_nats(hidden, weight, targets, n_content: int, chunk: int | None = Non
 @torch.no_grad()
 def token_nats(hidden, weight, targets, n_content: int, chunk: int | None = None) -> torch.Tensor:
     """Nats of every target (N,), 0 where nothing is scored; shapes as in summed_nats."""
+    blocks = _scored_blocks(hidden, weight, targets, n_content, chunk)
+    return torch.cat([torch.where(t >= 0, -logp.gather(1, t.clamp(min=0)[:, None]).squeeze(1), 0) for logp, t in blocks])
+
+
+@torch.no_grad()
+def token_hits(hidden, weight, targets, n_content: int, chunk: int | None = None) -> torch.Tensor:
+    """Is every target (N,) the most likely id? False where nothing is scored; shapes as in summed_nats."""
+    return torch.cat([logp.argmax(1) == t for logp, t in _scored_blocks(hidden, weight, targets, n_content, chunk)])
+
+
+def _scored_blocks(hidden, weight, targets, n_content, chunk):
+    """Blocks of log-probabilities (n, V) and targets (n,), few rows at a time."""
     dtype = _compute_dtype(hidden)
     chunk = chunk or chunk_rows(hidden.device.type, weight.shape, dtype.itemsize)
-    block, w, out = block_rows(hidden.device.type, weight.size(0)), weight.to(dtype), []
+    block, w = block_rows(hidden.device.type, weight.size(0)), weight.to(dtype)
     for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         for part, t_part in zip((h.to(dtype) @ w.T).split(block), t.split(block), strict=True):
-            nats = -_log_probs(part, n_content).gather(1, t_part.clamp(min=0)[:, None]).squeeze(1)
-            out.append(torch.where(t_part >= 0, nats, 0))
-    return torch.cat(out)
+            yield _log_probs(part, n_content), t_part
 
 
 def scored_rows(hidden, targets, scored_index) -> tuple[torch.Tensor, torch.Tensor]:

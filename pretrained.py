@@ -254,7 +254,7 @@ def _run_of_ours(init_from: str, cfg: GPTConfig, tokenizer: Tokenizer) -> Weight
     fit = " ".join(f"--{name}={getattr(theirs, name)}" for name in names)
     file = saved.folder / WEIGHTS
     weights = Weights(file, _read(file), fit, f"{_marker_rows(tokenizer)} are as trained")
-    if not data["chunk_markers"]:  # it never saw a marker: their rows are noise
+    if not data["chunk_markers"] and not saved.config.task.tasks:  # it never saw a marker: their rows are noise
         weights.tensors["wte.weight"] = _with_markers(weights.tensors["wte.weight"], tokenizer)
         weights.note = f"{_marker_rows(tokenizer)} are the mean of the others"
     return weights

@@ -11,8 +11,8 @@ import numpy as np
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def stable_key(*parts: int | str) -> int:
-    """A 64-bit key from a tuple of ints and strings; the same on every machine (unlike `hash`)."""
+def stable_key(*parts) -> int:
+    """A 64-bit key from ints, strings, and lists and tuples of them; the same on every machine (unlike `hash`)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
@@ -50,3 +50,36 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
         out[walking] = (left << shift) | right
         walking = out >= n
     return out.astype(np.int64)
+
+
+class Draws:
+    """Random choices one after another, all a function of a key: for texts that are written piece by piece."""
+
+    def __init__(self, key: int):
+        self._key, self._done, self._bits = key, 0, iter(())
+
+    def below(self, n: int) -> int:
+        """An integer in [0, n). The remainder's bias, n / 2^64, is not felt."""
+        bits = next(self._bits, None)
+        if bits is None:
+            self._bits = iter(uniform_bits(self._key, np.arange(self._done, self._done + 256)).tolist())
+            self._done += 256
+            bits = next(self._bits)
+        return bits % n
+
+    def between(self, low: int, high: int) -> int:
+        """An integer in [low, high]."""
+        return low + self.below(high - low + 1)
+
+    def choice(self, options):
+        return options[self.below(len(options))]
+
+    def sample(self, options, k: int) -> list:
+        """k of the options without replacement, in random order; ValueError if there are fewer."""
+        if k > len(options):
+            raise ValueError(f"{k} of {len(options)} options cannot be drawn")
+        options = list(options)
+        for i in range(k):
+            j = i + self.below(len(options) - i)
+            options[i], options[j] = options[j], options[i]
+        return options[:k]

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import checkpoint
 import pretrained
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, holds_run
 from cli import load_config
 from config import PrepareConfig, TrainConfig, UserError, to_dict
 from data.loader import Windows
 from data.shards import read_manifest
+from data.tokenizer import Tokenizer
 from optim import learning_rate
+from tasks.source import TaskWindows
 
 
 def accumulation(cfg: TrainConfig, world: int) -> int:
@@ -41,9 +43,12 @@ def recipe_of(dataset: str) -> PrepareConfig | None:
     return dataclasses.replace(load_config(PrepareConfig, [str(path)], config_file=True), injection=injection)
 
 
-def open_windows(cfg: TrainConfig, split: str) -> Windows:
-    """The windows of cfg's dataset as cfg's arm sees them. Raises UserError if there is none, or the arm needs another
-    one."""
+def open_windows(cfg: TrainConfig, split: str, base: Checkpoint | None = None) -> Windows | TaskWindows:
+    """The windows of cfg's dataset, or the texts of its tasks, as cfg's arm sees them. base: as for with_base.
+
+    Raises UserError if there is no dataset, or the arm needs another one."""
+    if cfg.task.tasks:
+        return TaskWindows(cfg, split, Tokenizer.load(base.folder if base else Path(cfg.dataset)))
     recipe = recipe_of(cfg.dataset)
     if recipe and not Path(cfg.dataset).exists():
         raise UserError(
@@ -74,6 +79,37 @@ def check_arm(cfg: TrainConfig, markers: int) -> None:
         )
 
 
+def base_of(cfg: TrainConfig, saved: Checkpoint | None) -> Checkpoint | None:
+    """The run whose model learns the tasks: what goes on, or what init_from names; None = a new model."""
+    if not cfg.task.tasks or saved or cfg.init_from in pretrained.KEYWORDS or not holds_run(Path(cfg.init_from)):
+        return saved
+    return checkpoint.open_run(cfg.init_from)
+
+
+def with_base(cfg: TrainConfig, base: Checkpoint | None) -> TrainConfig:
+    """cfg with the model and the target rule of the run that learns its tasks, which need not be given again.
+
+    Raises UserError if cfg names another model, or texts longer than the model's positions."""
+    if not cfg.task.tasks:
+        return cfg
+    if base:
+        theirs, default = base.config, TrainConfig()
+        for name in (*to_dict(cfg.model), "target_rule"):
+            given, found = flat(cfg)[name], flat(theirs)[name]
+            if given not in (found, flat(default)[name]):
+                raise UserError(
+                    f"{name}={given}, and the model of {base.folder}, which is to learn the tasks, has {found}: leave "
+                    f"--{name} out, the model is taken as it is."
+                )
+        cfg = dataclasses.replace(cfg, model=theirs.model, target_rule=theirs.target_rule)
+    if cfg.model.position == "learned" and cfg.task.train_length > cfg.model.block_size:
+        raise UserError(
+            f"train_length={cfg.task.train_length}, and the model has {cfg.model.block_size} learned positions: take a "
+            f"--train_length of at most that."
+        )
+    return cfg
+
+
 def with_vocabulary(cfg: TrainConfig, n_vocab: int, n_content: int) -> TrainConfig:
     """cfg with the vocabulary of its dataset. Raises UserError if cfg says another one."""
     vocabulary = {"vocab_size": n_vocab, "content_vocab_size": n_content}
@@ -84,8 +120,15 @@ def with_vocabulary(cfg: TrainConfig, n_vocab: int, n_content: int) -> TrainConf
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **vocabulary))
 
 
-def data_facts(data: Windows, cfg: TrainConfig) -> dict:
-    """What a checkpoint keeps of its dataset: enough to insert markers as trained, and to know the data again."""
+def data_facts(data: Windows | TaskWindows, cfg: TrainConfig, base: Checkpoint | None = None) -> dict:
+    """What a checkpoint keeps of its dataset: enough to insert markers as trained, and to know the data again. Of tasks:
+    what their model was trained on before."""
+    if cfg.task.tasks:
+        scratch = {
+            "dataset": cfg.dataset, "injection": "none", "chunk_content": cfg.task.train_length, "chunk_markers": 0,
+            "tokenizer": data.tokenizer.fingerprint, "content_sha256": {}, "shards": {},
+        }  # fmt: skip
+        return base.state["data"] if base else scratch
     manifest = data.manifest
     return {
         "dataset": cfg.dataset,
@@ -101,7 +144,7 @@ def data_facts(data: Windows, cfg: TrainConfig) -> dict:
 def flat(cfg: TrainConfig) -> dict:
     """All settings by their flat names."""
     settings = to_dict(cfg)
-    return {**settings.pop("model"), **settings}
+    return {**settings.pop("model"), **settings.pop("task"), **settings}
 
 
 def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[str]:
@@ -141,7 +184,7 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
             "allow_changed_data",
         ):
             continue
-        if name in to_dict(cfg.model) or name in ("target_rule", "seed", "batch_size", "eval_windows", "optimizer"):
+        if name in to_dict(cfg.model) | to_dict(cfg.task) or name in ("target_rule", "seed", "batch_size", "eval_windows", "optimizer"):
             raise UserError(
                 f"{name}={value} differs from the run's {before}, and {saved.folder} cannot go on with it: leave "
                 f"--{name} as it was, or start a new --run_name."

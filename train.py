@@ -9,6 +9,7 @@ Everything random is a pure function of (seed, step), so a run is the same for a
 accumulation (to floating-point rounding), and any number of interruptions (to the bit).
 """
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -32,24 +33,39 @@ from data.verify import verify
 from dist import Dist, autocast, pick_dtype, processes, ranks, why_not_compile
 from estimate import flops_per_window, peak_flops, report
 from guard import Guard
-from loss import Objective, Tally, scored_rows, token_nats
+from loss import Objective, Tally, scored_rows, token_hits, token_nats
 from model import GPT
 from optim import Optimizer, learning_rate, norms
 from rng import stable_key
 from runlog import RunLog, environment
 from show import show_batch
-from startup import accumulation, check_resumable, data_facts, find_checkpoint, flat, open_windows, with_vocabulary
+from startup import (
+    accumulation,
+    base_of,
+    check_resumable,
+    data_facts,
+    find_checkpoint,
+    flat,
+    open_windows,
+    with_base,
+    with_vocabulary,
+)
+from tasks.source import Answers, TaskWindows
+from tasks.words import tokens_per_item
 
 
 @torch.no_grad()
-def evaluate(model: GPT, data: Windows, cfg: TrainConfig, dist: Dist, n_windows=None, stop=None) -> dict | None:
-    """Figures of loss.Tally over n_windows validation windows, evenly spread over the split (None = all); None if
-    `stop` was raised in some process meanwhile.
+def evaluate(
+    model: GPT, data: Windows | TaskWindows, cfg: TrainConfig, dist: Dist, n_windows=None, stop=None
+) -> dict | None:
+    """Figures of loss.Tally over n_windows validation windows, evenly spread over the split (None = all), and of
+    tasks.source.Answers, if these are texts of tasks; None if `stop` was raised in some process meanwhile.
 
     Processes take disjoint windows and add up their sums, so the result does not depend on how many there are."""
     n_windows = min(n_windows or data.n_windows, data.n_windows)
     windows = (np.arange(n_windows) * data.n_windows // n_windows)[dist.rank :: dist.world]
     tally = Tally(torch.from_numpy(data.tokenizer.token_bytes), dist.device)
+    answers = Answers(cfg.task.tasks, dist.device)
     dtype = pick_dtype(cfg.dtype, dist.device)[0]
     model.eval()
     # all processes come here equally often, though the last may have no window left: they must agree to stop
@@ -57,17 +73,22 @@ def evaluate(model: GPT, data: Windows, cfg: TrainConfig, dist: Dist, n_windows=
         if stop and number % 10 == 9 and dist.sum(torch.tensor(float(stop.raised), device=dist.device)) > 0:
             model.train()
             return None
-        batch = data.batch(windows[start : start + cfg.micro_batch_size]).to(dist.device)
-        if not len(batch.tokens):
+        here = windows[start : start + cfg.micro_batch_size]
+        if not len(here):
             continue
+        batch = data.batch(here).to(dist.device)
         with autocast(dist.device, dtype):
             hidden = model(batch.tokens, batch.positions, batch.meta_index)
             hidden, targets = scored_rows(hidden, batch.targets, batch.scored_index)
             nats = token_nats(hidden, model.wte.weight, targets, data.tokenizer.n_content)
+            if cfg.task.tasks:
+                right = token_hits(hidden, model.wte.weight, targets, data.tokenizer.n_content)
+                answers.add(here, targets.view(len(here), -1), right.view(len(here), -1))
         tally.add(nats, targets)
     model.train()
     dist.sum(tally.sums)
-    return tally.figures()
+    dist.sum(answers.sums)
+    return tally.figures() | answers.figures()
 
 
 def lock(run_dir: Path):
@@ -145,10 +166,12 @@ class Trainer:
         self.accumulation = accumulation(cfg, dist.world)
         warnings: list[str] = []
         saved = find_checkpoint(cfg, self.run_dir, warnings.append)
-        self.train_data, self.val_data = (open_windows(cfg, split) for split in ("train", "val"))
+        base = base_of(cfg, saved)
+        cfg = with_base(cfg, base)
+        self.train_data, self.val_data = (open_windows(cfg, split, base) for split in ("train", "val"))
         tokenizer = self.train_data.tokenizer
         self.cfg = cfg = with_vocabulary(cfg, tokenizer.n_vocab, tokenizer.n_content)
-        self.facts = data_facts(self.train_data, cfg)
+        self.facts = data_facts(self.train_data, cfg, base)
         changed = check_resumable(saved, cfg, self.facts) if saved else []
         self.model = GPT(cfg.model, cfg.seed)
         self.step, self.best, self.evaluated, self.guard = 0, None, None, Guard(cfg)
@@ -200,7 +223,9 @@ class Trainer:
         try:
             if weights:
                 self.origin = pretrained.load_into(self.model, self.cfg.init_from, self.train_data.tokenizer)
-            if self.cfg.verify == "full" and self.dist.local_rank == 0:
+            if self.cfg.task.tasks:
+                self.verified = "the texts of the tasks are made as they are needed"
+            elif self.cfg.verify == "full" and self.dist.local_rank == 0:
                 data, say = self.train_data, partial(print, flush=True) if self.dist.is_main else lambda line: None
                 self.verified = verify(Path(self.cfg.dataset), data.manifest, data.tokenizer.meta + 1, say)
         except UserError as error:
@@ -217,23 +242,30 @@ class Trainer:
             f"{self.model.num_params() / 1e6:.2f}M parameters ({self.model.num_params(False) / 1e6:.2f}M without the "
             f"position table): {decayed:,} with weight decay, {rest:,} without"
         )
-        content = cfg.batch_size * data.content_per_window
-        say(
-            f"{data.n_windows:,} train windows and {self.val_data.n_windows:,} validation windows of {data.T} "
-            f"positions, {data.content_per_window} of them content"
-        )
-        say(
-            f"a step: {cfg.batch_size} windows = {content:,} content tokens = {cfg.batch_size * data.T:,} positions, "
-            f"in {self.accumulation} micro-batches of {cfg.micro_batch_size} on each of {self.dist.world} processes; "
-            f"{cfg.max_steps:,} steps = {cfg.max_steps * content:,} content tokens = "
-            f"{cfg.max_steps * cfg.batch_size / data.n_windows:.2f} epochs"
-        )
+        split = f"in {self.accumulation} micro-batches of {cfg.micro_batch_size} on each of {self.dist.world} processes"
+        if cfg.task.tasks:
+            say(
+                f"texts of {', '.join(cfg.task.tasks)} of at most {data.T} positions, all of them new; validation on "
+                f"{self.val_data.n_windows:,}; {tokens_per_item(data.tokenizer):.3f} tokens an item"
+            )
+            say(f"a step: {cfg.batch_size} texts, {split}; {cfg.max_steps:,} steps = {cfg.max_steps * cfg.batch_size:,}")
+        else:
+            content = cfg.batch_size * data.content_per_window
+            say(
+                f"{data.n_windows:,} train windows and {self.val_data.n_windows:,} validation windows of {data.T} "
+                f"positions, {data.content_per_window} of them content"
+            )
+            say(
+                f"a step: {cfg.batch_size} windows = {content:,} content tokens = {cfg.batch_size * data.T:,} positions, "
+                f"{split}; {cfg.max_steps:,} steps = {cfg.max_steps * content:,} content tokens = "
+                f"{cfg.max_steps * cfg.batch_size / data.n_windows:.2f} epochs"
+            )
+            packed = data.manifest["val_text_compressed"]
+            self.compressed = f"gzip -9 {packed['gzip_9_bits_per_byte']:.3f}, xz {packed['xz_bits_per_byte']:.3f}"
         say(
             f"device {self.dist.device}, {str(self.dtype).removeprefix('torch.')} ({why_dtype}), "
             f"compile {'off (' + no_compile + ')' if no_compile else 'on (the first step takes a while)'}"
         )
-        packed = data.manifest["val_text_compressed"]
-        self.compressed = f"gzip -9 {packed['gzip_9_bits_per_byte']:.3f}, xz {packed['xz_bits_per_byte']:.3f}"
 
     def read(self, step: int) -> list[Batch]:
         """The micro-batches of this process in a step."""
@@ -311,10 +343,14 @@ class Trainer:
         if better:
             self.best = {"step": self.step, "loss": figures["loss"], "bits_per_byte": figures["bits_per_byte"]}
         end = "" if figures["endoftext_loss"] is None else f", {figures['endoftext_loss']:.2f} an <|endoftext|>"
+        if self.cfg.task.tasks:
+            exact = (f"{task} {figures[f'exact_{task}']:.1%}" for task in self.cfg.task.tasks)
+            what = f"exact answers: {', '.join(exact)}; {figures['loss']:.4f} nats an answer's token"
+        else:
+            what = f"{figures['bits_per_byte']:.4f} bits per byte ({self.compressed}), {figures['loss']:.4f} nats a token"
         self.log.say(
-            f"step {self.step:>7,}  {'whole ' if n_windows is None else ''}validation: {figures['bits_per_byte']:.4f} "
-            f"bits per byte ({self.compressed}), {figures['loss']:.4f} nats a token{end}, on {figures['tokens']:,} "
-            f"tokens in {took:.1f} s{'  best' if better else ''}"
+            f"step {self.step:>7,}  {'whole ' if n_windows is None else ''}validation: {what}{end}, on "
+            f"{figures['tokens']:,} tokens in {took:.1f} s{'  best' if better else ''}"
         )
         self.evaluated = self.step
         if better:
@@ -392,7 +428,8 @@ class Trainer:
         positions = cfg.batch_size * data.T / seconds
         mfu = {}
         if self.peak:
-            flops = cfg.batch_size * flops_per_window(cfg.model, data.T - data.content_per_window)
+            window = dataclasses.replace(cfg.model, block_size=data.T)
+            flops = cfg.batch_size * flops_per_window(window, data.T - data.content_per_window)
             mfu = {"mfu": flops / seconds / (self.dist.world * self.peak)}
         self.log.record(
             "train",
@@ -410,7 +447,7 @@ class Trainer:
         )
         self.log.say(
             f"step {self.step:>7,}/{cfg.max_steps:,}  loss {loss:.4f}  lr {rate:.2e}  norm {norm:.2f}  "
-            f"{content:,.0f} content tokens/s  {positions:,.0f} positions/s  "
+            f"{'' if cfg.task.tasks else f'{content:,.0f} content tokens/s  '}{positions:,.0f} positions/s  "
             f"{'MFU {mfu:.1%}  '.format(**mfu) if mfu else ''}"
             f"ETA {hms(seconds * (cfg.max_steps - self.step))}"
         )
@@ -419,6 +456,8 @@ class Trainer:
 def main(argv: list[str]) -> None:
     cfg = load_config(TrainConfig, argv, config_file=True)
     if cfg.dry_run:
+        if cfg.task.tasks:
+            raise UserError("dry_run estimates training on text: leave --tasks out, or let a few steps be the estimate.")
         print(report(cfg, accumulation(cfg, cfg.n_accelerators)))
         return
     if cfg.show_batch is not None:

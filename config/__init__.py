@@ -81,11 +81,53 @@ class GPTConfig:
             )
 
 
+Task = Literal["list_recall", "segment_counting", "parity", "copying"]
+Placement = Literal["target", "every", "none", "background"]
+Level = Literal["easy", "medium", "hard", "extra_hard", "long"]
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Synthetic tasks to train on, in place of a dataset's text."""
+
+    tasks: tuple[Task, ...] = ()
+    """list_recall, segment_counting, parity, copying: texts are made of these in turn; the model and its tokenizer are
+    those of the run that init_from names, or from scratch with the tokenizer of the dataset; none = train on text"""
+    train_length: int = 256
+    """positions of the longest texts, markers, question and answer included; the shortest have 32"""
+    level: Level = "hard"
+    """difficulty (the size of lists, segments, spans); training also draws the levels below"""
+    placement: Placement = "target"
+    """where meta-tokens go: where the task points (the paper's); after every list or span; nowhere, an ordinary word
+    pointing instead; or that word pointing, and meta-tokens at random in the background"""
+    meta_share: float = 0.1
+    """share of a text's positions that placement=background gives to meta-tokens"""
+    question: Literal["index", "after"] = "index"
+    """what list recall asks for: item j of a list (the paper's), or the item that follows another one in it"""
+    questions: int = 1
+    """in a training text of list recall; the other tasks have one, and so has every text that is evaluated"""
+    loss_on: Literal["answer", "all"] = "answer"
+    """train on the answers alone, or on all content"""
+    curriculum_steps: int = 0
+    """in so many first steps longest length and level grow, in five phases, from 32 positions and easy"""
+    shuffle_answers: bool = False
+    """give every training text the answer of another one: a control that must stay at chance"""
+
+    def __post_init__(self):
+        check_types(self)
+        check(self, "tasks", len(set(self.tasks)) == len(self.tasks), "name every task once")
+        check(self, "train_length", 32 <= self.train_length <= 2**20, "lie in 32 .. 1048576")
+        check(self, "meta_share", 0 < self.meta_share < 0.9, "lie strictly between 0 and 0.9")
+        check(self, "questions", 1 <= self.questions <= 16, "lie in 1 .. 16")
+        check(self, "curriculum_steps", self.curriculum_steps >= 0, "be at least 0")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run. The defaults are the paper's recipe (arXiv 2509.16278, appendix B)."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
 
     # where
     run_name: str = ""
@@ -424,6 +466,7 @@ def to_dict(config) -> dict:
 def train_config_from_dict(values: dict) -> TrainConfig:
     """The inverse of to_dict. Raises UserError on keys of another version."""
     try:
-        return TrainConfig(**{**values, "model": GPTConfig(**values["model"])})
+        task = {name: tuple(v) if isinstance(v, list) else v for name, v in values.get("task", {}).items()}  # JSON
+        return TrainConfig(**{**values, "model": GPTConfig(**values["model"]), "task": TaskConfig(**task)})
     except (TypeError, KeyError) as error:
         raise UserError(f"the saved config does not fit this version of the code ({error}).") from error

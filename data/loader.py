@@ -33,9 +33,12 @@ class Batch(NamedTuple):
         return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
 
 
-def window_order(step: int, batch_size: int, n_windows: int, seed: int) -> np.ndarray:
-    """The windows of a step (batch_size,), over all processes: a permutation of all windows each epoch."""
+def window_order(step: int, batch_size: int, n_windows: int | None, seed: int) -> np.ndarray:
+    """The windows of a step (batch_size,), over all processes: a permutation of all windows each epoch; of a source
+    that has no end (None), which draws each window anyway, just the next ones."""
     sample = np.arange(step * batch_size, (step + 1) * batch_size)
+    if n_windows is None:
+        return sample
     windows = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(sample // n_windows):
         here = sample // n_windows == epoch
@@ -43,7 +46,7 @@ def window_order(step: int, batch_size: int, n_windows: int, seed: int) -> np.nd
     return windows
 
 
-def step_windows(step: int, cfg: TrainConfig, n_windows: int, rank: int, world: int) -> np.ndarray:
+def step_windows(step: int, cfg: TrainConfig, n_windows: int | None, rank: int, world: int) -> np.ndarray:
     """The windows of a step in process `rank` of `world`: (micro-batches, micro_batch_size), in order."""
     share = cfg.batch_size // world
     order = window_order(step, cfg.batch_size, n_windows, cfg.seed)

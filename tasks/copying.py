@@ -1,0 +1,53 @@
+"""Copying: a text with spans in brackets, one of them between marks, to be reproduced.
+
+     apple [ tree dog ] river stone<|meta|> [ lamp cup key ]<|meta|> wind
+     ? copy: lamp cup key
+
+Words are drawn from the pool of items; one to six stand between spans, and a line ends after every span. Levels: words in
+a span; the length is filled with spans.
+"""
+
+from rng import Draws
+from tasks.example import POINT, STOP, Draft, Maker, show
+
+QUESTION_NAMES_PLACE = False
+CHANCE = 0.0  # of a whole span; 1/200 for its first word
+SIZES = {"easy": (1, 3), "medium": (2, 5), "hard": (4, 8), "extra_hard": (8, 16), "long": (16, 32)}
+BETWEEN = 6
+
+
+def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
+    """A text of at most `room` positions, None if these draws come to none."""
+    least, most = SIZES[level]
+    n = draws.between(least, most)  # words to be copied; they come twice
+    left = room - maker.cost(" ?", " copy", ":", *[" item"] * n, "\n") - 2 * maker.cost(POINT)
+    lines: list[tuple[list[str], list[str]]] = []
+    while True:
+        size = draws.between(least, most) if lines else n
+        words = [f" {draws.choice(maker.items)}" for _ in range(draws.between(1, BETWEEN))]
+        span = [f" {draws.choice(maker.items)}" for _ in range(size)]
+        left -= maker.cost(*words, " [", *span, " ]", STOP, "\n")
+        if left < 0:
+            break
+        lines.append((words, span))
+    if not lines:
+        return None
+    order = draws.sample(range(len(lines)), len(lines))
+    lines, target = [lines[i] for i in order], order.index(0)
+    out = Draft()
+    for i, (words, span) in enumerate(lines):
+        wrap = [POINT] * (i == target)
+        out.body += [*words, *wrap, " [", *span, " ]", *wrap, STOP, "\n"]
+    span = lines[target][1]
+    out.questions = [([" ?", " copy", ":"], [*span, "\n"])]
+    out.shortcuts = {
+        "the last span": "".join(lines[-1][1]),
+        "the first span": "".join(lines[0][1]),
+        "any span": "".join(draws.choice(lines)[1]),
+        "the words before the marked span": "".join(lines[target][0][-len(span) :]),
+    }
+    return out
+
+
+if __name__ == "__main__":
+    show("copying")

@@ -1,0 +1,175 @@
+"""One example of a task: a text with questions and answers, its markers placed, as ids of a given length.
+
+A text is a list of pieces. Each piece is whole pre-tokens of every tokenizer used here (a word with the space before
+it, a mark of punctuation, a line's end), so the ids of the pieces, joined, are the ids of the text, and a marker between
+two of them splits no token (tests/test_tasks.py).
+
+Where the markers go is a switch, since it decides what a marker can be good for:
+
+    target      a meta-token at each place that the task points at (the paper's: it shows the answer's place before the
+                question is asked)
+    none        an ordinary word, "mark", at the same places: what pointing alone does
+    every       a meta-token after every list, span or group, and "mark" at the places that the task points at; in list
+                recall nothing points, since its question names the list
+    background  "mark" at the places that the task points at, and meta-tokens at random places all over the text, as in
+                pretraining
+
+With one or two meta-tokens in a text, meta-attention is a softmax over one or two keys: `target` says nothing of
+meta-tokens as a memory, `every` and `background` do.
+"""
+
+import argparse
+import importlib
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cli import run_cli
+from config import TaskConfig, UserError
+from data.inject import marker_places
+from data.tokenizer import META, Tokenizer
+from rng import Draws, stable_key
+from tasks import LEVELS, PLACEMENTS, words
+from terminal import BOLD, write, write_tokens
+
+POINT, STOP = "<point>", "<stop>"  # pieces that become markers, or nothing: where the task points; a list's end
+SPLITS = {"train": range(0, 80), "val": range(80, 90), "test": range(90, 100)}  # of 100 classes of texts
+ATTEMPTS = 3000  # a text of the test split is found in 10 on average
+
+
+@dataclass
+class Draft:
+    """A text before its markers are placed."""
+
+    body: list[str] = field(default_factory=list)  # pieces
+    questions: list[tuple[list[str], list[str]]] = field(default_factory=list)  # pieces of each, and of its answer
+    # what a model that takes a shortcut answers to the first question: the floors that eval.py prints beside a result
+    shortcuts: dict[str, str] = field(default_factory=dict)
+
+
+class Example(NamedTuple):
+    ids: np.ndarray  # (length,) int64, markers included, from one <|endoftext|> to another
+    answers: np.ndarray  # (length,) bool: the ids of the answers, each with the line's end that ends it
+    draft: Draft
+
+
+class Maker:
+    """What one task writes with: words that are tokens, its markers as they are placed, the positions that both take."""
+
+    def __init__(self, task: str, cfg: TaskConfig, tokenizer: Tokenizer):
+        self.task, self.cfg, self.tokenizer = importlib.import_module(f"tasks.{task}"), cfg, tokenizer
+        self.items, self.names = words.pools(tokenizer)
+        point = META if cfg.placement == "target" else f" {words.DELIMITER}"
+        nothing_points = cfg.placement == "every" and self.task.QUESTION_NAMES_PLACE
+        self._signs = {POINT: [] if nothing_points else [point], STOP: [META] if cfg.placement == "every" else []}
+        self._ids: dict[str, list[int]] = {META: [tokenizer.meta]}
+
+    def ids(self, pieces: list[str]) -> list[int]:
+        out: list[int] = []
+        for piece in pieces:
+            if piece not in self._ids:
+                signs = self._signs.get(piece)
+                self._ids[piece] = self.tokenizer.encode(piece).tolist() if signs is None else self.ids(signs)
+            out += self._ids[piece]
+        return out
+
+    def cost(self, *pieces: str) -> int:
+        """Positions that pieces take, but for the meta-tokens of placement background, which come later."""
+        return len(self.ids(list(pieces)))
+
+    def example(self, split: str, index: int, low: int, high: int, levels: tuple[str, ...]) -> Example:
+        """Text number `index` of a split ("train/SEED", "val" or "test"), with low .. high positions and a level, both
+        drawn, the level from those that such a length can have.
+
+        A function of its arguments, the settings and the tokenizer alone. No text is in two of train, val and test: the
+        hash of its pieces says where it belongs, and others are drawn until one does.
+        Raises UserError if there is none of this length."""
+        cfg = self.cfg
+        kind, name = split.partition("/")[0], self.task.__name__.rpartition(".")[2]
+        key = (name, split, index, low, high, levels, cfg.placement, cfg.question, cfg.questions)
+        for attempt in range(ATTEMPTS):
+            draws = Draws(stable_key(*key, attempt))
+            room, level = draws.between(low, high) - 2, draws.choice(levels)
+            if cfg.placement == "background":
+                room -= round(cfg.meta_share * room)
+            draft = self.task.draft(self, draws, room, level)
+            if draft is None or stable_key(draft.body, draft.questions) % 100 not in SPLITS[kind]:
+                continue
+            if cfg.shuffle_answers and kind == "train":
+                other = self.task.draft(self, draws, room, level)
+                if other is None:
+                    continue
+                pairs = zip(draft.questions, other.questions, strict=True)
+                draft.questions = [(question, answer) for (question, _), (_, answer) in pairs]
+            example = self._lay_out(draft, draws)
+            if low <= len(example.ids) <= high:
+                return example
+        raise UserError(
+            f"{name} with placement={cfg.placement} and questions={cfg.questions} has no text of level "
+            f"{' or '.join(levels)} with {low} to {high} positions: take longer texts or an easier level."
+        )
+
+    def _lay_out(self, draft: Draft, draws: Draws) -> Example:
+        ids, answers = [self.tokenizer.eot, *self.ids(draft.body)], []
+        for question, answer in draft.questions:
+            ids += self.ids(question)
+            answers += range(len(ids), len(ids) + self.cost(*answer))
+            ids += self.ids(answer)
+        ids = np.array([*ids, self.tokenizer.eot])
+        is_answer = np.zeros(len(ids), dtype=bool)
+        is_answer[answers] = True
+        if self.cfg.placement == "background":
+            # anywhere between the first <|endoftext|> and the last answer
+            prompt = ids[1 : len(ids) - 1 - self.cost(*draft.questions[-1][1])]
+            share = self.cfg.meta_share
+            M = round(share / (1 - share) * len(prompt))
+            key = stable_key("background", draws.below(2**62))
+            places = marker_places("uniform", 0, 1, len(prompt), M, key)[0] if M else np.zeros(len(prompt), dtype=bool)
+            # where each id goes: behind the markers that come before it
+            to = np.concatenate([[0], 1 + np.flatnonzero(~places), np.arange(1 + len(prompt), len(ids)) + M])
+            spread = np.full(len(ids) + M, self.tokenizer.meta)
+            spread[to] = ids
+            is_answer, ids = np.isin(np.arange(len(spread)), to[is_answer]), spread
+        return Example(ids, is_answer, draft)
+
+    def text(self, example: Example) -> str:
+        return self.tokenizer.decode(example.ids)
+
+
+def show(task: str) -> None:
+    """The command line of a task's module: prints examples for a person."""
+    run_cli(partial(_show, task))
+
+
+def _show(task: str, argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog=f"python -m tasks.{task}", description=f"prints texts of {task}")
+    parser.add_argument("--show", type=int, default=1, metavar="N", help="texts for each length and placement (1)")
+    parser.add_argument("--length", type=int, nargs="+", default=[64, 128], help="positions of the longest (64 128)")
+    parser.add_argument("--placement", nargs="+", choices=PLACEMENTS, default=PLACEMENTS, help="of the markers (all)")
+    parser.add_argument("--level", choices=LEVELS, default="medium", help="(medium)")
+    parser.add_argument("--question", choices=("index", "after"), default="index", help="of list recall (index)")
+    parser.add_argument("--questions", type=int, default=1, help="in a text of list recall (1)")
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or the folder of a dataset or run (gpt2)")
+    args = parser.parse_args(argv)
+    tokenizer = Tokenizer.gpt2() if args.tokenizer == "gpt2" else Tokenizer.load(Path(args.tokenizer))
+    write(f"tokens per item: {words.tokens_per_item(tokenizer):.3f} (tokenizer {tokenizer.name})\n", BOLD)
+    for length in args.length:
+        for placement in args.placement:
+            cfg = TaskConfig(
+                placement=placement, question=args.question, questions=args.questions, train_length=max(32, length)
+            )
+            maker = Maker(task, cfg, tokenizer)
+            for index in range(args.show):
+                example = maker.example("test", index, math.ceil(0.9 * length), length, (args.level,))
+                markers = int((example.ids == tokenizer.meta).sum())
+                write(
+                    f"--- {placement}, {len(example.ids)} positions of at most {length}, {markers} of them markers, test "
+                    f"text {index} ---\n",
+                    BOLD,
+                )
+                write_tokens(example.ids.tolist(), tokenizer)
+                write("\n")

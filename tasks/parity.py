@@ -1,0 +1,50 @@
+"""Parity: the exclusive or of all bits before the mark.
+
+     one zero zero one one zero one zero
+     one zero<|meta|> one one zero zero one one
+     ? parity: one
+
+Bits are words, so that each is a token in every tokenizer, in lines of 8. Levels: how many bits stand before the mark;
+the rest of the length is bits behind it, which count for nothing. At level `long` the mark is anywhere.
+"""
+
+from rng import Draws
+from tasks.example import POINT, STOP, Draft, Maker, show
+
+QUESTION_NAMES_PLACE = False
+CHANCE = 1 / 2
+SIZES = {"easy": (2, 4), "medium": (2, 8), "hard": (2, 16), "extra_hard": (2, 64), "long": (2, 10**9)}
+LINE = 8
+WORDS = (" zero", " one")
+
+
+def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
+    """A text of at most `room` positions, None if these draws come to none."""
+    left = room - maker.cost(" ?", " parity", ":", " one", "\n", POINT)
+    least, most = SIZES[level]
+    line = maker.cost(*[WORDS[0]] * LINE, STOP, "\n")
+    n = left // line * LINE
+    n += max(0, (left % line - maker.cost(STOP, "\n")) // maker.cost(WORDS[0]))
+    if n < least:
+        return None
+    bits = [draws.below(2) for _ in range(n)]
+    cut = draws.between(least, min(most, n))
+    out = Draft()
+    for i, bit in enumerate(bits, start=1):
+        out.body.append(WORDS[bit])
+        if i == cut:
+            out.body.append(POINT)
+        if i % LINE == 0 or i == n:
+            out.body += [STOP, "\n"]
+    out.questions = [([" ?", " parity", ":"], [WORDS[sum(bits[:cut]) % 2], "\n"])]
+    out.shortcuts = {
+        "the bit before the mark": WORDS[bits[cut - 1]],
+        "the parity of all bits": WORDS[sum(bits) % 2],
+        "the parity of the two bits before the mark": WORDS[sum(bits[cut - 2 : cut]) % 2],
+        "the first bit": WORDS[bits[0]],
+    }
+    return out
+
+
+if __name__ == "__main__":
+    show("parity")

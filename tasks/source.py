@@ -1,0 +1,126 @@
+"""Texts of tasks as a source of batches, with the interface of data.loader.Windows: a window is one text, padded."""
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+
+from config import TrainConfig
+from data.loader import IGNORE, Batch, places_of, random_positions, targets_of
+from data.tokenizer import Tokenizer
+from tasks import LEVELS
+from tasks.example import Example, Maker
+
+SHORTEST, PHASES = 32, 5
+VALIDATION = 256  # texts of each task
+MULTIPLE = 32  # widths of a batch's indices are such multiples: a compiled model sees few shapes
+
+
+def collate(
+    examples: list[Example], T: int, tokenizer: Tokenizer, rule: str, loss_on: str = "answer", connected=None
+) -> Batch:
+    """Texts of at most T positions as a Batch (B, T), padded with <|endoftext|>.
+
+    rule, loss_on: what is scored, see config. connected (B, R): positions for second_attention=random; None = the
+    meta-tokens."""
+    tokens = np.full((len(examples), T), tokenizer.eot)
+    targets = np.full((len(examples), T), IGNORE)
+    for row, example in enumerate(examples):
+        n = len(example.ids)
+        tokens[row, :n] = example.ids
+        # which position each predicts: the rule applied to numbers in place of ids
+        numbers = np.where(example.ids == tokenizer.meta, -1, np.arange(n))
+        predicted = targets_of(numbers, n, -1, rule)
+        at = np.where(predicted == IGNORE, 0, predicted)
+        scored = (predicted != IGNORE) & (example.answers[at] | (loss_on == "all"))
+        targets[row, :n] = np.where(scored, example.ids[at], IGNORE)
+    is_meta = tokens == tokenizer.meta
+    meta_index, count = places_of(is_meta, _width(is_meta)), is_meta.sum(axis=1)
+    if connected is not None:
+        meta_index, count = connected, np.full(len(examples), connected.shape[1])
+    scored_index = places_of(targets != IGNORE, _width(targets != IGNORE))
+    positions = np.broadcast_to(np.arange(T), tokens.shape).copy()
+    return Batch(*map(torch.from_numpy, (tokens, targets, positions, meta_index, count, scored_index)))
+
+
+def _width(there: np.ndarray) -> int:
+    most = int(there.sum(axis=1).max(initial=0))
+    return min(there.shape[1], -(-most // MULTIPLE) * MULTIPLE)
+
+
+class TaskWindows:
+    """One split of the tasks of cfg.task, in turn. Text i of a split is a function of (split, i, the settings), and in
+    training of the seed, too: nothing is stored.
+
+    train: every text is new, with a length and a level drawn from those that the curriculum has reached. val: 256 texts
+    of each task, of the full length and level, with one question, scored on the answer."""
+
+    def __init__(self, cfg: TrainConfig, split: str, tokenizer: Tokenizer):
+        self.cfg, self.split, self.tokenizer, self.T = cfg, split, tokenizer, cfg.task.train_length
+        train = split == "train"
+        settings = cfg.task if train else dataclasses.replace(cfg.task, questions=1)
+        self.makers = [Maker(task, settings, tokenizer) for task in cfg.task.tasks]
+        self.n_windows = None if train else VALIDATION * len(self.makers)  # None: endless
+        self.content_per_window = self.T  # texts differ, and so do their markers: positions are counted, pads included
+        self.loss_on = cfg.task.loss_on if train else "answer"
+
+    def reached(self, step: int) -> tuple[int, tuple[str, ...]]:
+        """Longest length and levels of the training texts of a step: of five phases, the length grows geometrically."""
+        task = self.cfg.task
+        levels = LEVELS[: LEVELS.index(task.level) + 1]
+        share = 1.0 if step >= task.curriculum_steps else (1 + step * PHASES // task.curriculum_steps) / PHASES
+        longest = round(SHORTEST * (self.T / SHORTEST) ** share)
+        return longest, levels[: math.ceil(share * len(levels))]
+
+    def example(self, window: int) -> Example:
+        """Text number `window` of the split."""
+        maker, index = self.makers[window % len(self.makers)], window // len(self.makers)
+        if self.split != "train":
+            return maker.example(self.split, index, math.ceil(0.9 * self.T), self.T, (self.cfg.task.level,))
+        longest, levels = self.reached(window // self.cfg.batch_size)
+        return maker.example(f"train/{self.cfg.seed}", index, SHORTEST, longest, levels)
+
+    def batch(self, windows: np.ndarray) -> Batch:
+        """The given texts (B,) as a Batch on the CPU."""
+        m, connected = self.cfg.model, None
+        if m.second_attention == "random":
+            connected = random_positions(windows, self.T, m.random_fraction, self.cfg.seed, f"tasks {self.split}")
+        examples = [self.example(int(window)) for window in windows]
+        return collate(examples, self.T, self.tokenizer, self.cfg.target_rule, self.loss_on, connected)
+
+
+class Answers:
+    """Counts of right answers by task; those of batches and processes add up.
+
+    `sums` (tasks, 4) float64: texts, those answered exactly, ids of answers (their line's end apart), those right."""
+
+    def __init__(self, tasks: tuple[str, ...], device: torch.device):
+        self.tasks = tasks
+        self.sums = torch.zeros(len(tasks), 4, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+
+    def add(self, windows: np.ndarray, targets: torch.Tensor, right: torch.Tensor) -> None:
+        """windows (B,) as TaskWindows numbers them; targets (B, S), negative where nothing is scored, and right (B, S)
+        bool: is the model's most likely id there, after the true ones before it, the target?"""
+        for window, counts in zip(windows, count_right(targets, right).tolist(), strict=True):
+            self.sums[window % len(self.tasks)] += torch.tensor([1.0, *counts])
+
+    def figures(self) -> dict[str, float]:
+        """exact_TASK: share of texts whose whole answer is right; tokens_TASK: share of their answers' ids."""
+        rows = zip(self.tasks, self.sums.tolist(), strict=True)
+        return {name: value for task, (n, exact, ids, right) in rows if n
+                for name, value in ((f"exact_{task}", exact / n), (f"tokens_{task}", right / ids))}  # fmt: skip
+
+
+def count_right(targets: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """targets (B, S), right (B, S) of texts with one question -> (B, 3): is the whole answer right, ids of the answer,
+    those right.
+
+    An answer is exact as greedy decoding writes it if and only if each of its ids, its line's end included, is the most
+    likely one after the true ids before it: the first wrong one would be written, and before it all are true."""
+    scored = targets >= 0
+    exact = (right | ~scored).all(dim=1)
+    # without the line's end, which every answer has: the last that is scored
+    order = torch.arange(targets.size(1), device=targets.device)
+    ids = scored & (order != torch.where(scored, order, -1).amax(dim=1, keepdim=True))
+    return torch.stack([exact, ids.sum(dim=1), (ids & right).sum(dim=1)], dim=1)
