@@ -104,7 +104,9 @@ def summed_nats(hidden, weight, targets, n_content: int, chunk: int | None = Non
 def token_nats(hidden, weight, targets, n_content: int, chunk: int | None = None) -> torch.Tensor:
     """Nats of every target (N,), 0 where nothing is scored; shapes as in summed_nats."""
     blocks = _scored_blocks(hidden, weight, targets, n_content, chunk)
-    return torch.cat([torch.where(t >= 0, -logp.gather(1, t.clamp(min=0)[:, None]).squeeze(1), 0) for logp, t in blocks])
+    return torch.cat(
+        [torch.where(t >= 0, -logp.gather(1, t.clamp(min=0)[:, None]).squeeze(1), 0) for logp, t in blocks]
+    )
 
 
 @torch.no_grad()

@@ -121,8 +121,8 @@ def with_vocabulary(cfg: TrainConfig, n_vocab: int, n_content: int) -> TrainConf
 
 
 def data_facts(data: Windows | TaskWindows, cfg: TrainConfig, base: Checkpoint | None = None) -> dict:
-    """What a checkpoint keeps of its dataset: enough to insert markers as trained, and to know the data again. Of tasks:
-    what their model was trained on before."""
+    """What a checkpoint keeps of its dataset: enough to insert markers as trained, and to know the data again. Of
+    tasks: what their model was trained on before."""
     if cfg.task.tasks:
         scratch = {
             "dataset": cfg.dataset, "injection": "none", "chunk_content": cfg.task.train_length, "chunk_markers": 0,
@@ -184,7 +184,13 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
             "allow_changed_data",
         ):
             continue
-        if name in to_dict(cfg.model) | to_dict(cfg.task) or name in ("target_rule", "seed", "batch_size", "eval_windows", "optimizer"):
+        if name in to_dict(cfg.model) | to_dict(cfg.task) or name in (
+            "target_rule",
+            "seed",
+            "batch_size",
+            "eval_windows",
+            "optimizer",
+        ):
             raise UserError(
                 f"{name}={value} differs from the run's {before}, and {saved.folder} cannot go on with it: leave "
                 f"--{name} as it was, or start a new --run_name."

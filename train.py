@@ -248,15 +248,17 @@ class Trainer:
                 f"texts of {', '.join(cfg.task.tasks)} of at most {data.T} positions, all of them new; validation on "
                 f"{self.val_data.n_windows:,}; {tokens_per_item(data.tokenizer):.3f} tokens an item"
             )
-            say(f"a step: {cfg.batch_size} texts, {split}; {cfg.max_steps:,} steps = {cfg.max_steps * cfg.batch_size:,}")
+            say(
+                f"a step: {cfg.batch_size} texts, {split}; {cfg.max_steps:,} steps = {cfg.max_steps * cfg.batch_size:,}"
+            )
         else:
-            content = cfg.batch_size * data.content_per_window
+            content, positions = cfg.batch_size * data.content_per_window, cfg.batch_size * data.T
             say(
                 f"{data.n_windows:,} train windows and {self.val_data.n_windows:,} validation windows of {data.T} "
                 f"positions, {data.content_per_window} of them content"
             )
             say(
-                f"a step: {cfg.batch_size} windows = {content:,} content tokens = {cfg.batch_size * data.T:,} positions, "
+                f"a step: {cfg.batch_size} windows = {content:,} content tokens = {positions:,} positions, "
                 f"{split}; {cfg.max_steps:,} steps = {cfg.max_steps * content:,} content tokens = "
                 f"{cfg.max_steps * cfg.batch_size / data.n_windows:.2f} epochs"
             )
@@ -347,7 +349,9 @@ class Trainer:
             exact = (f"{task} {figures[f'exact_{task}']:.1%}" for task in self.cfg.task.tasks)
             what = f"exact answers: {', '.join(exact)}; {figures['loss']:.4f} nats an answer's token"
         else:
-            what = f"{figures['bits_per_byte']:.4f} bits per byte ({self.compressed}), {figures['loss']:.4f} nats a token"
+            what = (
+                f"{figures['bits_per_byte']:.4f} bits per byte ({self.compressed}), {figures['loss']:.4f} nats a token"
+            )
         self.log.say(
             f"step {self.step:>7,}  {'whole ' if n_windows is None else ''}validation: {what}{end}, on "
             f"{figures['tokens']:,} tokens in {took:.1f} s{'  best' if better else ''}"
@@ -457,7 +461,9 @@ def main(argv: list[str]) -> None:
     cfg = load_config(TrainConfig, argv, config_file=True)
     if cfg.dry_run:
         if cfg.task.tasks:
-            raise UserError("dry_run estimates training on text: leave --tasks out, or let a few steps be the estimate.")
+            raise UserError(
+                "dry_run estimates training on text: leave --tasks out, or let a few steps be the estimate."
+            )
         print(report(cfg, accumulation(cfg, cfg.n_accelerators)))
         return
     if cfg.show_batch is not None:

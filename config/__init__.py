@@ -406,7 +406,8 @@ def check_types(config) -> None:
     hints = typing.get_type_hints(type(config))
     for name, hint in hints.items():
         value = getattr(config, name)
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)  # Literal[..] | None is the second
+        options = typing.get_args(hint) if is_union else (hint,)
         if float in options and type(value) is int and abs(value) < 2**1000:  # float() takes no more than 1e308
             object.__setattr__(config, name, float(value))
         elif type(value) is float and not math.isfinite(value):

@@ -3,8 +3,8 @@
      apple [ tree dog ] river stone<|meta|> [ lamp cup key ]<|meta|> wind
      ? copy: lamp cup key
 
-Words are drawn from the pool of items; one to six stand between spans, and a line ends after every span. Levels: words in
-a span; the length is filled with spans.
+Words are drawn from the pool of items; one to six stand between spans, and a line ends after every span. Levels: words
+in a span; the length is filled with spans.
 """
 
 from rng import Draws

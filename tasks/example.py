@@ -1,8 +1,8 @@
 """One example of a task: a text with questions and answers, its markers placed, as ids of a given length.
 
 A text is a list of pieces. Each piece is whole pre-tokens of every tokenizer used here (a word with the space before
-it, a mark of punctuation, a line's end), so the ids of the pieces, joined, are the ids of the text, and a marker between
-two of them splits no token (tests/test_tasks.py).
+it, a mark of punctuation, a line's end), so the ids of the pieces, joined, are the ids of the text, and a marker
+between two of them splits no token (tests/test_tasks.py).
 
 Where the markers go is a switch, since it decides what a marker can be good for:
 
@@ -58,7 +58,7 @@ class Example(NamedTuple):
 
 
 class Maker:
-    """What one task writes with: words that are tokens, its markers as they are placed, the positions that both take."""
+    """What one task writes with: words that are tokens, its markers as they are placed, and the positions they take."""
 
     def __init__(self, task: str, cfg: TaskConfig, tokenizer: Tokenizer):
         self.task, self.cfg, self.tokenizer = importlib.import_module(f"tasks.{task}"), cfg, tokenizer
@@ -166,10 +166,7 @@ def _show(task: str, argv: list[str]) -> None:
             for index in range(args.show):
                 example = maker.example("test", index, math.ceil(0.9 * length), length, (args.level,))
                 markers = int((example.ids == tokenizer.meta).sum())
-                write(
-                    f"--- {placement}, {len(example.ids)} positions of at most {length}, {markers} of them markers, test "
-                    f"text {index} ---\n",
-                    BOLD,
-                )
+                size = f"{len(example.ids)} positions of at most {length}, {markers} of them markers"
+                write(f"--- {placement}, {size}, test text {index} ---\n", BOLD)
                 write_tokens(example.ids.tolist(), tokenizer)
                 write("\n")

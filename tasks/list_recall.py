@@ -4,9 +4,9 @@
      tool:<|meta|> hammer wrench level pliers<|meta|>
      ? tool #3: level
 
-The paper asks for item j of a named list (`index`), and wraps the list that will be asked for. With --question=after the
-question gives an item, which all lists hold, and asks for the one that follows it in the named list. Names and items are
-drawn from two pools of 200, whatever they mean, so that neither a category nor a word gives the answer away.
+The paper asks for item j of a named list (`index`), and wraps the list that will be asked for. With --question=after
+the question gives an item, which all lists hold, and asks for the one that follows it in the named list. Names and
+items are drawn from two pools of 200, whatever they mean, so that neither a category nor a word gives the answer away.
 Levels: items in a list; the length is filled with lists.
 """
 

@@ -5,9 +5,9 @@
      color: red hammer<|meta|> green
      ? count hammer:3
 
-Named lists of 6 items. The segment is whole lists, from behind the first one's name to behind the last one's last item.
-The answer is 1, 2, 3 or 4, equally often (the paper's floor of 25 % speaks for four values). Outside the segment the item
-occurs 0 to 12 times, whatever the answer. Levels: lists in the segment; the length is filled with lists.
+Named lists of 6 items. The segment is whole lists, from behind the first one's name to behind the last one's last
+item. The answer is 1, 2, 3 or 4, equally often (the paper's floor of 25 % speaks for four values). Outside the segment
+the item occurs 0 to 12 times, whatever the answer. Levels: lists in the segment; the length is filled with lists.
 """
 
 from rng import Draws

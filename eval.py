@@ -1,0 +1,25 @@
+"""Measures a trained run.
+
+python eval.py tasks --run=out/recall --lengths 128 256 512          # exact answers to the synthetic tasks
+"""
+
+from cli import load_config, run_cli
+from config import UserError, nearest_name
+from evals import tasks
+
+EVALS = {"tasks": (tasks.TasksEval, tasks.main)}
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__.strip() + f"\n\neach of {', '.join(EVALS)} has its own --help")
+        return
+    name, *rest = argv
+    if name not in EVALS:
+        raise UserError(f"there is no evaluation {name!r}: {nearest_name(name, list(EVALS))}")
+    settings, evaluate = EVALS[name]
+    evaluate(load_config(settings, rest))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,1 @@
+"""What eval.py measures, a file each."""

@@ -1,0 +1,68 @@
+"""What evaluations share: which run, whose weights, in which arm, and where the lines go."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from checkpoint import WEIGHTS, Run
+from config import UserError, check
+from data.shards import file_sha256
+from runlog import environment
+
+POSITIONS = 16384  # in one forward: some 0.1 GB a layer at GPT-2's width
+
+
+def arm_of(run: Run) -> str:
+    """The arm by its short name, as in records: meta, pause (markers in its data, no second attention), causal2,
+    random, widemlp or gpt2, and its positions."""
+    m, markers = run.config.model, run.state["data"]["chunk_markers"]
+    names = {"meta": "meta", "causal": "causal2", "random": "random"}
+    plain = "widemlp" if m.n_inner not in (None, 4 * m.n_embd) else "pause" if markers else "gpt2"
+    unplaced = ", unplaced markers" if m.meta_position == "none" else ""
+    return f"{names.get(m.second_attention, plain)} + {m.position}{unplaced}"
+
+
+def facts_of(run: Run) -> dict:
+    """What every line says of the run, so that it can be repeated."""
+    task = run.config.task
+    return {
+        "arm": arm_of(run),
+        "run": run.config.run_name,
+        "checkpoint": str(run.folder),
+        "weights_sha256": file_sha256(run.folder / WEIGHTS),
+        "step": run.state["step"],
+        "seed": run.config.seed,
+        "trained_on": list(task.tasks) or run.state["data"]["dataset"],
+        "train_length": task.train_length if task.tasks else run.config.model.block_size,
+        "train_placement": task.placement if task.tasks else None,
+        "command": environment()["command"],
+        "commit": environment()["commit"],
+    }
+
+
+def fits(run: Run, length: int) -> str:
+    """Why no text of so many positions can be read, "" if it can: a learned table ends."""
+    m = run.config.model
+    if m.position == "learned" and length > m.block_size:
+        return f"{length} positions, and the table of learned ones has {m.block_size}"
+    return ""
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    """Appends to a file of JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def check_lengths(config) -> None:
+    if not config.lengths or not all(8 <= length <= 2**20 for length in config.lengths):
+        raise UserError(f"lengths={config.lengths} is out of range: give lengths from 8 to 1048576 positions.")
+    check(config, "n", 1 <= config.n <= 10**6, "lie in 1 .. 1000000")
+
+
+@torch.no_grad()
+def hidden_of(run: Run, batch) -> torch.Tensor:
+    """Final hidden states (B, T, C) of a Batch."""
+    return run.model(batch.tokens, batch.positions, batch.meta_index)

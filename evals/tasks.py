@@ -1,0 +1,144 @@
+"""python eval.py tasks: how many texts of a task does a run answer exactly, by length and placement?"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from checkpoint import Run, load_run
+from config import Level, Placement, Task, TaskConfig, check_types
+from data.loader import random_positions
+from dist import autocast, pick_device, pick_dtype
+from evals.common import POSITIONS, check_lengths, facts_of, fits, hidden_of, write_lines
+from loss import scored_rows, token_hits, token_nats
+from stats import bootstrap_ratio, wilson
+from tasks import TASKS
+from tasks.example import Example, Maker
+from tasks.source import collate, count_right
+from tasks.words import tokens_per_item
+from terminal import BOLD, write
+
+
+@dataclass(frozen=True)
+class TasksEval:
+    """Exact answers to texts of the synthetic tasks, by length."""
+
+    run: str = ""
+    """a run's folder (out/NAME) or one of its checkpoints; by default the newest run in out/"""
+    tasks: tuple[Task, ...] = ()
+    """list_recall, segment_counting, parity, copying; by default those that the run was trained on, else all"""
+    lengths: tuple[int, ...] = (128, 256, 512)
+    """positions of the longest texts of a cell; the shortest have nine tenths of that"""
+    placements: tuple[Placement, ...] = ()
+    """target, every, none, background; by default the one that the run was trained with, else target"""
+    level: Level | None = None
+    """by default the run's, else hard"""
+    n: int = 1000
+    """texts in a cell"""
+    output: str = ""
+    """file of JSON lines, one a cell, to append to; by default tasks.jsonl in the run's folder"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "float32"
+
+    def __post_init__(self):
+        check_types(self)
+        check_lengths(self)
+
+
+def main(cfg: TasksEval) -> None:
+    device = pick_device(cfg.device)
+    run = load_run(cfg.run, device)
+    trained = run.config.task
+    settings = dataclasses.replace(trained, questions=1, shuffle_answers=False)
+    output = Path(cfg.output) if cfg.output else run.folder.parent / "tasks.jsonl"
+    facts = facts_of(run)
+    write(f"{facts['arm']}, {run.folder}, {tokens_per_item(run.tokenizer):.3f} tokens an item\n", BOLD)
+    with autocast(device, pick_dtype(cfg.dtype, device)[0]):
+        for task in cfg.tasks or trained.tasks or TASKS:
+            for placement in cfg.placements or (trained.placement if trained.tasks else "target",):
+                for length in cfg.lengths:
+                    level = cfg.level or (trained.level if trained.tasks else "hard")
+                    here = dataclasses.replace(settings, placement=placement)
+                    cell = measure(run, task, here, level, length, cfg.n)
+                    write_lines(output, [{**facts, **cell}])
+                    write(sentence(cell) + "\n")
+    write(f"{output}\n", BOLD)
+
+
+def measure(run: Run, task: str, settings: TaskConfig, level: str, length: int, n: int) -> dict:
+    """One cell: n texts of the test split. The same texts for every run with this tokenizer."""
+    maker = Maker(task, settings, run.tokenizer)
+    cell = {
+        "eval": "tasks", "task": task, "placement": settings.placement, "level": level, "question": settings.question,
+        "length": length, "tokens_per_item": tokens_per_item(run.tokenizer),
+    }  # fmt: skip
+    if why := fits(run, length):
+        return {**cell, "n": 0, "impossible": why}
+    started, examples, counts, nats = time.perf_counter(), [], [], 0.0
+    for part in batches(maker, level, length, n):
+        T = max(len(example.ids) for example in part)
+        batch = collate(
+            part, T, run.tokenizer, run.config.target_rule, connected=_connected(run, len(examples), part, T)
+        )
+        batch = batch.to(run.model.wte.weight.device)
+        hidden, targets = scored_rows(hidden_of(run, batch), batch.targets, batch.scored_index)
+        head = (run.model.wte.weight, targets, run.tokenizer.n_content)
+        right = token_hits(hidden, *head).view(len(part), -1)
+        nats += float(token_nats(hidden, *head).sum())
+        counts += count_right(targets.view(len(part), -1), right).tolist()
+        examples += part
+    exact, ids, right = np.array(counts).T
+    tokens = bootstrap_ratio(right, ids)
+    answers = ["".join(example.draft.questions[0][1]).strip() for example in examples]
+    floors = {
+        name: sum(e.draft.shortcuts[name].strip() == a for e, a in zip(examples, answers, strict=True)) / n
+        for name in examples[0].draft.shortcuts
+    }
+    return {
+        **cell,
+        "n": n,
+        "correct": int(exact.sum()),
+        "exact": float(exact.mean()),
+        "interval": wilson(int(exact.sum()), n),
+        "token_accuracy": float(right.sum() / ids.sum()),
+        "token_interval": tokens,
+        "nats": nats / n,  # of a whole answer
+        "chance": maker.task.CHANCE,
+        "floors": floors,
+        "outcomes": "".join(map(str, exact.astype(int))),  # by text, for paired tests
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def batches(maker: Maker, level: str, length: int, n: int) -> Iterator[list[Example]]:
+    """The first n texts of the test split, as many at a time as a forward takes."""
+    size = max(1, POSITIONS // length)
+    for start in range(0, n, size):
+        numbers = range(start, min(start + size, n))
+        yield [maker.example("test", i, math.ceil(0.9 * length), length, (level,)) for i in numbers]
+
+
+def _connected(run: Run, first: int, part: list[Example], T: int) -> np.ndarray | None:
+    m = run.config.model
+    if m.second_attention != "random":
+        return None
+    return random_positions(np.arange(first, first + len(part)), T, m.random_fraction, run.config.seed, "tasks test")
+
+
+def sentence(cell: dict) -> str:
+    """A cell for a person."""
+    name = f"{cell['task']:<16} {cell['placement']:<10} {cell['level']:<10} {cell['length']:>5}"
+    if "impossible" in cell:
+        return f"{name}  impossible: {cell['impossible']}"
+    low, high = cell["interval"]
+    best = max(cell["floors"], key=cell["floors"].get)
+    return (
+        f"{name}  exact {cell['exact']:6.1%} ({low:.1%} .. {high:.1%}, n = {cell['n']})  tokens "
+        f"{cell['token_accuracy']:.1%}  chance {cell['chance']:.1%}  shortcut {cell['floors'][best]:.1%} ({best})  "
+        f"{cell['seconds']:.1f} s"
+    )

@@ -1,0 +1,70 @@
+"""Intervals and tests. An accuracy without its interval says little: the paper's cells rest on 18 to 114 examples."""
+
+import math
+
+import numpy as np
+from scipy import stats
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95 % interval for a share of `right` out of n (Wilson, JASA 22, 1927); (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    interval = stats.binomtest(right, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def bootstrap_ratio(
+    numerators: np.ndarray, denominators: np.ndarray, seed: int = 0, draws: int = 2000
+) -> tuple[float, float]:
+    """95 % percentile interval of sum(numerators) / sum(denominators), resampling examples: (N,) each, such as the
+    right ids and all ids of an answer, which are not independent of one another."""
+    pick = np.random.default_rng(seed).integers(len(numerators), size=(draws, len(numerators)))
+    ratios = np.asarray(numerators)[pick].sum(axis=1) / np.asarray(denominators)[pick].sum(axis=1)
+    low, high = np.quantile(ratios, [0.025, 0.975]).tolist()
+    return low, high
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
+    """Two-sided p of McNemar's exact test, for two conditions on the same examples (N,) bool: of the examples that only
+    one gets right, is either's share 1/2?"""
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    return float(stats.binomtest(only_first, only_first + only_second).pvalue) if only_first + only_second else 1.0
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
+    """share(first) - share(second) over the same examples (N,) bool -> difference and its 95 % interval (Newcombe,
+    Statistics in Medicine 17, 1998, method 10, which behaves at 0 and 1)."""
+    n = len(first)
+    both, only_first, only_second = (int(x.sum()) for x in (first & second, first & ~second, ~first & second))
+    neither = n - both - only_first - only_second
+    k1, k2 = both + only_first, both + only_second
+    p1, p2, (low1, high1), (low2, high2) = k1 / n, k2 / n, wilson(k1, n), wilson(k2, n)
+    margins, phi = k1 * (n - k1) * k2 * (n - k2), 0.0
+    if margins:
+        cross = both * neither - only_first * only_second
+        phi = (max(cross - n / 2, 0) if cross > 0 else cross) / math.sqrt(margins)
+
+    def reach(a: float, b: float) -> float:
+        return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
+
+    return p1 - p2, p1 - p2 - reach(p1 - low1, high2 - p2), p1 - p2 + reach(high1 - p1, p2 - low2)
+
+
+def seed_difference(first: list[float], second: list[float]) -> tuple[float, float, float]:
+    """Mean of first - second over paired seeds, and its 95 % interval by Student's t; with one pair it is infinite."""
+    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    mean, n = float(differences.mean()), len(differences)
+    if n < 2:
+        return mean, -math.inf, math.inf
+    half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / math.sqrt(n))
+    return mean, mean - half, mean + half
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Adjusted p values of a family of tests (Holm, Scandinavian Journal of Statistics 6, 1979), in their order."""
+    order, out, most = sorted(range(len(p_values)), key=p_values.__getitem__), [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        most = max(most, min(1.0, (len(p_values) - rank) * p_values[i]))
+        out[i] = most
+    return out
