@@ -21,43 +21,50 @@ SIZES = {"easy": (1, 4), "medium": (3, 6), "hard": (6, 8), "extra_hard": (8, 12)
 def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
     """A text of at most `room` positions, None if these draws come to none."""
     after, n_questions = maker.cfg.question == "after", maker.cfg.questions
-    anchors = draws.sample(maker.items, n_questions) if after else []  # items of all lists that can be asked for
-    others = [item for item in maker.items if item not in anchors] if after else maker.items
+    least, most = SIZES[level]
+    if after:  # an anchor is an item of all lists, with another item behind it in each
+        least, most = max(2, least), max(2, most)
+        anchors = draws.sample(maker.items, draws.between(1, least // 2))
+        others = [item for item in maker.items if item not in anchors]
+    if maker.cfg.placement != "every":  # something points at one list, and all questions ask for that
+        n_questions = min(n_questions, len(anchors) if after else least)
     left = room - n_questions * maker.cost(" ?", " name", " after", " item", ":", " item", "\n") - 2 * maker.cost(POINT)
-    least, most = (max(size, n_questions + 1) if after else size for size in SIZES[level])
     line = maker.cost(" name", ":", *[" item"] * least, STOP, "\n")
     names = draws.sample(maker.names, min(len(maker.names), 1 + max(0, left) // line))
     lists: dict[str, list[str]] = {}
-    while names:
-        items = draws.sample(others, draws.between(least, most) - len(anchors))
-        if after:  # an item that has a successor: not at the end
-            places = sorted(draws.sample(range(len(items) + len(anchors) - 1), len(anchors)))
-            for place, anchor in zip(places, draws.sample(anchors, len(anchors)), strict=True):
-                items.insert(place, anchor)
-        name = names.pop()
+    for name in names:
+        size = draws.between(least, most)
+        if after:
+            items = draws.sample(others, size - len(anchors))
+            for anchor in draws.sample(anchors, len(anchors)):
+                items.insert(draws.below(len(items)), anchor)  # never at the end
+        else:
+            items = draws.sample(maker.items, size)
         left -= maker.cost(f" {name}", ":", *(f" {item}" for item in items), STOP, "\n")
         if left < 0:
             break
         lists[name] = items
     if not lists:
         return None
-    target = draws.choice(list(lists))
-    out = Draft()
+    target, out = draws.choice(list(lists)), Draft()
     for name, items in lists.items():
         wrap = [POINT] if name == target else []
         out.body += [f" {name}", ":", *wrap, *(f" {item}" for item in items), *wrap, STOP, "\n"]
-    for number in range(n_questions):
-        # where something points, it points at the list of all questions
-        name = target if maker.cfg.placement != "every" or number == 0 else draws.choice(list(lists))
+
+    asked = [target] if maker.cfg.placement != "every" else list(lists)
+    places = [(name, lists[name].index(a) + 1) for name in asked for a in anchors] if after else [
+        (name, j) for name in asked for j in range(len(lists[name]))
+    ]  # fmt: skip
+    for name, j in draws.sample(places, min(n_questions, len(places))):  # none twice
         items = lists[name]
-        j = items.index(anchors[number]) + 1 if after else draws.below(len(items))
-        asked = [" after", f" {items[j - 1]}"] if after else [" #", str(j + 1)]
-        out.questions.append(([" ?", f" {name}", *asked, ":"], [f" {items[j]}", "\n"]))
-        if number == 0:
-            last, other = list(lists.values())[-1], draws.choice(list(lists.values()))
+        how = [" after", f" {items[j - 1]}"] if after else [" #", str(j + 1)]
+        out.questions.append(([" ?", f" {name}", *how, ":"], [f" {items[j]}", "\n"]))
+        if not out.shortcuts:
+            last, any_list = list(lists.values())[-1], draws.choice(list(lists.values()))
+            anchor = items[j - 1] if after else None
             out.shortcuts = {
-                "the same place in the last list": _there(last, j, items[j - 1] if after else None),
-                "the same place in any list": _there(other, j, items[j - 1] if after else None),
+                "the same place in the last list": _there(last, j, anchor),
+                "the same place in any list": _there(any_list, j, anchor),
                 "any item of the list": draws.choice(items),
                 "the list's first item": items[0],
             }

@@ -1,0 +1,47 @@
+"""The tasks, solved from their text as a person would: nothing is shared with the code that writes them."""
+
+import re
+
+META = "<|meta|>"
+
+
+def solve(task: str, text: str, placement: str) -> list[tuple[str, str]]:
+    """(answer in the text, true answer) of each question; text with <|meta|> where the markers are."""
+    text = text.replace("<|endoftext|>", "")
+    sign = re.escape(META) if placement == "target" else r" mark\b"
+    if placement != "target":
+        text = text.replace(META, "")
+    body, *questions = text.split(" ?")
+    marked = re.sub(sign, "@", body)  # what points
+    pairs = []
+    for question in questions:
+        asked, given = (part.strip() for part in question.split(":"))
+        true = {"list_recall": _recall, "segment_counting": _count, "parity": _parity, "copying": _copy}[task]
+        pairs.append((given, true(marked, asked)))
+    return pairs
+
+
+def _recall(body: str, asked: str) -> str:
+    lists = dict(line.replace("@", " ").split(":") for line in body.strip().split("\n"))
+    lists = {name.strip(): items.split() for name, items in lists.items()}
+    if found := re.fullmatch(r"(\w+) #(\d+)", asked):
+        return lists[found[1]][int(found[2]) - 1]
+    name, anchor = asked.split(" after ")
+    assert all(anchor in items[:-1] for items in lists.values()), "an anchor is missing in a list"
+    return lists[name][lists[name].index(anchor) + 1]
+
+
+def _count(body: str, asked: str) -> str:
+    before, segment, behind = body.split("@")
+    assert ":" in before and behind is not None
+    return str(segment.split().count(asked.removeprefix("count ")))
+
+
+def _parity(body: str, asked: str) -> str:
+    before, _ = body.split("@")
+    return ["zero", "one"][before.split().count("one") % 2]
+
+
+def _copy(body: str, asked: str) -> str:
+    _, span, _ = body.split("@")
+    return span.strip().removeprefix("[").removesuffix("]").strip()
