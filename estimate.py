@@ -19,7 +19,7 @@ from config import GPTConfig, TrainConfig, UserError, nearest_multiples
 from data.shards import MANIFEST, read_manifest
 from data.tokenizer import Tokenizer
 from dist import pick_dtype
-from loss import block_rows, chunk_rows
+from loss import SLICE, block_rows, chunk_rows
 from model import GPT
 from optim import part_of
 from startup import check_arm, recipe_of, with_vocabulary
@@ -194,16 +194,13 @@ def activations(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
 def loss_transient(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
     """The most that loss._SummedNats holds at once in its forward, its input included."""
     n, C, V = B * scored_rows(cfg, M), cfg.n_embd, cfg.vocab_size
-    head = torch.Size((V, C))
-    chunk = min(n, chunk_rows(device, head, size))
+    chunk = min(n, chunk_rows(device, torch.Size((V, C))))
     block = min(chunk, block_rows(device, V))
-    # d.T @ h is (V, C), and under autocast there is an fp32 copy of it
-    product = V * C * (size + (4 if size == 2 else 0))
-    # a block's logits in fp32 and their log-softmax
-    most = max(2 * 4 * block * V, 4 * chunk * C, product)
-    cast = V * C * size if size == 2 else 0  # of the head's weight
-    first = 4 * V * C if n > chunk else 0  # the gradient that later chunks are added to
-    return chunk * V * size + most + cast + first + 4 * n * C + 4 * n * C  # the gradient of hidden; hidden
+    # a block's logits in fp32 and their log-softmax, or a product: the gradient of hidden, or a slice of the head's,
+    # of which under autocast there is an fp32 copy
+    most = max(2 * 4 * block * V, chunk * C * size, min(V, SLICE) * C * (size + (4 if size == 2 else 0)))
+    casts = (V + chunk) * C * size if size == 2 else 0  # of the head's weight and hidden
+    return chunk * V * size + most + casts + 4 * V * C + 4 * n * C + 4 * n * C  # the gradients of both; hidden
 
 
 def memory(cfg: TrainConfig, M: int, dtype: torch.dtype, device: str, accumulation: int) -> dict[str, dict[str, int]]:
@@ -233,9 +230,9 @@ def memory(cfg: TrainConfig, M: int, dtype: torch.dtype, device: str, accumulati
     if accumulation > 1:  # those of the micro-batches before
         forward += parts["gradients"]
     phases = {
-        # never less than the backward's start, where the gradients of hidden and head are there twice, as saved and
-        # as scaled by that of the sum: the loss has held those, a product of the head's size and hidden
         "forward's end": forward + parts["loss, while it is made"],
+        # the gradients of the head and hidden, as saved and as scaled by that of the sum
+        "backward's start": forward + 2 * 4 * (wte + B * scored_rows(cfg.model, M) * cfg.model.n_embd),
         # in between, activations go as gradients come; here the embedding's gradient is made, dense, beside the head's,
         # and with earlier micro-batches' it is the third. AdamW's fused update needs nothing of its own
         "backward's end": kept + parts["gradients"] + 4 * wte * (2 if accumulation > 1 else 1),

@@ -8,15 +8,17 @@ import torch.nn.functional as F
 
 from meta_attention import gather_rows
 
+SLICE = 8192  # rows of the head that get their gradient at a time
 
-def chunk_rows(device: str, weight: torch.Size, itemsize: int) -> int:
-    """Rows of logits at a time: of a head (V, C), in a dtype of so many bytes, on a type of device.
+
+def chunk_rows(device: str, weight: torch.Size) -> int:
+    """Rows of logits at a time, of a head (V, C) on a type of device.
 
     Measured on 2 cores: a head of (4160, 192) stays in the cache, and with 512 rows so do its logits. One of
-    (50304, 768) does not, and then the products want many rows: in bf16 4096 at a time take 0.6 of the time of 512."""
+    (50304, 768) does not, and its products want more rows, but logits of 4096 would be a tenth of a step's memory."""
     if device != "cpu":
         return 4096
-    return 512 if weight.numel() < 2**22 else max(512, 2**29 // (weight[0] * itemsize))
+    return 512 if weight.numel() < 2**22 else 1024
 
 
 def block_rows(device: str, vocabulary: int) -> int:
@@ -63,7 +65,7 @@ class _SummedNats(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, n_content, dtype, chunk):
         w, n = weight.to(dtype), hidden.size(0)
         total = torch.zeros((), dtype=_sum_dtype(dtype), device=hidden.device)
-        d_hidden, d_weight = torch.empty_like(hidden), None
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=total.dtype)
         # on a CPU the pages of a new tensor of this size cost a third of the product
         buffer = torch.empty(min(n, chunk), w.size(0), dtype=dtype) if hidden.device.type == "cpu" else None
         for start in range(0, n, chunk):
@@ -72,12 +74,9 @@ class _SummedNats(torch.autograd.Function):
             d = torch.mm(h, w.T, out=None if buffer is None else buffer[: h.size(0)])
             total += _nats_and_slopes(d, targets[rows], n_content)
             d_hidden[rows] = d @ w
-            if d_weight is None:
-                d_weight = (d.T @ h).to(_sum_dtype(dtype))
-            elif dtype == d_weight.dtype:
-                torch.addmm(d_weight, d.T, h, out=d_weight)
-            else:
-                d_weight += d.T @ h
+            # a slice of the vocabulary at a time, or there would be a second tensor of the head's size
+            for part, d_part in zip(d_weight.split(SLICE), d.split(SLICE, 1), strict=True):
+                part += d_part.T @ h
             del d  # or there would be two of them
         ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
         return total
@@ -94,7 +93,7 @@ def summed_nats(hidden, weight, targets, n_content: int, chunk: int | None = Non
     hidden (N, C), weight (V, C), targets (N,), negative where nothing is scored -> scalar, fp32. The products run in
     autocast's dtype, softmax and sums in fp32 (float64 stays float64)."""
     dtype = _compute_dtype(hidden)
-    chunk = chunk or chunk_rows(hidden.device.type, weight.shape, dtype.itemsize)
+    chunk = chunk or chunk_rows(hidden.device.type, weight.shape)
     # a compiler would unroll the many small blocks of a CPU
     apply = torch.compiler.disable(_SummedNats.apply) if hidden.device.type == "cpu" else _SummedNats.apply
     return apply(hidden, weight, targets, n_content, dtype, chunk)
@@ -118,7 +117,7 @@ def token_hits(hidden, weight, targets, n_content: int, chunk: int | None = None
 def _scored_blocks(hidden, weight, targets, n_content, chunk):
     """Blocks of log-probabilities (n, V) and targets (n,), few rows at a time."""
     dtype = _compute_dtype(hidden)
-    chunk = chunk or chunk_rows(hidden.device.type, weight.shape, dtype.itemsize)
+    chunk = chunk or chunk_rows(hidden.device.type, weight.shape)
     block, w = block_rows(hidden.device.type, weight.size(0)), weight.to(dtype)
     for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         for part, t_part in zip((h.to(dtype) @ w.T).split(block), t.split(block), strict=True):
