@@ -4,7 +4,7 @@ import numpy as np
 
 from config import TrainConfig, UserError
 from data.loader import step_windows
-from startup import open_windows
+from startup import base_of, open_windows, with_base
 from terminal import BOLD, write, write_tokens
 
 
@@ -15,28 +15,33 @@ def show_batch(cfg: TrainConfig, world: int) -> None:
     step, last = cfg.show_batch, cfg.max_steps - 1
     if step > last:
         raise UserError(f"show_batch={step}, and with max_steps={cfg.max_steps} the last step is {last}: show that.")
-    data = open_windows(cfg, "train")
+    cfg = with_base(cfg, base := base_of(cfg, None))
+    data = open_windows(cfg, "train", base)
     shares = [step_windows(step, cfg, data.n_windows, rank, world) for rank in range(world)]
     first = step * cfg.batch_size  # sample number; an epoch is n_windows samples
-    ends = (first // data.n_windows, (first + cfg.batch_size - 1) // data.n_windows)
+    n_windows = data.n_windows or cfg.max_steps * cfg.batch_size  # texts of tasks do not repeat: one epoch
+    ends = (first // n_windows, (first + cfg.batch_size - 1) // n_windows)
     epochs = f"epoch {ends[0]}" if ends[0] == ends[1] else f"epochs {ends[0]} .. {ends[1]}"
     write(
-        f"step {step} of {cfg.dataset}, {epochs} of {data.n_windows:,} windows, samples {first} .. "
-        f"{first + cfg.batch_size - 1}, target_rule={cfg.target_rule}, seed {cfg.seed}\n"
+        f"step {step} of {', '.join(cfg.task.tasks) or cfg.dataset}, {epochs} of {n_windows:,} windows, "
+        f"samples {first} .. {first + cfg.batch_size - 1}, target_rule={cfg.target_rule}, seed {cfg.seed}\n"
         f"{world} processes x {len(shares[0])} micro-batches x {cfg.micro_batch_size} windows: "
         f"{' '.join(str(window) for share in shares for window in share.flat)}\n"
     )
     places = [(rank, micro, w) for rank, share in enumerate(shares) for micro, row in enumerate(share) for w in row]
     for sample, (rank, micro, window) in enumerate(places, start=first):
         batch = data.batch(np.array([window]))
-        markers, scored = int((batch.tokens == data.tokenizer.meta).sum()), int((batch.targets >= 0).sum())
+        tokens = batch.tokens[0].numpy()
+        if cfg.task.tasks:  # without the pads behind the text's second <|endoftext|>
+            tokens = tokens[: 1 + np.flatnonzero(tokens == data.tokenizer.eot)[1]]
+        markers, scored = int((tokens == data.tokenizer.meta).sum()), int((batch.targets >= 0).sum())
         write(
-            f"--- window {window}: sample {sample}, epoch {sample // data.n_windows}, process {rank} of {world}, "
-            f"micro-batch {micro} of {len(shares[0])}, {data.T - markers} content tokens, {markers} markers, "
+            f"--- window {window}: sample {sample}, epoch {sample // n_windows}, process {rank} of {world}, "
+            f"micro-batch {micro} of {len(shares[0])}, {len(tokens) - markers} content tokens, {markers} markers, "
             f"{scored} scored targets ---\n",
             BOLD,
         )
-        write_tokens(batch.tokens[0].tolist(), data.tokenizer)
+        write_tokens(tokens.tolist(), data.tokenizer)
         write("\n")
         if cfg.model.second_attention == "random":
             write(f"second attention among positions {' '.join(map(str, batch.meta_index[0].tolist()))}\n", BOLD)

@@ -1,0 +1,23 @@
+"""All four tasks at once, learned by a run of GPT-2's size (App. D.1 of the paper: 90,000 texts of each).
+
+python train.py config/finetune_tasks.py --init_from=out/meta_gpt2 --train_length=256 --run_name=meta_256
+
+Model, tokenizer and target rule are the run's. The paper gives no rate, batch or placement for the controls: these are
+ours, the same for every arm."""
+
+from config import TaskConfig, TrainConfig
+
+config = TrainConfig(
+    task=TaskConfig(
+        tasks=("list_recall", "segment_counting", "parity", "copying"), train_length=256, questions=4,
+        curriculum_steps=2800,
+    ),
+    batch_size=64,
+    micro_batch_size=8,
+    max_steps=5625,  # 360,000 texts: 90,000 of each task
+    learning_rate=1e-4,
+    min_lr=1e-5,
+    warmup_steps=200,
+    eval_interval=500,
+    save_interval=500,
+)  # fmt: skip

@@ -1,0 +1,214 @@
+"""Training on tasks, and measuring it: eval.py tasks."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from checkpoint import load_run
+from config import GPTConfig, TaskConfig, TrainConfig
+from data.tokenizer import Tokenizer
+from evals.tasks import measure
+from generate import MarkerPlan, generate
+from rng import Draws
+from startup import base_of, with_base
+from tasks import TASKS
+from tasks.example import Maker
+from tasks.source import TaskWindows
+from tests.conftest import TINY, cli, override, refusal
+from tests.test_train import TORCHRUN, equal, final, losses, metrics
+
+TEXT = (*TINY, "--dataset=data/u", "--block_size=96", "--position=rope")
+MODEL = ("--n_layer", "--n_head", "--n_embd", "--block_size", "--position", "--dataset", "--second_attention")
+TUNE = [arg for arg in override(TEXT, "--batch_size=16", "--micro_batch_size=16") if not arg.startswith(MODEL)]
+
+
+def pretrain(workdir, name, *args):
+    result = cli("train.py", *override(TEXT, f"--run_name={name}", "--max_steps=10", *args), cwd=workdir)
+    assert result.returncode == 0, result.stderr.decode()
+    return f"out/{name}"
+
+
+def tune(workdir, name, base, *args, tasks=("parity",), **how):
+    args = override(TUNE, f"--init_from={base}", f"--run_name={name}", "--train_length=96", "--level=easy", *args)
+    result = cli("train.py", *args, "--tasks", *tasks, cwd=workdir, **how)
+    assert result.returncode == 0, result.stderr.decode()[-3000:] + result.stdout.decode()[-2000:]
+    return workdir / "out" / name
+
+
+@pytest.fixture(scope="module")
+def bases(workdir):
+    return {
+        "meta": pretrain(workdir, "base_meta"),
+        "learned": pretrain(workdir, "base_learned", "--position=learned"),
+        "plain": pretrain(workdir, "base_plain", "--dataset=data/n", "--block_size=84", "--second_attention=none"),
+    }
+
+
+def test_a_run_learns_all_tasks_with_its_model_tokenizer_and_rule(workdir, bases):
+    base = pretrain(workdir, "base_skip", "--target_rule=skip")
+    run_dir = tune(workdir, "tuned", base, "--max_steps=20", "--placement=every", tasks=TASKS)
+    tuned, was = load_run(run_dir), load_run(workdir / base)
+    assert tuned.config.model == was.config.model and tuned.config.target_rule == "skip"
+    assert tuned.tokenizer.fingerprint == was.tokenizer.fingerprint
+    lines = metrics(run_dir)
+    assert {f"exact_{task}" for task in TASKS} | {f"tokens_{task}" for task in TASKS} <= lines[-1].keys()
+    trained = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert np.mean(trained[-5:]) < 0.8 * np.mean(trained[:2])
+    # what sampling needs is still there
+    assert MarkerPlan.of_run(tuned).M == was.state["data"]["chunk_markers"] > 0
+
+
+def test_marker_rows_of_an_arm_without_markers_start_at_the_mean(workdir, bases):
+    run_dir = tune(workdir, "tuned_plain", bases["plain"], "--max_steps=1", "--learning_rate=1e-9", "--min_lr=0")
+    run, before = load_run(run_dir / "step_00000001"), load_run(workdir / bases["plain"])
+    rows, n = run.model.wte.weight, run.tokenizer.n_content
+    assert torch.allclose(rows[run.tokenizer.meta], before.model.wte.weight[:n].mean(0), atol=1e-6)
+    assert torch.allclose(rows[:n], before.model.wte.weight[:n], atol=1e-6)
+    # and are kept when another training goes on from these weights, since markers were seen
+    further = tune(workdir, "tuned_further", f"{run_dir}", "--max_steps=20", "--learning_rate=1e-2")
+    again = tune(workdir, "tuned_again", f"{further}", "--max_steps=1", "--learning_rate=1e-9", "--min_lr=0")
+    rows = [load_run(folder).model.wte.weight[run.tokenizer.meta] for folder in (further, again / "step_00000001")]
+    assert torch.allclose(*rows, atol=1e-6) and not torch.allclose(rows[0], before.model.wte.weight[:n].mean(0))
+
+
+def test_resumed_equals_uninterrupted_and_processes_equal_one(workdir, bases):
+    args = ("--curriculum_steps=12", "--placement=background")
+    tasks = ("list_recall", "copying")
+    straight = tune(workdir, "t_straight", bases["meta"], "--max_steps=20", *args, tasks=tasks)
+    tune(workdir, "t_resumed", bases["meta"], "--max_steps=13", *args, "--lr_decay_steps=20", tasks=tasks)
+    resumed = tune(workdir, "t_resumed", "resume", "--max_steps=20", *args, "--lr_decay_steps=20", tasks=tasks)
+    assert equal(final(resumed), final(straight))
+    assert [line for line in metrics(resumed) if (line["step"], line["kind"]) != (13, "val")] == metrics(straight)
+    for name, how in (("t_four", {}), ("t_two", {"launcher": TORCHRUN})):
+        other = tune(workdir, name, bases["meta"], "--max_steps=20", *args, "--micro_batch_size=4", tasks=tasks, **how)
+        assert losses(other) == pytest.approx(losses(straight), rel=2e-5, abs=2e-5)
+        ours, theirs = (next(line for line in metrics(run) if line["kind"] == "final") for run in (straight, other))
+        assert theirs["exact_copying"] == pytest.approx(ours["exact_copying"], abs=0.005)
+        assert theirs["tokens"] == ours["tokens"]
+
+
+def test_the_curriculum_grows_in_five_phases():
+    task = TaskConfig(tasks=TASKS, train_length=512, curriculum_steps=100, level="hard")
+    cfg = TrainConfig(task=task, batch_size=8, micro_batch_size=8)
+    windows = TaskWindows(cfg, "train", Tokenizer.gpt2())
+    reached = [windows.reached(step) for step in (0, 19, 20, 40, 60, 80, 99, 100, 10**6)]
+    lengths = [longest for longest, _ in reached]
+    assert lengths == [56, 56, 97, 169, 294, 512, 512, 512, 512]
+    assert [len(levels) for _, levels in reached] == [1, 1, 2, 2, 3, 3, 3, 3, 3]
+    for step, longest in ((0, 56), (60, 294)):
+        seen = [len(windows.example(8 * step + i).ids) for i in range(8)]
+        assert max(seen) <= longest
+    uniform = TaskWindows(TrainConfig(task=TaskConfig(tasks=TASKS, train_length=512)), "train", Tokenizer.gpt2())
+    seen = [len(uniform.example(i).ids) for i in range(400)]
+    assert 250 < np.mean(seen) < 300 and min(seen) < 60 and max(seen) > 500
+
+
+@pytest.mark.parametrize("rule", ("ignore", "skip"))
+def test_exact_is_what_greedy_decoding_writes(workdir, bases, rule):
+    """Half-trained, so that some answers are right and some are not, among them some that are right in part."""
+    base = pretrain(workdir, f"base_{rule}_greedy", f"--target_rule={rule}")
+    run_dir = tune(
+        workdir, f"tuned_{rule}", base, "--max_steps=150", "--learning_rate=1e-2", "--placement=background",
+        "--train_length=48", tasks=("parity",),
+    )  # fmt: skip
+    run = load_run(run_dir)
+    settings = TaskConfig(placement="background")
+    cell = measure(run, "parity", settings, "easy", 48, 60)
+    maker, wrote = Maker("parity", settings, run.tokenizer), []
+    plan = MarkerPlan.of_run(run, "none")
+    for i in range(60):
+        example = maker.example("test", i, 44, 48, ("easy",))
+        start, answer = np.flatnonzero(example.answers)[0], example.ids[example.answers].tolist()
+        ids = generate(run, example.ids[:start].tolist(), plan, len(answer), temperature=0)
+        wrote.append(list(ids) == answer)
+    assert cell["outcomes"] == "".join(str(int(right)) for right in wrote)
+    assert 0 < cell["correct"] < 60 and cell["exact"] == cell["correct"] / 60
+
+
+def test_eval_writes_a_line_a_cell_and_says_what_is_impossible(workdir, bases):
+    tune(workdir, "tuned_learned", bases["learned"], "--max_steps=2", tasks=("parity", "copying"))
+    args = ("--run=out/tuned_learned", "--n=40", "--placements", "every", "none", "--lengths", "64", "128")
+    for _ in range(2):
+        result = cli("eval.py", "tasks", *args, cwd=workdir)
+        assert result.returncode == 0, result.stderr.decode()
+    assert "impossible: 128 positions, and the table of learned ones has 96" in result.stdout.decode()
+    lines = [json.loads(line) for line in (workdir / "out/tuned_learned/tasks.jsonl").read_text().splitlines()]
+    assert len(lines) == 16  # 2 tasks x 2 placements x 2 lengths, appended twice
+    timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    assert timeless[:8] == timeless[8:]
+    cell = next(line for line in lines if line["length"] == 64 and line["task"] == "copying")
+    assert cell["n"] == 40 == len(cell["outcomes"]) and cell["correct"] == cell["outcomes"].count("1")
+    low, high = cell["interval"]
+    assert low <= cell["exact"] <= high and cell["arm"] == "meta + learned" and cell["train_length"] == 96
+    weights = safetensors.torch.load_file(workdir / cell["checkpoint"] / "model.safetensors")
+    assert "wte.weight" in weights and len(cell["weights_sha256"]) == 64
+    assert all(line["n"] == 0 and "exact" not in line for line in lines if line["length"] == 128)
+
+
+def test_rotary_runs_are_measured_beyond_their_window(workdir, bases):
+    run = load_run(workdir / bases["meta"])
+    assert measure(run, "parity", TaskConfig(placement="every"), "easy", 256, 5)["n"] == 5
+
+
+def test_show_batch_prints_the_texts(workdir, bases):
+    args = [*TUNE, "--init_from=" + bases["meta"], "--run_name=shown", "--train_length=96", "--show_batch=3"]
+    result = cli("train.py", *args, "--tasks", "list_recall", "parity", cwd=workdir)
+    assert result.returncode == 0, result.stderr.decode()
+    shown = result.stdout.decode()
+    assert shown.startswith("step 3 of list_recall, parity, epoch 0 of ") and shown.count("---\n") == 16
+    assert shown.count("? parity: ") == 8 and not (workdir / "out/shown").exists()
+
+
+REFUSED = {
+    "another model": (["--n_layer=3"], "n_layer=3, and the model of "),
+    "another rule": (["--target_rule=skip"], "target_rule=skip, and the model of "),
+    "too long": (["--train_length=128"], "train_length=128, and the model has 96 learned positions"),
+    "dry run": (["--dry_run=True"], "dry_run estimates training on text"),
+    "no such task": (["--tasks", "lists"], "'lists'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_a_sentence(workdir, bases, case):
+    args, expected = REFUSED[case]
+    tasks = [] if "--tasks" in args else ["--tasks", "parity"]
+    given = override(
+        TUNE, f"--init_from={bases['learned']}", "--run_name=refused", *args[: len(args) - 1 * (len(args) == 2)]
+    )
+    result = cli("train.py", *given, *(args if len(args) == 2 else []), *tasks, cwd=workdir)
+    assert expected in refusal(result)
+    assert not (workdir / "out/refused").exists()
+
+
+def test_a_changed_task_cannot_be_resumed(workdir, bases):
+    tune(workdir, "fixed", bases["meta"], "--max_steps=2")
+    given = [*TUNE, "--init_from=resume", "--run_name=fixed", "--train_length=64", "--level=easy", "--tasks", "parity"]
+    assert "train_length=64 differs from the run's 96" in refusal(cli("train.py", *given, cwd=workdir))
+
+
+def test_a_new_model_takes_the_tokenizer_of_the_dataset(workdir):
+    args = override(TEXT, "--run_name=scratch_tasks", "--max_steps=3", "--train_length=96", "--placement=target")
+    result = cli("train.py", *args, "--tasks", "parity", cwd=workdir)
+    assert result.returncode == 0, result.stderr.decode()
+    run = load_run(workdir / "out/scratch_tasks")
+    assert run.tokenizer.fingerprint == Tokenizer.load(workdir / "data/u").fingerprint
+    assert run.state["data"]["shards"] == {} and run.state["origin"] == "scratch"
+
+
+def test_base_is_what_goes_on_or_what_is_named():
+    cfg = TrainConfig(model=GPTConfig(n_layer=2))
+    assert base_of(cfg, None) is None and with_base(cfg, None) is cfg
+
+
+def test_draws_are_uniform_and_their_own():
+    draws, again = Draws(7), Draws(7)
+    numbers = [draws.below(10) for _ in range(20_000)]
+    assert numbers == [again.below(10) for _ in range(20_000)] != [Draws(8).below(10) for _ in range(20_000)]
+    assert np.bincount(numbers) == pytest.approx(2000, abs=200)
+    first = np.bincount([draws.sample(range(5), 3)[0] for _ in range(5000)])
+    assert first == pytest.approx(1000, abs=150) and len(set(draws.sample(range(5), 5))) == 5
+    with pytest.raises(ValueError):
+        draws.sample(range(3), 4)
