@@ -97,11 +97,12 @@ class TaskConfig:
     """positions of the longest texts, markers, question and answer included; the shortest have 32"""
     level: Level = "hard"
     """difficulty (the size of lists, segments, spans); training also draws the levels below"""
-    placement: Placement = "target"
-    """where meta-tokens go: where the task points (the paper's); after every list or span; nowhere, an ordinary word
-    pointing instead; or that word pointing, and meta-tokens at random in the background"""
+    placements: tuple[Placement, ...] = ("target",)
+    """where meta-tokens go, texts taking these in turn: target, where the task points (the paper's); every, after
+    every list or span; none, an ordinary word pointing instead; background, that word pointing, and meta-tokens at
+    random"""
     meta_share: float = 0.1
-    """share of a text's positions that placement=background gives to meta-tokens"""
+    """share of a text's positions that background gives to meta-tokens"""
     question: Literal["index", "after"] = "index"
     """what list recall asks for: item j of a list (the paper's), or the item that follows another one in it"""
     questions: int = 1
@@ -115,7 +116,9 @@ class TaskConfig:
 
     def __post_init__(self):
         check_types(self)
-        check(self, "tasks", len(set(self.tasks)) == len(self.tasks), "name every task once")
+        for name in ("tasks", "placements"):
+            check(self, name, len(set(getattr(self, name))) == len(getattr(self, name)), "name each once")
+        check(self, "placements", self.placements, "name one at least")
         check(self, "train_length", 32 <= self.train_length <= 2**20, "lie in 32 .. 1048576")
         check(self, "meta_share", 0 < self.meta_share < 0.9, "lie strictly between 0 and 0.9")
         check(self, "questions", 1 <= self.questions <= 16, "lie in 1 .. 16")

@@ -9,7 +9,10 @@ from config import TaskConfig, TrainConfig
 
 config = TrainConfig(
     task=TaskConfig(
-        tasks=("list_recall", "segment_counting", "parity", "copying"), train_length=256, questions=4,
+        tasks=("list_recall", "segment_counting", "parity", "copying"),
+        placements=("target", "every", "none", "background"),
+        train_length=256,
+        questions=4,  # of list recall where nothing points, or several items of the list that is pointed at
         curriculum_steps=2800,
     ),
     batch_size=64,
@@ -20,4 +23,4 @@ config = TrainConfig(
     warmup_steps=200,
     eval_interval=500,
     save_interval=500,
-)  # fmt: skip
+)

@@ -35,7 +35,7 @@ def facts_of(run: Run) -> dict:
         "seed": run.config.seed,
         "trained_on": list(task.tasks) or run.state["data"]["dataset"],
         "train_length": task.train_length if task.tasks else run.config.model.block_size,
-        "train_placement": task.placement if task.tasks else None,
+        "train_placements": list(task.placements) if task.tasks else None,
         "command": environment()["command"],
         "commit": environment()["commit"],
     }

@@ -35,7 +35,7 @@ class TasksEval:
     lengths: tuple[int, ...] = (128, 256, 512)
     """positions of the longest texts of a cell; the shortest have nine tenths of that"""
     placements: tuple[Placement, ...] = ()
-    """target, every, none, background; by default the one that the run was trained with, else target"""
+    """target, every, none, background; by default those that the run was trained with, else target"""
     level: Level | None = None
     """by default the run's, else hard"""
     n: int = 1000
@@ -60,21 +60,20 @@ def main(cfg: TasksEval) -> None:
     write(f"{facts['arm']}, {run.folder}, {tokens_per_item(run.tokenizer):.3f} tokens an item\n", BOLD)
     with autocast(device, pick_dtype(cfg.dtype, device)[0]):
         for task in cfg.tasks or trained.tasks or TASKS:
-            for placement in cfg.placements or (trained.placement if trained.tasks else "target",):
+            for placement in cfg.placements or trained.placements:
                 for length in cfg.lengths:
                     level = cfg.level or (trained.level if trained.tasks else "hard")
-                    here = dataclasses.replace(settings, placement=placement)
-                    cell = measure(run, task, here, level, length, cfg.n)
+                    cell = measure(run, task, placement, settings, level, length, cfg.n)
                     write_lines(output, [{**facts, **cell}])
                     write(sentence(cell) + "\n")
     write(f"{output}\n", BOLD)
 
 
-def measure(run: Run, task: str, settings: TaskConfig, level: str, length: int, n: int) -> dict:
+def measure(run: Run, task: str, placement: str, settings: TaskConfig, level: str, length: int, n: int) -> dict:
     """One cell: n texts of the test split. The same texts for every run with this tokenizer."""
-    maker = Maker(task, settings, run.tokenizer)
+    maker = Maker(task, placement, settings, run.tokenizer)
     cell = {
-        "eval": "tasks", "task": task, "placement": settings.placement, "level": level, "question": settings.question,
+        "eval": "tasks", "task": task, "placement": placement, "level": level, "question": settings.question,
         "length": length, "tokens_per_item": tokens_per_item(run.tokenizer),
     }  # fmt: skip
     if why := fits(run, length):

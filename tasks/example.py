@@ -60,12 +60,14 @@ class Example(NamedTuple):
 class Maker:
     """What one task writes with: words that are tokens, its markers as they are placed, and the positions they take."""
 
-    def __init__(self, task: str, cfg: TaskConfig, tokenizer: Tokenizer):
-        self.task, self.cfg, self.tokenizer = importlib.import_module(f"tasks.{task}"), cfg, tokenizer
+    def __init__(self, task: str, placement: str, cfg: TaskConfig, tokenizer: Tokenizer):
+        """cfg: its form of the question, number of questions and share of background markers."""
+        self.name, self.placement, self.cfg, self.tokenizer = task, placement, cfg, tokenizer
+        self.task = importlib.import_module(f"tasks.{task}")
         self.items, self.names = words.pools(tokenizer)
-        point = META if cfg.placement == "target" else f" {words.DELIMITER}"
-        nothing_points = cfg.placement == "every" and self.task.QUESTION_NAMES_PLACE
-        self._signs = {POINT: [] if nothing_points else [point], STOP: [META] if cfg.placement == "every" else []}
+        point = META if placement == "target" else f" {words.DELIMITER}"
+        nothing_points = placement == "every" and self.task.QUESTION_NAMES_PLACE
+        self._signs = {POINT: [] if nothing_points else [point], STOP: [META] if placement == "every" else []}
         self._ids: dict[str, list[int]] = {META: [tokenizer.meta]}
 
     def ids(self, pieces: list[str]) -> list[int]:
@@ -88,13 +90,12 @@ class Maker:
         A function of its arguments, the settings and the tokenizer alone. No text is in two of train, val and test: the
         hash of its pieces says where it belongs, and others are drawn until one does.
         Raises UserError if there is none of this length."""
-        cfg = self.cfg
-        kind, name = split.partition("/")[0], self.task.__name__.rpartition(".")[2]
-        key = (name, split, index, low, high, levels, cfg.placement, cfg.question, cfg.questions)
+        cfg, kind = self.cfg, split.partition("/")[0]
+        key = (self.name, split, index, low, high, levels, self.placement, cfg.question, cfg.questions)
         for attempt in range(ATTEMPTS):
             draws = Draws(stable_key(*key, attempt))
             room, level = draws.between(low, high) - 2, draws.choice(levels)
-            if cfg.placement == "background":
+            if self.placement == "background":
                 room -= round(cfg.meta_share * room)
             draft = self.task.draft(self, draws, room, level)
             if draft is None or stable_key(draft.body, draft.questions) % 100 not in SPLITS[kind]:
@@ -109,7 +110,7 @@ class Maker:
             if low <= len(example.ids) <= high:
                 return example
         raise UserError(
-            f"{name} with placement={cfg.placement} and questions={cfg.questions} has no text of level "
+            f"{self.name} with placement {self.placement} and questions={cfg.questions} has no text of level "
             f"{' or '.join(levels)} with {low} to {high} positions: take longer texts or an easier level."
         )
 
@@ -122,7 +123,7 @@ class Maker:
         ids = np.array([*ids, self.tokenizer.eot])
         is_answer = np.zeros(len(ids), dtype=bool)
         is_answer[answers] = True
-        if self.cfg.placement == "background":
+        if self.placement == "background":
             # anywhere between the first <|endoftext|> and the last answer
             prompt = ids[1 : len(ids) - 1 - self.cost(*draft.questions[-1][1])]
             share = self.cfg.meta_share
@@ -157,12 +158,10 @@ def _show(task: str, argv: list[str]) -> None:
     args = parser.parse_args(argv)
     tokenizer = Tokenizer.gpt2() if args.tokenizer == "gpt2" else Tokenizer.load(Path(args.tokenizer))
     write(f"tokens per item: {words.tokens_per_item(tokenizer):.3f} (tokenizer {tokenizer.name})\n", BOLD)
+    cfg = TaskConfig(question=args.question, questions=args.questions)
     for length in args.length:
         for placement in args.placement:
-            cfg = TaskConfig(
-                placement=placement, question=args.question, questions=args.questions, train_length=max(32, length)
-            )
-            maker = Maker(task, cfg, tokenizer)
+            maker = Maker(task, placement, cfg, tokenizer)
             for index in range(args.show):
                 example = maker.example("test", index, math.ceil(0.9 * length), length, (args.level,))
                 markers = int((example.ids == tokenizer.meta).sum())

@@ -26,7 +26,7 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
         least, most = max(2, least), max(2, most)
         anchors = draws.sample(maker.items, draws.between(1, least // 2))
         others = [item for item in maker.items if item not in anchors]
-    if maker.cfg.placement != "every":  # something points at one list, and all questions ask for that
+    if maker.placement != "every":  # something points at one list, and all questions ask for that
         n_questions = min(n_questions, len(anchors) if after else least)
     left = room - n_questions * maker.cost(" ?", " name", " after", " item", ":", " item", "\n") - 2 * maker.cost(POINT)
     line = maker.cost(" name", ":", *[" item"] * least, STOP, "\n")
@@ -51,7 +51,7 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
         wrap = [POINT] if name == target else []
         out.body += [f" {name}", ":", *wrap, *(f" {item}" for item in items), *wrap, STOP, "\n"]
 
-    asked = [target] if maker.cfg.placement != "every" else list(lists)
+    asked = [target] if maker.placement != "every" else list(lists)
     places = [(name, lists[name].index(a) + 1) for name in asked for a in anchors] if after else [
         (name, j) for name in asked for j in range(len(lists[name]))
     ]  # fmt: skip

@@ -50,18 +50,19 @@ def _width(there: np.ndarray) -> int:
 
 
 class TaskWindows:
-    """One split of the tasks of cfg.task, in turn. Text i of a split is a function of (split, i, the settings), and in
-    training of the seed, too: nothing is stored.
+    """One split of the tasks of cfg.task, all of them with each of its placements, in turn. Text i of a split is a
+    function of (split, i, the settings), and in training of the seed, too: nothing is stored.
 
     train: every text is new, with a length and a level drawn from those that the curriculum has reached. val: 256 texts
-    of each task, of the full length and level, with one question, scored on the answer."""
+    of each task, over its placements, of the full length and level, with one question, scored on the answer."""
 
     def __init__(self, cfg: TrainConfig, split: str, tokenizer: Tokenizer):
         self.cfg, self.split, self.tokenizer, self.T = cfg, split, tokenizer, cfg.task.train_length
         train = split == "train"
         settings = cfg.task if train else dataclasses.replace(cfg.task, questions=1)
-        self.makers = [Maker(task, settings, tokenizer) for task in cfg.task.tasks]
-        self.n_windows = None if train else VALIDATION * len(self.makers)  # None: endless
+        pairs = [(task, placement) for placement in cfg.task.placements for task in cfg.task.tasks]
+        self.makers = [Maker(*pair, settings, tokenizer) for pair in pairs]
+        self.n_windows = None if train else VALIDATION * len(cfg.task.tasks)  # None: endless
         self.content_per_window = self.T  # texts differ, and so do their markers: positions are counted, pads included
         self.loss_on = cfg.task.loss_on if train else "answer"
 

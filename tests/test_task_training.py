@@ -49,7 +49,7 @@ def bases(workdir):
 
 def test_a_run_learns_all_tasks_with_its_model_tokenizer_and_rule(workdir, bases):
     base = pretrain(workdir, "base_skip", "--target_rule=skip")
-    run_dir = tune(workdir, "tuned", base, "--max_steps=20", "--placement=every", tasks=TASKS)
+    run_dir = tune(workdir, "tuned", base, "--max_steps=20", "--placements=every", tasks=TASKS)
     tuned, was = load_run(run_dir), load_run(workdir / base)
     assert tuned.config.model == was.config.model and tuned.config.target_rule == "skip"
     assert tuned.tokenizer.fingerprint == was.tokenizer.fingerprint
@@ -75,7 +75,7 @@ def test_marker_rows_of_an_arm_without_markers_start_at_the_mean(workdir, bases)
 
 
 def test_resumed_equals_uninterrupted_and_processes_equal_one(workdir, bases):
-    args = ("--curriculum_steps=12", "--placement=background")
+    args = ("--curriculum_steps=12", "--placements=background")
     tasks = ("list_recall", "copying")
     straight = tune(workdir, "t_straight", bases["meta"], "--max_steps=20", *args, tasks=tasks)
     tune(workdir, "t_resumed", bases["meta"], "--max_steps=13", *args, "--lr_decay_steps=20", tasks=tasks)
@@ -111,13 +111,12 @@ def test_exact_is_what_greedy_decoding_writes(workdir, bases, rule):
     """Half-trained, so that some answers are right and some are not, among them some that are right in part."""
     base = pretrain(workdir, f"base_{rule}_greedy", f"--target_rule={rule}")
     run_dir = tune(
-        workdir, f"tuned_{rule}", base, "--max_steps=150", "--learning_rate=1e-2", "--placement=background",
+        workdir, f"tuned_{rule}", base, "--max_steps=150", "--learning_rate=1e-2", "--placements=background",
         "--train_length=48", tasks=("parity",),
     )  # fmt: skip
     run = load_run(run_dir)
-    settings = TaskConfig(placement="background")
-    cell = measure(run, "parity", settings, "easy", 48, 60)
-    maker, wrote = Maker("parity", settings, run.tokenizer), []
+    cell = measure(run, "parity", "background", TaskConfig(), "easy", 48, 60)
+    maker, wrote = Maker("parity", "background", TaskConfig(), run.tokenizer), []
     plan = MarkerPlan.of_run(run, "none")
     for i in range(60):
         example = maker.example("test", i, 44, 48, ("easy",))
@@ -150,7 +149,7 @@ def test_eval_writes_a_line_a_cell_and_says_what_is_impossible(workdir, bases):
 
 def test_rotary_runs_are_measured_beyond_their_window(workdir, bases):
     run = load_run(workdir / bases["meta"])
-    assert measure(run, "parity", TaskConfig(placement="every"), "easy", 256, 5)["n"] == 5
+    assert measure(run, "parity", "every", TaskConfig(), "easy", 256, 5)["n"] == 5
 
 
 def test_show_batch_prints_the_texts(workdir, bases):
@@ -190,7 +189,7 @@ def test_a_changed_task_cannot_be_resumed(workdir, bases):
 
 
 def test_a_new_model_takes_the_tokenizer_of_the_dataset(workdir):
-    args = override(TEXT, "--run_name=scratch_tasks", "--max_steps=3", "--train_length=96", "--placement=target")
+    args = override(TEXT, "--run_name=scratch_tasks", "--max_steps=3", "--train_length=96", "--placements=target")
     result = cli("train.py", *args, "--tasks", "parity", cwd=workdir)
     assert result.returncode == 0, result.stderr.decode()
     run = load_run(workdir / "out/scratch_tasks")

@@ -34,8 +34,8 @@ def gpt2():
     return Tokenizer.gpt2()
 
 
-def maker(task, tokenizer, **settings):
-    return Maker(task, TaskConfig(**settings), tokenizer)
+def maker(task, tokenizer, placement="target", **settings):
+    return Maker(task, placement, TaskConfig(**settings), tokenizer)
 
 
 def draw(task, tokenizer, index, length=128, level="medium", split="test", **settings):
@@ -100,8 +100,7 @@ def test_text_number_i_is_always_the_same_and_in_one_split(gpt2, task):
 
 def test_splits_hold_apart_texts_that_are_likely_to_repeat(gpt2):
     """32 positions of parity with 20 bits and few cuts: 400,000 draws would repeat a text across splits."""
-    cfg = TaskConfig(placement="none", train_length=32)
-    make = Maker("parity", cfg, gpt2)
+    make = maker("parity", gpt2, "none")
     seen = {}
     for split in ("train/1", "val", "test"):
         for i in range(700):
@@ -114,8 +113,7 @@ def test_splits_hold_apart_texts_that_are_likely_to_repeat(gpt2):
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_question_and_frequency_alone_are_at_chance(gpt2, task, placement):
     """The most frequent answer in training, in all and to this question, is right no more often than chance."""
-    cfg = TaskConfig(placement=placement)
-    make = Maker(task, cfg, gpt2)
+    make = maker(task, gpt2, placement)
 
     def pairs(split, n):
         for i in range(n):

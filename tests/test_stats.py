@@ -1,0 +1,58 @@
+"""Intervals and tests, against published figures and against arithmetic by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from stats import bootstrap_ratio, holm, mcnemar, paired_difference, seed_difference, wilson
+
+
+def test_wilson_against_newcombes_table():
+    """Newcombe, Statistics in Medicine 17, 857 (1998), table I, method 3."""
+    for (right, n), interval in {
+        (81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0.0, 0.1611), (1, 29): (0.0061, 0.1718),
+    }.items():  # fmt: skip
+        assert wilson(right, n) == pytest.approx(interval, abs=1e-4)
+    assert wilson(0, 0) == (0, 1) and wilson(20, 20)[1] == 1
+
+
+def table(both, only_first, only_second, neither):
+    pairs = [(1, 1)] * both + [(1, 0)] * only_first + [(0, 1)] * only_second + [(0, 0)] * neither
+    return (np.array(side, dtype=bool) for side in zip(*pairs, strict=True))
+
+
+def test_paired_difference_against_newcombes_table():
+    """Newcombe, Statistics in Medicine 17, 2635 (1998), table II, method 10."""
+    for cells, interval in {(36, 12, 2, 0): (0.0569, 0.3404), (36, 14, 0, 0): (0.1528, 0.4167)}.items():
+        difference, low, high = paired_difference(*table(*cells))
+        assert difference == pytest.approx((cells[1] - cells[2]) / sum(cells))
+        assert (low, high) == pytest.approx(interval, abs=1e-4)
+    difference, low, high = paired_difference(*table(53, 0, 0, 1))  # no pair differs: still no certainty
+    assert difference == 0 and -0.1 < low == -high < -0.05
+
+
+def test_mcnemar_counts_only_the_pairs_that_differ():
+    assert mcnemar(*table(50, 10, 2, 38)) == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    assert mcnemar(*table(0, 10, 2, 0)) == mcnemar(*table(50, 10, 2, 38))
+    assert mcnemar(*table(5, 0, 0, 5)) == 1 and mcnemar(*table(1, 4, 4, 1)) == 1
+
+
+def test_bootstrap_resamples_examples_not_ids():
+    """40 examples of 25 ids, each right as a whole or not at all: the interval is that of 40 draws, not of 1000."""
+    right = np.repeat([25, 0], 20)
+    low, high = bootstrap_ratio(right, np.full(40, 25))
+    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.5 / math.sqrt(40), 0.5 + 1.96 * 0.5 / math.sqrt(40)), abs=0.03)
+    assert bootstrap_ratio(right, np.full(40, 25)) == (low, high)
+
+
+def test_between_arms_the_unit_is_the_run():
+    mean, low, high = seed_difference([0.5, 0.6, 0.7], [0.4, 0.4, 0.4])
+    half = 4.302653 * 0.1 / math.sqrt(3)
+    assert (mean, low, high) == pytest.approx((0.2, 0.2 - half, 0.2 + half))
+    assert seed_difference([0.9], [0.1]) == (pytest.approx(0.8), -math.inf, math.inf)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1, 1]) and holm([]) == []
