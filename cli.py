@@ -22,6 +22,7 @@ from config import (
     GPTConfig,
     PrepareConfig,
     SampleConfig,
+    TaskConfig,
     TrainConfig,
     UserError,
     bool_names,
@@ -115,7 +116,9 @@ def _read_config_file(cls, path: str):
         if not found:
             raise UserError(f"{path} fails: {error}.") from error
         owner, name = found.groups()
-        owner_class = {c.__name__: c for c in (GPTConfig, TrainConfig, PrepareConfig, SampleConfig)}.get(owner)
+        owner_class = {c.__name__: c for c in (GPTConfig, TaskConfig, TrainConfig, PrepareConfig, SampleConfig)}.get(
+            owner
+        )
         known = [f.name for f in dataclasses.fields(owner_class)] if owner_class else []
         raise UserError(f"{path}: {owner} has no setting {name!r}: {nearest_name(name, known)}") from None
     except UserError as error:

@@ -22,12 +22,16 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
     """A text of at most `room` positions, None if these draws come to none."""
     left = room - maker.cost(" ?", " parity", ":", " one", "\n", POINT)
     least, most = SIZES[level]
-    line = maker.cost(*[WORDS[0]] * LINE, STOP, "\n")
-    n = left // line * LINE
-    n += max(0, (left % line - maker.cost(STOP, "\n")) // maker.cost(WORDS[0]))
+    bits: list[int] = []
+    while True:
+        bit = draws.below(2)
+        left -= maker.cost(WORDS[bit]) + (maker.cost(STOP, "\n") if len(bits) % LINE == 0 else 0)
+        if left < 0:
+            break
+        bits.append(bit)
+    n = len(bits)
     if n < least:
         return None
-    bits = [draws.below(2) for _ in range(n)]
     cut = draws.between(least, min(most, n))
     out = Draft()
     for i, bit in enumerate(bits, start=1):

@@ -65,6 +65,14 @@ class TaskWindows:
         self.n_windows = None if train else VALIDATION * len(cfg.task.tasks)  # None: endless
         self.content_per_window = self.T  # texts differ, and so do their markers: positions are counted, pads included
         self.loss_on = cfg.task.loss_on if train else "answer"
+        # what cannot be written is refused now, and not in the middle of a run
+        phases = {self.reached(phase * cfg.task.curriculum_steps // PHASES) for phase in range(PHASES + 1)}
+        for maker in self.makers:
+            if train:
+                for longest, levels in phases:
+                    maker.example("train/0", 0, SHORTEST, longest, levels)
+            else:
+                maker.example(split, 0, math.ceil(0.9 * self.T), self.T, (cfg.task.level,))
 
     def reached(self, step: int) -> tuple[int, tuple[str, ...]]:
         """Longest length and levels of the training texts of a step: of five phases, the length grows geometrically."""
