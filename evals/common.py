@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from checkpoint import WEIGHTS, Run
-from config import UserError, check
+from config import UserError
+from data.loader import random_positions
 from data.shards import file_sha256
 from runlog import environment
 
@@ -59,7 +61,31 @@ def write_lines(path: Path, lines: list[dict]) -> None:
 def check_lengths(config) -> None:
     if not config.lengths or not all(8 <= length <= 2**20 for length in config.lengths):
         raise UserError(f"lengths={config.lengths} is out of range: give lengths from 8 to 1048576 positions.")
-    check(config, "n", 1 <= config.n <= 10**6, "lie in 1 .. 1000000")
+
+
+def check_markers(run: Run, markers: tuple[str, ...]) -> None:
+    """Raises UserError if markers are to be placed as the run had them, and it had none."""
+    placed = [name for name in markers if name in ("trained", "uniform", "periodic")]
+    if placed and not run.state["data"]["chunk_markers"]:
+        raise UserError(
+            f"markers={placed[0]} needs a run that was trained on text with markers, and {run.folder} was not: take "
+            f"--markers none."
+        )
+
+
+def check_finite(run: Run, nats: np.ndarray) -> None:
+    """Raises UserError for a model that gives none: what is no number would compare as the best."""
+    if not np.isfinite(nats).all():
+        raise UserError(f"the weights in {run.folder} give a loss that is not finite: take another checkpoint.")
+
+
+def connected(run: Run, numbers: np.ndarray, T: int, name: str) -> np.ndarray | None:
+    """(B, R) positions that second_attention=random connects in texts of T positions, drawn by their numbers (B,);
+    None in other arms, where the markers are."""
+    m = run.config.model
+    if m.second_attention != "random":
+        return None
+    return random_positions(numbers, T, m.random_fraction, run.config.seed, name)
 
 
 @torch.no_grad()
