@@ -1,5 +1,6 @@
 """What evaluations share: which run, whose weights, in which arm, and where the lines go."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import torch
 
 from checkpoint import WEIGHTS, Run
 from config import UserError
+from data.inject import strip
 from data.loader import random_positions
-from data.shards import file_sha256
+from data.shards import TokenStream, file_sha256, read_manifest, token_dtype
 from runlog import environment
 
 POSITIONS = 16384  # in one forward: some 0.1 GB a layer at GPT-2's width
@@ -92,3 +94,41 @@ def connected(run: Run, numbers: np.ndarray, T: int, name: str) -> np.ndarray | 
 def hidden_of(run: Run, batch) -> torch.Tensor:
     """Final hidden states (B, T, C) of a Batch."""
     return run.model(batch.tokens, batch.positions, batch.meta_index)
+
+
+def read_split(run: Run, folder: Path, max_tokens: int | None) -> np.ndarray:
+    """The stored validation stream (N,) int64, markers included, up to its last content token that is asked for: one
+    more than are scored, since nothing predicts the first.
+
+    Raises UserError if it is another tokenizer's, or not what its manifest says."""
+    manifest, tokenizer = read_manifest(folder), run.tokenizer
+    if manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+        raise UserError(
+            f"{folder} was made with another tokenizer (fingerprint {manifest['tokenizer']['fingerprint'][:12]}..) "
+            f"than {run.folder} was trained with ({tokenizer.fingerprint[:12]}..): prepare it with "
+            f"--tokenizer={run.folder.parent}."
+        )
+    split = manifest["splits"]["val"]
+    stream = TokenStream(folder, split["shards"], tokenizer.n_vocab)
+    wanted = split["content_tokens"] if max_tokens is None else min(max_tokens + 1, split["content_tokens"])
+    chunks = -(-wanted // manifest["chunk_content"])
+    tokens = stream.read(0, chunks * (manifest["chunk_content"] + manifest["chunk_markers"]))
+    content = strip(tokens, tokenizer.meta)
+    whole = len(content) == split["content_tokens"]
+    if (
+        tokens.max() > tokenizer.meta
+        or len(content) < wanted
+        or (whole and content_sha256(run, content) != split["content_sha256"])
+    ):
+        raise UserError(f"the validation shards of {folder} are not what its manifest says: prepare the dataset again.")
+    return tokens[: place_of(tokens, tokenizer.meta, wanted - 1) + 1]
+
+
+def content_sha256(run: Run, content: np.ndarray) -> str:
+    """As in a manifest: lines with the same one are of the same text."""
+    return hashlib.sha256(content.astype(token_dtype(run.tokenizer.n_vocab))).hexdigest()
+
+
+def place_of(tokens: np.ndarray, meta: int, i: int) -> int:
+    """Where content token i stands."""
+    return int(np.flatnonzero(tokens != meta)[i])

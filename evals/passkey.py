@@ -233,8 +233,8 @@ def sentence(cell: dict) -> str:
         return f"{name}  impossible: {cell['impossible']}"
     (low, high), (top_low, top_high), chance = cell["interval"], cell["top1_interval"], cell["chance"]
     return (
-        f"{name}  exact {cell['exact']:.1%} ({low:.1%} .. {high:.1%}, n = {cell['n']})  of {cell['candidates']} keys "
-        f"the first {cell['top1']:.1%} ({top_low:.1%} .. {top_high:.1%}, chance {chance['top1']:.1%})  reciprocal rank "
-        f"{cell['mrr']:.3f} ({chance['mrr']:.3f})  median rank {cell['median_rank']:g} ({chance['median_rank']:g})  "
-        f"{cell['seconds']:.1f} s"
+        f"{name}  exact {cell['exact']:.1%} ({low:.1%} .. {high:.1%}, n = {cell['n']})  "
+        f"first of {cell['candidates']} keys {cell['top1']:.1%} ({top_low:.1%} .. {top_high:.1%}, chance "
+        f"{chance['top1']:.1%})  reciprocal rank {cell['mrr']:.3f} (chance {chance['mrr']:.3f})  median rank "
+        f"{cell['median_rank']:g} (chance {chance['median_rank']:g})  {cell['seconds']:.1f} s"
     )

@@ -13,7 +13,6 @@ has all `length` positions for text. "context" is what came of it: content token
 Chunks of markers lie where the stream has them, so a window shows training's number of them exactly where stride and
 length are whole chunks, and nearly elsewhere; markers at regular places (periodic) are shifted there."""
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -28,7 +27,6 @@ from checkpoint import Run, load_run
 from config import UserError, check, check_types
 from data.inject import inject, marker_places, strip
 from data.loader import IGNORE, Batch, places_of, targets_of
-from data.shards import TokenStream, read_manifest, token_dtype
 from dist import autocast, pick_device, pick_dtype
 from evals.common import (
     POSITIONS,
@@ -36,9 +34,12 @@ from evals.common import (
     check_lengths,
     check_markers,
     connected,
+    content_sha256,
     facts_of,
     fits,
     hidden_of,
+    place_of,
+    read_split,
     write_lines,
 )
 from loss import Tally, scored_rows, token_nats
@@ -107,7 +108,8 @@ def main(cfg: PerplexityEval) -> None:
             f"{folder}: take shorter --lengths or more text."
         )
     output = Path(cfg.output) if cfg.output else run.folder.parent / "perplexity.jsonl"
-    facts = {**facts_of(run), "dataset": str(folder), "split": "val", "target_rule": run.config.target_rule}
+    facts = {**facts_of(run), "dataset": str(folder), "split": "val", "content_sha256": content_sha256(run, content),
+             "target_rule": run.config.target_rule}  # fmt: skip
     write(f"{facts['arm']}, {run.folder}, {len(content) - 1:,} content tokens of {folder}\n", BOLD)
     with autocast(device, pick_dtype(cfg.dtype, device)[0]):
         for length in lengths:
@@ -121,36 +123,6 @@ def main(cfg: PerplexityEval) -> None:
                     write_lines(output, [{**facts, **cells[-1]}])
                 write(sentence(cells) + "\n")
     write(f"{output}\n", BOLD)
-
-
-def read_split(run: Run, folder: Path, max_tokens: int | None) -> np.ndarray:
-    """The stored validation stream (N,) int64, markers included, up to its last content token that is asked for: one
-    more than are scored, since nothing predicts the first.
-
-    Raises UserError if it is another tokenizer's, or not what its manifest says."""
-    manifest, tokenizer = read_manifest(folder), run.tokenizer
-    if manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-        raise UserError(
-            f"{folder} was made with another tokenizer (fingerprint {manifest['tokenizer']['fingerprint'][:12]}..) "
-            f"than {run.folder} was trained with ({tokenizer.fingerprint[:12]}..): prepare it with "
-            f"--tokenizer={run.folder.parent}."
-        )
-    split = manifest["splits"]["val"]
-    stream = TokenStream(folder, split["shards"], tokenizer.n_vocab)
-    wanted = split["content_tokens"] if max_tokens is None else min(max_tokens + 1, split["content_tokens"])
-    chunks = -(-wanted // manifest["chunk_content"])
-    tokens = stream.read(0, chunks * (manifest["chunk_content"] + manifest["chunk_markers"]))
-    content = strip(tokens, tokenizer.meta)
-    whole = len(content) == split["content_tokens"]
-    sha256 = hashlib.sha256(content.astype(token_dtype(tokenizer.n_vocab))).hexdigest()
-    if tokens.max() > tokenizer.meta or len(content) < wanted or (whole and sha256 != split["content_sha256"]):
-        raise UserError(f"the validation shards of {folder} are not what its manifest says: prepare the dataset again.")
-    return tokens[: _place_of(tokens, tokenizer.meta, wanted - 1) + 1]
-
-
-def _place_of(tokens: np.ndarray, meta: int, i: int) -> int:
-    """Where content token i stands."""
-    return int(np.flatnonzero(tokens != meta)[i])
 
 
 def streams(run: Run, stored: np.ndarray, content: np.ndarray, markers: str, draws: int) -> Iterator[tuple]:
@@ -176,7 +148,7 @@ def marked(content: np.ndarray, injection: str, C: int, M: int, key: int, meta: 
     chunks = np.zeros((n, C), dtype=content.dtype)  # the last one may be filled up
     chunks.reshape(-1)[: len(content)] = content
     tokens = inject(chunks, marker_places(injection, 0, n, C, M, key), meta).reshape(-1)
-    return tokens[: _place_of(tokens, meta, len(content) - 1) + 1]
+    return tokens[: place_of(tokens, meta, len(content) - 1) + 1]
 
 
 def window(rule: dict, markers: str, length: int, stride: int) -> tuple[int, int]:
@@ -193,7 +165,7 @@ def windows(tokens: np.ndarray, length: int, stride: int, rule: str, meta: int, 
     Window w starts at w stride. Its targets are those of the whole stream under the run's rule, at positions that no
     window before it has. The last one is filled up with id 0, which is after all that is scored."""
     targets = targets_of(tokens, len(tokens), meta, rule)
-    targets[: _place_of(tokens, meta, 0)] = IGNORE  # markers before the first content token, which has no context
+    targets[: place_of(tokens, meta, 0)] = IGNORE  # markers before the first content token, which has no context
     last = int(np.flatnonzero(targets != IGNORE)[-1])
     n = 1 + max(0, -(-(last + 1 - length) // stride))
     tokens, targets = (np.append(x, np.full(length, fill)) for x, fill in ((tokens, 0), (targets, IGNORE)))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
 from config import UserError
 from data.inject import strip
 from data.tokenizer import Tokenizer
@@ -71,6 +72,8 @@ def test_texts_are_as_promised(tokenizer, gpt2, markers, length):
                 assert abs(filler[0] - depth * sum(filler)) <= 0.5
                 share = np.mean(ids[1:] == tok.meta)
                 assert share == (0 if markers == "none" else pytest.approx(0.1, abs=0.5 / (len(ids) - 1)))
+                if markers == "trained" and length == 333:  # periodic
+                    assert np.ptp(np.diff(np.flatnonzero(ids == tok.meta))) <= 1 and ids[-1] == tok.meta
                 again = Prompts(run, markers, length, depth).prompt(index, 20)
                 assert (again[0] == ids).all() and (again[1] == answers).all()
             assert len(totals) > 1
@@ -169,8 +172,9 @@ def test_ranks():
 
 def test_the_command(run, tmp_path, capsys):
     folder = saved(run, tmp_path / "small")
-    passkey.main(PasskeyEval(run=str(folder), lengths=(16, 128), depths=(0.0, 1.0), n=3, candidates=4))
-    passkey.main(PasskeyEval(run=str(folder), lengths=(128,), depths=(0.5,), n=2, candidates=4, markers=("none",)))
+    command = ["passkey", f"--run={folder}", "--candidates=4"]
+    evaluation.main([*command, "--lengths", "16", "128", "--depths", "0", "1", "--n=3"])
+    evaluation.main([*command, "--lengths=128", "--depths=0.5", "--markers=none", "--n=2"])
     lines = [json.loads(line) for line in (folder / "passkey.jsonl").read_text().splitlines()]
     assert [(line["length"], line["depth"], line["markers"], line["n"]) for line in lines] == [
         (16, 0.0, "trained", 0), (16, 1.0, "trained", 0), (128, 0.0, "trained", 3), (128, 1.0, "trained", 3),

@@ -8,13 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import eval as evaluation
 from config import UserError
 from data.inject import inject, marker_places, strip
 from data.loader import IGNORE, Windows
 from data.shards import HEADER
 from dist import Dist
 from evals import perplexity
-from evals.perplexity import PerplexityEval, marked, measure, read_split, streams, window, windows
+from evals.common import read_split
+from evals.perplexity import PerplexityEval, marked, measure, streams, window, windows
 from tests.reference import perplexity as reference
 from tests.reference.targets import stream_targets
 from tests.runs import run_on, saved
@@ -171,8 +173,8 @@ def runs(workdir, tmp_path_factory):
 
 
 def test_the_command(workdir, runs, capsys):
-    perplexity.main(PerplexityEval(run=str(runs["meta"]), lengths=(32, 64), max_tokens=500))
-    perplexity.main(PerplexityEval(run=str(runs["plain"]), lengths=(28, 64), max_tokens=500))
+    for name, lengths in (("meta", ("32", "64")), ("plain", ("28", "64"))):
+        evaluation.main(["perplexity", f"--run={runs[name]}", "--lengths", *lengths, "--max_tokens=500"])
     lines = [json.loads(line) for line in (runs["meta"] / "perplexity.jsonl").read_text().splitlines()]
     said = [(line["length"], line["markers"], line["draw"]) for line in lines]
     assert said == [
@@ -181,6 +183,7 @@ def test_the_command(workdir, runs, capsys):
     assert {line["tokens"] for line in lines} == {500} and len({line["bytes"] for line in lines}) == 1
     assert len({line["loss"] for line in lines}) == len(lines)
     assert all(line["run"] == "small" and line["weights_sha256"] and line["split"] == "val" for line in lines)
+    assert len({line["content_sha256"] for line in lines}) == 1
     assert [line["window"] for line in lines if line["markers"] == "none"] == [28, 56]
     trained, none = (np.mean([line["context"] for line in lines if line["markers"] == m]) for m in ("trained", "none"))
     assert trained == pytest.approx(none, rel=0.05)  # the same content before a scored token, as nearly as can be
@@ -246,4 +249,4 @@ def test_another_tokenizer_and_damaged_text_are_refused(workdir, runs, tmp_path)
             (folder / path.name).write_bytes(raw)
         cause = "made with another tokenizer" if change == "other tokenizer" else "not what its manifest says"
         with pytest.raises(UserError, match=cause):
-            read_split(run, folder, None)
+            read_split(run, folder, 300 if change == "no id" else None)  # the sha256 is of the whole
