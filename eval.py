@@ -1,13 +1,19 @@
 """Measures a trained run.
 
 python eval.py tasks --run=out/recall --lengths 128 256 512          # exact answers to the synthetic tasks
+python eval.py perplexity --run=out/recall --lengths 512 1024        # loss, bits per byte, with and without markers
+python eval.py passkey --run=out/recall --lengths 512 1024           # a number hidden in filler: exact, and its rank
 """
 
 from cli import load_config, run_cli
 from config import UserError, nearest_name
-from evals import tasks
+from evals import passkey, perplexity, tasks
 
-EVALS = {"tasks": (tasks.TasksEval, tasks.main)}
+EVALS = {
+    "tasks": (tasks.TasksEval, tasks.main),
+    "perplexity": (perplexity.PerplexityEval, perplexity.main),
+    "passkey": (passkey.PasskeyEval, passkey.main),
+}
 
 
 def main(argv: list[str]) -> None:

@@ -1,13 +1,17 @@
 """What evaluations share: which run, whose weights, in which arm, and where the lines go."""
 
+import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from checkpoint import WEIGHTS, Run
-from config import UserError, check
-from data.shards import file_sha256
+from config import UserError
+from data.inject import strip
+from data.loader import random_positions
+from data.shards import TokenStream, file_sha256, read_manifest, token_dtype
 from runlog import environment
 
 POSITIONS = 16384  # in one forward: some 0.1 GB a layer at GPT-2's width
@@ -59,10 +63,72 @@ def write_lines(path: Path, lines: list[dict]) -> None:
 def check_lengths(config) -> None:
     if not config.lengths or not all(8 <= length <= 2**20 for length in config.lengths):
         raise UserError(f"lengths={config.lengths} is out of range: give lengths from 8 to 1048576 positions.")
-    check(config, "n", 1 <= config.n <= 10**6, "lie in 1 .. 1000000")
+
+
+def check_markers(run: Run, markers: tuple[str, ...]) -> None:
+    """Raises UserError if markers are to be placed as the run had them, and it had none."""
+    placed = [name for name in markers if name in ("trained", "uniform", "periodic")]
+    if placed and not run.state["data"]["chunk_markers"]:
+        raise UserError(
+            f"markers={placed[0]} needs a run that was trained on text with markers, and {run.folder} was not: take "
+            f"--markers none."
+        )
+
+
+def check_finite(run: Run, nats: np.ndarray) -> None:
+    """Raises UserError for a model that gives none: what is no number would compare as the best."""
+    if not np.isfinite(nats).all():
+        raise UserError(f"the weights in {run.folder} give a loss that is not finite: take another checkpoint.")
+
+
+def connected(run: Run, numbers: np.ndarray, T: int, name: str) -> np.ndarray | None:
+    """(B, R) positions that second_attention=random connects in texts of T positions, drawn by their numbers (B,);
+    None in other arms, where the markers are."""
+    m = run.config.model
+    if m.second_attention != "random":
+        return None
+    return random_positions(numbers, T, m.random_fraction, run.config.seed, name)
 
 
 @torch.no_grad()
 def hidden_of(run: Run, batch) -> torch.Tensor:
     """Final hidden states (B, T, C) of a Batch."""
     return run.model(batch.tokens, batch.positions, batch.meta_index)
+
+
+def read_split(run: Run, folder: Path, max_tokens: int | None) -> np.ndarray:
+    """The stored validation stream (N,) int64, markers included, up to its last content token that is asked for: one
+    more than are scored, since nothing predicts the first.
+
+    Raises UserError if it is another tokenizer's, or not what its manifest says."""
+    manifest, tokenizer = read_manifest(folder), run.tokenizer
+    if manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+        raise UserError(
+            f"{folder} was made with another tokenizer (fingerprint {manifest['tokenizer']['fingerprint'][:12]}..) "
+            f"than {run.folder} was trained with ({tokenizer.fingerprint[:12]}..): prepare it with "
+            f"--tokenizer={run.folder.parent}."
+        )
+    split = manifest["splits"]["val"]
+    stream = TokenStream(folder, split["shards"], tokenizer.n_vocab)
+    wanted = split["content_tokens"] if max_tokens is None else min(max_tokens + 1, split["content_tokens"])
+    chunks = -(-wanted // manifest["chunk_content"])
+    tokens = stream.read(0, chunks * (manifest["chunk_content"] + manifest["chunk_markers"]))
+    content = strip(tokens, tokenizer.meta)
+    whole = len(content) == split["content_tokens"]
+    if (
+        tokens.max() > tokenizer.meta
+        or len(content) < wanted
+        or (whole and content_sha256(run, content) != split["content_sha256"])
+    ):
+        raise UserError(f"the validation shards of {folder} are not what its manifest says: prepare the dataset again.")
+    return tokens[: place_of(tokens, tokenizer.meta, wanted - 1) + 1]
+
+
+def content_sha256(run: Run, content: np.ndarray) -> str:
+    """As in a manifest: lines with the same one are of the same text."""
+    return hashlib.sha256(content.astype(token_dtype(run.tokenizer.n_vocab))).hexdigest()
+
+
+def place_of(tokens: np.ndarray, meta: int, i: int) -> int:
+    """Where content token i stands."""
+    return int(np.flatnonzero(tokens != meta)[i])

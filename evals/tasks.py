@@ -11,10 +11,9 @@ from typing import Literal
 import numpy as np
 
 from checkpoint import Run, load_run
-from config import Level, Placement, Task, TaskConfig, check_types
-from data.loader import random_positions
+from config import Level, Placement, Task, TaskConfig, check, check_types
 from dist import autocast, pick_device, pick_dtype
-from evals.common import POSITIONS, check_lengths, facts_of, fits, hidden_of, write_lines
+from evals.common import POSITIONS, check_lengths, connected, facts_of, fits, hidden_of, write_lines
 from loss import scored_rows, token_hits, token_nats
 from stats import bootstrap_ratio, wilson
 from tasks import TASKS
@@ -48,6 +47,7 @@ class TasksEval:
     def __post_init__(self):
         check_types(self)
         check_lengths(self)
+        check(self, "n", 1 <= self.n <= 10**6, "lie in 1 .. 1000000")
 
 
 def main(cfg: TasksEval) -> None:
@@ -81,10 +81,9 @@ def measure(run: Run, task: str, placement: str, settings: TaskConfig, level: st
     started, examples, counts, nats = time.perf_counter(), [], [], 0.0
     for part in batches(maker, level, length, n):
         T = max(len(example.ids) for example in part)
-        batch = collate(
-            part, T, run.tokenizer, run.config.target_rule, connected=_connected(run, len(examples), part, T)
-        )
-        batch = batch.to(run.model.wte.weight.device)
+        numbers = np.arange(len(examples), len(examples) + len(part))
+        drawn = connected(run, numbers, T, "tasks test")
+        batch = collate(part, T, run.tokenizer, run.config.target_rule, connected=drawn).to(run.model.wte.weight.device)
         hidden, targets = scored_rows(hidden_of(run, batch), batch.targets, batch.scored_index)
         head = (run.model.wte.weight, targets, run.tokenizer.n_content)
         right = token_hits(hidden, *head).view(len(part), -1)
@@ -120,13 +119,6 @@ def batches(maker: Maker, level: str, length: int, n: int) -> Iterator[list[Exam
     for start in range(0, n, size):
         numbers = range(start, min(start + size, n))
         yield [maker.example("test", i, math.ceil(0.9 * length), length, (level,)) for i in numbers]
-
-
-def _connected(run: Run, first: int, part: list[Example], T: int) -> np.ndarray | None:
-    m = run.config.model
-    if m.second_attention != "random":
-        return None
-    return random_positions(np.arange(first, first + len(part)), T, m.random_fraction, run.config.seed, "tasks test")
 
 
 def sentence(cell: dict) -> str:

@@ -1,0 +1,240 @@
+"""python eval.py passkey: does a run find a number that was hidden in a long text?
+
+The text is that of Mohtashami & Jaggi (Landmark Attention, arXiv 2305.16300; generate_prompt in llama/run_test.py of
+their repository): a task, filler, the sentence with the key, filler, a question. Its sentences are quoted, since
+figures from other wordings could not be compared. Three things are ours: the filler has whole sentences, not so many
+characters; keys have five digits and the number of tokens that most of these have (theirs are 1 .. 50000); and beside
+the exact answer, which a small model never gives, there is the key's rank among other keys by their probability.
+
+Markers, if any, stand in the prompt by the run's rule and share, from <|endoftext|> to the end of the question; the
+answer has none, so all keys of a text are scored at the same positions."""
+
+import bisect
+import functools
+import itertools
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from checkpoint import Run, load_run
+from config import UserError, check, check_types
+from data.inject import inject, marker_places
+from data.tokenizer import Tokenizer
+from dist import autocast, pick_device, pick_dtype
+from evals.common import (
+    POSITIONS,
+    check_finite,
+    check_lengths,
+    check_markers,
+    connected,
+    facts_of,
+    fits,
+    hidden_of,
+    write_lines,
+)
+from loss import token_hits, token_nats
+from rng import Draws, stable_key
+from stats import wilson
+from tasks.example import Draft, Example
+from tasks.source import collate
+from terminal import BOLD, write
+
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
+    "about the important information there."
+)
+FILLER = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
+HIDDEN = "The pass key is {0}. Remember it. {0} is the pass key."
+QUESTION = "What is the pass key? The pass key is"
+KEYS = range(10_000, 50_001)
+
+
+@dataclass(frozen=True)
+class PasskeyEval:
+    """Pass keys found in filler, by length and depth."""
+
+    run: str = ""
+    """a run's folder (out/NAME) or one of its checkpoints; by default the newest run in out/"""
+    lengths: tuple[int, ...] = (256, 512)
+    """positions of the longest texts of a cell, markers and answer included; the shortest have nine tenths of that"""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """share of the filler that comes before the key"""
+    markers: tuple[Literal["trained", "none"], ...] = ()
+    """trained: by the run's rule and share, all over the prompt; by default that, or none for a run without markers"""
+    n: int = 100
+    """texts in a cell"""
+    candidates: int = 50
+    """keys that are ranked: the true one and others"""
+    output: str = ""
+    """file of JSON lines, one a cell, to append to; by default passkey.jsonl in the run's folder"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "float32"
+
+    def __post_init__(self):
+        check_types(self)
+        check_lengths(self)
+        check(self, "n", 1 <= self.n <= 10**6, "lie in 1 .. 1000000")
+        check(self, "candidates", 2 <= self.candidates <= 1000, "lie in 2 .. 1000")
+        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
+            raise UserError(f"depths={self.depths} is out of range: give shares from 0 to 1.")
+
+
+def main(cfg: PasskeyEval) -> None:
+    device = pick_device(cfg.device)
+    run = load_run(cfg.run, device)
+    placements = cfg.markers or ("trained" if run.state["data"]["chunk_markers"] else "none",)
+    check_markers(run, placements)
+    output = Path(cfg.output) if cfg.output else run.folder.parent / "passkey.jsonl"
+    facts = facts_of(run)
+    write(f"{facts['arm']}, {run.folder}\n", BOLD)
+    with autocast(device, pick_dtype(cfg.dtype, device)[0]):
+        for markers in placements:
+            for length in cfg.lengths:
+                for depth in cfg.depths:
+                    cell = measure(run, Prompts(run, markers, length, depth), cfg.n, cfg.candidates)
+                    write_lines(output, [{**facts, **cell}])
+                    write(sentence(cell) + "\n")
+    write(f"{output}\n", BOLD)
+
+
+def prompt_text(key: int, sentences: int, depth: float) -> str:
+    """The prompt with so many sentences of filler, as the paper's code joins its parts."""
+    before = round(depth * sentences)
+    parts = (TASK, _filler(before), HIDDEN.format(key), _filler(sentences - before), QUESTION)
+    return "\n".join(part for part in parts if part)
+
+
+def _filler(sentences: int) -> str:
+    return " ".join(itertools.islice(itertools.cycle(FILLER), sentences))
+
+
+@functools.lru_cache(maxsize=4)
+def keys_of(tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """The keys that have the most common number of tokens, and that number, with the space before them."""
+    sizes = np.array([len(tokenizer.encode(f" {key}")) for key in KEYS])
+    k = int(np.bincount(sizes).argmax())
+    return (np.flatnonzero(sizes == k) + KEYS[0]).tolist(), k
+
+
+class Prompts:
+    """The texts of a cell. Text i is a function of (i, length, depth, markers, the run's rule and tokenizer): the same
+    for all runs of one kind.
+
+    sizes: numbers of sentences of filler with which a text has nine tenths of `length` positions to all of them, answer
+    included. Can be empty."""
+
+    def __init__(self, run: Run, markers: str, length: int, depth: float):
+        self.run, self.markers, self.length, self.depth = run, markers, length, depth
+        rule = run.state["data"]
+        self.injection = rule["injection"] if markers == "trained" else "none"
+        M = rule["chunk_markers"] if markers == "trained" else 0
+        self.markers_per_token = M / rule["chunk_content"]
+        self.keys, self.k = keys_of(run.tokenizer)
+        low = bisect.bisect_left(range(1, length), math.ceil(0.9 * length), key=self.positions) + 1
+        self.sizes = list(itertools.takewhile(lambda n: self.positions(n) <= length, itertools.count(low)))
+
+    def positions(self, sentences: int) -> int:
+        """Of a text with so many sentences of filler: <|endoftext|>, prompt, markers, answer."""
+        content = len(self.run.tokenizer.encode(prompt_text(self.keys[0], sentences, self.depth)))
+        return 1 + content + self._n_markers(content) + self.k
+
+    def _n_markers(self, content: int) -> int:
+        return round(self.markers_per_token * content)
+
+    def prompt(self, index: int, candidates: int) -> tuple[np.ndarray, np.ndarray]:
+        """Text number `index` -> ids (N,) up to the answer; the answers (candidates, k), the true one first."""
+        tokenizer = self.run.tokenizer
+        draws = Draws(stable_key("passkey", self.length, self.depth, index))
+        keys = draws.sample(self.keys, candidates)
+        content = tokenizer.encode(prompt_text(keys[0], draws.choice(self.sizes), self.depth)).astype(np.int64)
+        M, key = self._n_markers(len(content)), stable_key("passkey markers", draws.below(2**62))
+        places = marker_places(self.injection, 0, 1, len(content), M, key)
+        ids = np.concatenate([[tokenizer.eot], inject(content[None], places, tokenizer.meta)[0]])
+        return ids, np.array([tokenizer.encode(f" {key}") for key in keys]).astype(np.int64)
+
+
+def score(run: Run, prompt: np.ndarray, answers: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """prompt (N,), answers (A, k), number of the text -> nats of each whole answer (A,), and whether greedy decoding
+    would write it (A,): it does if each id is the most likely one after the ids before it."""
+    nats, right, head, T = [], [], run.model.wte.weight, len(prompt) + answers.shape[1]
+    size = max(1, POSITIONS // T)
+    for start in range(0, len(answers), size):
+        part = answers[start : start + size]
+        is_answer = np.arange(T) >= len(prompt)
+        rows = [Example(np.concatenate([prompt, answer]), is_answer, Draft()) for answer in part]
+        drawn = connected(run, np.full(len(part), index), T, "passkey")
+        batch = collate(rows, T, run.tokenizer, run.config.target_rule, connected=drawn).to(head.device)
+        hidden, scored = hidden_of(run, batch), batch.targets >= 0
+        each = (hidden[scored], head, batch.targets[scored], run.tokenizer.n_content)
+        nats.append(token_nats(*each).view(part.shape).sum(dim=1).cpu().numpy())
+        right.append(token_hits(*each).view(part.shape).all(dim=1).cpu().numpy())
+    check_finite(run, np.concatenate(nats))
+    return np.concatenate(nats), np.concatenate(right)
+
+
+def rank(nats: np.ndarray) -> float:
+    """The place of the first of the answers (A,) by their nats, 1 = most likely; in the middle of its ties."""
+    return 1 + float((nats[1:] < nats[0]).sum() + (nats[1:] == nats[0]).sum() / 2)
+
+
+def measure(run: Run, prompts: Prompts, n: int, candidates: int) -> dict:
+    """One cell: n texts."""
+    cell = {
+        "eval": "passkey", "length": prompts.length, "depth": prompts.depth, "markers": prompts.markers,
+        "injection": prompts.injection, "markers_per_token": prompts.markers_per_token,
+    }  # fmt: skip
+    why = fits(run, prompts.length)
+    if not prompts.sizes:
+        shortest = prompts.positions(1)
+        why = f"no text of whole sentences is so long; with one sentence of filler it has {shortest} positions"
+    if why:
+        return {**cell, "n": 0, "impossible": why}
+    started, ranks, exact, positions = time.perf_counter(), [], [], 0
+    for index in range(n):
+        prompt, answers = prompts.prompt(index, candidates)
+        nats, right = score(run, prompt, answers, index)
+        ranks.append(rank(nats))
+        exact.append(bool(right[0]))
+        positions += len(prompt) + prompts.k
+    top = sum(place == 1 for place in ranks)
+    return {
+        **cell,
+        "n": n,
+        "positions": positions / n,
+        "key_tokens": prompts.k,
+        "candidates": candidates,
+        "correct": sum(exact),
+        "exact": sum(exact) / n,
+        "interval": wilson(sum(exact), n),
+        "top1": top / n,
+        "top1_interval": wilson(top, n),
+        "mrr": float(np.mean(1 / np.array(ranks))),
+        "median_rank": float(np.median(ranks)),
+        "chance": {
+            "exact": 1 / len(prompts.keys),
+            "top1": 1 / candidates,
+            "mrr": sum(1 / place for place in range(1, candidates + 1)) / candidates,
+            "median_rank": (candidates + 1) / 2,
+        },
+        "ranks": ranks,  # by text, as the outcomes, for paired tests
+        "outcomes": "".join(map(str, map(int, exact))),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def sentence(cell: dict) -> str:
+    """A cell for a person."""
+    name = f"{cell['length']:>6}  depth {cell['depth']:.2f}  {cell['markers']:<8}"
+    if "impossible" in cell:
+        return f"{name}  impossible: {cell['impossible']}"
+    (low, high), (top_low, top_high), chance = cell["interval"], cell["top1_interval"], cell["chance"]
+    return (
+        f"{name}  exact {cell['exact']:.1%} ({low:.1%} .. {high:.1%}, n = {cell['n']})  "
+        f"first of {cell['candidates']} keys {cell['top1']:.1%} ({top_low:.1%} .. {top_high:.1%}, chance "
+        f"{chance['top1']:.1%})  reciprocal rank {cell['mrr']:.3f} (chance {chance['mrr']:.3f})  median rank "
+        f"{cell['median_rank']:g} (chance {chance['median_rank']:g})  {cell['seconds']:.1f} s"
+    )

@@ -1,0 +1,43 @@
+"""Runs with random weights, made in a moment: what evaluations look at, without a training."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from checkpoint import STATE, WEIGHTS, Run, save
+from config import GPTConfig, TrainConfig, to_dict
+from data.shards import read_manifest
+from data.tokenizer import Tokenizer
+from model import GPT
+from tests.test_model import sharpen, wake
+
+
+def small_run(tokenizer: Tokenizer, data: dict, rule: str = "ignore", seed: int = 3, **shape) -> Run:
+    """data: injection, chunk_content, chunk_markers, dataset. All weights matter, and predictions are far from even."""
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 64, "random_fraction": 0.3, **shape}
+    model = GPTConfig(vocab_size=tokenizer.n_vocab, content_vocab_size=tokenizer.n_content, **shape)
+    cfg = TrainConfig(model=model, run_name="small", target_rule=rule, dtype="float32", dataset=data["dataset"])
+    gpt = sharpen(wake(GPT(model, seed)))
+    for name, p in gpt.named_parameters():
+        if name.endswith(("wpe.weight", "wte.weight", "mlp.c_fc.weight", "c_proj.weight")):
+            torch.nn.init.normal_(p, std=0.3)
+    return Run(gpt.eval(), tokenizer, cfg, {"step": 3, "data": data}, Path("out/small"))
+
+
+def run_on(folder: Path, **changes) -> Run:
+    """A run as if trained on a prepared dataset, in windows of one chunk."""
+    manifest = read_manifest(folder)
+    data = {key: manifest[key] for key in ("injection", "chunk_content", "chunk_markers")} | {"dataset": str(folder)}
+    changes = {"block_size": data["chunk_content"] + data["chunk_markers"], **changes}
+    return small_run(Tokenizer.load(folder), data, **changes)
+
+
+def saved(run: Run, run_dir: Path) -> Path:
+    """The run as a checkpoint in its folder, as train.py leaves it."""
+    run_dir.mkdir(parents=True)
+    data = {**run.state["data"], "tokenizer": run.tokenizer.fingerprint, "content_sha256": {}, "shards": {}}
+    state = {**run.state, "data": data, "config": to_dict(run.config), "best": None}
+    files = {WEIGHTS: run.model.state_dict(), STATE: json.dumps(state).encode(), **run.tokenizer.files()}
+    save(run_dir, "step", run.state["step"], files, keep=2)
+    return run_dir

@@ -1,0 +1,252 @@
+import json
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eval as evaluation
+from config import UserError
+from data.inject import inject, marker_places, strip
+from data.loader import IGNORE, Windows
+from data.shards import HEADER
+from dist import Dist
+from evals import perplexity
+from evals.common import read_split
+from evals.perplexity import PerplexityEval, marked, measure, streams, window, windows
+from tests.reference import perplexity as reference
+from tests.reference.targets import stream_targets
+from tests.runs import run_on, saved
+from train import evaluate
+
+ALONE = Dist(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("data", "second", "rule"),
+    [("u", "meta", "ignore"), ("u", "meta", "skip"), ("p", "causal", "ignore"), ("n", "random", "ignore")],
+)
+def test_windows_of_training_give_the_figures_of_training(workdir, data, second, rule):
+    folder = workdir / "data" / data
+    run = run_on(folder, second_attention=second, rule=rule)
+    length, cfg = run.config.model.block_size, run.config
+    drawn = cfg.model.random_fraction if second == "random" else None
+    expected = evaluate(run.model, Windows(folder, "val", length, rule, drawn, cfg.seed), cfg, ALONE)
+    run.model.eval()
+    found = measure(run, read_split(run, folder, None), length, length, 64)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert found["perplexity"] == math.exp(found["loss"])
+
+
+@st.composite
+def marked_streams(draw):
+    """Content ids that are all different, so that a target says which token it is; 999 is the marker."""
+    C, M, n = draw(st.integers(1, 12)), draw(st.integers(0, 5)), draw(st.integers(1, 6))
+    places = marker_places("uniform" if M else "none", 0, n, C, M, draw(st.integers(0, 99)))
+    tokens = inject(np.arange(n * C).reshape(n, C), places, 999).reshape(-1)
+    length = draw(st.integers(1, len(tokens) + 3))
+    return tokens, length, draw(st.integers(1, length)), draw(st.integers(1, 4))
+
+
+@settings(max_examples=150, deadline=None)
+@given(marked_streams(), st.sampled_from(["ignore", "skip"]))
+def test_every_content_token_is_scored_once_and_from_enough_before_it(case, rule):
+    tokens, length, stride, size = case
+    if (tokens != 999).sum() < 2:
+        return
+    expected, scored, seen = stream_targets(tokens.tolist(), 999, rule), [], 0
+    for numbers, ids, targets in windows(tokens, length, stride, rule, 999, size):
+        assert ids.shape == targets.shape == (len(numbers), length) and len(numbers) <= size
+        for number, row, goals in zip(numbers, ids, targets, strict=True):
+            assert number == seen
+            seen += 1
+            here = tokens[number * stride : number * stride + length]
+            assert (row[: len(here)] == here).all()
+            for at in np.flatnonzero(goals != IGNORE):
+                assert goals[at] == expected[number * stride + at]
+                assert number == 0 or at >= length - stride
+            scored += goals[goals != IGNORE].tolist()
+    assert sorted(scored) == list(range(1, int((tokens != 999).sum())))
+
+
+def double(run):
+    return types.SimpleNamespace(**{**vars(run), "model": run.model.double()})
+
+
+def compare_with_reference(run, tokens, length, stride):
+    found = measure(run, tokens, length, stride, bucket=1)
+    slow = reference.token_nats(run, tokens.tolist(), length, stride)
+    assert found["tokens"] == len(slow)
+    assert found["loss"] == pytest.approx(np.mean([nats for _, nats in slow]), abs=1e-4)
+    expected = [[place, *_count_and_mean([nats for at, nats in slow if at == place])] for place in range(length)]
+    expected = [row for row in expected if row[1]]
+    assert [row[:2] for row in found["by_position"]] == [row[:2] for row in expected]
+    assert [row[2] for row in found["by_position"]] == pytest.approx([row[2] for row in expected], abs=1e-3)
+
+
+def _count_and_mean(values):
+    return len(values), sum(values) / max(1, len(values))
+
+
+@pytest.mark.parametrize("rule", ["ignore", "skip"])
+@pytest.mark.parametrize(("position", "length", "stride"), [("learned", 24, 7), ("rope", 40, 40), ("rope", 40, 9)])
+def test_it_is_the_loss_of_every_token_by_itself(workdir, rule, position, length, stride):
+    """Also beyond the trained window of 32 positions, where these are rotary."""
+    run = double(run_on(workdir / "data/u", rule=rule, position=position))
+    compare_with_reference(run, read_split(run, workdir / "data/u", None)[:110], length, stride)
+
+
+def test_a_model_that_sees_what_it_predicts_is_noticed(workdir):
+    run = double(run_on(workdir / "data/u"))
+    tokens, honest = read_split(run, workdir / "data/u", None)[:90], run.model.forward
+
+    def peeking(ids, positions, meta_index):
+        return honest(ids, positions, meta_index) + 5 * run.model.wte(ids.roll(-1, dims=1))
+
+    compare_with_reference(run, tokens, 32, 16)
+    run.model.forward = peeking
+    with pytest.raises(AssertionError):
+        compare_with_reference(run, tokens, 32, 16)
+
+
+@pytest.mark.parametrize("bucket", [1, 7, 64])
+def test_the_loss_by_position_adds_up_to_the_loss(workdir, bucket):
+    run = run_on(workdir / "data/u")
+    found = measure(run, read_split(run, workdir / "data/u", 600), 32, 10, bucket)
+    firsts, counts, means = zip(*found["by_position"], strict=True)
+    assert all(first % bucket == 0 and first < 32 for first in firsts) and sum(counts) == found["tokens"] == 600
+    assert np.dot(counts, means) / 600 == pytest.approx(found["loss"], rel=1e-9)
+
+
+def test_all_conditions_have_the_same_content(workdir):
+    run = run_on(workdir / "data/u")
+    stored, meta = read_split(run, workdir / "data/u", 700), run.tokenizer.meta
+    content = strip(stored, meta)
+    assert len(content) == 701 and (content == strip(read_split(run, workdir / "data/u", None), meta)[:701]).all()
+    drawn = {}
+    for markers, count in (
+        ("trained", 3),
+        ("uniform", 3),
+        ("periodic", 1),
+        ("none", 1),
+        ("none_wide", 1),
+        ("stored", 1),
+    ):
+        drawn[markers] = [tokens for _, tokens in streams(run, stored, content, markers, draws=3)]
+        assert len(drawn[markers]) == count
+        for tokens in drawn[markers]:
+            assert (strip(tokens, meta) == content).all() and tokens[-1] != meta
+            whole = (tokens[: len(tokens) // 32 * 32].reshape(-1, 32) == meta).sum(axis=1)
+            assert (whole == (0 if markers.startswith("none") else 4)).all()
+    assert (drawn["stored"][0] == stored).all()
+    places = [tuple(np.flatnonzero(tokens == meta)) for tokens in [*drawn["trained"], stored]]
+    assert len(set(places)) == 4
+    rule = run.state["data"]
+    assert window(rule, "none", 64, 32) == (56, 28) and window(rule, "none_wide", 64, 32) == (64, 32)
+    assert window(rule, "trained", 64, 32) == (64, 32)
+
+
+def test_markers_are_placed_as_preparation_does(workdir):
+    run = run_on(workdir / "data/p")
+    stored = read_split(run, workdir / "data/p", None)
+    again = marked(strip(stored, run.tokenizer.meta), "periodic", 28, 4, 0, run.tokenizer.meta)
+    assert (again == stored[: len(again)]).all() and (stored[len(again) :] == run.tokenizer.meta).all()
+
+
+def test_context_is_the_content_before_a_scored_token(workdir):
+    run = run_on(workdir / "data/n", second_attention="none")
+    tokens = read_split(run, workdir / "data/n", 200)
+    assert measure(run, tokens, 20, 1, 64)["context"] == pytest.approx((sum(range(1, 21)) + 180 * 20) / 200)
+    assert measure(run, tokens, 20, 20, 64)["context"] == pytest.approx(10.5)
+
+
+@pytest.fixture(scope="module")
+def runs(workdir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("perplexity")
+    return {
+        "meta": saved(run_on(workdir / "data/u", position="rope"), folder / "meta"),
+        "plain": saved(run_on(workdir / "data/n", second_attention="none"), folder / "plain"),
+    }
+
+
+def test_the_command(workdir, runs, capsys):
+    for name, lengths in (("meta", ("32", "64")), ("plain", ("28", "64"))):
+        evaluation.main(["perplexity", f"--run={runs[name]}", "--lengths", *lengths, "--max_tokens=500"])
+    lines = [json.loads(line) for line in (runs["meta"] / "perplexity.jsonl").read_text().splitlines()]
+    said = [(line["length"], line["markers"], line["draw"]) for line in lines]
+    assert said == [
+        (T, *rest) for T in (32, 64) for rest in [("trained", 0), ("trained", 1), ("trained", 2), ("none", 0)]
+    ]
+    assert {line["tokens"] for line in lines} == {500} and len({line["bytes"] for line in lines}) == 1
+    assert len({line["loss"] for line in lines}) == len(lines)
+    assert all(line["run"] == "small" and line["weights_sha256"] and line["split"] == "val" for line in lines)
+    assert len({line["content_sha256"] for line in lines}) == 1
+    assert [line["window"] for line in lines if line["markers"] == "none"] == [28, 56]
+    trained, none = (np.mean([line["context"] for line in lines if line["markers"] == m]) for m in ("trained", "none"))
+    assert trained == pytest.approx(none, rel=0.05)  # the same content before a scored token, as nearly as can be
+    plain = [json.loads(line) for line in (runs["plain"] / "perplexity.jsonl").read_text().splitlines()]
+    assert [line["markers"] for line in plain] == ["none", "none"] and plain[0]["tokens"] == 500
+    assert plain[1]["impossible"] == "64 positions, and the table of learned ones has 28" and "loss" not in plain[1]
+    out = capsys.readouterr().out
+    losses = [line["loss"] for line in lines[:3]]
+    assert f"loss {np.mean(losses):.4f} ({min(losses):.4f} .. {max(losses):.4f}, sd {np.std(losses, ddof=1):.4f}" in out
+    assert "impossible: 64 positions" in out
+
+
+@pytest.mark.parametrize(
+    ("run", "settings", "sentence"),
+    [
+        ("meta", {"lengths": (4,)}, "lengths=(4,) is out of range"),
+        ("meta", {"lengths": (32,), "stride": 33}, "stride=33 would leave text out between windows of 32"),
+        ("meta", {"stride": 33}, "stride=33 would leave text out between windows of 32"),
+        ("meta", {"stride": 0}, "stride=0 is out of range"),
+        ("meta", {"draws": 2}, "draws=2 is out of range"),
+        ("meta", {"max_tokens": 5}, "max_tokens=5 is out of range"),
+        ("meta", {"bucket": 0}, "bucket=0 is out of range"),
+        ("meta", {"markers": ("stored",), "dataset": "n"}, "n has no markers: take --markers none"),
+        ("meta", {"lengths": (512,), "max_tokens": 300}, "512 positions is longer than the 301 content tokens"),
+        ("meta", {"dataset": "nowhere"}, "there is no dataset in"),
+        (
+            "plain",
+            {"markers": ("none", "trained")},
+            "markers=trained needs a run that was trained on text with markers",
+        ),
+    ],
+)
+def test_bad_input_gets_one_sentence(workdir, runs, tmp_path, run, settings, sentence):
+    if "dataset" in settings:
+        settings = {**settings, "dataset": str(workdir / "data" / settings["dataset"])}
+    with pytest.raises(UserError) as error:
+        perplexity.main(PerplexityEval(run=str(runs[run]), output=str(tmp_path / "lines"), **settings))
+    assert sentence in str(error.value) and not (tmp_path / "lines").exists()
+
+
+def test_weights_that_are_no_numbers_are_refused(workdir):
+    run = run_on(workdir / "data/u")
+    with torch.no_grad():
+        run.model.ln_f.weight[3] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        measure(run, read_split(run, workdir / "data/u", 100), 32, 32, 64)
+
+
+def test_another_tokenizer_and_damaged_text_are_refused(workdir, runs, tmp_path):
+    run = run_on(workdir / "data/u")
+    for change in ("other tokenizer", "other text", "no id"):
+        folder = tmp_path / change
+        folder.mkdir()
+        for path in (workdir / "data/u").iterdir():
+            if path.name.startswith((".", "train")):
+                continue
+            raw = bytearray(path.read_bytes())
+            if change == "other tokenizer" and path.name == "manifest.json":
+                raw = raw.replace(run.tokenizer.fingerprint.encode(), b"0" * 64)
+            if change != "other tokenizer" and path.name == "val_000000.bin":
+                at = HEADER.size + 2 * int(np.flatnonzero(read_split(run, workdir / "data/u", None) < 256)[5])
+                raw[at : at + 2] = (raw[at] ^ 1, raw[at + 1]) if change == "other text" else (255, 255)
+            (folder / path.name).write_bytes(raw)
+        cause = "made with another tokenizer" if change == "other tokenizer" else "not what its manifest says"
+        with pytest.raises(UserError, match=cause):
+            read_split(run, folder, 300 if change == "no id" else None)  # the sha256 is of the whole
