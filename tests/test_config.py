@@ -55,6 +55,7 @@ def test_a_bool_needs_no_value():
     assert load("--run_name", "x", "--dry_run").run_name == "x"
     assert schema.bool_names(TrainConfig) == [
         "bias",
+        "shuffle_answers",
         "allow_changed_data",
         "skip_spikes",
         "compile",

@@ -8,13 +8,14 @@ import pytest
 from checkpoint import load_run
 from cli import load_config
 from config import PrepareConfig, SampleConfig, TrainConfig
+from eval import EVALS
 from tests.conftest import ROOT, TINY, cli
 
 CLASSES = {"train.py": TrainConfig, "prepare.py": PrepareConfig, "sample.py": SampleConfig}
 PAGES = [ROOT / "README.md", ROOT / "LOG.md", *ROOT.glob("*.py"), *(ROOT / "config").glob("*.py")]
 
 
-COMMAND = r"^ *(?:.*\| )?(?:\.venv/bin/)?(?:python |torchrun --\S+ --\S+ )((?:train|prepare|sample)\.py\b.*)$"
+COMMAND = r"^ *(?:.*\| )?(?:\.venv/bin/)?(?:python |torchrun --\S+ --\S+ )((?:train|prepare|sample|eval)\.py\b.*)$"
 
 
 def commands() -> list[tuple[str, str]]:
@@ -30,7 +31,8 @@ def commands() -> list[tuple[str, str]]:
 def test_every_command_parses(page, command, monkeypatch):
     monkeypatch.chdir(ROOT)
     program, *argv = shlex.split(command, comments=True)
-    assert isinstance(load_config(CLASSES[program], argv, config_file=True), CLASSES[program])
+    settings = EVALS[argv.pop(0)][0] if program == "eval.py" else CLASSES[program]
+    assert isinstance(load_config(settings, argv, config_file=program in ("train.py", "prepare.py")), settings)
 
 
 def test_there_are_commands_to_test():
