@@ -81,7 +81,7 @@ def plot(folders: list[Path], output: Path) -> None:
             rights[0].axhline(packed[key], color="grey", linestyle="--", linewidth=0.8)
             rights[0].text(1, packed[key], f"{name} ", va="bottom", ha="right", color="grey",
                            transform=rights[0].get_yaxis_transform())  # fmt: skip
-    left.set(xlabel=label, ylabel="nats per content token", title="training loss")
+    left.set(xlabel=label, ylabel="nats per scored token" if tasks else "nats per content token", title="training loss")
     for right, (_, unit, title) in zip(rights, panels, strict=False):
         right.set(xlabel=label, ylabel=unit, title=title)
         if tasks:

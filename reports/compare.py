@@ -115,14 +115,16 @@ def beyond(mean: float, half: float, effect: float, seeds: int) -> float:
 
 
 def verdict(row: Difference, effect: float, margin: float) -> str:
-    """On "the first is better than the second by more than `effect`": holds if the interval lies above it, and still
-    does after Holm; does not hold if the whole interval lies inside +-margin; else undecided."""
+    """On "the first is better than the second by more than `effect`": holds if the interval lies above it, also after
+    Holm, the reverse if below -`effect`; does not hold if the whole interval lies inside +-margin; else undecided."""
     if row.refused:
         return "not compared"
     if row.holm is None:
         return f"undecided: {len(row.seeds)} seeds, {SEEDS} can decide"
     inside = -margin <= row.low and row.high <= margin
-    if row.holm < 0.05 and (row.low > effect or row.high < -effect):
+    if row.low > effect or row.high < -effect:
+        if row.holm >= 0.05:
+            return "undecided after Holm"
         claim = "holds" if row.mean > 0 else "the reverse holds"
         return f"{claim}, within the margin" if inside else claim
     return "does not hold" if inside else "undecided"

@@ -52,7 +52,7 @@ def _look(number: int) -> dict:
 
 
 def title(panel: Panel) -> str:
-    question = f", item {panel.question}" if panel.task == "list_recall" else ""
+    question = f", question {panel.question}" if panel.task == "list_recall" else ""
     return f"{panel.task.replace('_', ' ')}: {panel.placement} ({panel.level}{question})"
 
 

@@ -81,7 +81,7 @@ def read(sources: list[str]) -> tuple[list[dict], int]:
             try:
                 line = json.loads(row, parse_constant=_refuse)
                 _check(line)
-            except (ValueError, RecursionError) as error:
+            except (ValueError, OverflowError, RecursionError) as error:
                 raise UserError(
                     f"{path}, line {number} is no line of eval.py tasks ({error}): remove it, and measure it again."
                 ) from error
@@ -105,6 +105,7 @@ def _check(line) -> None:
     """Raises ValueError that says what is wrong with a line."""
     if not isinstance(line, dict) or line.get("eval") != "tasks":
         raise ValueError('it does not say "eval": "tasks"')
+    json.dumps(line, ensure_ascii=False).encode()  # half a surrogate pair is no text
     for name, kinds in FACTS.items() if "impossible" in line else (FACTS | MEASURED).items():
         if name not in line:
             raise ValueError(f"{name} is missing")
@@ -115,6 +116,8 @@ def _check(line) -> None:
             raise ValueError(f"{name} is {line[name][:40]!r}, known are {', '.join(known)}")
     if not 0 < line["length"] <= 2**30 or not 0 < line["train_length"] <= 2**30:
         raise ValueError(f"its lengths are {line['length']} and {line['train_length']}")
+    if not math.isfinite(line["tokens_per_item"]) or type(line.get("impossible", "")) is not str:
+        raise ValueError("tokens_per_item is infinite, or impossible no reason")
     if "impossible" in line:
         return
     n, right = line["n"], line["correct"]

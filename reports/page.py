@@ -53,8 +53,7 @@ say what tells them apart. That sizes, pretraining and rates are equal, the line
         """A <figure>, its PNG kept as a file; the caption names n, seeds and commands of the lines used."""
         self.files[name] = drawing.png(draw, *args, footer(used))
         data = base64.b64encode(self.files[name]).decode()
-        numbers = sorted({self.numbers[line["command"]] for line in used})
-        links = " ".join(f'<a href="#command{n}">[{n}]</a>' for n in numbers)
+        links = spans(sorted({self.numbers[line["command"]] for line in used}))
         caption = f"{escaped(footer(used))}; commands {links}; {escaped(name)}" if used else escaped(name)
         image = f'<img alt="{escaped(what)}" src="data:image/png;base64,{data}">'
         return f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
@@ -125,9 +124,10 @@ cannot read texts of that length at all.</p>
         over_seeds = f"""<h3>Over seeds</h3>
 <p>Student's t over pairs of equal seed. The claim: the first is better than the second by more than
 {percent(self.effect)} points. It <b>holds</b> if the interval lies above that, and p, after Holm over all rows with
-{SEEDS} seeds or more, is below 0.05. It <b>does not hold</b> if the whole interval lies within ±{percent(self.margin)}
-points. Else, and with fewer than {SEEDS} seeds, it is <b>undecided</b>. All seeds answer the same texts: the interval
-does not say how the difference would vary with others.</p>
+{SEEDS} seeds or more, is below 0.05; the reverse holds if the second is better by as much. It <b>does not hold</b> if
+the whole interval lies within ±{percent(self.margin)} points. Else, and with fewer than {SEEDS} seeds, it is
+<b>undecided</b>. All seeds answer the same texts: the interval does not say how the difference would vary with others.
+Effect, margin and the cells to compare have to be fixed before one looks.</p>
 {self.difference_table(self.by_seed)}"""
         return f"""<h2 id="differences">Differences between arms</h2>
 <p>First minus second, in points: arms of the same training, the same cell and the same texts. Grey band: the margin,
@@ -175,7 +175,7 @@ answer; what each shortcut gets right.</p>
 
     def cell(self, line: dict) -> list:
         number = self.numbers[line["command"]]
-        who = [line["weights_sha256"][:8], Markup(f'<a href="#command{number}">[{number}]</a>')]
+        who = [line["weights_sha256"][:8], spans([number])]
         if "impossible" in line:
             return ["impossible", "", "", "", "", "", 0, *who, line["impossible"]]
         floors = sorted(line["floors"].items(), key=lambda item: -item[1])
@@ -219,6 +219,18 @@ def footer(lines: list[dict]) -> str:
         return "n = 0"
     few = ", ".join(map(str, seeds)) if len(seeds) < 6 else f"{len(seeds)} from {seeds[0]} to {seeds[-1]}"
     return f"n = {n[0]}{f' to {n[-1]}' if len(n) > 1 else ''}, seed {few}"
+
+
+def spans(numbers: list[int]) -> Markup:
+    """Links to commands, 1 2 3 5 as [1]–[3] [5]."""
+    links = {n: f'<a href="#command{n}">[{n}]</a>' for n in numbers}
+    out = ""
+    for n in numbers:
+        if n - 1 not in links:
+            out += f" {links[n]}"
+        elif n + 1 not in links:
+            out += f"–{links[n]}"
+    return Markup(out.strip())
 
 
 def file_name(panel: Panel) -> str:

@@ -16,7 +16,7 @@ from config import UserError
 from reports import drawing
 from reports.compare import between_arms, between_checkpoints, beyond
 from reports.lines import Panel, arms_of, read
-from reports.page import Page
+from reports.page import Page, spans
 from reports.paper import FIGURE_1
 from stats import wilson
 from tests.conftest import cli, refusal
@@ -165,7 +165,7 @@ def test_holm_can_take_back_what_one_cell_would_hold():
     assert alone.verdict == "holds" and 0.01 < alone.p < 0.05
     others = [{**one, "length": length} for length in range(200, 210) for one in several((9, -9, 3, -3, 0))]
     first = between_arms(arms_of(shared + others), 0.0, 0.05)[0]
-    assert first.p == alone.p and first.holm == pytest.approx(11 * alone.p) and first.verdict == "undecided"
+    assert first.p == alone.p and first.holm == pytest.approx(11 * alone.p) and first.verdict == "undecided after Holm"
 
 
 def test_p_and_interval_agree():
@@ -265,6 +265,8 @@ def test_nothing_becomes_markup_or_mathematics():
         ({"floors": {}}, "floors"),
         ({"token_interval": [0.5, 7]}, "token_interval"),
         ({"length": 0}, "its lengths are 0"),
+        ({"nats": 10**400}, "too large"),
+        ({"run": "\ud800"}, "surrogates not allowed"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, change, why):
@@ -288,3 +290,7 @@ def test_bad_input_is_one_sentence(tmp_path):
     ):
         assert sentence in refusal(cli("report.py", *args, cwd=tmp_path)), args
     assert not (tmp_path / "out").exists()
+
+
+def test_commands_are_named_by_spans():
+    assert re.sub("<[^>]+>", "", spans([1, 2, 3, 5, 7, 8])) == "[1]–[3] [5] [7]–[8]"
