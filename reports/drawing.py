@@ -52,7 +52,8 @@ def _look(number: int) -> dict:
 
 
 def title(panel: Panel) -> str:
-    question = f", question {panel.question}" if panel.task == "list_recall" else ""
+    """No two panels have the same. To tasks other than list recall, `question` is but a part of the seed."""
+    question = f", question {panel.question}" if panel.task == "list_recall" or panel.question != "index" else ""
     return f"{panel.task.replace('_', ' ')}: {panel.placement} ({panel.level}{question})"
 
 

@@ -50,14 +50,18 @@ def document(title: str, body: str) -> str:
 """
 
 
-def table(head: list[str], rows: list[list], text: tuple[int, ...], long: tuple[int, ...] = ()) -> Markup:
-    """`text`, `long`: the columns that are no numbers, and those whose lines break."""
+def table(head: list[str], groups: dict[str, list[list]], text: tuple[int, ...], long: tuple[int, ...] = ()) -> Markup:
+    """groups: rows below a heading of theirs, "" for none. `text`, `long`: the columns that are no numbers, and those
+    whose lines break."""
     kinds = [" class=long" if i in long else " class=text" if i in text else "" for i in range(len(head))]
     top = "".join(f'<th scope="col"{kind}>{escaped(name)}</th>' for kind, name in zip(kinds, head, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f"<td{kind}>{escaped(v)}</td>" for kind, v in zip(kinds, row, strict=True)) + "</tr>\n"
-        for row in rows
-    )
+    body = ""
+    for name, rows in groups.items():
+        if name:
+            body += f'<tr><th scope="rowgroup" class=text colspan="{len(head)}">{escaped(name)}</th></tr>\n'
+        for row in rows:
+            cells = (f"<td{kind}>{escaped(value)}</td>" for kind, value in zip(kinds, row, strict=True))
+            body += f"<tr>{''.join(cells)}</tr>\n"
     return Markup(f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>\n')
 
 

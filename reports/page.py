@@ -45,7 +45,7 @@ class Page:
 {again if self.repeated else ""}<p class="small">Runs of the same arm and training (tasks, longest texts, placement of
 the markers) count as seeds of one arm. Two of them with the same seed are arms of their own, since their lines do not
 say what tells them apart. That sizes, pretraining and rates are equal, the lines do not say, either.</p>
-{table(head, rows, (0, 1, 4, 6, 7, 8, 9))}"""
+{table(head, {"": rows}, (0, 1, 4, 6, 7, 8, 9))}"""
 
     # ------------------------------------------------------------------------- pictures
 
@@ -59,7 +59,7 @@ say what tells them apart. That sizes, pretraining and rates are equal, the line
         return f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
 
     def paper(self) -> str:
-        figures, rows = [], []
+        figures, groups = [], {}
         labels = list(dict.fromkeys(arm.label for arm in self.arms))
         for task, theirs in FIGURE_1.items():
             ours = {panel: like_paper(self.arms, panel) for panel in self.panels if panel.task == task}
@@ -74,8 +74,9 @@ say what tells them apart. That sizes, pretraining and rates are equal, the line
                 for length in sorted(lengths):
                     told = {arm.label: tell(arm.lines[panel, LENGTH]) for arm in arms if arm.training.length == length}
                     given = [model.get(length, "–") for model in theirs.values()]
-                    rows.append([name, length, *given, *(told.get(label, "–") for label in labels)])
-        head = ["task", "train length", *(f"paper: {model}" for model in FIGURE_1["parity"])]
+                    row = [length, *given, *(told.get(label, "–") for label in labels)]
+                    groups.setdefault(name, []).append(row)
+        head = ["train length", *(f"paper: {model}" for model in FIGURE_1["parity"])]
         notes = "".join(f"<li>{escaped(note)}</li>\n" for note in NOTES)
         return f"""<h2 id="paper">The paper's Figure 1, and ours</h2>
 <p class="warn">The paper's n is unknown, probably 28 to 84; ours has n and interval. Model sizes and budgets differ:
@@ -85,7 +86,7 @@ fine-tuned on the task, and asked, with markers where the task points ("target")
 interval over texts; with several seeds they reach from the lowest to the highest, and the line is the mean.
 Source: {escaped(SOURCE)}.</p>
 <div>{"".join(figures)}</div>
-{table(head + [f"ours: {label}" for label in labels], rows, (0,))}<ul class="small">{notes}</ul>
+{table(head + [f"ours: {label}" for label in labels], groups, ())}<ul class="small">{notes}</ul>
 """
 
     def accuracy(self) -> str:
@@ -143,12 +144,13 @@ seed, they would differ otherwise.</p>
     # ------------------------------------------------------------------------- tables
 
     def difference_table(self, rows: list[Difference]) -> str:
-        head = ["cell", "length", "train length", "first", "second", "difference", "95 %", "verdict", "p", "Holm",
+        head = ["length", "train length", "first", "second", "difference", "95 %", "verdict", "p", "Holm",
                 "n", "seed"]  # fmt: skip
-        out = []
+        groups: dict[str, list] = {}
         for row in rows:
+            out = groups.setdefault(drawing.title(row.panel), [])
             n = row.first.lines[row.panel, row.length][row.seeds[0]]["n"] if row.seeds else ""
-            where = [drawing.title(row.panel), row.length, row.first.training.length, row.first.label, row.second.label]
+            where = [row.length, row.first.training.length, row.first.label, row.second.label]
             seeds = ", ".join(map(str, row.seeds))
             if row.refused:
                 out.append([*where, "", "", f"not compared: {row.refused}", "", "", "", seeds])
@@ -156,22 +158,23 @@ seed, they would differ otherwise.</p>
             interval = f"{points(row.low)} .. {points(row.high)}"
             ps = [p_value(row.p), p_value(row.holm)]
             out.append([*where, points(row.mean), interval, row.verdict, *ps, n, seeds])
-        return table(head, out, (0, 3, 4), (7,))
+        return table(head, groups, (2, 3), (6,))
 
     def cells(self) -> str:
-        rows = []
+        groups = {}
         for panel in self.panels:
+            rows = groups[drawing.title(panel)] = []
             for arm in self.arms:
                 for length in sorted(length for at, length in arm.lines if at == panel):
                     for line in arm.lines[panel, length].values():
-                        where = [drawing.title(panel), length, arm.label, arm.training.length, line["seed"]]
+                        where = [length, arm.label, arm.training.length, line["seed"]]
                         rows.append([*where, *self.cell(line)])
-        head = ["cell", "length", "arm", "train length", "seed", "exact, %", "95 %", "tokens, %", "95 %", "nats",
+        head = ["length", "arm", "train length", "seed", "exact, %", "95 %", "tokens, %", "95 %", "nats",
                 "chance, %", "n", "weights", "command", "shortcuts, %"]  # fmt: skip
         return f"""<h2 id="cells">All cells</h2>
 <p>Exact answers with Wilson's interval; tokens of the answers with a bootstrap interval over texts; nats of a whole
 answer; what each shortcut gets right.</p>
-{table(head, rows, (0, 2, 12), (14,))}"""
+{table(head, groups, (1, 11), (13,))}"""
 
     def cell(self, line: dict) -> list:
         number = self.numbers[line["command"]]
@@ -234,4 +237,4 @@ def spans(numbers: list[int]) -> Markup:
 
 
 def file_name(panel: Panel) -> str:
-    return "_".join(panel[: 4 if panel.task == "list_recall" else 3])
+    return "_".join(panel)

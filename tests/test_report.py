@@ -99,10 +99,11 @@ def test_a_report_holds_every_cells_figures_and_the_papers(tmp_path):
         assert found, one
         assert one["command"] in words(text)
     for task, models in FIGURE_1.items():
-        of_task = [row for row in rows if row[0].startswith(task.replace("_", " ")) and "target (hard" in row[0]]
-        for length in (128, 256, 512):
+        section = words(text).partition("Source: ")[2].partition("Accuracy by")[0].split("\n")
+        at = next(i for i, row in enumerate(section) if row.startswith(f"||{task.replace('_', ' ')}: target (hard"))
+        for row, length in zip(section[at + 1 :], (128, 256, 512), strict=False):
             given = tuple(str(model.get(length, "–")) for model in models.values())
-            assert any(row[1:6] == (str(length), *given) for row in of_task), (task, length)
+            assert tuple(filter(None, row.split("|")))[:5] == (str(length), *given)
     assert "49.2" in text and "64.8" in text and "1/28" in text  # the conflicts, and how little n may be
     pictures = {path.name for path in (tmp_path / "there").glob("*.png")}
     assert len(pictures) == 4 + 6 + 6 and all(name in text for name in pictures)
@@ -294,3 +295,12 @@ def test_bad_input_is_one_sentence(tmp_path):
 
 def test_commands_are_named_by_spans():
     assert re.sub("<[^>]+>", "", spans([1, 2, 3, 5, 7, 8])) == "[1]–[3] [5] [7]–[8]"
+
+
+def test_every_panel_has_its_picture_and_its_rows():
+    lines = [line(task=task, level=level, question=question) for task in ("parity", "list_recall")
+             for level in ("easy", "hard") for question in ("index", "after")]  # fmt: skip
+    files = Page(lines, 0, "", 0.0, 0.05).render()
+    assert sum(name.startswith("accuracy_") for name in files) == 8
+    cells = words(files["report.html"].decode()).rpartition("All cells")[2].partition("Commands")[0]
+    assert len(set(re.findall(r"\n\|\|(\w[^|]+: target [^|]+)\|", cells))) == 8 and cells.count("|1.234|") == 8
