@@ -1,4 +1,4 @@
-"""Draws the loss curves of runs from their metrics.jsonl.
+"""Draws the loss curves of runs from their metrics.jsonl; beside them bits per byte, or of runs on tasks exact answers.
 
 python plot.py                                   # the newest run -> out/<run>/loss.png
 python plot.py out/tiny_meta out/tiny_gpt2 --output=compare.png
@@ -38,6 +38,11 @@ def read_run(folder: Path) -> tuple[dict, dict[str, list[dict]]]:
     return facts, metrics
 
 
+def tasks_of(metrics: dict[str, list[dict]]) -> list[str]:
+    """The tasks that a run's evaluations ask; none of a run on text."""
+    return [key.removeprefix("exact_") for key in metrics["val"][-1] if key.startswith("exact_")]
+
+
 def smooth(values: list[float], share: float = 0.05) -> np.ndarray:
     """Mean over a centred window of `share` of the points, so that the curve behind the noise can be seen."""
     width = int(len(values) * share) | 1  # odd: it has a middle
@@ -46,28 +51,46 @@ def smooth(values: list[float], share: float = 0.05) -> np.ndarray:
 
 
 def plot(folders: list[Path], output: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for number, folder in enumerate(folders):
-        facts, metrics = read_run(folder)
+    runs = [(folder, *read_run(folder)) for folder in folders]
+    tasks = list(dict.fromkeys(task for _, _, metrics in runs for task in tasks_of(metrics)))
+    texts = [folder for folder, _, metrics in runs if not tasks_of(metrics)]
+    if tasks and texts:
+        raise UserError(f"{texts[0]} was trained on text and others on tasks: draw them apart.")
+    # a token of a task's text may be padding: steps it is
+    axis, label = ("step", "steps") if tasks else ("content_tokens", "content tokens")
+    panels = [(f"exact_{task}", "share of exact answers", task.replace("_", " ")) for task in tasks] or [
+        ("bits_per_byte", "bits per byte", "validation")
+    ]
+    rows, columns = (2, 3) if len(panels) > 2 else (1, 1 + len(panels))
+    figure, axes = plt.subplots(rows, columns, figsize=(5.5 * columns, 4.2 * rows), layout="constrained", squeeze=False)
+    left, *rights = axes.flat
+    for number, (folder, _, metrics) in enumerate(runs):
         color = f"C{number}"
-        tokens, losses = ([line[key] for line in metrics["train"]] for key in ("content_tokens", "loss"))
-        left.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8)
-        left.plot(tokens, smooth(losses) if losses else [], color=color, label=folder.name)
-        tokens, bits = ([line[key] for line in metrics["val"]] for key in ("content_tokens", "bits_per_byte"))
-        final = metrics["final"][-1]["bits_per_byte"] if metrics["final"] else None
-        label = folder.name + (f", whole split at the end: {final:.3f}" if final else "")
-        right.plot(tokens, bits, color=color, marker="o", markersize=3, label=label)
-    packed = facts["data"]["val_text_compressed"]
-    for name, key in (("gzip -9", "gzip_9_bits_per_byte"), ("xz", "xz_bits_per_byte")):
-        right.axhline(packed[key], color="grey", linestyle="--", linewidth=0.8)
-        right.text(
-            1, packed[key], f"{name} ", va="bottom", ha="right", color="grey", transform=right.get_yaxis_transform()
-        )
-    left.set(xlabel="content tokens", ylabel="nats per content token", title="training loss")
-    right.set(xlabel="content tokens", ylabel="bits per byte", title="validation")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend()
+        x, losses = ([line[key] for line in metrics["train"]] for key in (axis, "loss"))
+        left.plot(x, losses, color=color, alpha=0.25, linewidth=0.8)
+        left.plot(x, smooth(losses) if losses else [], color=color, label=folder.name)
+        for right, (key, _, _) in zip(rights, panels, strict=False):
+            points = [(line[axis], line[key]) for line in metrics["val"] if key in line]
+            final = metrics["final"][-1].get(key) if metrics["final"] else None
+            name = folder.name + ("" if final is None else f", whole split at the end: {final:.3f}")
+            if points:  # else a run on other tasks
+                right.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=name)
+    if not tasks:
+        packed = runs[-1][1]["data"]["val_text_compressed"]
+        for name, key in (("gzip -9", "gzip_9_bits_per_byte"), ("xz", "xz_bits_per_byte")):
+            rights[0].axhline(packed[key], color="grey", linestyle="--", linewidth=0.8)
+            rights[0].text(1, packed[key], f"{name} ", va="bottom", ha="right", color="grey",
+                           transform=rights[0].get_yaxis_transform())  # fmt: skip
+    left.set(xlabel=label, ylabel="nats per scored token" if tasks else "nats per content token", title="training loss")
+    for right, (_, unit, title) in zip(rights, panels, strict=False):
+        right.set(xlabel=label, ylabel=unit, title=title)
+        if tasks:
+            right.set_ylim(-0.03, 1.03)
+    for spare in rights[len(panels) :]:
+        spare.set_axis_off()
+    for used in (left, *rights[: len(panels)]):
+        used.grid(alpha=0.3)
+        used.legend()
     try:
         figure.savefig(output, dpi=150)
     except ValueError as error:

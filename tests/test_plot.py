@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from plot import smooth
+from config import UserError
+from plot import plot, smooth
 from tests.conftest import cli
 
 
@@ -23,6 +24,40 @@ def test_a_picture_comes_out(run_dir, tmp_path):
     result = cli("plot.py", cwd=tmp_path)
     assert result.stdout.decode().strip() == "out/some/loss.png", result.stderr.decode()
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def task_run(folder, tasks):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"data": {"dataset": "data/u"}}))
+    lines = [{"kind": "train", "step": i, "content_tokens": 100 * i, "loss": 5 / (i + 1)} for i in range(50)]
+    shares = {f"exact_{task}": 0.25 for task in tasks} | {f"tokens_{task}": 0.75 for task in tasks}
+    ends = [("val", 0, 0.0), ("val", 49, 1.0), ("final", 49, 1.0)]
+    lines += [{"kind": kind, "step": step, "content_tokens": 100 * step, "bits_per_byte": 1.0,
+               **shares, f"exact_{tasks[0]}": share} for kind, step, share in ends]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_runs_on_tasks_are_drawn_by_task_against_steps(run_dir, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.update(figure=figure))
+    four = task_run(tmp_path / "four", ("parity", "copying", "list_recall", "segment_counting"))
+    one = task_run(tmp_path / "one", ("copying",))
+    plot([four, one], tmp_path / "x.png")
+    panels = {axes.get_title(): axes for axes in drawn["figure"].axes if axes.axison}
+    assert list(panels) == ["training loss", "parity", "copying", "list recall", "segment counting"]
+    curves = {title: [(list(x), list(y)) for x, y in (line.get_data() for line in axes.lines)]
+              for title, axes in panels.items()}  # fmt: skip
+    assert curves["parity"] == [([0, 49], [0.0, 1.0])] and curves["copying"] == [
+        ([0, 49], [0.25, 0.25]),
+        ([0, 49], [0.0, 1.0]),
+    ]
+    assert curves["training loss"][0][0] == list(range(50)) and panels["parity"].get_xlabel() == "steps"
+    plot([run_dir], tmp_path / "x.png")
+    _, bits = drawn["figure"].axes
+    assert bits.get_title() == "validation" and list(bits.lines[0].get_xdata()) == [0, 2500, 4900]
+    with pytest.raises(UserError, match="some was trained on text and others on tasks"):
+        plot([four, run_dir], tmp_path / "x.png")
 
 
 def test_runs_without_metrics_are_refused(run_dir, tmp_path):

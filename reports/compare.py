@@ -1,0 +1,130 @@
+"""Arms against each other on the same texts. Two checkpoints can be told apart by texts, two arms by seeds alone."""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats as distributions
+
+from reports.lines import Arm, Panel, order
+from stats import holm, mcnemar, paired_difference, seed_difference
+
+SEEDS = 5  # with fewer nothing is decided between arms
+
+
+@dataclass(frozen=True)
+class Difference:
+    """First minus second in one cell, as a share; or why there is none."""
+
+    first: Arm
+    second: Arm
+    panel: Panel
+    length: int
+    seeds: tuple[int, ...]
+    refused: str = ""
+    mean: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    p: float | None = None
+    holm: float | None = None
+    verdict: str = ""
+
+
+def pairs(arms: list[Arm]) -> list[tuple[Arm, Arm, Panel, int]]:
+    """Arms of equal training, two by two, with each cell that both have; in the order of the cells."""
+    found = [
+        (first, second, panel, length)
+        for first, second in itertools.combinations(arms, 2)
+        if first.training == second.training
+        for panel, length in first.lines
+        if (panel, length) in second.lines
+    ]
+    return sorted(found, key=lambda row: (order(row[2]), row[0].training.length, row[3]))
+
+
+def unequal(first: dict, second: dict) -> str:
+    """Why two lines do not tell of the same texts, "" if they do."""
+    for name in ("n", "tokens_per_item"):
+        if first[name] != second[name]:
+            return f"{name} {first[name]:g} against {second[name]:g}"
+    # what a shortcut answers is a function of the texts alone
+    return "" if first["floors"] == second["floors"] else "other texts: the shortcuts' shares differ"
+
+
+def between_checkpoints(arms: list[Arm]) -> list[Difference]:
+    """Runs of the same seed on the same texts: McNemar's test, Newcombe's interval, Holm over all of them."""
+    rows = []
+    for first, second, panel, length in pairs(arms):
+        mine, yours = first.lines[panel, length], second.lines[panel, length]
+        shared = sorted(mine.keys() & yours.keys())
+        if not shared:
+            rows.append(Difference(first, second, panel, length, (), "no seed in common"))
+        for seed in shared:
+            row = Difference(first, second, panel, length, (seed,))
+            if why := _refusal(first, second, mine[seed], yours[seed]):
+                rows.append(replace(row, refused=why))
+                continue
+            right = [
+                np.frombuffer(line["outcomes"].encode(), np.uint8) == ord("1") for line in (mine[seed], yours[seed])
+            ]
+            mean, low, high = paired_difference(*right)
+            said = "undecided: 1 seed"  # whatever McNemar says of these two
+            rows.append(replace(row, mean=mean, low=low, high=high, p=mcnemar(*right), verdict=said))
+    return _adjusted(rows)
+
+
+def between_arms(arms: list[Arm], effect: float, margin: float) -> list[Difference]:
+    """Cells with two seeds or more in common: Student's t over the seeds, and the verdict; Holm over those with enough
+    seeds to decide."""
+    rows = []
+    for first, second, panel, length in pairs(arms):
+        mine, yours = first.lines[panel, length], second.lines[panel, length]
+        shared = tuple(sorted(mine.keys() & yours.keys()))
+        if len(shared) < 2:
+            continue
+        row = Difference(first, second, panel, length, shared)
+        if why := next(filter(None, (_refusal(first, second, mine[seed], yours[seed]) for seed in shared)), ""):
+            rows.append(replace(row, refused=why))
+            continue
+        exact = [[of[seed]["exact"] for seed in shared] for of in (mine, yours)]
+        mean, low, high = seed_difference(*exact)
+        p = beyond(mean, high - mean, effect, len(shared)) if len(shared) >= SEEDS else None
+        rows.append(replace(row, mean=mean, low=low, high=high, p=p))
+    return [replace(row, verdict=verdict(row, effect, margin)) for row in _adjusted(rows)]
+
+
+def _refusal(first: Arm, second: Arm, mine: dict, yours: dict) -> str:
+    cannot = [arm.label for arm, line in ((first, mine), (second, yours)) if "impossible" in line]
+    return f"impossible for {' and '.join(cannot)}" if cannot else unequal(mine, yours)
+
+
+def _adjusted(rows: list[Difference]) -> list[Difference]:
+    """With Holm's p: the family is all rows that have a p."""
+    adjusted = iter(holm([row.p for row in rows if row.p is not None]))
+    return [row if row.p is None else replace(row, holm=next(adjusted)) for row in rows]
+
+
+def beyond(mean: float, half: float, effect: float, seeds: int) -> float:
+    """p that belongs to the interval mean +- half over seeds: below 0.05 if and only if it lies beyond +-effect."""
+    if abs(mean) <= effect:
+        return 1.0
+    if half == 0:
+        return 0.0
+    t = (abs(mean) - effect) / half * distributions.t.ppf(0.975, seeds - 1)
+    return min(1.0, 2 * float(distributions.t.sf(t, seeds - 1)))
+
+
+def verdict(row: Difference, effect: float, margin: float) -> str:
+    """On "the first is better than the second by more than `effect`": holds if the interval lies above it, also after
+    Holm, the reverse if below -`effect`; does not hold if the whole interval lies inside +-margin; else undecided."""
+    if row.refused:
+        return "not compared"
+    if row.holm is None:
+        return f"undecided: {len(row.seeds)} seeds, {SEEDS} can decide"
+    inside = -margin <= row.low and row.high <= margin
+    if row.low > effect or row.high < -effect:
+        if row.holm >= 0.05:
+            return "undecided after Holm"
+        claim = "holds" if row.mean > 0 else "the reverse holds"
+        return f"{claim}, within the margin" if inside else claim
+    return "does not hold" if inside else "undecided"

@@ -1,0 +1,221 @@
+"""The pictures of a report: one small panel each, since a page can set them side by side or below one another."""
+
+import textwrap
+from io import BytesIO
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from reports.compare import Difference
+from reports.lines import Arm, Panel, impossible, summary
+from reports.paper import FIGURE_1, LENGTH
+
+# told apart by the colour-blind (Okabe and Ito), and by their markers in grey
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+MARKERS = "osD^vPX*"
+DASHES = ("-", (0, (5, 2)), (0, (3, 1.5, 1, 1.5)), (0, (1, 1.2)))
+GREY, LIGHT = "#555555", "#E8E8E8"
+STYLE = {
+    "font.size": 9.5, "axes.titlesize": 10.5, "legend.fontsize": 8.5, "xtick.labelsize": 9, "ytick.labelsize": 9,
+    "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False, "axes.grid": True,
+    "grid.color": LIGHT, "axes.axisbelow": True, "legend.frameon": False,
+}  # fmt: skip
+WIDTH, DPI = 4.5, 144  # inches; 450 pixels of a page, and all that a phone has
+
+
+def png(draw, *args) -> bytes:
+    """What draw(figure, *args) draws, as PNG: equal bytes for equal arguments."""
+    with matplotlib.rc_context(STYLE):
+        figure, out = Figure(figsize=(WIDTH, 3.0), dpi=DPI, layout="constrained"), BytesIO()
+        draw(figure, *args)
+        figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def styles(arms: list[Arm]) -> dict[tuple, dict]:
+    """Name of an arm -> how it is drawn in every picture: colour and marker by label, dashes by train length."""
+    labels = list(dict.fromkeys(arm.label for arm in arms))
+    lengths = sorted({arm.training.length for arm in arms}, reverse=True)  # the longest is solid
+    return {
+        arm.name: {
+            **_look(labels.index(arm.label)),
+            "linestyle": DASHES[lengths.index(arm.training.length) % len(DASHES)],
+        }
+        for arm in arms
+    }
+
+
+def _look(number: int) -> dict:
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4.5}
+
+
+def title(panel: Panel) -> str:
+    """No two panels have the same. To tasks other than list recall, `question` is but a part of the seed."""
+    question = f", question {panel.question}" if panel.task == "list_recall" or panel.question != "index" else ""
+    return f"{panel.task.replace('_', ' ')}: {panel.placement} ({panel.level}{question})"
+
+
+def accuracy(figure: Figure, arms: list[Arm], panel: Panel, footer: str) -> None:
+    """Exact answers by evaluation length."""
+    looks, axes = styles(arms), figure.subplots()
+    mine = [arm for arm in arms if any(at == panel for at, _ in arm.lines)]
+    barred = False
+    for number, arm in enumerate(mine):
+        cells = {length: of for (at, length), of in sorted(arm.lines.items()) if at == panel}
+        dodge = 2 ** (0.035 * (number - (len(mine) - 1) / 2))
+        barred |= _points(axes, cells, dodge, looks[arm.name])
+    floors = _floors(mine, panel)
+    axes.plot(
+        list(floors), [100 * v for v in floors.values()], color=GREY, linestyle="--", linewidth=1, marker="_", zorder=1
+    )
+    chance = max(line["chance"] for line in _measured(mine, panel)) if floors else 0.0
+    axes.axhline(100 * chance, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
+    _percent(axes, barred)
+    _lengths(axes, {length for arm in mine for at, length in arm.lines if at == panel})
+    axes.set(title=title(panel), xlabel=f"positions of a text\n{footer}", ylabel="exact answers, %")
+    floor = [Line2D([], [], color=GREY, linestyle="--", linewidth=1, label="best shortcut")]
+    chance = [Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label="chance")]
+    _legend(figure, _arm_handles(mine, looks) + _length_handles(mine, looks) + floor + chance + _cross(barred))
+
+
+def _points(axes, cells: dict[int, dict], dodge: float, look: dict) -> bool:
+    """A line with intervals; cells that are impossible in the strip below 0 -> was there one?"""
+    possible = {length: summary(of) for length, of in cells.items() if not impossible(of)}
+    x = [length * dodge for length in possible]
+    mean, low, high = ([100 * row[i] for row in possible.values()] for i in range(3))
+    axes.plot(x, mean, linewidth=1.4, **look)
+    axes.vlines(x, low, high, color=look["color"], linewidth=1.4)
+    for at, length in zip(x, possible, strict=True):
+        if len(cells[length]) > 1:
+            shares = [100 * line["exact"] for line in cells[length].values()]
+            axes.plot([at] * len(shares), shares, ".", color=look["color"], markersize=3, alpha=0.7)
+    barred = [length * dodge for length in cells if length not in possible]
+    axes.plot(barred, [IMPOSSIBLE] * len(barred), "x", color=look["color"], markersize=6, markeredgewidth=1.6)
+    return bool(barred)
+
+
+IMPOSSIBLE = -9  # height of the strip's middle
+
+
+def _percent(axes, barred: bool) -> None:
+    axes.set_ylim(-15 if barred else -4, 104)
+    axes.set_yticks(range(0, 101, 20))
+    if barred:
+        axes.axhspan(-15, -4, color=LIGHT, zorder=0)
+
+
+def _lengths(axes, lengths: set[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(min(lengths) / 1.3, max(lengths) * 1.3)
+    axes.set_xticks(sorted(lengths), [str(length) for length in sorted(lengths)])
+    axes.minorticks_off()
+
+
+def _measured(arms: list[Arm], panel: Panel) -> list[dict]:
+    return [
+        line for arm in arms for (at, _), of in arm.lines.items() if at == panel and not impossible(of)
+        for line in of.values()
+    ]  # fmt: skip
+
+
+def _floors(arms: list[Arm], panel: Panel) -> dict[int, float]:
+    """The best shortcut's share by length."""
+    out: dict[int, float] = {}
+    for line in sorted(_measured(arms, panel), key=lambda line: line["length"]):
+        out[line["length"]] = max(out.get(line["length"], 0.0), *line["floors"].values())
+    return out
+
+
+def _arm_handles(arms: list[Arm], looks: dict) -> list[Line2D]:
+    first = {arm.label: looks[arm.name] for arm in reversed(arms)}
+    return [
+        Line2D([], [], **{**first[label], "linestyle": "-"}, label=textwrap.shorten(label, 48, placeholder=" .."))
+        for label in dict.fromkeys(arm.label for arm in arms)
+    ]
+
+
+def _cross(barred: bool) -> list[Line2D]:
+    return [Line2D([], [], color=GREY, marker="x", linestyle="", label="impossible")] if barred else []
+
+
+def _length_handles(arms: list[Arm], looks: dict) -> list[Line2D]:
+    dashes = {arm.training.length: looks[arm.name]["linestyle"] for arm in arms}
+    return [
+        Line2D([], [], color=GREY, linestyle=dashes[length], linewidth=1.4, label=f"train length {length}")
+        for length in sorted(dashes)
+    ]
+
+
+def _legend(figure: Figure, handles: list, columns: int = 2) -> None:
+    if max(len(handle.get_label()) for handle in handles) > 26:
+        columns = 1
+    figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(handles) // columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.6, columnspacing=1.2)
+
+
+def differences(figure: Figure, rows: list[Difference], panel: Panel, margin: float, footer: str) -> None:
+    """First minus second by evaluation length, in points."""
+    axes, rows = figure.subplots(), [row for row in rows if row.panel == panel and not row.refused]
+    names = list(dict.fromkeys(f"{row.first.label} − {row.second.label}" for row in rows))
+    trained = sorted({row.first.training.length for row in rows}, reverse=True)
+    series: dict[tuple, list[Difference]] = {}
+    for row in rows:
+        name, seeds = f"{row.first.label} − {row.second.label}", row.seeds if len(row.seeds) == 1 else ()
+        series.setdefault((name, row.first.training, seeds), []).append(row)
+    axes.axhspan(-100 * margin, 100 * margin, color=LIGHT, zorder=0)
+    axes.axhline(0, color=GREY, linewidth=1, zorder=1)
+    for number, ((name, training, _), of) in enumerate(series.items()):
+        look = {**_look(-1 - names.index(name)), "linestyle": DASHES[trained.index(training.length) % len(DASHES)]}
+        of = sorted(of, key=lambda row: row.length)
+        x = [row.length * 2 ** (0.035 * (number - (len(series) - 1) / 2)) for row in of]
+        axes.plot(x, [100 * row.mean for row in of], linewidth=1.2, **look)
+        axes.vlines(x, [100 * max(-1, row.low) for row in of], [100 * min(1, row.high) for row in of],
+                    color=look["color"], linewidth=1.4)  # fmt: skip
+    _lengths(axes, {row.length for row in rows})
+    unit = "arms, over seeds" if any(len(row.seeds) > 1 for row in rows) else "single checkpoints, not arms"
+    axes.set(title=title(panel), xlabel=f"positions of a text\n{footer}; {unit}", ylabel="difference, points")
+    arms = [
+        Line2D([], [], **_look(-1 - i), label=textwrap.shorten(name, 64, placeholder=" .."))
+        for i, name in enumerate(names)
+    ]
+    dashes = [
+        Line2D([], [], color=GREY, linestyle=DASHES[trained.index(n) % len(DASHES)], label=f"train length {n}")
+        for n in sorted(trained)
+    ]
+    band = Patch(color=LIGHT, label=f"margin, ±{100 * margin:g} points")
+    _legend(figure, [*arms, *dashes, band])
+
+
+def beside_paper(figure: Figure, arms: list[Arm], mine: list[Arm], panel: Panel, footer: str) -> None:
+    """The paper's Figure 1 for a task and, on the same scale, those of all arms that are like it: by the longest texts
+    that a run was fine-tuned on."""
+    left, right = figure.subplots(1, 2, sharey=True)
+    handles = []
+    for number, (model, by_length) in enumerate(FIGURE_1[panel.task].items()):
+        look = {
+            **_look(number),
+            "color": ("#999999", "#000000", "#555555", "#999999")[number],
+            "linestyle": DASHES[number],
+        }
+        left.plot(list(by_length), list(by_length.values()), linewidth=1.2, **look)
+        handles.append(Line2D([], [], **look, label=model))
+    looks, labels = styles(arms), list(dict.fromkeys(arm.label for arm in mine))
+    barred, lengths = False, set(FIGURE_1[panel.task]["GPT-2 APE"])
+    for number, label in enumerate(labels):
+        of = {arm.training.length: arm for arm in mine if arm.label == label}
+        cells = {length: of[length].lines[panel, LENGTH] for length in sorted(of)}
+        dodge = 2 ** (0.08 * (number - (len(labels) - 1) / 2))
+        barred |= _points(right, cells, dodge, {**looks[of[min(of)].name], "linestyle": "-"})
+        lengths |= of.keys()
+    _percent(right, barred)
+    if not mine:
+        right.text(0.5, 0.5, "none yet", color=GREY, ha="center", transform=right.transAxes)
+    for axes, name in ((left, "the paper, n unknown"), (right, f"ours, {footer}")):
+        _lengths(axes, lengths)
+        axes.set_title(name, fontsize=8.5)
+        axes.set_xlabel("train length")
+    left.set_ylabel(f"accuracy at length {LENGTH}, %")
+    figure.suptitle(title(panel), fontsize=10.5)
+    _legend(figure, handles + _arm_handles(mine, looks) + _cross(barred))

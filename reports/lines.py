@@ -1,0 +1,197 @@
+"""The lines of eval.py tasks: read, checked, and sorted into arms."""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, get_args, get_type_hints
+
+import numpy as np
+
+from config import Level, Placement, Task, TaskConfig, UserError
+from stats import wilson
+
+NUMBER = (int, float)
+FACTS = {
+    "arm": (str,), "run": (str,), "checkpoint": (str,), "weights_sha256": (str,), "step": (int,), "seed": (int,),
+    "trained_on": (list, str), "train_length": (int,), "train_placement": (str, type(None)), "command": (str,),
+    "commit": (str,), "task": (str,), "placement": (str,), "level": (str,), "question": (str,), "length": (int,),
+    "tokens_per_item": NUMBER, "n": (int,),
+}  # fmt: skip
+MEASURED = {
+    "correct": (int,), "exact": NUMBER, "token_accuracy": NUMBER, "token_interval": (list,), "nats": NUMBER,
+    "chance": NUMBER, "floors": (dict,), "outcomes": (str,),
+}  # fmt: skip
+CHOICES = {
+    "task": get_args(Task),
+    "placement": get_args(Placement),
+    "level": get_args(Level),
+    "question": get_args(get_type_hints(TaskConfig)["question"]),
+}
+
+
+class Panel(NamedTuple):
+    """What a picture shows by length."""
+
+    task: str
+    placement: str
+    level: str
+    question: str
+
+
+class Training(NamedTuple):
+    """What a run was trained on, as far as its lines say it; only equal ones are compared."""
+
+    on: tuple[str, ...]  # tasks, or the dataset's folder
+    length: int
+    placement: str | None  # None: on text
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs whose lines differ in nothing but the seed."""
+
+    label: str
+    training: Training
+    lines: dict[tuple[Panel, int], dict[int, dict]]  # (panel, length) -> seed -> line
+
+    @property
+    def name(self) -> tuple[str, int]:
+        """No two arms of a report have the same."""
+        return self.label, self.training.length
+
+
+def read(sources: list[str]) -> tuple[list[dict], int]:
+    """Lines of run folders and .jsonl files, and how many gave way to a later one of the same run, weights and cell.
+
+    Raises UserError, naming file and line."""
+    kept, repeated = {}, 0
+    for source in sources:
+        path = Path(source) if source.endswith(".jsonl") else Path(source) / "tasks.jsonl"
+        try:
+            rows = path.read_text().splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}): give folders of runs that eval.py tasks measured, or .jsonl files."
+            ) from error
+        for number, row in enumerate(rows, 1):
+            if not row.strip():
+                continue
+            try:
+                line = json.loads(row, parse_constant=_refuse)
+                _check(line)
+            except (ValueError, OverflowError, RecursionError) as error:
+                raise UserError(
+                    f"{path}, line {number} is no line of eval.py tasks ({error}): remove it, and measure it again."
+                ) from error
+            key = (line["run"], line["weights_sha256"], cell_of(line))
+            repeated += key in kept
+            kept[key] = line
+    if not kept:
+        raise UserError(f"{', '.join(sources)} has no line: run eval.py tasks first.")
+    return list(kept.values()), repeated
+
+
+def cell_of(line: dict) -> tuple[Panel, int]:
+    return Panel(*(line[name] for name in Panel._fields)), line["length"]
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no figure")
+
+
+def _check(line) -> None:
+    """Raises ValueError that says what is wrong with a line."""
+    if not isinstance(line, dict) or line.get("eval") != "tasks":
+        raise ValueError('it does not say "eval": "tasks"')
+    json.dumps(line, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    for name, kinds in FACTS.items() if "impossible" in line else (FACTS | MEASURED).items():
+        if name not in line:
+            raise ValueError(f"{name} is missing")
+        if type(line[name]) not in kinds:
+            raise ValueError(f"{name} is {str(line[name])[:40]!r}")
+    for name, known in CHOICES.items():
+        if line[name] not in known:
+            raise ValueError(f"{name} is {line[name][:40]!r}, known are {', '.join(known)}")
+    if not 0 < line["length"] <= 2**30 or not 0 < line["train_length"] <= 2**30:
+        raise ValueError(f"its lengths are {line['length']} and {line['train_length']}")
+    if not math.isfinite(line["tokens_per_item"]) or type(line.get("impossible", "")) is not str:
+        raise ValueError("tokens_per_item is infinite, or impossible no reason")
+    if "impossible" in line:
+        return
+    n, right = line["n"], line["correct"]
+    if not 0 <= right <= n or n == 0 or not math.isclose(line["exact"], right / n, abs_tol=1e-9):
+        raise ValueError(f"exact is {line['exact']}, and correct {right} of n {n}")
+    if len(line["outcomes"]) != n or Counter(line["outcomes"]) != Counter({"1": right, "0": n - right}):
+        raise ValueError(f"its outcomes are not {right} ones and {n - right} zeros")
+    shares = [line["token_accuracy"], line["chance"], *line["token_interval"], *line["floors"].values()]
+    if not all(type(share) in NUMBER and 0 <= share <= 1 for share in shares):
+        raise ValueError("token_accuracy, token_interval, chance and floors are not all shares")
+    if len(line["token_interval"]) != 2 or not line["floors"] or not math.isfinite(line["nats"]):
+        raise ValueError("token_interval, floors or nats is out of range")
+
+
+def arms_of(lines: list[dict]) -> list[Arm]:
+    """Arms in the order in which they first appear. Runs with the same arm and training are its seeds; where two of
+    them have the same seed, the lines do not say what tells them apart, and each is an arm of its own."""
+    groups: dict[tuple, dict[tuple, list[dict]]] = {}
+    for line in lines:
+        on = (line["trained_on"],) if isinstance(line["trained_on"], str) else tuple(map(str, line["trained_on"]))
+        training = Training(on, line["train_length"], line["train_placement"])
+        runs = groups.setdefault((line["arm"], training), {})
+        runs.setdefault((line["run"], line["weights_sha256"]), []).append(line)
+    found = []  # (arm, training, its runs' lines)
+    for (name, training), runs in groups.items():
+        seeds = [of[0]["seed"] for of in runs.values()]
+        together = [list(runs.values())] if len(set(seeds)) == len(seeds) else [[of] for of in runs.values()]
+        found += [(name, training, of) for of in together]
+    arms = []
+    for label, (_, training, runs) in zip(_labels(found), found, strict=True):
+        by_cell: dict[tuple, dict[int, dict]] = {}
+        for line in (line for run in runs for line in run):
+            by_cell.setdefault(cell_of(line), {})[line["seed"]] = line
+        arms.append(Arm(label, training, by_cell))
+    return arms
+
+
+def _labels(found: list[tuple[str, Training, list]]) -> list[str]:
+    """The arm, and as much of its training as tells it from the others, whatever their length; last of all its run."""
+    runs = [(of[0][0], f" and {len(of) - 1} more" if len(of) > 1 else "") for _, _, of in found]
+    details = (
+        [(0, f"trained with {training.placement or 'text'}") for _, training, _ in found],
+        [(0, f"on {', '.join(training.on)}") for _, training, _ in found],
+        [(training.length, f"{run['run']}{more}, step {run['step']}, {run['weights_sha256'][:8]}")
+         for (run, more), (_, training, _) in zip(runs, found, strict=True)],
+    )  # fmt: skip
+    labels = [name for name, _, _ in found]
+    for detail in details:
+        known = set(zip(labels, detail, strict=True))
+        among = Counter((label, length) for label, (length, _) in known)
+        labels = [f"{label}, {text}" if among[label, length] > 1 else label
+                  for label, (length, text) in zip(labels, detail, strict=True)]  # fmt: skip
+    return labels
+
+
+def panels_of(arms: list[Arm]) -> list[Panel]:
+    """All panels, in the order of the settings' choices."""
+    return sorted({panel for arm in arms for panel, _ in arm.lines}, key=order)
+
+
+def order(panel: Panel) -> list[int]:
+    return [CHOICES[name].index(value) for name, value in panel._asdict().items()]
+
+
+def impossible(of: dict[int, dict]) -> str:
+    """Why a cell cannot be measured, "" if it could: of its lines by seed."""
+    return next((line["impossible"] for line in of.values() if "impossible" in line), "")
+
+
+def summary(of: dict[int, dict]) -> tuple[float, float, float]:
+    """A cell's lines by seed -> share of exact answers and its ends: with one seed Wilson's interval over texts, with
+    several the mean, the lowest and the highest seed."""
+    if len(of) == 1:
+        (line,) = of.values()
+        return line["exact"], *wilson(line["correct"], line["n"])
+    shares = [line["exact"] for line in of.values()]
+    return float(np.mean(shares)), min(shares), max(shares)

@@ -1,0 +1,81 @@
+"""Pieces of HTML, and figures as text. Every string that is not Markup is escaped."""
+
+import html
+import math
+
+CSS = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 920px; margin: 0 auto;
+  padding: 0 14px 40px }
+h1 { font-size: 1.6em; margin: 1em 0 .3em }
+h2 { font-size: 1.25em; margin: 2em 0 .4em; border-bottom: 1px solid #ccc }
+h3 { font-size: 1.05em; margin: 1.4em 0 .3em }
+p, li { max-width: 46em }
+a { color: #0b57a4 }
+code { font-size: .85em; overflow-wrap: anywhere }
+figure { margin: 0 0 14px; display: inline-block; width: 440px; max-width: 100%;
+  vertical-align: top; break-inside: avoid }
+img { width: 100%; height: auto; display: block }
+figcaption, .small { font-size: .8em; color: #444; overflow-wrap: anywhere }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .8em; font-variant-numeric: tabular-nums; margin: .5em 0 }
+th, td { padding: .2em .55em; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
+td { white-space: nowrap }
+th { background: #f4f4f4; vertical-align: bottom }
+.text, .long { text-align: left }
+td.long { white-space: normal; min-width: 12em; max-width: 30em }
+.warn { border-left: 4px solid #d55e00; padding: .1em .8em; background: #fff6f0 }
+@media print {
+  body { max-width: none; font-size: 11px }
+  .scroll { overflow: visible }
+  table { font-size: 6.5px }
+  td, td.long { min-width: 0; white-space: normal }
+  figure { width: 48% }
+}
+"""
+
+
+class Markup(str):
+    """HTML that is ours, and not escaped again."""
+
+
+def escaped(value) -> Markup:
+    return value if isinstance(value, Markup) else Markup(html.escape(str(value)))
+
+
+def document(title: str, body: str) -> str:
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escaped(title)}</title><style>{CSS}</style></head><body>
+{body}</body></html>
+"""
+
+
+def table(head: list[str], groups: dict[str, list[list]], text: tuple[int, ...], long: tuple[int, ...] = ()) -> Markup:
+    """groups: rows below a heading of theirs, "" for none. `text`, `long`: the columns that are no numbers, and those
+    whose lines break."""
+    kinds = [" class=long" if i in long else " class=text" if i in text else "" for i in range(len(head))]
+    top = "".join(f'<th scope="col"{kind}>{escaped(name)}</th>' for kind, name in zip(kinds, head, strict=True))
+    body = ""
+    for name, rows in groups.items():
+        if name:
+            body += f'<tr><th scope="rowgroup" class=text colspan="{len(head)}">{escaped(name)}</th></tr>\n'
+        for row in rows:
+            cells = (f"<td{kind}>{escaped(value)}</td>" for kind, value in zip(kinds, row, strict=True))
+            body += f"<tr>{''.join(cells)}</tr>\n"
+    return Markup(f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>\n')
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def span(low: float, high: float) -> str:
+    return f"{percent(low)} .. {percent(high)}"
+
+
+def points(value: float) -> str:
+    return "unbounded" if math.isinf(value) else f"{100 * value:+.1f}"
+
+
+def p_value(p: float | None) -> str:
+    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,0 +1,306 @@
+"""report.py: every number is on the page, differences are those of a hand, and no input becomes markup."""
+
+import html
+import itertools
+import json
+import math
+import random
+import re
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from scipy import stats as distributions
+
+from config import UserError
+from reports import drawing
+from reports.compare import between_arms, between_checkpoints, beyond
+from reports.lines import Panel, arms_of, read
+from reports.page import Page, spans
+from reports.paper import FIGURE_1
+from stats import wilson
+from tests.conftest import cli, refusal
+
+HALF = "1" * 50 + "0" * 50
+
+
+def line(outcomes: str = HALF, arm="meta + rope", train_length=128, seed=1, **other) -> dict:
+    """A line of eval.py tasks; outcomes "": an impossible cell."""
+    run = f"{arm.split()[0]}_{train_length}_{seed}"
+    facts = {
+        "arm": arm, "run": run, "checkpoint": f"out/{run}/step_00002000", "weights_sha256": f"{run:0<64}",
+        "step": 2000, "seed": seed, "trained_on": ["list_recall", "segment_counting", "parity", "copying"],
+        "train_length": train_length, "train_placement": "target", "command": f"eval.py tasks --run=out/{run}",
+        "commit": "c" * 40, "eval": "tasks", "task": "parity", "placement": "target", "level": "hard",
+        "question": "index", "length": 128, "tokens_per_item": 1.25,
+    }  # fmt: skip
+    n, right = len(outcomes), outcomes.count("1")
+    if not n:
+        return {**facts, "n": 0, "impossible": "512 positions, and the table of learned ones has 128", **other}
+    return {
+        **facts, "n": n, "correct": right, "exact": right / n, "interval": [0.0, 1.0], "token_accuracy": right / n,
+        "token_interval": [0.125, 0.875], "nats": 1.2345, "chance": 0.5,
+        "floors": {"the first bit": 0.501, "the parity of all bits": 0.489}, "outcomes": outcomes, "seconds": 1.5,
+        **other,
+    }  # fmt: skip
+
+
+def realistic(seeds=(1,), n: int = 1000) -> list[dict]:
+    """3 arms x 2 train lengths x 4 tasks x 4 placements x 3 lengths."""
+    draws, out = random.Random(0), []
+    chances = {"list_recall": 0.005, "segment_counting": 0.25, "parity": 0.5, "copying": 0.0}
+    skills = {"meta + rope": 0.9, "pause + rope": 0.6, "gpt2 + learned": 0.3}
+    axes = (skills, (128, 256), seeds, chances, ("target", "every", "none", "background"), (128, 256, 512))
+    for arm, trained, seed, task, placement, length in itertools.product(*axes):
+        cell = {"task": task, "placement": placement, "length": length}
+        if arm.endswith("learned") and length > 256:
+            out.append(line("", arm, trained, seed, **cell))
+            continue
+        luck = random.Random(f"{arm} {trained} {seed} {task} {placement}").uniform(-0.1, 0.1)
+        skill = min(1, max(0, skills[arm] + luck - 0.2 * max(0, math.log2(length / trained))))
+        chance = chances[task]
+        easy = [random.Random(f"{task} {placement} {length} {i}").random() for i in range(n)]  # the same for all arms
+        bits = "".join(str(int(0.5 * (e + draws.random()) < chance + (1 - chance) * skill)) for e in easy)
+        floors = {"the last span": chance + 0.1 * 128 / length, "the first": chance}
+        out.append(line(bits, arm, trained, seed, chance=chance, floors=floors, **cell))
+    return out
+
+
+def write(path, lines) -> str:
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    return str(path)
+
+
+def page(lines, effect=0.0, margin=0.05) -> str:
+    return Page(lines, 0, "report.py", effect, margin).render()["report.html"].decode()
+
+
+def words(text: str) -> str:
+    """A page as its reader sees it, cells apart."""
+    return html.unescape(re.sub(r"<[^>]+>", "|", re.sub(r"data:image/png;base64,[^\"]+", "", text)))
+
+
+def test_a_report_holds_every_cells_figures_and_the_papers(tmp_path):
+    lines = [one for one in realistic(n=200) if one["placement"] in ("target", "every") and one["task"] != "copying"]
+    write(tmp_path / "tasks.jsonl", lines[:50])
+    rest = write(tmp_path / "rest.jsonl", lines[50:])
+    result = cli("report.py", str(tmp_path), rest, "--output=there", cwd=tmp_path)
+    assert result.stdout.decode() == "there/report.html\n", result.stderr.decode()
+    text = (tmp_path / "there/report.html").read_text()
+    rows = {tuple(filter(None, row.split("|"))) for row in words(text).split("\n")} - {()}
+    for one in lines:
+        if "impossible" in one:
+            found = [row for row in rows if "impossible" in row and one["impossible"] in row]
+        else:
+            share, low, high = one["exact"], *(100 * v for v in wilson(one["correct"], one["n"]))
+            figures = {f"{100 * share:.1f}", f"{low:.1f} .. {high:.1f}", "1.234", str(one["n"]), str(one["length"])}
+            floors = "; ".join(f"{100 * v:.1f} {name}" for name, v in one["floors"].items())
+            found = [row for row in rows if figures | {floors, one["arm"]} <= set(row)]
+        assert found, one
+        assert one["command"] in words(text)
+    for task, models in FIGURE_1.items():
+        section = words(text).partition("Source: ")[2].partition("Accuracy by")[0].split("\n")
+        at = next(i for i, row in enumerate(section) if row.startswith(f"||{task.replace('_', ' ')}: target (hard"))
+        for row, length in zip(section[at + 1 :], (128, 256, 512), strict=False):
+            given = tuple(str(model.get(length, "–")) for model in models.values())
+            assert tuple(filter(None, row.split("|")))[:5] == (str(length), *given)
+    assert "49.2" in text and "64.8" in text and "1/28" in text  # the conflicts, and how little n may be
+    pictures = {path.name for path in (tmp_path / "there").glob("*.png")}
+    assert len(pictures) == 4 + 6 + 6 and all(name in text for name in pictures)
+    assert not re.search(r"\bnan\b|\binf\b|<script|https?:|src=\"(?!data:)", text, re.I)
+
+
+def test_the_same_lines_give_the_same_bytes():
+    first, second = (Page(realistic(n=20)[::29], 0, "report.py", 0.0, 0.05).render() for _ in range(2))
+    assert first == second and len(first) > 4
+
+
+def test_differences_of_checkpoints_are_those_of_a_hand():
+    # of 100 texts: both 40, the first alone 10, the second alone 2, neither 48
+    first, second = "1" * 50 + "0" * 50, "1" * 40 + "0" * 10 + "11" + "0" * 48
+    arms = arms_of([line(first), line(second, "gpt2 + rope"), line(first, task="copying"),
+                    line(first, "gpt2 + rope", task="copying")])  # fmt: skip
+    row, equal = between_checkpoints(arms)
+    assert (row.first.label, row.second.label, row.seeds, row.length) == ("meta + rope", "gpt2 + rope", (1,), 128)
+    assert row.mean == pytest.approx(0.08) and row.low < 0.08 < row.high
+    assert row.p == pytest.approx(2 * sum(math.comb(12, k) for k in range(3)) / 2**12)  # 2 or fewer of 12 heads, twice
+    assert row.holm == pytest.approx(2 * row.p) and equal.p == equal.holm == 1 and equal.mean == 0
+    assert row.verdict == "undecided: 1 seed" and between_arms(arms, 0.0, 0.05) == []
+    text = words(page([line(first), line(second, "gpt2 + rope")]))
+    assert "|+8.0|" in text and "undecided with fewer than 5 seeds" in text
+
+
+def several(differences, n=100) -> list[dict]:
+    """Seeds of two arms, the first better by so many texts of n."""
+    out = []
+    for seed, more in enumerate(differences):
+        out += [line("1" * (50 + k) + "0" * (n - 50 - k), arm, seed=seed) for arm, k in (("a", more), ("b", 0))]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("differences", "effect", "said"),
+    [
+        ((20, 22, 18, 21, 19), 0.0, "holds"),
+        ((20, 22, 18, 21, 19), 0.195, "undecided"),
+        ((-20, -22, -18, -21, -19), 0.0, "the reverse holds"),
+        ((1, -1, 0, 1, -1), 0.0, "does not hold"),
+        ((3, 2, 3, 2, 3), 0.0, "holds, within the margin"),
+        ((30, -20, 0, 10, -5), 0.0, "undecided"),
+        ((20, 22, 18, 21), 0.0, "undecided: 4 seeds, 5 can decide"),
+        ((0, 0, 0, 0, 0), 0.0, "does not hold"),
+    ],
+)
+def test_arms_are_decided_by_five_seeds(differences, effect, said):
+    (row,) = between_arms(arms_of(several(differences)), effect, 0.05)
+    mean, sd, n = np.mean(differences) / 100, np.std(differences, ddof=1) / 100, len(differences)
+    half = {4: 3.182446, 5: 2.776445}[n] * sd / math.sqrt(n)  # Student's t from a table
+    assert (row.mean, row.low, row.high) == pytest.approx((mean, mean - half, mean + half), abs=1e-6)
+    assert row.verdict == said and f"|{said}|" in words(page(several(differences), effect))
+
+
+def test_holm_can_take_back_what_one_cell_would_hold():
+    """One of eleven cells with p = 0.03."""
+    shared = several((13, 2, 12, 4, 5))
+    (alone,) = between_arms(arms_of(shared), 0.0, 0.05)
+    assert alone.verdict == "holds" and 0.01 < alone.p < 0.05
+    others = [{**one, "length": length} for length in range(200, 210) for one in several((9, -9, 3, -3, 0))]
+    first = between_arms(arms_of(shared + others), 0.0, 0.05)[0]
+    assert first.p == alone.p and first.holm == pytest.approx(11 * alone.p) and first.verdict == "undecided after Holm"
+
+
+def test_p_and_interval_agree():
+    shares = np.array([0.1, 0.12, 0.05, 0.2, 0.16])
+    assert beyond(shares.mean(), 1.0, 0.2, 5) == 1.0
+    half = distributions.t.ppf(0.975, 4) * shares.std(ddof=1) / math.sqrt(5)
+    assert beyond(shares.mean(), half, 0.0, 5) == pytest.approx(distributions.ttest_1samp(shares, 0).pvalue)
+    assert beyond(shares.mean(), half, shares.mean() - half, 5) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ({"outcomes": "10" * 20, "n": 40, "correct": 20}, "n 100 against 40"),
+        ({"tokens_per_item": 1.0}, "tokens_per_item 1.25 against 1"),
+        ({"floors": {"the first bit": 0.25}}, "other texts: the shortcuts' shares differ"),
+        ({"seed": 2}, "no seed in common"),
+    ],
+)
+def test_lines_of_other_texts_are_not_paired(other, why):
+    lines = [line(), line(arm="gpt2 + rope", **other)]
+    (row,) = between_checkpoints(arms_of(lines))
+    assert row.refused == why and row.p is None and f"|not compared: {why}|" in words(page(lines))
+
+
+def test_only_arms_of_equal_training_are_compared():
+    lines = [line(), line(arm="gpt2 + rope", train_placement="every"), line(arm="pause + rope", train_length=256)]
+    assert between_checkpoints(arms_of(lines)) == []
+    assert "No two arms of equal training share a cell." in page(lines)
+
+
+def test_runs_of_one_seed_are_arms_of_their_own():
+    twice = [line(), line(run="again", weights_sha256="b" * 64)]
+    first, second = arms_of(twice)
+    assert [arm.label for arm in (first, second)] == [
+        "meta + rope, meta_128_1, step 2000, meta_128", "meta + rope, again, step 2000, bbbbbbbb"
+    ]  # fmt: skip
+    assert between_arms(arms_of(twice), 0.0, 0.05) == [] and len(between_checkpoints(arms_of(twice))) == 1
+    (together,) = arms_of([line(), line(seed=2)])
+    assert together.label == "meta + rope" and set(*together.lines.values()) == {1, 2}
+
+
+def test_labels_say_what_tells_arms_apart():
+    lines = [line(), line(train_length=256), line(arm="gpt2 + rope"), line(train_placement="every", run="other")]
+    assert [arm.label for arm in arms_of(lines)] == [
+        "meta + rope, trained with target", "meta + rope, trained with target", "gpt2 + rope",
+        "meta + rope, trained with every",
+    ]  # fmt: skip
+
+
+def test_a_cell_that_is_impossible_is_a_cross_below_zero_and_no_figure():
+    lines = [line(), line("", length=512), line(arm="gpt2 + rope"), line(arm="gpt2 + rope", length=512)]
+    panel, figure = Panel("parity", "target", "hard", "index"), Figure()
+    drawing.accuracy(figure, arms_of(lines), panel, "")
+    drawn = {(round(float(x)), float(y)) for mark in figure.axes[0].lines for x, y in zip(*mark.get_data(), strict=True)
+             if mark.get_marker() == "x"}  # fmt: skip
+    ((x, y),) = drawn
+    assert abs(x - 512) < 32 and y < 0
+    ours = next(mark for mark in figure.axes[0].lines if mark.get_marker() == "o")
+    assert list(ours.get_ydata()) == [50.0]  # nothing at 512
+    figure = Figure()
+    drawing.beside_paper(figure, arms_of(lines), arms_of(lines)[:1], panel, "")
+    assert all(min(mark.get_ydata(), default=1) != 0 for mark in figure.axes[1].lines)
+    (row,) = [row for row in between_checkpoints(arms_of(lines)) if row.length == 512]
+    assert row.refused == "impossible for meta + rope"
+
+
+def test_the_last_of_repeated_lines_counts(tmp_path):
+    source = write(tmp_path / "x.jsonl", [line("0" * 100), line(length=256), line("1" * 100)])
+    lines, repeated = read([source])
+    assert repeated == 1 and [(one["length"], one["exact"]) for one in lines] == [(128, 1.0), (256, 0.5)]
+    assert "1 lines repeat" in Page(lines, repeated, "", 0.0, 0.05).render()["report.html"].decode()
+
+
+def test_nothing_becomes_markup_or_mathematics():
+    evil = "<script>alert('x')</script>&\"'$\\frac{$"
+    lines = [line(arm=evil, run=evil, command=evil, checkpoint=evil, commit=evil, trained_on=[evil, "parity"],
+                  floors={evil: 0.5}, weights_sha256=evil), line("", length=512, impossible=evil)]  # fmt: skip
+    files = Page(lines, 0, evil, 0.0, 0.05).render()
+    text = files["report.html"].decode()
+    assert "<script" not in text and "alert" in text and words(text).count(evil) > 6
+    assert all(re.fullmatch(r"[\w.]+", name) for name in files)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"n": None}, "n is missing"),
+        ({"n": 99}, "exact is 0.5, and correct 50 of n 99"),
+        ({"correct": 51}, "exact is 0.5"),
+        ({"outcomes": "1" * 100}, "its outcomes are not 50 ones"),
+        ({"outcomes": None}, "outcomes is missing"),
+        ({"seed": "1"}, "seed is '1'"),
+        ({"task": "../../etc"}, "task is '../../etc'"),
+        ({"eval": "perplexity"}, 'it does not say "eval": "tasks"'),
+        ({"chance": math.nan}, "NaN is no figure"),
+        ({"floors": {}}, "floors"),
+        ({"token_interval": [0.5, 7]}, "token_interval"),
+        ({"length": 0}, "its lengths are 0"),
+        ({"nats": 10**400}, "too large"),
+        ({"run": "\ud800"}, "surrogates not allowed"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, change, why):
+    damaged = {name: value for name, value in (line() | change).items() if value is not None}
+    with pytest.raises(UserError, match=re.escape("x.jsonl, line 2 ")) as refused:
+        read([write(tmp_path / "x.jsonl", [line(), damaged])])
+    assert why in str(refused.value)
+
+
+def test_bad_input_is_one_sentence(tmp_path):
+    good = write(tmp_path / "x.jsonl", [line()])
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "cut.jsonl").write_text(json.dumps(line()) + "\n" + json.dumps(line())[:50])
+    for args, sentence in (
+        ((), "name folders of runs"),
+        (("nowhere",), "nowhere/tasks.jsonl cannot be read"),
+        (("empty.jsonl",), "empty.jsonl has no line"),
+        (("cut.jsonl",), "cut.jsonl, line 2 is no line of eval.py tasks"),
+        ((good, "--margin=0"), "margin=0.0 is out of range"),
+        ((good, "--efect=0.1"), "did you mean 'effect'"),
+    ):
+        assert sentence in refusal(cli("report.py", *args, cwd=tmp_path)), args
+    assert not (tmp_path / "out").exists()
+
+
+def test_commands_are_named_by_spans():
+    assert re.sub("<[^>]+>", "", spans([1, 2, 3, 5, 7, 8])) == "[1]–[3] [5] [7]–[8]"
+
+
+def test_every_panel_has_its_picture_and_its_rows():
+    lines = [line(task=task, level=level, question=question) for task in ("parity", "list_recall")
+             for level in ("easy", "hard") for question in ("index", "after")]  # fmt: skip
+    files = Page(lines, 0, "", 0.0, 0.05).render()
+    assert sum(name.startswith("accuracy_") for name in files) == 8
+    cells = words(files["report.html"].decode()).rpartition("All cells")[2].partition("Commands")[0]
+    assert len(set(re.findall(r"\n\|\|(\w[^|]+: target [^|]+)\|", cells))) == 8 and cells.count("|1.234|") == 8
