@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from checkpoint import WEIGHTS, Run
-from config import UserError
+from config import UserError, to_dict
 from data.inject import strip
 from data.loader import random_positions
 from data.shards import TokenStream, file_sha256, read_manifest, token_dtype
@@ -40,9 +40,19 @@ def facts_of(run: Run) -> dict:
         "trained_on": list(task.tasks) or run.state["data"]["dataset"],
         "train_length": task.train_length if task.tasks else run.config.model.block_size,
         "train_placements": list(task.placements) if task.tasks else None,
+        "settings": _settings(run),
+        "parameters": run.model.num_params(),
         "command": environment()["command"],
         "commit": environment()["commit"],
     }
+
+
+def _settings(run: Run) -> str:
+    """A hash of how the run was trained, but for its model, its seed and names of folders: arms that are compared, and
+    seeds of one arm, have the same."""
+    apart = ("model", "seed", "run_name", "out_dir", "init_from", "branch_from", "dataset")
+    settings = {name: value for name, value in to_dict(run.config).items() if name not in apart}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fits(run: Run, length: int) -> str:

@@ -15,9 +15,9 @@ from stats import wilson
 NUMBER = (int, float)
 FACTS = {
     "arm": (str,), "run": (str,), "checkpoint": (str,), "weights_sha256": (str,), "step": (int,), "seed": (int,),
-    "trained_on": (list, str), "train_length": (int,), "train_placement": (str, type(None)), "command": (str,),
+    "trained_on": (list, str), "train_length": (int,), "train_placements": (list, type(None)), "command": (str,),
     "commit": (str,), "task": (str,), "placement": (str,), "level": (str,), "question": (str,), "length": (int,),
-    "tokens_per_item": NUMBER, "n": (int,),
+    "tokens_per_item": NUMBER, "n": (int,), "settings": (str,), "parameters": (int,),
 }  # fmt: skip
 MEASURED = {
     "correct": (int,), "exact": NUMBER, "token_accuracy": NUMBER, "token_interval": (list,), "nats": NUMBER,
@@ -45,7 +45,8 @@ class Training(NamedTuple):
 
     on: tuple[str, ...]  # tasks, or the dataset's folder
     length: int
-    placement: str | None  # None: on text
+    placements: tuple[str, ...]  # (): on text
+    settings: str  # a hash of all others: rate, steps, batch and so on
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ def arms_of(lines: list[dict]) -> list[Arm]:
     groups: dict[tuple, dict[tuple, list[dict]]] = {}
     for line in lines:
         on = (line["trained_on"],) if isinstance(line["trained_on"], str) else tuple(map(str, line["trained_on"]))
-        training = Training(on, line["train_length"], line["train_placement"])
+        placements = tuple(map(str, line["train_placements"] or ()))
+        training = Training(on, line["train_length"], placements, line["settings"])
         runs = groups.setdefault((line["arm"], training), {})
         runs.setdefault((line["run"], line["weights_sha256"]), []).append(line)
     found = []  # (arm, training, its runs' lines)
@@ -159,8 +161,9 @@ def _labels(found: list[tuple[str, Training, list]]) -> list[str]:
     """The arm, and as much of its training as tells it from the others, whatever their length; last of all its run."""
     runs = [(of[0][0], f" and {len(of) - 1} more" if len(of) > 1 else "") for _, _, of in found]
     details = (
-        [(0, f"trained with {training.placement or 'text'}") for _, training, _ in found],
+        [(0, f"trained with {', '.join(training.placements) or 'text'}") for _, training, _ in found],
         [(0, f"on {', '.join(training.on)}") for _, training, _ in found],
+        [(training.length, f"settings {training.settings[:6]}") for _, training, _ in found],
         [(training.length, f"{run['run']}{more}, step {run['step']}, {run['weights_sha256'][:8]}")
          for (run, more), (_, training, _) in zip(runs, found, strict=True)],
     )  # fmt: skip

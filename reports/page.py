@@ -30,11 +30,13 @@ class Page:
         for arm in self.arms:
             runs = {(of["run"], of["weights_sha256"]): of for by_seed in arm.lines.values() for of in by_seed.values()}
             for line in runs.values():
-                on, length, placement = arm.training
+                how = arm.training
                 weights, commit = line["weights_sha256"][:8], line["commit"][:8]
-                rows.append([arm.label, line["run"], line["seed"], length, placement or "text", line["step"], weights,
-                             commit, ", ".join(on), line["checkpoint"]])  # fmt: skip
-        head = ["arm", "run", "seed", "train length", "trained with", "step", "weights", "commit", "on", "checkpoint"]
+                rows.append([arm.label, line["run"], f"{line['parameters'] / 1e6:.2f}M", line["seed"], how.length,
+                             ", ".join(how.placements) or "text", how.settings[:6], line["step"], weights, commit,
+                             ", ".join(how.on), line["checkpoint"]])  # fmt: skip
+        head = ["arm", "run", "parameters", "seed", "train length", "trained with", "settings", "step", "weights",
+                "commit", "on", "checkpoint"]  # fmt: skip
         again = f"<p>{self.repeated} lines repeat a cell of the same run and weights; the last one counts.</p>\n"
         return f"""<h1>Synthetic tasks: exact answers</h1>
 <p>An answer is exact if greedy decoding writes all of it. Intervals are 95 %.</p>
@@ -42,10 +44,10 @@ class Page:
 <p><a href="#paper">The paper's Figure 1, and ours</a> · <a href="#accuracy">Accuracy by length</a> ·
 <a href="#differences">Differences between arms</a> · <a href="#cells">All cells</a> ·
 <a href="#commands">Commands</a></p>
-{again if self.repeated else ""}<p class="small">Runs of the same arm and training (tasks, longest texts, placement of
-the markers) count as seeds of one arm. Two of them with the same seed are arms of their own, since their lines do not
-say what tells them apart. That sizes, pretraining and rates are equal, the lines do not say, either.</p>
-{table(head, {"": rows}, (0, 1, 4, 6, 7, 8, 9))}"""
+{again if self.repeated else ""}<p class="small">Runs of the same arm and settings (of the
+fine-tuning; the lines have their hash) count as seeds of one arm. Two of them with the same seed are arms of their own.
+What they were pretrained on, and for how long, the lines do not say.</p>
+{table(head, {"": rows}, (0, 1, 5, 6, 8, 9, 10, 11))}"""
 
     # ------------------------------------------------------------------------- pictures
 
@@ -203,7 +205,7 @@ def like_paper(arms: list[Arm], panel: Panel) -> list[Arm]:
         arm
         for arm in arms
         if (panel, LENGTH) in arm.lines and panel.task in arm.training.on
-        and arm.training.placement == panel.placement == "target"
+        and panel.placement == "target" in arm.training.placements
     ]  # fmt: skip
 
 

@@ -30,9 +30,10 @@ def line(outcomes: str = HALF, arm="meta + rope", train_length=128, seed=1, **ot
     facts = {
         "arm": arm, "run": run, "checkpoint": f"out/{run}/step_00002000", "weights_sha256": f"{run:0<64}",
         "step": 2000, "seed": seed, "trained_on": ["list_recall", "segment_counting", "parity", "copying"],
-        "train_length": train_length, "train_placement": "target", "command": f"eval.py tasks --run=out/{run}",
+        "train_length": train_length, "train_placements": ["target"], "command": f"eval.py tasks --run=out/{run}",
         "commit": "c" * 40, "eval": "tasks", "task": "parity", "placement": "target", "level": "hard",
         "question": "index", "length": 128, "tokens_per_item": 1.25,
+        "settings": "a" * 16, "parameters": 3_200_000,
     }  # fmt: skip
     n, right = len(outcomes), outcomes.count("1")
     if not n:
@@ -193,7 +194,7 @@ def test_lines_of_other_texts_are_not_paired(other, why):
 
 
 def test_only_arms_of_equal_training_are_compared():
-    lines = [line(), line(arm="gpt2 + rope", train_placement="every"), line(arm="pause + rope", train_length=256)]
+    lines = [line(), line(arm="gpt2 + rope", train_placements=["every"]), line(arm="pause + rope", train_length=256)]
     assert between_checkpoints(arms_of(lines)) == []
     assert "No two arms of equal training share a cell." in page(lines)
 
@@ -209,8 +210,19 @@ def test_runs_of_one_seed_are_arms_of_their_own():
     assert together.label == "meta + rope" and set(*together.lines.values()) == {1, 2}
 
 
+def test_runs_of_other_settings_are_no_seeds_of_one_arm_and_are_not_compared():
+    lines = [line(), line(seed=2, settings="b" * 16), line(arm="gpt2 + rope", settings="c" * 16)]
+    arms = arms_of(lines)
+    assert [arm.label for arm in arms] == [
+        "meta + rope, settings aaaaaa",
+        "meta + rope, settings bbbbbb",
+        "gpt2 + rope",
+    ]
+    assert between_checkpoints(arms) == [] and between_arms(arms, 0.0, 0.05) == []
+
+
 def test_labels_say_what_tells_arms_apart():
-    lines = [line(), line(train_length=256), line(arm="gpt2 + rope"), line(train_placement="every", run="other")]
+    lines = [line(), line(train_length=256), line(arm="gpt2 + rope"), line(train_placements=["every"], run="other")]
     assert [arm.label for arm in arms_of(lines)] == [
         "meta + rope, trained with target", "meta + rope, trained with target", "gpt2 + rope",
         "meta + rope, trained with every",
