@@ -87,7 +87,8 @@ def evaluate(
         tally.add(nats, targets)
     model.train()
     dist.sum(tally.sums)
-    dist.sum(answers.sums)
+    if cfg.task.tasks:
+        dist.sum(answers.sums)
     return tally.figures() | answers.figures()
 
 
@@ -328,9 +329,6 @@ class Trainer:
     def logs(self, step: int) -> bool:
         return step % self.cfg.log_interval == 0 or step == self.cfg.max_steps
 
-    def content_tokens(self) -> int:
-        return self.step * self.cfg.batch_size * self.train_data.content_per_window
-
     def evaluate(self, n_windows: int | None, stop: StopFlag, kind: str = "val") -> bool:
         """Records the figures, and saves the weights if they are the best -> False if a signal ended it before."""
         started = time.perf_counter()
@@ -340,7 +338,8 @@ class Trainer:
         took = time.perf_counter() - started
         if not math.isfinite(figures["loss"]):
             self._diverged(f"the validation loss is {figures['loss']}")
-        self.log.record(kind, self.step, **figures, content_tokens=self.content_tokens(), eval_s=took)
+        counted = self.train_data.counted(self.step * self.cfg.batch_size)
+        self.log.record(kind, self.step, **figures, **counted, eval_s=took)
         better = kind == "val" and self.step > 0 and (self.best is None or figures["loss"] < self.best["loss"])
         if better:
             self.best = {"step": self.step, "loss": figures["loss"], "bits_per_byte": figures["bits_per_byte"]}
@@ -428,12 +427,12 @@ class Trainer:
 
     def _log_step(self, loss: float, norm: float, rate: float, seconds: float, clock: Clock) -> None:
         cfg, data = self.cfg, self.train_data
-        content = cfg.batch_size * data.content_per_window / seconds
-        positions = cfg.batch_size * data.T / seconds
+        rates = {name: count / seconds for name, count in data.counted(cfg.batch_size).items()}
         mfu = {}
         if self.peak:
             window = dataclasses.replace(cfg.model, block_size=data.T)
-            flops = cfg.batch_size * flops_per_window(window, data.T - data.content_per_window)
+            markers = 0 if cfg.task.tasks else data.T - data.content_per_window  # of texts they differ, and are few
+            flops = cfg.batch_size * flops_per_window(window, markers)
             mfu = {"mfu": flops / seconds / (self.dist.world * self.peak)}
         self.log.record(
             "train",
@@ -442,16 +441,14 @@ class Trainer:
             learning_rate=rate,
             grad_norm=finite(norm),
             **dict(zip(self.norms, map(finite, torch.stack([*self.norms.values()]).tolist()), strict=True)),
-            content_tokens=self.content_tokens(),
-            positions=self.step * cfg.batch_size * data.T,
-            content_tokens_per_s=content,
-            positions_per_s=positions,
+            **data.counted(self.step * cfg.batch_size),
+            **{f"{name}_per_s": rate for name, rate in rates.items()},
             **mfu,
             elapsed_s=time.perf_counter() - clock.started,
         )
         self.log.say(
             f"step {self.step:>7,}/{cfg.max_steps:,}  loss {loss:.4f}  lr {rate:.2e}  norm {norm:.2f}  "
-            f"{'' if cfg.task.tasks else f'{content:,.0f} content tokens/s  '}{positions:,.0f} positions/s  "
+            f"{'  '.join(f'{rate:,.0f} {name}/s' for name, rate in rates.items()).replace('_', ' ')}  "
             f"{'MFU {mfu:.1%}  '.format(**mfu) if mfu else ''}"
             f"ETA {hms(seconds * (cfg.max_steps - self.step))}"
         )

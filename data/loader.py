@@ -135,6 +135,10 @@ class Windows:
                 f"block_size={block_size}: prepare more text, or raise --val_fraction if validation is too short."
             )
 
+    def counted(self, n: int) -> dict[str, int]:
+        """What n windows hold."""
+        return {"content_tokens": n * self.content_per_window, "positions": n * self.T}
+
     def batch(self, windows: np.ndarray) -> Batch:
         """The given windows (B,) as a Batch on the CPU."""
         T, meta = self.T, self.tokenizer.meta

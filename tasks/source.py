@@ -63,7 +63,6 @@ class TaskWindows:
         pairs = [(task, placement) for placement in cfg.task.placements for task in cfg.task.tasks]
         self.makers = [Maker(*pair, settings, tokenizer) for pair in pairs]
         self.n_windows = None if train else VALIDATION * len(cfg.task.tasks)  # None: endless
-        self.content_per_window = self.T  # texts differ, and so do their markers: positions are counted, pads included
         self.loss_on = cfg.task.loss_on if train else "answer"
         # what cannot be written is refused now, and not in the middle of a run
         phases = {self.reached(phase * cfg.task.curriculum_steps // PHASES) for phase in range(PHASES + 1)}
@@ -90,6 +89,10 @@ class TaskWindows:
         longest, levels = self.reached(window // self.cfg.batch_size)
         return maker.example(f"train/{self.cfg.seed}", index, SHORTEST, longest, levels)
 
+    def counted(self, n: int) -> dict[str, int]:
+        """What n windows hold; texts differ, so positions are counted with their pads."""
+        return {"texts": n, "positions": n * self.T}
+
     def batch(self, windows: np.ndarray) -> Batch:
         """The given texts (B,) as a Batch on the CPU."""
         m, connected = self.cfg.model, None
@@ -105,14 +108,15 @@ class Answers:
     `sums` (tasks, 4) float64: texts, those answered exactly, ids of answers (their line's end apart), those right."""
 
     def __init__(self, tasks: tuple[str, ...], device: torch.device):
-        self.tasks = tasks
-        self.sums = torch.zeros(len(tasks), 4, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+        device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+        self.tasks, self.sums = tasks, torch.zeros(len(tasks), 4, dtype=torch.float64, device=device)
 
     def add(self, windows: np.ndarray, targets: torch.Tensor, right: torch.Tensor) -> None:
         """windows (B,) as TaskWindows numbers them; targets (B, S), negative where nothing is scored, and right (B, S)
         bool: is the model's most likely id there, after the true ones before it, the target?"""
-        for window, counts in zip(windows, count_right(targets, right).tolist(), strict=True):
-            self.sums[window % len(self.tasks)] += torch.tensor([1.0, *counts])
+        counts = torch.cat([torch.ones_like(targets[:, :1]), count_right(targets, right)], dim=1)  # (B, 4)
+        task = torch.from_numpy(windows % len(self.tasks)).to(counts.device)
+        self.sums.index_add_(0, task.to(self.sums.device), counts.to(self.sums))
 
     def figures(self) -> dict[str, float]:
         """exact_TASK: share of texts whose whole answer is right; tokens_TASK: share of their answers' ids."""
