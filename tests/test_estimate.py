@@ -373,6 +373,10 @@ def test_gpt2_takes_what_was_predicted(second, micro, dtype, tmp_path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_has_a_dry_run_without_data(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    if load_config(TrainConfig, [str(path)], config_file=True).task.tasks:
+        with pytest.raises(UserError, match="dry_run estimates training on text"):
+            train.main([str(path), "--dry_run"])
+        return
     train.main([str(path), "--dry_run"])
     out = capsys.readouterr().out
     assert "is not prepared yet" in out and "hours and cost: " in out and out.endswith(" USD\n")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import checkpoint
 from checkpoint import open_checkpoint
 from cli import load_config
-from config import GPTConfig, SampleConfig, TrainConfig, UserError, to_dict, train_config_from_dict
+from config import GPTConfig, SampleConfig, TaskConfig, TrainConfig, UserError, to_dict, train_config_from_dict
 from data.loader import step_windows, window_order
 from data.shards import ShardWriter, TokenStream
 from data.verify import verify
@@ -141,6 +141,7 @@ NUMBERS = {  # where the type alone says too little
     "decay_fraction": st.floats(0, 1, exclude_min=True), "mfu": st.floats(0, 1, exclude_min=True),
     "n_accelerators": st.integers(1, 10**6), "learning_rate": st.floats(1, 1e300), "min_lr": st.floats(0, 1),
     "run_name": st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", fullmatch=True), "top_p": st.just(1.0),
+    "train_length": st.integers(32, 2**20), "meta_share": st.floats(1e-6, 0.89), "questions": st.integers(1, 16),
     "temperature": st.floats(1e-3, 1e300), "prompt": st.none(), "spike_deviations": st.floats(1e-3, 1e300),
 }  # fmt: skip
 # a text "None" cannot be told from no text on a command line, but no setting that is not also None has that
@@ -150,6 +151,8 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 def values(hint, name: str):
     if name in NUMBERS:
         return NUMBERS[name]
+    if typing.get_origin(hint) is tuple:
+        return st.lists(values(typing.get_args(hint)[0], ""), min_size=1, unique=True).map(tuple)
     options = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else ()
     if typing.get_origin(hint) is typing.Literal:
         return st.sampled_from(typing.get_args(hint))
@@ -163,11 +166,13 @@ def values(hint, name: str):
 @st.composite
 def configs(draw, cls):
     hints = {
-        name: hint for name, hint in typing.get_type_hints(cls).items() if name not in ("model", "n_head", "n_embd")
+        name: hint
+        for name, hint in typing.get_type_hints(cls).items()
+        if name not in ("model", "task", "n_head", "n_embd")
     }
     chosen = {name: draw(values(hint, name)) for name, hint in hints.items() if draw(st.booleans())}
     if cls is TrainConfig:
-        chosen["model"] = draw(configs(GPTConfig))
+        chosen |= {"model": draw(configs(GPTConfig)), "task": draw(configs(TaskConfig))}
         if chosen.get("init_from", "scratch") != "scratch":
             chosen.pop("branch_from", None)
         chosen["learning_rate"] = max(chosen.get("learning_rate", 1.0), chosen.get("min_lr", 0.0))
@@ -183,7 +188,11 @@ def configs(draw, cls):
 @given(configs(TrainConfig))
 def test_any_training_survives_saving_and_the_command_line(cfg):
     assert train_config_from_dict(json.loads(json.dumps(to_dict(cfg)))) == cfg
-    assert load_config(TrainConfig, [f"--{name}={value}" for name, value in flat(cfg).items()]) == cfg
+    argv = []
+    for name, value in flat(cfg).items():
+        if value != ():
+            argv += [f"--{name}", *value] if isinstance(value, tuple) else [f"--{name}={value}"]
+    assert load_config(TrainConfig, argv) == cfg
 
 
 @settings(max_examples=60, deadline=None)
