@@ -102,7 +102,7 @@ class Maker:
                 continue
             if cfg.shuffle_answers and kind == "train":
                 other = self.task.draft(self, draws, room, level)
-                if other is None:
+                if other is None or len(other.questions) != len(draft.questions):
                     continue
                 pairs = zip(draft.questions, other.questions, strict=True)
                 draft.questions = [(question, answer) for (question, _), (_, answer) in pairs]
@@ -136,9 +136,6 @@ class Maker:
             spread[to] = ids
             is_answer, ids = np.isin(np.arange(len(spread)), to[is_answer]), spread
         return Example(ids, is_answer, draft)
-
-    def text(self, example: Example) -> str:
-        return self.tokenizer.decode(example.ids)
 
 
 def show(task: str) -> None:

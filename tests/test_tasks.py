@@ -186,7 +186,7 @@ def test_counts_and_parities_are_equally_frequent(gpt2):
 
 
 def test_shuffled_answers_are_those_of_another_text(gpt2):
-    make = maker("list_recall", gpt2, shuffle_answers=True, placement="every")
+    make = maker("list_recall", gpt2, shuffle_answers=True, placement="every", questions=3)
     pairs = [pair for i in range(100) for pair in solve("list_recall", gpt2.decode(
         make.example("train/1", i, 40, 64, ("easy",)).ids), "every")]  # fmt: skip
     assert sum(given == true for given, true in pairs) < 0.1 * len(pairs)
