@@ -37,8 +37,8 @@ from tasks import LEVELS, PLACEMENTS, words
 from terminal import BOLD, write, write_tokens
 
 POINT, STOP = "<point>", "<stop>"  # pieces that become markers, or nothing: where the task points; a list's end
-SPLITS = {"train": range(0, 80), "val": range(80, 90), "test": range(90, 100)}  # of 100 classes of texts
-ATTEMPTS = 3000  # a text of the test split is found in 10 on average
+SPLITS = {"train": range(0, 50), "val": range(50, 75), "test": range(75, 100)}  # of 100 classes of texts
+ATTEMPTS = 3000  # a text of the test split is found in 4 on average
 
 
 @dataclass
