@@ -24,7 +24,7 @@ out/quickstart/loss.png:
 	$(RUN) plot.py out/quickstart
 
 test: install lint
-	$(RUN) -m pytest -q -n 2 -m 'not slow'
+	$(RUN) -m pytest -q -n 2 --dist worksteal -m 'not slow'
 test-slow: install
 	$(RUN) -m pytest -q -m slow
 
