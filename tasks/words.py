@@ -79,7 +79,9 @@ OWN = {DELIMITER, "after", "zero", "one", "two", "three", "four", "copy", "parit
 
 
 @functools.lru_cache(maxsize=4)
-def _pools(fingerprint: str, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+def pools(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+    """200 items and 200 names of lists, no word in both: the first of the lists above that are the fewest tokens."""
+
     def pool(words: list[str], taken: set[str]) -> list[str]:
         free = [word for word in dict.fromkeys(words) if word not in taken]
         # a stable sort: the fewest tokens first, in the order of the list
@@ -87,11 +89,6 @@ def _pools(fingerprint: str, tokenizer: Tokenizer) -> tuple[list[str], list[str]
 
     items = pool(ITEMS, OWN)
     return items, pool(NAMES, OWN | set(items))
-
-
-def pools(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
-    """200 items and 200 names of lists, no word in both: the first of the lists above that are the fewest tokens."""
-    return _pools(tokenizer.fingerprint, tokenizer)
 
 
 def tokens_per_item(tokenizer: Tokenizer) -> float:
