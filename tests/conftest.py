@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,9 +64,8 @@ TINY = (
 
 
 @pytest.fixture(scope="session")
-def workdir(tmp_path_factory) -> Path:
-    """A folder with three prepared datasets of the same content: data/u (uniform), data/p (periodic), data/n (none)."""
-    folder = tmp_path_factory.mktemp("work")
+def prepared(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
     write_texts(folder / "texts")
     for name, injection in (("u", "uniform"), ("p", "periodic"), ("n", "none")):
         result = cli(
@@ -74,6 +74,13 @@ def workdir(tmp_path_factory) -> Path:
         )  # fmt: skip
         assert result.returncode == 0, result.stderr.decode()
     return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(prepared, tmp_path_factory) -> Path:
+    """A folder with three prepared datasets of the same content: data/u (uniform), data/p (periodic), data/n (none).
+    Each test file has its own, so that names of runs need not differ between files."""
+    return shutil.copytree(prepared, tmp_path_factory.mktemp("work"), dirs_exist_ok=True)
 
 
 def manifest(folder: Path) -> dict:
