@@ -16,20 +16,26 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from config import GPTConfig
 from meta_attention import causal_sdpa
 from model import GATHERED, GPT
+from rope import attend_dynamic, attend_one
 
 
 class Store:
-    """Keys and values that one attention of every block has seen, for B sequences: (n_layer, B, S, H, D) each."""
+    """Keys and values that one attention of every block has seen, for B sequences: (n_layer, B, S, H, D) each. Keys are
+    kept rotated, but for a dynamic scale, which turns all of them anew for every token."""
 
-    def __init__(self, n_layer: int, B: int, S: int, H: int, D: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, cfg: GPTConfig, B: int, S: int, dtype: torch.dtype, device: torch.device):
+        size = (cfg.n_layer, B, S, cfg.n_head, cfg.n_embd // cfg.n_head)
         # zeros, not empty: a masked key has weight 0, and 0 x NaN is NaN
-        self.k, self.v = (torch.zeros(n_layer, B, S, H, D, dtype=dtype, device=device) for _ in range(2))
+        self.k, self.v = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
         self.used = [0] * B
+        self.cfg, self.positions = cfg, torch.zeros(B, S, dtype=torch.long, device=device)
 
-    def place(self, rows: list[int]) -> None:
-        """Gives a slot to every token of a packed row, and decides what it will look at. rows: whose each token is.
+    def place(self, rows: list[int], positions: list[int], lengths: list[int]) -> None:
+        """Gives a slot to every token of a packed row, and decides what it will look at. rows: whose each token is;
+        positions: where rope turns it to; lengths: positions of its text up to it.
 
         calls: (start, end, of which sequence or sequences, keys each has, mask) for the tokens start .. end - 1; a
         prompt's are (start, end, None, 0, None). One sequence has several tokens in a call, several have one each."""
@@ -41,13 +47,17 @@ class Store:
             slots += range(row * S + used, row * S + used + count)
             if used == 0:
                 self.calls.append((n, n + count, None, 0, None))
+            elif self.cfg.rope_dynamic:  # each token has a scale of its own
+                self.calls += [(n + i, n + i + 1, slice(row, row + 1), used + i + 1, None) for i in range(count)]
             else:
                 mask = self._mask(list(range(used + 1, used + count + 1)))
                 mask = None if mask is None else mask[None, None]  # (1, 1, count, keys)
                 self.calls.append((n, n + count, slice(row, row + 1), used + count, mask))
             self.used[row] += count
             n += count
-        self.slots = torch.tensor(slots, device=self.k.device)
+        self.slots = torch.tensor(slots, device=self.k.device, dtype=torch.long)
+        self.at = torch.tensor([positions, lengths], device=self.k.device, dtype=torch.long)  # (2, N)
+        self.positions.flatten().index_copy_(0, self.slots, self.at[0])
         whose = [(call[1] - call[0], call[2]) for call in self.calls[:B]]
         if B > 1 and whose == [(1, slice(row, row + 1)) for row in range(B)]:  # a token for each: all at once
             lengths = [call[3] for call in self.calls[:B]]
@@ -71,18 +81,29 @@ class Store:
         for start, end, rows, keys, mask in self.calls:
             part = q[:, :, start:end]
             if rows is None:
-                y = causal_sdpa(part, k[:, :, start:end], v[:, :, start:end], dropout_p=0.0)
+                own = (part, k[:, :, start:end], v[:, :, start:end])
+                if self.cfg.rope_dynamic:
+                    y = attend_dynamic(*own, *self.at[:, None, start:end], self.cfg)
+                else:
+                    y = causal_sdpa(*own, dropout_p=0.0)
             else:
                 several = rows.stop - rows.start > 1
-                seen = (x[layer, rows, :keys].transpose(1, 2) for x in (self.k, self.v))  # (B, H, keys, D)
-                y = F.scaled_dot_product_attention(part.transpose(0, 2) if several else part, *seen, attn_mask=mask)
+                part = part.transpose(0, 2) if several else part
+                seen = [x[layer, rows, :keys].transpose(1, 2) for x in (self.k, self.v)]  # (B, H, keys, D)
+                if self.cfg.rope_dynamic:
+                    positions, lengths = self.at[:, start:end]
+                    y = attend_one(
+                        part, *seen, positions[:, None], self.positions[rows, :keys], lengths, self.cfg, mask
+                    )
+                else:
+                    y = F.scaled_dot_product_attention(part, *seen, attn_mask=mask)
                 y = y.transpose(0, 2) if several else y
             out.append(y)
         return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
     def keep(self, rows: list[int]) -> None:
         """Forgets all sequences but these."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.k, self.v, self.positions = self.k[:, rows], self.v[:, rows], self.positions[rows]
         self.used = [self.used[row] for row in rows]
 
 
@@ -114,10 +135,10 @@ class Decoder:
         cfg = weights.cfg
         self.weights, self.device = weights, weights.device
         self.in_second, self.gathered = in_second, cfg.second_attention in GATHERED
-        size = (cfg.n_head, cfg.n_embd // cfg.n_head, weights.dtype, self.device)
-        self.causal, self.second = Store(cfg.n_layer, B, slots, *size), None
+        kind = (weights.dtype, self.device)
+        self.causal, self.second = Store(cfg, B, slots, *kind), None
         if cfg.second_attention != "none":
-            self.second = Store(cfg.n_layer, B, second_slots if self.gathered else slots, *size)
+            self.second = Store(cfg, B, second_slots if self.gathered else slots, *kind)
         self.stores = [store for store in (self.causal, self.second) if store is not None]
         self.attends = [
             tuple(functools.partial(store.attend, layer) for store in self.stores) for layer in range(cfg.n_layer)
@@ -136,15 +157,25 @@ class Decoder:
         tokens, rows = [new[b][i] for b, i in order], [b for b, _ in order]
         positions = [used[b] + i for b, i in order]
         gathered = [n for n, pair in enumerate(zip(tokens, positions, strict=True)) if self.in_second(*pair)]
-        self.causal.place(rows)
-        if self.second is not None:
-            self.second.place([rows[n] for n in gathered] if self.gathered else rows)
+        self._place(rows, positions, gathered)
         inputs = (torch.tensor([part], device=self.device, dtype=torch.long) for part in (tokens, positions, gathered))
         with torch.autocast(self.device.type, enabled=False):
             hidden = self.weights.model(*inputs, self.attends)[0]  # (N, C)
             places = {pair: n for n, pair in enumerate(order)}
             wanted = [places[pair] for pair in enumerate(sources)]
             return self.weights.head(hidden[wanted]).float()
+
+    def _place(self, rows: list[int], positions: list[int], gathered: list[int]) -> None:
+        """As the model does, of what may have no position."""
+        meta_position, lengths = self.weights.cfg.meta_position, [position + 1 for position in positions]
+        zeroed = list(positions)
+        if meta_position != "same":
+            for n in gathered:
+                zeroed[n] = 0
+        self.causal.place(rows, positions if meta_position == "none_second" else zeroed, lengths)
+        if self.second is not None:
+            second = (rows, positions if meta_position == "none_first" else zeroed, lengths)
+            self.second.place(*([part[n] for n in gathered] for part in second) if self.gathered else second)
 
     def forget(self, row: int) -> None:
         """Sequence `row` starts again at position 0."""

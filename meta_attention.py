@@ -43,17 +43,17 @@ class MetaAttention(CausalSelfAttention):
     x (B, T, C), meta_index (B, M) -> (B, T, C). meta_index holds each row's meta positions in increasing order; a row
     with fewer than M is padded at the end with T. M may be 0."""
 
-    def forward(self, x, meta_index, norm, rotate=None, attend=None):
+    def forward(self, x, meta_index, norm, rotate=None, attend=None, packed=False):
         """norm: a LayerNorm or the like, which works row by row; rotate and attend: as above, for the gathered rows
-        (B, H, M, D). attend is for B = 1 without pads."""
-        if attend is not None:  # decoding: one row of packed tokens, no pads, and mostly no meta-token among them
+        (B, H, M, D). packed: B = 1 without pads."""
+        if packed:  # decoding: mostly there is no meta-token among the new tokens
             index = meta_index[0]
             if len(index) == 0:
                 return x
             y = super().forward(norm(x[:, index]), rotate, attend)
             return x.index_add(1, index, y.to(x.dtype))
         rows = gather_rows(x, meta_index)  # (B, M, C): nothing below touches more than these
-        return add_rows(x, super().forward(norm(rows), rotate), meta_index)
+        return add_rows(x, super().forward(norm(rows), rotate, attend), meta_index)
 
 
 def causal_sdpa(q, k, v, dropout_p):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from config import GPTConfig, UserError
 from meta_attention import CausalSelfAttention, MetaAttention, gather_rows
 from rng import stable_key
-from rope import rope_tables, rotate
+from rope import attend_dynamic, fixed_scale, rope_tables, rotate
 
 GATHERED = ("meta", "random")  # the second attentions that connect the positions of meta_index alone
 
@@ -55,12 +55,12 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(cfg)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, meta_index, rotate_all, rotate_meta, attend=None, attend_second=None):
-        x = x + self.attn(self.ln_1(x), rotate_all, attend)
+    def forward(self, x, meta_index, rotate, rotate_second, attend=None, attend_second=None, packed=False):
+        x = x + self.attn(self.ln_1(x), rotate, attend)
         if self.second in GATHERED:  # adds to the rows of meta_index
-            x = self.second_attn(x, meta_index, self.ln_second, rotate_meta, attend_second)
+            x = self.second_attn(x, meta_index, self.ln_second, rotate_second, attend_second, packed)
         elif self.second == "causal":
-            x = x + self.second_attn(self.ln_second(x), rotate_all, attend_second)
+            x = x + self.second_attn(self.ln_second(x), rotate_second, attend_second)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -78,6 +78,7 @@ class GPT(nn.Module):
                 f"content_vocab_size={cfg.content_vocab_size} must lie in 1 .. vocab_size={cfg.vocab_size}."
             )
         self.cfg = cfg
+        _ = cfg.original_block_size  # raises UserError if positions and scaling do not fit
         self.recompute = False  # activation checkpointing: what a block saves is made again in the backward
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.position == "learned":
@@ -107,33 +108,49 @@ class GPT(nn.Module):
     def forward(self, tokens, positions, meta_index, attends=None):
         """tokens, positions (B, T), meta_index (B, M) as in a Batch -> hidden states after ln_f (B, T, C).
 
-        attends: for each block what its two attentions call in place of causal attention (cache.py); None = causal."""
+        attends: for each block what its two attentions call in place of causal attention, for one row of packed texts
+        without pads (cache.py): q and k come rotated, unless rope_dynamic. None = causal."""
         x = self.wte(tokens)  # (B, T, C)
-        rotate_all = rotate_meta = unplaced = None
-        if self.cfg.meta_position == "none":
-            B, T = tokens.shape
-            unplaced = torch.zeros(B, T + 1, dtype=torch.bool, device=tokens.device)
-            unplaced = unplaced.scatter(1, meta_index, True)[:, :T]  # pads, T, mark the column that is cut off
+        unplaced = self._unplaced(tokens, meta_index)
+        rotates, own = (None, None), (None, None)
         if self.cfg.position == "learned":
             place = self.wpe(positions)
             x = x + (place if unplaced is None else place.masked_fill(unplaced[..., None], 0))
         else:
-            if unplaced is not None:
-                positions = positions.masked_fill(unplaced, 0)  # an angle of 0 turns nothing
-            cos, sin = rope_tables(positions, self.cfg.n_embd // self.cfg.n_head, self.cfg.rope_theta)
-            rotate_all = functools.partial(rotate, cos=cos, sin=sin)
-            if self.cfg.second_attention in GATHERED:
-                # gathered rows keep their position in the window: (B, 1, T, D/2) -> (B, 1, M, D/2)
-                cos, sin = (gather_rows(table.squeeze(1), meta_index).unsqueeze(1) for table in (cos, sin))
-                rotate_meta = functools.partial(rotate, cos=cos, sin=sin)
+            rotates, own = self._rotary(positions, meta_index, unplaced)
         x = self.drop(x)
-        for block, attend in zip(self.h, attends or [()] * len(self.h), strict=True):
-            inputs = (x, meta_index, rotate_all, rotate_meta, *attend)
+        for block, attend in zip(self.h, attends or [own] * len(self.h), strict=True):
+            inputs, packed = (x, meta_index, *rotates, *attend), attends is not None
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, *inputs, use_reentrant=False)
+                x = checkpoint(block, *inputs, packed=packed, use_reentrant=False)
             else:
-                x = block(*inputs)
+                x = block(*inputs, packed=packed)
         return self.ln_f(x)
+
+    def _unplaced(self, tokens, meta_index) -> torch.Tensor | None:
+        """Positions (B, T) whose place is hidden from both attentions, or from one; None = no one's."""
+        if self.cfg.meta_position == "same":
+            return None
+        B, T = tokens.shape
+        unplaced = torch.zeros(B, T + 1, dtype=torch.bool, device=tokens.device)
+        return unplaced.scatter(1, meta_index, True)[:, :T]  # pads, T, mark the column that is cut off
+
+    def _rotary(self, positions, meta_index, unplaced) -> tuple[tuple, tuple]:
+        """Of the two attentions: what rotates q and k, and, if the scale is dynamic, what stands for causal attention
+        of q and k that are not rotated."""
+        cfg, lengths = self.cfg, positions + 1  # of the text when a token comes
+        zeroed = positions if unplaced is None else positions.masked_fill(unplaced, 0)  # an angle of 0 turns nothing
+        first = positions if cfg.meta_position == "none_second" else zeroed
+        second = positions if cfg.meta_position == "none_first" else zeroed
+        at = [(first, lengths), (second, lengths)]
+        if cfg.second_attention in GATHERED:  # gathered rows keep their position in the window: (B, M)
+            at[1] = tuple(gather_rows(x[..., None], meta_index).squeeze(-1) for x in at[1])
+        if cfg.rope_dynamic:
+            dynamic = [functools.partial(attend_dynamic, positions=p, lengths=n, cfg=cfg) for p, n in at]
+            return (None, None), tuple(dynamic)
+        tables = rope_tables(first, cfg, fixed_scale(cfg, first.device))
+        tables = tables, tables if at[1][0] is first else rope_tables(at[1][0], cfg, fixed_scale(cfg, first.device))
+        return tuple(functools.partial(rotate, cos=cos, sin=sin) for cos, sin in tables), (None, None)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (..., C) -> logits (..., vocab_size); ids >= content_vocab_size are never predicted: -inf."""

@@ -48,10 +48,26 @@ class GPTConfig:
     """share of a window's positions that second_attention=random connects, drawn for each window; needs no markers"""
     position: Literal["learned", "rope"] = "learned"
     """a learned table, as GPT-2, or rotary q and k in every attention"""
-    meta_position: Literal["same", "none"] = "same"
-    """meta-tokens have the position of their place in the window, as all tokens, or none"""
+    meta_position: Literal["same", "none", "none_first", "none_second"] = "same"
+    """meta-tokens have the position of their place in the window, as all tokens, or none; with rope also none in the
+    first, causal attention alone, or in the second"""
     rope_theta: float = 10000.0
     """base of the rotary wavelengths"""
+    rope_scaling: Literal["none", "pi", "ntk", "yarn"] = "none"
+    """how rotary positions reach beyond the window of training: position interpolation (also of a learned table),
+    NTK-aware, or YaRN"""
+    rope_factor: float = 1.0
+    """block_size over the window of training; with init_from=RUN the model is that run's, and its window grows so"""
+    rope_dynamic: bool = False
+    """for evaluation: the factor is no more than a text's length asks for, and grows with it"""
+    yarn_beta_fast: float = 32.0
+    """YaRN leaves what turns more often than this in the window of training"""
+    yarn_beta_slow: float = 1.0
+    """YaRN interpolates what turns less often than this"""
+    yarn_ramp: Literal["code", "paper"] = "code"
+    """between the two: linear in the number of the pair of dimensions, as YaRN's code, or in its turns, as its paper"""
+    yarn_attention_factor: float | None = None
+    """what q and k are multiplied by; None = YaRN's 0.1 ln(factor) + 1, and 1.0 = no temperature"""
     dropout: float = 0.0
     """0 for pretraining, as in the paper"""
     bias: bool = False
@@ -64,11 +80,21 @@ class GPTConfig:
         check(self, "dropout", 0 <= self.dropout < 1, "lie in [0, 1)")
         check(self, "n_inner", self.n_inner is None or 1 <= self.n_inner <= 2**18, "lie in 1 .. 262144, or be None")
         check(self, "random_fraction", 0 < self.random_fraction <= 1, "lie in (0, 1]")
-        if self.second_attention == "random" and self.meta_position == "none":
+        if self.second_attention == "random" and self.meta_position != "same":
             raise UserError(
-                "meta_position=none needs meta-tokens, and second_attention=random runs without: leave one out."
+                f"meta_position={self.meta_position} needs meta-tokens, and second_attention=random runs without: "
+                f"leave one out."
             )
         check(self, "rope_theta", self.rope_theta > 1, "be above 1")
+        check(self, "rope_factor", 1 <= self.rope_factor <= 2**16, "lie in 1 .. 65536")
+        check(self, "yarn_beta_slow", 0 < self.yarn_beta_slow < self.yarn_beta_fast, "lie between 0 and yarn_beta_fast")
+        factor = self.yarn_attention_factor
+        check(self, "yarn_attention_factor", factor is None or factor > 0, "be above 0, or None")
+        if self.rope_scaling == "none" and (self.rope_factor != 1 or self.rope_dynamic):
+            raise UserError(
+                f"rope_factor={self.rope_factor} and rope_dynamic={self.rope_dynamic} do nothing with "
+                f"rope_scaling=none: add --rope_scaling=yarn, or leave them out."
+            )
         if self.n_embd % self.n_head:
             raise UserError(
                 f"n_embd={self.n_embd} cannot be split into n_head={self.n_head} heads: take "
@@ -79,6 +105,33 @@ class GPTConfig:
                 f"position=rope needs an even head size, and n_embd/n_head = {self.n_embd // self.n_head}: "
                 f"choose n_embd and n_head so that their ratio is even."
             )
+        if self.rope_scaling == "ntk" and self.n_embd // self.n_head == 2:
+            raise UserError(
+                "rope_scaling=ntk needs heads of more than one pair of dimensions: take rope_scaling=pi, or another "
+                "n_head."
+            )
+
+    @property
+    def original_block_size(self) -> int:
+        """The window that the positions were trained in, before it was extended. Raises UserError for a part of a
+        position, and for settings that a learned table has no use for."""
+        if self.position == "learned" and (self.rope_scaling not in ("none", "pi") or self.rope_dynamic):
+            raise UserError(
+                f"rope_scaling={self.rope_scaling}{', rope_dynamic' * self.rope_dynamic} needs position=rope: a table "
+                f"of learned positions can be interpolated once, with --rope_scaling=pi."
+            )
+        if self.position == "learned" and self.meta_position not in ("same", "none"):
+            raise UserError(
+                f"meta_position={self.meta_position} needs position=rope: learned positions are added before any "
+                f"attention."
+            )
+        window = self.block_size / self.rope_factor
+        if abs(window - round(window)) > 1e-6 * window:
+            raise UserError(
+                f"rope_factor={self.rope_factor} does not divide block_size={self.block_size} into a whole window: "
+                f"take a factor that does."
+            )
+        return round(window)
 
 
 Task = Literal["list_recall", "segment_counting", "parity", "copying"]

@@ -2,19 +2,59 @@
 
 import hashlib
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from checkpoint import WEIGHTS, Run
-from config import UserError, to_dict
+from checkpoint import WEIGHTS, Run, load_run
+from config import UserError, check_types, to_dict
 from data.inject import strip
 from data.loader import random_positions
 from data.shards import TokenStream, file_sha256, read_manifest, token_dtype
+from dist import autocast, pick_device, pick_dtype
+from extend import Rescale, scaling_of
 from runlog import environment
 
 POSITIONS = 16384  # in one forward: some 0.1 GB a layer at GPT-2's width
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What every evaluation asks for: which run, read how, computed where, written to which file."""
+
+    run: str = ""
+    """a run's folder (out/NAME) or one of its checkpoints; by default the newest run in out/"""
+    rescale: Rescale = field(default_factory=Rescale)
+    output: str = ""
+    """file of JSON lines, one a cell, to append to; by default tasks.jsonl, perplexity.jsonl or passkey.jsonl in the
+    run's folder"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "float32"
+
+    def __post_init__(self):
+        check_types(self)
+
+    def open(self) -> tuple[Run, dict]:
+        """The run as it is to be read, and what every line says of it. Raises UserError."""
+        run = load_run(self.run, pick_device(self.device))
+        facts, trained = facts_of(run), run.config.model
+        run = self.rescale.of(run)
+        if run.config.model != trained:
+            given = scaling_of(run.config.model) or "none"
+            facts |= {"scaling": given, "arm": f"{facts['arm']}, read with {given}"}
+        return run, facts
+
+    def autocast(self, run: Run):
+        """The context of the arithmetic that dtype asks for."""
+        device = run.model.wte.weight.device
+        return autocast(device, pick_dtype(self.dtype, device)[0])
+
+    def lines(self, run: Run, name: str) -> Path:
+        """The file to append to."""
+        return Path(self.output) if self.output else run.folder.parent / f"{name}.jsonl"
 
 
 def arm_of(run: Run) -> str:
@@ -23,8 +63,9 @@ def arm_of(run: Run) -> str:
     m, markers = run.config.model, run.state["data"]["chunk_markers"]
     names = {"meta": "meta", "causal": "causal2", "random": "random"}
     plain = "widemlp" if m.n_inner not in (None, 4 * m.n_embd) else "pause" if markers else "gpt2"
-    unplaced = ", unplaced markers" if m.meta_position == "none" else ""
-    return f"{names.get(m.second_attention, plain)} + {m.position}{unplaced}"
+    unplaced = f", markers' position {m.meta_position.replace('_', ' in ')}" if m.meta_position != "same" else ""
+    scaling = f", {scaling_of(m)}" if scaling_of(m) else ""
+    return f"{names.get(m.second_attention, plain)} + {m.position}{scaling}{unplaced}"
 
 
 def facts_of(run: Run) -> dict:
@@ -32,6 +73,7 @@ def facts_of(run: Run) -> dict:
     task = run.config.task
     return {
         "arm": arm_of(run),
+        "scaling": scaling_of(run.config.model) or "none",
         "run": run.config.run_name,
         "checkpoint": str(run.folder),
         "weights_sha256": file_sha256(run.folder / WEIGHTS),

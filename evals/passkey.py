@@ -15,23 +15,21 @@ import itertools
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from checkpoint import Run, load_run
-from config import UserError, check, check_types
+from checkpoint import Run
+from config import UserError, check
 from data.inject import inject, marker_places
 from data.tokenizer import Tokenizer
-from dist import autocast, pick_device, pick_dtype
 from evals.common import (
     POSITIONS,
+    Evaluation,
     check_finite,
     check_lengths,
     check_markers,
     connected,
-    facts_of,
     fits,
     hidden_of,
     write_lines,
@@ -54,11 +52,9 @@ KEYS = range(10_000, 50_001)
 
 
 @dataclass(frozen=True)
-class PasskeyEval:
+class PasskeyEval(Evaluation):
     """Pass keys found in filler, by length and depth."""
 
-    run: str = ""
-    """a run's folder (out/NAME) or one of its checkpoints; by default the newest run in out/"""
     lengths: tuple[int, ...] = (256, 512)
     """positions of the longest texts of a cell, markers and answer included; the shortest have nine tenths of that"""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -69,13 +65,9 @@ class PasskeyEval:
     """texts in a cell"""
     candidates: int = 50
     """keys that are ranked: the true one and others"""
-    output: str = ""
-    """file of JSON lines, one a cell, to append to; by default passkey.jsonl in the run's folder"""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    dtype: Literal["auto", "bfloat16", "float32"] = "float32"
 
     def __post_init__(self):
-        check_types(self)
+        super().__post_init__()
         check_lengths(self)
         check(self, "n", 1 <= self.n <= 10**6, "lie in 1 .. 1000000")
         check(self, "candidates", 2 <= self.candidates <= 1000, "lie in 2 .. 1000")
@@ -84,14 +76,12 @@ class PasskeyEval:
 
 
 def main(cfg: PasskeyEval) -> None:
-    device = pick_device(cfg.device)
-    run = load_run(cfg.run, device)
+    run, facts = cfg.open()
     placements = cfg.markers or ("trained" if run.state["data"]["chunk_markers"] else "none",)
     check_markers(run, placements)
-    output = Path(cfg.output) if cfg.output else run.folder.parent / "passkey.jsonl"
-    facts = facts_of(run)
+    output = cfg.lines(run, "passkey")
     write(f"{facts['arm']}, {run.folder}\n", BOLD)
-    with autocast(device, pick_dtype(cfg.dtype, device)[0]):
+    with cfg.autocast(run):
         for markers in placements:
             for length in cfg.lengths:
                 for depth in cfg.depths:

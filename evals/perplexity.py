@@ -23,19 +23,18 @@ from typing import Literal
 import numpy as np
 import torch
 
-from checkpoint import Run, load_run
-from config import UserError, check, check_types
+from checkpoint import Run
+from config import UserError, check
 from data.inject import inject, marker_places, strip
 from data.loader import IGNORE, Batch, places_of, targets_of
-from dist import autocast, pick_device, pick_dtype
 from evals.common import (
     POSITIONS,
+    Evaluation,
     check_finite,
     check_lengths,
     check_markers,
     connected,
     content_sha256,
-    facts_of,
     fits,
     hidden_of,
     place_of,
@@ -50,11 +49,9 @@ Markers = Literal["trained", "none", "none_wide", "stored", "uniform", "periodic
 
 
 @dataclass(frozen=True)
-class PerplexityEval:
+class PerplexityEval(Evaluation):
     """Loss, perplexity and bits per byte on validation text, by window length and markers."""
 
-    run: str = ""
-    """a run's folder (out/NAME) or one of its checkpoints; by default the newest run in out/"""
     dataset: str = ""
     """folder that prepare.py made with the run's tokenizer; by default the run's own"""
     lengths: tuple[int, ...] = ()
@@ -71,14 +68,9 @@ class PerplexityEval:
     """score so many content tokens, from the start of the split; None = all"""
     bucket: int = 64
     """positions that the loss by position takes together"""
-    output: str = ""
-    """file of JSON lines, one a length, condition and draw, to append to; by default perplexity.jsonl in the run's
-    folder"""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    dtype: Literal["auto", "bfloat16", "float32"] = "float32"
 
     def __post_init__(self):
-        check_types(self)
+        super().__post_init__()
         if self.lengths:
             check_lengths(self)
         check(self, "stride", self.stride is None or self.stride >= 1, "be at least 1, or None")
@@ -88,8 +80,7 @@ class PerplexityEval:
 
 
 def main(cfg: PerplexityEval) -> None:
-    device = pick_device(cfg.device)
-    run = load_run(cfg.run, device)
+    run, facts = cfg.open()
     rule, folder = run.state["data"], Path(cfg.dataset or run.state["data"]["dataset"])
     conditions = cfg.markers or (("trained", "none") if rule["chunk_markers"] else ("none",))
     check_markers(run, conditions)
@@ -107,11 +98,11 @@ def main(cfg: PerplexityEval) -> None:
             f"a window of {max(lengths)} positions is longer than the {len(content):,} content tokens that are read of "
             f"{folder}: take shorter --lengths or more text."
         )
-    output = Path(cfg.output) if cfg.output else run.folder.parent / "perplexity.jsonl"
-    facts = {**facts_of(run), "dataset": str(folder), "split": "val", "content_sha256": content_sha256(run, content),
+    output = cfg.lines(run, "perplexity")
+    facts |= {"dataset": str(folder), "split": "val", "content_sha256": content_sha256(run, content),
              "target_rule": run.config.target_rule}  # fmt: skip
     write(f"{facts['arm']}, {run.folder}, {len(content) - 1:,} content tokens of {folder}\n", BOLD)
-    with autocast(device, pick_dtype(cfg.dtype, device)[0]):
+    with cfg.autocast(run):
         for length in lengths:
             stride = cfg.stride or max(1, length // 2)
             for markers in conditions:

@@ -5,15 +5,12 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from checkpoint import Run, load_run
-from config import Level, Placement, Task, TaskConfig, check, check_types
-from dist import autocast, pick_device, pick_dtype
-from evals.common import POSITIONS, check_lengths, connected, facts_of, fits, hidden_of, write_lines
+from checkpoint import Run
+from config import Level, Placement, Task, TaskConfig, check
+from evals.common import POSITIONS, Evaluation, check_lengths, connected, fits, hidden_of, write_lines
 from loss import scored_rows, token_hits, token_nats
 from stats import bootstrap_ratio, wilson
 from tasks import TASKS
@@ -24,11 +21,9 @@ from terminal import BOLD, write
 
 
 @dataclass(frozen=True)
-class TasksEval:
+class TasksEval(Evaluation):
     """Exact answers to texts of the synthetic tasks, by length."""
 
-    run: str = ""
-    """a run's folder (out/NAME) or one of its checkpoints; by default the newest run in out/"""
     tasks: tuple[Task, ...] = ()
     """list_recall, segment_counting, parity, copying; by default those that the run was trained on, else all"""
     lengths: tuple[int, ...] = (128, 256, 512)
@@ -39,26 +34,20 @@ class TasksEval:
     """by default the run's, else hard"""
     n: int = 1000
     """texts in a cell"""
-    output: str = ""
-    """file of JSON lines, one a cell, to append to; by default tasks.jsonl in the run's folder"""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    dtype: Literal["auto", "bfloat16", "float32"] = "float32"
 
     def __post_init__(self):
-        check_types(self)
+        super().__post_init__()
         check_lengths(self)
         check(self, "n", 1 <= self.n <= 10**6, "lie in 1 .. 1000000")
 
 
 def main(cfg: TasksEval) -> None:
-    device = pick_device(cfg.device)
-    run = load_run(cfg.run, device)
+    run, facts = cfg.open()
     trained = run.config.task
     settings = dataclasses.replace(trained, questions=1, shuffle_answers=False)
-    output = Path(cfg.output) if cfg.output else run.folder.parent / "tasks.jsonl"
-    facts = facts_of(run)
+    output = cfg.lines(run, "tasks")
     write(f"{facts['arm']}, {run.folder}, {tokens_per_item(run.tokenizer):.3f} tokens an item\n", BOLD)
-    with autocast(device, pick_dtype(cfg.dtype, device)[0]):
+    with cfg.autocast(run):
         for task in cfg.tasks or trained.tasks or TASKS:
             for placement in cfg.placements or trained.placements:
                 for length in cfg.lengths:

@@ -16,6 +16,7 @@ from rng import stable_key
 from sample import start_samples
 from tests.reference import generate as reference
 from tests.test_model import ARMS_AND_PLACES, sharpen, wake
+from tests.test_rope import ARMS_AND_ALL_PLACES, SCALES
 
 META, EOT, V = 61, 60, 61  # markers are the id behind the content
 PLANS = {
@@ -103,6 +104,20 @@ def test_cached_equals_recomputed(second, place, position, rule, recorded):
     plans = [PLANS[name] for name in ("none", "uniform", "other", "periodic")]
     prompts = [laid_out(n, plan, n) for n, plan in zip((1, 14, 4, 11), plans, strict=True)]
     compare(run, prompts, plans, 50, recorded)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "dynamic", "second", "place"),
+    [(*scale, "meta", "same") for scale in SCALES[1:]] + [("yarn", True, *arm) for arm in ARMS_AND_ALL_PLACES],
+)
+def test_cached_equals_recomputed_in_a_stretched_window(second, place, scaling, dynamic, recorded):
+    """Also where every token has its own scale, and all keys turn anew with it."""
+    shape = {"position": "rope", "rope_scaling": scaling, "rope_dynamic": dynamic, "rope_factor": 3.0}
+    run = random_run(second_attention=second, meta_position=place, yarn_beta_fast=0.9, yarn_beta_slow=0.05, **shape)
+    compare(run, [laid_out(5, PLANS["uniform"])], [PLANS["uniform"]], 40, recorded)
+    plans = [PLANS[name] for name in ("none", "uniform", "other", "periodic")]
+    prompts = [laid_out(n, plan, n) for n, plan in zip((1, 14, 4, 11), plans, strict=True)]
+    compare(run, prompts, plans, 25, recorded)
 
 
 def test_the_models_make_their_markers_matter():

@@ -1,54 +1,64 @@
-"""The model from its definition: every attention over all T x T pairs under a mask, rotations as complex numbers."""
+"""The model from its definition: every attention over all T x T pairs under a mask, scores as complex numbers."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 
+from tests.reference import rope
+
 
 def attention(layer, x, allowed, turn):
-    """x (B, T, C); allowed (B, T, T) bool, may query i see key j; turn (B, T, D/2) complex or None -> (B, T, C).
+    """x (B, T, C); allowed (B, T, T) bool, may query i see key j; turn (B, T, T, D/2) complex or None: what
+    q_i conj(k_j) is multiplied by -> (B, T, C).
 
     A query that may see nothing gets 0."""
     B, T, C = x.shape
     D = C // layer.n_head
-    heads = [part.reshape(B, T, layer.n_head, D) for part in layer.c_attn(x).split(C, dim=-1)]
-    if turn is not None:  # q and k alone
-        heads[:2] = [_turned(part, turn) for part in heads[:2]]
-    q, k, v = heads
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(D)
-    weights = torch.where(allowed[:, None], scores, -math.inf).softmax(-1).nan_to_num(0)
+    q, k, v = (part.reshape(B, T, layer.n_head, D) for part in layer.c_attn(x).split(C, dim=-1))
+    if turn is None:
+        scores = torch.einsum("bihd,bjhd->bhij", q, k)
+    else:  # dimensions d and d + D/2 are the parts of a complex number
+        q, k = (torch.complex(part[..., : D // 2], part[..., D // 2 :]) for part in (q, k))
+        scores = torch.einsum("bihd,bjhd,bijd->bhij", q, k.conj(), turn).real
+    weights = torch.where(allowed[:, None], scores / math.sqrt(D), -math.inf).softmax(-1).nan_to_num(0)
     out = torch.einsum("bhij,bjhd->bihd", weights, v).reshape(B, T, C)
     return torch.where(allowed.any(-1)[..., None], layer.c_proj(out), 0)
 
 
-def _turned(x, turn):
-    """x (B, T, H, D): dimensions d and d + D/2 are the parts of a complex number."""
-    D = x.size(-1)
-    z = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * turn[:, :, None]
-    return torch.cat((z.real, z.imag), dim=-1)
+def turns(cfg, positions, places):
+    """positions, places (B, T), where tokens are and where they are said to be -> (B, T, T, D/2) complex: how far
+    the product of each query and key is turned and stretched, under the scale that the query reads with."""
+    pairs = range(cfg.n_embd // cfg.n_head // 2)
+    scales = [[rope.scale(cfg, int(position) + 1) for position in row] for row in positions]
+    speeds = [[[rope.speed(cfg, d, s) for d in pairs] for s in row] for row in scales]
+    speeds = torch.tensor(speeds, dtype=torch.float64)
+    stretch = torch.tensor([[rope.temperature(cfg, s) for s in row] for row in scales], dtype=torch.float64)
+    distance = (places[:, :, None] - places[:, None, :]).double()
+    return torch.polar(stretch[:, :, None, None].expand(*distance.shape, len(pairs)).contiguous(),
+                       distance[..., None] * speeds[:, :, None])  # fmt: skip
 
 
 def hidden_states(model, tokens, positions, members):
     """model.forward with members (B, T) bool, the positions of the second attention, in place of their list."""
     cfg, T = model.cfg, tokens.size(1)
-    placed = ~members if cfg.meta_position == "none" else torch.ones_like(members)
-    x, turn = model.wte(tokens), None
+    nowhere = torch.where(members, 0, positions)
+    first = positions if cfg.meta_position in ("same", "none_second") else nowhere
+    second = positions if cfg.meta_position in ("same", "none_first") else nowhere
+    x, turn, turn_second = model.wte(tokens), None, None
     if cfg.position == "learned":
+        placed = ~members if cfg.meta_position == "none" else torch.ones_like(members)
         x = x + model.wpe(positions) * placed[..., None]
     else:
-        D = cfg.n_embd // cfg.n_head
-        speed = torch.tensor([cfg.rope_theta ** (-2 * d / D) for d in range(D // 2)], dtype=torch.float64)
-        angle = positions[..., None] * speed
-        turn = torch.where(placed[..., None], torch.polar(torch.ones_like(angle), angle), 1)
+        turn, turn_second = (turns(cfg, positions, places) for places in (first, second))
     before = torch.ones(T, T, dtype=torch.bool).tril().expand(len(tokens), T, T)
-    second = before
+    connected = before
     if cfg.second_attention in ("meta", "random"):
-        second = before & members[:, :, None] & members[:, None, :]
+        connected = before & members[:, :, None] & members[:, None, :]
     for block in model.h:
         x = x + attention(block.attn, block.ln_1(x), before, turn)
         if cfg.second_attention != "none":
-            x = x + attention(block.second_attn, block.ln_second(x), second, turn)
+            x = x + attention(block.second_attn, block.ln_second(x), connected, turn_second)
         h = F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh")
         x = x + block.mlp.c_proj(h)
     return model.ln_f(x)
