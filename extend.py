@@ -2,12 +2,11 @@
 trained."""
 
 import dataclasses
-from typing import Literal
 
 import torch
 
 from checkpoint import Run
-from config import GPTConfig, UserError
+from config import GPTConfig, Rescale, UserError
 
 
 def stretched(m: GPTConfig, scaling: str, factor: float, **more) -> GPTConfig:
@@ -33,48 +32,27 @@ def stretched(m: GPTConfig, scaling: str, factor: float, **more) -> GPTConfig:
 def interpolated(table: torch.Tensor, factor: float, rows: int) -> torch.Tensor:
     """A table of learned positions (T, C) -> (rows, C): position m reads the old one m / factor, linearly between two
     rows, as position interpolation has it (arXiv 2306.15595). Beyond the last row it is the last."""
-    at = (torch.arange(rows, dtype=torch.float64) / factor).clamp(max=len(table) - 1)
+    at = (torch.arange(rows, device=table.device) / factor).clamp(max=len(table) - 1)
     below = at.long()
     above = (below + 1).clamp(max=len(table) - 1)
-    return torch.lerp(table[below], table[above], (at - below).to(table)[:, None])
+    return torch.lerp(table[below], table[above], (at - below)[:, None].to(table.dtype))
 
 
-@dataclasses.dataclass(frozen=True)
-class Rescale:
-    """How a run's positions are read; by default as it was trained."""
-
-    rope_scaling: Literal["none", "pi", "ntk", "yarn"] | None = None
-    """stretch the run's window without training: pi (also of a learned table), ntk, yarn; none = read on plainly;
-    None = as trained"""
-    rope_factor: float = 1.0
-    """by so much, from the window before any extension"""
-    rope_dynamic: bool = False
-    """by no more than a text's length asks for, whatever rope_factor"""
-
-    def __post_init__(self):
-        if self.rope_scaling is None and (self.rope_factor != 1 or self.rope_dynamic):
-            raise UserError(
-                f"rope_factor={self.rope_factor} and rope_dynamic={self.rope_dynamic} need --rope_scaling: add "
-                f"--rope_scaling=yarn, or leave them out."
-            )
-
-    def of(self, run: Run) -> Run:
-        """The run as it is to be read; its model is changed, not copied."""
-        if self.rope_scaling is None:
-            return run
-        m = stretched(run.config.model, self.rope_scaling, self.rope_factor, rope_dynamic=self.rope_dynamic)
-        _ = m.original_block_size  # raises UserError if the scaling does not fit the positions
-        if m.position == "learned":
-            table = run.model.wpe.weight
-            longer = torch.nn.Embedding(m.block_size, m.n_embd, device=table.device)
-            longer.weight.data = interpolated(table.detach().cpu(), self.rope_factor, m.block_size).to(table.device)
-            run.model.wpe = longer
-        run.model.cfg = m
-        return dataclasses.replace(run, config=dataclasses.replace(run.config, model=m))
+def rescaled(run: Run, how: Rescale) -> Run:
+    """The run as it is to be read; its model is changed, not copied. Raises UserError if the scaling does not fit."""
+    if how.rope_scaling is None:
+        return run
+    m = stretched(run.config.model, how.rope_scaling, how.rope_factor, rope_dynamic=how.rope_dynamic)
+    _ = m.original_block_size  # raises UserError if the scaling does not fit the positions
+    if m.position == "learned":
+        table = run.model.wpe.weight
+        run.model.wpe = torch.nn.Embedding.from_pretrained(interpolated(table.detach(), how.rope_factor, m.block_size))
+    run.model.cfg = m
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, model=m))
 
 
 def scaling_of(m: GPTConfig) -> str:
-    """For a person: "" without any, else "yarn 4x", "ntk dynamic"."""
-    if m.rope_scaling == "none":
+    """For a person: "" if the window is that of training, else "yarn 4x", "ntk dynamic", "none 4x"."""
+    if m.rope_scaling == "none" and m.rope_factor == 1:
         return ""
     return f"{m.rope_scaling} {'dynamic' if m.rope_dynamic else f'{m.rope_factor:g}x'}"

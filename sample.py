@@ -4,6 +4,7 @@ python sample.py                                     # the newest run, from the 
 python sample.py --run=out/tiny_meta --prompt='def main' --count=3 --temperature=0.7
 python sample.py --prompt='import<|meta|> os' --meta=none         # markers placed by hand
 head -c 300 some.py | python sample.py --prompt_file=-
+python sample.py --rope_scaling=yarn --rope_factor=4 --max_new_tokens=2000        # beyond the window of training
 """
 
 import codecs
@@ -18,6 +19,7 @@ from cli import load_config, run_cli
 from config import SampleConfig, UserError
 from data.tokenizer import META
 from dist import autocast, pick_device, pick_dtype
+from extend import rescaled
 from generate import MarkerPlan, generate_batch, lay_out, prepare
 from rng import stable_key
 from terminal import BOLD, DIM_MAGENTA, write
@@ -98,7 +100,7 @@ def main(argv: list[str]) -> None:
     cfg = load_config(SampleConfig, argv)
     prompt_text = read_prompt(cfg)
     device = pick_device(cfg.device)
-    run = load_run(cfg.run, device)
+    run = rescaled(load_run(cfg.run, device), cfg.rescale)
     show_markers = cfg.show_markers == "yes" or (cfg.show_markers == "auto" and sys.stdout.isatty())
     with autocast(device, pick_dtype(cfg.dtype, device)[0]):
         weights = prepare(run, min(cfg.count, BATCH))

@@ -12,6 +12,7 @@ from config import PrepareConfig, TrainConfig, UserError, to_dict
 from data.loader import Windows
 from data.shards import read_manifest
 from data.tokenizer import Tokenizer
+from extend import stretched
 from optim import learning_rate
 from tasks.source import TaskWindows
 
@@ -79,35 +80,51 @@ def check_arm(cfg: TrainConfig, markers: int) -> None:
         )
 
 
+def extends(cfg: TrainConfig) -> bool:
+    """Does cfg ask for a longer window than the positions were trained in?"""
+    return cfg.model.rope_scaling != "none" or cfg.model.rope_factor != 1
+
+
 def base_of(cfg: TrainConfig, saved: Checkpoint | None) -> Checkpoint | None:
-    """The run whose model learns the tasks: what goes on, or what init_from names; None = a new model."""
-    if not cfg.task.tasks or saved or cfg.init_from in pretrained.KEYWORDS or not holds_run(Path(cfg.init_from)):
+    """The run whose model learns the tasks, or gets a longer window: what goes on, or what init_from names; None = a
+    new model."""
+    takes_over = cfg.task.tasks or extends(cfg)
+    if saved or not takes_over or cfg.init_from in pretrained.KEYWORDS or not holds_run(Path(cfg.init_from)):
         return saved
     return checkpoint.open_run(cfg.init_from)
 
 
 def with_base(cfg: TrainConfig, base: Checkpoint | None) -> TrainConfig:
-    """cfg with the model and the target rule of the run that learns its tasks, which need not be given again.
+    """cfg with the model and the target rule of the run that learns its tasks, or whose window it stretches, which need
+    not be given again.
 
-    Raises UserError if cfg names another model, or texts longer than the model's positions."""
-    if not cfg.task.tasks:
-        return cfg
-    if base:
-        theirs, default = base.config, TrainConfig()
-        for name in (*to_dict(cfg.model), "target_rule"):
-            given, found = flat(cfg)[name], flat(theirs)[name]
-            if given not in (found, flat(default)[name]):
-                raise UserError(
-                    f"{name}={given}, and the model of {base.folder}, which is to learn the tasks, has {found}: leave "
-                    f"--{name} out, the model is taken as it is."
-                )
-        cfg = dataclasses.replace(cfg, model=theirs.model, target_rule=theirs.target_rule)
-    if cfg.model.position == "learned" and cfg.task.train_length > cfg.model.block_size:
+    Raises UserError if cfg names another model, texts longer than the model's positions, or a dynamic scale."""
+    if cfg.model.rope_dynamic:
+        raise UserError("rope_dynamic is for reading: train with a fixed --rope_factor, or without.")
+    if cfg.task.tasks or extends(cfg):
+        cfg = _taken_over(cfg, base) if base else cfg
+    if cfg.task.tasks and cfg.model.position == "learned" and cfg.task.train_length > cfg.model.block_size:
         raise UserError(
             f"train_length={cfg.task.train_length}, and the model has {cfg.model.block_size} learned positions: take a "
             f"--train_length of at most that."
         )
     return cfg
+
+
+def _taken_over(cfg: TrainConfig, base: Checkpoint) -> TrainConfig:
+    """Settings of the window are those of cfg, if it has any; what else cfg says of the model must be base's."""
+    model, asked, default = base.config.model, to_dict(cfg.model), flat(TrainConfig())
+    window = {name: asked[name] for name in asked if name.startswith(("rope_", "yarn_")) and name != "rope_theta"}
+    if extends(cfg) and any(getattr(model, name) != value for name, value in window.items()):
+        model = stretched(model, window.pop("rope_scaling"), window.pop("rope_factor"), **window)
+    found = {**to_dict(model), "target_rule": base.config.target_rule}
+    for name, value in found.items():
+        given = flat(cfg)[name]
+        if given not in (value, default[name]):
+            raise UserError(
+                f"{name}={given}, and the model of {base.folder}, which is taken over, has {value}: leave --{name} out."
+            )
+    return dataclasses.replace(cfg, model=model, target_rule=found["target_rule"])
 
 
 def with_vocabulary(cfg: TrainConfig, n_vocab: int, n_content: int) -> TrainConfig:

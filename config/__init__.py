@@ -57,7 +57,8 @@ class GPTConfig:
     """how rotary positions reach beyond the window of training: position interpolation (also of a learned table),
     NTK-aware, or YaRN"""
     rope_factor: float = 1.0
-    """block_size over the window of training; with init_from=RUN the model is that run's, and its window grows so"""
+    """block_size over the window of training; with init_from=RUN the model is that run's, and its window grows by so
+    much, with rope_scaling=none too"""
     rope_dynamic: bool = False
     """for evaluation: the factor is no more than a text's length asks for, and grows with it"""
     yarn_beta_fast: float = 32.0
@@ -90,10 +91,9 @@ class GPTConfig:
         check(self, "yarn_beta_slow", 0 < self.yarn_beta_slow < self.yarn_beta_fast, "lie between 0 and yarn_beta_fast")
         factor = self.yarn_attention_factor
         check(self, "yarn_attention_factor", factor is None or factor > 0, "be above 0, or None")
-        if self.rope_scaling == "none" and (self.rope_factor != 1 or self.rope_dynamic):
+        if self.rope_scaling == "none" and self.rope_dynamic:
             raise UserError(
-                f"rope_factor={self.rope_factor} and rope_dynamic={self.rope_dynamic} do nothing with "
-                f"rope_scaling=none: add --rope_scaling=yarn, or leave them out."
+                "rope_dynamic does nothing with rope_scaling=none: add --rope_scaling=yarn, or leave it out."
             )
         if self.n_embd % self.n_head:
             raise UserError(
@@ -115,10 +115,11 @@ class GPTConfig:
     def original_block_size(self) -> int:
         """The window that the positions were trained in, before it was extended. Raises UserError for a part of a
         position, and for settings that a learned table has no use for."""
-        if self.position == "learned" and (self.rope_scaling not in ("none", "pi") or self.rope_dynamic):
+        allowed = ("pi",) if self.rope_factor != 1 else ("none", "pi")
+        if self.position == "learned" and (self.rope_scaling not in allowed or self.rope_dynamic):
             raise UserError(
-                f"rope_scaling={self.rope_scaling}{', rope_dynamic' * self.rope_dynamic} needs position=rope: a table "
-                f"of learned positions can be interpolated once, with --rope_scaling=pi."
+                f"rope_scaling={self.rope_scaling}{', rope_dynamic' * self.rope_dynamic} by {self.rope_factor:g} needs "
+                f"position=rope: a table of learned positions can be interpolated once, with --rope_scaling=pi."
             )
         if self.position == "learned" and self.meta_position not in ("same", "none"):
             raise UserError(
@@ -399,6 +400,27 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
+class Rescale:
+    """How a run's positions are read; by default as it was trained."""
+
+    rope_scaling: Literal["none", "pi", "ntk", "yarn"] | None = None
+    """stretch the run's window without training: pi (also of a learned table), ntk, yarn; none = read on plainly;
+    None = as trained"""
+    rope_factor: float = 1.0
+    """by so much, from the window before any extension"""
+    rope_dynamic: bool = False
+    """by no more than a text's length asks for, and the more the longer it gets"""
+
+    def __post_init__(self):
+        check_types(self)
+        if self.rope_scaling is None and (self.rope_factor != 1 or self.rope_dynamic):
+            raise UserError(
+                f"rope_factor={self.rope_factor} and rope_dynamic={self.rope_dynamic} need --rope_scaling: add "
+                f"--rope_scaling=yarn, or leave them out."
+            )
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """What to write with a trained model."""
 
@@ -426,6 +448,7 @@ class SampleConfig:
     """end a sample at <|endoftext|>"""
     show_markers: Literal["auto", "yes", "no"] = "auto"
     """print the markers, dim; auto = only on a terminal"""
+    rescale: Rescale = field(default_factory=Rescale)
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "float32"
 

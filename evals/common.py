@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from checkpoint import WEIGHTS, Run, load_run
-from config import UserError, check_types, to_dict
+from config import Rescale, UserError, check_types, to_dict
 from data.inject import strip
 from data.loader import random_positions
 from data.shards import TokenStream, file_sha256, read_manifest, token_dtype
 from dist import autocast, pick_device, pick_dtype
-from extend import Rescale, scaling_of
+from extend import rescaled, scaling_of
 from runlog import environment
 
 POSITIONS = 16384  # in one forward: some 0.1 GB a layer at GPT-2's width
@@ -41,7 +41,7 @@ class Evaluation:
         """The run as it is to be read, and what every line says of it. Raises UserError."""
         run = load_run(self.run, pick_device(self.device))
         facts, trained = facts_of(run), run.config.model
-        run = self.rescale.of(run)
+        run = rescaled(run, self.rescale)
         if run.config.model != trained:
             given = scaling_of(run.config.model) or "none"
             facts |= {"scaling": given, "arm": f"{facts['arm']}, read with {given}"}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import checkpoint
 from checkpoint import open_checkpoint
 from cli import load_config
-from config import GPTConfig, SampleConfig, TaskConfig, TrainConfig, UserError, to_dict, train_config_from_dict
+from config import GPTConfig, Rescale, SampleConfig, TaskConfig, TrainConfig, UserError, to_dict, train_config_from_dict
 from data.loader import step_windows, window_order
 from data.shards import ShardWriter, TokenStream
 from data.verify import verify
@@ -142,7 +142,9 @@ NUMBERS = {  # where the type alone says too little
     "n_accelerators": st.integers(1, 10**6), "learning_rate": st.floats(1, 1e300), "min_lr": st.floats(0, 1),
     "run_name": st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", fullmatch=True), "top_p": st.just(1.0),
     "train_length": st.integers(32, 2**20), "meta_share": st.floats(1e-6, 0.89), "questions": st.integers(1, 16),
-    "temperature": st.floats(1e-3, 1e300), "prompt": st.none(), "spike_deviations": st.floats(1e-3, 1e300),
+    "temperature": st.floats(1e-3, 1e300), "prompt": st.none(), "rope_factor": st.floats(1, 2**16),
+    "yarn_beta_slow": st.floats(1e-3, 1), "yarn_beta_fast": st.floats(2, 1e300),
+    "yarn_attention_factor": st.none() | st.floats(1e-3, 1e300), "spike_deviations": st.floats(1e-3, 1e300),
 }  # fmt: skip
 # a text "None" cannot be told from no text on a command line, but no setting that is not also None has that
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
@@ -168,7 +170,7 @@ def configs(draw, cls):
     hints = {
         name: hint
         for name, hint in typing.get_type_hints(cls).items()
-        if name not in ("model", "task", "n_head", "n_embd")
+        if name not in ("model", "task", "rescale", "n_head", "n_embd")
     }
     chosen = {name: draw(values(hint, name)) for name, hint in hints.items() if draw(st.booleans())}
     if cls is TrainConfig:
@@ -176,11 +178,18 @@ def configs(draw, cls):
         if chosen.get("init_from", "scratch") != "scratch":
             chosen.pop("branch_from", None)
         chosen["learning_rate"] = max(chosen.get("learning_rate", 1.0), chosen.get("min_lr", 0.0))
+    if cls is SampleConfig:
+        given = st.builds(Rescale, st.sampled_from(("none", "yarn")), NUMBERS["rope_factor"], st.booleans())
+        chosen["rescale"] = draw(st.just(Rescale()) | given)
     if cls is GPTConfig:
         head, size = draw(st.integers(1, 12)), 2 * draw(st.integers(1, 64))
         chosen |= {"n_head": head, "n_embd": head * size}
-        if (chosen.get("second_attention"), chosen.get("meta_position")) == ("random", "none"):
-            del chosen["meta_position"]
+        if chosen.get("second_attention") == "random":
+            chosen.pop("meta_position", None)
+        if chosen.get("rope_scaling", "none") == "none":
+            chosen.pop("rope_dynamic", None)
+        if chosen.get("rope_scaling") == "ntk" and size == 2:
+            del chosen["rope_scaling"]
     return cls(**{name: value for name, value in chosen.items() if not (name == "init_from" and not value)})
 
 
@@ -198,7 +207,9 @@ def test_any_training_survives_saving_and_the_command_line(cfg):
 @settings(max_examples=60, deadline=None)
 @given(configs(SampleConfig))
 def test_any_sampling_survives_the_command_line(cfg):
-    argv = [f"--{name}={value}" for name, value in to_dict(cfg).items()]
+    settings_ = to_dict(cfg)
+    settings_ |= settings_.pop("rescale")
+    argv = [f"--{name}={value}" for name, value in settings_.items()]
     assert load_config(SampleConfig, argv) == cfg
 
 

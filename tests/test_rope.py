@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from config import GPTConfig, UserError
-from extend import Rescale, interpolated, scaling_of, stretched
+from config import GPTConfig, Rescale, UserError
+from extend import interpolated, scaling_of, stretched
 from model import GPT
 from rope import attention_factor, fixed_scale, rope_speeds, rope_tables, rotate
 from tests.reference import gpt as reference
@@ -28,11 +28,8 @@ STRETCHED = {"position": "rope", "block_size": 12, "rope_factor": 3.0, "yarn_bet
 
 def small(scaling: str, dynamic: bool = False, **changes) -> GPTConfig:
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 64, "content_vocab_size": 60, "bias": True}
-    factor = {} if scaling == "none" else {"rope_scaling": scaling, "rope_dynamic": dynamic}
-    rest = {**STRETCHED, **factor}
-    if scaling == "none":
-        rest["rope_factor"] = 1.0
-    return GPTConfig(**{**shape, **rest, **changes})
+    factor = {"rope_factor": 1.0} if scaling == "none" else {"rope_scaling": scaling, "rope_dynamic": dynamic}
+    return GPTConfig(**{**shape, **STRETCHED, **factor, **changes})
 
 
 def build(cfg: GPTConfig) -> GPT:
@@ -197,6 +194,13 @@ def test_windows_are_stretched_from_the_first_one():
     eight = stretched(four, "yarn", 8.0)
     assert (eight.block_size, eight.original_block_size) == (4096, 512)
     assert stretched(eight, "none", 1.0) == base
+    plain = stretched(base, "none", 4.0)  # longer, and not scaled
+    assert (plain.block_size, plain.original_block_size, scaling_of(plain), scaling_of(base)) == (
+        2048,
+        512,
+        "none 4x",
+        "",
+    )
     assert scaling_of(stretched(base, "ntk", 4.0, rope_dynamic=True)) == "ntk dynamic"
     with pytest.raises(UserError, match="makes 665.60 positions of 512"):
         stretched(base, "pi", 1.3)
@@ -208,15 +212,18 @@ def test_windows_are_stretched_from_the_first_one():
 @pytest.mark.parametrize(
     ("settings_", "sentence"),
     [
-        ({"rope_factor": 4.0}, "do nothing with rope_scaling=none"),
-        ({"rope_dynamic": True}, "do nothing with rope_scaling=none"),
+        ({"rope_dynamic": True}, "does nothing with rope_scaling=none"),
+        ({"rope_factor": 4.0, "position": "learned"}, "rope_scaling=none by 4 needs position=rope"),
         ({"rope_scaling": "yarn", "rope_factor": 0.5}, "rope_factor=0.5 is out of range"),
         ({"rope_scaling": "yarn", "yarn_beta_slow": 40.0}, "yarn_beta_slow=40.0 is out of range"),
         ({"rope_scaling": "yarn", "yarn_attention_factor": 0.0}, "yarn_attention_factor=0.0 is out of range"),
         ({"rope_scaling": "ntk", "n_head": 8}, "needs heads of more than one pair"),
         ({"rope_scaling": "yarn", "rope_factor": 5.0}, "does not divide block_size=12"),
-        ({"rope_scaling": "yarn", "position": "learned"}, "rope_scaling=yarn needs position=rope"),
-        ({"rope_scaling": "pi", "rope_dynamic": True, "position": "learned"}, "pi, rope_dynamic needs position=rope"),
+        ({"rope_scaling": "yarn", "position": "learned"}, "rope_scaling=yarn by 1 needs position=rope"),
+        (
+            {"rope_scaling": "pi", "rope_dynamic": True, "position": "learned"},
+            "pi, rope_dynamic by 1 needs position=rope",
+        ),
         ({"meta_position": "none_first", "position": "learned"}, "meta_position=none_first needs position=rope"),
     ],
 )

@@ -1,0 +1,21 @@
+"""The laptop's twin of extend_4x.py, for runs of tiny_meta.py and its controls: 512 -> 2048 positions.
+
+python prepare.py --min_document_tokens=2048
+python train.py config/tiny_extend_4x.py --init_from=out/tiny_meta --run_name=meta_2048"""
+
+from dataclasses import replace
+
+from config.extend_4x import config as full
+
+config = replace(
+    full,
+    dataset="data/stdlib_uniform_2048plus",
+    batch_size=4,
+    micro_batch_size=1,
+    max_steps=200,
+    optimizer="muon",
+    learning_rate=1e-3,
+    min_lr=1e-3,
+    eval_windows=16,
+    compile=False,
+)

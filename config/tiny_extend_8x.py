@@ -1,0 +1,10 @@
+"""The laptop's twin of extend_8x.py: 512 -> 4096 positions.
+
+python prepare.py --min_document_tokens=4096
+python train.py config/tiny_extend_8x.py --init_from=out/tiny_meta --run_name=meta_4096"""
+
+from dataclasses import replace
+
+from config.tiny_extend_4x import config as four
+
+config = replace(four, model=replace(four.model, rope_factor=8.0), dataset="data/stdlib_uniform_4096plus", batch_size=2)
