@@ -137,6 +137,7 @@ class GPTConfig:
 
 Task = Literal["list_recall", "segment_counting", "parity", "copying"]
 Placement = Literal["target", "every", "none", "background"]
+Question = Literal["index", "after", "misnamed"]
 Level = Literal["easy", "medium", "hard", "extra_hard", "long"]
 
 
@@ -157,8 +158,9 @@ class TaskConfig:
     random"""
     meta_share: float = 0.1
     """share of a text's positions that background gives to meta-tokens"""
-    question: Literal["index", "after"] = "index"
-    """what list recall asks for: item j of a list (the paper's), or the item that follows another one in it"""
+    question: Question = "index"
+    """what list recall asks for: item j of a list (the paper's); the item that follows another one in it (after); or
+    item j under the name of another list than the one that is pointed at (misnamed, a control)"""
     questions: int = 1
     """in a training text of list recall; the other tasks have one, and so has every text that is evaluated"""
     loss_on: Literal["answer", "all"] = "answer"

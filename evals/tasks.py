@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from checkpoint import Run
-from config import Level, Placement, Task, TaskConfig, check
+from config import Level, Placement, Question, Task, TaskConfig, check
 from evals.common import POSITIONS, Evaluation, check_lengths, connected, fits, hidden_of, write_lines
 from loss import scored_rows, token_hits, token_nats
 from stats import bootstrap_ratio, wilson
@@ -32,6 +32,8 @@ class TasksEval(Evaluation):
     """target, every, none, background; by default those that the run was trained with, else target"""
     level: Level | None = None
     """by default the run's, else hard"""
+    question: Question | None = None
+    """of list recall: index, after, misnamed; by default the run's"""
     n: int = 1000
     """texts in a cell"""
 
@@ -44,7 +46,9 @@ class TasksEval(Evaluation):
 def main(cfg: TasksEval) -> None:
     run, facts = cfg.open()
     trained = run.config.task
-    settings = dataclasses.replace(trained, questions=1, shuffle_answers=False)
+    settings = dataclasses.replace(
+        trained, question=cfg.question or trained.question, questions=1, shuffle_answers=False
+    )
     output = cfg.lines(run, "tasks")
     write(f"{facts['arm']}, {run.folder}, {tokens_per_item(run.tokenizer):.3f} tokens an item\n", BOLD)
     with cfg.autocast(run):

@@ -24,12 +24,12 @@ import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 
 from cli import run_cli
-from config import TaskConfig, UserError
+from config import Question, TaskConfig, UserError
 from data.inject import marker_places
 from data.tokenizer import META, Tokenizer
 from rng import Draws, stable_key
@@ -61,12 +61,18 @@ class Maker:
     """What one task writes with: words that are tokens, its markers as they are placed, and the positions they take."""
 
     def __init__(self, task: str, placement: str, cfg: TaskConfig, tokenizer: Tokenizer):
-        """cfg: its form of the question, number of questions and share of background markers."""
+        """cfg: its form of the question, number of questions and share of background markers. Raises UserError for a
+        question that this task, so placed, cannot have."""
         self.name, self.placement, self.cfg, self.tokenizer = task, placement, cfg, tokenizer
         self.task = importlib.import_module(f"tasks.{task}")
         self.items, self.names = words.pools(tokenizer)
         point = META if placement == "target" else f" {words.DELIMITER}"
         nothing_points = placement == "every" and self.task.QUESTION_NAMES_PLACE
+        if cfg.question == "misnamed" and (nothing_points or not self.task.QUESTION_NAMES_PLACE):
+            raise UserError(
+                f"question=misnamed asks list recall for what is pointed at, not for what is named, and {task} with "
+                f"placement {placement} has no such question: take --tasks list_recall --placements target none."
+            )
         self._signs = {POINT: [] if nothing_points else [point], STOP: [META] if placement == "every" else []}
         self._ids: dict[str, list[int]] = {META: [tokenizer.meta]}
 
@@ -149,7 +155,7 @@ def _show(task: str, argv: list[str]) -> None:
     parser.add_argument("--length", type=int, nargs="+", default=[64, 128], help="positions of the longest (64 128)")
     parser.add_argument("--placement", nargs="+", choices=PLACEMENTS, default=PLACEMENTS, help="of the markers (all)")
     parser.add_argument("--level", choices=LEVELS, default="medium", help="(medium)")
-    parser.add_argument("--question", choices=("index", "after"), default="index", help="of list recall (index)")
+    parser.add_argument("--question", choices=get_args(Question), default="index", help="of list recall (index)")
     parser.add_argument("--questions", type=int, default=1, help="in a text of list recall (1)")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or the folder of a dataset or run (gpt2)")
     args = parser.parse_args(argv)

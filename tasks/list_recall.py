@@ -5,8 +5,10 @@
      ? tool #3: level
 
 The paper asks for item j of a named list (`index`), and wraps the list that will be asked for. With --question=after
-the question gives an item, which all lists hold, and asks for the one that follows it in the named list. Names and
-items are drawn from two pools of 200, whatever they mean, so that neither a category nor a word gives the answer away.
+the question gives an item, which all lists hold, and asks for what follows it in the named list. --question=misnamed
+gives the name of another list than the one that is pointed at, whose item it wants: a control, in which a model that
+goes by the name is wrong. Names and items are drawn from two pools of 200, whatever they mean, so that neither a
+category nor a word gives the answer away.
 Levels: items in a list; the length is filled with lists.
 """
 
@@ -44,9 +46,11 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
         if left < 0:
             break
         lists[name] = items
-    if not lists:
+    misnamed = maker.cfg.question == "misnamed"
+    if len(lists) < 1 + misnamed:
         return None
     target, out = draws.choice(list(lists)), Draft()
+    other = draws.choice([name for name in lists if name != target]) if misnamed else None
     for name, items in lists.items():
         wrap = [POINT] if name == target else []
         out.body += [f" {name}", ":", *wrap, *(f" {item}" for item in items), *wrap, STOP, "\n"]
@@ -58,7 +62,7 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
     for name, j in draws.sample(places, min(n_questions, len(places))):  # none twice
         items = lists[name]
         how = [" after", f" {items[j - 1]}"] if after else [" #", str(j + 1)]
-        out.questions.append(([" ?", f" {name}", *how, ":"], [f" {items[j]}", "\n"]))
+        out.questions.append(([" ?", f" {other or name}", *how, ":"], [f" {items[j]}", "\n"]))
         if not out.shortcuts:
             last, any_list = list(lists.values())[-1], draws.choice(list(lists.values()))
             anchor = items[j - 1] if after else None
@@ -68,6 +72,8 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
                 "any item of the list": draws.choice(items),
                 "the list's first item": items[0],
             }
+            if misnamed:
+                out.shortcuts["the same place in the list that is named"] = _there(lists[other], j, anchor)
     return out
 
 

@@ -18,7 +18,7 @@ from tasks import LEVELS, PLACEMENTS, TASKS, words
 from tasks.example import Maker
 from tasks.source import collate, count_right
 from tests.reference.targets import stream_targets
-from tests.reference.tasks import solve
+from tests.reference.tasks import pointed_and_named, solve
 
 QUESTIONS = ("index", "after")
 
@@ -247,3 +247,23 @@ def test_levels_grow(gpt2):
     sizes = [np.mean([len(draw("copying", gpt2, i, 256, level).draft.questions[0][1]) for i in range(30)])
              for level in LEVELS]  # fmt: skip
     assert sizes == sorted(sizes) and sizes[0] < 5 and sizes[-1] > 15
+
+
+@pytest.mark.parametrize("placement", ["target", "none", "background"])
+def test_a_misnamed_question_is_answered_from_the_list_that_is_pointed_at(gpt2, placement):
+    """With that list's name in the question the answer is the same, and true."""
+    make = maker("list_recall", gpt2, question="misnamed", placement=placement)
+    for index in range(20):
+        text = gpt2.decode(make.example("test", index, 90, 128, ("medium",)).ids)
+        pointed, named = pointed_and_named(text, placement)
+        assert pointed != named
+        body, question = text.split(" ?")
+        right = body + " ?" + question.replace(named, pointed, 1)
+        ((given, true),) = solve("list_recall", right, placement)
+        assert given == true
+
+
+def test_what_has_nothing_to_misname_is_refused(gpt2):
+    for task, placement in (("list_recall", "every"), ("parity", "target")):
+        with pytest.raises(UserError, match="question=misnamed asks list recall"):
+            maker(task, gpt2, question="misnamed", placement=placement)

@@ -21,6 +21,16 @@ def solve(task: str, text: str, placement: str) -> list[tuple[str, str]]:
     return pairs
 
 
+def pointed_and_named(text: str, placement: str) -> tuple[str, str]:
+    """The names of the list that is pointed at and of the one that the question names."""
+    text = text.removeprefix("<|endoftext|>")
+    if placement == "target":
+        text = text.replace(META, " mark ")
+    body, question = text.replace(META, "").split(" ?")
+    (line,) = (line for line in body.split("\n") if "mark" in line.split())
+    return line.split(":")[0].strip(), question.split()[0]
+
+
 def _recall(body: str, asked: str) -> str:
     lists = dict(line.replace("@", " ").split(":") for line in body.strip().split("\n"))
     lists = {name.strip(): items.split() for name, items in lists.items()}
