@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import prepare
-from config import PrepareConfig, UserError
+from config import PrepareConfig, TrainConfig, UserError
 from data.assemble import LongDocuments
 from data.inject import strip
 from data.loader import Windows
 from data.shards import SPLITS, read_manifest
 from data.tokenizer import Tokenizer
+from startup import open_windows, recipe_of
 from tests.conftest import WORDS, cli, manifest, override, refusal, tree
 from tests.test_parts import content
 
@@ -163,7 +164,7 @@ def test_manifests_from_before_the_setting(folder, tmp_path):
             read_manifest(tmp_path)
 
 
-def test_names():
+def test_names(folder):
     root = Path("data")
     for cfg, name in (
         (PrepareConfig(), "stdlib_uniform"),
@@ -172,6 +173,13 @@ def test_names():
         (PrepareConfig(min_document_tokens=2048, name="mine"), "mine"),
     ):
         assert prepare.dataset_folder(cfg, root) == root / name
+        if name != "mine":  # and back again
+            found = recipe_of(f"data/{name}")
+            assert prepare.dataset_folder(found, root) == root / name
+            assert (found.min_document_tokens, found.injection) == (cfg.min_document_tokens, cfg.injection)
+    sentence = r"prepare.py config/stdlib.py --injection=none --min_document_tokens=4096\.$"
+    with pytest.raises(UserError, match=sentence):
+        open_windows(TrainConfig(dataset=str(folder / "stdlib_none_4096plus")), "train")
 
 
 def test_nothing_left_is_one_sentence_and_harms_nothing(folder):
