@@ -86,7 +86,7 @@ def data_of(dataset: str) -> Data:
     else:
         n_content = 50257 if recipe.tokenizer == "gpt2" else Tokenizer.load(Path(recipe.tokenizer)).n_content
     n_vocab = -(-(n_content + 1) // 64) * 64  # a marker's id, and spare rows as data/tokenizer.py adds them
-    origin = f"by recipe, config/{Path(dataset).name.rpartition('_')[0]}.py: {dataset} is not prepared yet"
+    origin = f"by recipe, config/{recipe.recipe}.py: {dataset} is not prepared yet"
     return Data(recipe.chunk_content, markers, n_vocab, n_content, origin)
 
 

@@ -2,6 +2,7 @@
 
     python prepare.py                                    # the embedded dataset: Python's standard library
     python prepare.py --injection=none                   # the same content without markers
+    python prepare.py --min_document_tokens=2048         # its long documents alone, with the same tokenizer
     python prepare.py --source=files --files 'texts/**/*.txt' --name=mine \\
         --tokenizer=gpt2 --chunk_content=922 --chunk_markers=102      # the paper's window
     python prepare.py --inspect data/stdlib_uniform      # what is in there
@@ -171,7 +172,8 @@ def write_dataset(
 
 
 def dataset_folder(cfg: PrepareConfig, root: Path) -> Path:
-    return root / (cfg.name or f"{cfg.recipe or cfg.source}_{cfg.injection}")
+    length = f"_{cfg.min_document_tokens}plus" if cfg.min_document_tokens else ""
+    return root / (cfg.name or f"{cfg.recipe or cfg.source}_{cfg.injection}{length}")
 
 
 def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Path("data")) -> Path:
@@ -261,7 +263,7 @@ def merge(cfg: PrepareConfig, command: str, console: Console, root: Path = Path(
 
 
 def merge_config(argv: list[str]) -> PrepareConfig:
-    """The settings of a merge: those of its parts, but for what argv says of chunks, markers and shards."""
+    """The settings of a merge: those of its parts, but for what argv says of lengths, chunks, markers and shards."""
     asked = load_config(PrepareConfig, argv)
     plan = read_plan(Path(asked.merge[0]))
     whole = dataclasses.replace(plan_config(plan), part="")
@@ -292,6 +294,13 @@ def print_summary(folder: Path, manifest: dict, console: Console) -> None:
         f"  validation text: gzip -9 reaches {packed['gzip_9_bits_per_byte']:.3f} bits per byte, "
         f"xz {packed['xz_bits_per_byte']:.3f} (on {packed['bytes']:,} bytes)"
     )
+    if least := manifest["min_document_tokens"]:
+        short = manifest["too_short"]
+        console.print(
+            f"  {short['documents']:,} of {short['of_documents']:,} documents, {short['tokens']:,} of "
+            f"{short['of_tokens']:,} content tokens, were left out as too short: each had fewer than {least:,} tokens "
+            f"(min_document_tokens)"
+        )
     if manifest["documents_skipped"]:
         console.print(f"  {manifest['documents_skipped']} documents were skipped:", style="yellow")
         for path, reason in manifest["skipped"][:10]:

@@ -1,6 +1,7 @@
 """What is settled before the first step: batch, data and arm must fit together, and so must a run that goes on."""
 
 import dataclasses
+import re
 from os import environ
 from pathlib import Path
 
@@ -36,12 +37,13 @@ def accumulation(cfg: TrainConfig, world: int) -> int:
 
 
 def recipe_of(dataset: str) -> PrepareConfig | None:
-    """The recipe of data/RECIPE_INJECTION, which is config/RECIPE.py with that injection; None if there is none."""
-    recipe, _, injection = Path(dataset).name.rpartition("_")
-    path = Path(__file__).parent / "config" / f"{recipe}.py"
-    if not recipe or injection not in ("uniform", "periodic", "none") or not path.is_file():
+    """The recipe of data/RECIPE_INJECTION, which is config/RECIPE.py with that injection, or of
+    data/RECIPE_INJECTION_Nplus, with min_document_tokens=N, too; None if there is none."""
+    name = re.fullmatch(r"(.+)_(uniform|periodic|none)(?:_([1-9]\d{0,7})plus)?", Path(dataset).name, re.ASCII)
+    if not name or not (path := Path(__file__).parent / "config" / f"{name[1]}.py").is_file():
         return None
-    return dataclasses.replace(load_config(PrepareConfig, [str(path)], config_file=True), injection=injection)
+    recipe = load_config(PrepareConfig, [str(path)], config_file=True)
+    return dataclasses.replace(recipe, injection=name[2], min_document_tokens=int(name[3] or 0))
 
 
 def open_windows(cfg: TrainConfig, split: str, base: Checkpoint | None = None) -> Windows | TaskWindows:
@@ -52,9 +54,10 @@ def open_windows(cfg: TrainConfig, split: str, base: Checkpoint | None = None) -
         return TaskWindows(cfg, split, Tokenizer.load(base.folder if base else Path(cfg.dataset)))
     recipe = recipe_of(cfg.dataset)
     if recipe and not Path(cfg.dataset).exists():
+        length = f" --min_document_tokens={recipe.min_document_tokens}" if recipe.min_document_tokens else ""
         raise UserError(
             f"there is no dataset in {cfg.dataset}: make it with python prepare.py config/{recipe.recipe}.py "
-            f"--injection={recipe.injection}."
+            f"--injection={recipe.injection}{length}."
         )
     check_arm(cfg, read_manifest(Path(cfg.dataset))["chunk_markers"])
     random_fraction = cfg.model.random_fraction if cfg.model.second_attention == "random" else None

@@ -321,7 +321,7 @@ class PrepareConfig:
     """How text becomes token shards with meta-tokens. The defaults make the embedded dataset."""
 
     name: str = ""
-    """the dataset's folder inside data/; by default <recipe>_<injection>"""
+    """the dataset's folder inside data/; by default <recipe>_<injection>, and _<N>plus with min_document_tokens=N"""
     recipe: str = ""
     """by default the name of the config file, or the source"""
     source: Literal["stdlib", "files", "packages", "hf"] = "stdlib"
@@ -355,6 +355,9 @@ class PrepareConfig:
     """content tokens in a chunk (922 for the paper's window of 1024)"""
     chunk_markers: int = 51
     """markers in a chunk (102 for the paper's window: k = 0.1); ignored with injection=none"""
+    min_document_tokens: int = 0
+    """leave documents of fewer content tokens out of both splits, for long windows. The <|endoftext|> that ends a
+    document counts; one that is cut between the splits is as long as each stretch. The tokenizer stays that of all"""
     val_fraction: float = 0.05
     """share of the text that goes to validation, by a hash of the text itself"""
     seed: int = 1337
@@ -374,6 +377,8 @@ class PrepareConfig:
         check_types(self)
         check(self, "chunk_content", 1 <= self.chunk_content <= 2**20, "lie in 1 .. 1048576")
         check(self, "chunk_markers", 0 <= self.chunk_markers <= 2**20, "lie in 0 .. 1048576")
+        # so many tokens are held in memory until their document is known to stay
+        check(self, "min_document_tokens", 0 <= self.min_document_tokens <= 2**24, "lie in 0 .. 16777216")
         check(self, "workers", 1 <= self.workers <= 1024, "lie in 1 .. 1024")
         check(self, "shard_tokens", self.shard_tokens >= 1, "be at least 1")
         check(self, "seed", self.seed >= 0, "be at least 0")

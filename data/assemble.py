@@ -1,4 +1,5 @@
-"""Segments into a dataset: the content stream is cut into chunks, markers are injected, shards and manifest written."""
+"""Segments into a dataset: documents that are too short are left out, the content stream is cut into chunks, markers
+are injected, shards and manifest written."""
 
 import hashlib
 import json
@@ -20,8 +21,44 @@ from rng import stable_key
 COMPRESSOR_BYTES = 8 * 2**20  # validation text that gzip and xz are measured on at most
 
 
+class LongDocuments:
+    """Lets the documents of a stream pass that have `least` tokens or more, <|endoftext|> included; counts the others.
+
+    A document of the stream ends with <|endoftext|>: a text that is cut between the splits is several."""
+
+    def __init__(self, eot: int, least: int):
+        self.eot, self.least = eot, least
+        self.too_short = self.tokens_too_short = 0  # documents left out, and their tokens
+        self.longest = 0  # tokens of the longest document, left out or not
+        self._held: list[np.ndarray] = []  # of the document under way, as long as it may be too short
+        self._length = 0  # tokens of it so far
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """ids (N,), what comes next -> (K,) what passes: not always all of it yet, and some that was held back."""
+        if not self.least:
+            return ids
+        out, ends = [], np.flatnonzero(ids == self.eot) + 1
+        if len(ends):
+            lengths = np.diff(ends, prepend=-self._length)
+            stays = lengths >= self.least
+            first, between, rest = np.split(ids, ends[[0, -1]])
+            out = [*self._held, first] if stays[0] else []
+            out.append(between[np.repeat(stays[1:], lengths[1:])])
+            self.too_short += int((~stays).sum())
+            self.tokens_too_short += int(lengths[~stays].sum())
+            self.longest = max(self.longest, int(lengths.max()))
+            self._held, self._length = [rest], len(rest)
+        else:
+            self._held.append(ids)
+            self._length += len(ids)
+        if self._length >= self.least:
+            out, self._held = out + self._held, []
+        return np.concatenate([ids[:0], *out])
+
+
 class SplitWriter:
-    """Takes the content stream of one split, injects markers chunk by chunk, and writes shards."""
+    """Takes the content stream of one split, leaves out what is too short, injects markers chunk by chunk, and writes
+    shards."""
 
     def __init__(self, folder: Path, split: str, cfg: PrepareConfig, tokenizer: Tokenizer):
         self.C, self.M = cfg.chunk_content, cfg.chunk_markers if cfg.injection != "none" else 0
@@ -30,6 +67,7 @@ class SplitWriter:
         self.shards = ShardWriter(folder, split, tokenizer.n_vocab, -(-cfg.shard_tokens // chunk) * chunk)
         self.dtype = token_dtype(tokenizer.n_vocab)
         self.key = stable_key(cfg.seed, "marker places", split)
+        self.long = LongDocuments(tokenizer.eot, cfg.min_document_tokens)
         self.content_hash = hashlib.sha256()
         self.chunks = self.bytes = 0
         self._pending: list[np.ndarray] = []
@@ -37,8 +75,9 @@ class SplitWriter:
 
     def add(self, ids: np.ndarray) -> None:
         """ids (N,) of the dtype of shards."""
-        self._pending.append(ids)
-        self._pending_tokens += len(ids)
+        if len(ids := self.long.take(ids)):
+            self._pending.append(ids)
+            self._pending_tokens += len(ids)
         if self._pending_tokens >= BLOCK_TOKENS:
             self._flush()
 
@@ -55,14 +94,20 @@ class SplitWriter:
         self._pending, self._pending_tokens = [rest], len(rest)
 
     def finish(self, documents: int, skipped: str) -> dict:
-        """-> the split's part of the manifest. Raises UserError if there is not one whole chunk."""
+        """documents: those of its segments -> the split's part of the manifest. Raises UserError if there is not one
+        whole chunk."""
         self._flush()
         self.shards.close()
+        documents -= self.long.too_short
         if not self.chunks:
+            cure = f"{'raise' if self.split == 'val' else 'lower'} --val_fraction"
+            if self.long.too_short:
+                skipped += f" ({self.long.too_short} others were left out by min_document_tokens={self.long.least})"
+                cure = f"lower --min_document_tokens, or {cure}"
             raise UserError(
                 f"the {self.split} split has {self._pending_tokens} tokens in {documents} documents, fewer than one "
-                f"chunk of {self.C}{skipped}: give more text, or {'raise' if self.split == 'val' else 'lower'} "
-                f"--val_fraction (a text of less than 64 KB goes to one split as a whole)."
+                f"chunk of {self.C}{skipped}: give more text, or {cure} (a text of less than 64 KB goes to one split "
+                f"as a whole)."
             )
         return {
             "content_tokens": self.chunks * self.C,
@@ -76,11 +121,13 @@ class SplitWriter:
         }
 
 
-def compressed(segments: list[tuple[Path, Segment]], tokenizer: Tokenizer) -> dict:
-    """Bits per byte of gzip -9 and xz on (the first 8 MiB of) the validation text: what a model has to beat."""
-    dtype, text = token_dtype(tokenizer.n_vocab), bytearray()
+def compressed(segments: list[tuple[Path, Segment]], tokenizer: Tokenizer, least: int) -> dict:
+    """Bits per byte of gzip -9 and xz on (the first 8 MiB of) the validation text: what a model has to beat.
+
+    least: min_document_tokens"""
+    dtype, text, long = token_dtype(tokenizer.n_vocab), bytearray(), LongDocuments(tokenizer.eot, least)
     for ids in (ids for where, segment in segments for ids in read_segment(where, segment, "val", dtype)):
-        text += tokenizer.text_bytes(ids)
+        text += tokenizer.text_bytes(long.take(ids))
         if len(text) >= COMPRESSOR_BYTES:
             break
     del text[COMPRESSOR_BYTES:]
@@ -90,6 +137,18 @@ def compressed(segments: list[tuple[Path, Segment]], tokenizer: Tokenizer) -> di
         "gzip_9_bits_per_byte": round(8 * len(zlib.compress(text, 9, wbits=31)) / size, 4),
         "xz_bits_per_byte": round(8 * len(lzma.compress(text)) / size, 4),
     }
+
+
+def check_length(longest: dict[str, int], least: int) -> None:
+    """Raises UserError if a split had documents, and all of them are too short. longest: tokens, by split."""
+    there = {split: tokens for split, tokens in longest.items() if tokens}
+    empty = [split for split, tokens in there.items() if tokens < least]
+    if empty:
+        raise UserError(
+            f"min_document_tokens={least} leaves no document in {' and '.join(empty)}, the longest has "
+            f"{', '.join(f'{tokens} tokens in {split}' for split, tokens in there.items())}: make it "
+            f"{min(there.values())} at most, or give longer documents."
+        )
 
 
 def assemble(
@@ -104,22 +163,26 @@ def assemble(
     """Writes shards, tokenizer and manifest into the existing, empty `folder` -> manifest.
 
     segments: (where it lies, it), all of the source, in order; advance(tokens): progress. Raises UserError for a
-    damaged segment and for a split without one whole chunk."""
+    damaged segment, and for a split that has no document long enough or not one whole chunk."""
     skipped = [item for _, segment in segments for item in segment.skipped_named][:100]
     n_skipped = sum(segment.skipped for _, segment in segments)
     note = f" ({n_skipped} documents were skipped, {': '.join(skipped[0])})" if skipped else ""
     if not any(segment.splits[split]["tokens"] for _, segment in segments for split in SPLITS):
         raise UserError(f"there is no text in {description}{note}: give files with text.")
-    splits = {}
+    writers = {split: SplitWriter(folder, split, cfg, tokenizer) for split in SPLITS}
+    documents, tokens = (
+        {split: sum(segment.splits[split][key] for _, segment in segments) for split in SPLITS}
+        for key in ("documents", "tokens")
+    )
     with ThreadPoolExecutor(1) as beside:  # compressing takes seconds, without the interpreter
-        compressing = beside.submit(compressed, segments, tokenizer)
-        for split in SPLITS:
-            writer = SplitWriter(folder, split, cfg, tokenizer)
+        compressing = beside.submit(compressed, segments, tokenizer, cfg.min_document_tokens)
+        for split, writer in writers.items():
             for where, segment in segments:
                 for ids in read_segment(where, segment, split, token_dtype(tokenizer.n_vocab)):
                     writer.add(ids)
                     advance(len(ids))
-            splits[split] = writer.finish(sum(segment.splits[split]["documents"] for _, segment in segments), note)
+    check_length({split: writer.long.longest for split, writer in writers.items()}, cfg.min_document_tokens)
+    splits = {split: writer.finish(documents[split], note) for split, writer in writers.items()}
     manifest = {
         "format": 1,
         "command": command,
@@ -136,6 +199,13 @@ def assemble(
         "chunk_markers": cfg.chunk_markers if cfg.injection != "none" else 0,
         "seed": cfg.seed,
         "val_fraction": cfg.val_fraction,
+        "min_document_tokens": cfg.min_document_tokens,
+        "too_short": {
+            "documents": sum(writer.long.too_short for writer in writers.values()),
+            "of_documents": sum(documents.values()),
+            "tokens": sum(writer.long.tokens_too_short for writer in writers.values()),
+            "of_tokens": sum(tokens.values()),
+        },
         "documents_skipped": n_skipped,
         "skipped": skipped,
         "val_text_compressed": compressing.result(),

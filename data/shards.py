@@ -69,6 +69,7 @@ def read_manifest(folder: Path) -> dict:
     path = Path(folder) / MANIFEST
     try:
         manifest = read_json(path)
+        manifest.setdefault("min_document_tokens", 0)  # there was no such setting: nothing was left out
         _check_manifest(manifest)
         return manifest
     except (FileNotFoundError, NotADirectoryError):
@@ -87,6 +88,9 @@ def _check_manifest(manifest: dict) -> None:
     texts += [text for where_and_reason in manifest["skipped"] for text in where_and_reason]
     packed = manifest["val_text_compressed"]
     counts = [C, M, manifest["seed"], manifest["documents_skipped"], manifest["tokenizer"]["n_vocab"], packed["bytes"]]
+    counts.append(manifest["min_document_tokens"])
+    if manifest["min_document_tokens"]:
+        counts += [manifest["too_short"][key] for key in ("documents", "of_documents", "tokens", "of_tokens")]
     rates = [packed["gzip_9_bits_per_byte"], packed["xz_bits_per_byte"]]
     for name in SPLITS:
         split = manifest["splits"][name]

@@ -31,7 +31,8 @@ SEGMENT_TOKENS = 2**24  # a segment ends with the first document beyond: some se
 BLOCK_TOKENS = 2**16  # read at a time: what is computed from them stays in a core's cache
 SKIPPED_NAMED = 100  # so many of a segment's skipped documents are named, all are counted
 # settings that merging or another machine may choose anew; all others decide about the segments
-FREE = ("name", "recipe", "injection", "chunk_content", "chunk_markers", "shard_tokens", "workers", "merge", "inspect")
+FREE = ("name", "recipe", "injection", "chunk_content", "chunk_markers", "min_document_tokens", "shard_tokens",
+        "workers", "merge", "inspect")  # fmt: skip
 
 
 def make_plan(cfg: PrepareConfig, source: Source, tokenizer: Tokenizer) -> dict:

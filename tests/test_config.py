@@ -187,6 +187,7 @@ def test_bad_config_files_get_one_sentence(tmp_path, text, sentence):
         (["--val_fraction=0"], "strictly between"),
         (["--name=a/b"], "folder name"),
         (["--bpe_vocab_size=200"], "257"),
+        (["--min_document_tokens=-1"], "min_document_tokens=-1 is out of range: it must lie in 0"),
     ],
 )
 def test_bad_preparation(argv, sentence):

@@ -270,7 +270,18 @@ def test_recipes_have_the_sizes_of_what_they_make():
     assert estimate.data_of("data/c4_periodic")[:4] == (922, 102, tokenizer.n_vocab, tokenizer.n_content)
     assert estimate.data_of("data/c4_none")[:4] == (922, 0, 50304, 50257)
     assert estimate.data_of("elsewhere/stdlib_uniform")[:4] == (461, 51, 4160, 4096)
-    for name in ("c4", "c4_random", "nothing_uniform", "_uniform", "a_b_c"):
+    long = estimate.data_of("data/stdlib_none_2048plus")
+    assert long[:4] == (461, 0, 4160, 4096) and "config/stdlib.py: data/stdlib_none_2048plus is not" in long.origin
+    for name in (
+        "c4",
+        "c4_random",
+        "nothing_uniform",
+        "_uniform",
+        "a_b_c",
+        "c4_none_0plus",
+        "c4_none_plus",
+        "c4_8plus",
+    ):
         assert estimate.recipe_of(f"data/{name}") is None
 
 

@@ -1,0 +1,230 @@
+"""--min_document_tokens: what stays is what an obvious loop over all documents keeps, and nothing else changes."""
+
+import io
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+import prepare
+from config import PrepareConfig, TrainConfig, UserError
+from data.assemble import LongDocuments
+from data.inject import strip
+from data.loader import Windows
+from data.shards import SPLITS, read_manifest
+from data.tokenizer import Tokenizer
+from startup import open_windows, recipe_of
+from tests.conftest import WORDS, cli, manifest, override, refusal, tree
+from tests.test_parts import content
+
+N = 200
+# chunks of one token, so that no token is dropped at a split's end
+FILES = ("--source=files", "--files=texts/*.txt", "--bpe_vocab_size=300", "--chunk_content=1", "--chunk_markers=1",
+         "--val_fraction=0.3", "--workers=1")  # fmt: skip
+LONG = f"--min_document_tokens={N}"
+
+
+def run(folder, *args) -> str:
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
+    result = cli("prepare.py", *override(FILES, *args), cwd=folder, env=env)
+    assert result.returncode == 0, result.stderr.decode()
+    return result.stdout.decode()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Texts of 1 to 600 words, the short ones in words of their own; two that are cut between the splits; one that is
+    none. Prepared: data/all, and data/long with min_document_tokens."""
+    folder = tmp_path_factory.mktemp("long")
+    (folder / "texts").mkdir()
+    draw = random.Random(3)
+    for number in range(60):
+        size = 50_000 if number in (20, 59) else draw.choice((1, 40, 90, 150, 300, 600))
+        words = [draw.choice(WORDS) if size > 100 else f"zq{number}x{i}" for i in range(size)]
+        (folder / f"texts/{number:02}.txt").write_text(" ".join(words).replace(" had ", "\n"))
+    (folder / "texts/07.txt").write_bytes(b"caf\xe9")
+    run(folder, "--name=all")
+    run(folder, "--name=long", LONG)
+    return folder
+
+
+def documents(dataset: Path, split: str) -> list[list[int]]:
+    """A split cut behind every <|endoftext|>, token by token."""
+    data = Windows(dataset, split, 2 if manifest(dataset)["chunk_markers"] else 1, "ignore")
+    out, document = [], []
+    for token in strip(data.stream.read(0, len(data.stream)), data.tokenizer.meta).tolist():
+        document.append(token)
+        if token == data.tokenizer.eot:
+            out.append(document)
+            document = []
+    assert not document
+    return out
+
+
+def test_what_stays_is_what_an_obvious_loop_keeps(folder):
+    all_, long = manifest(folder / "data/all"), manifest(folder / "data/long")
+    assert Tokenizer.load(folder / "data/all").fingerprint == Tokenizer.load(folder / "data/long").fingerprint
+    tokenizer = Tokenizer.load(folder / "data/all")
+    short = {"documents": 0, "of_documents": 0, "tokens": 0, "of_tokens": 0}
+    for split in SPLITS:
+        expected = []
+        for document in documents(folder / "data/all", split):
+            short["of_documents"] += 1
+            short["of_tokens"] += len(document)
+            if len(document) >= N:  # <|endoftext|> counts
+                expected.append(document)
+            else:
+                short["documents"] += 1
+                short["tokens"] += len(document)
+        assert documents(folder / "data/long", split) == expected
+        assert long["splits"][split]["documents"] == len(expected) < all_["splits"][split]["documents"]
+        assert long["splits"][split]["content_tokens"] == sum(map(len, expected))
+        assert long["splits"][split]["bytes"] == sum(len(tokenizer.text_bytes(np.array(ids))) for ids in expected)
+        if split == "val":
+            assert long["val_text_compressed"]["bytes"] == long["splits"]["val"]["bytes"]
+    assert short["of_documents"] > 59  # some are cut between the splits
+    assert long["too_short"] == short and long["min_document_tokens"] == N
+    assert long["documents_skipped"] == all_["documents_skipped"] == 1
+    assert all_["min_document_tokens"] == 0 and all_["too_short"] == {**short, "documents": 0, "tokens": 0}
+
+
+def test_the_tokenizer_is_that_of_all_documents(folder):
+    """And these texts would show it if it were not."""
+    assert manifest(folder / "data/long")["tokenizer"] == manifest(folder / "data/all")["tokenizer"]
+    for name, sha256 in content(folder / "data/all").items():
+        assert not name.startswith("tokenizer.") or content(folder / "data/long")[name] == sha256
+    tokenizer = Tokenizer.load(folder / "data/long")
+    kept = [tokenizer.decode(ids[:-1]) for ids in documents(folder / "data/long", "train")]
+    assert Tokenizer.train(kept, 300).fingerprint != tokenizer.fingerprint
+
+
+def test_workers_sources_and_injections_change_nothing(folder):
+    texts = [path for path in sorted((folder / "texts").iterdir()) if path.name != "07.txt"]
+    rows = [json.dumps({"text": path.read_text()}) for path in texts]
+    (folder / "hub").mkdir()
+    (folder / "hub/a.jsonl").write_text("\n".join([*rows[:7], "no json", *rows[7:]]))
+    run(folder, "--name=w3", LONG, "--workers=3")
+    run(folder, "--name=rows", LONG, "--files=hub/a.jsonl")
+    assert content(folder / "data/w3") == content(folder / "data/long")
+    expected = {**content(folder / "data/long"), "manifest": None}
+    assert {**content(folder / "data/rows"), "manifest": None} == expected
+    (folder / "hub/a.jsonl").write_text("\n".join(rows))  # `datasets` takes no broken row
+    hub = [arg for arg in FILES if not arg.startswith(("--source", "--files"))]
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
+    args = (*hub, "--source=hf", "--hf_dataset=hub", "--name=hub", LONG)
+    assert cli("prepare.py", *args, cwd=folder, env=env).returncode == 0
+    assert {**content(folder / "data/hub"), "manifest": None} == expected
+    sha256 = {manifest(folder / "data/long")["splits"][split]["content_sha256"] for split in SPLITS}
+    for injection in ("periodic", "none"):
+        run(folder, f"--name={injection}", LONG, f"--injection={injection}")
+        splits = manifest(folder / f"data/{injection}")["splits"]
+        assert {splits[split]["content_sha256"] for split in SPLITS} == sha256
+
+
+def test_parts_merged_equal_one(folder):
+    for part in ("1/2", "2/2"):
+        run(folder, "--name=m", LONG, f"--part={part}")
+        run(folder, "--name=free", f"--part={part}")
+    assert cli("prepare.py", "--merge", "data/m.part1of2", "data/m.part2of2", cwd=folder).returncode == 0
+    assert content(folder / "data/m") == content(folder / "data/long")
+    # the length may be chosen when merging: one tokenization, several datasets
+    args = ("--merge", "data/free.part1of2", "data/free.part2of2", LONG)
+    assert cli("prepare.py", *args, cwd=folder).returncode == 0
+    assert content(folder / "data/free") == content(folder / "data/long")
+
+
+def test_it_is_said_at_the_end_and_by_inspect(folder):
+    short = manifest(folder / "data/long")["too_short"]
+    sentence = (
+        f"  {short['documents']} of {short['of_documents']} documents, {short['tokens']:,} of {short['of_tokens']:,} "
+        f"content tokens, were left out as too short: each had fewer than {N} tokens (min_document_tokens)\n"
+    )
+    skipped = "  1 documents were skipped:\n"
+    assert sentence + skipped in run(folder, "--name=said", LONG)
+    for name, said in (("long", sentence + skipped), ("all", skipped)):
+        out = io.StringIO()
+        prepare.inspect(folder / "data" / name, Console(file=out, soft_wrap=True))
+        assert said in out.getvalue() and ("left out" in out.getvalue()) == (name == "long")
+
+
+def test_manifests_from_before_the_setting(folder, tmp_path):
+    (tmp_path / "manifest.json").write_bytes((folder / "data/all/manifest.json").read_bytes())
+    facts = {k: v for k, v in manifest(tmp_path).items() if k not in ("min_document_tokens", "too_short")}
+    (tmp_path / "manifest.json").write_text(json.dumps(facts))
+    assert read_manifest(tmp_path) == {**facts, "min_document_tokens": 0}
+    prepare.print_summary(tmp_path, read_manifest(tmp_path), Console(quiet=True))
+    for damage in ({"min_document_tokens": 5}, {"min_document_tokens": "5"}, {"min_document_tokens": None}):
+        (tmp_path / "manifest.json").write_text(json.dumps({**facts, **damage}))
+        with pytest.raises(UserError, match="damaged"):
+            read_manifest(tmp_path)
+
+
+def test_names(folder):
+    root = Path("data")
+    for cfg, name in (
+        (PrepareConfig(), "stdlib_uniform"),
+        (PrepareConfig(min_document_tokens=2048), "stdlib_uniform_2048plus"),
+        (PrepareConfig(min_document_tokens=2048, recipe="c4", injection="none"), "c4_none_2048plus"),
+        (PrepareConfig(min_document_tokens=2048, name="mine"), "mine"),
+    ):
+        assert prepare.dataset_folder(cfg, root) == root / name
+        if name != "mine":  # and back again
+            found = recipe_of(f"data/{name}")
+            assert prepare.dataset_folder(found, root) == root / name
+            assert (found.min_document_tokens, found.injection) == (cfg.min_document_tokens, cfg.injection)
+    sentence = r"prepare.py config/stdlib.py --injection=none --min_document_tokens=4096\.$"
+    with pytest.raises(UserError, match=sentence):
+        open_windows(TrainConfig(dataset=str(folder / "stdlib_none_4096plus")), "train")
+
+
+def test_nothing_left_is_one_sentence_and_harms_nothing(folder):
+    longest = {split: max(map(len, documents(folder / "data/all", split))) for split in SPLITS}
+    assert longest["val"] != longest["train"]
+    least = min(longest.values())
+    loser = min(SPLITS, key=longest.get)
+    before = tree(folder)
+    for n, where in ((least + 1, loser), (max(longest.values()) + 1, "train and val")):
+        error = refusal(cli("prepare.py", *FILES, "--name=x", f"--min_document_tokens={n}", cwd=folder))
+        assert f"min_document_tokens={n} leaves no document in {where}, the longest has " in error
+        assert all(f"{longest[split]} tokens in {split}" in error for split in SPLITS)
+        assert error.endswith(f"make it {least} at most, or give longer documents.\n")
+    # what is left fills no chunk
+    args = override(FILES, "--chunk_content=1000000", "--name=x", LONG)
+    error = refusal(cli("prepare.py", *args, cwd=folder))
+    assert f"others were left out by min_document_tokens={N})" in error and "or lower --min_document_tokens" in error
+    assert tree(folder) == before
+    run(folder, "--name=cured", f"--min_document_tokens={least}")
+    assert [len(ids) for ids in documents(folder / "data/cured", loser)] == [least]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 12), max_size=12), st.integers(0, 14), st.data())
+def test_blocks_of_any_size_pass_what_one_token_at_a_time_would(lengths, least, data):
+    """Documents of 1 to 13 tokens, <|endoftext|> = 0 included, every token another; blocks empty, too."""
+    stream, kept, token = [], [], 1
+    for length in lengths:
+        document = [*range(token, token + length), 0]
+        token += length
+        stream += document
+        kept += document if length + 1 >= least else []
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
+    long, out = LongDocuments(0, least), []
+    for block in np.split(np.array(stream, np.uint16), cuts):
+        passed = long.take(block)
+        assert passed.dtype == np.uint16
+        out += passed.tolist()
+    assert out == kept
+    short = [length + 1 for length in lengths if length + 1 < least]
+    assert (long.too_short, long.tokens_too_short) == (len(short), sum(short))
+    assert long.longest == (max((length + 1 for length in lengths), default=0) if least else 0)
+
+
+def test_a_long_document_is_not_held_in_memory():
+    long = LongDocuments(0, 1000)
+    passed = [len(long.take(np.ones(300, np.uint16))) for _ in range(10)]
+    assert passed == [0, 0, 0, 1200, *[300] * 6]
