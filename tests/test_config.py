@@ -8,6 +8,7 @@ import pytest
 import config as schema
 from cli import load_config
 from config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig, UserError, to_dict
+from startup import recipe_of
 from tests.conftest import ROOT
 
 FILES = sorted(path for path in (ROOT / "config").glob("*.py") if path.name != "__init__.py")
@@ -42,8 +43,7 @@ def test_every_dataset_of_a_config_has_a_recipe():
     recipes = {path.stem for path in RECIPES}
     assert {"stdlib", "c4"} <= recipes
     for path in CONFIGS:
-        recipe, _, injection = load(str(path)).dataset.removeprefix("data/").rpartition("_")
-        assert recipe in recipes and injection in ("uniform", "periodic", "none")
+        assert recipe_of(load(str(path)).dataset).recipe in recipes
 
 
 def test_a_bool_needs_no_value():
