@@ -1,7 +1,9 @@
 """Draws the loss curves of runs from their metrics.jsonl; beside them bits per byte, or of runs on tasks exact answers.
+Of files that eval.py perplexity --documents wrote: the loss by depth in documents.
 
 python plot.py                                   # the newest run -> out/<run>/loss.png
 python plot.py out/tiny_meta out/tiny_gpt2 --output=compare.png
+python plot.py out/tiny_meta/perplexity.jsonl    # -> out/tiny_meta/depth.png
 """
 
 import argparse
@@ -16,6 +18,8 @@ import numpy as np
 
 from cli import run_cli
 from config import UserError
+from reports import depth
+from reports.drawing import png
 
 
 def read_run(folder: Path) -> tuple[dict, dict[str, list[dict]]]:
@@ -97,17 +101,28 @@ def plot(folders: list[Path], output: Path) -> None:
         raise UserError(f"{output} cannot be drawn ({error}): take a name that ends in .png.") from error
 
 
+def plot_depth(files: list[Path], output: Path) -> None:
+    if output.suffix != ".png":
+        raise UserError(f"{output} would not be a PNG: take a name that ends in .png.")
+    output.write_bytes(png(depth.loss_by_depth, *depth.read(files)))
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs; by default the one that logged last")
-    parser.add_argument("--output", type=Path, help="the PNG; by default loss.png in the first run's folder")
+    parser.add_argument(
+        "runs", nargs="*", type=Path, help="folders of runs, by default the one that logged last; or .jsonl files"
+    )
+    parser.add_argument("--output", type=Path, help="the PNG; by default loss.png or depth.png in the first's folder")
     args = parser.parse_args(argv)
     runs = args.runs or sorted(Path("out").glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)[-1:]
     if not runs:
         raise UserError("there is no run in out/: train one first, python train.py config/tiny_meta.py.")
-    folders = [path.parent if path.name == "metrics.jsonl" else path for path in runs]
-    output = args.output or folders[0] / "loss.png"
-    plot(folders, output)
+    runs = [path.parent if path.name == "metrics.jsonl" else path for path in runs]
+    files = [path for path in runs if path.suffix == ".jsonl"]
+    if 0 < len(files) < len(runs):
+        raise UserError(f"{files[0]} is a file of an evaluation and others are folders of runs: draw them apart.")
+    output = args.output or (runs[0].parent / "depth.png" if files else runs[0] / "loss.png")
+    (plot_depth if files else plot)(runs, output)
     print(output)
 
 

@@ -25,6 +25,19 @@ def bootstrap_ratio(
     return low, high
 
 
+def clustered_ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:
+    """95 % interval of sum(numerators) / sum(denominators) over clusters (G,), such as nats and tokens of documents: by
+    Student's t with G - 1 degrees of freedom and the error of a ratio estimator (Cochran, Sampling Techniques, section
+    6.4). With one cluster it is infinite. Clusters are few: a percentile bootstrap of ten would be too narrow."""
+    numerators, denominators, G = np.asarray(numerators, float), np.asarray(denominators, float), len(numerators)
+    ratio = numerators.sum() / denominators.sum()
+    if G < 2:
+        return -math.inf, math.inf
+    squares = float(((numerators - ratio * denominators) ** 2).sum())
+    half = float(stats.t.ppf(0.975, G - 1)) * math.sqrt(squares * G / (G - 1)) / float(denominators.sum())
+    return float(ratio) - half, float(ratio) + half
+
+
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     """Two-sided p of McNemar's exact test, for two conditions on the same examples (N,) bool: of the examples that only
     one gets right, is either's share 1/2?"""

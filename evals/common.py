@@ -74,6 +74,8 @@ def facts_of(run: Run) -> dict:
     return {
         "arm": arm_of(run),
         "scaling": scaling_of(run.config.model) or "none",
+        "trained_scaling": scaling_of(run.config.model) or "none",
+        "original_block_size": run.config.model.original_block_size,
         "run": run.config.run_name,
         "checkpoint": str(run.folder),
         "weights_sha256": file_sha256(run.folder / WEIGHTS),

@@ -11,7 +11,15 @@ as the marked ones have on average, length C / (C + M) positions (as the arms wi
 has all `length` positions for text. "context" is what came of it: content tokens in the window up to what predicts.
 
 Chunks of markers lie where the stream has them, so a window shows training's number of them exactly where stride and
-length are whole chunks, and nearly elsewhere; markers at regular places (periodic) are shifted there."""
+length are whole chunks, and nearly elsewhere; markers at regular places (periodic) are shifted there.
+
+With --documents the text is not the stream but pieces of its long documents, each as much content as a window of the
+longest length holds (evals/documents.py), each read by itself. So that window's loss at a place is the loss given all
+of one document, or of its piece, up to there. A document's first piece starts with <|endoftext|>; the others start
+within the text, as windows of training do, and their first token is context alone. Shorter lengths slide over the same
+pieces and score the same tokens. The loss by depth, "by_depth", is by place in the piece, counted in content tokens: at
+a depth all lengths, scalings, conditions and arms predict the same tokens. Its intervals take documents as the unit;
+"document_nats" is for intervals of differences, which are much narrower, since documents differ."""
 
 import math
 import time
@@ -24,7 +32,7 @@ import numpy as np
 import torch
 
 from checkpoint import Run
-from config import UserError, check
+from config import UserError, check, nearest_multiples
 from data.inject import inject, marker_places, strip
 from data.loader import IGNORE, Batch, places_of, targets_of
 from evals.common import (
@@ -41,6 +49,7 @@ from evals.common import (
     read_split,
     write_lines,
 )
+from evals.documents import ByDepth, pieces
 from loss import Tally, scored_rows, token_nats
 from rng import stable_key
 from terminal import BOLD, write
@@ -64,8 +73,10 @@ class PerplexityEval(Evaluation):
     and none, or none for a run without markers"""
     draws: int = 3
     """for trained and uniform: so many draws of the places"""
+    documents: bool = False
+    """windows inside documents alone: pieces of the longest of lengths, of every document that has so many tokens"""
     max_tokens: int | None = None
-    """score so many content tokens, from the start of the split; None = all"""
+    """score so many content tokens, from the start of the split, or with --documents cut these; None = all"""
     bucket: int = 64
     """positions that the loss by position takes together"""
 
@@ -77,6 +88,16 @@ class PerplexityEval(Evaluation):
         check(self, "draws", 3 <= self.draws <= 1000, "lie in 3 .. 1000: fewer say nothing of the spread")
         check(self, "max_tokens", self.max_tokens is None or self.max_tokens >= 100, "be at least 100, or None")
         check(self, "bucket", self.bucket >= 1, "be at least 1")
+        if self.documents and self.stride:
+            raise UserError(
+                f"stride={self.stride} has no use with --documents, where the longest window reads a piece whole and a "
+                f"shorter one goes on by half its length: leave one out."
+            )
+        if self.documents and (unfit := [name for name in self.markers if name in ("stored", "none_wide")]):
+            raise UserError(
+                f"markers={unfit[0]} has no use with --documents, whose pieces get new markers and have the same "
+                f"content in all conditions: take trained, uniform, periodic or none."
+            )
 
 
 def main(cfg: PerplexityEval) -> None:
@@ -90,30 +111,64 @@ def main(cfg: PerplexityEval) -> None:
             f"stride={cfg.stride} would leave text out between windows of {min(lengths)} positions: take at most that."
         )
     stored = read_split(run, folder, cfg.max_tokens)
-    content = strip(stored, run.tokenizer.meta)
-    if "stored" in conditions and len(content) == len(stored):
-        raise UserError(f"markers=stored, and {folder} has no markers: take --markers none, or another --dataset.")
-    if len(content) <= max(lengths):
-        raise UserError(
-            f"a window of {max(lengths)} positions is longer than the {len(content):,} content tokens that are read of "
-            f"{folder}: take shorter --lengths or more text."
-        )
+    content, owners = strip(stored, run.tokenizer.meta), None
+    if cfg.documents:
+        content, owners = long_pieces(run, content, max(lengths), folder)
+        trained = window(rule, "none", run.config.model.original_block_size, 1)[0]
+        facts |= {"documents": len(np.unique(owners)), "pieces": len(owners), "original_content": trained}
+    else:
+        check_text(content, stored, conditions, max(lengths), folder)
     output = cfg.lines(run, "perplexity")
     facts |= {"dataset": str(folder), "split": "val", "content_sha256": content_sha256(run, content),
              "target_rule": run.config.target_rule}  # fmt: skip
-    write(f"{facts['arm']}, {run.folder}, {len(content) - 1:,} content tokens of {folder}\n", BOLD)
+    scored = f"{len(content) - (1 if owners is None else len(owners)):,} content tokens of {folder}"
+    cut = f", {facts['pieces']} pieces of {facts['documents']} documents" if cfg.documents else ""
+    write(f"{facts['arm']}, {run.folder}, {scored}{cut}\n", BOLD)
     with cfg.autocast(run):
         for length in lengths:
-            stride = cfg.stride or max(1, length // 2)
+            whole = cfg.documents and length == max(lengths)  # one window is a piece
+            stride = cfg.stride or (length if whole else max(1, length // 2))
             for markers in conditions:
-                cells = []
+                cells, piece = [], window(rule, markers, max(lengths), 1)[0]
                 for draw, (injection, tokens) in enumerate(streams(run, stored, content, markers, cfg.draws)):
                     cell = {"eval": "perplexity", "markers": markers, "injection": injection, "draw": draw,
                             "length": length}  # fmt: skip
-                    cells.append({**cell, **measure(run, tokens, *window(rule, markers, length, stride), cfg.bucket)})
+                    texts = [tokens] if owners is None else np.split(tokens, range(piece, len(tokens), piece))
+                    how = (*window(rule, markers, length, stride), cfg.bucket)
+                    cells.append({**cell, **measure(run, texts, *how, owners)})
                     write_lines(output, [{**facts, **cells[-1]}])
                 write(sentence(cells) + "\n")
     write(f"{output}\n", BOLD)
+
+
+def check_text(content: np.ndarray, stored: np.ndarray, conditions: tuple, longest: int, folder: Path) -> None:
+    """Raises UserError if a stream is too short for a window of so many positions, or lacks the markers asked for."""
+    if "stored" in conditions and len(content) == len(stored):
+        raise UserError(f"markers=stored, and {folder} has no markers: take --markers none, or another --dataset.")
+    if len(content) <= longest:
+        raise UserError(
+            f"a window of {longest} positions is longer than the {len(content):,} content tokens that are read of "
+            f"{folder}: take shorter --lengths or more text."
+        )
+
+
+def long_pieces(run: Run, content: np.ndarray, longest: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The pieces of documents in a content stream that fill windows of so many positions, one after the other (P K,),
+    and the number of each one's document (P,). Raises UserError if there is none."""
+    C, M = run.state["data"]["chunk_content"], run.state["data"]["chunk_markers"]
+    if M and longest % (C + M):
+        raise UserError(
+            f"lengths={longest} is not a whole number of the run's chunks of {C + M} positions, which the pieces of "
+            f"documents are: take {nearest_multiples(longest, C + M)} for the longest."
+        )
+    size = longest // (C + M) * C if M else longest
+    found, owners, most = pieces(content, run.tokenizer.eot, size)
+    if not len(found):
+        raise UserError(
+            f"no document that is read of {folder} has the {size:,} tokens that a window of {longest} positions holds, "
+            f"the longest has {most:,}: prepare one with --min_document_tokens={size}, or take shorter --lengths."
+        )
+    return found.reshape(-1), owners
 
 
 def streams(run: Run, stored: np.ndarray, content: np.ndarray, markers: str, draws: int) -> Iterator[tuple]:
@@ -179,28 +234,33 @@ def as_batch(run: Run, numbers: np.ndarray, ids: np.ndarray, targets: np.ndarray
     return Batch(*map(torch.from_numpy, (ids, targets, positions, meta_index, count, scored_index)))
 
 
-def measure(run: Run, tokens: np.ndarray, length: int, stride: int, bucket: int) -> dict:
-    """Figures of one stream (N,) in windows of `length` positions, `stride` apart."""
+def measure(run: Run, texts: list[np.ndarray], length: int, stride: int, bucket: int, owners=None) -> dict:
+    """Figures of texts, each (N,) and by itself, in windows of `length` positions, `stride` apart.
+
+    owners (len(texts),): of pieces of documents the number of each one's document, for the loss by depth."""
     cell = {"window": length, "stride": stride}
     if why := fits(run, length):
         return {**cell, "tokens": 0, "impossible": why}
-    started, weight = time.perf_counter(), run.model.wte.weight
+    started, weight, meta = time.perf_counter(), run.model.wte.weight, run.tokenizer.meta
     tally = Tally(torch.from_numpy(run.tokenizer.token_bytes), weight.device)
-    buckets, context = -(-length // bucket), 0
+    by_depth = None if owners is None else ByDepth(owners, int((texts[0] != meta).sum()), bucket)
+    size, buckets, context, before = max(1, POSITIONS // length), -(-length // bucket), 0, 0
     nats_at, n_at = np.zeros(buckets), np.zeros(buckets, dtype=np.int64)
-    size = max(1, POSITIONS // length)
-    for part in windows(tokens, length, stride, run.config.target_rule, run.tokenizer.meta, size):
-        batch = as_batch(run, *part).to(weight.device)
-        hidden, targets = scored_rows(hidden_of(run, batch), batch.targets, batch.scored_index)
-        nats = token_nats(hidden, weight, targets, run.tokenizer.n_content)
-        tally.add(nats, targets)
-        where = batch.scored_index if batch.scored_index.size(1) < length else batch.positions  # as scored_rows
-        scored = (targets >= 0).cpu().numpy()
-        at = where.flatten().cpu().numpy()[scored] // bucket
-        nats_at += np.bincount(at, weights=nats.cpu().double().numpy()[scored], minlength=buckets)
-        n_at += np.bincount(at, minlength=buckets)
-        before = (part[1] != run.tokenizer.meta).cumsum(axis=1)  # content tokens that a position has seen
-        context += int(before[part[2] != IGNORE].sum())
+    for number, text in enumerate(texts):
+        content = (text != meta).cumsum() - 1  # place among the content tokens of the text
+        for numbers, ids, targets in windows(text, length, stride, run.config.target_rule, meta, size):
+            batch = as_batch(run, before + numbers, ids, targets).to(weight.device)
+            hidden, goals = scored_rows(hidden_of(run, batch), batch.targets, batch.scored_index)
+            nats = token_nats(hidden, weight, goals, run.tokenizer.n_content)
+            tally.add(nats, goals)
+            nats = nats[goals >= 0].cpu().double().numpy()
+            row, at = np.nonzero(targets != IGNORE)  # in the order of scored_rows
+            nats_at += np.bincount(at // bucket, weights=nats, minlength=buckets)
+            n_at += np.bincount(at // bucket, minlength=buckets)
+            context += int((ids != meta).cumsum(axis=1)[row, at].sum())  # content tokens that a position has seen
+            if by_depth:
+                by_depth.add(number, content[numbers[row] * stride + at], nats)
+        before += 1 + int(numbers[-1])
     check_finite(run, nats_at)
     figures = tally.figures()
     return {
@@ -215,6 +275,7 @@ def measure(run: Run, tokens: np.ndarray, length: int, stride: int, bucket: int)
             for i, (n, total) in enumerate(zip(n_at, nats_at.tolist(), strict=True))
             if n
         ],
+        **(by_depth.figures() if by_depth else {}),
         "seconds": time.perf_counter() - started,
     }
 

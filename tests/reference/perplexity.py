@@ -4,9 +4,9 @@ from tests.reference.generate import next_logits
 from tests.reference.targets import IGNORE, stream_targets
 
 
-def token_nats(run, stream: list[int], length: int, stride: int) -> list[tuple[int, float]]:
-    """For every scored token (place of what predicts it, in the first window that holds that; nats). Windows start at
-    0, stride, 2 stride, ... The model must be in double precision."""
+def token_nats(run, stream: list[int], length: int, stride: int) -> list[tuple[int, int, float]]:
+    """For every scored token (place of what predicts it, in the stream and in the first window that holds it; nats).
+    Windows start at 0, stride, 2 stride, ... The model must be in double precision."""
     out = []
     for source, target in enumerate(stream_targets(stream, run.tokenizer.meta, run.config.target_rule)):
         if target != IGNORE:
@@ -14,5 +14,19 @@ def token_nats(run, stream: list[int], length: int, stride: int) -> list[tuple[i
             while start + length <= source:
                 start += stride
             logits = next_logits(run, stream[start : source + 1])
-            out.append((source - start, -logits.log_softmax(-1)[target].item()))
+            out.append((source, source - start, -logits.log_softmax(-1)[target].item()))
+    return out
+
+
+def pieces(content: list[int], eot: int, size: int) -> list[tuple[int, list[int]]]:
+    """The pieces of documents, token by token -> (number of the document, ids)."""
+    out, document, piece = [], 0, [eot]
+    for token in [*content, None]:  # None: the end
+        if len(piece) == size:
+            out.append((document, piece))
+            piece = []
+        if token == eot:
+            document, piece = document + 1, [eot]
+        else:
+            piece.append(token)
     return out
