@@ -59,8 +59,40 @@ def title(panel: Panel) -> str:
 
 def accuracy(figure: Figure, arms: list[Arm], panel: Panel, footer: str) -> None:
     """Exact answers by evaluation length."""
-    looks, axes = styles(arms), figure.subplots()
-    mine = [arm for arm in arms if any(at == panel for at, _ in arm.lines)]
+    axes, mine = figure.subplots(), [arm for arm in arms if any(at == panel for at, _ in arm.lines)]
+    barred = _by_length(axes, styles(arms), mine, panel)
+    _percent(axes, barred)
+    axes.set(title=title(panel), xlabel=f"positions of a text\n{footer}", ylabel="exact answers, %")
+    _legend(figure, _accuracy_handles(mine, styles(arms), barred))
+
+
+def overview(figure: Figure, arms: list[Arm], panels: list[Panel], footer: str) -> None:
+    """All panels of `accuracy` at once, small: a row is a task, a column a placement."""
+    rows = list(dict.fromkeys(panel._replace(placement="") for panel in panels))
+    columns = list(dict.fromkeys(panel.placement for panel in panels))
+    figure.set_size_inches(1 + 2.1 * len(columns), 0.9 + 1.75 * len(rows))
+    grid, looks = figure.subplots(len(rows), len(columns), sharey=True, squeeze=False), styles(arms)
+    barred = False
+    for row, line in zip(rows, grid, strict=True):
+        for placement, axes in zip(columns, line, strict=True):
+            panel = row._replace(placement=placement)
+            mine = [arm for arm in arms if any(at == panel for at, _ in arm.lines)]
+            axes.set_title(placement if row == rows[0] else "", fontsize=9.5)
+            if mine:
+                barred |= _by_length(axes, looks, mine, panel)
+            else:
+                axes.set_axis_off()
+        question = f", {row.question}" if row.task == "list_recall" or row.question != "index" else ""
+        line[0].set_ylabel(f"{row.task.replace('_', ' ')}\n{row.level}{question}")
+    for axes in grid[-1]:
+        axes.set_xlabel("positions of a text")
+    _percent(grid[0, 0], barred)
+    figure.suptitle(f"exact answers, %: {footer}", fontsize=10.5)
+    _legend(figure, _accuracy_handles(arms, looks, barred), columns=4)
+
+
+def _by_length(axes, looks: dict, mine: list[Arm], panel: Panel) -> bool:
+    """The arms' points, chance and the best shortcut -> is a cell impossible?"""
     barred = False
     for number, arm in enumerate(mine):
         cells = {length: of for (at, length), of in sorted(arm.lines.items()) if at == panel}
@@ -72,12 +104,14 @@ def accuracy(figure: Figure, arms: list[Arm], panel: Panel, footer: str) -> None
     )
     chance = max(line["chance"] for line in _measured(mine, panel)) if floors else 0.0
     axes.axhline(100 * chance, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
-    _percent(axes, barred)
     _lengths(axes, {length for arm in mine for at, length in arm.lines if at == panel})
-    axes.set(title=title(panel), xlabel=f"positions of a text\n{footer}", ylabel="exact answers, %")
+    return barred
+
+
+def _accuracy_handles(arms: list[Arm], looks: dict, barred: bool) -> list[Line2D]:
     floor = [Line2D([], [], color=GREY, linestyle="--", linewidth=1, label="best shortcut")]
     chance = [Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label="chance")]
-    _legend(figure, _arm_handles(mine, looks) + _length_handles(mine, looks) + floor + chance + _cross(barred))
+    return _arm_handles(arms, looks) + _length_handles(arms, looks) + floor + chance + _cross(barred)
 
 
 def _points(axes, cells: dict[int, dict], dodge: float, look: dict) -> bool:

@@ -16,7 +16,7 @@ class Page:
     def __init__(self, lines: list[dict], repeated: int, command: str, effect: float, margin: float):
         self.repeated, self.command, self.effect, self.margin = repeated, command, effect, margin
         self.arms, self.files = arms_of(lines), {}
-        self.panels = panels_of(self.arms)
+        self.panels, self.lines = panels_of(self.arms), lines
         self.checkpoints, self.by_seed = between_checkpoints(self.arms), between_arms(self.arms, effect, margin)
         self.numbers = {command: n for n, command in enumerate(dict.fromkeys(line["command"] for line in lines), 1)}
 
@@ -108,6 +108,7 @@ Source: {escaped(SOURCE)}.</p>
 reach from the lowest to the highest, the line is the mean and the small dots are the seeds. Dotted: chance. Dashed,
 grey: the best of the shortcuts that do without reading all, on the same texts. A cross in the strip below 0: the model
 cannot read texts of that length at all.</p>
+{self.picture("overview.png", "all panels below, small", self.lines, drawing.overview, self.arms, self.panels)}
 {"".join(out)}"""
 
     def differences(self) -> str:

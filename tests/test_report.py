@@ -15,10 +15,11 @@ from scipy import stats as distributions
 from config import UserError
 from reports import drawing
 from reports.compare import between_arms, between_checkpoints, beyond
-from reports.lines import Panel, arms_of, read
+from reports.lines import Panel, arms_of, panels_of, read
 from reports.page import Page, spans
 from reports.paper import FIGURE_1
 from stats import wilson
+from tasks import PLACEMENTS, TASKS
 from tests.conftest import cli, refusal
 
 HALF = "1" * 50 + "0" * 50
@@ -107,7 +108,7 @@ def test_a_report_holds_every_cells_figures_and_the_papers(tmp_path):
             assert tuple(filter(None, row.split("|")))[:5] == (str(length), *given)
     assert "49.2" in text and "64.8" in text and "1/28" in text  # the conflicts, and how little n may be
     pictures = {path.name for path in (tmp_path / "there").glob("*.png")}
-    assert len(pictures) == 4 + 6 + 6 and all(name in text for name in pictures)
+    assert len(pictures) == 1 + 4 + 6 + 6 and all(name in text for name in pictures)
     assert not re.search(r"\bnan\b|\binf\b|<script|https?:|src=\"(?!data:)", text, re.I)
 
 
@@ -244,6 +245,20 @@ def test_a_cell_that_is_impossible_is_a_cross_below_zero_and_no_figure():
     assert all(min(mark.get_ydata(), default=1) != 0 for mark in figure.axes[1].lines)
     (row,) = [row for row in between_checkpoints(arms_of(lines)) if row.length == 512]
     assert row.refused == "impossible for meta + rope"
+
+
+def test_the_overview_shows_what_every_panel_shows():
+    """A panel at its task's row and its placement's column, all its figures, and an empty place where there is none."""
+    lines = [one for one in realistic(n=50) if (one["task"], one["placement"]) != ("copying", "every")]
+    arms, figure = arms_of(lines), Figure()
+    panels = panels_of(arms)
+    drawing.overview(figure, arms, panels, "")
+    assert len(figure.axes) == 16 and sum(not axes.axison for axes in figure.axes) == 1
+    for axes, (task, placement) in zip(figure.axes, itertools.product(TASKS, PLACEMENTS), strict=True):
+        shown = sorted(100 * one["exact"] for one in lines
+                       if (one["task"], one["placement"]) == (task, placement) and "exact" in one)  # fmt: skip
+        points = [y for mark in axes.lines if mark.get_marker() in drawing.MARKERS for y in mark.get_ydata()]
+        assert sorted(y for y in points if y >= 0) == pytest.approx(shown)
 
 
 def test_the_last_of_repeated_lines_counts(tmp_path):
