@@ -58,6 +58,19 @@ def run_cli(main) -> None:
     sys.exit(status)
 
 
+def run_named(argv: list[str], kinds: dict[str, tuple], kind: str, about: str) -> None:
+    """Calls what the first of argv names, of kinds name -> (class of its settings, function), with the settings that
+    follow it; without a name shows `about`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(about.strip() + f"\n\neach of {', '.join(kinds)} has its own --help")
+        return
+    name, *rest = argv
+    if name not in kinds:
+        raise UserError(f"there is no {kind} {name!r}: {nearest_name(name, list(kinds))}")
+    settings, function = kinds[name]
+    function(load_config(settings, rest))
+
+
 def load_config(cls, argv: list[str], config_file: bool = False, default=None):
     """argv = --name=value ..., after a FILE.py if config_file -> an instance of cls. Raises UserError.
 

@@ -6,8 +6,7 @@ python eval.py perplexity --run=out/recall --lengths 512 4096 --documents   # by
 python eval.py passkey --run=out/recall --lengths 512 1024           # a number hidden in filler: exact, and its rank
 """
 
-from cli import load_config, run_cli
-from config import UserError, nearest_name
+from cli import run_cli, run_named
 from evals import passkey, perplexity, tasks
 
 EVALS = {
@@ -18,14 +17,7 @@ EVALS = {
 
 
 def main(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__.strip() + f"\n\neach of {', '.join(EVALS)} has its own --help")
-        return
-    name, *rest = argv
-    if name not in EVALS:
-        raise UserError(f"there is no evaluation {name!r}: {nearest_name(name, list(EVALS))}")
-    settings, evaluate = EVALS[name]
-    evaluate(load_config(settings, rest))
+    run_named(argv, EVALS, "evaluation", __doc__)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ def stretched(m: GPTConfig, scaling: str, factor: float, **more) -> GPTConfig:
 def interpolated(table: torch.Tensor, factor: float, rows: int) -> torch.Tensor:
     """A table of learned positions (T, C) -> (rows, C): position m reads the old one m / factor, linearly between two
     rows, as position interpolation has it (arXiv 2306.15595). Beyond the last row it is the last."""
-    at = (torch.arange(rows, device=table.device) / factor).clamp(max=len(table) - 1)
+    at = (torch.arange(rows, device=table.device, dtype=table.dtype) / factor).clamp(max=len(table) - 1)
     below = at.long()
     above = (below + 1).clamp(max=len(table) - 1)
-    return torch.lerp(table[below], table[above], (at - below)[:, None].to(table.dtype))
+    return torch.lerp(table[below], table[above], (at - below)[:, None])
 
 
 def rescaled(run: Run, how: Rescale) -> Run:

@@ -21,7 +21,7 @@ from checkpoint import Run
 from config import UserError
 from data.inject import marker_places
 from data.loader import random_positions
-from loss import token_nats
+from loss import token_scores
 from rng import stable_key
 
 
@@ -247,5 +247,5 @@ def score(run: Run, text: str, plan: MarkerPlan) -> tuple[list[int], list[float]
     # the position that predicts each content token but the first
     sources = content[:-1] if run.config.target_rule == "skip" else [i - 1 for i in content[1:]]
     targets = torch.tensor([ids[i] for i in content[1:]], device=hidden.device)
-    nats = token_nats(hidden[sources], run.model.wte.weight, targets, run.tokenizer.n_content)
+    nats, _ = token_scores(hidden[sources], run.model.wte.weight, targets, run.tokenizer.n_content)
     return targets.tolist(), nats.tolist()

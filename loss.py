@@ -100,28 +100,20 @@ def summed_nats(hidden, weight, targets, n_content: int, chunk: int | None = Non
 
 
 @torch.no_grad()
-def token_nats(hidden, weight, targets, n_content: int, chunk: int | None = None) -> torch.Tensor:
-    """Nats of every target (N,), 0 where nothing is scored; shapes as in summed_nats."""
-    blocks = _scored_blocks(hidden, weight, targets, n_content, chunk)
-    return torch.cat(
-        [torch.where(t >= 0, -logp.gather(1, t.clamp(min=0)[:, None]).squeeze(1), 0) for logp, t in blocks]
-    )
-
-
-@torch.no_grad()
-def token_hits(hidden, weight, targets, n_content: int, chunk: int | None = None) -> torch.Tensor:
-    """Is every target (N,) the most likely id? False where nothing is scored; shapes as in summed_nats."""
-    return torch.cat([logp.argmax(1) == t for logp, t in _scored_blocks(hidden, weight, targets, n_content, chunk)])
-
-
-def _scored_blocks(hidden, weight, targets, n_content, chunk):
-    """Blocks of log-probabilities (n, V) and targets (n,), few rows at a time."""
-    dtype = _compute_dtype(hidden)
+def token_scores(
+    hidden, weight, targets, n_content: int, chunk: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats of every target (N,), 0 where nothing is scored, and whether it is the most likely id (N,), False there;
+    shapes as in summed_nats."""
+    dtype, nats, hits = _compute_dtype(hidden), [], []
     chunk = chunk or chunk_rows(hidden.device.type, weight.shape)
     block, w = block_rows(hidden.device.type, weight.size(0)), weight.to(dtype)
-    for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        for part, t_part in zip((h.to(dtype) @ w.T).split(block), t.split(block), strict=True):
-            yield _log_probs(part, n_content), t_part
+    for rows, goals in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        for part, t in zip((rows.to(dtype) @ w.T).split(block), goals.split(block), strict=True):
+            logp = _log_probs(part, n_content)
+            nats.append(torch.where(t >= 0, -logp.gather(1, t.clamp(min=0)[:, None]).squeeze(1), 0))
+            hits.append(logp.argmax(1) == t)
+    return torch.cat(nats), torch.cat(hits)
 
 
 def scored_rows(hidden, targets, scored_index) -> tuple[torch.Tensor, torch.Tensor]:

@@ -81,3 +81,21 @@ def holm(p_values: list[float]) -> list[float]:
         most = max(most, min(1.0, (len(p_values) - rank) * p_values[i]))
         out[i] = most
     return out
+
+
+def bits(outcomes: str) -> np.ndarray:
+    """Outcomes by text as lines of JSON have them, 0110.. -> (N,) bool."""
+    return np.frombuffer(outcomes.encode(), np.uint8) == ord("1")
+
+
+def decide(low: float, high: float, holm_p: float, effect: float, margin: float) -> str:
+    """On "the first is better than the second by more than `effect`", from the interval of first - second: holds if it
+    lies above that, also after Holm, the reverse if below -`effect`; does not hold if all of it lies inside +-margin;
+    else undecided."""
+    inside = -margin <= low and high <= margin
+    if low > effect or high < -effect:
+        if holm_p >= 0.05:
+            return "undecided after Holm"
+        claim = "holds" if low > effect else "the reverse holds"
+        return f"{claim}, within the margin" if inside else claim
+    return "does not hold" if inside else "undecided"

@@ -33,7 +33,7 @@ from data.verify import verify
 from dist import Dist, autocast, pick_dtype, processes, ranks, why_not_compile
 from estimate import flops_per_window, peak_flops, report
 from guard import Guard
-from loss import Objective, Tally, scored_rows, token_hits, token_nats
+from loss import Objective, Tally, scored_rows, token_scores
 from model import GPT
 from optim import Optimizer, learning_rate, norms
 from rng import stable_key
@@ -80,11 +80,10 @@ def evaluate(
         with autocast(dist.device, dtype):
             hidden = model(batch.tokens, batch.positions, batch.meta_index)
             hidden, targets = scored_rows(hidden, batch.targets, batch.scored_index)
-            nats = token_nats(hidden, model.wte.weight, targets, data.tokenizer.n_content)
-            if cfg.task.tasks:
-                right = token_hits(hidden, model.wte.weight, targets, data.tokenizer.n_content)
-                answers.add(here, targets.view(len(here), -1), right.view(len(here), -1))
+            nats, right = token_scores(hidden, model.wte.weight, targets, data.tokenizer.n_content)
         tally.add(nats, targets)
+        if cfg.task.tasks:
+            answers.add(here, targets.view(len(here), -1), right.view(len(here), -1))
     model.train()
     dist.sum(tally.sums)
     if cfg.task.tasks:

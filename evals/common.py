@@ -29,8 +29,8 @@ class Evaluation:
     """a run's folder (out/NAME) or one of its checkpoints; by default the newest run in out/"""
     rescale: Rescale = field(default_factory=Rescale)
     output: str = ""
-    """file of JSON lines, one a cell, to append to; by default tasks.jsonl, perplexity.jsonl or passkey.jsonl in the
-    run's folder"""
+    """file of JSON lines to append to; by default one in the run's folder, by the name of what is measured:
+    tasks.jsonl, perplexity.jsonl, passkey.jsonl, positions.jsonl"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "float32"
 

@@ -34,7 +34,7 @@ from evals.common import (
     hidden_of,
     write_lines,
 )
-from loss import token_hits, token_nats
+from loss import token_scores
 from rng import Draws, stable_key
 from stats import wilson
 from tasks.example import Draft, Example
@@ -159,9 +159,9 @@ def score(run: Run, prompt: np.ndarray, answers: np.ndarray, index: int) -> tupl
         drawn = connected(run, np.full(len(part), index), T, "passkey")
         batch = collate(rows, T, run.tokenizer, run.config.target_rule, connected=drawn).to(head.device)
         hidden, scored = hidden_of(run, batch), batch.targets >= 0
-        each = (hidden[scored], head, batch.targets[scored], run.tokenizer.n_content)
-        nats.append(token_nats(*each).view(part.shape).sum(dim=1).cpu().numpy())
-        right.append(token_hits(*each).view(part.shape).all(dim=1).cpu().numpy())
+        each, hits = token_scores(hidden[scored], head, batch.targets[scored], run.tokenizer.n_content)
+        nats.append(each.view(part.shape).sum(dim=1).cpu().numpy())
+        right.append(hits.view(part.shape).all(dim=1).cpu().numpy())
     check_finite(run, np.concatenate(nats))
     return np.concatenate(nats), np.concatenate(right)
 

@@ -50,7 +50,7 @@ from evals.common import (
     write_lines,
 )
 from evals.documents import ByDepth, pieces
-from loss import Tally, scored_rows, token_nats
+from loss import Tally, scored_rows, token_scores
 from rng import stable_key
 from terminal import BOLD, write
 
@@ -251,7 +251,7 @@ def measure(run: Run, texts: list[np.ndarray], length: int, stride: int, bucket:
         for numbers, ids, targets in windows(text, length, stride, run.config.target_rule, meta, size):
             batch = as_batch(run, before + numbers, ids, targets).to(weight.device)
             hidden, goals = scored_rows(hidden_of(run, batch), batch.targets, batch.scored_index)
-            nats = token_nats(hidden, weight, goals, run.tokenizer.n_content)
+            nats, _ = token_scores(hidden, weight, goals, run.tokenizer.n_content)
             tally.add(nats, goals)
             nats = nats[goals >= 0].cpu().double().numpy()
             row, at = np.nonzero(targets != IGNORE)  # in the order of scored_rows

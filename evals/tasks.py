@@ -1,6 +1,7 @@
 """python eval.py tasks: how many texts of a task does a run answer exactly, by length and placement?"""
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -10,8 +11,17 @@ import numpy as np
 
 from checkpoint import Run
 from config import Level, Placement, Question, Task, TaskConfig, check
-from evals.common import POSITIONS, Evaluation, check_lengths, connected, fits, hidden_of, write_lines
-from loss import scored_rows, token_hits, token_nats
+from evals.common import (
+    POSITIONS,
+    Evaluation,
+    check_finite,
+    check_lengths,
+    connected,
+    fits,
+    hidden_of,
+    write_lines,
+)
+from loss import scored_rows, token_scores
 from stats import bootstrap_ratio, wilson
 from tasks import TASKS
 from tasks.example import Example, Maker
@@ -42,76 +52,82 @@ class TasksEval(Evaluation):
         check_lengths(self)
         check(self, "n", 1 <= self.n <= 10**6, "lie in 1 .. 1000000")
 
+    def cells(self, run: Run) -> Iterator[tuple[str, str, TaskConfig, str, int]]:
+        """Task, placement, settings, level and length of every cell."""
+        trained = run.config.task
+        tasks, placements = self.tasks or trained.tasks or TASKS, self.placements or trained.placements
+        question = self.question or trained.question
+        settings = dataclasses.replace(trained, question=question, questions=1, shuffle_answers=False)
+        level = self.level or (trained.level if trained.tasks else "hard")
+        return itertools.product(tasks, placements, (settings,), (level,), self.lengths)
+
 
 def main(cfg: TasksEval) -> None:
     run, facts = cfg.open()
-    trained = run.config.task
-    settings = dataclasses.replace(
-        trained, question=cfg.question or trained.question, questions=1, shuffle_answers=False
-    )
     output = cfg.lines(run, "tasks")
     write(f"{facts['arm']}, {run.folder}, {tokens_per_item(run.tokenizer):.3f} tokens an item\n", BOLD)
     with cfg.autocast(run):
-        for task in cfg.tasks or trained.tasks or TASKS:
-            for placement in cfg.placements or trained.placements:
-                for length in cfg.lengths:
-                    level = cfg.level or (trained.level if trained.tasks else "hard")
-                    cell = measure(run, task, placement, settings, level, length, cfg.n)
-                    write_lines(output, [{**facts, **cell}])
-                    write(sentence(cell) + "\n")
+        for where in cfg.cells(run):
+            cell = measure(run, *where, cfg.n)
+            write_lines(output, [{**facts, **cell}])
+            write(sentence(cell) + "\n")
     write(f"{output}\n", BOLD)
 
 
 def measure(run: Run, task: str, placement: str, settings: TaskConfig, level: str, length: int, n: int) -> dict:
     """One cell: n texts of the test split. The same texts for every run with this tokenizer."""
     maker = Maker(task, placement, settings, run.tokenizer)
-    cell = {
-        "eval": "tasks", "task": task, "placement": placement, "level": level, "question": settings.question,
-        "length": length, "tokens_per_item": tokens_per_item(run.tokenizer),
-    }  # fmt: skip
+    cell = {"eval": "tasks", **about(maker, level, length)}
     if why := fits(run, length):
         return {**cell, "n": 0, "impossible": why}
-    started, examples, counts, nats = time.perf_counter(), [], [], 0.0
-    for part in batches(maker, level, length, n):
-        T = max(len(example.ids) for example in part)
-        numbers = np.arange(len(examples), len(examples) + len(part))
-        drawn = connected(run, numbers, T, "tasks test")
-        batch = collate(part, T, run.tokenizer, run.config.target_rule, connected=drawn).to(run.model.wte.weight.device)
-        hidden, targets = scored_rows(hidden_of(run, batch), batch.targets, batch.scored_index)
-        head = (run.model.wte.weight, targets, run.tokenizer.n_content)
-        right = token_hits(hidden, *head).view(len(part), -1)
-        nats += float(token_nats(hidden, *head).sum())
-        counts += count_right(targets.view(len(part), -1), right).tolist()
-        examples += part
-    exact, ids, right = np.array(counts).T
-    tokens = bootstrap_ratio(right, ids)
+    started, examples = time.perf_counter(), texts(maker, level, length, n)
     answers = ["".join(example.draft.questions[0][1]).strip() for example in examples]
     floors = {
         name: sum(e.draft.shortcuts[name].strip() == a for e, a in zip(examples, answers, strict=True)) / n
         for name in examples[0].draft.shortcuts
     }
+    figures = read(run, examples, length)
+    rest = {"chance": maker.task.CHANCE, "floors": floors, "seconds": time.perf_counter() - started}
+    return {**cell, **figures, **rest}
+
+
+def about(maker: Maker, level: str, length: int) -> dict:
+    """What a line says of its cell."""
     return {
-        **cell,
+        "task": maker.name, "placement": maker.placement, "level": level, "question": maker.cfg.question,
+        "length": length, "tokens_per_item": tokens_per_item(maker.tokenizer),
+    }  # fmt: skip
+
+
+def texts(maker: Maker, level: str, length: int, n: int) -> list[Example]:
+    """The first n of the test split, of nine tenths of `length` positions to all of them."""
+    return [maker.example("test", i, math.ceil(0.9 * length), length, (level,)) for i in range(n)]
+
+
+def read(run: Run, examples: list[Example], length: int) -> dict:
+    """Figures of texts of at most `length` positions. Raises UserError for a model that gives no numbers."""
+    counts, nats, n, size = [], 0.0, len(examples), max(1, POSITIONS // length)
+    for start in range(0, n, size):
+        part = examples[start : start + size]
+        T = max(len(example.ids) for example in part)
+        drawn = connected(run, np.arange(start, start + len(part)), T, "tasks test")
+        batch = collate(part, T, run.tokenizer, run.config.target_rule, connected=drawn).to(run.model.wte.weight.device)
+        hidden, targets = scored_rows(hidden_of(run, batch), batch.targets, batch.scored_index)
+        each, right = token_scores(hidden, run.model.wte.weight, targets, run.tokenizer.n_content)
+        nats += float(each.sum())
+        counts += count_right(targets.view(len(part), -1), right.view(len(part), -1)).tolist()
+    check_finite(run, np.array(nats))
+    exact, ids, right = np.array(counts).T
+    return {
         "n": n,
         "correct": int(exact.sum()),
         "exact": float(exact.mean()),
         "interval": wilson(int(exact.sum()), n),
         "token_accuracy": float(right.sum() / ids.sum()),
-        "token_interval": tokens,
+        "token_interval": bootstrap_ratio(right, ids),
         "nats": nats / n,  # of a whole answer
-        "chance": maker.task.CHANCE,
-        "floors": floors,
         "outcomes": "".join(map(str, exact.astype(int))),  # by text, for paired tests
-        "seconds": time.perf_counter() - started,
     }
-
-
-def batches(maker: Maker, level: str, length: int, n: int) -> Iterator[list[Example]]:
-    """The first n texts of the test split, as many at a time as a forward takes."""
-    size = max(1, POSITIONS // length)
-    for start in range(0, n, size):
-        numbers = range(start, min(start + size, n))
-        yield [maker.example("test", i, math.ceil(0.9 * length), length, (level,)) for i in numbers]
 
 
 def sentence(cell: dict) -> str:

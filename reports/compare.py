@@ -3,11 +3,10 @@
 import itertools
 from dataclasses import dataclass, replace
 
-import numpy as np
 from scipy import stats as distributions
 
 from reports.lines import Arm, Panel, order
-from stats import holm, mcnemar, paired_difference, seed_difference
+from stats import bits, decide, holm, mcnemar, paired_difference, seed_difference
 
 SEEDS = 5  # with fewer nothing is decided between arms
 
@@ -64,9 +63,7 @@ def between_checkpoints(arms: list[Arm]) -> list[Difference]:
             if why := _refusal(first, second, mine[seed], yours[seed]):
                 rows.append(replace(row, refused=why))
                 continue
-            right = [
-                np.frombuffer(line["outcomes"].encode(), np.uint8) == ord("1") for line in (mine[seed], yours[seed])
-            ]
+            right = [bits(line["outcomes"]) for line in (mine[seed], yours[seed])]
             mean, low, high = paired_difference(*right)
             said = "undecided: 1 seed"  # whatever McNemar says of these two
             rows.append(replace(row, mean=mean, low=low, high=high, p=mcnemar(*right), verdict=said))
@@ -115,16 +112,9 @@ def beyond(mean: float, half: float, effect: float, seeds: int) -> float:
 
 
 def verdict(row: Difference, effect: float, margin: float) -> str:
-    """On "the first is better than the second by more than `effect`": holds if the interval lies above it, also after
-    Holm, the reverse if below -`effect`; does not hold if the whole interval lies inside +-margin; else undecided."""
+    """What stats.decide says, if there are seeds enough."""
     if row.refused:
         return "not compared"
     if row.holm is None:
         return f"undecided: {len(row.seeds)} seeds, {SEEDS} can decide"
-    inside = -margin <= row.low and row.high <= margin
-    if row.low > effect or row.high < -effect:
-        if row.holm >= 0.05:
-            return "undecided after Holm"
-        claim = "holds" if row.mean > 0 else "the reverse holds"
-        return f"{claim}, within the margin" if inside else claim
-    return "does not hold" if inside else "undecided"
+    return decide(row.low, row.high, row.holm, effect, margin)

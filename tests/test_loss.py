@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.loader import Windows
-from loss import Tally, scored_rows, summed_nats, token_nats
+from loss import Tally, scored_rows, summed_nats, token_scores
 
 
 def reference(hidden, weight, targets, n_content):
@@ -36,7 +36,9 @@ def test_equals_the_reference_for_any_chunk_and_block(N, chunk, block, seed):
     hidden, weight, targets, n = case(N, seed)
     slow = reference(hidden, weight, targets, n)
     with mock.patch("loss.block_rows", lambda device, vocabulary: block):
-        torch.testing.assert_close(token_nats(hidden, weight, targets, n, chunk), slow.detach())
+        nats, hits = token_scores(hidden, weight, targets, n, chunk)
+        torch.testing.assert_close(nats, slow.detach())
+        assert torch.equal(hits, (hidden @ weight.T)[:, :n].argmax(1) == targets)
         fast = summed_nats(hidden, weight, targets, n, chunk)
     torch.testing.assert_close(fast, slow.sum())
     for ours, expected in zip(
@@ -86,7 +88,9 @@ def test_markers_and_spare_ids_get_neither_probability_nor_gradient():
         weight[n:] *= 1000  # were they in the softmax, they would take all of it
     grad = torch.autograd.grad(summed_nats(hidden, weight, targets, n), weight)[0]
     assert (grad[n:] == 0).all() and (grad[:n] != 0).any()
-    torch.testing.assert_close(token_nats(hidden, weight, targets, n), reference(hidden, weight, targets, n).detach())
+    torch.testing.assert_close(
+        token_scores(hidden, weight, targets, n)[0], reference(hidden, weight, targets, n).detach()
+    )
 
 
 def test_figures_by_hand():
@@ -107,7 +111,7 @@ def test_bits_per_byte_of_a_uniform_model_do_not_depend_on_the_markers():
     values = []
     for targets in ([0, 1, 2, 3], [0, -100, 1, -100, -100, 2, 3]):
         targets = torch.tensor(targets)
-        nats = token_nats(torch.zeros(len(targets), 2), torch.ones(5, 2), targets, n_content=4)
+        nats, _ = token_scores(torch.zeros(len(targets), 2), torch.ones(5, 2), targets, n_content=4)
         tally = Tally(n_bytes, torch.device("cpu"))
         tally.add(nats, targets)
         values.append(tally.figures()["bits_per_byte"])

@@ -9,13 +9,17 @@ from checkpoint import load_run
 from cli import load_config
 from config import PrepareConfig, SampleConfig, TrainConfig
 from eval import EVALS
+from probe import PROBES
 from tests.conftest import ROOT, TINY, cli
 
+NAMED = {"eval.py": EVALS, "probe.py": PROBES}
 CLASSES = {"train.py": TrainConfig, "prepare.py": PrepareConfig, "sample.py": SampleConfig}
 PAGES = [ROOT / "README.md", ROOT / "LOG.md", *ROOT.glob("*.py"), *(ROOT / "config").glob("*.py")]
 
 
-COMMAND = r"^ *(?:.*\| )?(?:\.venv/bin/)?(?:python |torchrun --\S+ --\S+ )((?:train|prepare|sample|eval)\.py\b.*)$"
+COMMAND = (
+    r"^ *(?:.*\| )?(?:\.venv/bin/)?(?:python |torchrun --\S+ --\S+ )((?:train|prepare|sample|eval|probe)\.py\b.*)$"
+)
 
 
 def commands() -> list[tuple[str, str]]:
@@ -31,7 +35,7 @@ def commands() -> list[tuple[str, str]]:
 def test_every_command_parses(page, command, monkeypatch):
     monkeypatch.chdir(ROOT)
     program, *argv = shlex.split(command, comments=True)
-    settings = EVALS[argv.pop(0)][0] if program == "eval.py" else CLASSES[program]
+    settings = NAMED[program][argv.pop(0)][0] if program in NAMED else CLASSES[program]
     assert isinstance(load_config(settings, argv, config_file=program in ("train.py", "prepare.py")), settings)
 
 

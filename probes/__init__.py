@@ -1,0 +1,1 @@
+"""What probe.py looks into, a file each, and its pictures."""

@@ -1,0 +1,229 @@
+"""python probe.py positions: what are the place and the embedding of meta-tokens good for, to a trained run?
+
+The paper's Table 2 zeroes the position encoding at meta-tokens, at inference alone, and more answers are right, in
+cells of about 18 texts; zeroing their token embedding instead, it says, hurts. Here the same weights read the same
+texts
+
+    full                as the run was trained
+    no_position         with no position at meta-tokens: no row of the learned table, or with rope an angle of 0 for
+                        their q and k, in both attentions
+    no_position_first   with rope: in causal attention alone
+    no_position_second  with rope: in the second attention alone (with one meta-token in a text that changes nothing)
+    no_embedding        with zeros for the row of the token embedding where the input is <|meta|>, position kept; the
+                        head, which shares the table, is as it was
+    neither             with no position and no embedding
+
+and each is compared with `full`, text by text. That tells of this checkpoint; of its arm only other seeds can."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from checkpoint import Run
+from config import GPTConfig, UserError, check
+from evals.common import fits, write_lines
+from evals.tasks import TasksEval, about, read, texts
+from model import GPT
+from probes.drawing import positions_picture
+from reports.markup import p_value, percent, points, span
+from stats import bits, decide, holm, mcnemar, paired_difference
+from tasks.example import Example, Maker
+from terminal import BOLD, write
+
+# name -> meta_position, None = as trained; is the embedding kept?
+CONDITIONS = {
+    "full": (None, True),
+    "no_position": ("none", True),
+    "no_position_first": ("none_first", True),
+    "no_position_second": ("none_second", True),
+    "no_embedding": (None, False),
+    "neither": ("none", False),
+}
+DECIDES = 1000  # texts; with fewer nothing is decided
+
+
+@dataclass(frozen=True)
+class PositionsProbe(TasksEval):
+    """Exact answers to texts of the synthetic tasks, with meta-tokens that have lost position or embedding."""
+
+    conditions: tuple[
+        Literal["full", "no_position", "no_position_first", "no_position_second", "no_embedding", "neither"], ...
+    ] = ()
+    """by default all that the run allows; full is always read"""
+    margin: float = 0.05
+    """a difference from full "does not hold" if its whole interval lies within +- this share"""
+    effect: float = 0.0
+    """it "holds" if the interval lies above this share; fix both before you look"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("conditions", "tasks", "placements", "lengths"):
+            check(self, name, len(set(getattr(self, name))) == len(getattr(self, name)), "name each once")
+        check(self, "margin", 0 < self.margin < 1, "lie strictly between 0 and 1")
+        check(self, "effect", 0 <= self.effect < 1, "be at least 0 and below 1")
+        check(self, "output", not self.output.endswith(".png"), "be a file of JSON lines; the picture lies beside it")
+
+
+def main(cfg: PositionsProbe) -> None:
+    run, facts = cfg.open()
+    names, unasked = conditions_of(cfg, run)
+    cells = cells_of(cfg, run)  # what cannot be asked is refused by here
+    output = cfg.lines(run, "positions")
+    write(f"{facts['arm']}, {run.folder}\n", BOLD)
+    for why, left_out in unasked.items():
+        write(f"without {', '.join(left_out)}, for a run {why}\n")
+    if not cfg.placements and "none" in run.config.task.placements:
+        write("without placement none, whose texts have no meta-tokens\n")
+    measured = []
+    with cfg.autocast(run):
+        for maker, level, length in cells:
+            measured.append(measure(run, maker, level, length, cfg.n, names))
+            write(progress(measured[-1]) + "\n")
+    lines = [{**facts, **line} for line in compared(measured, cfg.effect, cfg.margin)]
+    write_lines(output, lines)  # at the end: Holm's p needs all of them
+    picture = output.with_suffix(".png")
+    picture.write_bytes(positions_picture(lines))
+    write(f"\n{table(lines)}\n{output}\n{picture}\n")
+
+
+def conditions_of(cfg: PositionsProbe, run: Run) -> tuple[list[str], dict[str, list[str]]]:
+    """The conditions to read under, and by reason those that the run does not allow. Raises UserError for one that was
+    named, and for a run that knows no meta-tokens."""
+    m, trained = run.model.cfg, run.config.task
+    placed = trained.tasks and set(trained.placements) != {"none"}
+    if m.second_attention == "random" or not (placed or run.state["data"]["chunk_markers"]):
+        raise UserError(f"{run.folder} was trained without meta-tokens: take a run that knows them.")
+    unasked: dict[str, list[str]] = {}
+    for name in CONDITIONS:
+        if why := useless(name, m):
+            unasked.setdefault(why, []).append(name)
+            if name in cfg.conditions:
+                raise UserError(f"conditions={name} cannot be asked of {run.folder}, {why}: leave it out.")
+    left_out = [name for of in unasked.values() for name in of]
+    names = [name for name in CONDITIONS if name in (cfg.conditions or CONDITIONS) or name == "full"]
+    names = [name for name in names if name not in left_out]
+    if names == ["full"]:
+        raise UserError("conditions=full leaves nothing to compare it with: name another one, or none for all.")
+    return names, {} if cfg.conditions else unasked
+
+
+def useless(condition: str, m: GPTConfig) -> str:
+    """Why a condition is none of its own for a model, "" if it is one."""
+    place, _ = CONDITIONS[condition]
+    if place is not None and m.meta_position != "same":
+        return f"whose meta-tokens had no position in training (meta_position={m.meta_position})"
+    if place in ("none_first", "none_second") and m.position == "learned":
+        return "whose learned positions are added before any attention"
+    if place in ("none_first", "none_second") and m.second_attention == "none":
+        return "which has one attention"
+    return ""
+
+
+def cells_of(cfg: PositionsProbe, run: Run) -> list[tuple[Maker, str, int]]:
+    """Who writes the texts of a cell, their level and length. Raises UserError if there are no such texts, they do not
+    fit, or have no meta-tokens."""
+    out = []
+    for task, placement, settings, level, length in cfg.cells(run):
+        if why := fits(run, length):
+            raise UserError(f"lengths={cfg.lengths} cannot all be read: {why}: leave longer ones out.")
+        if placement == "none" and not cfg.placements and len(run.config.task.placements) > 1:
+            continue  # of a run that was trained with others, too
+        maker = Maker(task, placement, settings, run.tokenizer)
+        (first,) = texts(maker, level, length, 1)
+        if run.tokenizer.meta not in first.ids:
+            raise UserError(
+                f"texts of {task} with placement {placement} and {length} positions have no meta-tokens, so that no "
+                f"condition changes anything: take --placements target, every or background."
+            )
+        out.append((maker, level, length))
+    return out
+
+
+@contextlib.contextmanager
+def under(model: GPT, meta: int, condition: str) -> Iterator[None]:
+    """In `with`: the model reads under a condition, where `meta` is the id of <|meta|>. Afterwards it is as before,
+    whatever happened. Raises UserError for a condition that the model's positions do not have."""
+    place, embedded = CONDITIONS[condition]
+    trained = model.cfg
+    changed = dataclasses.replace(trained, meta_position=place or trained.meta_position)
+    _ = changed.original_block_size  # raises
+
+    def silenced(wte, inputs, rows):  # rows (B, T, C)
+        return rows.masked_fill((inputs[0] == meta)[..., None], 0)
+
+    with contextlib.nullcontext() if embedded else model.wte.register_forward_hook(silenced):
+        model.cfg = changed
+        try:
+            yield
+        finally:
+            model.cfg = trained
+
+
+def measure(run: Run, maker: Maker, level: str, length: int, n: int, names: list[str]) -> list[dict]:
+    """One cell: n texts of the test split, those of eval.py tasks, made once and read under each condition -> lines."""
+    examples: list[Example] = texts(maker, level, length, n)
+    lines = []
+    for name in names:
+        started = time.perf_counter()
+        with under(run.model, run.tokenizer.meta, name):
+            figures = read(run, examples, length)
+        lines.append({
+            "probe": "positions", **about(maker, level, length), "condition": name, **figures,
+            "chance": maker.task.CHANCE, "seconds": time.perf_counter() - started,
+        })  # fmt: skip
+    return lines
+
+
+def compared(cells: list[list[dict]], effect: float, margin: float) -> list[dict]:
+    """The lines of all cells, of each `full` first; the others say how they differ from it. A verdict is on "better
+    than full by more than `effect`"; Holm's family are all of them (its p is McNemar's, of no difference at all)."""
+    pairs = [(line, cell[0]) for cell in cells for line in cell[1:]]
+    rights = [(bits(line["outcomes"]), bits(full["outcomes"])) for line, full in pairs]
+    ps = [mcnemar(*right) for right in rights]
+    for (line, _), right, p, adjusted in zip(pairs, rights, ps, holm(ps), strict=True):
+        difference, low, high = paired_difference(*right)
+        verdict = decide(low, high, adjusted, effect, margin)
+        if line["n"] < DECIDES:
+            verdict = f"undecided: n = {line['n']}, {DECIDES} decide"
+        line |= {
+            "difference": difference, "difference_interval": (low, high), "p": p, "holm": adjusted,
+            "comparisons": len(pairs), "effect": effect, "margin": margin, "claim": "better than full",
+            "verdict": verdict,
+        }  # fmt: skip
+    return [line for cell in cells for line in cell]
+
+
+def progress(cell: list[dict]) -> str:
+    """A cell for a person, as soon as it is measured."""
+    first = cell[0]
+    name = f"{first['task']:<16} {first['placement']:<10} {first['level']:<10} {first['length']:>5}"
+    exact = "  ".join(f"{line['condition']} {line['exact']:.1%}" for line in cell)
+    return f"{name}  {exact}  {sum(line['seconds'] for line in cell):.1f} s"
+
+
+def table(lines: list[dict]) -> str:
+    """All lines for a person, differences in points."""
+    out = []
+    for line in lines:
+        exact = f"  {line['condition']:<19} {percent(line['exact']):>5} % ({span(*line['interval'])})"
+        if line["condition"] == "full":
+            out.append(
+                f"{line['task']}, {line['placement']}, {line['level']}, {line['length']} positions, n = {line['n']}, "
+                f"chance {percent(line['chance'])} %"
+            )
+            out.append(exact)
+            continue
+        low, high = map(points, line["difference_interval"])
+        out.append(
+            f"{exact:<46} {points(line['difference']):>6} ({low} .. {high})".ljust(72)
+            + f"  p {p_value(line['p'])}  Holm {p_value(line['holm'])}  {line['verdict']}"
+        )
+    last = lines[-1]
+    out.append(
+        f"Differences from full, in points. Verdict: better than full by more than {percent(last['effect'])} points? "
+        f"Margin {percent(last['margin'])} points; Holm over {last['comparisons']} comparisons, all of this checkpoint."
+    )
+    return "\n".join(out)

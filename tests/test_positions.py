@@ -1,0 +1,428 @@
+"""probe.py positions: what each condition takes away, and that it takes nothing else; what is compared, and refused."""
+
+import copy
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import eval as evaluation
+import probe
+from config import GPTConfig, TaskConfig, UserError
+from data.tokenizer import Tokenizer
+from evals.tasks import read
+from probes import drawing
+from probes.positions import CONDITIONS, compared, measure, table, under, useless
+from reports.paper import TABLE_2
+from stats import paired_difference
+from tasks.example import Draft, Example, Maker
+from tasks.words import ITEMS, NAMES
+from tests.conftest import cli, refusal, tree
+from tests.reference import gpt as reference
+from tests.runs import saved, small_run
+from tests.test_model import build, inputs, sharpen, wake
+
+MARKED = {"dataset": "data/x", "injection": "uniform", "chunk_content": 27, "chunk_markers": 3}
+PLAIN = {**MARKED, "injection": "none", "chunk_markers": 0}
+ARMS = [(second, position) for second in ("meta", "causal", "none") for position in ("learned", "rope")]
+META = 61  # in inputs()
+# meta_position, and is the embedding kept?
+MEANING = {
+    "full": ("same", True), "no_position": ("none", True), "no_position_first": ("none_first", True),
+    "no_position_second": ("none_second", True), "no_embedding": ("same", False), "neither": ("none", False),
+}  # fmt: skip
+
+
+def allowed(second: str, position: str) -> list[str]:
+    return [name for name in CONDITIONS if not useless(name, GPTConfig(second_attention=second, position=position))]
+
+
+def restless(second: str, position: str):
+    """A model to which every part matters."""
+    model = sharpen(wake(build(second_attention=second, position=position, bias=True))).double()
+    for name, p in model.named_parameters():
+        if name.endswith(("bias", "wpe.weight", "wte.weight")):
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([" " + " ".join(ITEMS + NAMES) + " zero one two three four : ? # \n" for _ in range(3)], 800)
+
+
+# ----------------------------------------------------------------------------- what a condition is
+
+
+@pytest.mark.parametrize(("second", "position"), ARMS)
+@torch.no_grad()
+def test_conditions_are_their_definition(second, position):
+    """Attention over all pairs, in double precision, with the one change; and no condition is another's."""
+    model = restless(second, position)
+    tokens, positions, index = inputs()
+    members, before = tokens == META, {name: p.clone() for name, p in model.named_parameters()}
+    expected, found = {}, {}
+    for name in allowed(second, position):
+        changed = copy.deepcopy(model)
+        place, embedded = MEANING[name]
+        changed.cfg = dataclasses.replace(model.cfg, meta_position=place)
+        changed.wte.weight[META] *= embedded  # it is read at the input alone
+        expected[name] = reference.hidden_states(changed, tokens, positions, members)
+        with under(model, META, name):
+            found[name] = model(tokens, positions, index)
+            logits = model.logits(found[name])[..., :60]
+        torch.testing.assert_close(logits.double(), expected[name] @ before["wte.weight"][:60].T, rtol=1e-4, atol=1e-4)
+    assert len(found) == {("meta", "rope"): 6, ("causal", "rope"): 6}.get((second, position), 4)
+    for name, hidden in found.items():
+        for other, theirs in expected.items():
+            if name == other:
+                torch.testing.assert_close(hidden, theirs, rtol=1e-5, atol=1e-5)  # angles and turned q, k are fp32
+            else:
+                assert (hidden - theirs).abs().max() > 1e-2, (name, other)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(("second", "position"), ARMS)
+@torch.no_grad()
+def test_without_markers_no_condition_changes_a_bit(second, position):
+    model, positions = restless(second, position).float(), torch.arange(12).expand(3, 12)
+    tokens = torch.randint(0, 60, (3, 12))
+    for index in (torch.empty(3, 0, dtype=torch.long), torch.full((3, 2), 12)):
+        full = model(tokens, positions, index)
+        for name in allowed(second, position):
+            with under(model, META, name):
+                assert torch.equal(model(tokens, positions, index), full)
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt, UserError("why")])
+def test_afterwards_the_model_is_as_before(end):
+    model = restless("meta", "rope")
+    trained = model.cfg
+    for name, (place, embedded) in MEANING.items():
+        try:
+            with under(model, META, name):
+                assert model.cfg.meta_position == place and len(model.wte._forward_hooks) == (not embedded)
+                if end:
+                    raise end
+        except (KeyboardInterrupt, UserError):
+            assert end
+        assert model.cfg is trained and not model.wte._forward_hooks
+    learned = restless("meta", "learned")
+    with pytest.raises(UserError, match="needs position=rope"), under(learned, META, "no_position_second"):
+        pass
+    assert learned.cfg.meta_position == "same" and not learned.wte._forward_hooks
+
+
+def test_a_reading_that_fails_leaves_the_model_as_it_was(tokenizer):
+    run = small_run(tokenizer, MARKED, position="rope")
+    trained = run.model.cfg
+    run.model.ln_f.weight.data[3] = math.nan
+    maker = Maker("parity", "target", TaskConfig(), tokenizer)
+    for name in ("neither", "full"):
+        with pytest.raises(UserError, match="not finite"):
+            measure(run, maker, "easy", 32, 3, [name])
+        assert run.model.cfg is trained and not run.model.wte._forward_hooks
+
+
+# ----------------------------------------------------------------------------- what it finds in a model
+
+
+# parts of a residual stream of 16 dimensions, of mean 0, so that LayerNorm keeps their direction
+MARK, ASK, FIRST, SECOND, END, EARLY, LATE, FILL = (torch.eye(16)[2 * k] - torch.eye(16)[2 * k + 1] for k in range(8))
+TOKENS = FILLER, QUESTION, APPLE, PEAR, LINE_END = range(10, 15)  # content, whatever it is
+
+
+def made_by_hand(tokenizer, position: str, looks: list, brings: dict):
+    """A run of one block and one head, all else zero. looks: (dimension of q and k, what asks, phase, what it looks
+    for); brings: what is found -> what it adds. A word is followed by the line's end."""
+    run = small_run(tokenizer, MARKED, n_layer=1, n_head=1, position=position)
+    for name, p in run.model.named_parameters():
+        if ".ln_" not in name and not name.startswith("ln_f"):
+            p.data.zero_()
+    for token, part in zip((*TOKENS, tokenizer.meta), (FILL, ASK, FIRST, SECOND, END, MARK), strict=True):
+        run.model.wte.weight.data[token] = part
+    attention = run.model.h[0].attn
+    q, k, v = attention.c_attn.weight.data.split(16)
+    for d, asks, phase, wanted in [*looks, (7, FIRST + SECOND, 0.0, FIRST + SECOND)]:
+        q[d], q[d + 8], k[d] = 100 * math.cos(phase) * asks, 100 * math.sin(phase) * asks, wanted
+    for found, added in [*brings.items(), (FIRST, END), (SECOND, END)]:
+        v += torch.outer(added, found)
+    attention.c_proj.weight.data.copy_(10 * torch.eye(16))
+    return run
+
+
+def outcomes(run, places: list[list[int]], words: list[int]) -> dict[str, str]:
+    """By condition, of texts of ten fillers, at 1 .. 10, meta-tokens at some of these places, a question and a word."""
+    examples, out = [], {}
+    for at, word in zip(places, words, strict=True):
+        ids = np.array([run.tokenizer.eot, *[FILLER] * 10, QUESTION, word, LINE_END, run.tokenizer.eot])
+        ids[at] = run.tokenizer.meta
+        examples.append(Example(ids, np.isin(np.arange(15), (12, 13)), Draft()))
+    for name in CONDITIONS:
+        if not useless(name, run.model.cfg):
+            with under(run.model, run.tokenizer.meta, name):
+                out[name] = read(run, examples, 15)["outcomes"]
+    return out
+
+
+PLACES, EARLY_OR_LATE = [[place] for place in range(1, 11)], [APPLE] * 5 + [PEAR] * 5
+
+
+def test_where_the_place_of_a_marker_in_the_table_is_the_answer(tokenizer):
+    """What the table adds at the marker is brought to the question."""
+    run = made_by_hand(tokenizer, "learned", [(0, ASK, 0.0, MARK)], {EARLY: FIRST, LATE: SECOND})
+    run.model.wpe.weight.data[1:6], run.model.wpe.weight.data[6:11] = EARLY, LATE
+    found = outcomes(run, PLACES, EARLY_OR_LATE)
+    assert found["full"] == "1" * 10 and found["no_position"] == "0" * 10
+
+
+def test_where_the_distance_of_a_marker_is_the_answer(tokenizer):
+    """A marker at most five places before the question is seen, for a turn of 0.316 a place; with an angle of 0 it is
+    at the start, too far. To one marker alone the second attention is the same in any place."""
+    looks = [(1, ASK, math.pi / 2 - 5.5 * 0.316, MARK)]
+    run = made_by_hand(tokenizer, "rope", looks, {MARK: SECOND, FILL: FIRST})
+    found = outcomes(run, PLACES, EARLY_OR_LATE)
+    assert found["full"] == found["no_position_second"] == "1" * 10
+    assert found["no_position"] == found["no_position_first"] == found["no_embedding"] == "1" * 5 + "0" * 5
+
+
+def test_where_only_what_a_marker_is_matters(tokenizer):
+    """Is there one? Its place is of no use, without its embedding it is not seen."""
+    for position in ("learned", "rope"):
+        # the sixth pair turns by 0.001 a place
+        run = made_by_hand(tokenizer, position, [(6, ASK, 0.0, MARK)], {MARK: SECOND, FILL: FIRST})
+        found = outcomes(run, [[], [3], [], [9, 10], [1]], [APPLE, PEAR, APPLE, PEAR, PEAR])
+        assert found.pop("no_embedding") == found.pop("neither") == "10100"
+        assert set(found.values()) == {"11111"} and len(found) == (2 if position == "learned" else 4)
+
+
+# ----------------------------------------------------------------------------- what is compared
+
+
+def line(outcomes: str, condition: str = "full", **other) -> dict:
+    right, n = outcomes.count("1"), len(outcomes)
+    return {
+        "task": "parity", "placement": "target", "level": "easy", "length": 48, "condition": condition, "n": n,
+        "correct": right, "exact": right / n, "interval": (0.4, 0.6), "outcomes": outcomes, "chance": 0.5,
+        "arm": "meta + rope", "run": "r", "step": 1, "seed": 2, "seconds": 1.0, **other,
+    }  # fmt: skip
+
+
+def pair(both: int, lost: int, won: int, n: int) -> tuple[str, str]:
+    """Outcomes of full, and of a condition that loses so many of its right answers and wins others."""
+    rest = n - both - lost - won
+    return "1" * (both + lost) + "0" * (won + rest), "1" * both + "0" * lost + "1" * won + "0" * rest
+
+
+def test_differences_are_those_of_a_hand():
+    full, worse = pair(40, 10, 2, 100)
+    other, same = pair(50, 0, 0, 100)
+    lines = compared([[line(full), line(worse, "no_position")], [line(other), line(same, "neither")]], 0.0, 0.05)
+    assert [one["condition"] for one in lines] == ["full", "no_position", "full", "neither"]
+    assert all("difference" not in one and "verdict" not in one for one in lines[::2])
+    first, second = lines[1::2]
+    p = 2 * sum(math.comb(12, k) for k in range(3)) / 2**12  # 2 or fewer of 12 heads, twice
+    assert first["difference"] == pytest.approx(-0.08) and first["p"] == pytest.approx(p)
+    assert first["holm"] == pytest.approx(2 * p) and second["p"] == second["holm"] == 1
+    sides = [np.array([c == "1" for c in text]) for text in (worse, full)]
+    assert (first["difference"], *first["difference_interval"]) == paired_difference(*sides)
+    assert first["comparisons"] == 2 and first["verdict"] == "undecided: n = 100, 1000 decide"
+    text = table(lines)
+    assert " 42.0 % " in text and " -8.0 (" in text and "Holm over 2 comparisons" in text
+
+
+@pytest.mark.parametrize(
+    ("counts", "effect", "said"),
+    [
+        ((500, 20, 100), 0.0, "holds"),
+        ((500, 20, 100), 0.07, "undecided"),
+        ((500, 100, 20), 0.0, "the reverse holds"),
+        ((500, 10, 30), 0.0, "holds, within the margin"),
+        ((500, 10, 12), 0.0, "does not hold"),
+        ((300, 150, 170), 0.0, "undecided"),
+    ],
+)
+def test_verdicts(counts, effect, said):
+    full, condition = pair(*counts, 1000)
+    assert compared([[line(full), line(condition, "neither")]], effect, 0.05)[1]["verdict"] == said
+    few = [[line(text[::2]) for text in (full, condition)]]
+    assert compared(few, effect, 0.05)[1]["verdict"] == "undecided: n = 500, 1000 decide"
+
+
+def test_holm_takes_back_what_one_comparison_would_hold():
+    full, condition = pair(500, 20, 40, 1000)
+    alone, many = (
+        compared([[line(full), line(condition), *[line(full)] * more]], 0.0, 0.05)[1] for more in (0, 9)
+    )  # fmt: skip
+    assert alone["p"] == many["p"] < 0.05 and alone["verdict"].startswith("holds")
+    assert many["holm"] == pytest.approx(10 * alone["p"]) and many["verdict"] == "undecided after Holm"
+
+
+def test_the_picture_has_a_panel_a_task_and_length_and_the_papers():
+    shown = {"full": "10" * 10, "neither": "1000" * 5}
+    cells = [
+        [line(of, name, task=task, length=n, placement=p) for name, of in shown.items()]
+        for task in ("parity", "copying") for n in (48, 64, 96) for p in ("target", "every")
+    ]  # fmt: skip
+    lines, figure = compared(cells, 0.0, 0.05), Figure(layout="constrained")
+    drawing._positions(figure, lines)
+    ours, (paper,) = (sub.axes for sub in figure.subfigs)
+    assert [axes.get_title() for axes in ours[:4]] == [
+        "parity, 48 positions", "parity, 64 positions", "parity, 96 positions", "copying, 48 positions"
+    ]  # fmt: skip
+    for axes in ours:
+        dots = [mark.get_data() for mark in axes.lines if mark.get_marker() in drawing.MARKERS]
+        assert sorted((x[0], round(y[0])) for x, y in dots) == [(25, 1), (25, 1), (50, 0), (50, 0)]
+    assert paper.get_title().startswith("paper, about 18 texts a cell")
+    assert sorted(float(mark.get_xdata()[0]) for mark in paper.lines) == sorted(sum(TABLE_2.values(), ()))
+    assert all(abs(share * 18 / 100 - round(share * 18 / 100)) < 0.01 for of in TABLE_2.values() for share in of)
+
+
+# ----------------------------------------------------------------------------- the command
+
+
+def kept(run, folder, **task):
+    """The run on disk, as if trained on tasks."""
+    if task:
+        run.config = dataclasses.replace(run.config, task=TaskConfig(level="easy", **task))
+    return saved(run, folder)
+
+
+def lines_of(path) -> list[dict]:
+    return [json.loads(row) for row in path.read_text().splitlines()]
+
+
+def timeless(lines: list[dict]) -> list[dict]:
+    return [{name: value for name, value in one.items() if name != "seconds"} for one in lines]
+
+
+def test_the_command(tokenizer, tmp_path, monkeypatch):
+    run = small_run(tokenizer, MARKED, position="rope")
+    folder = kept(run, tmp_path / "out/small", tasks=("parity", "copying"), placements=("target", "every", "none"))
+    command = ("probe.py", "positions", "--run=out/small", "--n=20", "--lengths", "48", "64")
+    pictures = []
+    for _ in range(2):
+        result = cli(*command, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr.decode()
+        pictures.append((folder / "positions.png").read_bytes())
+    said = result.stdout.decode()
+    assert "without placement none, whose texts have no meta-tokens\n" in said and "no_position_second" in said
+    lines = lines_of(folder / "positions.jsonl")
+    assert len(lines) == 2 * 48 and timeless(lines[:48]) == timeless(lines[48:])
+    assert pictures[0] == pictures[1] and pictures[0].startswith(b"\x89PNG")
+    lines = lines[:48]
+    where = [(one["task"], one["placement"], one["length"], one["condition"]) for one in lines]
+    assert where == [
+        (task, placement, length, condition) for task in ("parity", "copying") for placement in ("target", "every")
+        for length in (48, 64) for condition in MEANING
+    ]  # fmt: skip
+    for one in lines:
+        assert (one["probe"], one["level"], one["n"], one["run"], one["seed"]) == (
+            "positions",
+            "easy",
+            20,
+            "small",
+            1337,
+        )
+        assert one["correct"] == one["outcomes"].count("1") == 20 * one["exact"] and len(one["outcomes"]) == 20
+        assert one["interval"][0] <= one["exact"] <= one["interval"][1] and one["command"].startswith(
+            "probe.py positions"
+        )
+        assert ("verdict" in one) == (one["condition"] != "full")
+        if one["condition"] != "full":
+            assert one["comparisons"] == 40 and {"difference", "difference_interval", "p", "holm"} <= one.keys()
+    nats = {}
+    for one in lines:
+        nats.setdefault((one["task"], one["placement"], one["length"]), []).append(one["nats"])
+    for (task, placement, _), of in nats.items():
+        one_marker = task == "parity" and placement == "target"  # its second attention sees itself alone
+        assert len(set(of)) == (4 if one_marker else 6)
+    # full is what eval.py measures
+    monkeypatch.chdir(tmp_path)
+    evaluation.main(["tasks", "--run=out/small", "--n=20", "--lengths", "48", "64", "--placements", "target", "every"])
+    same = ("task", "placement", "length", "correct", "outcomes", "nats", "token_accuracy", "tokens_per_item", "chance")
+    theirs = [[one[name] for name in same] for one in lines_of(folder / "tasks.jsonl")]
+    assert theirs == [[one[name] for name in same] for one in lines if one["condition"] == "full"]
+
+
+def test_texts_of_a_cell_are_made_once(tokenizer, monkeypatch):
+    made, make = [], Maker.example
+
+    def counted(self, split, index, *rest):
+        made.append((split, index))
+        return make(self, split, index, *rest)
+
+    monkeypatch.setattr(Maker, "example", counted)
+    maker = Maker("parity", "every", TaskConfig(), tokenizer)
+    run = small_run(tokenizer, MARKED, position="rope")
+    assert [one["condition"] for one in measure(run, maker, "easy", 40, 7, list(CONDITIONS))] == list(MEANING)
+    assert made == [("test", i) for i in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "conditions", "why"),
+    [
+        ({"position": "learned"}, ["full", "no_position", "no_embedding", "neither"], "before any attention"),
+        ({"position": "rope", "second_attention": "none"}, ["full", "no_position", "no_embedding", "neither"],
+         "one attention"),
+        ({"position": "rope", "meta_position": "none"}, ["full", "no_embedding"], "no position in training"),
+        ({"position": "rope", "meta_position": "none_second"}, ["full", "no_embedding"], "no position in training"),
+    ],
+)  # fmt: skip
+def test_what_a_run_does_not_allow_is_left_out_and_said(tokenizer, tmp_path, capsys, shape, conditions, why):
+    folder = kept(small_run(tokenizer, MARKED, **shape), tmp_path / "out/small", tasks=("parity",))
+    probe.main(["positions", f"--run={folder}", "--n=3", "--lengths=40", f"--output={tmp_path / 'x.jsonl'}"])
+    assert [one["condition"] for one in lines_of(tmp_path / "x.jsonl")] == conditions
+    without = [row for row in capsys.readouterr().out.splitlines() if row.startswith("without ")]
+    assert len(without) == 1 and why in without[0]
+    assert all((name in without[0]) == (name not in conditions) for name in ("no_position_first", "neither"))
+    assert not (folder / "positions.jsonl").exists() and (tmp_path / "x.png").exists()
+    probe.main(["positions", f"--run={folder}", "--n=3", "--lengths=40", "--conditions=no_embedding"])
+    assert [one["condition"] for one in lines_of(folder / "positions.jsonl")] == ["full", "no_embedding"]
+
+
+REFUSED = {
+    "no such condition": ({}, {}, ("--conditions", "nothing"), "'nothing'"),
+    "nothing to compare": ({}, {}, ("--conditions=full",), "conditions=full leaves nothing to compare it with"),
+    "learned": ({"position": "learned"}, {}, ("--conditions=no_position_first",), "learned positions are added before"),
+    "no place in training": ({"meta_position": "none"}, {}, ("--conditions", "neither"), "(meta_position=none)"),
+    "one attention": ({"second_attention": "none"}, {}, ("--conditions=no_position_second",), "has one attention"),
+    "random": ({"second_attention": "random"}, {}, (), "was trained without meta-tokens"),
+    "plain": ({"second_attention": "none"}, None, (), "was trained without meta-tokens"),
+    "placement none": ({}, {}, ("--placements", "target", "none"), "with placement none and 40 positions"),
+    "trained without": ({}, {"placements": ("none",)}, (), "with placement none and 40 positions have no meta-tokens"),
+    "few markers": ({}, {"placements": ("background",), "meta_share": 0.001}, (), "placement background and 40"),
+    "too long": ({"position": "learned"}, {}, ("--lengths", "40", "80"), "80 positions, and the table of learned ones"),
+    "too short": ({}, {}, ("--lengths=8",), "has no text of level easy with 8 to 8 positions"),
+    "twice": ({}, {}, ("--tasks", "parity", "parity"), "tasks=('parity', 'parity') is out of range"),
+    "n": ({}, {}, ("--n=0",), "n=0 is out of range"),
+    "margin": ({}, {}, ("--margin=0",), "margin=0.0 is out of range"),
+    "effect": ({}, {}, ("--effect=1",), "effect=1.0 is out of range"),
+    "picture": ({}, {}, ("--output=x.png",), "output='x.png' is out of range"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_a_sentence_before_anything_is_written(tokenizer, tmp_path, monkeypatch, capsys, case):
+    shape, task, args, sentence = REFUSED[case]
+    run = small_run(tokenizer, PLAIN if task is None else MARKED, **{"position": "rope", **shape})
+    kept(run, tmp_path / "out/small", **({} if task is None else {"tasks": ("parity",), **task}))
+    before = tree(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    given = {arg.split("=")[0] for arg in args}
+    defaults = [arg for arg in ("--n=5", "--lengths=40") if arg.split("=")[0] not in given]
+    with pytest.raises(UserError) as refused:
+        probe.main(["positions", "--run=out/small", *defaults, *args])
+    assert sentence in str(refused.value) and str(refused.value).endswith(".")
+    assert tree(tmp_path) == before and capsys.readouterr().out == ""
+
+
+def test_a_refusal_ends_with_status_2(tmp_path):
+    with pytest.raises(UserError, match="there is no probe 'position': did you mean 'positions'"):
+        probe.main(["position"])
+    assert "there is no checkpoint in 'nowhere'" in refusal(cli("probe.py", "positions", "--run=nowhere", cwd=tmp_path))
+    assert not list(tmp_path.iterdir())
