@@ -2,15 +2,16 @@
 
 python train.py config/extend_4x.py --init_from=out/meta_gpt2 --dataset=data/pg19_uniform --run_name=meta_4096
 
-Model and target rule are the run's, which needs position=rope; a learned table takes --rope_scaling=pi. The paper of
-meta-tokens (App. C) gives the factors, and not how long it trained. Steps, warm-up, batch and weight decay are those
-of YaRN's paper; its rate, 2e-5, was for 7 billion parameters: ours is higher, and was not tuned. Documents must be as
-long as the window: python prepare.py --min_document_tokens leaves out those that are not."""
+Model and target rule are the run's, which must have rotary positions (a learned table is interpolated with
+--rope_scaling=pi, without this file). The paper of meta-tokens (App. C) gives the factors, and not how long it
+trained. Steps, warm-up, batch and weight decay are those of YaRN's paper; its rate, 2e-5, was for 7 billion parameters:
+ours is higher, and was not tuned. Documents must be as long as the window: python prepare.py --min_document_tokens
+leaves out those that are not."""
 
 from config import GPTConfig, TrainConfig
 
 config = TrainConfig(
-    model=GPTConfig(rope_scaling="yarn", rope_factor=4.0),
+    model=GPTConfig(block_size=4096, position="rope", rope_scaling="yarn", rope_factor=4.0),
     dataset="data/pg19_uniform",
     batch_size=64,
     micro_batch_size=2,

@@ -6,4 +6,4 @@ from dataclasses import replace
 
 from config.extend_4x import config as four
 
-config = replace(four, model=replace(four.model, rope_factor=8.0), micro_batch_size=1)
+config = replace(four, model=replace(four.model, block_size=8192, rope_factor=8.0), micro_batch_size=1)

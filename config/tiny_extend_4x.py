@@ -6,9 +6,11 @@ python train.py config/tiny_extend_4x.py --init_from=out/tiny_meta --run_name=me
 from dataclasses import replace
 
 from config.extend_4x import config as full
+from config.tiny_meta import config as meta
 
 config = replace(
     full,
+    model=replace(meta.model, block_size=2048, rope_scaling="yarn", rope_factor=4.0),
     dataset="data/stdlib_uniform_2048plus",
     batch_size=4,
     micro_batch_size=1,
@@ -18,4 +20,5 @@ config = replace(
     min_lr=1e-3,
     eval_windows=16,
     compile=False,
+    n_accelerators=1,
 )

@@ -7,4 +7,9 @@ from dataclasses import replace
 
 from config.tiny_extend_4x import config as four
 
-config = replace(four, model=replace(four.model, rope_factor=8.0), dataset="data/stdlib_uniform_4096plus", batch_size=2)
+config = replace(
+    four,
+    model=replace(four.model, block_size=4096, rope_factor=8.0),
+    dataset="data/stdlib_uniform_4096plus",
+    batch_size=2,
+)

@@ -54,6 +54,7 @@ def test_a_bool_needs_no_value():
     assert load("--compile", "False").compile is False and load("--dry_run=False").dry_run is False
     assert load("--run_name", "x", "--dry_run").run_name == "x"
     assert schema.bool_names(TrainConfig) == [
+        "rope_dynamic",
         "bias",
         "shuffle_answers",
         "allow_changed_data",
