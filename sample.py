@@ -19,7 +19,7 @@ from cli import load_config, run_cli
 from config import SampleConfig, UserError
 from data.tokenizer import META
 from dist import autocast, pick_device, pick_dtype
-from extend import rescaled
+from extend import rescaled, scaling_of
 from generate import MarkerPlan, generate_batch, lay_out, prepare
 from rng import stable_key
 from terminal import BOLD, DIM_MAGENTA, write
@@ -109,7 +109,9 @@ def main(argv: list[str]) -> None:
             samples = start_samples(run, cfg, prompt_text, numbers, weights)
             if first == 0:
                 size = f"{run.model.num_params() / 1e6:.1f}M parameters"
-                print(f"# {run.folder}, step {run.state['step']:,}, {size}, markers: {cfg.meta}", file=sys.stderr)
+                read = f", read with {scaling_of(run.config.model)}" if cfg.rescale.rope_scaling else ""
+                about = f"{run.folder}, step {run.state['step']:,}, {size}, markers: {cfg.meta}{read}"
+                print(f"# {about}", file=sys.stderr)
             for number, sample in zip(numbers, samples, strict=True):
                 if cfg.count > 1:
                     write(f"--- sample {number + 1} of {cfg.count} ---\n", BOLD)

@@ -104,8 +104,13 @@ def with_base(cfg: TrainConfig, base: Checkpoint | None) -> TrainConfig:
     Raises UserError if cfg names another model, texts longer than the model's positions, or a dynamic scale."""
     if cfg.model.rope_dynamic:
         raise UserError("rope_dynamic is for reading: train with a fixed --rope_factor, or without.")
-    if cfg.task.tasks or extends(cfg):
-        cfg = _taken_over(cfg, base) if base else cfg
+    if extends(cfg) and not base:
+        raise UserError(
+            f"rope_scaling={cfg.model.rope_scaling} by {cfg.model.rope_factor:g} extends a trained run: add "
+            f"--init_from=out/NAME, or leave both out."
+        )
+    if (cfg.task.tasks or extends(cfg)) and base:
+        cfg = _taken_over(cfg, base)
     if cfg.task.tasks and cfg.model.position == "learned" and cfg.task.train_length > cfg.model.block_size:
         raise UserError(
             f"train_length={cfg.task.train_length}, and the model has {cfg.model.block_size} learned positions: take a "
@@ -124,6 +129,11 @@ def _taken_over(cfg: TrainConfig, base: Checkpoint) -> TrainConfig:
     for name, value in found.items():
         given = flat(cfg)[name]
         if given not in (value, default[name]):
+            if name == "block_size" and extends(cfg):
+                raise UserError(
+                    f"block_size={given}, and {base.folder} stretched by rope_factor={model.rope_factor:g} has "
+                    f"{value}: leave --block_size out, or take another factor."
+                )
             raise UserError(
                 f"{name}={given}, and the model of {base.folder}, which is taken over, has {value}: leave --{name} out."
             )

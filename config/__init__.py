@@ -416,14 +416,18 @@ class Rescale:
     rope_factor: float = 1.0
     """by so much, from the window before any extension"""
     rope_dynamic: bool = False
-    """by no more than a text's length asks for, and the more the longer it gets"""
+    """by no more than a text's length asks for, and the more the longer it gets; exact for every token, and so many
+    times as slow"""
 
     def __post_init__(self):
         check_types(self)
         if self.rope_scaling is None and (self.rope_factor != 1 or self.rope_dynamic):
+            given = "rope_dynamic" if self.rope_dynamic else f"rope_factor={self.rope_factor:g}"
+            raise UserError(f"{given} needs --rope_scaling: add --rope_scaling=yarn (or pi, ntk, none).")
+        if self.rope_scaling not in (None, "none") and self.rope_factor == 1 and not self.rope_dynamic:
             raise UserError(
-                f"rope_factor={self.rope_factor} and rope_dynamic={self.rope_dynamic} need --rope_scaling: add "
-                f"--rope_scaling=yarn, or leave them out."
+                f"rope_scaling={self.rope_scaling} by a factor of 1 changes nothing: add --rope_factor=4, or "
+                f"--rope_dynamic."
             )
 
 

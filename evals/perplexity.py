@@ -166,7 +166,8 @@ def long_pieces(run: Run, content: np.ndarray, longest: int, folder: Path) -> tu
     if not len(found):
         raise UserError(
             f"no document that is read of {folder} has the {size:,} tokens that a window of {longest} positions holds, "
-            f"the longest has {most:,}: prepare one with --min_document_tokens={size}, or take shorter --lengths."
+            f"the longest has {most:,}: read more (--max_tokens), take shorter --lengths, or prepare other text with "
+            f"--min_document_tokens={size}."
         )
     return found.reshape(-1), owners
 

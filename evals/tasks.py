@@ -65,9 +65,12 @@ class TasksEval(Evaluation):
 def main(cfg: TasksEval) -> None:
     run, facts = cfg.open()
     output = cfg.lines(run, "tasks")
+    cells = list(cfg.cells(run))
+    for task, placement, settings, _, _ in cells:
+        Maker(task, placement, settings, run.tokenizer)  # what cannot be asked is refused by here
     write(f"{facts['arm']}, {run.folder}, {tokens_per_item(run.tokenizer):.3f} tokens an item\n", BOLD)
     with cfg.autocast(run):
-        for where in cfg.cells(run):
+        for where in cells:
             cell = measure(run, *where, cfg.n)
             write_lines(output, [{**facts, **cell}])
             write(sentence(cell) + "\n")
@@ -132,7 +135,8 @@ def read(run: Run, examples: list[Example], length: int) -> dict:
 
 def sentence(cell: dict) -> str:
     """A cell for a person."""
-    name = f"{cell['task']:<16} {cell['placement']:<10} {cell['level']:<10} {cell['length']:>5}"
+    question = "" if cell["question"] == "index" else f" {cell['question']}"
+    name = f"{cell['task']:<16} {cell['placement']:<10} {cell['level']:<10} {cell['length']:>5}{question}"
     if "impossible" in cell:
         return f"{name}  impossible: {cell['impossible']}"
     low, high = cell["interval"]

@@ -145,8 +145,8 @@ def test_all_lengths_conditions_scalings_and_arms_score_the_same_text(runs, caps
         ("meta", {"markers": ("none", "stored")}, "markers=stored has no use with --documents"),
         ("meta", {"markers": ("none_wide",)}, "markers=none_wide has no use with --documents"),
         ("meta", {"lengths": (16, 40)}, "lengths=40 is not a whole number of the run's chunks of 32 positions"),
-        ("meta", {"lengths": (64 * 32,)}, "prepare one with --min_document_tokens=1792, or take shorter --lengths"),
-        ("plain", {"lengths": (2000,)}, "prepare one with --min_document_tokens=2000, or take shorter --lengths"),
+        ("meta", {"lengths": (64 * 32,)}, "prepare other text with --min_document_tokens=1792"),
+        ("plain", {"lengths": (2000,)}, "prepare other text with --min_document_tokens=2000"),
     ],
 )
 def test_bad_input_gets_one_sentence(runs, tmp_path, run, given, sentence):

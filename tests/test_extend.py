@@ -162,8 +162,9 @@ REFUSALS = {
     "shape": (("--rope_scaling=yarn", "--rope_factor=4", "--n_layer=3"), "n_layer=3, and the model of out/rope"),
     "window": (
         ("--rope_scaling=yarn", "--rope_factor=4", "--block_size=64"),
-        "block_size=64, and the model of out/rope",
+        "block_size=64, and out/rope",
     ),
+    "no base": (("--init_from=scratch", "--rope_factor=4"), "extends a trained run: add --init_from=out/NAME"),
     "other base": (("--init_from=out/learned", "--rope_scaling=yarn", "--rope_factor=4"), "needs position=rope"),
 }
 

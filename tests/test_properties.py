@@ -179,7 +179,7 @@ def configs(draw, cls):
             chosen.pop("branch_from", None)
         chosen["learning_rate"] = max(chosen.get("learning_rate", 1.0), chosen.get("min_lr", 0.0))
     if cls is SampleConfig:
-        given = st.builds(Rescale, st.sampled_from(("none", "yarn")), NUMBERS["rope_factor"], st.booleans())
+        given = st.builds(Rescale, st.sampled_from(("none", "yarn")), st.floats(1.5, 2**16), st.booleans())
         chosen["rescale"] = draw(st.just(Rescale()) | given)
     if cls is GPTConfig:
         head, size = draw(st.integers(1, 12)), 2 * draw(st.integers(1, 64))

@@ -231,5 +231,10 @@ def test_refusals(settings_, sentence):
     with pytest.raises(UserError) as refusal:
         GPT(small("none", **settings_))
     assert sentence in str(refusal.value)
-    with pytest.raises(UserError, match="need --rope_scaling"):
-        Rescale(rope_factor=2.0)
+    for how, sentence in (
+        ({"rope_factor": 2.0}, "rope_factor=2 needs --rope_scaling"),
+        ({"rope_dynamic": True}, "rope_dynamic needs --rope_scaling"),
+        ({"rope_scaling": "yarn"}, "by a factor of 1 changes nothing"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            Rescale(**how)
