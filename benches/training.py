@@ -109,7 +109,7 @@ def _ours(step: Step, device: torch.device) -> tuple[Callable, list, Callable]:
 class DenseMeta(MetaAttention):
     """The same sub-layer as the paper writes it: attention over all rows under both masks, materialised."""
 
-    def forward(self, x, meta_index, norm, rotate=None, attend=None):
+    def forward(self, x, meta_index, norm, rotate=None, attend=None, packed=False):
         assert rotate is None and attend is None, "this one is measured in training, without rotary positions"
         B, T, _ = x.shape
         is_meta = torch.zeros(B, T, dtype=torch.bool, device=x.device).scatter_(1, meta_index, True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from checkpoint import load_run
-from config import Rescale
+from config import Rescale, UserError
 from data.inject import strip
 from evals import perplexity
 from evals import tasks as task_eval
@@ -17,6 +17,7 @@ from evals.tasks import TasksEval
 from extend import interpolated, rescaled
 from tests.conftest import TINY, cli, losses, override, refusal
 from tests.test_train import equal, final
+from train import main as train_main
 
 TEXT = (*TINY, "--dataset=data/u", "--block_size=32", "--max_steps=8")
 # what says nothing of the model: that is taken over
@@ -170,13 +171,17 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusals(case, workdir, rope, learned):
+def test_refusals(case, workdir, rope, learned, monkeypatch):
+    monkeypatch.chdir(workdir)
     args, sentence = REFUSALS[case]
-    args = override((*LONGER, "--init_from=out/rope", "--run_name=refused"), *args)
-    assert sentence in refusal(cli("train.py", *args, cwd=workdir))
+    with pytest.raises(UserError) as refused:
+        train_main(override((*LONGER, "--init_from=out/rope", "--run_name=refused"), *args))
+    assert sentence in str(refused.value)
     assert not (workdir / "out/refused").exists()
 
 
-def test_a_stretched_run_does_not_go_on_as_if_it_were_not(workdir, four):
+def test_a_stretched_run_does_not_go_on_as_if_it_were_not(workdir, four, monkeypatch):
     args = override(TEXT, "--position=rope", "--init_from=out/four", "--run_name=refused", "--target_rule=skip")
-    assert "rope_scaling=none, and out/four" in refusal(cli("train.py", *args, cwd=workdir))
+    monkeypatch.chdir(workdir)
+    with pytest.raises(UserError, match="rope_scaling=none, and out/four"):
+        train_main(args)
