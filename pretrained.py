@@ -241,10 +241,9 @@ def _run_of_ours(init_from: str, cfg: GPTConfig, tokenizer: Tokenizer) -> Weight
         )
     shared = ["n_head"]
     if cfg.position == theirs.position == "rope":
-        shared += ["rope_theta"]
-        shared += (
-            ["rope_scaling", "rope_factor"] if theirs.rope_scaling != "none" and cfg.rope_scaling == "none" else []
-        )
+        shared.append("rope_theta")
+        if cfg.rope_scaling == "none":  # else startup has stretched what they have
+            shared.append("rope_scaling")
     if "none" not in (cfg.second_attention, theirs.second_attention):
         shared.append("second_attention")
     for name in shared:
@@ -258,13 +257,10 @@ def _run_of_ours(init_from: str, cfg: GPTConfig, tokenizer: Tokenizer) -> Weight
     fit = " ".join(f"--{name}={getattr(theirs, name)}" for name in names)
     file = saved.folder / WEIGHTS
     weights = Weights(file, _read(file), fit, f"{_marker_rows(tokenizer)} are as trained")
-    if (
-        cfg.position == theirs.position == "learned" and cfg.rope_factor != theirs.rope_factor
-    ):  # startup has checked them
-        table = weights.tensors.get("wpe.weight")
-        if table is not None:
-            weights.tensors["wpe.weight"] = interpolated(table, cfg.rope_factor, cfg.block_size)
-            weights.note += f"; wpe.weight is interpolated from {len(table)} to {cfg.block_size} positions"
+    table = weights.tensors.get("wpe.weight")
+    if table is not None and cfg.position == "learned" and cfg.rope_factor != theirs.rope_factor:
+        weights.tensors["wpe.weight"] = interpolated(table, cfg.rope_factor, cfg.block_size)
+        weights.note += f"; wpe.weight is interpolated from {len(table)} to {cfg.block_size} positions"
     if not data["chunk_markers"] and not saved.config.task.tasks:  # it never saw a marker: their rows are noise
         weights.tensors["wte.weight"] = _with_markers(weights.tensors["wte.weight"], tokenizer)
         weights.note = f"{_marker_rows(tokenizer)} are the mean of the others"
