@@ -56,8 +56,9 @@ class Store:
             self.used[row] += count
             n += count
         self.slots = torch.tensor(slots, device=self.k.device, dtype=torch.long)
-        self.at = torch.tensor([positions, lengths], device=self.k.device, dtype=torch.long)  # (2, N)
-        self.positions.flatten().index_copy_(0, self.slots, self.at[0])
+        if self.cfg.rope_dynamic:
+            self.at = torch.tensor([positions, lengths], device=self.k.device, dtype=torch.long)  # (2, N)
+            self.positions.flatten().index_copy_(0, self.slots, self.at[0])
         whose = [(call[1] - call[0], call[2]) for call in self.calls[:B]]
         if B > 1 and whose == [(1, slice(row, row + 1)) for row in range(B)]:  # a token for each: all at once
             lengths = [call[3] for call in self.calls[:B]]

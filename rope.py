@@ -69,7 +69,7 @@ def rope_tables(positions: torch.Tensor, cfg: GPTConfig, scale: torch.Tensor) ->
 
 def fixed_scale(cfg: GPTConfig, device: torch.device) -> torch.Tensor:
     """() fp32, for a scale that does not depend on the text."""
-    return torch.full((), cfg.rope_factor if cfg.rope_scaling != "none" else 1.0, device=device)
+    return torch.full((), cfg.rope_factor, device=device)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
