@@ -426,11 +426,13 @@ class Trainer:
 
     def _log_step(self, loss: float, norm: float, rate: float, seconds: float, clock: Clock) -> None:
         cfg, data = self.cfg, self.train_data
-        rates = {name: count / seconds for name, count in data.counted(cfg.batch_size).items()}
+        counted, before = (data.counted(step * cfg.batch_size) for step in (self.step, self.step - 1))
+        rates = {name: (count - before[name]) / seconds for name, count in counted.items()}
         mfu = {}
         if self.peak:
-            window = dataclasses.replace(cfg.model, block_size=data.T)
-            markers = 0 if cfg.task.tasks else data.T - data.content_per_window  # of texts they differ, and are few
+            T = (counted["positions"] - before["positions"]) // cfg.batch_size
+            window = dataclasses.replace(cfg.model, block_size=T)
+            markers = 0 if cfg.task.tasks else T - data.content_per_window  # of texts they differ, and are few
             flops = cfg.batch_size * flops_per_window(window, markers)
             mfu = {"mfu": flops / seconds / (self.dist.world * self.peak)}
         self.log.record(
@@ -440,7 +442,7 @@ class Trainer:
             learning_rate=rate,
             grad_norm=finite(norm),
             **dict(zip(self.norms, map(finite, torch.stack([*self.norms.values()]).tolist()), strict=True)),
-            **data.counted(self.step * cfg.batch_size),
+            **counted,
             **{f"{name}_per_s": rate for name, rate in rates.items()},
             **mfu,
             elapsed_s=time.perf_counter() - clock.started,

@@ -136,7 +136,7 @@ class Windows:
             )
 
     def counted(self, n: int) -> dict[str, int]:
-        """What n windows hold."""
+        """What the first n windows of training hold."""
         return {"content_tokens": n * self.content_per_window, "positions": n * self.T}
 
     def batch(self, windows: np.ndarray) -> Batch:

@@ -14,7 +14,7 @@ from tasks.example import Example, Maker
 
 SHORTEST, PHASES = 32, 5
 VALIDATION = 256  # texts of each task
-MULTIPLE = 32  # widths of a batch's indices are such multiples: a compiled model sees few shapes
+MULTIPLE = 32  # widths of a batch and of its indices are such multiples: a compiled model sees few shapes
 
 
 def collate(
@@ -81,6 +81,11 @@ class TaskWindows:
         longest = round(SHORTEST * (self.T / SHORTEST) ** share)
         return longest, levels[: math.ceil(share * len(levels))]
 
+    def width(self, window: int) -> int:
+        """Positions that a training text and its pads take: no more than the longest of its step needs."""
+        longest, _ = self.reached(window // self.cfg.batch_size)
+        return min(self.T, -(-longest // MULTIPLE) * MULTIPLE)
+
     def example(self, window: int) -> Example:
         """Text number `window` of the split."""
         maker, index = self.makers[window % len(self.makers)], window // len(self.makers)
@@ -90,16 +95,20 @@ class TaskWindows:
         return maker.example(f"train/{self.cfg.seed}", index, SHORTEST, longest, levels)
 
     def counted(self, n: int) -> dict[str, int]:
-        """What n windows hold; texts differ, so positions are counted with their pads."""
-        return {"texts": n, "positions": n * self.T}
+        """What the first n texts of training hold, of whole steps; positions are counted with their pads."""
+        C, B = self.cfg.task.curriculum_steps, self.cfg.batch_size
+        starts = [min(n, math.ceil(phase * C / PHASES) * B) for phase in range(PHASES)]  # first text of each phase
+        ends = [*starts[1:], n]
+        return {"texts": n, "positions": sum((b - a) * self.width(a) for a, b in zip(starts, ends, strict=True))}
 
     def batch(self, windows: np.ndarray) -> Batch:
         """The given texts (B,) as a Batch on the CPU."""
         m, connected = self.cfg.model, None
+        T = self.T if self.split != "train" else max(self.width(int(window)) for window in windows)
         if m.second_attention == "random":
-            connected = random_positions(windows, self.T, m.random_fraction, self.cfg.seed, f"tasks {self.split}")
+            connected = random_positions(windows, T, m.random_fraction, self.cfg.seed, f"tasks {self.split}")
         examples = [self.example(int(window)) for window in windows]
-        return collate(examples, self.T, self.tokenizer, self.cfg.target_rule, self.loss_on, connected)
+        return collate(examples, T, self.tokenizer, self.cfg.target_rule, self.loss_on, connected)
 
 
 class Answers:

@@ -115,6 +115,23 @@ def test_the_curriculum_grows_in_five_phases():
     assert 250 < np.mean(seen) < 300 and min(seen) < 60 and max(seen) > 500
 
 
+@pytest.mark.parametrize("curriculum", [0, 7, 100])
+def test_texts_are_padded_to_what_their_step_needs_and_positions_counted_so(curriculum):
+    task = TaskConfig(tasks=("parity", "copying"), train_length=256, curriculum_steps=curriculum)
+    cfg = TrainConfig(task=task, batch_size=4, micro_batch_size=4)
+    windows, counted = TaskWindows(cfg, "train", Tokenizer.gpt2()), 0
+    for step in range(curriculum + 2) if curriculum < 100 else (0, 19, 20, 60, 80, 100):
+        batch = windows.batch(np.arange(4) + 4 * step)
+        longest, _ = windows.reached(step)
+        assert longest <= batch.tokens.size(1) == min(256, -(-longest // 32) * 32)
+        if curriculum < 100:
+            counted += batch.tokens.numel()
+            assert windows.counted(4 * (step + 1)) == {"texts": 4 * (step + 1), "positions": counted}
+    if curriculum == 100:  # 49, 75, 114, 170, 256 positions at most
+        assert windows.counted(4 * 100)["positions"] == 4 * 20 * (64 + 96 + 128 + 192 + 256)
+    assert TaskWindows(cfg, "val", Tokenizer.gpt2()).batch(np.arange(4)).tokens.size(1) == 256
+
+
 @pytest.mark.parametrize("rule", ("ignore", pytest.param("skip", marks=pytest.mark.slow)))
 def test_exact_is_what_greedy_decoding_writes(workdir, bases, rule):
     """Half-trained, so that some answers are right and some are not, among them some that are right in part."""
