@@ -120,7 +120,7 @@ def spell_out_flags(argv: list[str], cls) -> list[str]:
 
 def _read_config_file(cls, path: str):
     if not os.path.isfile(path):  # False, too, for what can be no path
-        here = sorted(str(p) for p in Path("config").glob("*.py") if p.name != "__init__.py")
+        here = sorted(str(p) for p in Path("config").glob("[a-z]*.py"))
         raise UserError(f"there is no config file {path!r}: {nearest_name(path, here)}")
     try:
         config = runpy.run_path(path).get("config")

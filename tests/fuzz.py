@@ -113,7 +113,7 @@ def use_config(cfg) -> None:
 
 
 def config_file(world: World, rng: random.Random) -> Callable:
-    source = rng.choice([path for path in (ROOT / "config").glob("*.py") if path.name != "__init__.py"])
+    source = rng.choice([path for path in (ROOT / "config").glob("[a-z]*.py")])
     cls = PrepareConfig if "PrepareConfig" in source.read_text() else TrainConfig
     world.write(Path("damaged.py"), damage(source.read_bytes(), rng, False))
     return lambda: use_config(load_config(cls, ["damaged.py"], config_file=True))

@@ -11,7 +11,7 @@ from config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig, UserErro
 from startup import recipe_of
 from tests.conftest import ROOT
 
-FILES = sorted(path for path in (ROOT / "config").glob("*.py") if path.name != "__init__.py")
+FILES = sorted(path for path in (ROOT / "config").glob("[a-z]*.py"))
 RECIPES = [path for path in FILES if isinstance(runpy.run_path(str(path))["config"], PrepareConfig)]
 CONFIGS = [path for path in FILES if path not in RECIPES]
 
