@@ -43,7 +43,7 @@ def rescaled(run: Run, how: Rescale) -> Run:
     if how.rope_scaling is None:
         return run
     m = stretched(run.config.model, how.rope_scaling, how.rope_factor, rope_dynamic=how.rope_dynamic)
-    _ = m.original_block_size  # raises UserError if the scaling does not fit the positions
+    m.check_position()
     if m.position == "learned":
         table = run.model.wpe.weight
         run.model.wpe = torch.nn.Embedding.from_pretrained(interpolated(table.detach(), how.rope_factor, m.block_size))

@@ -78,7 +78,7 @@ class GPT(nn.Module):
                 f"content_vocab_size={cfg.content_vocab_size} must lie in 1 .. vocab_size={cfg.vocab_size}."
             )
         self.cfg = cfg
-        _ = cfg.original_block_size  # raises UserError if positions and scaling do not fit
+        cfg.check_position()
         self.recompute = False  # activation checkpointing: what a block saves is made again in the backward
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.position == "learned":

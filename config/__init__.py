@@ -110,8 +110,13 @@ class GPTConfig:
 
     @property
     def original_block_size(self) -> int:
-        """The window that the positions were trained in, before it was extended. Raises UserError for a part of a
-        position, and for settings that a learned table has no use for."""
+        """The window that the positions were trained in, before it was extended."""
+        return round(self.block_size / self.rope_factor)
+
+    def check_position(self) -> None:
+        """Raises UserError for a factor that leaves a part of a position, and for settings that a learned table has no
+        use for. Not checked at once: a factor may be given alone,
+        and the window and the kind of positions come from the run that is extended."""
         allowed = ("pi",) if self.rope_factor != 1 else ("none", "pi")
         if self.position == "learned" and (self.rope_scaling not in allowed or self.rope_dynamic):
             raise UserError(
@@ -129,7 +134,6 @@ class GPTConfig:
                 f"rope_factor={self.rope_factor} does not divide block_size={self.block_size} into a whole window: "
                 f"take a factor that does."
             )
-        return round(window)
 
 
 Task = Literal["list_recall", "segment_counting", "parity", "copying"]

@@ -149,7 +149,7 @@ def under(model: GPT, meta: int, condition: str) -> Iterator[None]:
     place, embedded = CONDITIONS[condition]
     trained = model.cfg
     changed = dataclasses.replace(trained, meta_position=place or trained.meta_position)
-    _ = changed.original_block_size  # raises
+    changed.check_position()
 
     def silenced(wte, inputs, rows):  # rows (B, T, C)
         return rows.masked_fill((inputs[0] == meta)[..., None], 0)
