@@ -173,6 +173,20 @@ def test_tables_are_fp32_under_autocast():
     assert len(cos[0, 0, :, 0].unique()) > 4000
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_autocast_rounds_and_changes_nothing_else(dynamic):
+    """Far beyond 256, where a position in bf16 would be another one."""
+    model = build(small("yarn", dynamic))
+    tokens, positions, index = inputs()
+    tokens, positions = torch.randint(0, 60, tokens.shape), positions + 3001
+    exact = model(tokens, positions, index)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(tokens, positions, index)
+    misplaced = model(tokens, positions.bfloat16().long(), index)
+    error, apart = ((x.float() - exact).norm() / exact.norm() for x in (rounded, misplaced))
+    assert error < 0.05 < apart
+
+
 # ----------------------------------------------------------------------------- windows that are stretched
 
 
