@@ -13,7 +13,8 @@ from data.tokenizer import Tokenizer
 from evals.common import facts_of
 from evals.tasks import measure
 from generate import MarkerPlan, generate
-from reports.lines import read
+from report import sections_of
+from reports.files import read
 from rng import Draws
 from startup import base_of, with_base
 from tasks import TASKS
@@ -163,8 +164,8 @@ def test_eval_writes_a_line_a_cell_and_says_what_is_impossible(workdir, bases):
     weights = safetensors.torch.load_file(workdir / cell["checkpoint"] / "model.safetensors")
     assert "wte.weight" in weights and len(cell["weights_sha256"]) == 64
     assert all(line["n"] == 0 and "exact" not in line for line in lines if line["length"] == 128)
-    kept, repeated = read([str(workdir / "out/tuned_learned")])  # as report.py does
-    assert kept == lines[8:] and repeated == 8
+    found = read((str(workdir / "out/tuned_learned"),), sections_of(0.0, 0.05))  # as report.py does
+    assert found.lines["tasks"] == lines[8:] and found.repeated == 8 and len(found.runs) == 1
 
 
 def test_rotary_runs_are_measured_beyond_their_window(workdir, bases):
