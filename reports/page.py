@@ -96,7 +96,7 @@ def origin(line: dict) -> str:
     tokens, weights = known["content_tokens"], HASH.sub(r"\1", known["weights"])
     if tokens == 0:
         return f"{weights}; no text"
-    many = "content tokens, not counted," if tokens is None else f"{tokens:,} content tokens"
+    many = "an uncounted number of content tokens" if tokens is None else f"{tokens:,} content tokens"
     return f"{weights}; {many} of {known['dataset']}"
 
 

@@ -255,7 +255,7 @@ def test_the_origin_of_a_run_is_told_and_unequal_ones_are_warned_of():
     assert told == "weights of out/b/model.safetensors (sha256 abababab); 1,234,567 content tokens of data/x"
     assert origin({}) == "the line does not say"
     assert origin({"origin": {**start, "content_tokens": 0}}).endswith("no text")
-    assert "not counted" in origin({"origin": {**start, "content_tokens": None}})
+    assert "uncounted" in origin({"origin": {**start, "content_tokens": None}})
     pair = [line(origin=start), line(arm="gpt2 + rope", origin=start)]
     said = "not all pretrained on the same text"
     assert told in words(Page("").runs(pair)) and said not in differences(pair)
