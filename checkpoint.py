@@ -200,7 +200,7 @@ def _check_state(state: dict) -> None:
     if "guard" in state:
         counts += [state["guard"]["in_a_row"], state["guard"]["skipped"]]
         losses += state["guard"]["norms"]
-    counts += [] if state.get("evaluated") is None else [state["evaluated"]]
+    counts += [state[name] for name in ("evaluated", "content_before") if state.get(name) is not None]
     if not (all(type(text) is str for text in texts) and all(map(is_count, counts)) and type(config) is dict):
         raise TypeError("a value is of another type")
     if not all(type(loss) is float and math.isfinite(loss) for loss in losses):
@@ -211,6 +211,20 @@ def _check_state(state: dict) -> None:
         data["chunk_markers"] == 0
     ):
         raise ValueError(f"injection {data['injection']} with {data['chunk_markers']} markers")
+
+
+def content_before(state: dict) -> int | None:
+    """How many content tokens of text a run's weights had been trained on at step 0; None if nobody kept count."""
+    return state.get("content_before", 0 if state.get("origin") == "scratch" else None)
+
+
+def content_tokens(state: dict, cfg: TrainConfig) -> int | None:
+    """The same of the weights of a checkpoint. Texts of tasks do not count."""
+    before = content_before(state)
+    if before is None or cfg.task.tasks:
+        return before
+    chunk = state["data"]["chunk_content"] + state["data"]["chunk_markers"]
+    return before + state["step"] * cfg.batch_size * (cfg.model.block_size // chunk) * state["data"]["chunk_content"]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

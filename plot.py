@@ -7,57 +7,26 @@ python plot.py out/tiny_meta/perplexity.jsonl    # -> out/tiny_meta/depth.png
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 
 from cli import run_cli
 from config import UserError
 from reports import depth
 from reports.drawing import png
-
-
-def read_run(folder: Path) -> tuple[dict, dict[str, list[dict]]]:
-    """A run's config.json and its metrics by kind. Raises UserError if it has none."""
-    try:
-        facts = json.loads((folder / "config.json").read_text())
-        text = (folder / "metrics.jsonl").read_text()
-        # a line that is being written, or that a kill cut short, has no end
-        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} has no readable metrics ({error}): give folders of runs, such as out/NAME."
-        ) from error
-    metrics: dict[str, list[dict]] = {"train": [], "val": [], "final": [], "guard": []}
-    for line in lines:
-        if line.get("loss", 0) is not None:  # a loss that was not finite
-            metrics[line["kind"]].append(line)
-    if not metrics["val"]:
-        raise UserError(f"{folder} has no evaluation yet: wait for the run's first.")
-    return facts, metrics
-
-
-def tasks_of(metrics: dict[str, list[dict]]) -> list[str]:
-    """The tasks that a run's evaluations ask; none of a run on text."""
-    return [key.removeprefix("exact_") for key in metrics["val"][-1] if key.startswith("exact_")]
-
-
-def smooth(values: list[float], share: float = 0.05) -> np.ndarray:
-    """Mean over a centred window of `share` of the points, so that the curve behind the noise can be seen."""
-    width = int(len(values) * share) | 1  # odd: it has a middle
-    kernel = np.ones(width)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+from reports.training import draw_losses, draw_packed, draw_values, read_run
 
 
 def plot(folders: list[Path], output: Path) -> None:
-    runs = [(folder, *read_run(folder)) for folder in folders]
-    tasks = list(dict.fromkeys(task for _, _, metrics in runs for task in tasks_of(metrics)))
-    texts = [folder for folder, _, metrics in runs if not tasks_of(metrics)]
+    runs = [read_run(folder) for folder in folders]
+    if early := [run.folder for run in runs if not run.val]:
+        raise UserError(f"{early[0]} has no evaluation yet: wait for the run's first.")
+    tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
+    texts = [run.folder for run in runs if not run.tasks]
     if tasks and texts:
         raise UserError(f"{texts[0]} was trained on text and others on tasks: draw them apart.")
     # a token of a task's text may be padding: steps it is
@@ -68,23 +37,15 @@ def plot(folders: list[Path], output: Path) -> None:
     rows, columns = (2, 3) if len(panels) > 2 else (1, 1 + len(panels))
     figure, axes = plt.subplots(rows, columns, figsize=(5.5 * columns, 4.2 * rows), layout="constrained", squeeze=False)
     left, *rights = axes.flat
-    for number, (folder, _, metrics) in enumerate(runs):
-        color = f"C{number}"
-        x, losses = ([line[key] for line in metrics["train"]] for key in (axis, "loss"))
-        left.plot(x, losses, color=color, alpha=0.25, linewidth=0.8)
-        left.plot(x, smooth(losses) if losses else [], color=color, label=folder.name)
+    for number, run in enumerate(runs):
+        look = {"color": f"C{number}", "label": run.folder.name}
+        draw_losses(left, run, axis, look)
         for right, (key, _, _) in zip(rights, panels, strict=False):
-            points = [(line[axis], line[key]) for line in metrics["val"] if key in line]
-            final = metrics["final"][-1].get(key) if metrics["final"] else None
-            name = folder.name + ("" if final is None else f", whole split at the end: {final:.3f}")
-            if points:  # else a run on other tasks
-                right.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=name)
+            final = run.final[-1].get(key) if run.final else None
+            ends = "" if final is None else f", whole split at the end: {final:.3f}"
+            draw_values(right, run, axis, key, {**look, "label": look["label"] + ends})
     if not tasks:
-        packed = runs[-1][1]["data"]["val_text_compressed"]
-        for name, key in (("gzip -9", "gzip_9_bits_per_byte"), ("xz", "xz_bits_per_byte")):
-            rights[0].axhline(packed[key], color="grey", linestyle="--", linewidth=0.8)
-            rights[0].text(1, packed[key], f"{name} ", va="bottom", ha="right", color="grey",
-                           transform=rights[0].get_yaxis_transform())  # fmt: skip
+        draw_packed(rights[0], runs[-1])
     left.set(xlabel=label, ylabel="nats per scored token" if tasks else "nats per content token", title="training loss")
     for right, (_, unit, title) in zip(rights, panels, strict=False):
         right.set(xlabel=label, ylabel=unit, title=title)
@@ -104,7 +65,7 @@ def plot(folders: list[Path], output: Path) -> None:
 def plot_depth(files: list[Path], output: Path) -> None:
     if output.suffix != ".png":
         raise UserError(f"{output} would not be a PNG: take a name that ends in .png.")
-    output.write_bytes(png(depth.loss_by_depth, *depth.read(files)))
+    output.write_bytes(png(depth.loss_by_depth, *depth.read(files), width=7.5))
 
 
 def main(argv: list[str]) -> None:

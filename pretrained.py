@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import WEIGHTS, holds_run, open_run, read_tensors
+from checkpoint import WEIGHTS, content_tokens, holds_run, open_run, read_tensors
 from config import GPTConfig, UserError, nearest_name
 from data.files import read_json
 from data.shards import file_sha256
@@ -42,6 +42,7 @@ class Weights:
     tensors: dict[str, torch.Tensor]
     fit: str  # the settings that they fit
     note: str  # for the log
+    content_tokens: int | None = None  # of text, that they were trained on; None = nobody says
 
 
 def check_name(init_from: str) -> None:
@@ -58,8 +59,9 @@ def check_name(init_from: str) -> None:
     )
 
 
-def load_into(model: GPT, init_from: str, tokenizer: Tokenizer) -> str:
-    """Overwrites the parameters of a fresh model -> a sentence for the log: what was loaded, and what is new.
+def load_into(model: GPT, init_from: str, tokenizer: Tokenizer) -> tuple[str, int | None]:
+    """Overwrites the parameters of a fresh model -> a sentence for the log: what was loaded, and what is new; and how
+    many content tokens of text the weights were trained on, None if nobody says.
 
     tokenizer: that of the dataset. Raises UserError if anything does not fit; the model is then as it was."""
     check_name(init_from)
@@ -89,7 +91,7 @@ def load_into(model: GPT, init_from: str, tokenizer: Tokenizer) -> str:
     return (
         f"weights of {weights.file} (sha256 {file_sha256(weights.file)}): loaded {_brief(weights.tensors)}; "
         f"new, as from scratch: {_brief(new) or 'none'}; {weights.note}"
-    )
+    ), weights.content_tokens
 
 
 def _brief(names) -> str:
@@ -256,7 +258,8 @@ def _run_of_ours(init_from: str, cfg: GPTConfig, tokenizer: Tokenizer) -> Weight
     names += ["second_attention"] if theirs.second_attention != "none" else []
     fit = " ".join(f"--{name}={getattr(theirs, name)}" for name in names)
     file = saved.folder / WEIGHTS
-    weights = Weights(file, _read(file), fit, f"{_marker_rows(tokenizer)} are as trained")
+    before = content_tokens(saved.state, saved.config)
+    weights = Weights(file, _read(file), fit, f"{_marker_rows(tokenizer)} are as trained", before)
     table = weights.tensors.get("wpe.weight")
     if table is not None and cfg.position == "learned" and cfg.rope_factor != theirs.rope_factor:
         weights.tensors["wpe.weight"] = interpolated(table, cfg.rope_factor, cfg.block_size)

@@ -1,10 +1,12 @@
-"""Puts what `eval.py tasks` measured on one page: the paper's Figure 1 and ours, accuracy by length, arms against each
-other on the same texts, and every cell with its interval.
+"""Puts all that runs have left on one page: how they were trained, what eval.py and probe.py measured of them beside
+the paper's figures, and what they cost. Each section is there where its lines are.
 
 python report.py out/meta_128 out/meta_256 out/pause_128 --output=out/report
-python report.py records/tasks/*.jsonl --margin=0.05 --effect=0.02
+python report.py records/2026-11-22_three_arms/tasks.jsonl --margin=0.05 --effect=0.02
 """
 
+import functools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +14,44 @@ from tyro.conf import Positional
 
 from cli import load_config, run_cli
 from config import UserError, check, check_types
-from reports.lines import read
-from reports.page import Page
+from probes.drawing import positions_panel, table_2
+from reports import cost, depth, extension, tasks, training
+from reports.files import Found, read
+from reports.lines import CELL, NUMBER
+from reports.markup import p_value, percent, points, span
+from reports.page import Page, Section
+from reports.probes import Column, probe
 from terminal import write
+
+PROBES = (
+    probe(
+        "positions",
+        "Meta-tokens without a position, without an embedding",
+        "The same weights read the same texts of the tasks: as trained (full), with no position at meta-tokens, with "
+        "no embedding at them, with neither. If position or embedding of the meta-tokens carry what the answer needs, "
+        "the answers go with them. Differences are from full, in points, with Newcombe's interval over texts; verdicts "
+        "and Holm's p are of this checkpoint, not of its arm. The paper's Table 2 has some cells of about 18 texts.",
+        {**CELL, "condition": (str,), "exact": NUMBER, "interval": (list,), "chance": NUMBER},
+        ("task", "placement", "level", "question", "length", "condition"),
+        positions_panel,
+        (
+            Column("task", lambda line: line["task"].replace("_", " "), text=True),
+            Column("markers", lambda line: line["placement"], text=True),
+            Column("length", lambda line: line["length"]),
+            Column("condition", lambda line: line["condition"].replace("_", " "), text=True),
+            Column("exact, %", lambda line: percent(line["exact"])),
+            Column("95 %", lambda line: span(*line["interval"])),
+            Column("difference", lambda line: points(line["difference"]) if "difference" in line else ""),
+            Column("95 %", lambda line: " .. ".join(map(points, line.get("difference_interval", ())))),
+            Column("Holm", lambda line: p_value(line.get("holm"))),
+            Column("verdict", lambda line: line.get("verdict", ""), text=True),
+            Column("chance, %", lambda line: percent(line["chance"])),
+            Column("n", lambda line: line["n"]),
+        ),
+        panel=("task", "level", "question", "length"),
+        paper=table_2,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -22,9 +59,9 @@ class Report:
     """Run folders -> one self-contained HTML page with plots."""
 
     runs: Positional[tuple[str, ...]] = ()
-    """folders of runs with a tasks.jsonl, or .jsonl files; the first arm named is the first of a difference"""
+    """folders of runs, or .jsonl files of eval.py and probe.py; the first arm named is the first of a difference"""
     output: str = "out/report"
-    """folder for report.html and its pictures"""
+    """folder for report.html and its pictures; those of an earlier report there are removed"""
     margin: float = 0.05
     """a difference between arms "does not hold" if its whole interval over seeds lies within +- this share"""
     effect: float = 0.0
@@ -39,15 +76,39 @@ class Report:
 def main(argv: list[str]) -> None:
     cfg = load_config(Report, argv)
     if not cfg.runs:
-        raise UserError("runs is empty: name folders of runs that eval.py tasks has measured, such as out/meta_128.")
-    lines, repeated = read(cfg.runs)
-    command = " ".join(["report.py", *argv])
-    files = Page(lines, repeated, command, cfg.effect, cfg.margin).render()
+        raise UserError("runs is empty: name folders of runs, such as out/meta_128.")
+    sections = sections_of(cfg.effect, cfg.margin)
+    files = render(read(cfg.runs, sections), sections, " ".join(["report.py", *argv]))
     output = Path(cfg.output)
     output.mkdir(parents=True, exist_ok=True)
+    for old in pictures_of(output / "report.html") - files.keys():
+        (output / old).unlink(missing_ok=True)
     for name, content in files.items():
         (output / name).write_bytes(content)
     write(f"{output / 'report.html'}\n")
+
+
+def sections_of(effect: float, margin: float) -> list[Section]:
+    """In the order of the page. A new kind of lines is one more of these, mostly of PROBES."""
+    return [tasks.section(effect, margin), depth.section(), *PROBES]
+
+
+def render(found: Found, sections: list[Section], command: str) -> dict[str, bytes]:
+    """File name -> bytes: report.html and the pictures."""
+    parts = [functools.partial(training.body, runs=found.runs)] if found.runs else []
+    for section in sections:
+        if lines := found.lines.get(section.kind):
+            parts.append(functools.partial(section.body, lines=lines))
+        if lines and section.kind == "tasks":
+            parts.append(functools.partial(extension.body, lines=lines))
+    parts += [functools.partial(cost.body, runs=found.runs)] if found.runs else []
+    return Page(command, found.repeated).render([line for of in found.lines.values() for line in of], parts)
+
+
+def pictures_of(page: Path) -> set[str]:
+    """The names of the pictures that a page, if there is one, was written with."""
+    text = page.read_text(errors="replace") if page.is_file() else ""
+    return set(re.findall(r'data-file="([\w-]+\.png)"', text))
 
 
 if __name__ == "__main__":

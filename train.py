@@ -179,6 +179,7 @@ class Trainer:
         self.origin = (
             saved.state.get("origin", "unknown") if saved else "scratch"
         )  # of the weights, for whoever finds the checkpoint
+        self.content_before = checkpoint.content_before(saved.state) if saved else 0  # content tokens, None = unknown
         if saved and saved.folder.parent.resolve() != self.run_dir.resolve():
             self.origin = f"branch of {saved.folder} ({self.origin})"
         refusal = self._read_files(weights=not saved and cfg.init_from not in pretrained.KEYWORDS)
@@ -222,7 +223,9 @@ class Trainer:
         self.verified = "the bodies of the shards are not verified, as asked (--verify=header), only headers and sizes"
         try:
             if weights:
-                self.origin = pretrained.load_into(self.model, self.cfg.init_from, self.train_data.tokenizer)
+                self.origin, self.content_before = pretrained.load_into(
+                    self.model, self.cfg.init_from, self.train_data.tokenizer
+                )
             if self.cfg.task.tasks:
                 self.verified = "the texts of the tasks are made as they are needed"
             elif self.cfg.verify == "full" and self.dist.local_rank == 0:
@@ -369,6 +372,7 @@ class Trainer:
                 "evaluated": self.evaluated,
                 "guard": self.guard.state(),
                 "origin": self.origin,
+                "content_before": self.content_before,
                 "config": to_dict(self.cfg),
                 "data": self.facts,
                 "environment": environment(),

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from checkpoint import WEIGHTS, Run, load_run
+from checkpoint import WEIGHTS, Run, content_tokens, load_run
 from config import Rescale, UserError, check_types, to_dict
 from data.inject import strip
 from data.loader import random_positions
@@ -85,9 +85,23 @@ def facts_of(run: Run) -> dict:
         "train_length": task.train_length if task.tasks else run.config.model.block_size,
         "train_placements": list(task.placements) if task.tasks else None,
         "settings": _settings(run),
+        "origin": origin_of(run),
         "parameters": run.model.num_params(),
         "command": environment()["command"],
         "commit": environment()["commit"],
+        "machine": f"{environment()['processor']}, {environment()['cores']} cores",
+    }
+
+
+def origin_of(run: Run) -> dict:
+    """Where the weights come from: those of step 0, and the text that they and the run were trained on; tasks apart.
+    content_tokens: None if nobody kept count, 0 for a model that has never seen text."""
+    data, tokens = run.state["data"], content_tokens(run.state, run.config)
+    return {
+        "weights": run.state.get("origin", "unknown").partition(": loaded")[0],  # with their sha256
+        "dataset": data["dataset"] if tokens != 0 else None,
+        "train_sha256": data["content_sha256"].get("train") if tokens != 0 else None,
+        "content_tokens": tokens,
     }
 
 

@@ -4,7 +4,7 @@ import textwrap
 
 from matplotlib.lines import Line2D
 
-from reports.drawing import COLOURS, GREY, LIGHT, MARKERS, png
+from reports.drawing import COLOURS, GREY, LIGHT, MARKERS, legend, png, wrapped
 from reports.paper import TABLE_2, TABLE_2_N
 from stats import wilson
 
@@ -38,6 +38,39 @@ def _positions(figure, lines: list[dict]) -> None:
         handles = [Line2D([], [], **_look(i), linestyle="", label=name) for i, name in enumerate(placements)]
         ours.legend(handles=handles, loc="outside lower center", ncols=len(placements), title="placement")
     _paper(paper)
+
+
+def positions_panel(lines: list[dict]) -> bytes:
+    """Lines of one run, task and length as a small PNG: exact answers by condition, placements side by side."""
+    return png(_panel, lines)
+
+
+def table_2() -> bytes:
+    """The paper's Table 2 as a small PNG."""
+    return png(_table_2)
+
+
+def _panel(figure, lines: list[dict]) -> None:
+    placements, names = (list(dict.fromkeys(line[name] for line in lines)) for name in ("placement", "condition"))
+    figure.set_figheight(0.9 + 0.22 * len(names) * max(1.4, 0.6 * len(placements)))
+    axes, first = figure.subplots(), lines[0]
+    _by_condition(axes, lines, placements, names)
+    axes.set_yticks(
+        range(len(names)), [name.replace("_", " ").replace("no position ", "no position\n") for name in names]
+    )
+    axes.set_title(f"{first['task'].replace('_', ' ')}, {first['length']} positions")
+    axes.set_xlabel(f"exact answers, %\nlevel {first['level']}, n = {first['n']}, 95 % intervals")
+    handles = [Line2D([], [], **_look(i), linestyle="", label=name) for i, name in enumerate(placements)]
+    full = Line2D([], [], color=GREY, linewidth=0.8, label="full")
+    legend(figure, [*handles, full, Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label="chance")])
+
+
+def _table_2(figure) -> None:
+    figure.set_figheight(0.9 + 0.44 * len(TABLE_2))
+    _paper(figure)
+    figure.axes[0].set_yticks(range(len(TABLE_2)), [wrapped(name, 22) for name in TABLE_2])
+    figure.axes[0].set_title(f"the paper's Table 2,\nabout {TABLE_2_N} texts each")
+    figure.axes[0].set_xlabel(f"accuracy, %\n95 % if n = {TABLE_2_N}")
 
 
 def _look(number: int) -> dict:

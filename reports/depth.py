@@ -1,16 +1,19 @@
 """The loss by depth in documents, from lines of eval.py perplexity --documents."""
 
 import json
-import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 
 from config import UserError
-from reports.drawing import COLOURS, GREY, MARKERS
+from reports.drawing import COLOURS, GREY, MARKERS, legend, png, wrapped
+from reports.lines import check_facts
+from reports.markup import table
+from reports.page import Section
 from stats import clustered_ratio
 
 # a scaling has the same colour in every picture, whatever its factor
@@ -23,30 +26,22 @@ class Curve(NamedTuple):
     label: str
     method: str  # of scaling, as COLOUR has it
     trained: bool  # with this scaling, or only read with it
+    length: int  # positions of a window
     window: int  # content tokens in a window of the training before any extension
     depth: np.ndarray  # (N,) middles of the buckets
     nats: np.ndarray  # (G, N) a token, of every document: means over the draws of markers
 
 
 def read(files: list[Path]) -> tuple[list[Curve], np.ndarray, str]:
-    """The curves of files of JSON lines in their order, the pieces of every document (G,), and what text it is, for a
-    person. Of repeated lines the last counts.
-
-    Raises UserError for what is no such file, and for lines of several texts, which cannot be compared."""
+    """What curves() makes of files of JSON lines. Raises UserError for what is no such file, and for lines of several
+    texts, which cannot be compared."""
     names = ", ".join(map(str, files))
     try:
         lines = [line for path in files for line in map(json.loads, path.read_text().splitlines())]
-        found: dict[tuple, dict[int, dict]] = {}
-        for line in (line for line in lines if "document_nats" in line):
-            key = tuple(line[name] for name in ("arm", "weights_sha256", "length", "markers"))
-            found.setdefault(key, {})[line["draw"]] = line
-        cells = [list(draws.values()) for draws in found.values()]
-        texts = {(line["content_sha256"], line["bucket"]) for draws in cells for line in draws}
+        lines = [line for line in lines if "document_nats" in line]
+        texts = {text_of(line) for line in lines}
         if len(texts) == 1:
-            first, labels = cells[0][0], _labels([draws[0] for draws in cells])
-            text = f"{first['tokens']:,} tokens, {first['pieces']} pieces of {first['documents']} documents"
-            curves = [_curve(label, draws) for label, draws in zip(labels, cells, strict=True)]
-            return curves, np.array(first["document_pieces"]), text
+            return curves(lines)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{names} cannot be read ({type(error).__name__}: {error}): give files that eval.py perplexity wrote."
@@ -59,13 +54,33 @@ def read(files: list[Path]) -> tuple[list[Curve], np.ndarray, str]:
     )
 
 
+def text_of(line: dict) -> tuple[str, int]:
+    """Lines with the same score the same tokens, and count them in the same buckets."""
+    return line["content_sha256"], line["bucket"]
+
+
+def curves(lines: list[dict]) -> tuple[list[Curve], np.ndarray, str]:
+    """Lines of documents, all of one text -> curves in their order, the pieces of every document (G,), and what text it
+    is, for a person. Of repeated lines the last counts. Raises ValueError, KeyError or TypeError for damaged ones."""
+    found: dict[tuple, dict[int, dict]] = {}
+    for line in lines:
+        key = tuple(line[name] for name in ("arm", "weights_sha256", "length", "markers"))
+        found.setdefault(key, {})[line["draw"]] = line
+    cells = [list(draws.values()) for draws in found.values()]
+    first, labels = cells[0][0], _labels([draws[0] for draws in cells])
+    text = f"{first['tokens']:,} tokens, {first['pieces']} pieces of {first['documents']} documents"
+    made = [_curve(label, draws) for label, draws in zip(labels, cells, strict=True)]
+    return made, np.array(first["document_pieces"]), text
+
+
 def _curve(label: str, draws: list[dict]) -> Curve:
     first, nats = draws[0], np.mean([line["document_nats"] for line in draws], axis=0)
     method = first["scaling"] if first["scaling"].endswith("dynamic") else first["scaling"].partition(" ")[0]
     if method not in COLOUR or nats.shape[0] != len(first["document_pieces"]):
         raise ValueError(f"{label} is of scaling {first['scaling']!r}, {nats.shape[0]} documents")
     depth = (np.arange(nats.shape[1]) + 0.5) * first["bucket"]
-    return Curve(label, method, first["scaling"] == first["trained_scaling"], first["original_content"], depth, nats)
+    trained = first["scaling"] == first["trained_scaling"]
+    return Curve(label, method, trained, first["length"], first["original_content"], depth, nats)
 
 
 def _labels(lines: list[dict]) -> list[str]:
@@ -82,17 +97,21 @@ def _labels(lines: list[dict]) -> list[str]:
 def loss_by_depth(figure, curves: list[Curve], pieces: np.ndarray, text: str) -> None:
     """All curves, and below what each has above the first one: documents differ much in their loss, less in that.
 
-    Colour by scaling; solid if trained with it, dashed if read with it; a second curve of the same look has marks."""
+    Colour by scaling, the lighter the shorter the window; solid if trained with it, dashed if read with it; a second
+    curve of the same look has marks. Depth is linear: its buckets are, and what is beyond the window is most of it."""
     first, panels = curves[0], 2 if len(curves) > 1 else 1
-    figure.set_size_inches(7.5, 0.6 + 3.2 * panels + 0.19 * -(-(len(curves) + 1) // 2))
+    figure.set_figheight(0.7 + 2.7 * panels)
     level, *below = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
     seen, handles = Counter(), []
+    lengths = sorted({curve.length for curve in curves}, reverse=True)
+    step = 0.6 / max(1, len(lengths) - 1)
     for curve in curves:
-        style = {"color": COLOUR[curve.method], "linestyle": "-" if curve.trained else (0, (4, 1.5)), "linewidth": 1.4}
-        if again := seen[curve.method, curve.trained]:
+        colour = lighter(COLOUR[curve.method], step * lengths.index(curve.length))
+        style = {"color": colour, "linestyle": "-" if curve.trained else (0, (4, 1.5)), "linewidth": 1.4}
+        if again := seen[curve.method, curve.trained, curve.length]:
             style |= {"marker": MARKERS[(again - 1) % len(MARKERS)], "markersize": 4, "markevery": 0.06}
-        seen[curve.method, curve.trained] += 1
-        handles.append(Line2D([], [], label=textwrap.shorten(curve.label, 56, placeholder=" .."), **style))
+        seen[curve.method, curve.trained, curve.length] += 1
+        handles.append(Line2D([], [], label=curve.label, **style))
         _draw(level, curve.depth, curve.nats, pieces, style, band=curve is first)
         if below:
             _draw(below[0], curve.depth, curve.nats - first.nats, pieces, style, band=curve is not first)
@@ -102,14 +121,22 @@ def loss_by_depth(figure, curves: list[Curve], pieces: np.ndarray, text: str) ->
             axes.axvline(window, color=GREY, linestyle=":", linewidth=1.2)
     name = f"window of training, {' and '.join(map(str, windows))} content tokens"
     handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label=name))
+    narrow = figure.get_figwidth() < 6
     level.set_ylabel("nats a token")
+    level.set_title("loss; band: 95 % of the first")
     if below:
-        below[0].set_ylabel("difference to the first, nats")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.minorticks_off()
-    axes.set_xlabel(f"content tokens of the document, or its piece, that stand before\n{text}")
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, handlelength=2.6, columnspacing=1.2)
+        below[0].set_ylabel("nats a token more")
+        below[0].set_title(wrapped(f"loss above that of: {first.label}; bands: 95 %", 40 if narrow else 90))
+    axes.set_xlim(left=0)
+    axes.locator_params(axis="x", nbins=5 if narrow else 10)
+    before = "content tokens of the document, or its piece, that stand before"
+    axes.set_xlabel(wrapped(before, 40 if narrow else 90) + "\n" + wrapped(text, 40 if narrow else 90))
+    legend(figure, handles)
+
+
+def lighter(colour: str, share: float) -> tuple[float, float, float]:
+    """A colour, mixed with so much white."""
+    return tuple(1 - (1 - part) * (1 - share) for part in to_rgb(colour))
 
 
 def _draw(axes, depth: np.ndarray, nats: np.ndarray, pieces: np.ndarray, style: dict, band: bool) -> None:
@@ -118,3 +145,68 @@ def _draw(axes, depth: np.ndarray, nats: np.ndarray, pieces: np.ndarray, style: 
         low, high = np.array([clustered_ratio(pieces * column, pieces) for column in nats.T]).T
         axes.fill_between(depth, low, high, color=style["color"], alpha=0.12, linewidth=0)
     axes.plot(depth, pieces @ nats / pieces.sum(), **style)
+
+
+# ----------------------------------------------------------------------------- the section of a report
+
+FIELDS = {
+    "length": (int,), "markers": (str,), "draw": (int,), "loss": (float,), "bits_per_byte": (float,),
+    "perplexity": (float,), "tokens": (int,), "dataset": (str,), "content_sha256": (str,),
+}  # fmt: skip
+OF_DOCUMENTS = {
+    "document_nats": (list,), "document_pieces": (list,), "documents": (int,), "pieces": (int,), "bucket": (int,),
+    "original_content": (int,), "scaling": (str,), "trained_scaling": (str,),
+}  # fmt: skip
+
+
+def section() -> Section:
+    return Section("perplexity", _check, _key, body)
+
+
+def _check(line: dict) -> None:
+    documents = "document_nats" in line
+    check_facts(line, FIELDS | OF_DOCUMENTS if documents else FIELDS if "impossible" not in line else {})
+    if documents:
+        curves([line])
+
+
+def _key(line: dict) -> tuple:
+    names = ("run", "weights_sha256", "arm", "content_sha256", "length", "stride", "markers", "draw", "bucket")
+    return tuple(line.get(name) for name in names)
+
+
+def body(page, lines: list[dict]) -> str:
+    """A picture of each text of documents, and the loss of every condition."""
+    texts: dict[tuple, list[dict]] = {}
+    for line in lines:
+        if "document_nats" in line:
+            texts.setdefault(text_of(line), []).append(line)
+    figures = []
+    for number, of in enumerate(texts.values(), 1):
+        what = "loss by depth in documents; the means are in the table below"
+        figures.append(page.picture(f"depth_{number}.png", what, png(loss_by_depth, *curves(of)), of))
+    cells: dict[tuple, list[dict]] = {}
+    for line in lines:
+        if "impossible" not in line:
+            cells.setdefault((*_key(line)[:7], "document_nats" in line), []).append(line)
+    groups: dict[str, list[list]] = {}
+    for of in cells.values():
+        first = of[0]
+        pieces = f", {first['pieces']} pieces of {first['documents']} documents" if "document_nats" in first else ""
+        name = f"{first['dataset']}, {first['tokens']:,} content tokens{pieces} ({first['content_sha256'][:8]})"
+        losses, bits = ([line[key] for line in of] for key in ("loss", "bits_per_byte"))
+        spread = f"{min(losses):.4f} .. {max(losses):.4f}" if len(of) > 1 else "–"
+        groups.setdefault(name, []).append(
+            [first["arm"], first["run"], first["length"], first["markers"], f"{np.mean(losses):.4f}", spread,
+             f"{np.exp(np.mean(losses)):.2f}", f"{np.mean(bits):.4f}", len(of), first["seed"],
+             page.links([line["command"] for line in of])]
+        )  # fmt: skip
+    head = ["arm", "run", "window", "markers", "nats a token", "over draws", "perplexity", "bits per byte", "draws",
+            "seed", "command"]  # fmt: skip
+    return f"""<h2 id="lengths">Longer windows: validation text</h2>
+<p>The loss of windows of several lengths, read as trained or with another scale of the positions. Where documents were
+cut into pieces of the longest window, all conditions score the same tokens, and the picture has their loss by depth:
+by how much of the document stands before. Documents differ more in their loss than conditions do, so compare in its
+lower half. Bands are 95 % over documents. Rows below one heading are of the same text.</p>
+<div>{"".join(figures)}</div>
+{table(head, groups, (0, 1, 3, 10))}"""

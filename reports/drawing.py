@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from reports.compare import Difference
-from reports.lines import Arm, Panel, impossible, summary
+from reports.lines import Arm, Panel, impossible, share_interval, summary
 from reports.paper import FIGURE_1, LENGTH
 
 # told apart by the colour-blind (Okabe and Ito), and by their markers in grey
@@ -18,17 +18,17 @@ MARKERS = "osD^vPX*"
 DASHES = ("-", (0, (5, 2)), (0, (3, 1.5, 1, 1.5)), (0, (1, 1.2)))
 GREY, LIGHT = "#555555", "#E8E8E8"
 STYLE = {
-    "font.size": 9.5, "axes.titlesize": 10.5, "legend.fontsize": 8.5, "xtick.labelsize": 9, "ytick.labelsize": 9,
+    "font.size": 10, "axes.titlesize": 10, "legend.fontsize": 10, "xtick.labelsize": 10, "ytick.labelsize": 10,
     "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False, "axes.grid": True,
     "grid.color": LIGHT, "axes.axisbelow": True, "legend.frameon": False,
 }  # fmt: skip
-WIDTH, DPI = 4.5, 144  # inches; 450 pixels of a page, and all that a phone has
+WIDTH, DPI = 3.6, 180  # inches; a phone's 360 pixels, where 10 points are 14 of them
 
 
-def png(draw, *args) -> bytes:
-    """What draw(figure, *args) draws, as PNG: equal bytes for equal arguments."""
+def png(draw, *args, width: float = WIDTH) -> bytes:
+    """What draw(figure, *args) draws on a figure of so many inches, as PNG: equal bytes for equal arguments."""
     with matplotlib.rc_context(STYLE):
-        figure, out = Figure(figsize=(WIDTH, 3.0), dpi=DPI, layout="constrained"), BytesIO()
+        figure, out = Figure(figsize=(width, 3.0), dpi=DPI, layout="constrained"), BytesIO()
         draw(figure, *args)
         figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
@@ -51,6 +51,11 @@ def _look(number: int) -> dict:
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4.5}
 
 
+def wrapped(text: str, width: int = 40) -> str:
+    """In lines that fit a small picture."""
+    return textwrap.fill(text, width, break_long_words=True)
+
+
 def title(panel: Panel) -> str:
     """No two panels have the same. To tasks other than list recall, `question` is but a part of the seed."""
     question = f", question {panel.question}" if panel.task == "list_recall" or panel.question != "index" else ""
@@ -62,8 +67,8 @@ def accuracy(figure: Figure, arms: list[Arm], panel: Panel, footer: str) -> None
     axes, mine = figure.subplots(), [arm for arm in arms if any(at == panel for at, _ in arm.lines)]
     barred = _by_length(axes, styles(arms), mine, panel)
     _percent(axes, barred)
-    axes.set(title=title(panel), xlabel=f"positions of a text\n{footer}", ylabel="exact answers, %")
-    _legend(figure, _accuracy_handles(mine, styles(arms), barred))
+    axes.set(title=wrapped(title(panel)), xlabel=f"positions of a text\n{footer}", ylabel="exact answers, %")
+    legend(figure, _accuracy_handles(mine, styles(arms), barred))
 
 
 def overview(figure: Figure, arms: list[Arm], panels: list[Panel], footer: str) -> None:
@@ -77,7 +82,7 @@ def overview(figure: Figure, arms: list[Arm], panels: list[Panel], footer: str) 
         for placement, axes in zip(columns, line, strict=True):
             panel = row._replace(placement=placement)
             mine = [arm for arm in arms if any(at == panel for at, _ in arm.lines)]
-            axes.set_title(placement if row == rows[0] else "", fontsize=9.5)
+            axes.set_title(placement if row == rows[0] else "")
             if mine:
                 barred |= _by_length(axes, looks, mine, panel)
             else:
@@ -87,8 +92,8 @@ def overview(figure: Figure, arms: list[Arm], panels: list[Panel], footer: str) 
     for axes in grid[-1]:
         axes.set_xlabel("positions of a text")
     _percent(grid[0, 0], barred)
-    figure.suptitle(f"exact answers, %: {footer}", fontsize=10.5)
-    _legend(figure, _accuracy_handles(arms, looks, barred), columns=4)
+    figure.suptitle(f"exact answers, %: {footer}", fontsize=10)
+    legend(figure, _accuracy_handles(arms, looks, barred), columns=4)
 
 
 def _by_length(axes, looks: dict, mine: list[Arm], panel: Panel) -> bool:
@@ -99,9 +104,10 @@ def _by_length(axes, looks: dict, mine: list[Arm], panel: Panel) -> bool:
         dodge = 2 ** (0.035 * (number - (len(mine) - 1) / 2))
         barred |= _points(axes, cells, dodge, looks[arm.name])
     floors = _floors(mine, panel)
-    axes.plot(
-        list(floors), [100 * v for v in floors.values()], color=GREY, linestyle="--", linewidth=1, marker="_", zorder=1
-    )
+    x, best = list(floors), [100 * share for share, _ in floors.values()]
+    ends = [[100 * end for end in share_interval(share, n)] for share, n in floors.values()]
+    axes.plot(x, best, color=GREY, linestyle="--", linewidth=1, marker="_", zorder=1)
+    axes.vlines(x, [low for low, _ in ends], [high for _, high in ends], color=GREY, linewidth=1, zorder=1)
     chance = max(line["chance"] for line in _measured(mine, panel)) if floors else 0.0
     axes.axhline(100 * chance, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
     _lengths(axes, {length for arm in mine for at, length in arm.lines if at == panel})
@@ -154,18 +160,18 @@ def _measured(arms: list[Arm], panel: Panel) -> list[dict]:
     ]  # fmt: skip
 
 
-def _floors(arms: list[Arm], panel: Panel) -> dict[int, float]:
-    """The best shortcut's share by length."""
-    out: dict[int, float] = {}
-    for line in sorted(_measured(arms, panel), key=lambda line: line["length"]):
-        out[line["length"]] = max(out.get(line["length"], 0.0), *line["floors"].values())
+def _floors(arms: list[Arm], panel: Panel) -> dict[int, tuple[float, int]]:
+    """The best shortcut's share by length, and of how many texts: of the lines with the most."""
+    out: dict[int, tuple[float, int]] = {}
+    for line in sorted(_measured(arms, panel), key=lambda line: (line["length"], line["n"])):
+        out[line["length"]] = (max(line["floors"].values()), line["n"])
     return out
 
 
 def _arm_handles(arms: list[Arm], looks: dict) -> list[Line2D]:
     first = {arm.label: looks[arm.name] for arm in reversed(arms)}
     return [
-        Line2D([], [], **{**first[label], "linestyle": "-"}, label=textwrap.shorten(label, 48, placeholder=" .."))
+        Line2D([], [], **{**first[label], "linestyle": "-"}, label=label)
         for label in dict.fromkeys(arm.label for arm in arms)
     ]
 
@@ -182,11 +188,22 @@ def _length_handles(arms: list[Arm], looks: dict) -> list[Line2D]:
     ]
 
 
-def _legend(figure: Figure, handles: list, columns: int = 2) -> None:
-    if max(len(handle.get_label()) for handle in handles) > 26:
-        columns = 1
-    figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(handles) // columns))
+def legend(figure: Figure, handles: list, columns: int = 2) -> None:
+    """Below all, in as many columns as the labels allow; the figure grows by as much."""
+    longest = max(len(handle.get_label()) for handle in handles)
+    while columns > 1 and longest > _letters(figure, columns):
+        columns -= 1
+    for handle in handles:
+        handle.set_label(wrapped(handle.get_label(), _letters(figure, columns)))
+    rows = [handles[i : i + columns] for i in range(0, len(handles), columns)]
+    lines = sum(1 + max(handle.get_label().count("\n") for handle in row) for row in rows)
+    figure.set_figheight(figure.get_figheight() + 0.235 * lines)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.6, columnspacing=1.2)
+
+
+def _letters(figure: Figure, columns: int) -> int:
+    """How many fit into a legend's label."""
+    return int(figure.get_figwidth() * 72 / columns / 5.6) - 7
 
 
 def differences(figure: Figure, rows: list[Difference], panel: Panel, margin: float, footer: str) -> None:
@@ -209,17 +226,14 @@ def differences(figure: Figure, rows: list[Difference], panel: Panel, margin: fl
                     color=look["color"], linewidth=1.4)  # fmt: skip
     _lengths(axes, {row.length for row in rows})
     unit = "arms, over seeds" if any(len(row.seeds) > 1 for row in rows) else "single checkpoints, not arms"
-    axes.set(title=title(panel), xlabel=f"positions of a text\n{footer}; {unit}", ylabel="difference, points")
-    arms = [
-        Line2D([], [], **_look(-1 - i), label=textwrap.shorten(name, 64, placeholder=" .."))
-        for i, name in enumerate(names)
-    ]
+    axes.set(title=wrapped(title(panel)), xlabel=f"positions of a text\n{footer}\n{unit}", ylabel="difference, points")
+    arms = [Line2D([], [], **_look(-1 - i), label=name) for i, name in enumerate(names)]
     dashes = [
         Line2D([], [], color=GREY, linestyle=DASHES[trained.index(n) % len(DASHES)], label=f"train length {n}")
         for n in sorted(trained)
     ]
     band = Patch(color=LIGHT, label=f"margin, ±{100 * margin:g} points")
-    _legend(figure, [*arms, *dashes, band])
+    legend(figure, [*arms, *dashes, band])
 
 
 def beside_paper(figure: Figure, arms: list[Arm], mine: list[Arm], panel: Panel, footer: str) -> None:
@@ -248,8 +262,8 @@ def beside_paper(figure: Figure, arms: list[Arm], mine: list[Arm], panel: Panel,
         right.text(0.5, 0.5, "none yet", color=GREY, ha="center", transform=right.transAxes)
     for axes, name in ((left, "the paper, n unknown"), (right, f"ours, {footer}")):
         _lengths(axes, lengths)
-        axes.set_title(name, fontsize=8.5)
+        axes.set_title(wrapped(name, 16))
         axes.set_xlabel("train length")
     left.set_ylabel(f"accuracy at length {LENGTH}, %")
-    figure.suptitle(title(panel), fontsize=10.5)
-    _legend(figure, handles + _arm_handles(mine, looks) + _cross(barred))
+    figure.suptitle(wrapped(title(panel)), fontsize=10)
+    legend(figure, handles + _arm_handles(mine, looks) + _cross(barred))

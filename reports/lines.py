@@ -1,23 +1,37 @@
-"""The lines of eval.py tasks: read, checked, and sorted into arms."""
+"""The lines of eval.py tasks: checked, and sorted into arms; what all lines have in common."""
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, get_args, get_type_hints
 
 import numpy as np
 
-from config import Level, Placement, Task, TaskConfig, UserError
+from config import Level, Placement, Task, TaskConfig
 from stats import wilson
 
 NUMBER = (int, float)
+# what every line of an evaluation or a probe says of its run (evals/common.facts_of)
 FACTS = {
     "arm": (str,), "run": (str,), "checkpoint": (str,), "weights_sha256": (str,), "step": (int,), "seed": (int,),
     "trained_on": (list, str), "train_length": (int,), "train_placements": (list, type(None)), "command": (str,),
-    "commit": (str,), "task": (str,), "placement": (str,), "level": (str,), "question": (str,), "length": (int,),
-    "tokens_per_item": NUMBER, "n": (int,), "settings": (str,), "parameters": (int,),
+    "commit": (str,), "settings": (str,), "parameters": (int,),
+}  # fmt: skip
+# and what lines of the first versions do not say
+LATER = {
+    "scaling": (str,),
+    "trained_scaling": (str,),
+    "original_block_size": (int,),
+    "origin": (dict,),
+    "machine": (str,),
+}
+ORIGIN = {
+    "weights": (str,), "dataset": (str, type(None)), "train_sha256": (str, type(None)),
+    "content_tokens": (int, type(None)),
+}  # fmt: skip
+CELL = {
+    "task": (str,), "placement": (str,), "level": (str,), "question": (str,), "length": (int,),
+    "tokens_per_item": NUMBER, "n": (int,),
 }  # fmt: skip
 MEASURED = {
     "correct": (int,), "exact": NUMBER, "token_accuracy": NUMBER, "token_interval": (list,), "nats": NUMBER,
@@ -63,59 +77,39 @@ class Arm:
         return self.label, self.training.length
 
 
-def read(sources: list[str]) -> tuple[list[dict], int]:
-    """Lines of run folders and .jsonl files, and how many gave way to a later one of the same run, weights and cell.
-
-    Raises UserError, naming file and line."""
-    kept, repeated = {}, 0
-    for source in sources:
-        path = Path(source) if source.endswith(".jsonl") else Path(source) / "tasks.jsonl"
-        try:
-            rows = path.read_text().splitlines()
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}): give folders of runs that eval.py tasks measured, or .jsonl files."
-            ) from error
-        for number, row in enumerate(rows, 1):
-            if not row.strip():
-                continue
-            try:
-                line = json.loads(row, parse_constant=_refuse)
-                _check(line)
-            except (ValueError, OverflowError, RecursionError) as error:
-                raise UserError(
-                    f"{path}, line {number} is no line of eval.py tasks ({error}): remove it, and measure it again."
-                ) from error
-            key = (line["run"], line["weights_sha256"], cell_of(line))
-            repeated += key in kept
-            kept[key] = line
-    if not kept:
-        raise UserError(f"{', '.join(sources)} has no line: run eval.py tasks first.")
-    return list(kept.values()), repeated
-
-
 def cell_of(line: dict) -> tuple[Panel, int]:
     return Panel(*(line[name] for name in Panel._fields)), line["length"]
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no figure")
-
-
-def _check(line) -> None:
-    """Raises ValueError that says what is wrong with a line."""
-    if not isinstance(line, dict) or line.get("eval") != "tasks":
-        raise ValueError('it does not say "eval": "tasks"')
-    json.dumps(line, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    for name, kinds in FACTS.items() if "impossible" in line else (FACTS | MEASURED).items():
+def check_facts(line: dict, fields: dict[str, tuple]) -> None:
+    """Raises ValueError if a line lacks what every line says of its run, or one of `fields` (name -> types), or has it
+    in another type."""
+    for name, kinds in {**FACTS, **fields}.items():
         if name not in line:
             raise ValueError(f"{name} is missing")
         if type(line[name]) not in kinds:
             raise ValueError(f"{name} is {str(line[name])[:40]!r}")
+    for name, kinds in LATER.items():
+        if type(line.get(name)) not in (*kinds, type(None)):
+            raise ValueError(f"{name} is {str(line[name])[:40]!r}")
+    origin = line.get("origin") or {}
+    for name, kinds in ORIGIN.items() if origin else ():
+        if name not in origin or type(origin[name]) not in kinds:
+            raise ValueError(f"its origin's {name} is {str(origin.get(name))[:40]!r}")
     for name, known in CHOICES.items():
-        if line[name] not in known:
+        if name in fields and line[name] not in known:
             raise ValueError(f"{name} is {line[name][:40]!r}, known are {', '.join(known)}")
-    if not 0 < line["length"] <= 2**30 or not 0 < line["train_length"] <= 2**30:
+    for name in (name for name in fields if name.endswith("interval")):
+        if [type(end) in NUMBER for end in line[name]] != [True, True]:
+            raise ValueError(f"{name} is {str(line[name])[:40]!r}")
+    if not 0 < line["train_length"] <= 2**30:
+        raise ValueError(f"its train_length is {line['train_length']}")
+
+
+def check(line: dict) -> None:
+    """Raises ValueError that says what is wrong with a line of eval.py tasks."""
+    check_facts(line, CELL if "impossible" in line else CELL | MEASURED)
+    if not 0 < line["length"] <= 2**30:
         raise ValueError(f"its lengths are {line['length']} and {line['train_length']}")
     if not math.isfinite(line["tokens_per_item"]) or type(line.get("impossible", "")) is not str:
         raise ValueError("tokens_per_item is infinite, or impossible no reason")
@@ -129,8 +123,13 @@ def _check(line) -> None:
     shares = [line["token_accuracy"], line["chance"], *line["token_interval"], *line["floors"].values()]
     if not all(type(share) in NUMBER and 0 <= share <= 1 for share in shares):
         raise ValueError("token_accuracy, token_interval, chance and floors are not all shares")
-    if len(line["token_interval"]) != 2 or not line["floors"] or not math.isfinite(line["nats"]):
-        raise ValueError("token_interval, floors or nats is out of range")
+    if not line["floors"] or not math.isfinite(line["nats"]):
+        raise ValueError("floors or nats is out of range")
+
+
+def key(line: dict) -> tuple:
+    """Lines with the same are of the same figure: of one run, read in one way, in one cell."""
+    return line["run"], line["weights_sha256"], line["arm"], cell_of(line)
 
 
 def arms_of(lines: list[dict]) -> list[Arm]:
@@ -198,3 +197,8 @@ def summary(of: dict[int, dict]) -> tuple[float, float, float]:
         return line["exact"], *wilson(line["correct"], line["n"])
     shares = [line["exact"] for line in of.values()]
     return float(np.mean(shares)), min(shares), max(shares)
+
+
+def share_interval(share: float, n: int) -> tuple[float, float]:
+    """Wilson's interval of a share of n texts whose count a line does not have."""
+    return wilson(round(share * n), n)

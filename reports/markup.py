@@ -5,31 +5,47 @@ import math
 
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 920px; margin: 0 auto;
-  padding: 0 14px 40px }
+  padding: 0 14px 40px; overflow-wrap: anywhere }
 h1 { font-size: 1.6em; margin: 1em 0 .3em }
 h2 { font-size: 1.25em; margin: 2em 0 .4em; border-bottom: 1px solid #ccc }
 h3 { font-size: 1.05em; margin: 1.4em 0 .3em }
 p, li { max-width: 46em }
 a { color: #0b57a4 }
-code { font-size: .85em; overflow-wrap: anywhere }
-figure { margin: 0 0 14px; display: inline-block; width: 440px; max-width: 100%;
-  vertical-align: top; break-inside: avoid }
+code { font-size: .9em }
+figure { margin: 0 16px 18px 0; display: inline-block; width: 400px; max-width: 100%; vertical-align: top;
+  break-inside: avoid }
+figure.wide { display: block; width: auto; margin-right: 0 }
 img { width: 100%; height: auto; display: block }
-figcaption, .small { font-size: .8em; color: #444; overflow-wrap: anywhere }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: .8em; font-variant-numeric: tabular-nums; margin: .5em 0 }
-th, td { padding: .2em .55em; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
+.wide img { width: var(--natural); max-width: 100% }
+figcaption, .small { font-size: 14px; color: #444 }
+.small code { font-size: 1em }
+.scroll { overflow: auto; max-height: min(80vh, 640px) }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: .5em 0 }
+th, td { padding: .2em .55em; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top;
+  overflow-wrap: normal }
 td { white-space: nowrap }
-th { background: #f4f4f4; vertical-align: bottom }
+th { background: #f4f4f4; vertical-align: bottom; white-space: nowrap }
+thead th { position: sticky; top: 0 }
 .text, .long { text-align: left }
-td.long { white-space: normal; min-width: 12em; max-width: 30em }
+td.long { white-space: normal; min-width: 14em; max-width: 30em; overflow-wrap: anywhere }
 .warn { border-left: 4px solid #d55e00; padding: .1em .8em; background: #fff6f0 }
+@media screen and (max-width: 600px) {
+  figure { margin-right: 0; width: 100% }
+  .wide img { max-width: none }
+  .overview { display: none }
+}
 @media print {
-  body { max-width: none; font-size: 11px }
-  .scroll { overflow: visible }
-  table { font-size: 6.5px }
-  td, td.long { min-width: 0; white-space: normal }
-  figure { width: 48% }
+  @page { margin: 14mm }
+  body { max-width: none; padding: 0; font-size: 10.5pt }
+  h2, h3 { break-after: avoid }
+  tr { break-inside: avoid }
+  .scroll { overflow: visible; max-height: none }
+  .small, figcaption { font-size: 8pt }
+  table { font-size: 7pt; max-width: 100% }
+  th, td { padding: .15em .3em; white-space: normal }
+  td { white-space: nowrap }
+  td.text, td.long { min-width: 0; white-space: normal; overflow-wrap: anywhere }
+  figure { width: 47%; margin-right: 2% }
 }
 """
 

@@ -1,229 +1,111 @@
-"""The page of a report: one HTML file without scripts or network, its pictures inline and as PNG files beside it."""
+"""The page of a report: one HTML file without scripts or network, its pictures inline and as PNG files beside it.
+
+What it shows of one kind of lines is a section, made in a file of its own; report.py has the list of them."""
 
 import base64
+import re
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
 
 from reports import drawing
-from reports.compare import SEEDS, Difference, between_arms, between_checkpoints
-from reports.lines import CHOICES, Arm, Panel, arms_of, impossible, panels_of, summary
-from reports.markup import Markup, document, escaped, p_value, percent, points, span, table
-from reports.paper import FIGURE_1, LENGTH, NOTES, SOURCE
-from stats import wilson
+from reports.markup import Markup, document, escaped, table
+
+HASH = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")
+
+
+class Section(NamedTuple):
+    """What the page shows of lines of one kind."""
+
+    kind: str  # what a line says it is of ("eval" or "probe"): in a run's folder they are in <kind>.jsonl
+    check: Callable[[dict], None]  # raises ValueError if a line is not what the section draws
+    key: Callable[[dict], tuple]  # of lines with the same, the last one counts
+    body: Callable[["Page", list[dict]], str]  # its HTML, with headings <h2 id=..>
 
 
 class Page:
-    """All of a report but the writing of its files."""
+    """Sections put together; what they share are pictures, files and the numbers of commands."""
 
-    def __init__(self, lines: list[dict], repeated: int, command: str, effect: float, margin: float):
-        self.repeated, self.command, self.effect, self.margin = repeated, command, effect, margin
-        self.arms, self.files = arms_of(lines), {}
-        self.panels, self.lines = panels_of(self.arms), lines
-        self.checkpoints, self.by_seed = between_checkpoints(self.arms), between_arms(self.arms, effect, margin)
-        self.numbers = {command: n for n, command in enumerate(dict.fromkeys(line["command"] for line in lines), 1)}
+    def __init__(self, command: str, repeated: int = 0):
+        self.command, self.repeated = command, repeated
+        self.files: dict[str, bytes] = {}
+        self.numbers: dict[str, int] = {}  # of commands, in the order in which they are first spoken of
 
-    def render(self) -> dict[str, bytes]:
-        """File name -> bytes: report.html and the pictures. The same lines give the same bytes."""
-        parts = [self.top(), self.paper(), self.accuracy(), self.differences(), self.cells(), self.commands()]
-        return {"report.html": document("Synthetic tasks", "".join(parts)).encode(), **self.files}
+    def render(self, lines: list[dict], parts: list[Callable[["Page"], str]]) -> dict[str, bytes]:
+        """File name -> bytes: report.html and the pictures. The same lines give the same bytes.
 
-    def top(self) -> str:
-        rows = []
-        for arm in self.arms:
-            runs = {(of["run"], of["weights_sha256"]): of for by_seed in arm.lines.values() for of in by_seed.values()}
-            for line in runs.values():
-                how = arm.training
-                weights, commit = line["weights_sha256"][:8], line["commit"][:8]
-                rows.append([arm.label, line["run"], f"{line['parameters'] / 1e6:.2f}M", line["seed"], how.length,
-                             ", ".join(how.placements) or "text", how.settings[:6], line["step"], weights, commit,
-                             ", ".join(how.on), line["checkpoint"]])  # fmt: skip
-        head = ["arm", "run", "parameters", "seed", "train length", "trained with", "settings", "step", "weights",
-                "commit", "on", "checkpoint"]  # fmt: skip
-        again = f"<p>{self.repeated} lines repeat a cell of the same run and weights; the last one counts.</p>\n"
-        return f"""<h1>Synthetic tasks: exact answers</h1>
-<p>An answer is exact if greedy decoding writes all of it. Intervals are 95 %.</p>
+        lines: all of them, for the table of runs; parts: what makes the sections, in their order."""
+        body = "".join(part(self) for part in parts)
+        contents = re.findall(r'<h2 id="(\w+)">(.*?)</h2>', body)
+        links = " · ".join(f'<a href="#{name}">{title}</a>' for name, title in [*contents, ("commands", "Commands")])
+        again = f"<p>{self.repeated} lines repeat a figure of the same run and weights; the last one counts.</p>\n"
+        top = f"""<h1>What the runs came to</h1>
 <p><code>{escaped(self.command)}</code></p>
-<p><a href="#paper">The paper's Figure 1, and ours</a> · <a href="#accuracy">Accuracy by length</a> ·
-<a href="#differences">Differences between arms</a> · <a href="#cells">All cells</a> ·
-<a href="#commands">Commands</a></p>
-{again if self.repeated else ""}<p class="small">Runs of the same arm and settings (of the
-fine-tuning; the lines have their hash) count as seeds of one arm. Two of them with the same seed are arms of their own.
-What they were pretrained on, and for how long, the lines do not say.</p>
-{table(head, {"": rows}, (0, 1, 5, 6, 8, 9, 10, 11))}"""
+<p class="contents">{links}</p>
+{again if self.repeated else ""}{self.runs(lines) if lines else ""}"""
+        return {"report.html": document("nanoMeta report", top + body + self.commands()).encode(), **self.files}
 
-    # ------------------------------------------------------------------------- pictures
+    def runs(self, lines: list[dict]) -> str:
+        """Which runs the lines are of; arms are named in full by the sections."""
+        rows = {}
+        for line in lines:
+            on = [line["trained_on"]] if isinstance(line["trained_on"], str) else line["trained_on"]
+            rows[line["run"], line["weights_sha256"], line["arm"]] = [
+                line["run"], line["arm"], f"{line['parameters'] / 1e6:.2f}M", line["seed"], line["train_length"],
+                ", ".join(map(str, line["train_placements"] or ())) or "text", line["settings"][:6], line["step"],
+                ", ".join(map(str, on)), origin(line), line["weights_sha256"][:8], line["commit"][:8],
+                line["checkpoint"],
+            ]  # fmt: skip
+        head = ["run", "arm", "parameters", "seed", "train length", "trained with", "settings", "step", "on", "origin",
+                "weights", "commit", "checkpoint"]  # fmt: skip
+        return f"""<p class="small">Settings: a hash of how a run was trained, but for model, seed and folders. Origin:
+the weights that it started from, and the text that these and the run itself have seen. Intervals are 95 %.</p>
+{table(head, {"": list(rows.values())}, (0, 1, 5, 6, 8, 9, 10, 11, 12))}"""
 
-    def picture(self, name: str, what: str, used: list[dict], draw, *args) -> str:
-        """A <figure>, its PNG kept as a file; the caption names n, seeds and commands of the lines used."""
-        self.files[name] = drawing.png(draw, *args, footer(used))
-        data = base64.b64encode(self.files[name]).decode()
-        links = spans(sorted({self.numbers[line["command"]] for line in used}))
-        caption = f"{escaped(footer(used))}; commands {links}; {escaped(name)}" if used else escaped(name)
-        image = f'<img alt="{escaped(what)}" src="data:image/png;base64,{data}">'
-        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
+    def picture(self, name: str, what: str, content: bytes, used: list[dict] = (), note: str = "") -> str:
+        """A <figure> of a PNG, which is kept as a file, too; what: its text for who does not see it; its caption has
+        n, seeds, commands and machine of the lines used, as far as they say them."""
+        self.files[name] = content
+        machines = list(dict.fromkeys(line["machine"] for line in used if line.get("machine")))
+        links = self.links([line["command"] for line in used])
+        told = [note, footer(used) if used else "", Markup(f"commands {links}") if links else "", *machines, name]
+        caption = "; ".join(escaped(text) for text in told if text)
+        inches = struct.unpack(">I", content[16:20])[0] / drawing.DPI  # a PNG's width
+        wide = inches > 1.3 * drawing.WIDTH
+        image = f'<img alt="{escaped(what)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+        # a wide picture has its natural size where the page is narrow, and scrolls in its box as a table does
+        start = f'<figure class="wide" style="--natural:{110 * inches:.0f}px">' if wide else "<figure>"
+        inner = f'<div class="scroll">{image}</div>' if wide else image
+        return f'{start}{inner}<figcaption data-file="{escaped(name)}">{caption}</figcaption></figure>\n'
 
-    def paper(self) -> str:
-        figures, groups = [], {}
-        labels = list(dict.fromkeys(arm.label for arm in self.arms))
-        for task, theirs in FIGURE_1.items():
-            ours = {panel: like_paper(self.arms, panel) for panel in self.panels if panel.task == task}
-            ours = {panel: arms for panel, arms in ours.items() if arms}
-            for panel, arms in (ours or {Panel(task, "target", "hard", "index"): []}).items():
-                name = drawing.title(panel)
-                used = [line for arm in arms for line in arm.lines[panel, LENGTH].values()]
-                what = f"{name}: accuracy by train length, the paper's and ours, as in the table below"
-                args = (drawing.beside_paper, self.arms, arms, panel)
-                figures.append(self.picture(f"paper_{file_name(panel)}.png", what, used, *args))
-                lengths = {n for model in theirs.values() for n in model} | {arm.training.length for arm in arms}
-                for length in sorted(lengths):
-                    told = {arm.label: tell(arm.lines[panel, LENGTH]) for arm in arms if arm.training.length == length}
-                    given = [model.get(length, "–") for model in theirs.values()]
-                    row = [length, *given, *(told.get(label, "–") for label in labels)]
-                    groups.setdefault(name, []).append(row)
-        head = ["train length", *(f"paper: {model}" for model in FIGURE_1["parity"])]
-        notes = "".join(f"<li>{escaped(note)}</li>\n" for note in NOTES)
-        return f"""<h2 id="paper">The paper's Figure 1, and ours</h2>
-<p class="warn">The paper's n is unknown, probably 28 to 84; ours has n and interval. Model sizes and budgets differ:
-compare the order of the arms, not the heights.</p>
-<p>Accuracy in % at evaluation length {LENGTH}, by the longest texts in fine-tuning (train length). Ours: runs that were
-fine-tuned on the task, and asked, with markers where the task points ("target"), as the paper's. Bars are Wilson's
-interval over texts; with several seeds they reach from the lowest to the highest, and the line is the mean.
-Source: {escaped(SOURCE)}.</p>
-<div>{"".join(figures)}</div>
-{table(head + [f"ours: {label}" for label in labels], groups, ())}<ul class="small">{notes}</ul>
-"""
-
-    def accuracy(self) -> str:
-        out = []
-        for task in CHOICES["task"]:
-            figures = []
-            for panel in (panel for panel in self.panels if panel.task == task):
-                cells = (of for arm in self.arms for (at, _), of in arm.lines.items() if at == panel)
-                used = [line for of in cells for line in of.values()]
-                what = f"{drawing.title(panel)}: exact answers by length, as in the table of all cells"
-                name = f"accuracy_{file_name(panel)}.png"
-                figures.append(self.picture(name, what, used, drawing.accuracy, self.arms, panel))
-            if figures:
-                out.append(f"<h3>{task.replace('_', ' ')}</h3>\n<div>{''.join(figures)}</div>\n")
-        return f"""<h2 id="accuracy">Accuracy by evaluation length</h2>
-<p>A panel is a task and a placement of its markers. Bars are Wilson's interval over texts; with several seeds they
-reach from the lowest to the highest, the line is the mean and the small dots are the seeds. Dotted: chance. Dashed,
-grey: the best of the shortcuts that do without reading all, on the same texts. A cross in the strip below 0: the model
-cannot read texts of that length at all.</p>
-{self.picture("overview.png", "all panels below, small", self.lines, drawing.overview, self.arms, self.panels)}
-{"".join(out)}"""
-
-    def differences(self) -> str:
-        if not self.checkpoints:
-            nothing = "<p>No two arms of equal training share a cell.</p>\n"
-            return f'<h2 id="differences">Differences between arms</h2>\n{nothing}'
-        decided = {_claim(row) for row in self.by_seed}
-        rows = self.by_seed + [row for row in self.checkpoints if _claim(row) not in decided]
-        figures = []
-        for panel in self.panels:
-            shown = [row for row in rows if row.panel == panel and not row.refused]
-            both = ((row, arm) for row in shown for arm in (row.first, row.second))
-            used = [arm.lines[panel, row.length][seed] for row, arm in both for seed in row.seeds]
-            what = f"{drawing.title(panel)}: differences between arms, as in the tables below"
-            args = (f"difference_{file_name(panel)}.png", what, used, drawing.differences, shown, panel, self.margin)
-            figures += [self.picture(*args)] if shown else []
-        over_seeds = f"""<h3>Over seeds</h3>
-<p>Student's t over pairs of equal seed. The claim: the first is better than the second by more than
-{percent(self.effect)} points. It <b>holds</b> if the interval lies above that, and p, after Holm over all rows with
-{SEEDS} seeds or more, is below 0.05; the reverse holds if the second is better by as much. It <b>does not hold</b> if
-the whole interval lies within ±{percent(self.margin)} points. Else, and with fewer than {SEEDS} seeds, it is
-<b>undecided</b>. All seeds answer the same texts: the interval does not say how the difference would vary with others.
-Effect, margin and the cells to compare have to be fixed before one looks.</p>
-{self.difference_table(self.by_seed)}"""
-        return f"""<h2 id="differences">Differences between arms</h2>
-<p>First minus second, in points: arms of the same training, the same cell and the same texts. Grey band: the margin,
-±{percent(self.margin)} points. Where two arms share several seeds, the line is their mean difference and bars are
-Student's interval over seeds; else bars are intervals over texts.</p>
-<div>{"".join(figures)}</div>
-{over_seeds if self.by_seed else ""}<h3>Checkpoint against checkpoint</h3>
-<p class="warn">These two checkpoints, not the arms: undecided with fewer than {SEEDS} seeds. Trained again with another
-seed, they would differ otherwise.</p>
-<p>Newcombe's interval for the same texts, McNemar's exact test, and its p after Holm over all rows of this table.</p>
-{self.difference_table(self.checkpoints)}"""
-
-    # ------------------------------------------------------------------------- tables
-
-    def difference_table(self, rows: list[Difference]) -> str:
-        head = ["length", "train length", "first", "second", "difference", "95 %", "verdict", "p", "Holm",
-                "n", "seed"]  # fmt: skip
-        groups: dict[str, list] = {}
-        for row in rows:
-            out = groups.setdefault(drawing.title(row.panel), [])
-            n = row.first.lines[row.panel, row.length][row.seeds[0]]["n"] if row.seeds else ""
-            where = [row.length, row.first.training.length, row.first.label, row.second.label]
-            seeds = ", ".join(map(str, row.seeds))
-            if row.refused:
-                out.append([*where, "", "", f"not compared: {row.refused}", "", "", "", seeds])
-                continue
-            interval = f"{points(row.low)} .. {points(row.high)}"
-            ps = [p_value(row.p), p_value(row.holm)]
-            out.append([*where, points(row.mean), interval, row.verdict, *ps, n, seeds])
-        return table(head, groups, (2, 3), (6,))
-
-    def cells(self) -> str:
-        groups = {}
-        for panel in self.panels:
-            rows = groups[drawing.title(panel)] = []
-            for arm in self.arms:
-                for length in sorted(length for at, length in arm.lines if at == panel):
-                    for line in arm.lines[panel, length].values():
-                        where = [length, arm.label, arm.training.length, line["seed"]]
-                        rows.append([*where, *self.cell(line)])
-        head = ["length", "arm", "train length", "seed", "exact, %", "95 %", "tokens, %", "95 %", "nats",
-                "chance, %", "n", "weights", "command", "shortcuts, %"]  # fmt: skip
-        return f"""<h2 id="cells">All cells</h2>
-<p>Exact answers with Wilson's interval; tokens of the answers with a bootstrap interval over texts; nats of a whole
-answer; what each shortcut gets right.</p>
-{table(head, groups, (1, 11), (13,))}"""
-
-    def cell(self, line: dict) -> list:
-        number = self.numbers[line["command"]]
-        who = [line["weights_sha256"][:8], spans([number])]
-        if "impossible" in line:
-            return ["impossible", "", "", "", "", "", 0, *who, line["impossible"]]
-        floors = sorted(line["floors"].items(), key=lambda item: -item[1])
-        told = "; ".join(f"{percent(share)} {name}" for name, share in floors)
-        exact = [percent(line["exact"]), span(*wilson(line["correct"], line["n"]))]
-        tokens = [percent(line["token_accuracy"]), span(*line["token_interval"]), f"{line['nats']:.3f}"]
-        return [*exact, *tokens, percent(line["chance"]), line["n"], *who, told]
+    def links(self, commands: list[str]) -> Markup:
+        """Links to commands, 1 2 3 5 as [1]–[3] [5]."""
+        for command in commands:
+            self.numbers.setdefault(command, len(self.numbers) + 1)
+        return spans(sorted({self.numbers[command] for command in commands}))
 
     def commands(self) -> str:
         items = (f'<li id="command{n}"><code>{escaped(command)}</code></li>\n' for command, n in self.numbers.items())
         return f'<h2 id="commands">Commands</h2>\n<ol class="small">{"".join(items)}</ol>\n'
 
 
-def _claim(row: Difference) -> tuple:
-    return row.first.name, row.second.name, row.panel, row.length
-
-
-def like_paper(arms: list[Arm], panel: Panel) -> list[Arm]:
-    """Arms that were fine-tuned on the panel's task with markers where it points, as it has them, and measured at the
-    paper's length."""
-    return [
-        arm
-        for arm in arms
-        if (panel, LENGTH) in arm.lines and panel.task in arm.training.on
-        and panel.placement == "target" in arm.training.placements
-    ]  # fmt: skip
-
-
-def tell(of: dict[int, dict]) -> str:
-    """A cell of an arm in a few words."""
-    if impossible(of):
-        return "impossible"
-    mean, low, high = summary(of)
-    return f"{percent(mean)} ({span(low, high)}; {footer(list(of.values()))})"
+def origin(line: dict) -> str:
+    """Where a line's weights come from, in words."""
+    if not (known := line.get("origin")):
+        return "the line does not say"
+    tokens, weights = known["content_tokens"], HASH.sub(r"\1", known["weights"])
+    if tokens == 0:
+        return f"{weights}; no text"
+    many = "an uncounted number of content tokens" if tokens is None else f"{tokens:,} content tokens"
+    return f"{weights}; {many} of {known['dataset']}"
 
 
 def footer(lines: list[dict]) -> str:
     """n and seeds of the lines behind a picture or a figure."""
-    n, seeds = sorted({line["n"] for line in lines if line["n"]}), sorted({line["seed"] for line in lines})
-    if not n:
-        return "n = 0"
+    n, seeds = sorted({line["n"] for line in lines if line.get("n")}), sorted({line["seed"] for line in lines})
     few = ", ".join(map(str, seeds)) if len(seeds) < 6 else f"{len(seeds)} from {seeds[0]} to {seeds[-1]}"
+    if not n:
+        return "n = 0" if any("n" in line for line in lines) else f"seed {few}"
     return f"n = {n[0]}{f' to {n[-1]}' if len(n) > 1 else ''}, seed {few}"
 
 
@@ -237,7 +119,3 @@ def spans(numbers: list[int]) -> Markup:
         elif n + 1 not in links:
             out += f"–{links[n]}"
     return Markup(out.strip())
-
-
-def file_name(panel: Panel) -> str:
-    return "_".join(panel)

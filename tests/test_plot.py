@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from config import UserError
-from plot import plot, smooth
+from plot import plot
+from reports.training import smooth
 from tests.conftest import cli
 
 

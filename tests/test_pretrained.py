@@ -92,7 +92,7 @@ def test_step_0_is_hugging_faces_gpt2_in_every_arm(hf, tokenizer, second):
 
 
 def test_the_log_names_what_was_loaded_and_what_is_new(hf, tokenizer):
-    said = load_into(GPT(dataclasses.replace(CFG, second_attention="meta")), str(hf), tokenizer)
+    said, tokens = load_into(GPT(dataclasses.replace(CFG, second_attention="meta")), str(hf), tokenizer)
     assert "\n" not in said and re.search(
         r"model.safetensors \(sha256 [0-9a-f]{64}\): loaded .*h\.\*\.mlp\.c_proj", said
     )
@@ -101,7 +101,8 @@ def test_the_log_names_what_was_loaded_and_what_is_new(hf, tokenizer):
         "ln_second.weight", "ln_second.bias", "second_attn.c_attn.weight", "second_attn.c_attn.bias",
         "second_attn.c_proj.weight", "second_attn.c_proj.bias"))  # fmt: skip
     assert "rows 300 .. 319 of wte.weight" in said and "the first 32 of 64 positions" in said
-    assert "new, as from scratch: none;" in load_into(GPT(CFG), str(hf), tokenizer)
+    assert tokens is None  # nobody says what they were trained on
+    assert "new, as from scratch: none;" in load_into(GPT(CFG), str(hf), tokenizer)[0]
 
 
 def test_names_without_prefix_masks_and_head(hf, tokenizer, tmp_path):
@@ -182,7 +183,7 @@ def test_a_run_of_ours_gives_its_weights(workdir, tokenizer, tuned):
     """A GPT-2 of ours into meta-attention, by its run's folder (the best checkpoint) and by a checkpoint's."""
     for source in (tuned, tuned / "step_00000006"):
         model = GPT(dataclasses.replace(CFG, block_size=28, second_attention="meta"))
-        said = load_into(model, str(source), tokenizer)
+        said, _ = load_into(model, str(source), tokenizer)
         weights = safetensors.torch.load_file(tuned / "step_00000006/model.safetensors")
         for name, p in weights.items():
             if name != "wte.weight":
@@ -201,9 +202,10 @@ def meta_run(workdir) -> Path:
 
 def test_a_run_with_markers_gives_all_that_it_has(workdir, tokenizer, meta_run):
     model = GPT(dataclasses.replace(CFG, second_attention="meta", bias=False))
-    said = load_into(model, str(meta_run / "step_00000002"), tokenizer)
+    said, tokens = load_into(model, str(meta_run / "step_00000002"), tokenizer)
     assert equal(model.state_dict(), safetensors.torch.load_file(meta_run / "step_00000002/model.safetensors"))
     assert "new, as from scratch: none; rows 300 .. 319 of wte.weight, the markers, are as trained" in said
+    assert tokens == 2 * 8 * 28  # steps, windows, content tokens
 
 
 # ----------------------------------------------------------------------------- refusals

@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 from scipy import stats as distributions
 
 from config import UserError
+from report import render, sections_of
 from reports import drawing
 from reports.compare import between_arms, between_checkpoints, beyond
-from reports.lines import Panel, arms_of, panels_of, read
-from reports.page import Page, spans
+from reports.files import Found, read
+from reports.lines import Panel, arms_of, panels_of, share_interval
+from reports.page import spans
 from reports.paper import FIGURE_1
 from stats import wilson
 from tasks import PLACEMENTS, TASKS
@@ -73,8 +75,17 @@ def write(path, lines) -> str:
     return str(path)
 
 
-def page(lines, effect=0.0, margin=0.05) -> str:
-    return Page(lines, 0, "report.py", effect, margin).render()["report.html"].decode()
+def files_of(lines, effect=0.0, margin=0.05, repeated=0, command="report.py") -> dict[str, bytes]:
+    return render(Found({"tasks": lines}, [], repeated), sections_of(effect, margin), command)
+
+
+def page(lines, *how) -> str:
+    return files_of(lines, *how)["report.html"].decode()
+
+
+def read_tasks(path: str) -> tuple[list[dict], int]:
+    found = read((path,), sections_of(0.0, 0.05))
+    return found.lines["tasks"], found.repeated
 
 
 def words(text: str) -> str:
@@ -96,12 +107,14 @@ def test_a_report_holds_every_cells_figures_and_the_papers(tmp_path):
         else:
             share, low, high = one["exact"], *(100 * v for v in wilson(one["correct"], one["n"]))
             figures = {f"{100 * share:.1f}", f"{low:.1f} .. {high:.1f}", "1.234", str(one["n"]), str(one["length"])}
-            floors = "; ".join(f"{100 * v:.1f} {name}" for name, v in one["floors"].items())
+            ends = ([100 * end for end in share_interval(v, one["n"])] for v in one["floors"].values())
+            floors = "; ".join(f"{100 * v:.1f} ({low:.1f} .. {high:.1f}) {name}"
+                               for (name, v), (low, high) in zip(one["floors"].items(), ends, strict=True))  # fmt: skip
             found = [row for row in rows if figures | {floors, one["arm"]} <= set(row)]
         assert found, one
         assert one["command"] in words(text)
     for task, models in FIGURE_1.items():
-        section = words(text).partition("Source: ")[2].partition("Accuracy by")[0].split("\n")
+        section = words(text).partition("Source: ")[2].partition("Tasks: accuracy by")[0].split("\n")
         at = next(i for i, row in enumerate(section) if row.startswith(f"||{task.replace('_', ' ')}: target (hard"))
         for row, length in zip(section[at + 1 :], (128, 256, 512), strict=False):
             given = tuple(str(model.get(length, "–")) for model in models.values())
@@ -109,11 +122,11 @@ def test_a_report_holds_every_cells_figures_and_the_papers(tmp_path):
     assert "49.2" in text and "64.8" in text and "1/28" in text  # the conflicts, and how little n may be
     pictures = {path.name for path in (tmp_path / "there").glob("*.png")}
     assert len(pictures) == 1 + 4 + 6 + 6 and all(name in text for name in pictures)
-    assert not re.search(r"\bnan\b|\binf\b|<script|https?:|src=\"(?!data:)", text, re.I)
+    assert not re.search(r"\bnan\b|\binf\b|<script|https?:|src=\"(?!data:)", re.sub(r"base64,[^\"]+", "", text), re.I)
 
 
 def test_the_same_lines_give_the_same_bytes():
-    first, second = (Page(realistic(n=20)[::29], 0, "report.py", 0.0, 0.05).render() for _ in range(2))
+    first, second = (files_of(realistic(n=20)[::29]) for _ in range(2))
     assert first == second and len(first) > 4
 
 
@@ -263,16 +276,16 @@ def test_the_overview_shows_what_every_panel_shows():
 
 def test_the_last_of_repeated_lines_counts(tmp_path):
     source = write(tmp_path / "x.jsonl", [line("0" * 100), line(length=256), line("1" * 100)])
-    lines, repeated = read([source])
+    lines, repeated = read_tasks(source)
     assert repeated == 1 and [(one["length"], one["exact"]) for one in lines] == [(128, 1.0), (256, 0.5)]
-    assert "1 lines repeat" in Page(lines, repeated, "", 0.0, 0.05).render()["report.html"].decode()
+    assert "1 lines repeat" in page(lines, 0.0, 0.05, repeated)
 
 
 def test_nothing_becomes_markup_or_mathematics():
     evil = "<script>alert('x')</script>&\"'$\\frac{$"
     lines = [line(arm=evil, run=evil, command=evil, checkpoint=evil, commit=evil, trained_on=[evil, "parity"],
                   floors={evil: 0.5}, weights_sha256=evil), line("", length=512, impossible=evil)]  # fmt: skip
-    files = Page(lines, 0, evil, 0.0, 0.05).render()
+    files = files_of(lines, command=evil)
     text = files["report.html"].decode()
     assert "<script" not in text and "alert" in text and words(text).count(evil) > 6
     assert all(re.fullmatch(r"[\w.]+", name) for name in files)
@@ -288,7 +301,9 @@ def test_nothing_becomes_markup_or_mathematics():
         ({"outcomes": None}, "outcomes is missing"),
         ({"seed": "1"}, "seed is '1'"),
         ({"task": "../../etc"}, "task is '../../etc'"),
-        ({"eval": "perplexity"}, 'it does not say "eval": "tasks"'),
+        ({"eval": "passkey"}, 'it does not say "eval" or "probe": one of tasks, perplexity, positions'),
+        ({"origin": {"weights": "scratch"}}, "its origin's dataset is 'None'"),
+        ({"scaling": 4}, "scaling is '4'"),
         ({"chance": math.nan}, "NaN is no figure"),
         ({"floors": {}}, "floors"),
         ({"token_interval": [0.5, 7]}, "token_interval"),
@@ -300,7 +315,7 @@ def test_nothing_becomes_markup_or_mathematics():
 def test_a_damaged_line_is_named(tmp_path, change, why):
     damaged = {name: value for name, value in (line() | change).items() if value is not None}
     with pytest.raises(UserError, match=re.escape("x.jsonl, line 2 ")) as refused:
-        read([write(tmp_path / "x.jsonl", [line(), damaged])])
+        read_tasks(write(tmp_path / "x.jsonl", [line(), damaged]))
     assert why in str(refused.value)
 
 
@@ -310,9 +325,10 @@ def test_bad_input_is_one_sentence(tmp_path):
     (tmp_path / "cut.jsonl").write_text(json.dumps(line()) + "\n" + json.dumps(line())[:50])
     for args, sentence in (
         ((), "name folders of runs"),
-        (("nowhere",), "nowhere/tasks.jsonl cannot be read"),
+        (("nowhere",), "nowhere has none of metrics.jsonl, tasks.jsonl, perplexity.jsonl, positions.jsonl"),
+        (("nowhere.jsonl",), "nowhere.jsonl cannot be read"),
         (("empty.jsonl",), "empty.jsonl has no line"),
-        (("cut.jsonl",), "cut.jsonl, line 2 is no line of eval.py tasks"),
+        (("cut.jsonl",), "cut.jsonl, line 2 is no line of eval.py or probe.py"),
         ((good, "--margin=0"), "margin=0.0 is out of range"),
         ((good, "--efect=0.1"), "did you mean 'effect'"),
     ):
@@ -327,7 +343,7 @@ def test_commands_are_named_by_spans():
 def test_every_panel_has_its_picture_and_its_rows():
     lines = [line(task=task, level=level, question=question) for task in ("parity", "list_recall")
              for level in ("easy", "hard") for question in ("index", "after")]  # fmt: skip
-    files = Page(lines, 0, "", 0.0, 0.05).render()
+    files = files_of(lines)
     assert sum(name.startswith("accuracy_") for name in files) == 8
-    cells = words(files["report.html"].decode()).rpartition("All cells")[2].partition("Commands")[0]
+    cells = words(files["report.html"].decode()).rpartition("Tasks: all cells")[2].partition("Commands")[0]
     assert len(set(re.findall(r"\n\|\|(\w[^|]+: target [^|]+)\|", cells))) == 8 and cells.count("|1.234|") == 8

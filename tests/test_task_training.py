@@ -10,15 +10,17 @@ import torch
 from checkpoint import load_run
 from config import GPTConfig, TaskConfig, TrainConfig
 from data.tokenizer import Tokenizer
+from evals.common import facts_of
 from evals.tasks import measure
 from generate import MarkerPlan, generate
-from reports.lines import read
+from report import sections_of
+from reports.files import read
 from rng import Draws
 from startup import base_of, with_base
 from tasks import TASKS
 from tasks.example import Maker
 from tasks.source import TaskWindows
-from tests.conftest import TINY, cli, override, refusal
+from tests.conftest import TINY, cli, manifest, override, refusal
 from tests.test_train import TORCHRUN, equal, final, losses, metrics
 
 TEXT = (*TINY, "--dataset=data/u", "--block_size=96", "--position=rope")
@@ -55,6 +57,13 @@ def test_a_run_learns_all_tasks_with_its_model_tokenizer_and_rule(workdir, bases
     tuned, was = load_run(run_dir), load_run(workdir / base)
     assert tuned.config.model == was.config.model and tuned.config.target_rule == "skip"
     assert tuned.tokenizer.fingerprint == was.tokenizer.fingerprint
+    origin, seen = facts_of(tuned)["origin"], 10 * 8 * 84  # steps, windows, content tokens
+    assert origin["weights"].startswith(f"weights of {base}/best_00000010/model.safetensors (sha256 ")
+    assert (
+        origin["dataset"] == "data/u"
+        and origin["train_sha256"] == manifest(workdir / "data/u")["splits"]["train"]["content_sha256"]
+    )
+    assert origin["content_tokens"] == facts_of(was)["origin"]["content_tokens"] == seen
     lines = metrics(run_dir)
     assert {f"exact_{task}" for task in TASKS} | {f"tokens_{task}" for task in TASKS} <= lines[-1].keys()
     trained = [line["loss"] for line in lines if line["kind"] == "train"]
@@ -89,6 +98,7 @@ def test_resumed_equals_uninterrupted_and_processes_equal_one(workdir, bases):
     tune(workdir, "t_resumed", bases["meta"], "--max_steps=13", *args, "--lr_decay_steps=20", tasks=tasks)
     resumed = tune(workdir, "t_resumed", "resume", "--max_steps=20", *args, "--lr_decay_steps=20", tasks=tasks)
     assert equal(final(resumed), final(straight))
+    assert load_run(resumed).state["content_before"] == 10 * 8 * 84  # of its base, after the resume, too
     assert [line for line in metrics(resumed) if (line["step"], line["kind"]) != (13, "val")] == metrics(straight)
     # two processes, and two micro-batches in each
     args += ("--max_steps=20", "--micro_batch_size=4")
@@ -171,8 +181,8 @@ def test_eval_writes_a_line_a_cell_and_says_what_is_impossible(workdir, bases):
     weights = safetensors.torch.load_file(workdir / cell["checkpoint"] / "model.safetensors")
     assert "wte.weight" in weights and len(cell["weights_sha256"]) == 64
     assert all(line["n"] == 0 and "exact" not in line for line in lines if line["length"] == 128)
-    kept, repeated = read([str(workdir / "out/tuned_learned")])  # as report.py does
-    assert kept == lines[8:] and repeated == 8
+    found = read((str(workdir / "out/tuned_learned"),), sections_of(0.0, 0.05))  # as report.py does
+    assert found.lines["tasks"] == lines[8:] and found.repeated == 8 and len(found.runs) == 1
 
 
 def test_rotary_runs_are_measured_beyond_their_window(workdir, bases):
@@ -220,6 +230,7 @@ def test_a_new_model_takes_the_tokenizer_of_the_dataset(workdir):
     run = load_run(workdir / "out/scratch_tasks")
     assert run.tokenizer.fingerprint == Tokenizer.load(workdir / "data/u").fingerprint
     assert run.state["data"]["shards"] == {} and run.state["origin"] == "scratch"
+    assert facts_of(run)["origin"] == {"weights": "scratch", "dataset": None, "train_sha256": None, "content_tokens": 0}
 
 
 def test_base_is_what_goes_on_or_what_is_named():

@@ -1,0 +1,191 @@
+"""The section in the shape of the paper's Table 1: list recall by extension, fine-tuning length and evaluation length,
+all in multiples of the window that the model had before."""
+
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from reports.drawing import COLOURS, DASHES, GREY, MARKERS, legend, png, wrapped
+from reports.lines import Panel, cell_of, impossible
+from reports.markup import escaped, percent, span, table
+from reports.page import Page, footer
+from reports.paper import TABLE_1, TABLE_1_SOURCE, WINDOW
+from stats import wilson
+
+
+class Row(NamedTuple):
+    """Of the table. Lengths are to the nearest multiple of the window or part of it: arms without markers have shorter
+    windows, of the same content, and belong beside those with."""
+
+    scaling: str  # "yarn 4x"; "none": the window as it was
+    how: str  # "trained" with it, or only "read" with it
+    tuned: Fraction  # length of the texts in fine-tuning, in windows
+
+    @property
+    def factor(self) -> float:
+        factor = self.scaling.rpartition(" ")[2].removesuffix("x")
+        return float(factor) if factor.replace(".", "").isdigit() else 1.0
+
+    @property
+    def paper(self) -> dict[int, float]:
+        """The paper's row, if it has one."""
+        return TABLE_1.get((self.factor, self.tuned), {})
+
+
+Cells = dict[int, dict[int, dict]]  # length -> seed -> line
+
+
+def body(page: Page, lines: list[dict]) -> str:
+    """Of the lines of eval.py tasks; "" if none was read beyond its window of training by a scale."""
+    mine = [line for line in lines if belongs(line)]
+    if not any(line["scaling"] != "none" for line in mine):
+        return ""
+    figures, groups = [page.picture("extension_paper.png", "Table 1 of the paper", png(paper_picture))], {}
+    panels: dict[tuple[Panel, Row], dict[str, Cells]] = {}
+    for line in sorted(mine, key=lambda line: (row_of(line).factor, row_of(line))):
+        panel, length = cell_of(line)
+        cells = panels.setdefault((panel, row_of(line)), {}).setdefault(arm_of(line), {})
+        cells.setdefault(length, {})[line["seed"]] = line
+    arms = list(dict.fromkeys(arm for of in panels.values() for arm in of))
+    for number, ((panel, row), of) in enumerate(panels.items(), 1):
+        used = [line for cells in of.values() for by_seed in cells.values() for line in by_seed.values()]
+        what = f"{told(row)}: token accuracy and exact answers by length, as in the table below"
+        content = png(picture, row, of, arms, footer(used))
+        figures.append(page.picture(f"extension_{number}.png", what, content, used, note=told(row)))
+        name = f"level {panel.level}, question {panel.question}"
+        groups.setdefault(name, []).extend(rows(page, row, of))
+    head = ["extension", "by", "fine-tuned at", "asked at", "arm", "seed", "tokens, %", "95 %", "exact, %", "95 %", "n",
+            "paper, tokens %", "command"]  # fmt: skip
+    return f"""<h2 id="extension">List recall in longer windows: the paper's Table 1, and ours</h2>
+<p>Fine-tuned and asked with markers where the task points. Lengths are multiples (x) of the window before extension, so
+that ours can be set beside the paper's, whose window was {WINDOW}: asked at 2x, a model of {WINDOW} reads {2 * WINDOW}
+positions. Arms without markers have shorter windows, of the same content; panels and the paper's figures go by the
+nearest multiple. "trained": the longer window was trained before fine-tuning, as the paper's; "read": the
+positions were scaled when it was asked, and never before. Solid: token accuracy with a bootstrap interval over texts,
+as the paper's; dashed: exact answers with Wilson's. With several seeds both reach from the lowest to the highest. Where
+items are single tokens the two are the same. Grey: the paper's row of the same extension and fine-tuning.</p>
+<p class="small">{escaped(TABLE_1_SOURCE)}.</p>
+<div>{"".join(figures)}</div>
+{
+        table(
+            ["paper: extension", "fine-tuned at", *(f"asked at {x}x" for x in TABLE_1[4, 2])],
+            {"": [[f"{e}x", f"{t}x", *of.values()] for (e, t), of in TABLE_1.items()]},
+            (),
+        )
+    }
+{table(head, groups, (0, 1, 4, 12))}"""
+
+
+def belongs(line: dict) -> bool:
+    """Is it of list recall as the paper's Table 1 has it? Lines of the first versions do not say their window."""
+    return (
+        line["task"] == "list_recall"
+        and line["placement"] == "target"
+        and {"scaling", "trained_scaling", "original_block_size"} <= line.keys()
+        and "list_recall" in line["trained_on"]
+        and "target" in (line["train_placements"] or ())
+    )
+
+
+def row_of(line: dict) -> Row:
+    how = "trained" if line["scaling"] == line["trained_scaling"] else "read"
+    return Row(line["scaling"], how, nearest(line["train_length"], line["original_block_size"]))
+
+
+def nearest(length: int, window: int) -> Fraction:
+    """The multiple of a window, or the part of it, that a length is next to."""
+    return Fraction(round(length / window)) if length >= window else Fraction(1, round(window / length))
+
+
+def arm_of(line: dict) -> str:
+    """The arm without its scaling, which a row has."""
+    name = line["arm"].removesuffix(f", read with {line['scaling']}")
+    return name.replace(f", {line['trained_scaling']}", "", 1)
+
+
+def told(row: Row) -> str:
+    extension = "window as it was" if row.scaling == "none" else f"{row.scaling}, {row.how}"
+    return f"{extension}; fine-tuned at {row.tuned}x"
+
+
+def times(length: int, line: dict) -> str:
+    return f"{length / line['original_block_size']:.3g}x = {length}"
+
+
+def rows(page: Page, row: Row, of: dict[str, Cells]) -> list[list]:
+    out = []
+    for length in sorted({length for cells in of.values() for length in cells}):
+        for arm, cells in of.items():
+            for seed, line in sorted(cells.get(length, {}).items()):
+                figures = ["impossible", "", "", "", 0]
+                if "impossible" not in line:
+                    figures = [percent(line["token_accuracy"]), span(*line["token_interval"]), percent(line["exact"]),
+                               span(*wilson(line["correct"], line["n"])), line["n"]]  # fmt: skip
+                out.append([row.scaling, row.how if row.scaling != "none" else "", times(line["train_length"], line),
+                            times(length, line), arm, seed, *figures,
+                            row.paper.get(nearest(length, line["original_block_size"]), "–"),
+                            page.links([line["command"]])])  # fmt: skip
+    return out
+
+
+def picture(figure: Figure, row: Row, of: dict[str, Cells], arms: list[str], about: str) -> None:
+    """One row of the table: accuracy by evaluation length, an arm a colour."""
+    axes, handles = figure.subplots(), []
+    for number, (arm, cells) in enumerate(of.items()):
+        look = {"color": COLOURS[arms.index(arm) % len(COLOURS)], "marker": MARKERS[arms.index(arm) % len(MARKERS)]}
+        handles.append(Line2D([], [], label=arm, markersize=4.5, **look))
+        possible = {length: by_seed for length, by_seed in sorted(cells.items()) if not impossible(by_seed)}
+        for share, interval, style in (("token_accuracy", "token_interval", "-"), ("exact", "interval", (0, (4, 2)))):
+            dodge = 1 + 0.03 * (number - (len(of) - 1) / 2) + (0.015 if share == "exact" else 0)
+            x = [dodge * length / window_of(by_seed) for length, by_seed in possible.items()]
+            ends = [summary(by_seed, share, interval) for by_seed in possible.values()]
+            axes.plot(x, [100 * mean for mean, _, _ in ends], linestyle=style, linewidth=1.3, markersize=4.5, **look)
+            axes.vlines(x, [100 * low for _, low, _ in ends], [100 * high for _, _, high in ends],
+                        color=look["color"], linewidth=1.3)  # fmt: skip
+    if row.paper:
+        axes.plot(list(row.paper), list(row.paper.values()), color="#999999", marker=".", linewidth=1.2)
+        handles.append(Line2D([], [], color="#999999", marker=".", label="paper, n unknown"))
+    axes.axvline(row.factor, color=GREY, linestyle=":", linewidth=1.2)
+    handles += [
+        Line2D([], [], color=GREY, label="token accuracy"),
+        Line2D([], [], color=GREY, linestyle=(0, (4, 2)), label="exact answers"),
+        Line2D([], [], color=GREY, linestyle=":", label="end of the window"),
+    ]
+    axes.set_ylim(-4, 104)
+    axes.set_xlim(left=0)
+    axes.set(title=wrapped(told(row)), ylabel="%")
+    axes.set_xlabel(f"asked at, in windows of the model\n{about}")
+    legend(figure, handles)
+
+
+def window_of(of: dict[int, dict]) -> int:
+    """Before any extension: of a cell's lines by seed."""
+    return next(iter(of.values()))["original_block_size"]
+
+
+def summary(of: dict[int, dict], share: str, interval: str) -> tuple[float, float, float]:
+    """A cell's lines by seed -> a share and its ends: with one seed over texts, with several the lowest and highest."""
+    if len(of) == 1:
+        (line,) = of.values()
+        ends = line[interval] if interval in line else wilson(line["correct"], line["n"])
+        return line[share], *ends
+    shares = [line[share] for line in of.values()]
+    return float(np.mean(shares)), min(shares), max(shares)
+
+
+def paper_picture(figure: Figure) -> None:
+    axes, handles = figure.subplots(), []
+    for number, ((extended, tuned), of) in enumerate(TABLE_1.items()):
+        look = {"color": ("#999999", "#000000", "#555555", "#999999")[number], "linestyle": DASHES[number],
+                "marker": MARKERS[number], "markersize": 4.5}  # fmt: skip
+        axes.plot(list(of), list(of.values()), linewidth=1.2, **look)
+        handles.append(Line2D([], [], **look, label=f"{extended}x, fine-tuned at {tuned}x"))
+    axes.set_ylim(-4, 104)
+    axes.set_xlim(left=0)
+    axes.set(
+        title="the paper's Table 1, n unknown", ylabel="token accuracy, %", xlabel=f"asked at, in windows of {WINDOW}"
+    )
+    legend(figure, handles)
