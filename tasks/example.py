@@ -21,6 +21,7 @@ meta-tokens as a memory, `every` and `background` do.
 import argparse
 import importlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -89,6 +90,15 @@ class Maker:
         """Positions that pieces take, but for the meta-tokens of placement background, which come later."""
         return len(self.ids(list(pieces)))
 
+    def longer_names(self, draws: Draws) -> Iterator[str]:
+        """All names of two words, none twice, for texts that have used up those of one."""
+        seen: set[str] = set()
+        while len(seen) < len(self.names) ** 2:
+            name = f"{draws.choice(self.names)} {draws.choice(self.names)}"
+            if name not in seen:
+                seen.add(name)
+                yield name
+
     def example(self, split: str, index: int, low: int, high: int, levels: tuple[str, ...]) -> Example:
         """Text number `index` of a split ("train/SEED", "val" or "test"), with low .. high positions and a level, both
         drawn, the level from those that such a length can have.
@@ -117,7 +127,7 @@ class Maker:
                 return example
         raise UserError(
             f"{self.name} with placement {self.placement} and questions={cfg.questions} has no text of level "
-            f"{' or '.join(levels)} with {low} to {high} positions: take longer texts or an easier level."
+            f"{' or '.join(levels)} with {low} to {high} positions: take texts of another length, or another level."
         )
 
     def _lay_out(self, draft: Draft, draws: Draws) -> Example:

@@ -8,9 +8,11 @@ The paper asks for item j of a named list (`index`), and wraps the list that wil
 the question gives an item, which all lists hold, and asks for what follows it in the named list. --question=misnamed
 gives the name of another list than the one that is pointed at, whose item it wants: a control, in which a model that
 goes by the name is wrong. Names and items are drawn from two pools of 200, whatever they mean, so that neither a
-category nor a word gives the answer away.
+category nor a word gives the answer away; where 200 lists do not fill the length, further names are of two words.
 Levels: items in a list; the length is filled with lists.
 """
+
+import itertools
 
 from rng import Draws
 from tasks.example import POINT, STOP, Draft, Maker, show
@@ -34,7 +36,7 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
     line = maker.cost(" name", ":", *[" item"] * least, STOP, "\n")
     names = draws.sample(maker.names, min(len(maker.names), 1 + max(0, left) // line))
     lists: dict[str, list[str]] = {}
-    for name in names:
+    for name in itertools.chain(names, maker.longer_names(draws)):
         size = draws.between(least, most)
         if after:
             items = draws.sample(others, size - len(anchors))

@@ -10,6 +10,8 @@ item. The answer is 1, 2, 3 or 4, equally often (the paper's floor of 25 % speak
 the item occurs 0 to 12 times, whatever the answer. Levels: lists in the segment; the length is filled with lists.
 """
 
+import itertools
+
 from rng import Draws
 from tasks.example import POINT, STOP, Draft, Maker, show
 
@@ -27,8 +29,8 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
     line = maker.cost(" name", ":", *[" item"] * ITEMS, STOP, "\n")
     names = draws.sample(maker.names, min(len(maker.names), 1 + max(0, left) // line))
     lists: list[tuple[str, list[str]]] = []
-    while names:
-        name, items = names.pop(), [draws.choice(others) for _ in range(ITEMS)]
+    for name in itertools.chain(reversed(names), maker.longer_names(draws)):
+        items = [draws.choice(others) for _ in range(ITEMS)]
         left -= maker.cost(f" {name}", ":", *(f" {word}" for word in items), STOP, "\n")
         if left < 0:
             break

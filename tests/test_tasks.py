@@ -76,6 +76,21 @@ def test_a_text_is_what_it_says(small, gpt2, task, placement, question, index, l
     assert low <= (ids == tokenizer.meta).sum() <= high
 
 
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("level", ["hard", "long"])
+def test_texts_have_any_length(gpt2, task, level):
+    """Beyond 200 lists, whose names are then of two words, each still of one list alone."""
+    for index, length in enumerate((3072, 10_000)):
+        example = draw(task, gpt2, index, length, level, placement="every")
+        assert 0.9 * length <= len(example.ids) <= length
+        text = gpt2.decode(example.ids)
+        assert all(given == true for given, true in solve(task, text, "every"))
+        if task in ("list_recall", "segment_counting"):
+            lines = text.replace(META, "").removeprefix("<|endoftext|>").splitlines()
+            names = [line.partition(":")[0] for line in lines if ":" in line and "?" not in line]
+            assert len(set(names)) == len(names) > 200 and names[200].count(" ") == 2
+
+
 def test_background_markers_are_the_share_that_is_asked_for_and_anywhere(gpt2):
     examples = [draw("parity", gpt2, i, placement="background", meta_share=0.2) for i in range(200)]
     share = np.mean([(e.ids == gpt2.meta).sum() / (len(e.ids) - 3) for e in examples])

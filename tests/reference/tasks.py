@@ -34,7 +34,7 @@ def pointed_and_named(text: str, placement: str) -> tuple[str, str]:
 def _recall(body: str, asked: str) -> str:
     lists = dict(line.replace("@", " ").split(":") for line in body.strip().split("\n"))
     lists = {name.strip(): items.split() for name, items in lists.items()}
-    if found := re.fullmatch(r"(\w+) #(\d+)", asked):
+    if found := re.fullmatch(r"([\w ]+) #(\d+)", asked):
         return lists[found[1]][int(found[2]) - 1]
     name, anchor = asked.split(" after ")
     assert all(anchor in items[:-1] for items in lists.values()), "an anchor is missing in a list"
