@@ -1,13 +1,15 @@
 """Looks into a trained run.
 
 python probe.py positions --run=out/recall --lengths 128 256         # meta-tokens without position, without embedding
+python probe.py attention --run=out/recall                           # logit boost and entropy drop of every head
 """
 
 from cli import run_cli, run_named
-from probes import positions
+from probes import attention, positions
 
 PROBES = {
     "positions": (positions.PositionsProbe, positions.main),
+    "attention": (attention.AttentionProbe, attention.main),
 }
 
 
