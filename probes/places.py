@@ -14,6 +14,7 @@ from config import Task, UserError, check
 from data.loader import Batch
 from evals.common import connected, fits, place_of
 from evals.tasks import TasksEval, texts
+from rng import Draws, stable_key
 from tasks.example import POINT, Example, Maker
 from tasks.source import collate
 from tasks.words import DELIMITER
@@ -42,13 +43,17 @@ class MarksProbe(TasksEval):
         tasks = self.tasks or (("list_recall",) if "list_recall" in trained or not trained else trained)
         return TasksEval.cells(dataclasses.replace(self, tasks=tasks), run)
 
-    def makers(self, run: Run) -> list[tuple[Maker, str, int]]:
-        """Who writes the texts of a cell, their level and length. Raises UserError if there are no such texts, they do
+    def makers(self, run: Run, placements: tuple[str, ...] = ()) -> list[tuple[Maker, str, int]]:
+        """Who writes the texts of a cell, their level and length; by default of those of these placements that the run
+        was trained with, if it was trained with any. Raises UserError if there are no such texts, they do
         not fit, have no mark, or have meta-tokens and the run knows none."""
         task = run.config.task
         known = run.state["data"]["chunk_markers"] or (task.tasks and set(task.placements) != {"none"})
+        trained = run.config.task.placements if run.config.task.tasks else ()
+        mine = tuple(placement for placement in placements if placement in trained)
+        asked = self if self.placements or not mine else dataclasses.replace(self, placements=mine)
         out = []
-        for name, placement, settings, level, length in self.cells(run):
+        for name, placement, settings, level, length in asked.cells(run):
             if why := fits(run, length):
                 raise UserError(f"lengths={self.lengths} cannot all be read: {why}: leave longer ones out.")
             if placement != "none" and not known:
@@ -131,6 +136,13 @@ def target_mark(maker: Maker, example: Example) -> int:
         return int(found[-1])
     end = 1 + len(maker.ids(example.draft.body[: span(maker, example)[1]]))
     return int(found[found >= end - 1][0])
+
+
+def ordinary_at(maker: Maker, example: Example, number: int) -> int:
+    """A position of the body that is no mark, drawn for text `number`."""
+    body = np.arange(1, int(np.flatnonzero(example.answers)[0]))
+    free = np.setdiff1d(body, marks(maker, example))
+    return int(free[Draws(stable_key("ordinary", number)).below(len(free))])
 
 
 def batches(run: Run, examples: list[Example], size: int) -> Iterator[tuple[slice, Batch]]:
