@@ -99,7 +99,7 @@ class Place:
     """The states at one place of N texts, and before it: L = n_layer + 1 layers."""
 
     here: torch.Tensor  # (L, N, C)
-    past: torch.Tensor  # (L, N, D, C), of the tokens at each of D distances
+    past: torch.Tensor  # (L, N, D, C), of the tokens at each of D distances; D = 0 where it is not asked for
     tokens: np.ndarray  # (N, D) their ids; -1 where a text has none, since it begins later
 
 
@@ -123,7 +123,7 @@ def places_of(maker: Maker, examples: list[Example]) -> dict[str, tuple[list[Exa
 
 
 @torch.no_grad()
-def read(run: Run, examples: list[Example], at: list[list[int]], distances: tuple[int, ...]):
+def read(run: Run, examples: list[Example], at: list[list[int]], distances: tuple[int, ...], past_too: bool):
     """A Place for each list of `at`, with N positions each, and the mean state of all positions (L, C)."""
     here, past, total, count = [[] for _ in at], [[] for _ in at], 0, 0
     back, where = np.array((0, *distances)), np.array(at)[..., None]
@@ -137,7 +137,7 @@ def read(run: Run, examples: list[Example], at: list[list[int]], distances: tupl
             real = torch.arange(batch.tokens.size(1), device=ends.device) < ends[:, None]
             total, count = total + read_states[:, real].double().sum(1), count + int(real.sum())
             text = torch.arange(len(ends), device=ends.device)[:, None]
-            for number, places in enumerate(where[:, rows]):
+            for number, places in enumerate(where[:, rows] if past_too else where[:, rows, :1]):
                 found = read_states[:, text, torch.from_numpy(places.clip(min=0)).to(ends.device)].cpu()
                 here[number].append(found[:, :, 0])
                 past[number].append(found[:, :, 1:])
@@ -149,14 +149,16 @@ def read(run: Run, examples: list[Example], at: list[list[int]], distances: tupl
     return out, (total / count).float().cpu()
 
 
-def read_all(run: Run, maker: Maker, examples: list[Example], distances) -> dict[str, tuple[Place, torch.Tensor]]:
+def read_all(
+    run: Run, maker: Maker, examples: list[Example], distances: tuple[int, ...], past_too: bool = True
+) -> dict[str, tuple[Place, torch.Tensor]]:
     """Name of a place -> its states, and the mean state of the texts it was read in."""
     out, places = {}, places_of(maker, examples)
     for names in (("mark", "ordinary"), ("word",)):
         asked = {name: places[name] for name in names if name in places}
         if asked:
             read_in = next(iter(asked.values()))[0]
-            found, mean = read(run, read_in, [at for _, at in asked.values()], distances)
+            found, mean = read(run, read_in, [at for _, at in asked.values()], distances, past_too)
             out |= {name: (place, mean) for name, place in zip(asked, found, strict=True)}
     return out
 
@@ -168,7 +170,7 @@ def measure(run: Run, maker: Maker, level: str, length: int, cfg: ResidualProbe)
     """One cell -> a line for each place, layer and distance; says each layer as soon as it is measured."""
     sizes = {"train/probe": cfg.train, "val": max(4, cfg.train // 4), "test": cfg.n}
     splits = {
-        split: read_all(run, maker, texts_of(maker, split, n, level, length), cfg.distances)
+        split: read_all(run, maker, texts_of(maker, split, n, level, length), cfg.distances, split == "test")
         for split, n in sizes.items()
     }
     test, lines = splits["test"], []
