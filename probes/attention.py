@@ -212,6 +212,7 @@ def sharpness(logits: torch.Tensor, rows: Rows, asked: torch.Tensor) -> tuple[di
 
 def paired(full: dict[str, torch.Tensor], zeroed: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """What is measured under both conditions (B, H, N) -> what is compared, averaged over a text's queries (B, H)."""
+    full, zeroed = ({name: value.cpu() for name, value in of.items()} for of in (full, zeroed))
     out = {"boost": full["max"] - zeroed["max"], "drop": zeroed["entropy"] - full["entropy"], "keys": full["keys"]}
     for name in ("entropy", "normalised", "sink", "on_marks"):
         if name in full:
@@ -222,7 +223,7 @@ def paired(full: dict[str, torch.Tensor], zeroed: dict[str, torch.Tensor]) -> di
         out["applies"] = (p.log() > -H).to(H).masked_fill(H.isnan(), math.nan)
         p = p.double().clamp(1e-30, 1 - 1e-9)  # a weight of 0 or 1 in fp32
         out["predicted"] = H.double() - boosted_entropy(p, H, boost)
-    return {name: value.double().nanmean(-1).cpu().numpy() for name, value in out.items()}
+    return {name: value.double().nanmean(-1).numpy() for name, value in out.items()}
 
 
 # ----------------------------------------------------------------------------- what is said of it

@@ -114,8 +114,8 @@ def measure(run: Run, maker: Maker, level: str, length: int, n: int, names: tupl
             continue
         for layer in range(run.model.cfg.n_layer):
             started = time.perf_counter()
-            states = entering[site][layer]  # (N, k, C)
-            values = torch.where(torch.from_numpy(where).to(states.device)[:, None, None], states[donors], states)
+            own = entering[site][layer]  # (N, k, C)
+            values = torch.where(torch.from_numpy(where).to(own.device)[:, None, None], own[donors], own)
             logits = patched(run, examples, layer, sites[site], values, sites["asked"])
             lines.append({
                 "probe": "patching", **about(maker, level, length), "mark": mark_name(maker), "site": site,
@@ -302,12 +302,17 @@ def _cell(line: dict) -> tuple:
 def said(lines: list[dict], cell: tuple) -> str:
     """Is it read from the mark? By the verdicts of one cell."""
     of = [line for line in lines if _cell(line) == cell and line["site"] in ("mark", "marks")]
-    if not of:
-        return f"{cell[0]}, {cell[1]}, {cell[2]}: the mark was not asked about."
-    layers = {claim: sorted({line["layer"] for line in of if line[f"{claim}_verdict"] == "holds"}) for claim in CLAIMS}
     name = f"{cell[0]}, {cell[1]}, {cell[2]}: "
-    if any(line[f"{claim}_verdict"].startswith("undecided: n") for line in of for claim in CLAIMS):
-        return name + f"undecided, with {of[0]['n']} texts."
+    if not of:
+        return f"{name}the mark was not asked about."
+    n, right = of[0]["n"], of[0]["kept_unpatched"]
+    if n < DECIDES:
+        return f"{name}undecided, with {n} texts."
+    if wilson(round(right * n), n)[0] <= of[0]["chance"]:
+        return (
+            f"{name}without a patch no more than chance is right ({percent(right)} %): there is no answer to be read."
+        )
+    layers = {claim: sorted({line["layer"] for line in of if line[f"{claim}_verdict"] == "holds"}) for claim in CLAIMS}
     if layers["carried"]:
         return (
             f"{name}what enters layers {layers['carried']} at the mark carries the answer: the donor's comes with it."
@@ -319,7 +324,10 @@ def said(lines: list[dict], cell: tuple) -> str:
         )
     small = ("does not hold", "within the margin")
     if all(line[f"{claim}_verdict"].endswith(small) for line in of for claim in CLAIMS):
-        return f"{name}the answer is not read from the state of the mark: another text's does as well, in every layer."
+        return (
+            f"{name}the answer is not read from the state of the mark: another text's does as well, in every layer. If "
+            f"anything is read there, it is the same in both texts, such as that it is a mark."
+        )
     return f"{name}undecided."
 
 

@@ -135,7 +135,7 @@ def read(run: Run, examples: list[Example], at: list[list[int]], distances: tupl
             read_states = torch.stack(entering).float()  # (L, B, T, C)
             ends = torch.tensor([len(e.ids) for e in examples[rows]], device=read_states.device)
             real = torch.arange(batch.tokens.size(1), device=ends.device) < ends[:, None]
-            total, count = total + read_states[:, real].double().sum(1), count + int(real.sum())
+            total, count = total + read_states[:, real].sum(1).cpu().double(), count + int(real.sum())
             text = torch.arange(len(ends), device=ends.device)[:, None]
             for number, places in enumerate(where[:, rows] if past_too else where[:, rows, :1]):
                 found = read_states[:, text, torch.from_numpy(places.clip(min=0)).to(ends.device)].cpu()
@@ -146,7 +146,7 @@ def read(run: Run, examples: list[Example], at: list[list[int]], distances: tupl
         ids = np.array([e.ids[p.clip(min=0)] for e, p in zip(examples, places, strict=True)])
         tokens = np.where(there[number], ids, -1)[:, 1:]
         out.append(Place(torch.cat(here[number], 1), torch.cat(past[number], 1), tokens))
-    return out, (total / count).float().cpu()
+    return out, (total / count).float()
 
 
 def read_all(

@@ -1,5 +1,6 @@
 """probe.py attention: heads are those of the model, measures are their definition, and a planted boost is found."""
 
+import dataclasses
 import math
 import re
 
@@ -16,7 +17,7 @@ from evals.tasks import texts
 from probes import attention, look_drawing
 from probes.attention import by_text, judged, measure, paired, summarise, table
 from probes.heads import FIRST, SECOND, boosted_entropy, entropy, entropy_slope, seen
-from probes.places import answer_in_text, asked_at, batches, mark_of, marks, target_mark
+from probes.places import MarksProbe, answer_in_text, asked_at, batches, mark_of, marks, target_mark
 from probes.positions import under
 from stats import bootstrap_means, bootstrap_ratio, mean_p
 from tasks import PLACEMENTS, TASKS
@@ -175,6 +176,20 @@ def test_places_are_those_that_a_reader_finds(tokenizer, task, placement):
 
 def clean(text: str) -> str:
     return re.sub("<m>| mark(?![a-z])", "", text)
+
+
+def test_by_default_list_recall_is_asked(tokenizer):
+    run = small_run(tokenizer, MARKED, block_size=128)
+    for tasks, asked in ((("parity", "list_recall"), ["list_recall"]), (("parity", "copying"), ["parity", "copying"])):
+        run.config = dataclasses.replace(
+            run.config, task=TaskConfig(tasks=tasks, placements=("every", "none", "target"), level="easy")
+        )
+        probed = MarksProbe(lengths=(60,))
+        assert [maker.name for maker, _, _ in probed.makers(run, ("target", "background"))] == asked
+        assert [maker.placement for maker, _, _ in probed.makers(run)][:3] == ["every", "none", "target"]
+        assert {maker.placement for maker, _, _ in probed.makers(run, ("background",))} == {"every", "none", "target"}
+        (maker, level, length), *_ = dataclasses.replace(probed, tasks=("copying",)).makers(run, ("target",))
+        assert (maker.name, maker.placement, level, length) == ("copying", "target", "easy", 60)
 
 
 # ----------------------------------------------------------------------------- what is measured

@@ -196,7 +196,7 @@ def line(kept: float, donor: float, site="mark", layer=0, n=1000) -> dict:
     logits = logits_of(np.where(now, 1, np.where(took, 2, 0)).tolist())
     return {
         "task": "parity", "placement": "target", "level": "easy", "length": 48, "mark": "meta-token", "site": site,
-        "layer": layer, "arm": "meta + rope", "run": "r", "step": 1, "seed": 2, "same_place": 0.5,
+        "layer": layer, "arm": "meta + rope", "run": "r", "step": 1, "seed": 2, "same_place": 0.5, "chance": 0.5,
         **compare(logits_of(np.where(base, 1, 0).tolist()), logits, own, others),
     }  # fmt: skip
 
@@ -215,6 +215,8 @@ def test_verdicts(shares, needed, carried, sentence):
     assert (lines[0]["needed_verdict"], lines[0]["carried_verdict"]) == (needed, carried)
     assert sentence in said(lines, ("parity", "target", 48)) and sentence in table(lines)
     assert lines[0]["comparisons"] == 4
+    guessing = [{**one, "chance": 0.89} for one in lines]
+    assert "no more than chance is right (90.0 %)" in said(guessing, ("parity", "target", 48))
     few = judged([line(*shares, n=500)], 0.0, 0.05)
     assert few[0]["needed_verdict"] == "undecided: n = 500, 1000 decide"
     assert "undecided, with 500 texts" in said(few, ("parity", "target", 48))
