@@ -127,7 +127,7 @@ def _theorem(axes) -> None:
         if turn:
             axes.plot(t[turn], H[turn], "v", color=colour, markersize=7)
             axes.annotate("ln p = −H", (t[turn], H[turn]), xytext=(0, 7), textcoords="offset points", ha="center")
-    axes.set(xlabel="boost t of one key's logit, of 64 keys", ylabel="entropy H, nats", ylim=(0, 3.9),
+    axes.set(xlabel="boost t of one key's logit, of 64 keys", ylabel="entropy H, nats", ylim=(0, 1.6),
              title="what the theorem says: dH/dt = −p (ln p + H)")  # fmt: skip
     axes.legend(loc="upper right")
 
