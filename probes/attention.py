@@ -32,12 +32,12 @@ import torch
 
 from checkpoint import Run
 from config import check
-from evals.common import POSITIONS, check_finite, hidden_of, write_lines
+from evals.common import check_finite, hidden_of, write_lines
 from evals.tasks import about, texts
 from model import GATHERED
 from probes.heads import FIRST, SECOND, Rows, boosted_entropy, seen
 from probes.look_drawing import attention_picture
-from probes.places import DECIDES, MarksProbe, answer_in_text, asked_at, batches, mark_name, mark_of, marks
+from probes.marks import DECIDES, MarksProbe, answer_in_text, asked_at, batches, mark_name, mark_of, marks
 from probes.positions import under
 from stats import bootstrap_means, decide, holm, mean_p
 from tasks.example import Example, Maker
@@ -133,7 +133,7 @@ def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, 
     """(layer, attention) -> measure -> (texts, H), NaN where a text has no such query."""
     m, parts = run.model.cfg, []
     longest = max(len(example.ids) for example in examples)
-    for rows, batch in batches(run, examples, max(1, min(POSITIONS // longest, SCORES // (m.n_head * longest**2)))):
+    for rows, batch in batches(run, examples, SCORES // (m.n_head * longest**2)):
         places = Places(run, maker, examples[rows], batch.tokens.size(1), batch.tokens.device)
         looks: dict[str, dict[tuple[int, str], dict[str, torch.Tensor]]] = {}
         for condition in ("full", "no_embedding"):

@@ -32,10 +32,10 @@ import torch
 
 from checkpoint import Run
 from config import UserError, check
-from evals.common import POSITIONS, check_finite, hidden_of, write_lines
+from evals.common import check_finite, hidden_of, write_lines
 from evals.tasks import about, texts
 from probes.look_drawing import patching_picture
-from probes.places import (
+from probes.marks import (
     DECIDES,
     MarksProbe,
     answer_in_text,
@@ -169,7 +169,7 @@ def read(run: Run, examples: list[Example], sites: dict[str, np.ndarray]):
     (n_layer, N, k, C)."""
     logits, found = [], {site: [] for site in sites}
     with states(run.model) as entering:
-        for rows, batch in batches(run, examples, at_once(examples)):
+        for rows, batch in batches(run, examples):
             logits.append(answer_logits(run, hidden_of(run, batch), sites["asked"][rows, 0]))
             text = torch.arange(len(batch.tokens), device=batch.tokens.device)[:, None]
             for site, places in sites.items():
@@ -181,18 +181,13 @@ def read(run: Run, examples: list[Example], sites: dict[str, np.ndarray]):
 def patched(run: Run, examples: list[Example], layer: int, places, values, asked) -> torch.Tensor:
     """The logits (N, content) with `values` (N, k, C) as what enters block `layer` at `places` (N, k); asked (N, 1)."""
     out = []
-    for rows, batch in batches(run, examples, at_once(examples)):
+    for rows, batch in batches(run, examples):
         with contextlib.ExitStack() as patches:
             for k in range(places.shape[1]):
                 at = torch.from_numpy(places[rows, k])
                 patches.enter_context(replaced(run.model, layer, at, values[rows, k]))
             out.append(answer_logits(run, hidden_of(run, batch), asked[rows, 0]))
     return torch.cat(out)
-
-
-def at_once(examples: list[Example]) -> int:
-    """Texts in one forward."""
-    return max(1, POSITIONS // max(len(example.ids) for example in examples))
 
 
 @torch.no_grad()

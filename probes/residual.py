@@ -33,10 +33,10 @@ import torch.nn.functional as F
 
 from checkpoint import Run
 from config import UserError, check
-from evals.common import POSITIONS, check_finite, hidden_of, write_lines
+from evals.common import check_finite, hidden_of, write_lines
 from evals.tasks import about
 from probes.look_drawing import residual_picture
-from probes.places import DECIDES, MarksProbe, batches, mark_name, mark_of, marks, ordinary_at, target_mark
+from probes.marks import DECIDES, MarksProbe, batches, mark_name, mark_of, marks, ordinary_at, target_mark
 from probes.trace import states
 from reports.markup import percent, points
 from stats import bootstrap_means, decide, holm, mcnemar, mean_p, paired_difference, wilson
@@ -130,7 +130,7 @@ def read(run: Run, examples: list[Example], at: list[list[int]], distances: tupl
     where = where - back  # (places, N, 1 + D)
     there = where >= 1  # the first token, <|endoftext|>, is in every text
     with states(run.model) as entering:
-        for rows, batch in batches(run, examples, max(1, POSITIONS // max(len(e.ids) for e in examples))):
+        for rows, batch in batches(run, examples):
             check_finite(run, hidden_of(run, batch).sum().float().cpu().numpy())
             read_states = torch.stack(entering).float()  # (L, B, T, C)
             ends = torch.tensor([len(e.ids) for e in examples[rows]], device=read_states.device)

@@ -17,7 +17,7 @@ from evals.tasks import texts
 from probes import attention, look_drawing
 from probes.attention import by_text, judged, measure, paired, summarise, table
 from probes.heads import FIRST, SECOND, boosted_entropy, entropy, entropy_slope, seen
-from probes.places import MarksProbe, answer_in_text, asked_at, batches, mark_of, marks, target_mark
+from probes.marks import MarksProbe, answer_in_text, asked_at, batches, mark_of, marks, target_mark
 from probes.positions import under
 from stats import bootstrap_means, bootstrap_ratio, mean_p
 from tasks import PLACEMENTS, TASKS

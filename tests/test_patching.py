@@ -11,8 +11,8 @@ from config import TaskConfig, UserError
 from data.tokenizer import Tokenizer
 from evals.tasks import texts
 from probes import look_drawing, patching
+from probes.marks import answer_in_text, marks, ordinary_at
 from probes.patching import SITES, check_own, compare, donors_of, judged, measure, patched, read, said, sites_of, table
-from probes.places import answer_in_text, marks, ordinary_at
 from stats import mcnemar, paired_difference
 from tasks.example import Draft, Example, Maker
 from tasks.words import ITEMS, NAMES

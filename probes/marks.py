@@ -12,7 +12,7 @@ import numpy as np
 from checkpoint import Run
 from config import Task, UserError, check
 from data.loader import Batch
-from evals.common import connected, fits, place_of
+from evals.common import POSITIONS, connected, fits, place_of
 from evals.tasks import TasksEval, texts
 from rng import Draws, stable_key
 from tasks.example import POINT, Example, Maker
@@ -20,6 +20,7 @@ from tasks.source import collate
 from tasks.words import DELIMITER
 
 DECIDES = 1000  # texts; with fewer nothing is decided
+READ = 2048  # positions in one forward on a CPU, whose cache they stay in
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,14 @@ def ordinary_at(maker: Maker, example: Example, number: int) -> int:
     return int(free[Draws(stable_key("ordinary", number)).below(len(free))])
 
 
-def batches(run: Run, examples: list[Example], size: int) -> Iterator[tuple[slice, Batch]]:
-    """The texts as Batches of at most `size`, on the model's device, and which of them each has."""
+def batches(run: Run, examples: list[Example], most: int | None = None) -> Iterator[tuple[slice, Batch]]:
+    """The texts as Batches on the model's device, and which of them each has; of `most` texts at most."""
+    device, longest = run.model.wte.weight.device, max(len(example.ids) for example in examples)
+    size = max(1, (READ if device.type == "cpu" else POSITIONS) // longest)
+    size = size if most is None else max(1, min(size, most))
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
         T = max(len(example.ids) for example in part)
         drawn = connected(run, np.arange(start, start + len(part)), T, "tasks test")
         batch = collate(part, T, run.tokenizer, run.config.target_rule, connected=drawn)
-        yield slice(start, start + len(part)), batch.to(run.model.wte.weight.device)
+        yield slice(start, start + len(part)), batch.to(device)
