@@ -166,7 +166,7 @@ def _patching(figure, lines: list[dict]) -> None:
         for axes, share in zip(column, ("kept", "donor"), strict=True):
             axes.axhline(100 * of[0][f"{share}_unpatched"], color=GREY, linestyle="--", linewidth=1, zorder=1)
             for site in sites:
-                _by_layer(axes, [line for line in of if line["site"] == site], share, sites.index(site), len(sites))
+                _by_layer(axes, [line for line in of if line["site"] == site], share, list(SITE_NAMES).index(site))
             axes.set_ylim(-4, 104)
         column[0].set_title(name_of(cell, lines).replace("\n", " "), fontsize=9.5)
         column[1].set_xlabel("layer that the replaced state enters")
@@ -174,7 +174,9 @@ def _patching(figure, lines: list[dict]) -> None:
     panels[0, 0].set_ylabel("its own answer, % of texts")
     panels[1, 0].set_ylabel("the donor's answer, % of texts")
     handles = [
-        Line2D([], [], color=COLOURS[i], marker=MARKERS[i], label=SITE_NAMES[site]) for i, site in enumerate(sites)
+        Line2D([], [], color=COLOURS[i], marker=MARKERS[i], label=name)
+        for i, (site, name) in enumerate(SITE_NAMES.items())
+        if site in sites
     ]
     handles.append(Line2D([], [], color=GREY, linestyle="--", linewidth=1, label="nothing replaced"))
     figure.legend(
@@ -186,8 +188,8 @@ def _patching(figure, lines: list[dict]) -> None:
     )
 
 
-def _by_layer(axes, lines: list[dict], share: str, number: int, of: int) -> None:
-    x = [line["layer"] + 0.06 * (number - (of - 1) / 2) for line in lines]
+def _by_layer(axes, lines: list[dict], share: str, number: int) -> None:
+    x = [line["layer"] + 0.06 * (number - (len(SITE_NAMES) - 1) / 2) for line in lines]
     axes.plot(x, [100 * line[share] for line in lines], color=COLOURS[number], marker=MARKERS[number], markersize=5,
               linewidth=1.2)  # fmt: skip
     for at, line in zip(x, lines, strict=True):
