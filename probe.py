@@ -1,13 +1,19 @@
 """Looks into a trained run.
 
 python probe.py positions --run=out/recall --lengths 128 256         # meta-tokens without position, without embedding
+python probe.py attention --run=out/recall                           # logit boost and entropy drop of every head
+python probe.py patching --run=out/recall                            # states replaced by another text's
+python probe.py residual --run=out/recall                            # what the states of meta-tokens hold
 """
 
 from cli import run_cli, run_named
-from probes import positions
+from probes import attention, patching, positions, residual
 
 PROBES = {
     "positions": (positions.PositionsProbe, positions.main),
+    "attention": (attention.AttentionProbe, attention.main),
+    "patching": (patching.PatchingProbe, patching.main),
+    "residual": (residual.ResidualProbe, residual.main),
 }
 
 

@@ -25,6 +25,28 @@ def bootstrap_ratio(
     return low, high
 
 
+def bootstrap_means(values: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile intervals of the columns' means, resampling rows, the examples: (N, K), NaN where an example has
+    no value -> low, high (K,)."""
+    N, rng = len(values), np.random.default_rng(seed)
+    there = ~np.isnan(values)
+    filled, counted, means = np.where(there, values, 0), there.astype(float), np.empty((draws, values.shape[1]))
+    for draw in range(draws):
+        times = np.bincount(rng.integers(N, size=N), minlength=N).astype(float)  # how often each example is drawn
+        with np.errstate(invalid="ignore"):  # a draw without a value has no mean
+            means[draw] = (times @ filled) / (times @ counted)
+    low, high = np.nanquantile(means, [0.025, 0.975], axis=0)
+    return low, high
+
+
+def mean_p(values: np.ndarray) -> float:
+    """Two-sided p of Student's t-test of "their mean is 0": (N,), one value an example. Of values that are all the
+    same it is 1 if they are 0, else 0."""
+    if np.ptp(values) == 0:
+        return float(values[0] == 0)
+    return float(stats.ttest_1samp(values, 0).pvalue)
+
+
 def clustered_ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:
     """95 % interval of sum(numerators) / sum(denominators) over clusters (G,), such as nats and tokens of documents: by
     Student's t with G - 1 degrees of freedom and the error of a ratio estimator (Cochran, Sampling Techniques, section

@@ -30,7 +30,7 @@ class Evaluation:
     rescale: Rescale = field(default_factory=Rescale)
     output: str = ""
     """file of JSON lines to append to; by default one in the run's folder, by the name of what is measured:
-    tasks.jsonl, perplexity.jsonl, passkey.jsonl, positions.jsonl"""
+    tasks.jsonl, perplexity.jsonl, passkey.jsonl, positions.jsonl, attention.jsonl and so on"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "float32"
 

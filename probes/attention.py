@@ -1,0 +1,288 @@
+"""python probe.py attention: does a meta-token boost logits and sharpen attention, and where?
+
+The paper (theorem 4.1, figure 2) says that meta-tokens boost the logits of a head and lower its entropy: by 1.26 in the
+largest logit and by 1.40 nats, "meta against token-embedding-zeroed"; over which layers, heads and queries is not
+known. Here the same weights read the same texts twice, as trained and with zeros for the embedding of <|meta|> (which
+is not to be without the token: a key of zeros has the logit 0, and is seen). Of each head, over the queries that come
+after the last meta-token of a text:
+
+    boost         largest logit as trained, minus with zeros
+    boost_mark    the same of the logit on the last meta-token
+    boost_answer  the same of the logit on the answer in the text, of the query that predicts it (list recall, copying)
+    drop          entropy with zeros, minus as trained, nats
+    entropy, normalised, sink, on_marks   as trained and with zeros (.._zeroed): entropy, the same over the log of the
+                  number of keys, weight on the first token, weight on all meta-tokens
+    applies       share of queries for which the theorem's condition holds: with zeros, the last meta-token has a weight
+                  p with ln p > -H. Boosting a key that is less likely makes entropy rise at first
+    predicted     drop if nothing but the logit on the last meta-token had changed, by its boost
+
+The second attention of arm meta connects meta-tokens alone: its queries are the second one and those behind it, its
+keys are few (`keys`), its sink is the first meta-token, and it has no boost_mark, boost_answer, on_marks, applies.
+
+With placement none the word "mark" stands for the meta-token, and what is zeroed is its embedding: what an ordinary
+word does. Queries are averaged within a text, and the unit of every interval and test is the text. That tells of this
+checkpoint; of its arm only other seeds can."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from checkpoint import Run
+from config import check
+from evals.common import check_finite, hidden_of, write_lines
+from evals.tasks import about, texts
+from model import GATHERED
+from probes.heads import FIRST, SECOND, Rows, boosted_entropy, seen
+from probes.look_drawing import attention_picture
+from probes.marks import DECIDES, MarksProbe, answer_in_text, asked_at, batches, mark_name, mark_of, marks
+from probes.positions import under
+from stats import bootstrap_means, decide, holm, mean_p
+from tasks.example import Example, Maker
+from terminal import BOLD, write
+
+CLAIMS = ("boost", "drop")
+SCORES = 2**23  # logits of one attention at once: 32 MB in fp32, and some copies
+
+
+@dataclass(frozen=True)
+class AttentionProbe(MarksProbe):
+    """Logit boost and entropy drop of every head, meta-tokens as trained against zeroed."""
+
+    margin: float = 0.1
+    """a boost or drop "does not hold" if its whole interval lies within +- this, in logits or nats"""
+    effect: float = 0.0
+    """it "holds" if the interval lies above this; fix both before you look"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "margin", 0 < self.margin < 100, "lie strictly between 0 and 100")
+        check(self, "effect", 0 <= self.effect < 100, "be at least 0 and below 100")
+
+
+def main(cfg: AttentionProbe) -> None:
+    run, facts = cfg.open()
+    cells = cfg.makers(run)  # what cannot be asked is refused by here
+    for maker, _, _ in cells:
+        mark_of(maker)
+    with seen(run.model, lambda *_: None):
+        output = cfg.lines(run, "attention")
+    write(f"{facts['arm']}, {run.folder}\n", BOLD)
+    lines: list[dict] = []
+    with cfg.autocast(run):
+        for maker, level, length in cells:
+            cell = measure(run, maker, level, length, cfg.n)
+            write(progress(cell) + "\n")
+            lines += cell
+    lines = [{**facts, **line} for line in judged(lines, cfg.effect, cfg.margin)]
+    write_lines(output, lines)  # at the end: Holm's p needs all of them
+    picture = output.with_suffix(".png")
+    picture.write_bytes(attention_picture(lines))
+    write(f"\n{table(lines)}\n{output}\n{picture}\n")
+
+
+# ----------------------------------------------------------------------------- what is measured
+
+
+def measure(run: Run, maker: Maker, level: str, length: int, n: int) -> list[dict]:
+    """One cell -> a line a head, and before those of an attention one of all its heads (layer and head None)."""
+    started = time.perf_counter()
+    examples = [example for example in texts(maker, level, length, n) if len(marks(maker, example))]
+    found = by_text(run, maker, examples)
+    heads = {key: of for key, of in found.items() if not np.isnan(of["drop"]).all()}
+    lines = []
+    for which in (FIRST, SECOND):
+        of = {layer: values for (layer, name), values in heads.items() if name == which}
+        if not of:
+            continue
+        pooled = {name: np.mean([values[name] for values in of.values()], axis=(0, 2)) for name in of[min(of)]}
+        lines.append({"attention": which, "layer": None, "head": None, "values": pooled})
+        for layer, values in of.items():
+            lines += [
+                {"attention": which, "layer": layer, "head": head,
+                 "values": {name: value[:, head] for name, value in values.items()}}
+                for head in range(run.model.cfg.n_head)
+            ]  # fmt: skip
+    summarise(lines)
+    shared = {"probe": "attention", **about(maker, level, length), "mark": mark_name(maker)}
+    seconds = time.perf_counter() - started
+    return [{**shared, **line, "seconds": seconds} for line in lines]
+
+
+def summarise(lines: list[dict]) -> None:
+    """In place of each line's values by text: their means, intervals by text, and p of "the mean is 0" of claims."""
+    columns = np.stack([value for line in lines for value in line["values"].values()], axis=1)  # (texts, K)
+    there = ~np.isnan(columns).all(axis=0)
+    low, high = np.full((2, columns.shape[1]), np.nan)
+    low[there], high[there] = bootstrap_means(columns[:, there])
+    i = 0
+    for line in lines:
+        values = line.pop("values")
+        line["n"] = int((~np.isnan(values["drop"])).sum())
+        for name, value in values.items():
+            if there[i]:
+                line[name], line[f"{name}_interval"] = float(np.nanmean(value)), (float(low[i]), float(high[i]))
+            i += 1
+        for claim in CLAIMS:
+            line[f"{claim}_p"] = mean_p(values[claim][~np.isnan(values[claim])])
+
+
+def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, str], dict[str, np.ndarray]]:
+    """(layer, attention) -> measure -> (texts, H), NaN where a text has no such query."""
+    m, parts = run.model.cfg, []
+    longest = max(len(example.ids) for example in examples)
+    for rows, batch in batches(run, examples, SCORES // (m.n_head * longest**2)):
+        places = Places(run, maker, examples[rows], batch.tokens.size(1), batch.tokens.device)
+        looks: dict[str, dict[tuple[int, str], dict[str, torch.Tensor]]] = {}
+        for condition in ("full", "no_embedding"):
+            look = looks[condition] = {}
+
+            def see(layer: int, which: str, of: Rows, look=look, places=places):
+                # what random connects is no mark; and there may be none, with placement none
+                if which == FIRST or (m.second_attention != "random" and of.at.size(1)):
+                    gathered = which == SECOND and m.second_attention in GATHERED
+                    look[layer, which] = (among_marks if gathered else after_marks)(of, places)
+
+            with under(run.model, mark_of(maker), condition), seen(run.model, see):
+                hidden = hidden_of(run, batch)
+            check_finite(run, hidden.sum().float().cpu().numpy())
+        parts.append({key: paired(full, looks["no_embedding"][key]) for key, full in looks["full"].items()})
+    return {
+        key: {name: np.concatenate([part[key][name] for part in parts]) for name in of} for key, of in parts[0].items()
+    }
+
+
+class Places:
+    """Of a batch of texts (B, T): which positions are asked, and where what they look at stands."""
+
+    def __init__(self, run: Run, maker: Maker, examples: list[Example], T: int, device: torch.device):
+        last = [int(marks(maker, example)[-1]) for example in examples]
+        answers = [answer_in_text(maker, example) for example in examples]
+        self.last, self.asked = (
+            torch.tensor(of, device=device) for of in (last, [asked_at(run, example) for example in examples])
+        )
+        self.answer = torch.tensor([-1 if at is None else at for at in answers], device=device)
+        self.is_mark = torch.zeros(len(examples), T, dtype=torch.bool, device=device)
+        for row, example in enumerate(examples):
+            self.is_mark[row, marks(maker, example).tolist()] = True
+        ends = torch.tensor([len(example.ids) - 1 for example in examples], device=device)
+        at = torch.arange(T, device=device)
+        # behind the last mark; not the end of the text, which predicts nothing
+        self.queries = (at > self.last[:, None]) & (at < ends[:, None])
+
+
+def after_marks(rows: Rows, places: Places) -> dict[str, torch.Tensor]:
+    """Of an attention over all positions: what is measured (B, H, T) under one condition, NaN where nothing is."""
+    logits = rows.logits()
+    B, H, T, _ = logits.shape
+    out, p = sharpness(logits, rows, places.queries)
+    asked, queries = places.queries[:, None], torch.arange(T, device=logits.device)
+    column = places.last[:, None, None, None].expand(B, H, T, 1)
+    # only where it is seen: a logit of -inf has no difference
+    out["logit_mark"] = logits.gather(3, column)[..., 0].masked_fill(~asked, math.nan)
+    out["p_mark"] = p.gather(3, column)[..., 0].masked_fill(~asked, math.nan)
+    out["on_marks"] = (p @ places.is_mark[:, None, :, None].to(p)).squeeze(-1).masked_fill(~asked, math.nan)
+    column = places.answer.clamp(min=0)[:, None, None, None].expand(B, H, T, 1)
+    predicts = (queries == places.asked[:, None]) & (places.answer >= 0)[:, None]
+    out["logit_answer"] = logits.gather(3, column)[..., 0].masked_fill(~predicts[:, None], math.nan)
+    return out
+
+
+def among_marks(rows: Rows, places: Places) -> dict[str, torch.Tensor]:
+    """The same of an attention that connects marks alone, of those that see another one: (B, H, M)."""
+    T, order = places.is_mark.size(1), torch.arange(rows.at.size(1), device=rows.at.device)
+    return sharpness(rows.logits(), rows, (rows.at < T) & (order > 0))[0]
+
+
+def sharpness(logits: torch.Tensor, rows: Rows, asked: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """logits (B, H, N, N), asked (B, N) bool -> (B, H, N) largest logit, entropy, the same over the log of the number
+    of keys, weight on the first key, number of keys, NaN where nothing is asked; and all weights (B, H, N, N)."""
+    logp = logits.log_softmax(-1)
+    p = logp.exp()
+    H = -(p * logp.masked_fill_(logp == -math.inf, 0)).sum(-1)
+    keys = torch.arange(1, logits.size(-1) + 1, device=logits.device).expand_as(H)
+    out = {
+        "max": logits.amax(-1), "entropy": H, "normalised": H / keys.clamp(min=2).log(), "sink": p[..., 0],
+        "keys": keys.to(H),
+    }  # fmt: skip
+    return {name: value.masked_fill(~asked[:, None], math.nan) for name, value in out.items()}, p
+
+
+def paired(full: dict[str, torch.Tensor], zeroed: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """What is measured under both conditions (B, H, N) -> what is compared, averaged over a text's queries (B, H)."""
+    full, zeroed = ({name: value.cpu() for name, value in of.items()} for of in (full, zeroed))
+    out = {"boost": full["max"] - zeroed["max"], "drop": zeroed["entropy"] - full["entropy"], "keys": full["keys"]}
+    for name in ("entropy", "normalised", "sink", "on_marks"):
+        if name in full:
+            out |= {name: full[name], f"{name}_zeroed": zeroed[name]}
+    if "logit_mark" in full:
+        boost, p, H = full["logit_mark"] - zeroed["logit_mark"], zeroed["p_mark"], zeroed["entropy"]
+        out["boost_mark"], out["boost_answer"] = boost, full["logit_answer"] - zeroed["logit_answer"]
+        out["applies"] = (p.log() > -H).to(H).masked_fill(H.isnan(), math.nan)
+        p = p.double().clamp(1e-30, 1 - 1e-9)  # a weight of 0 or 1 in fp32
+        out["predicted"] = H.double() - boosted_entropy(p, H, boost)
+    return {name: value.double().nanmean(-1).numpy() for name, value in out.items()}
+
+
+# ----------------------------------------------------------------------------- what is said of it
+
+
+def judged(lines: list[dict], effect: float, margin: float) -> list[dict]:
+    """The lines with Holm's p and a verdict on each claim, more than `effect` above 0. Holm's family: all of them."""
+    adjusted = iter(holm([line[f"{claim}_p"] for line in lines for claim in CLAIMS]))
+    for line in lines:
+        for claim in CLAIMS:
+            p = next(adjusted)
+            verdict = decide(*line[f"{claim}_interval"], p, effect, margin)
+            if line["n"] < DECIDES:
+                verdict = f"undecided: n = {line['n']}, {DECIDES} decide"
+            line |= {f"{claim}_holm": p, f"{claim}_verdict": verdict}
+        line |= {"comparisons": len(CLAIMS) * len(lines), "effect": effect, "margin": margin}
+    return lines
+
+
+def name_of(line: dict) -> str:
+    return f"{line['task']:<16} {line['placement']:<10} {line['level']:<10} {line['length']:>5}"
+
+
+def progress(cell: list[dict]) -> str:
+    """A cell for a person, as soon as it is measured."""
+    pooled = [line for line in cell if line["layer"] is None]
+    said = "  ".join(f"{line['attention']}: boost {line['boost']:+.2f} drop {line['drop']:+.2f}" for line in pooled)
+    return f"{name_of(cell[0])}  {said}  {cell[0]['seconds']:.1f} s"
+
+
+def table(lines: list[dict]) -> str:
+    """All lines for a person."""
+    out, cell = [], ()
+    for line in lines:
+        now = (line["task"], line["placement"], line["level"], line["length"], line["attention"])
+        if now != cell:
+            cell = now
+            few = ", a softmax over few keys" if line["keys"] < 8 else ""
+            out.append(f"{name_of(line)}  {line['attention']} attention, {line['keys']:.1f} keys a query{few}; mark: "
+                       f"{line['mark']}; n = {line['n']}")  # fmt: skip
+        name = "  all heads   " if line["layer"] is None else f"  {line['layer']:>3}.{line['head']:<8}  "
+        out.append(name + "  ".join([*(_claim(line, claim) for claim in CLAIMS), _rest(line)]).rstrip())
+    last = lines[-1]
+    out.append(
+        f"layer.head, logits and nats, 95 % by text. Verdicts: boost, and drop, above {last['effect']:g}? Margin "
+        f"{last['margin']:g}; Holm over {last['comparisons']} comparisons, all of this checkpoint. The paper: boost "
+        f"1.26, drop 1.40."
+    )
+    return "\n".join(out)
+
+
+def _claim(line: dict, claim: str) -> str:
+    low, high = line[f"{claim}_interval"]
+    return f"{claim} {line[claim]:+.2f} ({low:+.2f} .. {high:+.2f}) {line[f'{claim}_verdict']}".ljust(52)
+
+
+def _rest(line: dict) -> str:
+    sink = f"sink {line['sink_zeroed']:.0%} -> {line['sink']:.0%}"
+    if "on_marks" not in line:
+        return sink
+    marked = f"on marks {line['on_marks_zeroed']:.0%} -> {line['on_marks']:.0%}"
+    return f"{sink}  {marked}  theorem applies {line['applies']:.0%}"

@@ -1,0 +1,103 @@
+"""The heads of a model as it reads: what they compare is looked at through hooks, and their weights are computed again
+beside the model, in fp32, while it runs as always (its own kernel never shows them)."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+
+from config import UserError
+from model import GPT
+
+FIRST, SECOND = "causal", "second"  # the attentions of a block, as lines name them
+
+
+class Rows(NamedTuple):
+    """What one attention compares: N rows of each of B texts, all T positions or those that a second attention
+    gathers, in increasing order."""
+
+    q: torch.Tensor  # (B, H, N, D) fp32, turned as the model turns it; k too
+    k: torch.Tensor
+    v: torch.Tensor  # (B, H, N, D) fp32
+    at: torch.Tensor  # (B, N): position in the text; of a pad, which comes last, T
+
+    def logits(self) -> torch.Tensor:
+        """(B, H, N, N): q . k / sqrt(D), the softmax's input; -inf where the query does not see the key."""
+        N = self.at.size(1)
+        unseen = torch.ones(N, N, dtype=torch.bool, device=self.q.device).triu(1)
+        return (self.q @ self.k.mT / math.sqrt(self.q.size(-1))).masked_fill(unseen, -math.inf)
+
+
+@contextlib.contextmanager
+def seen(model: GPT, see: Callable[[int, str, Rows], None]) -> Iterator[None]:
+    """In `with`: every forward calls see(layer, FIRST or SECOND, Rows) for each attention, in the model's order.
+    Raises UserError for a dynamic scale, under which a key has no one angle."""
+    if model.cfg.rope_dynamic:
+        raise UserError("rope_dynamic turns every key anew for each query, and heads are read with one angle a key: "
+                        "leave --rope_dynamic out.")  # fmt: skip
+    with contextlib.ExitStack() as hooks:
+        for layer, block in enumerate(model.h):
+            for which, attention in ((FIRST, block.attn), (SECOND, getattr(block, "second_attn", None))):
+                if attention is not None:
+                    one = _Look(see, layer, which, attention.n_head)
+                    hooks.enter_context(attention.register_forward_pre_hook(one.asked))
+                    hooks.enter_context(attention.c_attn.register_forward_hook(one.projected))
+        yield
+
+
+class _Look:
+    """Two hooks on one attention: the first hears how q and k are to be turned, the second sees them."""
+
+    def __init__(self, see: Callable, layer: int, which: str, n_head: int):
+        self.see, self.n_head = functools.partial(see, layer, which), n_head
+
+    def asked(self, attention, inputs: tuple) -> None:
+        x, *rest = inputs
+        self.T, self.index = x.size(1), None
+        if torch.is_tensor(rest[0]):  # MetaAttention(x, meta_index, norm, rotate, ..): (B, M)
+            self.index, _, *rest = rest
+        self.rotate = rest[0]
+
+    @torch.no_grad()
+    def projected(self, c_attn, inputs: tuple, qkv: torch.Tensor) -> None:  # (B, N, 3C)
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.n_head)
+        if self.rotate is not None:
+            q, k = self.rotate(q), self.rotate(k)
+        at = self.index
+        if at is None:
+            at = torch.arange(self.T, device=qkv.device).expand(len(qkv), -1)
+        self.see(Rows(q.float(), k.float(), v.float(), at))
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """(..., N), -inf where nothing is seen -> nats (...) of the softmax's weights: H = -sum p ln p."""
+    logp = logits.log_softmax(-1)
+    return -(logp.exp() * logp.masked_fill(logp == -math.inf, 0)).sum(-1)
+
+
+# The theorem (4.1 in the paper's first version): a meta-token boosts the logit of a key by t > 0, and entropy falls.
+# Of a key of weight p it is true while ln p > -H only, that is for a key that is likelier than the typical one:
+# dH/dt = -p (ln p + H). (Once that holds it stays so: at ln p = -H, ln p + H grows by 1 - p.)
+
+
+def entropy_slope(p: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+    """dH/dt in nats, where the logit of a key of weight p grows by t, and H is the entropy of all weights."""
+    return -p * (p.log() + H)
+
+
+def boosted_entropy(p: torch.Tensor, H: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The entropy after the logit of a key of weight 0 < p < 1 has grown by t; all in float64, for 1 - p may be small.
+
+    The others keep their proportions, so with h(p) = -p ln p - (1 - p) ln (1 - p), H = h(p) + (1 - p) G with one G."""
+    p, H, t = p.double(), H.double(), t.double()
+    rest = ((H - _two(p)) / (1 - p)).clamp(min=0)
+    after = torch.sigmoid(torch.logit(p) + t)
+    return _two(after) + (1 - after) * rest
+
+
+def _two(p: torch.Tensor) -> torch.Tensor:
+    return -torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p)

@@ -1,0 +1,257 @@
+"""The pictures of the probes that look inside: attention, residual and patching."""
+
+import textwrap
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.lines import Line2D
+
+from probes.heads import FIRST, SECOND, boosted_entropy, entropy, entropy_slope
+from reports.drawing import COLOURS, GREY, LIGHT, MARKERS, png
+
+PAPER = {"boost": 1.26, "drop": 1.40}  # the means of its figure 2
+LOOKS = {FIRST: {"marker": "o", "dodge": -0.18}, SECOND: {"marker": "D", "dodge": 0.18}}
+
+
+def attention_picture(lines: list[dict]) -> bytes:
+    """The lines of one call of probe.py attention as a PNG."""
+    return png(_attention, lines)
+
+
+def told(lines: list[dict]) -> str:
+    """Which run this is of, for the top of a picture."""
+    first = lines[0]
+    return "\n".join(textwrap.wrap(f"{first['arm']}; {first['run']}, step {first['step']}, seed {first['seed']}", 100))
+
+
+def cell_of(line: dict) -> tuple:
+    return line["task"], line["placement"], line["length"]
+
+
+def name_of(cell: tuple, lines: list[dict]) -> str:
+    """A cell, and what marks in it where that is no meta-token."""
+    task, placement, length = cell
+    mark = next(line["mark"] for line in lines if cell_of(line) == cell)
+    return f"{task.replace('_', ' ')}, {placement}, {length}" + ("" if mark == "meta-token" else f"\n({mark})")
+
+
+def _attention(figure, lines: list[dict]) -> None:
+    """A row a cell: boost and drop of every head, weight on the marks, and how often the theorem applies; below, what
+    the theorem says, and whether it explains what was measured."""
+    cells = list(dict.fromkeys(map(cell_of, lines)))
+    heights = [1.5 + 0.55 * len(cells), 3.3]
+    figure.set_size_inches(11, sum(heights))
+    ours, theory = figure.subfigures(2, 1, height_ratios=heights)
+    panels = ours.subplots(1, 4, sharey=True)
+    layers = 1 + max(line["layer"] or 0 for line in lines)
+    colour = _layer_colours(layers)
+    for axes, name, label in zip(
+        panels, ("boost", "drop", "on_marks", "applies"),
+        ("boost of the largest logit", "drop of entropy, nats", "weight on marks, %", "theorem applies, % of queries"),
+        strict=True,
+    ):  # fmt: skip
+        _heads(axes, lines, cells, name, colour)
+        axes.set_xlabel(label)
+        if name in PAPER:
+            axes.axvline(0, color=GREY, linewidth=1, zorder=1)
+            axes.axvline(PAPER[name], color="black", linestyle=":", linewidth=1.2, zorder=1)
+    panels[0].set_yticks(range(len(cells)), [name_of(cell, lines) for cell in cells])
+    panels[0].set_ylim(len(cells) - 0.5, -0.5)
+    handles = [
+        *(Line2D([], [], color=colour(i), marker="s", linestyle="", label=f"layer {i}") for i in _some(layers)),
+        *(Line2D([], [], color=GREY, marker=LOOKS[which]["marker"], linestyle="", markersize=5,
+                 label=f"a head of {which} attention")
+          for which in dict.fromkeys(line["attention"] for line in lines)),
+        Line2D([], [], color=GREY, marker="o", linestyle="", fillstyle="none", label="hollow: not shown to be above 0"),
+        Line2D([], [], color="black", marker="|", markersize=11, markeredgewidth=2, linestyle="",
+               label="mean of all heads, 95 %"),
+        Line2D([], [], color="black", linestyle=":", linewidth=1.2, label="the paper's mean"),
+    ]  # fmt: skip
+    ours.legend(handles=handles, loc="outside lower center", ncols=5)
+    marks = " and ".join(dict.fromkeys(line["mark"] for line in lines))
+    n = max(line["n"] for line in lines)
+    read = f"{marks} as trained, against with an embedding of zeros; queries behind the last one; n = {n} texts a row"
+    ours.suptitle(f"{told(lines)}\n{read}", fontsize=9)
+    left, right = theory.subplots(1, 2)
+    theory.set_facecolor(LIGHT)
+    _theorem(left)
+    _explained(right, lines, colour)
+
+
+def _layer_colours(layers: int):
+    return lambda layer: colormaps["viridis"](0.92 * layer / max(1, layers - 1))
+
+
+def _some(layers: int) -> list[int]:
+    """Layers for a legend: all, or five of many."""
+    return sorted({round(i) for i in np.linspace(0, layers - 1, min(layers, 5))})
+
+
+def _heads(axes, lines: list[dict], cells: list[tuple], name: str, colour) -> None:
+    scale = 1 if name in PAPER else 100
+    for line in lines:
+        if name not in line:
+            continue
+        look = LOOKS[line["attention"]]
+        y, x = cells.index(cell_of(line)) + look["dodge"], scale * line[name]
+        if line["layer"] is None:
+            axes.hlines(y, *(scale * end for end in line[f"{name}_interval"]), color="black", linewidth=1.6, zorder=4)
+            axes.plot(x, y, "|", color="black", markersize=11, markeredgewidth=2, zorder=5)
+            continue
+        holds = name not in PAPER or line[f"{name}_verdict"].startswith("holds")
+        axes.plot(x, y, marker=look["marker"], color=colour(line["layer"]), markersize=4.5, alpha=0.85,
+                  fillstyle="full" if holds else "none")  # fmt: skip
+
+
+def theorem_curves(N: int = 64) -> dict[str, tuple[torch.Tensor, ...]]:
+    """N keys, of which one has nearly all of the weight. If that one, the likely key, is boosted by t, or another one:
+    t, the entropy by definition, the same from p and H alone, and its slope by the theorem's formula, (81,) each."""
+    logits = torch.linspace(-1, 1, N, dtype=torch.float64)
+    logits[0] = 7.0
+    t = torch.linspace(0, 10, 81, dtype=torch.float64)
+    out = {}
+    for name, key in (("likely", 0), ("unlikely", N // 2)):
+        boosted = logits.repeat(len(t), 1)
+        boosted[:, key] += t
+        p, H = boosted.softmax(-1)[:, key], entropy(boosted)
+        out[name] = t, H, boosted_entropy(p[0], H[0], t), entropy_slope(p, H)
+    return out
+
+
+def _theorem(axes) -> None:
+    for (name, (t, H, _, slope)), colour in zip(theorem_curves().items(), COLOURS, strict=False):
+        sign = "falls: ln p > −H" if slope[0] < 0 else "rises: ln p < −H"
+        axes.plot(t, H, color=colour, label=f"a key that is {name} without it: H {sign}")
+        turn = int(H.argmax())
+        if turn:
+            axes.plot(t[turn], H[turn], "v", color=colour, markersize=7)
+            axes.annotate("ln p = −H", (t[turn], H[turn]), xytext=(0, 7), textcoords="offset points", ha="center")
+    axes.set(xlabel="boost t of one key's logit, of 64 keys", ylabel="entropy H, nats", ylim=(0, 1.6),
+             title="what the theorem says: dH/dt = −p (ln p + H)")  # fmt: skip
+    axes.legend(loc="upper right")
+
+
+def _explained(axes, lines: list[dict], colour) -> None:
+    shown = [line for line in lines if line["layer"] is not None and "predicted" in line]
+    for line in shown:
+        axes.plot(line["predicted"], line["drop"], marker=LOOKS[line["attention"]]["marker"],
+                  color=colour(line["layer"]), markersize=4.5, alpha=0.85)  # fmt: skip
+    ends = [line[name] for line in shown for name in ("predicted", "drop")]
+    low, high = min(ends) - 0.1, max(ends) + 0.1
+    axes.plot([low, high], [low, high], color=GREY, linewidth=1, zorder=1)
+    axes.set(xlabel="drop if only the mark's own logit changed, nats", ylabel="drop measured, nats",
+             title="is it the boost of the mark? On the line: yes; a dot a head")  # fmt: skip
+
+
+def patching_picture(lines: list[dict]) -> bytes:
+    """The lines of one call of probe.py patching as a PNG."""
+    return png(_patching, lines)
+
+
+SITE_NAMES = {
+    "mark": "the mark that ends the span", "marks": "all marks", "after": "the token behind the mark",
+    "ordinary": "an ordinary token", "answer": "the answer in the text", "asked": "the token that predicts the answer",
+}  # fmt: skip
+
+
+def _patching(figure, lines: list[dict]) -> None:
+    """A column a cell; above the share of texts that keep their answer, below of those that take the donor's."""
+    cells = list(dict.fromkeys(map(cell_of, lines)))
+    sites = [site for site in SITE_NAMES if any(line["site"] == site for line in lines)]
+    figure.set_size_inches(max(7.6, 1.2 + 3.6 * len(cells)), 6.6)
+    panels = figure.subplots(2, len(cells), sharex=True, sharey=True, squeeze=False)
+    for cell, column in zip(cells, panels.T, strict=True):
+        of = [line for line in lines if cell_of(line) == cell]
+        for axes, share in zip(column, ("kept", "donor"), strict=True):
+            axes.axhline(100 * of[0][f"{share}_unpatched"], color=GREY, linestyle="--", linewidth=1, zorder=1)
+            for site in sites:
+                _by_layer(axes, [line for line in of if line["site"] == site], share, list(SITE_NAMES).index(site))
+            axes.set_ylim(-4, 104)
+        column[0].set_title(name_of(cell, lines).replace("\n", " "), fontsize=9.5)
+        column[1].set_xlabel("layer that the replaced state enters")
+        column[1].set_xticks(_some(1 + max(line["layer"] for line in of)))
+    panels[0, 0].set_ylabel("its own answer, % of texts")
+    panels[1, 0].set_ylabel("the donor's answer, % of texts")
+    handles = [
+        Line2D([], [], color=COLOURS[i], marker=MARKERS[i], label=name)
+        for i, (site, name) in enumerate(SITE_NAMES.items())
+        if site in sites
+    ]
+    handles.append(Line2D([], [], color=GREY, linestyle="--", linewidth=1, label="nothing replaced"))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=3, title="replaced by the state of another text, at"
+    )
+    n = max(line["n"] for line in lines)
+    figure.suptitle(
+        f"{told(lines)}\nwhat a text answers when one state is replaced; n = {n}, 95 % intervals", fontsize=9
+    )
+
+
+def _by_layer(axes, lines: list[dict], share: str, number: int) -> None:
+    x = [line["layer"] + 0.06 * (number - (len(SITE_NAMES) - 1) / 2) for line in lines]
+    axes.plot(x, [100 * line[share] for line in lines], color=COLOURS[number], marker=MARKERS[number], markersize=5,
+              linewidth=1.2)  # fmt: skip
+    for at, line in zip(x, lines, strict=True):
+        axes.vlines(at, *(100 * end for end in line[f"{share}_interval"]), color=COLOURS[number], linewidth=1.4)
+
+
+def residual_picture(lines: list[dict]) -> bytes:
+    """The lines of one call of probe.py residual as a PNG."""
+    return png(_residual, lines)
+
+
+PLACE_NAMES = {
+    "mark": "the mark", "word": 'the word "mark" in its place', "ordinary": "an ordinary token elsewhere",
+}  # fmt: skip
+
+
+def _residual(figure, lines: list[dict]) -> None:
+    """Two rows a cell, a column a distance: centred cosine, and what is decoded, by layer."""
+    cells, distances = list(dict.fromkeys(map(cell_of, lines))), sorted({line["distance"] for line in lines})
+    places = [place for place in PLACE_NAMES if any(line["place"] == place for line in lines)]
+    figure.set_size_inches(max(7.6, 1.4 + 1.75 * len(distances)), 1.5 + 4.6 * len(cells))
+    panels = figure.subplots(2 * len(cells), len(distances), sharex=True, sharey="row", squeeze=False)
+    for cell, above, below in zip(cells, panels[::2], panels[1::2], strict=True):
+        for distance, near, named in zip(distances, above, below, strict=True):
+            of = [line for line in lines if cell_of(line) == cell and line["distance"] == distance]
+            near.axhline(0, color=GREY, linewidth=1, zorder=1)
+            for place in places:
+                mine, i = [line for line in of if line["place"] == place], list(PLACE_NAMES).index(place)
+                _curve(near, mine, "cosine_centred", 1, i)
+                _floor(near, mine, "floor_centred", 1, i, "--")
+                _curve(named, mine, "decoded", 100, i)
+                _floor(named, mine, "majority", 100, i, "--")
+                _floor(named, mine, "shuffled", 100, i, ":")
+            near.set_title(f"{distance} back", fontsize=9.5)
+            named.set_ylim(-4, 104)
+            named.set_xticks(_some(1 + max(line["layer"] for line in lines)))
+        above[0].set_ylabel(f"{name_of(cell, lines)}\n\ncosine, centred")
+        below[0].set_ylabel("token named by a\nlinear classifier, %")
+    for axes in panels[-1]:
+        axes.set_xlabel("layer")
+    handles = [
+        *(Line2D([], [], color=COLOURS[i], marker=MARKERS[i], markersize=4.5, label=f"state of {name}")
+          for i, (place, name) in enumerate(PLACE_NAMES.items()) if place in places),
+        Line2D([], [], color=GREY, linestyle="--", linewidth=1.2, label="floors: another text's; commonest token"),
+        Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label="floor: shuffled labels"),
+    ]  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    n = max(line["n"] for line in lines)
+    read = f"what a state has of the token d positions back; up to n = {n} test texts, 95 % intervals"
+    figure.suptitle(f"{told(lines)}\n{read}", fontsize=9)
+
+
+def _curve(axes, lines: list[dict], name: str, scale: float, number: int) -> None:
+    x = [line["layer"] + 0.1 * (number - 1) for line in lines]
+    look = {"color": COLOURS[number], "marker": MARKERS[number], "markersize": 4.5}
+    axes.plot(x, [scale * line[name] for line in lines], linewidth=1.2, **look)
+    for at, line in zip(x, lines, strict=True):
+        axes.vlines(at, *(scale * end for end in line[f"{name}_interval"]), color=COLOURS[number], linewidth=1.4)
+
+
+def _floor(axes, lines: list[dict], name: str, scale: float, number: int, style: str) -> None:
+    x = [line["layer"] for line in lines]
+    axes.plot(
+        x, [scale * line[name] for line in lines], color=COLOURS[number], linestyle=style, linewidth=1.2, zorder=1
+    )

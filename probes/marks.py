@@ -1,0 +1,159 @@
+"""Where in a text of a task its marks and its answer stand.
+
+A text is read as it was drafted (tasks/example.py): pieces, of which POINT became a meta-token, the word "mark", or
+nothing. Meta-tokens that were spread over the text afterwards move the rest, so places are counted in content."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from checkpoint import Run
+from config import Task, UserError, check
+from data.loader import Batch
+from evals.common import POSITIONS, connected, fits, place_of
+from evals.tasks import TasksEval, texts
+from rng import Draws, stable_key
+from tasks.example import POINT, Example, Maker
+from tasks.source import collate
+from tasks.words import DELIMITER
+
+DECIDES = 1000  # texts; with fewer nothing is decided
+READ = 2048  # positions in one forward on a CPU, whose cache they stay in
+
+
+@dataclass(frozen=True)
+class MarksProbe(TasksEval):
+    """What probes of marks ask for: texts of the tasks in which something marks a place."""
+
+    tasks: tuple[Task, ...] = ()
+    """list_recall, segment_counting, parity, copying; by default list_recall, whose answer stands in the text, or if
+    the run was not trained on it, those that it was trained on"""
+    lengths: tuple[int, ...] = (128,)
+    """positions of the longest texts of a cell; the shortest have nine tenths of that"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("tasks", "placements", "lengths"):
+            check(self, name, len(set(getattr(self, name))) == len(getattr(self, name)), "name each once")
+        check(self, "output", not self.output.endswith(".png"), "be a file of JSON lines; the picture lies beside it")
+
+    def cells(self, run: Run):
+        trained = run.config.task.tasks
+        tasks = self.tasks or (("list_recall",) if "list_recall" in trained or not trained else trained)
+        return TasksEval.cells(dataclasses.replace(self, tasks=tasks), run)
+
+    def makers(self, run: Run, placements: tuple[str, ...] = ()) -> list[tuple[Maker, str, int]]:
+        """Who writes the texts of a cell, their level and length; by default of those of these placements that the run
+        was trained with, if it was trained with any. Raises UserError if there are no such texts, they do
+        not fit, have no mark, or have meta-tokens and the run knows none."""
+        task = run.config.task
+        known = run.state["data"]["chunk_markers"] or (task.tasks and set(task.placements) != {"none"})
+        trained = run.config.task.placements if run.config.task.tasks else ()
+        mine = tuple(placement for placement in placements if placement in trained)
+        asked = self if self.placements or not mine else dataclasses.replace(self, placements=mine)
+        out = []
+        for name, placement, settings, level, length in asked.cells(run):
+            if why := fits(run, length):
+                raise UserError(f"lengths={self.lengths} cannot all be read: {why}: leave longer ones out.")
+            if placement != "none" and not known:
+                raise UserError(
+                    f"{run.folder} was trained without meta-tokens, and placement {placement} has them: take "
+                    f"--placements none, where a word marks, or another run."
+                )
+            maker = Maker(name, placement, settings, run.tokenizer)
+            (first,) = texts(maker, level, length, 1)
+            if len(marks(maker, first)) == 0:
+                raise UserError(
+                    f"texts of {name} with placement {placement} and {length} positions have no meta-tokens: take "
+                    f"--placements target, every or none."
+                )
+            out.append((maker, level, length))
+        return out
+
+
+def mark_of(maker: Maker) -> int:
+    """The id of what marks: <|meta|>, or with placement none the word "mark", which stands in its place. Raises
+    UserError if that is several tokens."""
+    if maker.placement != "none":
+        return maker.tokenizer.meta
+    ids = maker.ids([f" {DELIMITER}"])
+    if len(ids) > 1:
+        raise UserError(
+            f'placement none marks with the word "{DELIMITER}", which is {len(ids)} tokens to this tokenizer, and no '
+            f"one place: take another placement."
+        )
+    return ids[0]
+
+
+def mark_name(maker: Maker) -> str:
+    return f'the word "{DELIMITER}"' if maker.placement == "none" else "meta-token"
+
+
+def marks(maker: Maker, example: Example) -> np.ndarray:
+    """(M,) positions of what marks, in increasing order."""
+    if maker.placement != "none":
+        return np.flatnonzero(example.ids == maker.tokenizer.meta)
+    mark_of(maker)  # raises
+    body = example.draft.body  # not by its id, which may be a part of another word ("market")
+    return np.array([1 + len(maker.ids(body[:i])) for i, piece in enumerate(body) if piece == POINT])
+
+
+def asked_at(run: Run, example: Example) -> int:
+    """The position that predicts the answer's first id: the one before it, which may be a mark, or under target_rule
+    skip the last one before it that is none."""
+    before = int(np.flatnonzero(example.answers)[0])
+    skips = run.config.target_rule == "skip"
+    return int(np.flatnonzero(example.ids[:before] != run.tokenizer.meta)[-1]) if skips else before - 1
+
+
+def answer_in_text(maker: Maker, example: Example) -> int | None:
+    """The position, in the body, of the first id of the answer, if it stands in the span that is asked about (list
+    recall and copying), else None."""
+    if maker.name not in ("list_recall", "copying"):  # the answer is a number, or a sum
+        return None
+    start, end = span(maker, example)
+    found = example.draft.body.index(example.draft.questions[0][1][0], start, end)
+    content = [id for id in maker.ids(example.draft.body[:found]) if id != maker.tokenizer.meta]
+    return place_of(example.ids, maker.tokenizer.meta, 1 + len(content))  # after <|endoftext|>
+
+
+def span(maker: Maker, example: Example) -> tuple[int, int]:
+    """Pieces of the body that the question is about, from POINT to POINT; of parity, from the start to POINT."""
+    body = example.draft.body
+    if maker.placement == "every" and maker.task.QUESTION_NAMES_PLACE:  # nothing points: the list that it names
+        start = body.index(example.draft.questions[0][0][1])
+        return start, body.index("\n", start)
+    points = [i for i, piece in enumerate(body) if piece == POINT]
+    return (0, *points)[-2:]
+
+
+def target_mark(maker: Maker, example: Example) -> int:
+    """The position of the mark that ends the span that is asked about, where there is one (with placement every the
+    one behind the list, span or group in which it ends), else, with placement background, of the last mark."""
+    found = marks(maker, example)
+    if maker.placement != "every":
+        return int(found[-1])
+    end = 1 + len(maker.ids(example.draft.body[: span(maker, example)[1]]))
+    return int(found[found >= end - 1][0])
+
+
+def ordinary_at(maker: Maker, example: Example, number: int) -> int:
+    """A position of the body that is no mark, drawn for text `number`."""
+    body = np.arange(1, int(np.flatnonzero(example.answers)[0]))
+    free = np.setdiff1d(body, marks(maker, example))
+    return int(free[Draws(stable_key("ordinary", number)).below(len(free))])
+
+
+def batches(run: Run, examples: list[Example], most: int | None = None) -> Iterator[tuple[slice, Batch]]:
+    """The texts as Batches on the model's device, and which of them each has; of `most` texts at most."""
+    device, longest = run.model.wte.weight.device, max(len(example.ids) for example in examples)
+    size = max(1, (READ if device.type == "cpu" else POSITIONS) // longest)
+    size = size if most is None else max(1, min(size, most))
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size]
+        T = max(len(example.ids) for example in part)
+        drawn = connected(run, np.arange(start, start + len(part)), T, "tasks test")
+        batch = collate(part, T, run.tokenizer, run.config.target_rule, connected=drawn)
+        yield slice(start, start + len(part)), batch.to(device)

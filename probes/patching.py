@@ -1,0 +1,333 @@
+"""python probe.py patching: is what the answer needs read from the meta-token?
+
+A run reads a text, and at one place the state that enters a block (probes/trace.py) is replaced by the one that another
+text, the donor, has at its place of the same kind. The position stays the text's own: only the vector is the donor's,
+and the donor is a text with another answer whose mark stands at the same position, or if there is none, the nearest.
+
+    mark      the mark that ends the span that is asked about: with placement target and background a meta-token (with
+              background, where none points, the last one), with none the word "mark", with every the meta-token at the
+              end of the list
+    marks     all marks at once, if the donor has as many
+    after     the token right behind the mark
+    ordinary  a token of the body, drawn at random, that is no mark
+    answer    the answer's first id where it stands in the text (list recall, copying): known to be read from
+    asked     the token that predicts the answer, where all that it takes comes together in the end
+
+With its own state at the mark no text may change by a bit: that is checked first.
+
+What is looked at is the most likely first id of the answer: the text's own (`kept`), the donor's (`donor`), or another
+one. "needed" holds where `kept` falls, "carried" where `donor` rises, both against the same texts without a patch.
+Carried says that the state has what tells the answer; needed alone that the answer depends on it, and that the other
+text's does not fit; neither that whatever is read there is the same in both texts: that it is a mark, say, and no
+summary. That tells of this checkpoint; of its arm only other seeds can."""
+
+import contextlib
+import itertools
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from checkpoint import Run
+from config import UserError, check
+from evals.common import check_finite, hidden_of, write_lines
+from evals.tasks import about, texts
+from probes.look_drawing import patching_picture
+from probes.marks import (
+    DECIDES,
+    MarksProbe,
+    answer_in_text,
+    asked_at,
+    batches,
+    mark_name,
+    mark_of,
+    marks,
+    ordinary_at,
+    target_mark,
+)
+from probes.trace import replaced, states
+from reports.markup import percent, points, span
+from stats import bootstrap_means, decide, holm, mcnemar, paired_difference, wilson
+from tasks.example import Example, Maker
+from terminal import BOLD, write
+
+SITES = ("mark", "marks", "after", "ordinary", "answer", "asked")
+CLAIMS = {"needed": "kept", "carried": "donor"}  # claim -> the share that it is about
+
+
+@dataclass(frozen=True)
+class PatchingProbe(MarksProbe):
+    """What answers become where a state is replaced by another text's."""
+
+    sites: tuple[Literal["mark", "marks", "after", "ordinary", "answer", "asked"], ...] = ()
+    """where states are replaced; by default everywhere"""
+    margin: float = 0.05
+    """a change "does not hold" if its whole interval lies within +- this share"""
+    effect: float = 0.0
+    """it "holds" if the interval lies above this share; fix both before you look"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "sites", len(set(self.sites)) == len(self.sites), "name each once")
+        check(self, "n", self.n >= 2, "be at least 2: a text needs a donor")
+        check(self, "margin", 0 < self.margin < 1, "lie strictly between 0 and 1")
+        check(self, "effect", 0 <= self.effect < 1, "be at least 0 and below 1")
+
+
+def main(cfg: PatchingProbe) -> None:
+    run, facts = cfg.open()
+    cells = cfg.makers(run, ("target", "none"))  # what cannot be asked is refused by here
+    for maker, _, _ in cells:
+        mark_of(maker)
+    output = cfg.lines(run, "patching")
+    write(f"{facts['arm']}, {run.folder}\n", BOLD)
+    lines: list[dict] = []
+    with cfg.autocast(run):
+        for maker, level, length in cells:
+            lines += measure(run, maker, level, length, cfg.n, cfg.sites or SITES)
+    lines = [{**facts, **line} for line in judged(lines, cfg.effect, cfg.margin)]
+    write_lines(output, lines)  # at the end: Holm's p needs all of them
+    picture = output.with_suffix(".png")
+    picture.write_bytes(patching_picture(lines))
+    write(f"\n{table(lines)}\n{output}\n{picture}\n")
+
+
+# ----------------------------------------------------------------------------- what is measured
+
+
+def measure(run: Run, maker: Maker, level: str, length: int, n: int, names: tuple[str, ...] = SITES) -> list[dict]:
+    """One cell -> a line for each site and layer; says each site as soon as it is measured."""
+    examples = [example for example in texts(maker, level, length, n) if len(marks(maker, example))]
+    firsts = np.array([example.ids[example.answers][0] for example in examples])  # first ids of the answers
+    counts = np.array([len(marks(maker, example)) for example in examples])
+    sites = sites_of(run, maker, examples)
+    mark = sites["mark"][:, 0]
+    donors = donors_of(firsts, mark, counts)
+    check_own(run, examples[:64], sites["mark"][:64])
+    base, entering = read(run, examples, sites)
+    lines = []
+    for site in [site for site in SITES if site in names and site in sites]:
+        where = (counts == counts[donors]) if site == "marks" else np.ones(len(examples), dtype=bool)
+        if not where.any():
+            continue
+        for layer in range(run.model.cfg.n_layer):
+            started = time.perf_counter()
+            own = entering[site][layer]  # (N, k, C)
+            values = torch.where(torch.from_numpy(where).to(own.device)[:, None, None], own[donors], own)
+            logits = patched(run, examples, layer, sites[site], values, sites["asked"])
+            lines.append({
+                "probe": "patching", **about(maker, level, length), "mark": mark_name(maker), "site": site,
+                "layer": layer, **compare(base[where], logits[where], firsts[where], firsts[donors][where]),
+                "same_place": float((mark == mark[donors])[where].mean()), "chance": maker.task.CHANCE,
+                "seconds": time.perf_counter() - started,
+            })  # fmt: skip
+        write(progress([line for line in lines if line["site"] == site]) + "\n")
+    return lines
+
+
+def sites_of(run: Run, maker: Maker, examples: list[Example]) -> dict[str, np.ndarray]:
+    """Site -> (N, k) positions; of `marks` the last one again and again in texts that have fewer than others."""
+    found = [marks(maker, example).tolist() for example in examples]
+    most = max(map(len, found))
+    mark = [target_mark(maker, example) for example in examples]
+    one = {
+        "mark": mark,
+        "after": [at + 1 for at in mark],
+        "ordinary": [ordinary_at(maker, example, i) for i, example in enumerate(examples)],
+        "asked": [asked_at(run, example) for example in examples],
+    }
+    answers = [answer_in_text(maker, example) for example in examples]
+    if None not in answers:
+        one["answer"] = answers
+    sites = {name: np.array(at)[:, None] for name, at in one.items()}
+    return {**sites, "marks": np.array([at + at[-1:] * (most - len(at)) for at in found])}
+
+
+def donors_of(firsts: np.ndarray, places: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(N,) for each text the number of another one whose answer begins with another id: the next one of those that have
+    as many marks, and the mark at the same position; if there is none, the next one by these.
+
+    Raises UserError if all texts have one answer."""
+    if (firsts == firsts[0]).all():
+        raise UserError(f"the {len(firsts)} texts all have one answer, so that none is a donor: take a larger --n.")
+    keys = list(zip(counts.tolist(), places.tolist(), strict=True))
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    groups = [list(group) for _, group in itertools.groupby(order, key=keys.__getitem__)]
+    donors, start = np.empty(len(keys), dtype=int), 0
+    for group in groups:
+        for at, i in enumerate(group):
+            candidates = itertools.chain(group[at + 1 :], group[:at], order[start + len(group) :], order[:start])
+            donors[i] = next(j for j in candidates if firsts[j] != firsts[i])
+        start += len(group)
+    return donors
+
+
+def read(run: Run, examples: list[Example], sites: dict[str, np.ndarray]):
+    """Without a patch: the logits that predict the answer (N, content), and of each site what enters the blocks there
+    (n_layer, N, k, C)."""
+    logits, found = [], {site: [] for site in sites}
+    with states(run.model) as entering:
+        for rows, batch in batches(run, examples):
+            logits.append(answer_logits(run, hidden_of(run, batch), sites["asked"][rows, 0]))
+            text = torch.arange(len(batch.tokens), device=batch.tokens.device)[:, None]
+            for site, places in sites.items():
+                at = torch.from_numpy(places[rows]).to(text.device)
+                found[site].append(torch.stack([state[text, at] for state in entering[:-1]]))
+    return torch.cat(logits), {site: torch.cat(of, dim=1) for site, of in found.items()}
+
+
+def patched(run: Run, examples: list[Example], layer: int, places, values, asked) -> torch.Tensor:
+    """The logits (N, content) with `values` (N, k, C) as what enters block `layer` at `places` (N, k); asked (N, 1)."""
+    out = []
+    for rows, batch in batches(run, examples):
+        with contextlib.ExitStack() as patches:
+            for k in range(places.shape[1]):
+                at = torch.from_numpy(places[rows, k])
+                patches.enter_context(replaced(run.model, layer, at, values[rows, k]))
+            out.append(answer_logits(run, hidden_of(run, batch), asked[rows, 0]))
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def answer_logits(run: Run, hidden: torch.Tensor, asked: np.ndarray) -> torch.Tensor:
+    """hidden (B, T, C), asked (B,) -> (B, content) on the CPU. Raises UserError for a model that gives no numbers."""
+    rows = hidden[torch.arange(len(hidden), device=hidden.device), torch.from_numpy(asked).to(hidden.device)]
+    logits = run.model.logits(rows)[:, : run.tokenizer.n_content].cpu()
+    check_finite(run, logits.numpy())
+    return logits
+
+
+def check_own(run: Run, examples: list[Example], places: np.ndarray) -> None:
+    """A text's own state in its own place changes no bit, in any layer."""
+    asked = np.array([[asked_at(run, example)] for example in examples])
+    base, entering = read(run, examples, {"mark": places, "asked": asked})
+    for layer in range(run.model.cfg.n_layer):
+        same = patched(run, examples, layer, places, entering["mark"][layer], asked)
+        assert torch.equal(same, base), f"layer {layer}: a text's own state in its own place changed the answer"
+
+
+def compare(base: torch.Tensor, logits: torch.Tensor, own: np.ndarray, donor: np.ndarray) -> dict:
+    """What answers become: logits (N, content) without and with the patch, first ids of the answers (N,)."""
+    before, after = (x.argmax(1).numpy() for x in (base, logits))
+    n, figures = len(own), {"n": len(own)}
+    for name, first in (("kept", own), ("donor", donor)):
+        hits, without = after == first, before == first
+        figures |= {
+            name: float(hits.mean()), f"{name}_interval": wilson(int(hits.sum()), n),
+            f"{name}_unpatched": float(without.mean()),
+        }  # fmt: skip
+        pair = (without, hits) if name == "kept" else (hits, without)
+        claim = next(claim for claim, share in CLAIMS.items() if share == name)
+        difference, low, high = paired_difference(*pair)
+        figures |= {claim: difference, f"{claim}_interval": (low, high), f"{claim}_p": mcnemar(*pair)}
+    figures["other"] = 1 - figures["kept"] - figures["donor"]
+    rows = torch.arange(n)
+    for name, x in (("", logits), ("_unpatched", base)):
+        difference = (x[rows, own] - x[rows, donor]).double().numpy()
+        low, high = bootstrap_means(difference[:, None])
+        figures |= {
+            f"logit_difference{name}": float(difference.mean()),
+            f"logit_difference{name}_interval": (float(low[0]), float(high[0])),
+        }  # fmt: skip
+    figures["outcomes"] = "".join(
+        "k" if a == o else "d" if a == d else "-" for a, o, d in zip(after, own, donor, strict=True)
+    )
+    return figures
+
+
+# ----------------------------------------------------------------------------- what is said of it
+
+
+def judged(lines: list[dict], effect: float, margin: float) -> list[dict]:
+    """The lines with Holm's p and a verdict on both claims. Holm's family: all of them (its p is McNemar's)."""
+    adjusted = iter(holm([line[f"{claim}_p"] for line in lines for claim in CLAIMS]))
+    for line in lines:
+        for claim in CLAIMS:
+            p = next(adjusted)
+            verdict = decide(*line[f"{claim}_interval"], p, effect, margin)
+            if line["n"] < DECIDES:
+                verdict = f"undecided: n = {line['n']}, {DECIDES} decide"
+            line |= {f"{claim}_holm": p, f"{claim}_verdict": verdict}
+        line |= {"comparisons": len(CLAIMS) * len(lines), "effect": effect, "margin": margin}
+    return lines
+
+
+def name_of(line: dict) -> str:
+    return f"{line['task']:<16} {line['placement']:<10} {line['level']:<10} {line['length']:>5}"
+
+
+def progress(lines: list[dict]) -> str:
+    """A site for a person, as soon as it is measured."""
+    shares = "  ".join(f"{line['kept']:.1%} / {line['donor']:.1%}" for line in lines)
+    seconds = sum(line["seconds"] for line in lines)
+    return f"{name_of(lines[0])}  {lines[0]['site']:<9} kept / donor by layer: {shares}  {seconds:.1f} s"
+
+
+def table(lines: list[dict]) -> str:
+    """All lines for a person, in percent and points, and what they say of the mark."""
+    out, cell = [], ()
+    for line in lines:
+        now = (line["task"], line["placement"], line["level"], line["length"])
+        if now != cell:
+            cell = now
+            out.append(
+                f"{name_of(line)}  mark: {line['mark']}; n = {line['n']}; without a patch "
+                f"{percent(line['kept_unpatched'])} % right; {percent(line['same_place'])} % of donors have the mark "
+                f"at the same position"
+            )
+        out.append(
+            f"  {line['site']:<9} {line['layer']:>3}  " + "  ".join(_claim(line, claim) for claim in CLAIMS).rstrip()
+        )
+    last = lines[-1]
+    out.append(
+        f"site, layer that the state enters; points against no patch. Verdicts: changed by more than "
+        f"{percent(last['effect'])} points? Margin {percent(last['margin'])}; Holm over {last['comparisons']} "
+        f"comparisons, all of this checkpoint."
+    )
+    out += [said(lines, cell) for cell in dict.fromkeys(map(_cell, lines))]
+    return "\n".join(out)
+
+
+def _cell(line: dict) -> tuple:
+    return line["task"], line["placement"], line["length"]
+
+
+def said(lines: list[dict], cell: tuple) -> str:
+    """Is it read from the mark? By the verdicts of one cell."""
+    of = [line for line in lines if _cell(line) == cell and line["site"] in ("mark", "marks")]
+    name = f"{cell[0]}, {cell[1]}, {cell[2]}: "
+    if not of:
+        return f"{name}the mark was not asked about."
+    n, right = of[0]["n"], of[0]["kept_unpatched"]
+    if n < DECIDES:
+        return f"{name}undecided, with {n} texts."
+    if wilson(round(right * n), n)[0] <= of[0]["chance"]:
+        return (
+            f"{name}without a patch no more than chance is right ({percent(right)} %): there is no answer to be read."
+        )
+    layers = {claim: sorted({line["layer"] for line in of if line[f"{claim}_verdict"] == "holds"}) for claim in CLAIMS}
+    if layers["carried"]:
+        return (
+            f"{name}what enters layers {layers['carried']} at the mark carries the answer: the donor's comes with it."
+        )
+    if layers["needed"]:
+        return (
+            f"{name}what enters layers {layers['needed']} at the mark is needed, and another text's does not fit; but "
+            f"it does not carry the answer."
+        )
+    small = ("does not hold", "within the margin")
+    if all(line[f"{claim}_verdict"].endswith(small) for line in of for claim in CLAIMS):
+        return (
+            f"{name}the answer is not read from the state of the mark: another text's does as well, in every layer. If "
+            f"anything is read there, it is the same in both texts, such as that it is a mark."
+        )
+    return f"{name}undecided."
+
+
+def _claim(line: dict, claim: str) -> str:
+    share, (low, high) = CLAIMS[claim], line[f"{claim}_interval"]
+    now = f"{share} {percent(line[share])} % ({span(*line[f'{share}_interval'])})"
+    change = f"{claim} {points(line[claim])} ({points(low)} .. {points(high)})"
+    return f"{now:<30} {change:<32} {line[f'{claim}_verdict']:<26}"

@@ -1,0 +1,330 @@
+"""python probe.py residual: does the state of a meta-token hold the tokens before it?
+
+The paper calls meta-tokens summaries of what comes before them, and shows cosine similarities of a meta-token's states
+with those of past tokens that differ by some hundredths. Here, of the residual stream that enters every block and the
+last LayerNorm (probes/trace.py), at one place of each text:
+
+    mark      the mark that ends the span that is asked about, as in probe.py patching: a meta-token, or with placement
+              none the word "mark"
+    word      the same texts and place, each meta-token replaced by the word "mark": what an ordinary token has there
+              (with placement target that is a text of placement none; of others no run has seen the like)
+    ordinary  a token of the body, drawn at random, that is no mark
+
+and for d positions back:
+
+    cosine    between the state at the place and that of the token d back; `floor`: of the token d back from the place
+              of another text. `centred`: the mean state of the layer over all texts and positions taken off first
+    decoded   share of texts in which a linear classifier (multinomial logistic regression, trained on other texts, its
+              L2 chosen on yet others) names the token d back from the state alone; `majority`: if it always named the
+              commonest of its training; `shuffled`: trained on labels in a random order
+
+"nearer" holds where the centred cosine is above its floor; "holds more" where more is decoded from the mark than from
+the word in its place, on the same test texts. With placement none the word is the mark, and nothing is compared. What
+can be decoded is there, and need not be used: probe.py patching asks for that. All of this checkpoint; of its arm only
+other seeds can tell."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from checkpoint import Run
+from config import UserError, check
+from evals.common import check_finite, hidden_of, write_lines
+from evals.tasks import about
+from probes.look_drawing import residual_picture
+from probes.marks import DECIDES, MarksProbe, batches, mark_name, mark_of, marks, ordinary_at, target_mark
+from probes.trace import states
+from reports.markup import percent, points
+from stats import bootstrap_means, decide, holm, mcnemar, mean_p, paired_difference, wilson
+from tasks.example import Example, Maker
+from tasks.words import DELIMITER
+from terminal import BOLD, write
+
+STRENGTHS = (1e-1, 1e-2, 1e-3)  # of L2, from strong to weak, each starting from the one before it
+STEPS = 20  # of L-BFGS for each
+CLAIMS = ("nearer", "more")
+
+
+@dataclass(frozen=True)
+class ResidualProbe(MarksProbe):
+    """Similarity of a meta-token's states to those of the tokens before it, and what can be decoded from them."""
+
+    distances: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """positions back"""
+    train: int = 2000
+    """texts that classifiers are trained on, and a quarter as many to choose the L2; n is that of the test texts"""
+    margin: float = 0.05
+    """a difference "does not hold" if its whole interval lies within +- this: a cosine, or a share of texts"""
+    effect: float = 0.0
+    """it "holds" if the interval lies above this; fix both before you look"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        distances = self.distances
+        check(self, "distances", distances and all(1 <= d < 2**20 for d in distances), "be at least 1")
+        check(self, "distances", len(set(distances)) == len(distances), "name each once")
+        check(self, "train", 8 <= self.train <= 10**6, "lie in 8 .. 1000000")
+        check(self, "n", self.n >= 2, "be at least 2: a text needs another one")
+        check(self, "margin", 0 < self.margin < 1, "lie strictly between 0 and 1")
+        check(self, "effect", 0 <= self.effect < 1, "be at least 0 and below 1")
+
+
+def main(cfg: ResidualProbe) -> None:
+    run, facts = cfg.open()
+    cells = cfg.makers(run, ("target",))  # what cannot be asked is refused by here
+    for maker, _, _ in cells:
+        mark_of(maker)
+    output = cfg.lines(run, "residual")
+    write(f"{facts['arm']}, {run.folder}\n", BOLD)
+    lines: list[dict] = []
+    with cfg.autocast(run):
+        for maker, level, length in cells:
+            lines += measure(run, maker, level, length, cfg)
+    lines = [{**facts, **line} for line in judged(lines, cfg.effect, cfg.margin)]
+    write_lines(output, lines)  # at the end: Holm's p needs all of them
+    picture = output.with_suffix(".png")
+    picture.write_bytes(residual_picture(lines))
+    write(f"\n{table(lines)}\n{output}\n{picture}\n")
+
+
+# ----------------------------------------------------------------------------- what is read
+
+
+@dataclass
+class Place:
+    """The states at one place of N texts, and before it: L = n_layer + 1 layers."""
+
+    here: torch.Tensor  # (L, N, C)
+    past: torch.Tensor  # (L, N, D, C), of the tokens at each of D distances; D = 0 where it is not asked for
+    tokens: np.ndarray  # (N, D) their ids; -1 where a text has none, since it begins later
+
+
+def texts_of(maker: Maker, split: str, n: int, level: str, length: int) -> list[Example]:
+    """n texts of a split, those that have a mark. Texts of two splits are never the same."""
+    made = (maker.example(split, i, math.ceil(0.9 * length), length, (level,)) for i in range(n))
+    return [example for example in made if len(marks(maker, example))]
+
+
+def places_of(maker: Maker, examples: list[Example]) -> dict[str, tuple[list[Example], list[int]]]:
+    """Name of a place -> the texts as they are read for it, and where it is in each."""
+    at = [target_mark(maker, example) for example in examples]
+    out = {"mark": (examples, at)}
+    word = maker.tokenizer.encode(f" {DELIMITER}").tolist()
+    if maker.placement != "none" and len(word) == 1:
+        meta = maker.tokenizer.meta
+        replaced = [e._replace(ids=np.where(e.ids == meta, word[0], e.ids)) for e in examples]
+        out["word"] = (replaced, at)
+    out["ordinary"] = (examples, [ordinary_at(maker, example, i) for i, example in enumerate(examples)])
+    return out
+
+
+@torch.no_grad()
+def read(run: Run, examples: list[Example], at: list[list[int]], distances: tuple[int, ...], past_too: bool):
+    """A Place for each list of `at`, with N positions each, and the mean state of all positions (L, C)."""
+    here, past, total, count = [[] for _ in at], [[] for _ in at], 0, 0
+    back, where = np.array((0, *distances)), np.array(at)[..., None]
+    where = where - back  # (places, N, 1 + D)
+    there = where >= 1  # the first token, <|endoftext|>, is in every text
+    with states(run.model) as entering:
+        for rows, batch in batches(run, examples):
+            check_finite(run, hidden_of(run, batch).sum().float().cpu().numpy())
+            read_states = torch.stack(entering).float()  # (L, B, T, C)
+            ends = torch.tensor([len(e.ids) for e in examples[rows]], device=read_states.device)
+            real = torch.arange(batch.tokens.size(1), device=ends.device) < ends[:, None]
+            total, count = total + read_states[:, real].sum(1).cpu().double(), count + int(real.sum())
+            text = torch.arange(len(ends), device=ends.device)[:, None]
+            for number, places in enumerate(where[:, rows] if past_too else where[:, rows, :1]):
+                found = read_states[:, text, torch.from_numpy(places.clip(min=0)).to(ends.device)].cpu()
+                here[number].append(found[:, :, 0])
+                past[number].append(found[:, :, 1:])
+    out = []
+    for number, places in enumerate(where):
+        ids = np.array([e.ids[p.clip(min=0)] for e, p in zip(examples, places, strict=True)])
+        tokens = np.where(there[number], ids, -1)[:, 1:]
+        out.append(Place(torch.cat(here[number], 1), torch.cat(past[number], 1), tokens))
+    return out, (total / count).float()
+
+
+def read_all(
+    run: Run, maker: Maker, examples: list[Example], distances: tuple[int, ...], past_too: bool = True
+) -> dict[str, tuple[Place, torch.Tensor]]:
+    """Name of a place -> its states, and the mean state of the texts it was read in."""
+    out, places = {}, places_of(maker, examples)
+    for names in (("mark", "ordinary"), ("word",)):
+        asked = {name: places[name] for name in names if name in places}
+        if asked:
+            read_in = next(iter(asked.values()))[0]
+            found, mean = read(run, read_in, [at for _, at in asked.values()], distances, past_too)
+            out |= {name: (place, mean) for name, place in zip(asked, found, strict=True)}
+    return out
+
+
+# ----------------------------------------------------------------------------- what is measured
+
+
+def measure(run: Run, maker: Maker, level: str, length: int, cfg: ResidualProbe) -> list[dict]:
+    """One cell -> a line for each place, layer and distance; says each layer as soon as it is measured."""
+    sizes = {"train/probe": cfg.train, "val": max(4, cfg.train // 4), "test": cfg.n}
+    splits = {
+        split: read_all(run, maker, texts_of(maker, split, n, level, length), cfg.distances, split == "test")
+        for split, n in sizes.items()
+    }
+    test, lines = splits["test"], []
+    if not any((place.tokens[:, i] >= 0).sum() > 1 for place, _ in test.values() for i in range(len(cfg.distances))):
+        raise UserError(f"distances={cfg.distances} reach beyond the start of all texts: take shorter ones.")
+    for layer in range(run.model.cfg.n_layer + 1):
+        started, mine = time.perf_counter(), []
+        for i, d in enumerate(cfg.distances):
+            hits: dict[str, np.ndarray] = {}
+            for name, (place, mean) in test.items():
+                there = place.tokens[:, i] >= 0
+                sets = [(splits[split][name][0].here[layer], splits[split][name][0].tokens[:, i]) for split in sizes]
+                if min((tokens >= 0).sum() for _, tokens in sets) < 2:
+                    continue
+                line = {
+                    "probe": "residual", **about(maker, level, length), "mark": mark_name(maker), "place": name,
+                    "layer": layer, "distance": d, "n": int(there.sum()),
+                    **similarity(place.here[layer][there], place.past[layer][there][:, i], mean[layer]),
+                }  # fmt: skip
+                line |= decoded(sets, hits, name)
+                mine.append(line)
+            compare(mine, hits, d)
+        seconds = time.perf_counter() - started
+        lines += [{**line, "seconds": seconds / len(mine)} for line in mine]
+        write(progress(mine, seconds) + "\n")
+    return lines
+
+
+def similarity(here: torch.Tensor, past: torch.Tensor, mean: torch.Tensor) -> dict:
+    """here, past (N, C), mean (C,) -> cosines and their floors: text i with the past of text i + 1."""
+    values = {}
+    for name, shift in (("", torch.zeros_like(mean)), ("_centred", mean)):
+        a, b = here - shift, past - shift
+        values[f"cosine{name}"] = F.cosine_similarity(a, b, dim=-1).double().numpy()
+        values[f"floor{name}"] = F.cosine_similarity(a, b.roll(-1, 0), dim=-1).double().numpy()
+    values["nearer"] = values["cosine_centred"] - values["floor_centred"]
+    low, high = bootstrap_means(np.stack(list(values.values()), axis=1))
+    out = {"nearer_p": mean_p(values["nearer"])}
+    for i, (name, value) in enumerate(values.items()):
+        out |= {name: float(value.mean()), f"{name}_interval": (float(low[i]), float(high[i]))}
+    return out
+
+
+def decoded(sets: list[tuple], hits: dict[str, np.ndarray], name: str) -> dict:
+    """sets: states (N, C) and ids (N,), -1 where there is none, of train, val and test -> shares, and in hits[name]
+    which test texts are right (N,), NaN where there is no token."""
+    (x, y), (x_val, y_val), (x_test, y_test) = ((x[y >= 0], y[y >= 0]) for x, y in sets)
+    classes, y = np.unique(y, return_inverse=True)
+    n, common = len(y_test), classes[np.bincount(y).argmax()]
+    named, strength = classify(x, y, len(classes), [x_val, x_test], lambda at: (classes[at] == y_val).mean())
+    order = np.random.default_rng(0).permutation(len(y))
+    by_chance, _ = classify(x, y[order], len(classes), [x_val, x_test], None, (strength,))
+    right = classes[named[1]] == y_test
+    hits[name] = np.full(len(sets[2][1]), np.nan)
+    hits[name][sets[2][1] >= 0] = right
+    return {
+        "decoded": float(right.mean()), "decoded_interval": wilson(int(right.sum()), n),
+        "majority": float((y_test == common).mean()), "shuffled": float((classes[by_chance[1]] == y_test).mean()),
+        "classes": len(classes), "train": len(y), "strength": strength,
+        "outcomes": "".join("-" if math.isnan(hit) else str(int(hit)) for hit in hits[name]),
+    }  # fmt: skip
+
+
+def classify(x, y, K: int, others: list, score=None, strengths: tuple[float, ...] = STRENGTHS):
+    """Multinomial logistic regression of y (N,) in 0 .. K - 1 on x (N, C), each dimension standardised: the most
+    likely classes of each x of `others` under the L2 with the best score of the first, and that L2. Without a score
+    the last one."""
+    mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
+    x, y = (x - mean) / deviation, torch.from_numpy(y)
+    others = [(other - mean) / deviation for other in others]
+    weight, bias = (torch.zeros(K, size, requires_grad=True) for size in (x.size(1), 1))
+    best, chosen = -math.inf, None
+    for strength in strengths:
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=STEPS, line_search_fn="strong_wolfe")
+
+        def loss(strength=strength, optimizer=optimizer):
+            optimizer.zero_grad()
+            nats = F.cross_entropy(F.linear(x, weight, bias[:, 0]), y) + strength / 2 * weight.square().sum() / K
+            nats.backward()
+            return nats
+
+        with torch.enable_grad():
+            optimizer.step(loss)
+        with torch.no_grad():
+            named = [F.linear(other, weight, bias[:, 0]).argmax(1).numpy() for other in others]
+        now = score(named[0]) if score else math.inf
+        if now > best or not score:
+            best, chosen = now, (named, strength)
+    return chosen
+
+
+def compare(lines: list[dict], hits: dict[str, np.ndarray], distance: int) -> None:
+    """Adds to the line of the mark what is decoded more than from the word in its place, on the same texts."""
+    if not {"mark", "word"} <= hits.keys():
+        return
+    there = ~np.isnan(hits["mark"])
+    mark, word = (hits[name][there] == 1 for name in ("mark", "word"))
+    difference, low, high = paired_difference(mark, word)
+    line = next(line for line in lines if (line["place"], line["distance"]) == ("mark", distance))
+    line |= {"more": difference, "more_interval": (low, high), "more_p": mcnemar(mark, word)}
+
+
+# ----------------------------------------------------------------------------- what is said of it
+
+
+def judged(lines: list[dict], effect: float, margin: float) -> list[dict]:
+    """The lines with Holm's p and verdicts. Holm's family: all of them."""
+    asked = [(line, claim) for line in lines for claim in CLAIMS if claim in line]
+    adjusted = holm([line[f"{claim}_p"] for line, claim in asked])
+    for (line, claim), p in zip(asked, adjusted, strict=True):
+        verdict = decide(*line[f"{claim}_interval"], p, effect, margin)
+        if line["n"] < DECIDES:
+            verdict = f"undecided: n = {line['n']}, {DECIDES} decide"
+        line |= {f"{claim}_holm": p, f"{claim}_verdict": verdict}
+        line |= {"comparisons": len(asked), "effect": effect, "margin": margin}
+    return lines
+
+
+def progress(lines: list[dict], seconds: float) -> str:
+    """A layer for a person, as soon as it is measured."""
+    first = lines[0]
+    shares = "  ".join(
+        f"{name}: " + " ".join(f"{line['decoded']:.0%}" for line in lines if line["place"] == name)
+        for name in dict.fromkeys(line["place"] for line in lines)
+    )
+    cell = f"{first['task']} {first['placement']} {first['length']}"
+    return f"{cell}  layer {first['layer']}  decoded {shares}  {seconds:.1f} s"
+
+
+def table(lines: list[dict]) -> str:
+    """All lines for a person."""
+    out, cell = [], ()
+    for line in lines:
+        now = (line["task"], line["placement"], line["length"], line["place"], line["layer"])
+        if now[:3] != cell[:3]:
+            out.append(f"{now[0]}, {now[1]}, {line['level']}, {now[2]} positions; mark: {line['mark']}; n = test texts")
+        cell = now
+        out.append(
+            f"  layer {line['layer']:>2}  {line['place']:<8} {line['distance']:>3} back  n {line['n']:>4}  cosine "
+            f"{line['cosine']:+.3f} (floor {line['floor']:+.3f})  centred {line['cosine_centred']:+.3f} (floor "
+            f"{line['floor_centred']:+.3f}) {line['nearer_verdict']:<31}  decoded {percent(line['decoded']):>5} % "
+            f"(majority {percent(line['majority'])}, shuffled {percent(line['shuffled'])}){_more(line)}"
+        )
+    last = lines[-1]
+    out.append(
+        f"Verdicts: nearer to its own past than to another text's, and more decoded than from the word in the mark's "
+        f"place (points), by more than {last['effect']:g}? Margin {last['margin']:g}; Holm over {last['comparisons']} "
+        f"comparisons, all of this checkpoint."
+    )
+    return "\n".join(out)
+
+
+def _more(line: dict) -> str:
+    if "more" not in line:
+        return ""
+    low, high = map(points, line["more_interval"])
+    return f"  against the word {points(line['more'])} ({low} .. {high}) {line['more_verdict']}"

@@ -1,0 +1,58 @@
+"""The residual stream of a model as it reads: looked at and replaced through hooks, so that model.py knows of no probe.
+
+State number i (B, T, C) is what enters block i: 0 is the embedding, i the output of block i - 1, and n_layer what
+enters ln_f. Under autocast it has the dtype that it has there."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from config import UserError
+from model import GPT
+
+
+def sites(model: GPT) -> list[torch.nn.Module]:
+    """The n_layer + 1 modules that the residual stream enters, in order."""
+    return [*model.h, model.ln_f]
+
+
+@contextlib.contextmanager
+def states(model: GPT) -> Iterator[list[torch.Tensor]]:
+    """In `with`: a list that holds the n_layer + 1 states (B, T, C) of the model's last forward, detached.
+
+    A state that `replaced` changes is seen changed if that `with` is the outer one."""
+    read: list[torch.Tensor] = []
+
+    def keep(number: int, site: torch.nn.Module, inputs: tuple) -> None:
+        read[number:] = [inputs[0].detach()]  # a forward starts at 0, and so forgets the one before it
+
+    with contextlib.ExitStack() as hooks:
+        for number, site in enumerate(sites(model)):
+            hooks.enter_context(site.register_forward_pre_hook(functools.partial(keep, number)))
+        yield read
+
+
+@contextlib.contextmanager
+def replaced(model: GPT, layer: int, rows: torch.Tensor, values: torch.Tensor) -> Iterator[None]:
+    """In `with`: state `layer` of every forward has `values` (B, C) at the positions `rows` (B,), one in each text; all
+    else is as it was. Raises UserError for a layer that the model does not have."""
+    check_layer(model, layer)
+
+    def put(module, inputs):
+        x, *rest = inputs  # (B, T, C)
+        at = torch.arange(len(x), device=x.device), rows.to(x.device)
+        return x.index_put(at, values.to(x)), *rest
+
+    with sites(model)[layer].register_forward_pre_hook(put):
+        yield
+
+
+def check_layer(model: GPT, layer: int) -> None:
+    """Raises UserError for a layer that the model does not have."""
+    if not 0 <= layer <= model.cfg.n_layer:
+        raise UserError(
+            f"there is no layer {layer}: this model has states 0 (the embedding) to {model.cfg.n_layer} (what enters "
+            f"the last LayerNorm)."
+        )

@@ -1,0 +1,282 @@
+"""probe.py patching: what is replaced, what is counted, and that it tells a mark that carries the answer from one that
+does not."""
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import probe
+from config import TaskConfig, UserError
+from data.tokenizer import Tokenizer
+from evals.tasks import texts
+from probes import look_drawing, patching
+from probes.marks import answer_in_text, marks, ordinary_at
+from probes.patching import SITES, check_own, compare, donors_of, judged, measure, patched, read, said, sites_of, table
+from stats import mcnemar, paired_difference
+from tasks.example import Draft, Example, Maker
+from tasks.words import ITEMS, NAMES
+from tests.conftest import tree
+from tests.runs import small_run
+from tests.test_attention_probe import hooks
+from tests.test_positions import (
+    APPLE,
+    ASK,
+    EARLY,
+    FILL,
+    FILLER,
+    FIRST,
+    LATE,
+    LINE_END,
+    MARK,
+    MARKED,
+    PEAR,
+    PLAIN,
+    QUESTION,
+    SECOND,
+    kept,
+    lines_of,
+    made_by_hand,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(
+        [" " + " ".join(ITEMS + NAMES) + " zero one two three four mark : ? count # [ ] \n"] * 3, 2600
+    )
+
+
+# ----------------------------------------------------------------------------- what is replaced
+
+
+@pytest.mark.parametrize("second", ["meta", "random"])
+def test_the_answers_token_replaced_as_it_is_embedded_is_another_text(tokenizer, second):
+    """State 0 under rope is the token alone: the patched text answers as the text in which the donor's token stands."""
+    run = small_run(tokenizer, MARKED, position="rope", second_attention=second)
+    maker = Maker("list_recall", "target", TaskConfig(), tokenizer)
+    examples = texts(maker, "easy", 60, 7)
+    sites = sites_of(run, maker, examples)
+    base, entering = read(run, examples, sites)
+    donors = np.array([1, 2, 3, 4, 5, 6, 0])
+    found = patched(run, examples, 0, sites["answer"], entering["answer"][0][donors], sites["asked"])
+    others = []
+    for i, example in enumerate(examples):
+        ids = example.ids.copy()
+        donor = examples[donors[i]]
+        ids[answer_in_text(maker, example)] = donor.ids[answer_in_text(maker, donor)]
+        others.append(example._replace(ids=ids))
+    expected, _ = read(run, others, {"asked": sites["asked"]})
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - base).abs().max() > 0.01
+    assert hooks(run.model) == 0
+
+
+@pytest.mark.parametrize("placement", ["target", "background", "none"])
+def test_a_texts_own_state_changes_no_bit(tokenizer, monkeypatch, placement):
+    run = small_run(tokenizer, MARKED, position="learned")
+    maker = Maker("copying", placement, TaskConfig(), tokenizer)
+    examples = texts(maker, "easy", 56, 4)
+    sites = sites_of(run, maker, examples)
+    check_own(run, examples, sites["mark"])
+    base, entering = read(run, examples, sites)
+    for site, places in sites.items():  # several marks, and some again and again, too
+        assert torch.equal(patched(run, examples, 1, places, entering[site][1], sites["asked"]), base), site
+    assert sites["marks"].shape[1] == max(len(marks(maker, example)) for example in examples)
+    real = patching.replaced
+    monkeypatch.setattr(
+        patching, "replaced", lambda model, layer, rows, values: real(model, layer, rows, values + 1e-3)
+    )
+    with pytest.raises(AssertionError, match="layer 0: a text's own state"):
+        check_own(run, examples, sites["mark"])
+    assert hooks(run.model) == 0
+
+
+def test_ordinary_places_are_in_the_body_and_no_marks(tokenizer):
+    for placement in ("target", "none", "background"):
+        maker = Maker("parity", placement, TaskConfig(), tokenizer)
+        places = []
+        for i, example in enumerate(texts(maker, "easy", 40, 30)):
+            at = ordinary_at(maker, example, i)
+            assert 0 < at < np.flatnonzero(example.answers)[0] and at not in marks(maker, example)
+            places.append(at)
+        assert len(set(places)) > 8
+
+
+def test_donors_have_another_answer_and_where_there_is_one_the_same_place():
+    firsts = np.array([1, 1, 2, 1, 3, 3, 2])
+    places = np.array([9, 9, 9, 4, 5, 5, 9])
+    counts = np.array([2, 2, 2, 2, 2, 2, 1])
+    # 3 has no other one at 4, and the next is 4; 4 and 5 have one answer, and the next are those at 9
+    assert donors_of(firsts, places, counts).tolist() == [2, 2, 0, 4, 0, 0, 3]
+    rng = np.random.default_rng(0)
+    firsts, places, counts = (rng.integers(2, size=200), rng.integers(20, size=200), np.ones(200, dtype=int))
+    donors = donors_of(firsts, places, counts)
+    assert (firsts[donors] != firsts).all()
+    for i, donor in enumerate(donors):
+        alike = (places == places[i]) & (firsts != firsts[i])
+        assert places[donor] == places[i] or not alike.any()
+    with pytest.raises(UserError, match="all have one answer"):
+        donors_of(np.ones(5), places[:5], counts[:5])
+
+
+# ----------------------------------------------------------------------------- what it finds in a model
+
+
+def by_hand(tokenizer, monkeypatch, position: str, looks: list, brings: dict, table=None) -> dict:
+    """Texts of ten fillers, one of them a mark, a question, and as answer the first word where it is early, the second
+    where it is late -> (site, layer) -> line."""
+    run, examples = made_by_hand(tokenizer, position, looks, brings), []
+    if table is not None:
+        run.model.wpe.weight.data[1:6], run.model.wpe.weight.data[6:11] = table
+    for place in [*range(1, 11)] * 4:
+        ids = np.array([tokenizer.eot, *[FILLER] * 10, QUESTION, APPLE if place < 6 else PEAR, LINE_END, tokenizer.eot])
+        ids[place] = tokenizer.meta
+        examples.append(Example(ids, np.isin(np.arange(15), (12, 13)), Draft()))
+    monkeypatch.setattr(patching, "texts", lambda *_: examples)
+    lines = measure(run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 15, 40)
+    assert [line["site"] for line in lines] == ["mark", "marks", "after", "ordinary", "asked"]
+    return {line["site"]: line for line in lines}
+
+
+def test_a_mark_that_carries_the_answer(tokenizer, monkeypatch, capsys):
+    """Its place is in the table, added to its state: the donor's state brings the donor's answer."""
+    lines = by_hand(
+        tokenizer, monkeypatch, "learned", [(0, ASK, 0.0, MARK)], {EARLY: FIRST, LATE: SECOND}, (EARLY, LATE)
+    )
+    for site in ("mark", "marks"):
+        assert (lines[site]["kept_unpatched"], lines[site]["kept"], lines[site]["donor"]) == (1, 0, 1)
+        assert lines[site]["outcomes"] == "d" * 40 and lines[site]["carried"] == lines[site]["needed"] == 1
+        assert lines[site]["logit_difference"] == pytest.approx(-lines[site]["logit_difference_unpatched"]) != 0
+        assert lines[site]["same_place"] == 0  # each place has one answer
+    assert_others_keep(lines)
+    assert "kept / donor by layer: 0.0% / 100.0%" in capsys.readouterr().out
+
+
+def test_a_mark_whose_place_is_read_and_not_its_state(tokenizer, monkeypatch):
+    """With rope the distance is the answer: the state is another text's, its position stays the text's own."""
+    looks = [(1, ASK, np.pi / 2 - 5.5 * 0.316, MARK)]
+    lines = by_hand(tokenizer, monkeypatch, "rope", looks, {MARK: SECOND, FILL: FIRST})
+    assert lines["mark"]["outcomes"] == lines["marks"]["outcomes"] == "k" * 40
+    assert_others_keep(lines)
+
+
+def assert_others_keep(lines: dict) -> None:
+    """Behind a mark at 10 is the question, and an ordinary place may be the question's: without it nothing is asked."""
+    assert lines["asked"]["outcomes"] == "k" * 40 and lines["ordinary"]["kept"] >= 0.9
+    assert all(outcome == "k" for i, outcome in enumerate(lines["after"]["outcomes"]) if i % 10 != 9)
+
+
+# ----------------------------------------------------------------------------- what is counted
+
+
+def logits_of(named: list[int]) -> torch.Tensor:
+    return 4.0 * torch.nn.functional.one_hot(torch.tensor(named), 6).float()
+
+
+def test_what_answers_become_is_counted_as_by_a_hand():
+    own, donor = np.array([1, 1, 2, 2, 3]), np.array([2, 3, 1, 1, 1])
+    base, now = [1, 1, 2, 1, 0], [1, 3, 5, 1, 3]
+    found = compare(logits_of(base), logits_of(now), own, donor)
+    assert found["outcomes"] == "kd-dk" and found["n"] == 5
+    assert (found["kept"], found["donor"], found["other"]) == pytest.approx((0.4, 0.4, 0.2))
+    assert (found["kept_unpatched"], found["donor_unpatched"]) == (0.6, 0.2)
+    before, after = np.array([1, 1, 1, 0, 0]) == 1, np.array([1, 0, 0, 0, 1]) == 1
+    assert (found["needed"], *found["needed_interval"]) == paired_difference(before, after)
+    assert found["needed_p"] == mcnemar(before, after) and found["carried"] == pytest.approx(0.2)
+    assert found["logit_difference"] == pytest.approx((4 - 4 + 0 - 4 + 4) / 5)
+    assert found["logit_difference_unpatched"] == pytest.approx((4 + 4 + 4 - 4 + 0) / 5)
+
+
+def line(kept: float, donor: float, site="mark", layer=0, n=1000) -> dict:
+    """As if 900 of 1000 were right without a patch, and now `kept` are, all of them among those."""
+    base, now = np.arange(n) < 0.9 * n, np.arange(n) < kept * n
+    own, others = np.full(n, 1), np.full(n, 2)
+    took = np.arange(n) >= (1 - donor) * n
+    logits = logits_of(np.where(now, 1, np.where(took, 2, 0)).tolist())
+    return {
+        "task": "parity", "placement": "target", "level": "easy", "length": 48, "mark": "meta-token", "site": site,
+        "layer": layer, "arm": "meta + rope", "run": "r", "step": 1, "seed": 2, "same_place": 0.5, "chance": 0.5,
+        **compare(logits_of(np.where(base, 1, 0).tolist()), logits, own, others),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shares", "needed", "carried", "sentence"),
+    [
+        ((0.9, 0.0), "does not hold", "does not hold", "not read from the state of the mark"),
+        ((0.5, 0.4), "holds", "holds", "at the mark carries the answer"),
+        ((0.5, 0.0), "holds", "does not hold", "does not carry the answer"),
+        ((0.88, 0.0), "holds, within the margin", "does not hold", "not read from the state of the mark"),
+    ],
+)
+def test_verdicts(shares, needed, carried, sentence):
+    lines = judged([line(*shares), line(0.9, 0.0, "ordinary")], 0.0, 0.05)
+    assert (lines[0]["needed_verdict"], lines[0]["carried_verdict"]) == (needed, carried)
+    assert sentence in said(lines, ("parity", "target", 48)) and sentence in table(lines)
+    assert lines[0]["comparisons"] == 4
+    guessing = [{**one, "chance": 0.89} for one in lines]
+    assert "no more than chance is right (90.0 %)" in said(guessing, ("parity", "target", 48))
+    few = judged([line(*shares, n=500)], 0.0, 0.05)
+    assert few[0]["needed_verdict"] == "undecided: n = 500, 1000 decide"
+    assert "undecided, with 500 texts" in said(few, ("parity", "target", 48))
+
+
+def test_the_picture_shows_every_line():
+    lines = judged(
+        [line(0.9 - 0.1 * layer, 0.05 * layer, site, layer) for site in SITES for layer in range(3)], 0, 0.05
+    )
+    figure = Figure(layout="constrained")
+    look_drawing._patching(figure, lines)
+    for axes, share in zip(figure.axes, ("kept", "donor"), strict=True):
+        curves = [list(of.get_ydata()) for of in axes.lines if len(of.get_xdata()) == 3]
+        assert curves == [[100 * one[share] for one in lines if one["site"] == site] for site in SITES]
+
+
+# ----------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(("second", "data"), [("meta", MARKED), ("none", PLAIN)])
+def test_the_command(tokenizer, tmp_path, monkeypatch, capsys, second, data):
+    if second == "none":
+        monkeypatch.setattr(patching, "patching_picture", lambda lines: b"\x89PNG")
+    run = small_run(tokenizer, data, position="rope", second_attention=second)
+    placements = ("background", "target", "none") if second == "meta" else ("none",)
+    folder = kept(run, tmp_path / "out/small", tasks=("copying", "parity"), placements=placements)
+    probe.main(["patching", f"--run={folder}", "--n=12", "--lengths=48", "--sites", "mark", "answer"])
+    lines, said_out = lines_of(folder / "patching.jsonl"), capsys.readouterr().out
+    where = [(one["task"], one["placement"], one["site"], one["layer"]) for one in lines]
+    assert where == [
+        (task, placement, site, layer)
+        for task in ("copying", "parity") for placement in ("target", "none")[second == "none" :]
+        for site in ("mark", "answer")[: 1 + (task == "copying")] for layer in (0, 1)
+    ]  # fmt: skip
+    for one in lines:
+        assert one["n"] == len(one["outcomes"]) == 12 and one["comparisons"] == 2 * len(lines)
+        assert one["kept"] == one["outcomes"].count("k") / 12 and one["donor"] == one["outcomes"].count("d") / 12
+        assert one["kept_interval"][0] <= one["kept"] <= one["kept_interval"][1] and one["run"] == "small"
+    assert (folder / "patching.png").read_bytes().startswith(b"\x89PNG")
+    assert "none, 48: undecided, with 12 texts." in said_out
+
+
+REFUSED = {
+    "no meta-tokens": (PLAIN, {"placements": ("none",)}, ("--placements=every",), "and placement every has them"),
+    "one text": (MARKED, {}, ("--n=1",), "a text needs a donor"),
+    "sites": (MARKED, {}, ("--sites", "mark", "mark"), "name each once"),
+    "margin": (MARKED, {}, ("--margin=1",), "margin=1.0 is out of range"),
+    "too long": (MARKED, {}, ("--lengths=80",), "the table of learned ones"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_before_anything_is_written(tokenizer, tmp_path, monkeypatch, capsys, case):
+    data, task, args, sentence = REFUSED[case]
+    run = small_run(tokenizer, data, position="learned", second_attention="none")
+    kept(run, tmp_path / "out/small", tasks=("parity",), **task)
+    before = tree(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    defaults = [arg for arg in ("--n=5", "--lengths=40") if not args[0].startswith(arg.split("=")[0])]
+    with pytest.raises(UserError) as refused:
+        probe.main(["patching", "--run=out/small", *defaults, *args])
+    assert sentence in str(refused.value) and str(refused.value).endswith(".")
+    assert tree(tmp_path) == before and capsys.readouterr().out == ""

@@ -1,0 +1,122 @@
+"""probes/trace.py: reading the residual stream changes nothing, replacing changes what follows and nothing else."""
+
+import contextlib
+
+import pytest
+import torch
+
+from config import UserError
+from probes.trace import replaced, sites, states
+from tests.test_model import build, inputs, sharpen, wake
+
+ARMS = [(second, position) for second in ("meta", "causal", "none", "random") for position in ("learned", "rope")]
+ROWS = torch.tensor([3, 7, 10])
+
+
+def awake(second: str = "meta", position: str = "rope"):
+    return sharpen(wake(build(second_attention=second, position=position, bias=True)))
+
+
+def hooks(model) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+def picked(state: torch.Tensor) -> torch.Tensor:
+    return state[torch.arange(3), ROWS]
+
+
+@pytest.mark.parametrize(("second", "position"), ARMS)
+@torch.no_grad()
+def test_states_are_those_of_the_blocks(second, position):
+    model, (tokens, positions, index) = awake(second, position), inputs()
+    plain = model(tokens, positions, index)
+    outputs = []
+    with contextlib.ExitStack() as stack:
+        for block in model.h:
+            stack.enter_context(block.register_forward_hook(lambda block, inputs, output: outputs.append(output)))
+        with states(model) as read:
+            assert torch.equal(model(tokens, positions, index), plain)
+    assert len(read) == model.cfg.n_layer + 1 == 1 + len(outputs) and not any(state.requires_grad for state in read)
+    embedded = model.wte(tokens) + (model.wpe(positions) if position == "learned" else 0)
+    assert torch.equal(read[0], embedded)
+    assert all(torch.equal(state, output) for state, output in zip(read[1:], outputs, strict=True))
+    assert torch.equal(model.ln_f(read[-1]), plain)
+
+
+def test_states_are_of_the_last_forward_and_carry_no_gradient():
+    model, (tokens, positions, index) = awake(), inputs()
+    with states(model) as read:
+        model(tokens, positions, index)
+        first = list(read)
+        model(tokens.flip(0), positions, index.flip(0)).sum().backward()
+    assert len(read) == 3 and not any(state.requires_grad for state in read)
+    for old, new in zip(first, read, strict=True):
+        torch.testing.assert_close(new.flip(0), old, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(new, old)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize(("second", "position"), ARMS)
+@torch.no_grad()
+def test_a_replaced_state_changes_what_follows_alone(second, position, layer):
+    model, (tokens, positions, index) = awake(second, position), inputs()
+    with states(model) as read:
+        plain = model(tokens, positions, index)
+    with replaced(model, layer, ROWS, picked(read[layer])):
+        assert torch.equal(model(tokens, positions, index), plain)
+    new = picked(read[layer]).flip(0)  # another text's
+    with replaced(model, layer, ROWS, new), states(model) as seen:
+        changed = model(tokens, positions, index)
+    assert torch.equal(picked(seen[layer]), new)
+    assert all(torch.equal(seen[i], read[i]) for i in range(layer))
+    for row, t in enumerate(ROWS.tolist()):
+        if row == 1:  # its own value: flip leaves the middle
+            assert torch.equal(changed[row], plain[row])
+            continue
+        assert torch.equal(changed[row, :t], plain[row, :t])
+        moved = (changed[row, t:] - plain[row, t:]).abs().amax(dim=-1)
+        assert moved[0] > 1e-3
+        # causal attention carries it on, but for what enters ln_f, behind all attention
+        assert (moved[1:] > 1e-6).all() if layer < 2 else (moved[1:] == 0).all()
+    assert torch.equal(model(tokens, positions, index), plain)
+
+
+@torch.no_grad()
+def test_the_outer_with_is_the_first():
+    model, (tokens, positions, index) = awake(), inputs()
+    with states(model) as read:
+        model(tokens, positions, index)
+        before = picked(read[1])
+        with replaced(model, 1, ROWS, torch.zeros(3, 16)):
+            model(tokens, positions, index)
+            assert torch.equal(picked(read[1]), before)
+    with replaced(model, 1, ROWS, torch.zeros(3, 16)), states(model) as read:
+        model(tokens, positions, index)
+    assert not picked(read[1]).any()
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt, UserError("why")])
+def test_no_hook_is_left(end):
+    model, (tokens, positions, index) = awake(), inputs()
+    for hold, n in ((states(model), len(sites(model))), (replaced(model, 1, ROWS, torch.zeros(3, 16)), 1)):
+        with contextlib.suppress(KeyboardInterrupt, UserError), hold:
+            assert hooks(model) == n
+            model(tokens, positions, index)
+            if end:
+                raise end
+        assert hooks(model) == 0
+    with pytest.raises(IndexError), replaced(model, 1, ROWS + 12, torch.zeros(3, 16)):
+        model(tokens, positions, index)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_layer_that_is_not_there(layer):
+    model = awake()
+    with (
+        pytest.raises(UserError, match=f"there is no layer {layer}: this model has states 0"),
+        replaced(model, layer, ROWS, torch.zeros(3, 16)),
+    ):
+        pass
+    assert hooks(model) == 0
