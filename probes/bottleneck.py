@@ -16,9 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-NARROW = (
-    -4.0
-)  # ln sigma^2 at first: codes that tell something, before the rate is paid; from sigma = 1 many tell nothing
+NARROW = -2.0  # ln sigma^2 at first: codes tell something before they pay; from sigma = 1 many never begin to
 GATES = 0.5  # deviation of what a question says, beside the 1 of a code
 
 

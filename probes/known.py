@@ -14,7 +14,7 @@ GAUSSIAN = Training(
 )
 NEAR = 0.02  # nats: how far a point may lie from R(D) of the Gaussian, where it may lie on either side by chance
 CLASSES, CLASS_TEXTS = 16, 4000
-CLASS_BETAS = (0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 1.2)
+CLASS_BETAS = (0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 3.0)
 CATEGORICAL = Training(
     z_dim=8, hidden=64, epochs=40, patience=40, batch=200, learning_rate=0.01, weight_decay=0.0, draws=64
 )

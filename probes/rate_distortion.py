@@ -79,7 +79,7 @@ class RateDistortionProbe(TasksEval):
     betas: int = 10
     """from beta_min to beta_max by equal factors; above 1 a rate can only cost"""
     beta_min: float = 0.003
-    beta_max: float = 1.0
+    beta_max: float = 2.0
     seeds: int = 3
     """probes of each kind: other weights, noise and order of texts"""
     rates: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
@@ -92,9 +92,9 @@ class RateDistortionProbe(TasksEval):
     patience: int = 10
     """epochs without a better validation after which a probe is done"""
     batch: int = 200
-    learning_rate: float = 0.003
+    learning_rate: float = 0.01
     """falling to 0 at the last epoch"""
-    weight_decay: float = 1.0
+    weight_decay: float = 0.3
     """of AdamW: with none, 20 texts a class are learned by heart"""
     effect: float = 0.0
     margin: float = 0.05

@@ -86,7 +86,7 @@ def _panel(axes, lines: list[dict]) -> None:
             if point["violates_converse"]:
                 axes.plot(point["rate"], point["distortion"], **VIOLATION, zorder=4)
     axes.set_xscale("symlog", linthresh=LINEAR, linscale=2.0)
-    ticks = [0, 2, 4, 6, 8, *(10 * 2**k for k in range(12))]
+    ticks = [0, 2, 4, 6, 8, *(2**k for k in range(4, 16))]
     axes.set_xlim(-0.15, last * 1.1)
     axes.set_xticks([tick for tick in ticks if tick <= last * 1.1], [str(tick) for tick in ticks if tick <= last * 1.1])
     axes.minorticks_off()

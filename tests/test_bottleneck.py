@@ -18,13 +18,14 @@ from tests.reference import bottleneck as reference
 SMALL = RateDistortionProbe(
     betas=3,
     beta_min=0.01,
+    beta_max=4.0,
     seeds=2,
     epochs=30,
     patience=30,
     z_dim=4,
     hidden=32,
     batch=50,
-    learning_rate=0.01,
+    learning_rate=0.03,
     weight_decay=0.1,
 )
 
@@ -57,9 +58,9 @@ def test_probes_trained_at_once_are_what_each_is_alone(hidden, q, n):
         alone, epoch = reference.trained(*sources, 3, 4, *member, how)
         epochs.append(epoch)
         assert {names.get(name, name) for name in weights} == set(alone)
-        for name, p in weights.items():
-            torch.testing.assert_close(p[i], alone[names.get(name, name)], rtol=1e-3, atol=1e-4)
-    assert len(set(epochs)) > 1 and min(epochs) < how.epochs - how.patience  # some are done early
+        for name in weights.keys() - ({"asked"} if q == 0 else set()):  # nothing is asked: not used
+            torch.testing.assert_close(weights[name][i], alone[names.get(name, name)], rtol=1e-3, atol=1e-4)
+    assert min(epochs) < how.epochs - how.patience  # some are done early
     D, R = measure(weights, sources[1], members, dataclasses.replace(how, draws=1))
     for i in (2, 3, 6):  # without noise
         w = {names.get(name, name): p[i] for name, p in weights.items()}
@@ -105,8 +106,8 @@ def test_planted_states(kind):
     knowable = {"all of it": math.log(K), "nothing": 0.0, "one bit": math.log(2)}[kind]
     assert line["ceiling"]["distortion"] == pytest.approx(math.log(K) - knowable, abs=0.06)
     assert line["points"][-1]["distortion"] == pytest.approx(math.log(K) - knowable, abs=0.12)
-    first = line["points"][0]  # at beta 1 any rate is as good as none
-    assert first["rate"] < 0.4 and first["above_converse"] == pytest.approx(0, abs=0.15)
+    first = line["points"][0]  # a rate costs more than it brings
+    assert first["rate"] < 0.1 and first["above_converse"] == pytest.approx(0, abs=0.15)
     # shuffled labels teach nothing but frequencies
     assert line["shuffled"]["distortion"] == pytest.approx(line["cross_entropy"], abs=0.03)
     assert line["violations"] == 0 and points.rate.shape == (3, 2, 300)

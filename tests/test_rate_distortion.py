@@ -216,7 +216,7 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     for one in curves:
         assert (one["n"], one["train_texts"], one["probe_seeds"], one["layer"], one["run"]) == (24, 40, 2, 2, "small")
-        assert [point["beta"] for point in one["points"]] == pytest.approx([1, math.sqrt(0.003), 0.003])
+        assert [point["beta"] for point in one["points"]] == pytest.approx([2, math.sqrt(0.006), 0.003])
         assert one["told_the_question"] == (one["target"] == "answer")
         for point in one["points"]:
             assert len(point["rates"]) == len(point["distortions"]) == 2

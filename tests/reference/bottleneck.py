@@ -8,7 +8,7 @@ from torch.nn.functional import gelu
 
 def draw(seed: int, C: int, Q: int, Z: int, H: int, log_shares: torch.Tensor) -> dict[str, torch.Tensor]:
     g, K = torch.Generator().manual_seed(seed), len(log_shares)
-    w = {"code": torch.randn(C, 2 * Z, generator=g) / C**0.5, "b_code": torch.tensor([0.0] * Z + [-4.0] * Z)}
+    w = {"code": torch.randn(C, 2 * Z, generator=g) / C**0.5, "b_code": torch.tensor([0.0] * Z + [-2.0] * Z)}
     w |= {"out": torch.zeros(Z, K), "b_out": log_shares}
     if H == 0:
         return w | {"asked": torch.zeros(Q, K)}
