@@ -83,25 +83,37 @@ def at_rates(rates: np.ndarray, distortions: np.ndarray, constant: float, wanted
     return np.interp(wanted, *hull(np.append(0.0, rates), np.append(constant, distortions)))
 
 
-def resampled(points: Points, wanted: np.ndarray, draws: int = DRAWS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def resampled(points: Points) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Texts and probe seeds drawn again with replacement, the same for all states of the same texts.
 
-    -> distortion at the wanted rates, a mean over seeds, of the points as they are (m,) and of each draw (draws, m);
-    and (draws, 2, betas) rates and distortions of the points themselves."""
+    -> rates and distortions (1 + DRAWS, seeds, betas) and the constant's distortion (1 + DRAWS,) over the texts drawn,
+    first over all as they are, and what each seed weighs (1 + DRAWS, seeds)."""
     generator = np.random.default_rng(0)
     _, seeds, N = points.rate.shape
-    counts = generator.multinomial(N, np.full(N, 1 / N), size=draws) / N
-    counts = np.concatenate([np.full((1, N), 1 / N), counts])
-    weights = np.concatenate([np.ones((1, seeds)), generator.multinomial(seeds, np.ones(seeds) / seeds, size=draws)])
-    weights = weights / seeds
+    counts = generator.multinomial(N, np.full(N, 1 / N), size=DRAWS)
+    counts = np.concatenate([np.ones((1, N)), counts]) / N
+    weights = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=DRAWS)
+    weights = np.concatenate([np.ones((1, seeds)), weights]) / seeds
     rate, distortion = (np.einsum("bsn,dn->dsb", x, counts, optimize=True) for x in (points.rate, points.distortion))
-    constant = counts @ points.constant
-    curves = np.array([
-        [at_rates(rate[d, s], distortion[d, s], constant[d], wanted) for s in range(seeds)] for d in range(draws + 1)
-    ])  # fmt: skip
-    curves = np.einsum("dsm,ds->dm", curves, weights)
-    means = np.stack([np.einsum("dsb,ds->db", x, weights) for x in (rate, distortion)], axis=1)
-    return curves[0], curves[1:], means[1:]
+    return rate, distortion, counts @ points.constant, weights
+
+
+def intervals(points: Points) -> tuple[np.ndarray, np.ndarray]:
+    """95 % intervals of rate and distortion (2, betas) each: lower ends, upper ends."""
+    rate, distortion, _, weights = resampled(points)
+    means = np.stack([np.einsum("dsb,ds->db", x, weights)[1:] for x in (rate, distortion)])
+    low, high = np.quantile(means, [0.025, 0.975], axis=1)
+    return low, high
+
+
+def curves(points: Points, wanted: np.ndarray) -> np.ndarray:
+    """(1 + DRAWS, m) distortion at the wanted rates (m,), a mean over seeds: first of all texts, then as resampled."""
+    rate, distortion, constant, weights = resampled(points)
+    out = [
+        [at_rates(r, d, c, wanted) for r, d in zip(rs, ds, strict=True)]
+        for rs, ds, c in zip(rate, distortion, constant, strict=True)
+    ]
+    return np.einsum("dsm,ds->dm", out, weights)
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
@@ -115,8 +127,8 @@ def compared(first: Points, second: Points, rates: list[float], known: dict[str,
     rates from 0 to H(Y), with bootstrap intervals over texts, paired, and probe seeds; p is the bootstrap's, of no
     difference of that mean."""
     wanted = np.concatenate([rates, np.linspace(0, known["entropy"], 33)])
-    (here, draws, _), (there, others, _) = resampled(first, wanted), resampled(second, wanted)
-    difference, drawn = here - there, draws - others
+    difference, *drawn = curves(first, wanted) - curves(second, wanted)
+    drawn = np.array(drawn)
     mean, means = float(difference[len(rates) :].mean()), drawn[:, len(rates) :].mean(axis=1)
     p = 2 * min(float((means >= 0).mean()), float((means <= 0).mean()))
     return {

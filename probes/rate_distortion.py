@@ -40,7 +40,7 @@ from evals.common import fits, write_lines
 from evals.tasks import TasksEval, about, texts
 from probes import known
 from probes.bottleneck import Member, Source, Training, fit, measure
-from probes.curves import Points, baselines, compared, constant_distortion, converse, interval, resampled
+from probes.curves import Points, baselines, compared, constant_distortion, converse, intervals
 from probes.places import STATES, Spot, labels_of, missing, queries_of, read_states, spots
 from probes.rate_drawing import rate_picture
 from probes.rate_table import progress, table
@@ -166,6 +166,8 @@ def main(cfg: RateDistortionProbe) -> None:
         cell = measure_cell(cfg, run, maker, level, length, layers)
         curves += [line for line, _ in cell]
         comparisons += compare_cell(cfg, cell)
+    if not curves:
+        raise UserError(f"targets={cfg.targets} are always the same id at every state asked for: ask for others.")
     judge(cfg, comparisons)
     lines = [{**facts, **line} for line in curves + comparisons]
     write_lines(output, lines)
@@ -228,9 +230,8 @@ def measure_cell(cfg: RateDistortionProbe, run: Run, maker: Maker, level: str, l
             continue
         labels, K = labels_of(target, name, splits)
         if K < 2:
-            raise UserError(
-                f"targets={target} at the state {name} of {maker.name} is always the same id: ask for another."
-            )
+            write(f"without {target} at the state {name}, which is always the same id\n")
+            continue
         here = [part[i, j] for part in read]
         mean, deviation = here[0].mean(dim=0), here[0].std(dim=0).clamp(min=1e-6)
         told = queries if target == "answer" else [query[:, :0] for query in queries]
@@ -261,12 +262,12 @@ def curve(cfg: RateDistortionProbe, sources: list[Source], K: int, Q: int) -> tu
     )
     facts = baselines(train, val, test, K)
     points = Points(D[: cfg.betas], R[: cfg.betas], constant_distortion(train, test, K))
-    _, _, means = resampled(points, np.zeros(1))
+    low, high = intervals(points)
     drawn = [
         {
             "beta": beta, "rate": float(R[k].mean()), "distortion": float(D[k].mean()),
             "rates": R[k].mean(axis=1).tolist(), "distortions": D[k].mean(axis=1).tolist(),
-            "rate_interval": interval(means[:, 0, k]), "distortion_interval": interval(means[:, 1, k]),
+            "rate_interval": (low[0, k], high[0, k]), "distortion_interval": (low[1, k], high[1, k]),
             "seed_interval": over_seeds(D[k].mean(axis=1)), **converse(D[k], R[k], facts),
         }
         for k, beta in enumerate(cfg.grid)

@@ -182,6 +182,7 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
         return example
 
     monkeypatch.setattr(Maker, "example", noted)
+    monkeypatch.setattr("probes.curves.DRAWS", 40)
     pictures = []
     command = [
         "rate_distortion",
@@ -209,10 +210,13 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
     lines = lines[: len(lines) // 2]
     curves = [one for one in lines if one["kind"] == "curve"]
     where = [(one["task"], one["placement"], one["target"], one["state"]) for one in curves]
+    # a bracket before what points, a word of the question before its colon: nothing to ask for
+    constant = {("copying", "back_1", state) for state in ("meta", "delimiter", "question")}
     assert where == [
         (task, placement, target, state) for task in ("list_recall", "copying")
         for placement, point in (("target", "meta"), ("none", "delimiter")) for target in ("answer", "back_1", "bag_3")
         for state in (point, "last", "question")
+        if (task, target, state) not in constant
     ]  # fmt: skip
     for one in curves:
         assert (one["n"], one["train_texts"], one["probe_seeds"], one["layer"], one["run"]) == (24, 40, 2, 2, "small")
@@ -262,7 +266,8 @@ def test_one_seed_has_no_interval_over_seeds(tokenizer, tmp_path):
 def test_known_needs_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("GAUSSIAN", "CATEGORICAL"):
-        monkeypatch.setattr(known, name, dataclasses.replace(getattr(known, name), epochs=1))
+        monkeypatch.setattr(known, name, dataclasses.replace(getattr(known, name), epochs=1, draws=2))
+        monkeypatch.setattr(known, {"GAUSSIAN": "GAUSSIAN_TEXTS", "CATEGORICAL": "CLASS_TEXTS"}[name], 400)
     probe.main(["rate_distortion", "--known"])
     said = capsys.readouterr().out
     assert "NO" in said and said.count("beta") == len(known.GAUSSIAN_BETAS + known.CLASS_BETAS)  # one epoch is too few
@@ -286,7 +291,7 @@ def test_the_picture_and_the_table_show_the_points(tokenizer, tmp_path):
         assert list(D) == [point["distortion"] for point in line["points"]]
     crosses = [mark.get_data() for mark in axes.lines if mark.get_marker() == "x"]
     assert len(shown) == len(crosses) == 2
-    assert float(crosses[0][0]) == line["points"][1]["rate"]
+    assert crosses[0][0][0] == line["points"][1]["rate"]
     (line_of_converse,) = [
         m for m in axes.lines if len(m.get_xdata()) == 3 and m.get_marker() == "None" and m.get_color() == "black"
     ]
@@ -312,7 +317,7 @@ REFUSED = {
     "back": ({}, ("--back=0",), "back=(0,) is out of range"),
     "margin": ({}, ("--margin=0",), "margin=0.0 is out of range"),
     "picture": ({}, ("--output=x.png",), "output='x.png' is out of range"),
-    "one class": ({}, ("--targets=back", "--states=question"), "is always the same id: ask for another"),
+    "one class": ({}, ("--targets=back", "--states=question"), "are always the same id at every state"),
 }  # fmt: skip
 
 
