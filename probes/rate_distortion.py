@@ -43,7 +43,7 @@ from probes.bottleneck import Member, Source, Training, fit, measure
 from probes.curves import Points, baselines, compared, constant_distortion, converse, intervals
 from probes.places import STATES, Spot, labels_of, missing, queries_of, read_states, spots
 from probes.rate_drawing import rate_picture
-from probes.rate_table import progress, table
+from probes.rate_table import progress, table, ticking
 from probes.trace import check_layer
 from stats import decide, holm, seed_difference
 from tasks.example import Maker
@@ -255,7 +255,7 @@ def curve(cfg: RateDistortionProbe, sources: list[Source], K: int, Q: int) -> tu
     train, val, test = (source.labels.cpu().numpy() for source in sources)
     kinds = [(beta, "bottleneck") for beta in cfg.grid] + [(0.0, "ceiling"), (0.0, "shuffled")]
     members = [Member(beta, seed, kind) for beta, kind in kinds for seed in range(cfg.seeds)]
-    weights = fit(sources[0], sources[1], K, Q, members, cfg.training)
+    weights = fit(sources[0], sources[1], K, Q, members, cfg.training, ticking)
     D, R = (
         x.double().numpy().reshape(len(kinds), cfg.seeds, -1)
         for x in measure(weights, sources[2], members, cfg.training)

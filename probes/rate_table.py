@@ -1,5 +1,15 @@
 """What probe.py rate_distortion tells a person, in nats."""
 
+import sys
+
+from terminal import write
+
+
+def ticking(epoch: int, going: int) -> None:
+    """Where the training of a curve's probes is, on a terminal alone."""
+    if sys.stdout.isatty():
+        write(f"\repoch {epoch}, {going} probes go on \r")
+
 
 def progress(line: dict) -> str:
     """A curve for a person, as soon as it is measured."""

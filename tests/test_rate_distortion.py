@@ -153,7 +153,7 @@ def test_states_are_the_models(tokenizer, second, monkeypatch):
 
 
 FAST = (
-    "--n=24", "--train_texts=40", "--val_texts=20", "--lengths=48", "--betas=3", "--seeds=2", "--epochs=2",
+    "--n=24", "--train_texts=24", "--val_texts=20", "--lengths=48", "--betas=3", "--seeds=2", "--epochs=2",
     "--batch=20", "--z_dim=3", "--hidden=6",
 )  # fmt: skip
 
@@ -182,19 +182,10 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
         return example
 
     monkeypatch.setattr(Maker, "example", noted)
-    monkeypatch.setattr("probes.curves.DRAWS", 40)
+    monkeypatch.setattr("probes.curves.DRAWS", 20)
     pictures = []
-    command = [
-        "rate_distortion",
-        f"--run={folder}",
-        *FAST,
-        "--tasks",
-        "list_recall",
-        "copying",
-        "--placements",
-        "target",
-        "none",
-    ]
+    cells = ("--tasks", "list_recall", "copying", "--placements", "target", "none")
+    command = ["rate_distortion", f"--run={folder}", *FAST, *cells]
     for _ in range(2):
         probe.main([*command, "--targets", "answer", "back", "bag", "--bag=3"])
         pictures.append((folder / "rate_distortion.png").read_bytes())
@@ -219,7 +210,7 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
         if (task, target, state) not in constant
     ]  # fmt: skip
     for one in curves:
-        assert (one["n"], one["train_texts"], one["probe_seeds"], one["layer"], one["run"]) == (24, 40, 2, 2, "small")
+        assert (one["n"], one["train_texts"], one["probe_seeds"], one["layer"], one["run"]) == (24, 24, 2, 2, "small")
         assert [point["beta"] for point in one["points"]] == pytest.approx([2, math.sqrt(0.006), 0.003])
         assert one["told_the_question"] == (one["target"] == "answer")
         for point in one["points"]:
