@@ -167,7 +167,10 @@ def main(cfg: RateDistortionProbe) -> None:
         curves += [line for line, _ in cell]
         comparisons += compare_cell(cfg, cell)
     if not curves:
-        raise UserError(f"targets={cfg.targets} are always the same id at every state asked for: ask for others.")
+        raise UserError(
+            f"targets={cfg.targets} leave nothing to measure at the states asked for: mean has no place, and "
+            f"of others the target is always the same id; ask for others."
+        )
     judge(cfg, comparisons)
     lines = [{**facts, **line} for line in curves + comparisons]
     write_lines(output, lines)
@@ -223,7 +226,10 @@ def measure_cell(cfg: RateDistortionProbe, run: Run, maker: Maker, level: str, l
         ]
     queries, Q = queries_of(splits)
     reading = time.perf_counter() - started
-    write(f"{maker.name}, {maker.placement}, {length} positions: {sum(sizes)} texts read in {reading:.0f} s\n")
+    write(
+        f"{maker.name}, {maker.placement}, {length} positions: {sum(sizes)} texts read in {reading:.0f} s, states "
+        f"{', '.join(names)}\n"
+    )
     out = []
     for target, (i, layer), (j, name) in itertools.product(cfg.asked, enumerate(layers), enumerate(names)):
         if name == "mean" and target != "answer":  # it has no position

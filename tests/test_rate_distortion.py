@@ -308,7 +308,7 @@ REFUSED = {
     "back": ({}, ("--back=0",), "back=(0,) is out of range"),
     "margin": ({}, ("--margin=0",), "margin=0.0 is out of range"),
     "picture": ({}, ("--output=x.png",), "output='x.png' is out of range"),
-    "one class": ({}, ("--targets=back", "--states=question"), "are always the same id at every state"),
+    "one class": ({}, ("--targets=back", "--states=question"), "leave nothing to measure at the states asked for"),
 }  # fmt: skip
 
 
