@@ -44,7 +44,7 @@ def _rates(figure, lines: list[dict]) -> None:
             handles.append(Line2D([], [], label=label, **style))
     if any(line["violations"] for line in lines):
         handles.append(Line2D([], [], **VIOLATION, label="below the converse"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
 
 
 STYLES = {
