@@ -4,16 +4,18 @@ python probe.py positions --run=out/recall --lengths 128 256         # meta-toke
 python probe.py attention --run=out/recall                           # logit boost and entropy drop of every head
 python probe.py patching --run=out/recall                            # states replaced by another text's
 python probe.py residual --run=out/recall                            # what the states of meta-tokens hold
+python probe.py rate_distortion --run=out/recall                     # how much can be read from a meta-token's state
 """
 
 from cli import run_cli, run_named
-from probes import attention, patching, positions, residual
+from probes import attention, patching, positions, rate_distortion, residual
 
 PROBES = {
     "positions": (positions.PositionsProbe, positions.main),
     "attention": (attention.AttentionProbe, attention.main),
     "patching": (patching.PatchingProbe, patching.main),
     "residual": (residual.ResidualProbe, residual.main),
+    "rate_distortion": (rate_distortion.RateDistortionProbe, rate_distortion.main),
 }
 
 

@@ -102,9 +102,9 @@ def about(maker: Maker, level: str, length: int) -> dict:
     }  # fmt: skip
 
 
-def texts(maker: Maker, level: str, length: int, n: int) -> list[Example]:
-    """The first n of the test split, of nine tenths of `length` positions to all of them."""
-    return [maker.example("test", i, math.ceil(0.9 * length), length, (level,)) for i in range(n)]
+def texts(maker: Maker, level: str, length: int, n: int, split: str = "test") -> list[Example]:
+    """The first n of a split, of nine tenths of `length` positions to all of them."""
+    return [maker.example(split, i, math.ceil(0.9 * length), length, (level,)) for i in range(n)]
 
 
 def read(run: Run, examples: list[Example], length: int) -> dict:

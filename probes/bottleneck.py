@@ -1,0 +1,197 @@
+"""The variational information bottleneck (Alemi et al., ICLR 2017), many of them trained at once.
+
+    q(z|h) = N(mu(h), diag sigma^2(h))      prior N(0, I)      q(y | z, query)
+    minimised: D + beta R      D = E[-ln q(y | z, query)]      R = E[KL(q(z|h) | prior)], both in nats
+
+R bounds what z tells of h from above, so (R, D) lies on or above the rate-distortion curve of the best encoder and
+decoder, and D + R >= H(Y | query) whatever h is. The query reaches the decoder alone.
+
+Probes are independent of one another: all that differ in beta or seed are rows (P, ...) of the same tensors, and one
+batched product serves them all. A row is what it would be alone (tests/reference/bottleneck.py)."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+NARROW = -2.0  # ln sigma^2 at first: codes tell something before they pay; from sigma = 1 many never begin to
+GATES = 0.5  # deviation of what a question says, beside the 1 of a code
+
+
+class Source(NamedTuple):
+    """N texts: what is known of each, and what is asked."""
+
+    states: torch.Tensor  # (N, C)
+    query: torch.Tensor  # (N, q) int64: what the question says, as q numbers below some Q; q may be 0
+    # (N, n): classes, int64, of which D is the mean of n; or values, float, of which D is the sum of squared errors
+    labels: torch.Tensor
+
+
+class Member(NamedTuple):
+    """One probe."""
+
+    beta: float
+    seed: int
+    kind: str  # bottleneck; ceiling: z = mu(h), at no price; shuffled: a ceiling whose labels are other texts'
+
+
+@dataclass(frozen=True)
+class Training:
+    z_dim: int
+    hidden: int  # 0: a linear decoder
+    epochs: int
+    patience: int
+    batch: int
+    learning_rate: float
+    weight_decay: float  # AdamW's, of matrices
+    draws: int = 8  # of z, for each text that is measured
+
+
+def frequencies(labels: torch.Tensor, K: int) -> torch.Tensor:
+    """(K,) shares of the classes, one text added to each, so that none is 0."""
+    counts = torch.bincount(labels.flatten(), minlength=K) + labels.size(1)
+    return counts / counts.sum()
+
+
+def drawn(seed: int, C: int, Q: int, K: int, how: Training, bias: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The weights of one probe before training: it knows the classes' frequencies (their logarithms are `bias`, (K,))
+    and nothing else, since the last matrix is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    Z, H = how.z_dim, how.hidden
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) / math.sqrt(rows)
+
+    weights = {
+        "code": matrix(C, 2 * Z), "code_bias": torch.cat([torch.zeros(Z), torch.full((Z,), NARROW)]),
+        "out": torch.zeros(Z, K), "out_bias": bias,
+    }  # fmt: skip
+    if not H:
+        return weights | {"asked": torch.zeros(Q, K)}
+    asked = GATES * torch.randn(Q, 2 * H, generator=generator)
+    return weights | {
+        "asked": asked, "inner": matrix(Z, H), "inner_bias": torch.zeros(H), "inner_out": torch.zeros(H, K),
+    }  # fmt: skip
+
+
+def forward(weights: dict, states, query, noise) -> tuple[torch.Tensor, torch.Tensor]:
+    """states (P, B, C), query (P, B, q), noise (P, B, Z), 0 where z = mu -> outputs (P, B, K), rates (P, B)."""
+
+    def affine(x, name):  # a matrix for each probe
+        return torch.baddbmm(weights[f"{name}_bias"][:, None], x, weights[name])
+
+    mean, log_variance = affine(states, "code").chunk(2, dim=-1)
+    rates = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=-1)
+    z = mean + noise * (0.5 * log_variance).exp()
+    # each probe has its own vector for what is said: the tables, one below the other
+    tables, first = weights["asked"], torch.arange(len(query), device=query.device) * weights["asked"].size(1)
+    asked = F.embedding(query + first[:, None, None], tables.flatten(0, 1)).sum(dim=2)  # (P, B, K or 2H)
+    outputs = affine(z, "out")
+    if "inner" not in weights:
+        return outputs + asked, rates
+    # it gates: to look up what is asked for is a product of question and code
+    gate, shift = asked.chunk(2, dim=-1)
+    return outputs + F.gelu(affine(z, "inner") * (1 + gate) + shift) @ weights["inner_out"], rates
+
+
+def distortions(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """outputs (P, B, K), labels (P, B, n) -> (P, B)."""
+    if labels.is_floating_point():
+        return (outputs - labels).square().sum(dim=-1)
+    return outputs.logsumexp(dim=-1) - outputs.gather(-1, labels).mean(dim=-1)
+
+
+def fit(train: Source, val: Source, K: int, Q: int, members: list[Member], how: Training, progress=None) -> dict:
+    """Trains all members -> their weights, name -> (P, ...), each of the epoch with the least D + beta R on `val`; it
+    is done with once that has not fallen for `patience` epochs. K: classes, or values of a text; Q: how many numbers
+    queries are made of.
+
+    progress(epoch, members that go on) is called after each epoch."""
+    device, (N, C) = train.states.device, train.states.shape
+    bias = torch.zeros(K) if train.labels.is_floating_point() else frequencies(train.labels, K).log().cpu()
+    alone = {seed: drawn(seed, C, Q, K, how, bias) for seed in sorted({member.seed for member in members})}
+    weights = {
+        name: torch.stack([alone[member.seed][name] for member in members]).to(device).requires_grad_()
+        for name in next(iter(alone.values()))
+    }
+    row = torch.tensor([list(alone).index(member.seed) for member in members], device=device)  # of seed
+    betas = torch.tensor([member.beta for member in members], device=device)
+    noisy = torch.tensor([member.kind == "bottleneck" for member in members], device=device)[:, None, None]
+    shuffled = torch.tensor([member.kind == "shuffled" for member in members], device=device)[:, None]
+    generators = [torch.Generator().manual_seed(seed + 1_000_003) for seed in alone]
+
+    def each(draw) -> torch.Tensor:  # the same for all probes of a seed
+        return torch.stack([draw(generator) for generator in generators]).to(device)
+
+    def orders(n: int) -> torch.Tensor:
+        return each(lambda g: torch.randperm(n, generator=g))
+
+    def noise(n: int) -> torch.Tensor:
+        return each(lambda g: torch.randn(n, how.z_dim, generator=g))
+
+    others = orders(N), orders(len(val.states))  # whose label a text has, if they are shuffled
+    val_noise = noise(len(val.states))[row] * noisy
+
+    def objective(source: Source, picked: torch.Tensor, other: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """picked (seeds, B) texts -> D + beta R (P,)."""
+        picked = picked[row]
+        labels = source.labels[torch.where(shuffled, other[row].gather(1, picked), picked)]
+        outputs, rates = forward(weights, source.states[picked], source.query[picked], noise)
+        return (distortions(outputs, labels) + betas[:, None] * rates).mean(dim=1)
+
+    def judged() -> torch.Tensor:
+        everything = torch.arange(len(val.states), device=device).expand(len(alone), -1)
+        with torch.no_grad():
+            return objective(val, everything, others[1], val_noise)
+
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for name, p in weights.items() if name.endswith("bias")], "weight_decay": 0.0},
+            {"params": [p for name, p in weights.items() if not name.endswith("bias")]},
+        ],
+        weight_decay=how.weight_decay,
+    )
+    batch = min(how.batch, N)
+    steps = N // batch
+    least, waited = judged(), torch.zeros(len(members), dtype=torch.long, device=device)
+    best = {name: p.detach().clone() for name, p in weights.items()}
+    for epoch in range(how.epochs):
+        order = orders(N)  # (seeds, N)
+        for step in range(steps):
+            done = (epoch * steps + step) / (how.epochs * steps)
+            for group in optimizer.param_groups:
+                group["lr"] = how.learning_rate * (1 - done)
+            optimizer.zero_grad(set_to_none=True)
+            picked = order[:, step * batch : (step + 1) * batch]
+            objective(train, picked, others[0], noise(batch)[row] * noisy).sum().backward()
+            optimizer.step()
+        now, going = judged(), waited < how.patience
+        better = (now < least) & going
+        least, waited = torch.where(better, now, least), torch.where(better, 0, waited + 1)
+        for name, p in weights.items():
+            best[name][better] = p.detach()[better]
+        going = int((going & (waited < how.patience)).sum())
+        if progress:
+            progress(epoch + 1, going)
+        if not going:
+            break
+    return best
+
+
+@torch.no_grad()
+def measure(weights: dict, source: Source, members: list[Member], how: Training) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distortion and rate of every text -> (P, N) each, the distortion as a mean over draws of z."""
+    P, N = len(members), len(source.states)
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.tensor([member.kind == "bottleneck" for member in members], device=source.states.device)
+    out = torch.zeros(P, N), torch.zeros(P, N)
+    for start in range(0, N, 256):
+        part = Source(*(x[start : start + 256].expand(P, -1, -1) for x in source))
+        for _ in range(how.draws):
+            noise = torch.randn(part.states.size(1), how.z_dim, generator=generator).to(noisy.device)
+            outputs, rates = forward(weights, part.states, part.query, noise * noisy[:, None, None])
+            out[0][:, start : start + 256] += distortions(outputs, part.labels).cpu() / how.draws
+        out[1][:, start : start + 256] = rates.cpu()
+    return out

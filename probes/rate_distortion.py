@@ -1,0 +1,328 @@
+"""python probe.py rate_distortion: how much of what a text says can be read from one hidden state, at which rate?
+
+The paper argues that a meta-token compresses what stands before it, and shows bottlenecks trained on 50 texts, whose
+distortion of 10.0 to 10.8 nats is close to ln 50257 = 10.8: guessing. Here the run is frozen, states of thousands of
+texts are read, and a variational bottleneck (probes/bottleneck.py) is trained on each at ten weights beta of its rate,
+with early stopping on other texts, and measured on texts that no probe has seen, those of eval.py tasks. States
+(probes/places.py): meta, delimiter, last, random, mean precede the question, and their decoder is told it; question
+follows it.
+
+Targets, over the ids that occur as one in the texts, in nats:
+    answer    the first id of the answer
+    back_D    the id D positions before the state's (--targets back --back D ..)
+    bag_N     the N ids before the state's position, whatever their order (--targets bag --bag N): one softmax over the
+              classes, whose cross-entropy with the N is divided by N. That is the distortion of an id that is drawn
+              from the N at random, so all that is said of one label holds for it; but what cannot be avoided is the
+              mean entropy of the N themselves, the `floor`.
+
+Beside each curve: ln K; the entropy of the labels, with the correction of Miller and Madow, of all texts, and as it is
+in the test texts; the cross-entropy of the test texts by the frequencies of the training texts, which is what a
+constant has; a ceiling (the same probe without noise and price); the same with shuffled labels. And the converse:
+D + R >= H(Y) at every point, by three standard errors; a point below it is flagged. (H is taken as that of Y given the
+question; they are independent in every task, but for --question=after, whose question excludes one of 200 answers.)
+
+A rate is an upper bound of what the code tells, a distortion one of what this decoder can read from it after so many
+texts: a high curve says that it was not found, not that it is not there. Compared are states of one checkpoint on the
+same texts, at equal rates: that tells nothing of arms, which are compared over five or more seeds of training."""
+
+import dataclasses
+import itertools
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from checkpoint import Run
+from config import Placement, Task, UserError, check
+from evals.common import fits, write_lines
+from evals.tasks import TasksEval, about, texts
+from probes import known
+from probes.bottleneck import Member, Source, Training, fit, measure
+from probes.curves import Points, baselines, compared, constant_distortion, converse, intervals
+from probes.places import STATES, Spot, labels_of, missing, queries_of, read_states, spots
+from probes.rate_drawing import rate_picture
+from probes.rate_table import progress, table, ticking
+from probes.trace import check_layer
+from stats import decide, holm, seed_difference
+from tasks.example import Maker
+from terminal import BOLD, write
+
+DECIDES = 1000  # texts; with fewer nothing is decided
+SPLITS = ("train/rate_distortion", "val", "test")  # no text is in two: tasks/example.py
+
+
+@dataclass(frozen=True)
+class RateDistortionProbe(TasksEval):
+    """Rate and distortion of bottlenecks on frozen hidden states, in nats."""
+
+    known: bool = False
+    """instead of a run, two sources whose curve is known"""
+    tasks: tuple[Task, ...] = ("list_recall",)
+    """list_recall, segment_counting, parity, copying"""
+    lengths: tuple[int, ...] = (128,)
+    """positions of the longest texts of a cell; the shortest have nine tenths of that"""
+    placements: tuple[Placement, ...] = ("target",)
+    """target, every, none, background; a cell each"""
+    n: int = 1000
+    """test texts of a cell"""
+    train_texts: int = 4000
+    val_texts: int = 1000
+    states: tuple[Literal["meta", "delimiter", "last", "random", "mean", "question"], ...] = ()
+    """by default what the texts have of meta, delimiter, last and question"""
+    layers: tuple[int, ...] = ()
+    """0: the embedding, i: what block i puts out; by default the last"""
+    targets: tuple[Literal["answer", "back", "bag"], ...] = ("answer",)
+    back: tuple[int, ...] = (1,)
+    bag: int = 8
+    betas: int = 10
+    """from beta_min to beta_max by equal factors; above 1 a rate can only cost"""
+    beta_min: float = 0.003
+    beta_max: float = 2.0
+    seeds: int = 3
+    """probes of each kind: other weights, noise and order of texts"""
+    rates: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+    """nats at which curves are compared, beside their mean difference up to H(Y)"""
+    z_dim: int = 32
+    """of the code; several items of 5 nats each fit into it at low noise"""
+    hidden: int = 64
+    """width of the decoder's part that the question gates; 0 = all of it linear, as the paper's"""
+    epochs: int = 30
+    patience: int = 10
+    """epochs without a better validation after which a probe is done"""
+    batch: int = 200
+    learning_rate: float = 0.01
+    """falling to 0 at the last epoch"""
+    weight_decay: float = 0.3
+    """of AdamW: with none, 20 texts a class are learned by heart"""
+    effect: float = 0.0
+    margin: float = 0.05
+    """nats; a verdict is on "less distortion by more than effect", and "does not hold" inside +- margin"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("tasks", "placements", "lengths", "states", "layers", "targets", "back", "rates"):
+            check(self, name, len(set(getattr(self, name))) == len(getattr(self, name)), "name each once")
+        for name in ("n", "train_texts", "val_texts"):
+            check(self, name, 20 <= getattr(self, name) <= 10**6, "be 20 texts or more, and 1000000 at most")
+        for name, most in (
+            ("bag", 10**4),
+            ("betas", 100),
+            ("seeds", 100),
+            ("z_dim", 10**4),
+            ("epochs", 10**5),
+            ("patience", 10**5),
+            ("batch", 10**6),
+        ):
+            check(self, name, 1 <= getattr(self, name) <= most, f"lie in 1 .. {most}")
+        check(self, "targets", len(self.targets) > 0, "name a target")
+        check(self, "back", self.back and min(self.back) >= 1, "be steps back, 1 or more")
+        check(self, "hidden", 0 <= self.hidden <= 10**4, "lie in 0 .. 10000")
+        check(self, "beta_min", 0 < self.beta_min <= self.beta_max, "be above 0 and at most beta_max")
+        check(self, "rates", self.rates and min(self.rates) >= 0, "be 0 nats or more")
+        check(self, "learning_rate", 0 < self.learning_rate <= 1, "lie above 0, and be 1 at most")
+        check(self, "weight_decay", 0 <= self.weight_decay <= 100, "lie in 0 .. 100")
+        check(self, "margin", self.margin > 0, "be above 0 nats")
+        check(self, "effect", self.effect >= 0, "be 0 nats or more")
+        check(self, "output", not self.output.endswith(".png"), "be a file of JSON lines; the picture lies beside it")
+
+    @property
+    def training(self) -> Training:
+        return Training(
+            self.z_dim, self.hidden, self.epochs, self.patience, self.batch, self.learning_rate, self.weight_decay
+        )
+
+    @property
+    def grid(self) -> list[float]:
+        """The betas, the largest first."""
+        return np.geomspace(self.beta_max, self.beta_min, self.betas).tolist()
+
+    @property
+    def asked(self) -> list[str]:
+        """Targets by name."""
+        names = {"answer": ["answer"], "back": [f"back_{d}" for d in self.back], "bag": [f"bag_{self.bag}"]}
+        return [name for target in self.targets for name in names[target]]
+
+    @property
+    def reach(self) -> int:
+        """Tokens that are asked for before a state's position."""
+        return max([0, *(int(name.partition("_")[2]) for name in self.asked if name != "answer")])
+
+
+def main(cfg: RateDistortionProbe) -> None:
+    if cfg.known:
+        write(known.report() + "\n")
+        return
+    run, facts = cfg.open()
+    layers = list(cfg.layers or (run.model.cfg.n_layer,))
+    for layer in layers:
+        check_layer(run.model, layer)
+    cells = cells_of(cfg, run)  # what cannot be asked is refused by here
+    output = cfg.lines(run, "rate_distortion")
+    write(f"{facts['arm']}, {run.folder}\n", BOLD)
+    curves, comparisons = [], []
+    for maker, level, length in cells:
+        cell = measure_cell(cfg, run, maker, level, length, layers)
+        curves += [line for line, _ in cell]
+        comparisons += compare_cell(cfg, cell)
+    if not curves:
+        raise UserError(
+            f"targets={cfg.targets} leave nothing to measure at the states asked for: mean has no place, and "
+            f"of others the target is always the same id; ask for others."
+        )
+    judge(cfg, comparisons)
+    lines = [{**facts, **line} for line in curves + comparisons]
+    write_lines(output, lines)
+    picture = output.with_suffix(".png")
+    picture.write_bytes(rate_picture(lines))
+    write(f"\n{table(lines)}\n{output}\n{picture}\n")
+
+
+def cells_of(cfg: RateDistortionProbe, run: Run) -> list[tuple[Maker, str, int]]:
+    """Who writes the texts of a cell, their level and length. Raises UserError if there are no such texts, they do not
+    fit, or their first ones lack a state or target that is named."""
+    out = []
+    for task, placement, settings, level, length in cfg.cells(run):
+        if why := fits(run, length):
+            raise UserError(f"lengths={cfg.lengths} cannot all be read: {why}: leave longer ones out.")
+        maker = Maker(task, placement, settings, run.tokenizer)
+        first = texts(maker, level, length, 20)
+        states_of(cfg, maker, spots(maker, first, run.config.target_rule, cfg.reach, "test"))
+        out.append((maker, level, length))
+    return out
+
+
+def states_of(cfg: RateDistortionProbe, maker: Maker, of: list[Spot]) -> list[str]:
+    """The states to look at. Raises UserError for one that was named and not all texts have."""
+    where = f"{maker.name} with placement {maker.placement}"
+    for name in cfg.states:
+        if why := missing(name, of):
+            raise UserError(f"states={name} is not there in {where}: {why}; leave it out, or take other --placements.")
+    names = [name for name in STATES if name in (cfg.states or ("meta", "delimiter", "last", "question"))]
+    names = [name for name in names if not missing(name, of)]
+    for name in names if cfg.reach else ():
+        least = min(text.at[name] for text in of)
+        if least < cfg.reach:
+            raise UserError(
+                f"targets={cfg.asked} ask for {cfg.reach} tokens before the state {name}, and a text of {where} has "
+                f"{least}: lower --back and --bag, or take other --states."
+            )
+    return names
+
+
+def measure_cell(cfg: RateDistortionProbe, run: Run, maker: Maker, level: str, length: int, layers: list[int]):
+    """All curves of a cell -> their lines, each with its Points."""
+    started = time.perf_counter()
+    sizes = (cfg.train_texts, cfg.val_texts, cfg.n)
+    examples = [texts(maker, level, length, n, split) for split, n in zip(SPLITS, sizes, strict=True)]
+    rule = run.config.target_rule
+    splits = [spots(maker, of, rule, cfg.reach, split) for of, split in zip(examples, SPLITS, strict=True)]
+    names = states_of(cfg, maker, [text for of in splits for text in of])
+    with cfg.autocast(run):
+        read = [
+            read_states(run, of, at, split, length, names, layers)
+            for of, at, split in zip(examples, splits, SPLITS, strict=True)
+        ]
+    queries, Q = queries_of(splits)
+    reading = time.perf_counter() - started
+    write(
+        f"{maker.name}, {maker.placement}, {length} positions: {sum(sizes)} texts read in {reading:.0f} s, states "
+        f"{', '.join(names)}\n"
+    )
+    out = []
+    for target, (i, layer), (j, name) in itertools.product(cfg.asked, enumerate(layers), enumerate(names)):
+        if name == "mean" and target != "answer":  # it has no position
+            continue
+        labels, K = labels_of(target, name, splits)
+        if K < 2:
+            write(f"without {target} at the state {name}, which is always the same id\n")
+            continue
+        here = [part[i, j] for part in read]
+        mean, deviation = here[0].mean(dim=0), here[0].std(dim=0).clamp(min=1e-6)
+        told = queries if target == "answer" else [query[:, :0] for query in queries]
+        sources = [
+            Source((x - mean) / deviation, q.to(x.device), torch.from_numpy(y).to(x.device))
+            for x, q, y in zip(here, told, labels, strict=True)
+        ]
+        line = {
+            "probe": "rate_distortion", "kind": "curve", **about(maker, level, length), "layer": layer, "state": name,
+            "told_the_question": target == "answer", "target": target,
+        }  # fmt: skip
+        figures, points = curve(cfg, sources, K, Q)
+        out.append(({**line, **figures, "seconds_reading": reading}, points))
+        write(progress(out[-1][0]) + "\n")
+    return out
+
+
+def curve(cfg: RateDistortionProbe, sources: list[Source], K: int, Q: int) -> tuple[dict, Points]:
+    """Probes trained on the first source, stopped by the second, measured on the third."""
+    started = time.perf_counter()
+    train, val, test = (source.labels.cpu().numpy() for source in sources)
+    kinds = [(beta, "bottleneck") for beta in cfg.grid] + [(0.0, "ceiling"), (0.0, "shuffled")]
+    members = [Member(beta, seed, kind) for beta, kind in kinds for seed in range(cfg.seeds)]
+    weights = fit(sources[0], sources[1], K, Q, members, cfg.training, ticking)
+    D, R = (
+        x.double().numpy().reshape(len(kinds), cfg.seeds, -1)
+        for x in measure(weights, sources[2], members, cfg.training)
+    )
+    facts = baselines(train, val, test, K)
+    points = Points(D[: cfg.betas], R[: cfg.betas], constant_distortion(train, test, K))
+    low, high = intervals(points)
+    drawn = [
+        {
+            "beta": beta, "rate": float(R[k].mean()), "distortion": float(D[k].mean()),
+            "rates": R[k].mean(axis=1).tolist(), "distortions": D[k].mean(axis=1).tolist(),
+            "rate_interval": (low[0, k], high[0, k]), "distortion_interval": (low[1, k], high[1, k]),
+            "seed_interval": over_seeds(D[k].mean(axis=1)), **converse(D[k], R[k], facts),
+        }
+        for k, beta in enumerate(cfg.grid)
+    ]  # fmt: skip
+    ends = {
+        kinds[k][1]: {
+            "distortion": float(D[k].mean()),
+            "distortions": D[k].mean(axis=1).tolist(),
+            "seed_interval": over_seeds(D[k].mean(axis=1)),
+        }
+        for k in (cfg.betas, cfg.betas + 1)
+    }
+    sizes = {"n": len(test), "train_texts": len(train), "val_texts": len(val), "probe_seeds": cfg.seeds}
+    figures = {
+        **sizes, **dataclasses.asdict(cfg.training), "classes": K, **facts, "points": drawn, **ends,
+        "violations": sum(point["violates_converse"] for point in drawn), "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+    return figures, points
+
+
+def over_seeds(values: np.ndarray) -> tuple[float, float] | None:
+    """95 % interval of a mean over probe seeds by Student's t, None for one."""
+    return seed_difference(values, np.zeros(len(values)))[1:] if len(values) > 1 else None
+
+
+def compare_cell(cfg: RateDistortionProbe, cell: list[tuple[dict, Points]]) -> list[dict]:
+    """Lines that compare the first state with each other one, at every layer, where both are asked for the answer: of
+    other targets each state has its own."""
+    out = []
+    for layer in dict.fromkeys(line["layer"] for line, _ in cell):
+        here = [(line, points) for line, points in cell if line["target"] == "answer" and line["layer"] == layer]
+        for (first, points), (second, others) in ((here[0], other) for other in here[1:]):
+            same = ("probe", "task", "placement", "level", "question", "length", "layer", "target", "entropy")
+            out.append({
+                **{name: first[name] for name in same}, "kind": "comparison",
+                "states": [first["state"], second["state"]], "n": first["n"], "probe_seeds": cfg.seeds,
+                **compared(points, others, list(cfg.rates), first),
+            })  # fmt: skip
+    return out
+
+
+def judge(cfg: RateDistortionProbe, comparisons: list[dict]) -> None:
+    """Adds verdicts on "the first has less distortion at equal rates by more than `effect`"; Holm's family are all."""
+    for line, adjusted in zip(comparisons, holm([line["p"] for line in comparisons]), strict=True):
+        low, high = line["difference_interval"]
+        verdict = decide(-high, -low, adjusted, cfg.effect, cfg.margin)
+        if line["n"] < DECIDES:
+            verdict = f"undecided: n = {line['n']}, {DECIDES} decide"
+        line |= {
+            "holm": adjusted, "comparisons": len(comparisons), "effect": cfg.effect, "margin": cfg.margin,
+            "claim": "less distortion at equal rates, of this checkpoint", "verdict": verdict,
+        }  # fmt: skip

@@ -1,0 +1,93 @@
+"""The picture of probe.py rate_distortion."""
+
+import textwrap
+
+from matplotlib.lines import Line2D
+
+from reports.drawing import COLOURS, GREY, MARKERS, png
+
+LOOKS = {name: {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4.5}
+         for i, name in enumerate(("meta", "last", "question", "random", "mean", "delimiter"))}  # fmt: skip
+LINEAR = 8.0  # nats of rate on a linear scale, before the logarithmic one
+
+
+def rate_picture(lines: list[dict]) -> bytes:
+    """The lines of one call of probe.py rate_distortion as a PNG."""
+    return png(_rates, [line for line in lines if line["kind"] == "curve"])
+
+
+def _rates(figure, lines: list[dict]) -> None:
+    """A row for each cell and target, a column for each layer: distortion by rate, a curve for each state."""
+    rows = list(dict.fromkeys(_row(line) for line in lines))
+    layers = list(dict.fromkeys(line["layer"] for line in lines))
+    first = lines[0]
+    figure.set_size_inches(max(6.4, 0.8 + 4.2 * len(layers)), 1.5 + 3.3 * len(rows))
+    panels = figure.subplots(len(rows), len(layers), squeeze=False, sharex=True)
+    for row, of in zip(rows, panels, strict=True):
+        for layer, axes in zip(layers, of, strict=True):
+            _panel(axes, [line for line in lines if _row(line) == row and line["layer"] == layer])
+            task, placement, length, target = row
+            axes.set_title(
+                f"{target} of {task.replace('_', ' ')}, {placement}, {length} positions, layer {layer}", fontsize=9.5
+            )
+        of[0].set_ylabel("distortion D, nats")
+    for axes in panels[-1]:
+        axes.set_xlabel("rate R, nats")
+    told = f"{first['arm']}; {first['run']}, step {first['step']}, seed {first['seed']}"
+    sizes = f"n = {first['n']} test texts, {first['train_texts']} to train, {first['probe_seeds']} probe seeds"
+    read = f"level {first['level']}; {sizes}; bars: 95 %"
+    figure.suptitle("\n".join([*textwrap.wrap(told, 90), read]), fontsize=9)
+    names = [name for name in LOOKS if any(line["state"] == name for line in lines)]
+    handles = [Line2D([], [], **LOOKS[name], linewidth=1.4, label=name) for name in names]
+    for label, style in STYLES.items():
+        if label != "floor" or any(line["floor"] > 0 for line in lines):
+            handles.append(Line2D([], [], label=label, **style))
+    if any(line["violations"] for line in lines):
+        handles.append(Line2D([], [], **VIOLATION, label="below the converse"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+
+
+STYLES = {
+    "ln K": {"color": GREY, "linestyle": "-", "linewidth": 0.8},
+    "H(Y), and the converse H − R": {"color": "black", "linestyle": "-", "linewidth": 1.2},
+    "constant": {"color": GREY, "linestyle": (0, (5, 2)), "linewidth": 1.0},
+    "shuffled labels": {"color": GREY, "linestyle": (0, (1, 1.2)), "linewidth": 1.4},
+    "ceiling, without a bottleneck": {"color": GREY, "linestyle": (0, (3, 1.5, 1, 1.5)), "linewidth": 1.0},
+    "floor": {"color": "#999999", "linestyle": (0, (8, 3)), "linewidth": 1.0},
+}
+VIOLATION = {"marker": "x", "color": "red", "markersize": 9, "markeredgewidth": 2, "linestyle": ""}
+
+
+def _row(line: dict) -> tuple:
+    return line["task"], line["placement"], line["length"], line["target"]
+
+
+def _panel(axes, lines: list[dict]) -> None:
+    """Baselines that are those of all states are drawn once, others in the colour of their state."""
+    last = max(max(LINEAR, *(point["rate_interval"][1] for point in line["points"])) for line in lines)
+    one = len({line["entropy"] for line in lines}) == 1
+    for number, line in enumerate(lines):
+        look, points = LOOKS[line["state"]], line["points"]
+        if number == 0 or not one:
+            own = {} if one else {"color": look["color"]}
+            H = line["entropy"]
+            axes.axhline(line["uniform"], **STYLES["ln K"] | own, zorder=1)
+            axes.axhline(line["cross_entropy"], **STYLES["constant"] | own, zorder=1)
+            axes.plot([0, H, last], [H, 0, 0], **STYLES["H(Y), and the converse H − R"] | own, zorder=1)
+            if line["floor"] > 0:
+                axes.axhline(line["floor"], **STYLES["floor"] | own, zorder=1)
+        for name, kind in (("shuffled", "shuffled labels"), ("ceiling", "ceiling, without a bottleneck")):
+            axes.axhline(line[name]["distortion"], **STYLES[kind] | {"color": look["color"]}, alpha=0.7, zorder=1)
+        R, D = [point["rate"] for point in points], [point["distortion"] for point in points]
+        axes.plot(R, D, linewidth=1.4, **look, zorder=3)
+        axes.vlines(R, *zip(*(point["distortion_interval"] for point in points), strict=True), color=look["color"])
+        axes.hlines(D, *zip(*(point["rate_interval"] for point in points), strict=True), color=look["color"])
+        for point in points:
+            if point["violates_converse"]:
+                axes.plot(point["rate"], point["distortion"], **VIOLATION, zorder=4)
+    axes.set_xscale("symlog", linthresh=LINEAR, linscale=2.0)
+    ticks = [0, 2, 4, 6, 8, *(2**k for k in range(4, 16))]
+    axes.set_xlim(-0.15, last * 1.1)
+    axes.set_xticks([tick for tick in ticks if tick <= last * 1.1], [str(tick) for tick in ticks if tick <= last * 1.1])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=-0.03 * max(line["uniform"] for line in lines))

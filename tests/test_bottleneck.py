@@ -1,0 +1,204 @@
+"""probes/bottleneck.py and probes/curves.py: sources whose answer is known, and what is made of points."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from probes import known
+from probes.bottleneck import Member, Source, Training, fit, measure
+from probes.curves import Points, at_rates, baselines, compared, converse, entropy
+from probes.rate_distortion import RateDistortionProbe, curve
+from tests.reference import bottleneck as reference
+
+SMALL = RateDistortionProbe(
+    betas=3,
+    beta_min=0.01,
+    beta_max=4.0,
+    seeds=2,
+    epochs=30,
+    patience=30,
+    z_dim=4,
+    hidden=32,
+    batch=50,
+    learning_rate=0.03,
+    weight_decay=0.1,
+)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def uniform(n: int, K: int, seed: int = 0, of: int = 1) -> torch.Tensor:
+    return torch.randint(K, (n, of), generator=torch.Generator().manual_seed(seed))
+
+
+# ----------------------------------------------------------------------------- the bottleneck
+
+
+@pytest.mark.parametrize(("hidden", "q", "n"), [(5, 2, 1), (0, 1, 1), (5, 0, 2)])
+def test_probes_trained_at_once_are_what_each_is_alone(hidden, q, n):
+    """Also when one is done early and others go on."""
+    how = Training(z_dim=2, hidden=hidden, epochs=6, patience=1, batch=4, learning_rate=0.1, weight_decay=0.3)
+    sources = [Source(normal(N, 6, seed=s), uniform(N, 4, s + 5, q), uniform(N, 3, s, n)) for s, N in ((1, 10), (2, 6))]
+    members = [
+        Member(beta, seed, kind)
+        for seed in (0, 4)
+        for beta, kind in ((0.5, "bottleneck"), (0.01, "bottleneck"), (0.0, "ceiling"), (0.0, "shuffled"))
+    ]
+    weights = fit(*sources, 3, 4, members, how)
+    names = {f"{name}_bias": f"b_{name}" for name in ("code", "inner", "out")}
+    epochs = []
+    for i, member in enumerate(members):
+        alone, epoch = reference.trained(*sources, 3, 4, *member, how)
+        epochs.append(epoch)
+        assert {names.get(name, name) for name in weights} == set(alone)
+        for name in weights.keys() - ({"asked"} if q == 0 else set()):  # nothing is asked: not used
+            torch.testing.assert_close(weights[name][i], alone[names.get(name, name)], rtol=1e-3, atol=1e-4)
+    assert min(epochs) < how.epochs - how.patience  # some are done early
+    D, R = measure(weights, sources[1], members, dataclasses.replace(how, draws=1))
+    for i in (2, 3, 6):  # without noise
+        w = {names.get(name, name): p[i] for name, p in weights.items()}
+        for text in range(6):
+            d, r = reference.text_loss(w, *(x[text] for x in sources[1]), torch.zeros(2))
+            assert (float(D[i, text]), float(R[i, text])) == pytest.approx((float(d), float(r)), rel=1e-4, abs=1e-5)
+
+
+def test_a_gaussian_reaches_its_curve():
+    how = dataclasses.replace(known.GAUSSIAN, draws=16)
+    found = known.points(known.gaussian, 1, known.GAUSSIAN_BETAS[::2], how, known.GAUSSIAN_TEXTS)
+    for beta, R, D in found:
+        assert abs(R - 0.5 * math.log(known.VARIANCE / D)) < known.NEAR
+        assert abs(D / (beta / 2) - 1) < 0.1  # where on the curve
+
+
+def test_classes_keep_the_converse_and_meet_it_at_the_ends():
+    how = dataclasses.replace(known.CATEGORICAL, draws=16)
+    H = math.log(known.CLASSES)
+    found = known.points(known.categorical, known.CLASSES, known.CLASS_BETAS, how, known.CLASS_TEXTS)
+    assert all(D + R >= H - known.SLACK for _, R, D in found)
+    (_, R, D), (_, R1, D1) = found[0], found[-1]
+    assert D < 0.05 and H < R < H + 6  # a Gaussian code of all classes
+    assert R1 < 0.1 and abs(D1 + R1 - H) < known.SLACK
+    assert sorted(R for _, R, _ in found) == [R for _, R, _ in reversed(found)]
+
+
+def planted(state, K: int = 12, sizes=(600, 200, 300)) -> list[Source]:
+    """Texts with one of K classes, and as state what state(labels (N,), seed) says of it."""
+    labels = [uniform(N, K, seed) for seed, N in enumerate(sizes)]
+    return [Source(state(y[:, 0], seed), torch.zeros(len(y), 0, dtype=torch.long), y) for seed, y in enumerate(labels)]
+
+
+@pytest.mark.parametrize("kind", ["all of it", "nothing", "one bit"])
+def test_planted_states(kind):
+    K = 12
+    make = {
+        "all of it": lambda y, seed: torch.nn.functional.one_hot(y, K).float(),
+        "nothing": lambda y, seed: torch.ones(len(y), 5),
+        "one bit": lambda y, seed: torch.stack([(y < 6).float(), normal(len(y), seed=seed)], dim=1),
+    }[kind]
+    line, points = curve(SMALL, planted(make), K, 0)
+    knowable = {"all of it": math.log(K), "nothing": 0.0, "one bit": math.log(2)}[kind]
+    assert line["ceiling"]["distortion"] == pytest.approx(math.log(K) - knowable, abs=0.06)
+    assert line["points"][-1]["distortion"] == pytest.approx(math.log(K) - knowable, abs=0.12)
+    first = line["points"][0]  # a rate costs more than it brings
+    assert first["rate"] < 0.1 and first["above_converse"] == pytest.approx(0, abs=0.15)
+    # shuffled labels teach nothing but frequencies
+    assert line["shuffled"]["distortion"] == pytest.approx(line["cross_entropy"], abs=0.03)
+    assert line["violations"] == 0 and points.rate.shape == (3, 2, 300)
+    assert line["uniform"] == pytest.approx(math.log(K)) and line["classes"] == K
+    if kind == "all of it":
+        assert line["points"][-1]["rate"] > math.log(K) - 0.1
+    if kind == "nothing":
+        assert all(abs(point["distortion"] - math.log(K)) < 0.1 for point in line["points"])
+
+
+def test_the_query_says_what_to_look_up():
+    """Two classes in the state, of which the query asks for one; without it, half of what is said is of the other."""
+
+    def texts(N: int, seed: int, told: bool) -> Source:
+        both, asked = uniform(N, 4, seed, of=2), uniform(N, 2, seed + 50)
+        query = asked if told else asked[:, :0]
+        return Source(torch.nn.functional.one_hot(both, 4).flatten(1).float(), query, both.gather(1, asked))
+
+    found = {}
+    for told in (True, False):
+        line, _ = curve(SMALL, [texts(N, seed, told) for seed, N in enumerate((800, 200, 300))], 4, 2)
+        found[told] = line["ceiling"]["distortion"]
+    # without: the class is one of two that are known, and with 1 in 4 they are the same
+    assert found[True] < 0.1 and found[False] == pytest.approx(0.75 * math.log(2), abs=0.1)
+
+
+# ----------------------------------------------------------------------------- what is made of points
+
+
+def test_baselines():
+    labels = np.array([[0], [0], [1], [2]])
+    facts = baselines(labels, labels[:1], labels[2:], 3)
+    assert facts["uniform"] == math.log(3) and facts["entropy_test"] == pytest.approx(math.log(2))
+    counts = np.array([3, 2, 2]) / 7  # one text added to each class
+    assert facts["cross_entropy"] == pytest.approx(-math.log(counts[1]))
+    p = np.array([3, 2, 2]) / 7  # of all seven texts
+    assert facts["entropy"] == pytest.approx(min(math.log(3), -(p * np.log(p)).sum() + 2 / 14)) and facts["floor"] == 0
+    bags = np.array([[0, 0, 1, 1], [2, 2, 2, 2]])
+    facts = baselines(bags, bags, bags, 3)
+    assert facts["floor"] == pytest.approx(math.log(2) / 2)
+    assert facts["entropy_test"] == pytest.approx(1.5 * math.log(2))
+
+
+def test_entropies_of_samples_are_corrected():
+    labels = uniform(1000, 200, of=1).numpy()
+    parts = labels[:600], labels[600:700], labels[700:]
+    facts = baselines(*parts, 200)
+    assert facts["entropy"] == pytest.approx(math.log(200), abs=0.03) and entropy(labels, 200) < math.log(200) - 0.07
+    assert facts["entropy_test"] < facts["entropy"] < facts["cross_entropy"]
+
+
+def test_a_point_below_the_converse_is_flagged():
+    N, H = 1000, {"entropy": 3.0, "entropy_error": 0.0}
+    rng = np.random.default_rng(0)
+    for total, flagged in ((3.5, False), (3.0, False), (2.97, False), (2.8, True)):
+        R = np.full((2, N), 1.0)
+        of_texts = rng.normal(0, 0.6, (1, N))
+        D = total - R + (of_texts - of_texts.mean()).repeat(2, axis=0)
+        found = converse(D, R, H)
+        assert found["violates_converse"] == flagged
+        assert found["converse_tolerance"] == pytest.approx(3 * 0.6 / math.sqrt(N), rel=0.1)
+        assert found["above_converse"] == pytest.approx(total - 3, abs=1e-6)
+
+
+POINT = st.tuples(st.floats(0, 50), st.floats(0, 6))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(POINT, min_size=1, max_size=8), st.lists(st.floats(0, 60), min_size=1, max_size=4))
+def test_the_lower_hull_is_the_best_mixture(points, wanted):
+    r, d = np.array(points).T
+    expected = [reference.envelope([(0.0, 5.0), *points], rate) for rate in wanted]
+    np.testing.assert_allclose(at_rates(r, d, 5.0, np.array(wanted)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_difference_is_found_with_its_interval():
+    rng = np.random.default_rng(1)
+    hard = rng.normal(0, 1, 1500)  # of a text, in both
+    betas = np.array([0.5, 2.0, 6.0])[:, None, None]
+    rate = np.broadcast_to(betas, (3, 2, 1500))
+
+    def state(shift: float, seed: int) -> Points:
+        noise = np.random.default_rng(seed).normal(0, 0.3, (3, 2, 1500))
+        return Points(4 - 0.5 * betas + shift + hard + noise, rate, 4 + hard)
+
+    facts = {"entropy": 4.0}
+    nothing = compared(state(0, 1), state(0, 1), [1.0, 4.0], facts)
+    assert nothing["difference"] == 0 and nothing["difference_interval"] == (0, 0) and nothing["p"] == 1
+    found = compared(state(-0.2, 2), state(0, 3), [1.0, 6.0], facts)
+    low, high = found["difference_interval"]
+    assert low < found["difference"] < high < 0 and high - low < 0.06 and found["p"] <= 0.001
+    assert [row[0] for row in found["differences"]] == pytest.approx([-0.2, -0.2], abs=0.05)
+    chance = compared(state(0, 4), state(0, 5), [1.0], facts)
+    assert chance["difference_interval"][0] < 0 < chance["difference_interval"][1] and chance["p"] > 0.01

@@ -1,0 +1,333 @@
+"""probe.py rate_distortion: the bottleneck at sources whose answer is known, what is read, asked, refused."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import probe
+from config import TaskConfig, UserError
+from data.tokenizer import Tokenizer
+from evals.common import hidden_of
+from probes import known, rate_distortion, rate_drawing
+from probes.places import STATES, labels_of, queries_of, read_states, spot, spots
+from probes.rate_distortion import RateDistortionProbe, curve
+from probes.rate_table import table
+from tasks.example import Maker
+from tasks.source import collate
+from tasks.words import ITEMS, NAMES
+from tests.conftest import tree
+from tests.runs import saved, small_run
+from tests.test_bottleneck import SMALL, planted
+
+MARKED = {"dataset": "data/x", "injection": "uniform", "chunk_content": 27, "chunk_markers": 3}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([" " + " ".join(ITEMS + NAMES) + " zero one two three four : ? # \n" for _ in range(3)], 800)
+
+
+# ----------------------------------------------------------------------------- what is read and asked
+
+
+def makers(tokenizer, task="list_recall", **settings):
+    for placement in ("target", "none", "every", "background"):
+        yield placement, Maker(task, placement, TaskConfig(**{"meta_share": 0.2, **settings}), tokenizer)
+
+
+@pytest.mark.parametrize("task", ["list_recall", "segment_counting", "parity", "copying"])
+@pytest.mark.parametrize("rule", ["ignore", "skip"])
+def test_places_are_where_they_should_be(tokenizer, task, rule):
+    for placement, maker in makers(tokenizer, task):
+        for i in range(8):
+            example = maker.example("test", i, 60, 90, ("easy",))
+            text = spot(maker, example, rule, 3, i)
+            ids, at = example.ids, text.at
+            prompt, question = tokenizer.decode(ids[: text.start].tolist()), example.draft.questions[0]
+            plain = ids[ids != tokenizer.meta].tolist()
+            asked = "".join([*question[0], *question[1]])
+            assert tokenizer.decode(plain) == f"<|endoftext|>{_plain(maker, example)}{asked}<|endoftext|>"
+            rest = [k for k in ids[text.start :].tolist() if k != tokenizer.meta]
+            assert tokenizer.decode(rest) == f"{asked}<|endoftext|>"
+            assert ids[text.answer] == tokenizer.encode(question[1][0])[0] and text.query == tuple(question[0])
+            assert at["mean"] == text.start and tokenizer.decode([int(ids[at["last"]])]) == "\n"
+            assert ids[at["random"]] != tokenizer.meta and 3 <= at["random"] < text.start
+            assert text.start <= at["question"] < text.answer
+            between = ids[at["question"] + 1 : text.answer]
+            assert not len(between) if rule == "ignore" else (between == tokenizer.meta).all()
+            assert rule == "ignore" or ids[at["question"]] != tokenizer.meta
+            metas = np.flatnonzero(ids[: text.start] == tokenizer.meta)
+            assert at.get("meta") == (int(metas[-1]) if len(metas) else None)
+            assert ("delimiter" in at) == (" mark" in prompt)
+            if "delimiter" in at:
+                upto = tokenizer.decode([k for k in ids[: at["delimiter"] + 1].tolist() if k != tokenizer.meta])
+                assert upto.endswith(" mark") and upto.count(" mark") == prompt.replace("<|meta|>", "").count(" mark")
+        expected = {
+            "target": {"meta"},
+            "none": {"delimiter"},
+            "every": {"meta", "delimiter"},
+            "background": {"meta", "delimiter"},
+        }
+        if task == "list_recall":
+            expected["every"] = {"meta"}
+        assert {"meta", "delimiter"} & set(at) == expected[placement]
+
+
+def _plain(maker: Maker, example) -> str:
+    """The text of the body without meta-tokens."""
+    return maker.tokenizer.decode([k for k in maker.ids(example.draft.body) if k != maker.tokenizer.meta])
+
+
+def test_targets_are_ids_of_the_text(tokenizer):
+    maker = Maker("copying", "target", TaskConfig(), tokenizer)
+    splits = [
+        spots(maker, [maker.example(split, i, 60, 90, ("easy",)) for i in range(n)], "ignore", 4, split)
+        for split, n in (("train/x", 9), ("val", 4), ("test", 5))
+    ]
+    for state in ("meta", "last", "random", "question"):
+        for target in ("answer", "back_1", "back_3", "bag_4"):
+            labels, K = labels_of(target, state, splits)
+            assert [len(part) for part in labels] == [9, 4, 5] and max(part.max() for part in labels) == K - 1
+            number = {}
+            for of, part in zip(splits, labels, strict=True):
+                for text, row in zip(of, part, strict=True):
+                    at = text.at[state]
+                    ids = {
+                        "answer": [text.ids[text.answer]], "back_1": [text.ids[at - 1]], "back_3": [text.ids[at - 3]],
+                        "bag_4": text.ids[at - 4 : at],
+                    }[target]  # fmt: skip
+                    assert len(ids) == len(row)
+                    for k, label in zip(map(int, ids), row.tolist(), strict=True):
+                        assert number.setdefault(k, label) == label  # an id is a class
+            assert len(number) == K == len(set(number.values()))
+
+
+def test_queries_are_what_differs_between_questions(tokenizer):
+    maker = Maker("list_recall", "target", TaskConfig(), tokenizer)
+    of = [maker.example("test", i, 60, 90, ("easy",)) for i in range(30)]
+    texts = spots(maker, of, "ignore", 0, "test")
+    (first, second), Q = queries_of([texts[:20], texts[20:]])
+    names, places = ({text.query[k] for text in texts[:20]} for k in (1, 3))
+    assert first.shape == (20, 2) and Q == 1 + len(names) + len(places) == 1 + len(first.unique()) == first.max() + 1
+    for a, text in zip(first, texts[:20], strict=True):
+        for b, other in zip(first, texts[:20], strict=True):
+            assert [x == y for x, y in zip(a, b, strict=True)] == [text.query[k] == other.query[k] for k in (1, 3)]
+    for text, row in zip(texts[20:], second.tolist(), strict=True):  # 0: what no training text asked
+        assert [number > 0 for number in row] == [text.query[1] in names, text.query[3] in places]
+    assert (second == 0).any() and (second > 0).any()
+    parity = Maker("parity", "target", TaskConfig(), tokenizer)
+    of = spots(parity, [parity.example("test", i, 40, 60, ("easy",)) for i in range(3)], "ignore", 0, "test")
+    assert queries_of([of])[0][0].shape == (3, 0)  # always the same question
+
+
+@pytest.mark.parametrize("second", ["meta", "random", "none"])
+@torch.no_grad()
+def test_states_are_the_models(tokenizer, second, monkeypatch):
+    run = small_run(tokenizer, MARKED, position="rope", second_attention=second)
+    maker = Maker("parity", "every", TaskConfig(), tokenizer)
+    examples = [maker.example("test", i, 40, 60, ("easy",)) for i in range(7)]
+    of = spots(maker, examples, "ignore", 0, "test")
+    monkeypatch.setattr("probes.places.READ", 120)  # two texts at a time
+    found = read_states(run, examples, of, "test", 60, list(STATES), [0, 2])
+    assert found.shape == (2, len(STATES), 7, 16)
+    if second == "random":  # whose rows depend on a batch's length
+        assert found.isfinite().all()
+        return
+    for i, (example, text) in enumerate(zip(examples, of, strict=True)):
+        batch = collate([example], len(example.ids), tokenizer, "ignore")
+        hidden = hidden_of(run, batch)[0]
+        for j, name in enumerate(STATES):
+            if name == "mean":
+                embedded = run.model.wte(batch.tokens)[0, : text.start].mean(dim=0)
+                torch.testing.assert_close(found[0, j, i], embedded, rtol=1e-4, atol=1e-5)
+            else:
+                torch.testing.assert_close(run.model.ln_f(found[1, j, i]), hidden[text.at[name]], rtol=1e-3, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------- the command
+
+
+FAST = (
+    "--n=24", "--train_texts=24", "--val_texts=20", "--lengths=48", "--betas=3", "--seeds=2", "--epochs=2",
+    "--batch=20", "--z_dim=3", "--hidden=6",
+)  # fmt: skip
+
+
+def kept(run, folder, **task):
+    run.config = dataclasses.replace(run.config, task=TaskConfig(level="easy", **task))
+    return saved(run, folder)
+
+
+def lines_of(path) -> list[dict]:
+    return [json.loads(row) for row in path.read_text().splitlines()]
+
+
+def timeless(lines: list[dict]) -> list[dict]:
+    return [{name: value for name, value in one.items() if not name.startswith("seconds")} for one in lines]
+
+
+def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
+    run = small_run(tokenizer, MARKED, position="rope")
+    folder = kept(run, tmp_path / "out/small", tasks=("list_recall", "copying"), placements=("target", "none"))
+    made, make = [], Maker.example
+
+    def noted(self, split, index, *rest):
+        example = make(self, split, index, *rest)
+        made.append((split, (*example.draft.body, *example.draft.questions[0][0])))
+        return example
+
+    monkeypatch.setattr(Maker, "example", noted)
+    monkeypatch.setattr("probes.curves.DRAWS", 20)
+    pictures = []
+    cells = ("--tasks", "list_recall", "copying", "--placements", "target", "none")
+    command = ["rate_distortion", f"--run={folder}", *FAST, *cells]
+    for _ in range(2):
+        probe.main([*command, "--targets", "answer", "back", "bag", "--bag=3"])
+        pictures.append((folder / "rate_distortion.png").read_bytes())
+    said = capsys.readouterr().out
+    # no text of one split is in another, and those that measure are those of eval.py tasks
+    by_split = {split: {text for other, text in made if other == split} for split, _ in made}
+    assert set(by_split) == {"train/rate_distortion", "val", "test"}
+    assert not by_split["train/rate_distortion"] & by_split["test"] and not by_split["val"] & by_split["test"]
+    assert not by_split["train/rate_distortion"] & by_split["val"]
+    lines = lines_of(folder / "rate_distortion.jsonl")
+    assert timeless(lines[: len(lines) // 2]) == timeless(lines[len(lines) // 2 :])
+    assert pictures[0] == pictures[1] and pictures[0].startswith(b"\x89PNG")
+    lines = lines[: len(lines) // 2]
+    curves = [one for one in lines if one["kind"] == "curve"]
+    where = [(one["task"], one["placement"], one["target"], one["state"]) for one in curves]
+    # a bracket before what points, a word of the question before its colon: nothing to ask for
+    constant = {("copying", "back_1", state) for state in ("meta", "delimiter", "question")}
+    assert where == [
+        (task, placement, target, state) for task in ("list_recall", "copying")
+        for placement, point in (("target", "meta"), ("none", "delimiter")) for target in ("answer", "back_1", "bag_3")
+        for state in (point, "last", "question")
+        if (task, target, state) not in constant
+    ]  # fmt: skip
+    for one in curves:
+        assert (one["n"], one["train_texts"], one["probe_seeds"], one["layer"], one["run"]) == (24, 24, 2, 2, "small")
+        assert [point["beta"] for point in one["points"]] == pytest.approx([2, math.sqrt(0.006), 0.003])
+        assert one["told_the_question"] == (one["target"] == "answer")
+        for point in one["points"]:
+            assert len(point["rates"]) == len(point["distortions"]) == 2
+            assert point["distortion_interval"][0] <= point["distortion"] <= point["distortion_interval"][1]
+            assert point["distortion"] == pytest.approx(np.mean(point["distortions"]))
+        assert 0 < one["entropy"] <= one["uniform"] and (one["floor"] > 0) == (one["target"] == "bag_3")
+    pairs = [one for one in lines if one["kind"] == "comparison"]
+    assert [one["states"] for one in pairs] == 2 * [
+        ["meta", "last"], ["meta", "question"], ["delimiter", "last"], ["delimiter", "question"]
+    ]  # fmt: skip
+    assert all(one["verdict"] == "undecided: n = 24, 1000 decide" and one["comparisons"] == 8 for one in pairs)
+    for word in (
+        "answer from meta",
+        "answer from delimiter",
+        "shuffled",
+        "D of meta less D of question",
+        "arms are compared",
+    ):
+        assert word in said
+
+
+def test_states_differ_and_layers_are_those_asked_for(tokenizer, tmp_path):
+    folder = kept(small_run(tokenizer, MARKED, position="rope"), tmp_path / "out/small", tasks=("parity",))
+    out = tmp_path / "x.jsonl"
+    command = ("rate_distortion", f"--run={folder}", *FAST, "--tasks=parity", f"--output={out}")
+    probe.main([*command, "--layers", "0", "2", "--states", "mean", "random", "meta"])
+    curves = [one for one in lines_of(out) if one["kind"] == "curve"]
+    assert [(one["layer"], one["state"]) for one in curves] == [
+        (k, s) for k in (0, 2) for s in ("meta", "random", "mean")
+    ]
+    assert len({one["points"][-1]["rate"] for one in curves}) == 6 and not (folder / "rate_distortion.jsonl").exists()
+    assert (tmp_path / "x.png").exists()
+
+
+def test_one_seed_has_no_interval_over_seeds(tokenizer, tmp_path):
+    folder = kept(small_run(tokenizer, MARKED, position="rope"), tmp_path / "out/small", tasks=("parity",))
+    rest = [arg for arg in FAST if not arg.startswith("--seeds")]
+    probe.main(["rate_distortion", f"--run={folder}", *rest, "--tasks=parity", "--seeds=1", "--states=meta"])
+    (one,) = lines_of(folder / "rate_distortion.jsonl")
+    assert {str(point["seed_interval"]) for point in one["points"]} == {"None"}
+
+
+def test_known_needs_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("GAUSSIAN", "CATEGORICAL"):
+        monkeypatch.setattr(known, name, dataclasses.replace(getattr(known, name), epochs=1, draws=2))
+        monkeypatch.setattr(known, {"GAUSSIAN": "GAUSSIAN_TEXTS", "CATEGORICAL": "CLASS_TEXTS"}[name], 400)
+    probe.main(["rate_distortion", "--known"])
+    said = capsys.readouterr().out
+    assert "NO" in said and said.count("beta") == len(known.GAUSSIAN_BETAS + known.CLASS_BETAS)  # one epoch is too few
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_picture_and_the_table_show_the_points(tokenizer, tmp_path):
+    line, _ = curve(
+        SMALL, planted(lambda y, seed: torch.nn.functional.one_hot(y, 12).float(), sizes=(60, 30, 30)), 12, 0
+    )
+    facts = {"arm": "meta + rope", "run": "r", "step": 1, "seed": 2, "task": "parity", "placement": "target",
+             "level": "easy", "length": 40, "layer": 2, "target": "answer", "kind": "curve", "floor": 0.0}  # fmt: skip
+    line["points"][1] |= {"violates_converse": True, "converse_tolerance": 0.25}
+    lines = [{**line, **facts, "state": state, "violations": 1} for state in ("meta", "last")]
+    figure = Figure()
+    rate_drawing._rates(figure, lines)
+    (axes,) = figure.axes
+    shown = [mark.get_data() for mark in axes.lines if mark.get_marker() in ("o", "s")]
+    for R, D in shown:
+        assert list(R) == [point["rate"] for point in line["points"]]
+        assert list(D) == [point["distortion"] for point in line["points"]]
+    crosses = [mark.get_data() for mark in axes.lines if mark.get_marker() == "x"]
+    assert len(shown) == len(crosses) == 2
+    assert crosses[0][0][0] == line["points"][1]["rate"]
+    (line_of_converse,) = [
+        m for m in axes.lines if len(m.get_xdata()) == 3 and m.get_marker() == "None" and m.get_color() == "black"
+    ]
+    H = line["entropy"]
+    assert list(line_of_converse.get_ydata()) == [H, 0, 0] and list(line_of_converse.get_xdata())[:2] == [0, H]
+    said = table(lines)
+    assert said.count("BELOW THE CONVERSE by more than 0.250") == 2
+    assert f"{line['points'][2]['distortion']:.3f}" in said
+
+
+REFUSED = {
+    "no meta-token": ({}, ("--placements=none", "--states=meta"), "states=meta is not there in parity with"),
+    "no delimiter": ({}, ("--states=delimiter",), "20 of 20 texts have no 'mark' before the question"),
+    "layer": ({}, ("--layers", "1", "3"), "there is no layer 3: this model has states 0"),
+    "too far back": ({}, ("--targets=back", "--back=100"), "ask for 100 tokens before the state meta"),
+    "too long": ({"position": "learned"}, ("--lengths=80",), "80 positions, and the table of learned ones"),
+    "few texts": ({}, ("--n=19",), "n=19 is out of range"),
+    "few training texts": ({}, ("--train_texts=5",), "train_texts=5 is out of range"),
+    "twice": ({}, ("--states", "meta", "meta"), "states=('meta', 'meta') is out of range"),
+    "no such state": ({}, ("--states=all",), "'all'"),
+    "betas": ({}, ("--beta_min=0",), "beta_min=0.0 is out of range"),
+    "seeds": ({}, ("--seeds=0",), "seeds=0 is out of range"),
+    "back": ({}, ("--back=0",), "back=(0,) is out of range"),
+    "margin": ({}, ("--margin=0",), "margin=0.0 is out of range"),
+    "picture": ({}, ("--output=x.png",), "output='x.png' is out of range"),
+    "one class": ({}, ("--targets=back", "--states=question"), "leave nothing to measure at the states asked for"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_a_sentence(tokenizer, tmp_path, monkeypatch, case):
+    shape, args, sentence = REFUSED[case]
+    kept(small_run(tokenizer, MARKED, **{"position": "rope", **shape}), tmp_path / "out/small", tasks=("parity",))
+    before = tree(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    given_ = {arg.split("=")[0] for arg in args}
+    rest = [arg for arg in (*FAST, "--tasks=parity") if arg.split("=")[0] not in given_]
+    with pytest.raises(UserError) as refused:
+        probe.main(["rate_distortion", "--run=out/small", *rest, *args])
+    assert sentence in str(refused.value) and str(refused.value).endswith(".")
+    assert tree(tmp_path) == before
+
+
+def test_missing_states_are_left_out_unless_named(tokenizer):
+    maker = Maker("list_recall", "every", TaskConfig(), tokenizer)
+    of = spots(maker, [maker.example("test", i, 60, 90, ("easy",)) for i in range(5)], "ignore", 0, "test")
+    cfg = RateDistortionProbe()
+    assert rate_distortion.states_of(cfg, maker, of) == ["meta", "last", "question"]
