@@ -3,15 +3,14 @@
 import textwrap
 
 import numpy as np
-import torch
 from matplotlib import colormaps
 from matplotlib.lines import Line2D
 
-from probes.heads import FIRST, SECOND, boosted_entropy, entropy, entropy_slope
+from probes.theorem import theorem_curves
 from reports.drawing import COLOURS, GREY, LIGHT, MARKERS, png
+from reports.paper import FIGURE_2
 
-PAPER = {"boost": 1.26, "drop": 1.40}  # the means of its figure 2
-LOOKS = {FIRST: {"marker": "o", "dodge": -0.18}, SECOND: {"marker": "D", "dodge": 0.18}}
+LOOKS = {"causal": {"marker": "o", "dodge": -0.18}, "second": {"marker": "D", "dodge": 0.18}}  # of attentions
 
 
 def attention_picture(lines: list[dict]) -> bytes:
@@ -53,9 +52,9 @@ def _attention(figure, lines: list[dict]) -> None:
     ):  # fmt: skip
         _heads(axes, lines, cells, name, colour)
         axes.set_xlabel(label)
-        if name in PAPER:
+        if name in FIGURE_2:
             axes.axvline(0, color=GREY, linewidth=1, zorder=1)
-            axes.axvline(PAPER[name], color="black", linestyle=":", linewidth=1.2, zorder=1)
+            axes.axvline(FIGURE_2[name], color="black", linestyle=":", linewidth=1.2, zorder=1)
     panels[0].set_yticks(range(len(cells)), [name_of(cell, lines) for cell in cells])
     panels[0].set_ylim(len(cells) - 0.5, -0.5)
     handles = [
@@ -89,7 +88,7 @@ def _some(layers: int) -> list[int]:
 
 
 def _heads(axes, lines: list[dict], cells: list[tuple], name: str, colour) -> None:
-    scale = 1 if name in PAPER else 100
+    scale = 1 if name in FIGURE_2 else 100
     for line in lines:
         if name not in line:
             continue
@@ -99,24 +98,9 @@ def _heads(axes, lines: list[dict], cells: list[tuple], name: str, colour) -> No
             axes.hlines(y, *(scale * end for end in line[f"{name}_interval"]), color="black", linewidth=1.6, zorder=4)
             axes.plot(x, y, "|", color="black", markersize=11, markeredgewidth=2, zorder=5)
             continue
-        holds = name not in PAPER or line[f"{name}_verdict"].startswith("holds")
+        holds = name not in FIGURE_2 or line[f"{name}_verdict"].startswith("holds")
         axes.plot(x, y, marker=look["marker"], color=colour(line["layer"]), markersize=4.5, alpha=0.85,
                   fillstyle="full" if holds else "none")  # fmt: skip
-
-
-def theorem_curves(N: int = 64) -> dict[str, tuple[torch.Tensor, ...]]:
-    """N keys, of which one has nearly all of the weight. If that one, the likely key, is boosted by t, or another one:
-    t, the entropy by definition, the same from p and H alone, and its slope by the theorem's formula, (81,) each."""
-    logits = torch.linspace(-1, 1, N, dtype=torch.float64)
-    logits[0] = 7.0
-    t = torch.linspace(0, 10, 81, dtype=torch.float64)
-    out = {}
-    for name, key in (("likely", 0), ("unlikely", N // 2)):
-        boosted = logits.repeat(len(t), 1)
-        boosted[:, key] += t
-        p, H = boosted.softmax(-1)[:, key], entropy(boosted)
-        out[name] = t, H, boosted_entropy(p[0], H[0], t), entropy_slope(p, H)
-    return out
 
 
 def _theorem(axes) -> None:
