@@ -68,7 +68,7 @@ ATTENTION = probe(
     "the embedding of the mark; boost is by how much a head's largest logit grows, drop by how much its entropy falls, "
     "over the queries behind the last mark, with intervals over texts. The paper's Figure 2 has a boost of "
     f"{FIGURE_2['boost']:.2f} and a drop of {FIGURE_2['drop']:.2f} nats, of heads and queries that it does not name. "
-    "By its theorem the boost of a key makes entropy fall; that is true of a key that is likely without it alone, and "
+    "By its theorem the boost of a key makes entropy fall; that is true only of a key that is likely without it, and "
     '"applies" is the share of queries where the last mark is such a key. "Explained" is the drop if nothing but the '
     'mark\'s own logit had changed: it decides whether the theorem is why. With placement none the word "mark" stands '
     f"for the meta-token: what an ordinary word does. {CHECKPOINT}",
@@ -90,6 +90,7 @@ ATTENTION = probe(
     panel=("task", "level", "question", "length"),
     paper=theorem_picture,
     choices={"attention": LOOKS},
+    first=lambda line: line["layer"] is None,
 )
 
 PATCHING = probe(
@@ -97,9 +98,10 @@ PATCHING = probe(
     "States replaced by another text's",
     "Is what the answer needs read from the meta-token? At one place of a text the state that enters a layer is "
     "replaced by that of a donor, a text with another answer. Where the text's own answer goes, the state is needed; "
-    "where the donor's comes, the state carries it. If neither moves at the mark, the answer is not read from there; "
-    "the answer itself in the text, and the token that predicts it, show what it looks like where it is. Shares are "
-    f"of texts, changes are against no patch, in points. {CHECKPOINT}",
+    "where the donor's comes, the state carries it. If neither moves at the mark, the answer is not read there, or "
+    "only what is the same in both texts, such as that it is a mark; the answer itself in the text, and the token that "
+    "predicts it, show what it looks like where it is read. Shares are of texts; changes are against no patch, in "
+    f"points. {CHECKPOINT}",
     known("kept", "kept_unpatched", "donor", "donor_unpatched", site=(str,), layer=(int,))
     | {"kept_interval": (list,), "donor_interval": (list,)}
     | judged("needed", "carried"),

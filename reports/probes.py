@@ -47,12 +47,13 @@ def probe(
     panel: tuple[str, ...] = (),
     paper: Callable[[], bytes] | None = None,
     choices: dict[str, Container[str]] | None = None,
+    first: Callable[[dict], bool] = lambda line: True,
 ) -> Section:
     """The section of a probe's lines.
 
     about: a paragraph of what it shows. fields: name -> types that a line must have; choices: field -> what it may
     be. cell: the fields that tell lines of one call apart. picture: lines -> PNG, of all lines of one call that have
-    the same `panel`. paper: the PNG of what the paper says of it."""
+    the same `panel`. paper: the PNG of what the paper says of it. first: which lines are at the top of the table."""
 
     def check(line: dict) -> None:
         check_facts(line, fields)
@@ -67,7 +68,7 @@ def probe(
         return f"""<h2 id="{kind}">{escaped(title)}</h2>
 <p>{escaped(about)}</p>
 <div>{theirs}{"".join(figures(page, kind, title, calls, panel, picture))}</div>
-{rows(page, calls, columns)}"""
+{rows(page, [sorted(call, key=lambda line: not first(line)) for call in calls], columns)}"""
 
     return Section(kind, check, key, body)
 

@@ -11,7 +11,7 @@ TITLE = "Rate and distortion of hidden states"
 ABOUT = (
     "How much of what a text says can be read from one hidden state, at which rate? A variational bottleneck is "
     "trained on each state at several prices of its rate, and measured on texts that no probe has seen, in nats. "
-    "Guessing has ln K of K classes, and at most H(Y) if it knows how frequent they are; no code of rate R can have a "
+    "Guessing has ln K of K classes, and H(Y) if it knows how frequent they are; no code of rate R can have a "
     "distortion below H(Y) − R, the converse. The paper's bottlenecks, trained on 50 texts, have distortions of "
     f"{DISTORTION[0]:.1f} to {DISTORTION[1]:.2f} nats, where guessing among all ids has ln 50257 = {GUESSING:.2f}. "
     "What decides is the state of the meta-token against others of the same texts at equal rates: first minus second, "
