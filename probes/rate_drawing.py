@@ -37,7 +37,7 @@ def _rates(figure, lines: list[dict]) -> None:
     sizes = f"n = {first['n']} test texts, {first['train_texts']} to train, {first['probe_seeds']} probe seeds"
     read = f"level {first['level']}; {sizes}; bars: 95 %"
     figure.suptitle("\n".join([*textwrap.wrap(told, 90), read]), fontsize=9)
-    figure.legend(handles=_handles(lines), loc="outside lower center", ncols=4)
+    figure.legend(handles=_handles(lines), loc="outside lower center", ncols=3)
 
 
 def rate_panel(lines: list[dict]) -> bytes:
