@@ -14,9 +14,10 @@ ABOUT = (
     "Guessing has ln K of K classes, and H(Y) if it knows how frequent they are; no code of rate R can have a "
     "distortion below H(Y) − R, the converse. The paper's bottlenecks, trained on 50 texts, have distortions of "
     f"{DISTORTION[0]:.1f} to {DISTORTION[1]:.2f} nats, where guessing among all ids has ln 50257 = {GUESSING:.2f}. "
-    "What decides is the state of the meta-token against others of the same texts at equal rates: first minus second, "
-    "below 0 if the first has less distortion. A high curve says that this probe did not find the target, not that "
-    "it is not there. Intervals are over texts and the probes' seeds; verdicts are of this checkpoint, not of its arm."
+    "What decides is the state of the meta-token against others of the same texts at equal rates: first minus second; "
+    "the verdict is on whether the first has less, a difference below 0. A high curve says that this probe did not "
+    "find the target, not that it is not there. "
+    "Intervals are over texts and the probes' seeds; verdicts are of this checkpoint, not of its arm."
 )
 TEXTS = ("task", "placement", "level", "question", "length", "layer", "target")
 SHARED = {name: CELL[name] for name in ("task", "placement", "level", "question", "length", "n")} | {
