@@ -14,44 +14,11 @@ from tyro.conf import Positional
 
 from cli import load_config, run_cli
 from config import UserError, check, check_types
-from probes.drawing import positions_panel, table_2
 from reports import cost, depth, extension, tasks, training
 from reports.files import Found, read
-from reports.lines import CELL, NUMBER
-from reports.markup import p_value, percent, points, span
 from reports.page import Page, Section
-from reports.probes import Column, probe
+from reports.probe_sections import PROBES
 from terminal import write
-
-PROBES = (
-    probe(
-        "positions",
-        "Meta-tokens without a position, without an embedding",
-        "The same weights read the same texts of the tasks: as trained (full), with no position at meta-tokens, with "
-        "no embedding at them, with neither. If position or embedding of the meta-tokens carry what the answer needs, "
-        "the answers go with them. Differences are from full, in points, with Newcombe's interval over texts; verdicts "
-        "and Holm's p are of this checkpoint, not of its arm. The paper's Table 2 has some cells of about 18 texts.",
-        {**CELL, "condition": (str,), "exact": NUMBER, "interval": (list,), "chance": NUMBER},
-        ("task", "placement", "level", "question", "length", "condition"),
-        positions_panel,
-        (
-            Column("task", lambda line: line["task"].replace("_", " "), text=True),
-            Column("markers", lambda line: line["placement"], text=True),
-            Column("length", lambda line: line["length"]),
-            Column("condition", lambda line: line["condition"].replace("_", " "), text=True),
-            Column("exact, %", lambda line: percent(line["exact"])),
-            Column("95 %", lambda line: span(*line["interval"])),
-            Column("difference", lambda line: points(line["difference"]) if "difference" in line else ""),
-            Column("95 %", lambda line: " .. ".join(map(points, line.get("difference_interval", ())))),
-            Column("Holm", lambda line: p_value(line.get("holm"))),
-            Column("verdict", lambda line: line.get("verdict", ""), text=True),
-            Column("chance, %", lambda line: percent(line["chance"])),
-            Column("n", lambda line: line["n"]),
-        ),
-        panel=("task", "level", "question", "length"),
-        paper=table_2,
-    ),
-)
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,11 @@ from config import check
 from evals.common import check_finite, hidden_of, write_lines
 from evals.tasks import about, texts
 from model import GATHERED
-from probes.heads import FIRST, SECOND, Rows, boosted_entropy, seen
+from probes.heads import FIRST, SECOND, Rows, seen
 from probes.look_drawing import attention_picture
 from probes.marks import DECIDES, MarksProbe, answer_in_text, asked_at, batches, mark_name, mark_of, marks
 from probes.positions import under
+from probes.theorem import boosted_entropy
 from stats import bootstrap_means, decide, holm, mean_p
 from tasks.example import Example, Maker
 from terminal import BOLD, write
@@ -222,7 +223,7 @@ def paired(full: dict[str, torch.Tensor], zeroed: dict[str, torch.Tensor]) -> di
         out["boost_mark"], out["boost_answer"] = boost, full["logit_answer"] - zeroed["logit_answer"]
         out["applies"] = (p.log() > -H).to(H).masked_fill(H.isnan(), math.nan)
         p = p.double().clamp(1e-30, 1 - 1e-9)  # a weight of 0 or 1 in fp32
-        out["predicted"] = H.double() - boosted_entropy(p, H, boost)
+        out["predicted"] = H.double() - torch.from_numpy(boosted_entropy(p, H, boost))
     return {name: value.double().nanmean(-1).numpy() for name, value in out.items()}
 
 

@@ -71,33 +71,3 @@ class _Look:
         if at is None:
             at = torch.arange(self.T, device=qkv.device).expand(len(qkv), -1)
         self.see(Rows(q.float(), k.float(), v.float(), at))
-
-
-def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """(..., N), -inf where nothing is seen -> nats (...) of the softmax's weights: H = -sum p ln p."""
-    logp = logits.log_softmax(-1)
-    return -(logp.exp() * logp.masked_fill(logp == -math.inf, 0)).sum(-1)
-
-
-# The theorem (4.1 in the paper's first version): a meta-token boosts the logit of a key by t > 0, and entropy falls.
-# Of a key of weight p it is true while ln p > -H only, that is for a key that is likelier than the typical one:
-# dH/dt = -p (ln p + H). (Once that holds it stays so: at ln p = -H, ln p + H grows by 1 - p.)
-
-
-def entropy_slope(p: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
-    """dH/dt in nats, where the logit of a key of weight p grows by t, and H is the entropy of all weights."""
-    return -p * (p.log() + H)
-
-
-def boosted_entropy(p: torch.Tensor, H: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The entropy after the logit of a key of weight 0 < p < 1 has grown by t; all in float64, for 1 - p may be small.
-
-    The others keep their proportions, so with h(p) = -p ln p - (1 - p) ln (1 - p), H = h(p) + (1 - p) G with one G."""
-    p, H, t = p.double(), H.double(), t.double()
-    rest = ((H - _two(p)) / (1 - p)).clamp(min=0)
-    after = torch.sigmoid(torch.logit(p) + t)
-    return _two(after) + (1 - after) * rest
-
-
-def _two(p: torch.Tensor) -> torch.Tensor:
-    return -torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p)

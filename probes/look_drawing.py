@@ -1,17 +1,17 @@
-"""The pictures of the probes that look inside: attention, residual and patching."""
+"""The pictures of the probes that look inside, attention, residual and patching: one of all lines of a call, and small
+ones, of a cell or so, for a page."""
 
 import textwrap
 
 import numpy as np
-import torch
 from matplotlib import colormaps
 from matplotlib.lines import Line2D
 
-from probes.heads import FIRST, SECOND, boosted_entropy, entropy, entropy_slope
-from reports.drawing import COLOURS, GREY, LIGHT, MARKERS, png
+from probes.theorem import theorem_curves
+from reports.drawing import COLOURS, GREY, LIGHT, MARKERS, legend, png, wrapped
+from reports.paper import FIGURE_2
 
-PAPER = {"boost": 1.26, "drop": 1.40}  # the means of its figure 2
-LOOKS = {FIRST: {"marker": "o", "dodge": -0.18}, SECOND: {"marker": "D", "dodge": 0.18}}
+LOOKS = {"causal": {"marker": "o", "dodge": -0.18}, "second": {"marker": "D", "dodge": 0.18}}  # of attentions
 
 
 def attention_picture(lines: list[dict]) -> bytes:
@@ -44,8 +44,7 @@ def _attention(figure, lines: list[dict]) -> None:
     figure.set_size_inches(11, sum(heights))
     ours, theory = figure.subfigures(2, 1, height_ratios=heights)
     panels = ours.subplots(1, 4, sharey=True)
-    layers = 1 + max(line["layer"] or 0 for line in lines)
-    colour = _layer_colours(layers)
+    colour = _layer_colours(_layers(lines))
     for axes, name, label in zip(
         panels, ("boost", "drop", "on_marks", "applies"),
         ("boost of the largest logit", "drop of entropy, nats", "weight on marks, %", "theorem applies, % of queries"),
@@ -53,13 +52,66 @@ def _attention(figure, lines: list[dict]) -> None:
     ):  # fmt: skip
         _heads(axes, lines, cells, name, colour)
         axes.set_xlabel(label)
-        if name in PAPER:
-            axes.axvline(0, color=GREY, linewidth=1, zorder=1)
-            axes.axvline(PAPER[name], color="black", linestyle=":", linewidth=1.2, zorder=1)
     panels[0].set_yticks(range(len(cells)), [name_of(cell, lines) for cell in cells])
     panels[0].set_ylim(len(cells) - 0.5, -0.5)
-    handles = [
-        *(Line2D([], [], color=colour(i), marker="s", linestyle="", label=f"layer {i}") for i in _some(layers)),
+    ours.legend(handles=_head_handles(lines, colour), loc="outside lower center", ncols=5)
+    marks = " and ".join(dict.fromkeys(line["mark"] for line in lines))
+    n = max(line["n"] for line in lines)
+    read = f"{marks} as trained, against with an embedding of zeros; queries behind the last one; n = {n} texts a row"
+    ours.suptitle(f"{told(lines)}\n{read}", fontsize=9)
+    left, right = theory.subplots(1, 2)
+    theory.set_facecolor(LIGHT)
+    _theorem(left)
+    left.legend(loc="upper right")
+    _explained(right, lines, colour)
+
+
+def attention_panel(lines: list[dict]) -> bytes:
+    """Lines of one run, task and length as a small PNG: boost and drop of every head by placement, and whether the
+    boost of the mark explains the drop."""
+    return png(_attention_panel, lines)
+
+
+def _attention_panel(figure, lines: list[dict]) -> None:
+    cells = list(dict.fromkeys(map(cell_of, lines)))
+    height = 0.55 + 0.42 * len(cells)
+    figure.set_figheight(2 * height + 2.9)
+    boost, drop, why = figure.subplots(3, 1, height_ratios=[height, height, 2.4])
+    colour = _layer_colours(_layers(lines))
+    for axes, name, label in ((boost, "boost", "boost of the largest logit"), (drop, "drop", "drop of entropy, nats")):
+        _heads(axes, lines, cells, name, colour)
+        axes.set_xlabel(label)
+        axes.set_yticks(range(len(cells)), [placement for _, placement, _ in cells])
+        axes.set_ylim(len(cells) - 0.5, -0.5)
+    _explained(why, lines, colour)
+    why.set_title("is it the boost of the mark?\nOn the line: yes; a dot a head")
+    n = max(line["n"] for line in lines)
+    why.set_xlabel(f"drop if only the mark's own logit\nchanged, nats; n = {n} texts a row")
+    task, _, length = cells[0]
+    figure.suptitle(f"{task.replace('_', ' ')}, {lines[0]['level']}, {length} positions", fontsize=10)
+    legend(figure, _head_handles(lines, colour))
+
+
+def theorem_picture() -> bytes:
+    """What the paper's theorem says, as a small PNG."""
+    return png(_theorem_picture)
+
+
+def _theorem_picture(figure) -> None:
+    figure.set_facecolor(LIGHT)
+    axes = figure.subplots()
+    _theorem(axes)
+    axes.set_title("what the paper's theorem says:\ndH/dt = −p (ln p + H)")
+    legend(figure, axes.get_legend_handles_labels()[0], columns=1)
+
+
+def _layers(lines: list[dict]) -> int:
+    return 1 + max(line["layer"] or 0 for line in lines)
+
+
+def _head_handles(lines: list[dict], colour) -> list[Line2D]:
+    return [
+        *(Line2D([], [], color=colour(i), marker="s", linestyle="", label=f"layer {i}") for i in _some(_layers(lines))),
         *(Line2D([], [], color=GREY, marker=LOOKS[which]["marker"], linestyle="", markersize=5,
                  label=f"a head of {which} attention")
           for which in dict.fromkeys(line["attention"] for line in lines)),
@@ -68,15 +120,6 @@ def _attention(figure, lines: list[dict]) -> None:
                label="mean of all heads, 95 %"),
         Line2D([], [], color="black", linestyle=":", linewidth=1.2, label="the paper's mean"),
     ]  # fmt: skip
-    ours.legend(handles=handles, loc="outside lower center", ncols=5)
-    marks = " and ".join(dict.fromkeys(line["mark"] for line in lines))
-    n = max(line["n"] for line in lines)
-    read = f"{marks} as trained, against with an embedding of zeros; queries behind the last one; n = {n} texts a row"
-    ours.suptitle(f"{told(lines)}\n{read}", fontsize=9)
-    left, right = theory.subplots(1, 2)
-    theory.set_facecolor(LIGHT)
-    _theorem(left)
-    _explained(right, lines, colour)
 
 
 def _layer_colours(layers: int):
@@ -89,7 +132,10 @@ def _some(layers: int) -> list[int]:
 
 
 def _heads(axes, lines: list[dict], cells: list[tuple], name: str, colour) -> None:
-    scale = 1 if name in PAPER else 100
+    scale = 1 if name in FIGURE_2 else 100
+    if name in FIGURE_2:
+        axes.axvline(0, color=GREY, linewidth=1, zorder=1)
+        axes.axvline(FIGURE_2[name], color="black", linestyle=":", linewidth=1.2, zorder=1)
     for line in lines:
         if name not in line:
             continue
@@ -99,24 +145,9 @@ def _heads(axes, lines: list[dict], cells: list[tuple], name: str, colour) -> No
             axes.hlines(y, *(scale * end for end in line[f"{name}_interval"]), color="black", linewidth=1.6, zorder=4)
             axes.plot(x, y, "|", color="black", markersize=11, markeredgewidth=2, zorder=5)
             continue
-        holds = name not in PAPER or line[f"{name}_verdict"].startswith("holds")
+        holds = name not in FIGURE_2 or line[f"{name}_verdict"].startswith("holds")
         axes.plot(x, y, marker=look["marker"], color=colour(line["layer"]), markersize=4.5, alpha=0.85,
                   fillstyle="full" if holds else "none")  # fmt: skip
-
-
-def theorem_curves(N: int = 64) -> dict[str, tuple[torch.Tensor, ...]]:
-    """N keys, of which one has nearly all of the weight. If that one, the likely key, is boosted by t, or another one:
-    t, the entropy by definition, the same from p and H alone, and its slope by the theorem's formula, (81,) each."""
-    logits = torch.linspace(-1, 1, N, dtype=torch.float64)
-    logits[0] = 7.0
-    t = torch.linspace(0, 10, 81, dtype=torch.float64)
-    out = {}
-    for name, key in (("likely", 0), ("unlikely", N // 2)):
-        boosted = logits.repeat(len(t), 1)
-        boosted[:, key] += t
-        p, H = boosted.softmax(-1)[:, key], entropy(boosted)
-        out[name] = t, H, boosted_entropy(p[0], H[0], t), entropy_slope(p, H)
-    return out
 
 
 def _theorem(axes) -> None:
@@ -129,7 +160,6 @@ def _theorem(axes) -> None:
             axes.annotate("ln p = −H", (t[turn], H[turn]), xytext=(0, 7), textcoords="offset points", ha="center")
     axes.set(xlabel="boost t of one key's logit, of 64 keys", ylabel="entropy H, nats", ylim=(0, 1.6),
              title="what the theorem says: dH/dt = −p (ln p + H)")  # fmt: skip
-    axes.legend(loc="upper right")
 
 
 def _explained(axes, lines: list[dict], colour) -> None:
@@ -137,7 +167,7 @@ def _explained(axes, lines: list[dict], colour) -> None:
     for line in shown:
         axes.plot(line["predicted"], line["drop"], marker=LOOKS[line["attention"]]["marker"],
                   color=colour(line["layer"]), markersize=4.5, alpha=0.85)  # fmt: skip
-    ends = [line[name] for line in shown for name in ("predicted", "drop")]
+    ends = [0.0, *(line[name] for line in shown for name in ("predicted", "drop"))]
     low, high = min(ends) - 0.1, max(ends) + 0.1
     axes.plot([low, high], [low, high], color=GREY, linewidth=1, zorder=1)
     axes.set(xlabel="drop if only the mark's own logit changed, nats", ylabel="drop measured, nats",
@@ -158,34 +188,68 @@ SITE_NAMES = {
 def _patching(figure, lines: list[dict]) -> None:
     """A column a cell; above the share of texts that keep their answer, below of those that take the donor's."""
     cells = list(dict.fromkeys(map(cell_of, lines)))
-    sites = [site for site in SITE_NAMES if any(line["site"] == site for line in lines)]
     figure.set_size_inches(max(7.6, 1.2 + 3.6 * len(cells)), 6.6)
     panels = figure.subplots(2, len(cells), sharex=True, sharey=True, squeeze=False)
     for cell, column in zip(cells, panels.T, strict=True):
         of = [line for line in lines if cell_of(line) == cell]
-        for axes, share in zip(column, ("kept", "donor"), strict=True):
-            axes.axhline(100 * of[0][f"{share}_unpatched"], color=GREY, linestyle="--", linewidth=1, zorder=1)
-            for site in sites:
-                _by_layer(axes, [line for line in of if line["site"] == site], share, list(SITE_NAMES).index(site))
-            axes.set_ylim(-4, 104)
+        _by_site(column, of)
         column[0].set_title(name_of(cell, lines).replace("\n", " "), fontsize=9.5)
         column[1].set_xlabel("layer that the replaced state enters")
-        column[1].set_xticks(_some(1 + max(line["layer"] for line in of)))
     panels[0, 0].set_ylabel("its own answer, % of texts")
     panels[1, 0].set_ylabel("the donor's answer, % of texts")
-    handles = [
-        Line2D([], [], color=COLOURS[i], marker=MARKERS[i], label=name)
-        for i, (site, name) in enumerate(SITE_NAMES.items())
-        if site in sites
-    ]
-    handles.append(Line2D([], [], color=GREY, linestyle="--", linewidth=1, label="nothing replaced"))
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=3, title="replaced by the state of another text, at"
+        handles=_site_handles(lines),
+        loc="outside lower center",
+        ncols=3,
+        title="replaced by the state of another text, at",
     )
     n = max(line["n"] for line in lines)
     figure.suptitle(
         f"{told(lines)}\nwhat a text answers when one state is replaced; n = {n}, 95 % intervals", fontsize=9
     )
+
+
+def patching_panel(lines: list[dict]) -> bytes:
+    """Lines of one run and cell as a small PNG: what is answered, by layer and place of the state that is replaced."""
+    return png(_patching_panel, lines)
+
+
+def _patching_panel(figure, lines: list[dict]) -> None:
+    figure.set_figheight(4.4)
+    panels = figure.subplots(2, 1, sharex=True)
+    _by_site(panels, lines)
+    panels[0].set(title=_title(lines), ylabel="its own answer, %")
+    n = max(line["n"] for line in lines)
+    panels[1].set(
+        xlabel=f"layer that the replaced state enters\nn = {n}, 95 % intervals", ylabel="the donor's answer, %"
+    )
+    legend(figure, _site_handles(lines))
+
+
+def _title(lines: list[dict]) -> str:
+    """Of a small picture of one cell."""
+    return wrapped(f"{name_of(cell_of(lines[0]), lines)}, {lines[0]['level']}".replace("\n", " "))
+
+
+def _site_handles(lines: list[dict]) -> list[Line2D]:
+    there = {line["site"] for line in lines}
+    handles = [
+        Line2D([], [], color=COLOURS[i], marker=MARKERS[i], label=name)
+        for i, (site, name) in enumerate(SITE_NAMES.items())
+        if site in there
+    ]
+    return [*handles, Line2D([], [], color=GREY, linestyle="--", linewidth=1, label="nothing replaced")]
+
+
+def _by_site(column, lines: list[dict]) -> None:
+    """Two axes of one cell: texts that keep their answer, and that take the donor's."""
+    for axes, share in zip(column, ("kept", "donor"), strict=True):
+        axes.axhline(100 * lines[0][f"{share}_unpatched"], color=GREY, linestyle="--", linewidth=1, zorder=1)
+        for number, site in enumerate(SITE_NAMES):
+            if of := [line for line in lines if line["site"] == site]:
+                _by_layer(axes, of, share, number)
+        axes.set_ylim(-4, 104)
+    column[1].set_xticks(_some(_layers(lines)))
 
 
 def _by_layer(axes, lines: list[dict], share: str, number: int) -> None:
@@ -209,37 +273,66 @@ PLACE_NAMES = {
 def _residual(figure, lines: list[dict]) -> None:
     """Two rows a cell, a column a distance: centred cosine, and what is decoded, by layer."""
     cells, distances = list(dict.fromkeys(map(cell_of, lines))), sorted({line["distance"] for line in lines})
-    places = [place for place in PLACE_NAMES if any(line["place"] == place for line in lines)]
     figure.set_size_inches(max(7.6, 1.4 + 1.75 * len(distances)), 1.5 + 4.6 * len(cells))
     panels = figure.subplots(2 * len(cells), len(distances), sharex=True, sharey="row", squeeze=False)
     for cell, above, below in zip(cells, panels[::2], panels[1::2], strict=True):
         for distance, near, named in zip(distances, above, below, strict=True):
             of = [line for line in lines if cell_of(line) == cell and line["distance"] == distance]
-            near.axhline(0, color=GREY, linewidth=1, zorder=1)
-            for place in places:
-                mine, i = [line for line in of if line["place"] == place], list(PLACE_NAMES).index(place)
-                _curve(near, mine, "cosine_centred", 1, i)
-                _floor(near, mine, "floor_centred", 1, i, "--")
-                _curve(named, mine, "decoded", 100, i)
-                _floor(named, mine, "majority", 100, i, "--")
-                _floor(named, mine, "shuffled", 100, i, ":")
+            _near_and_named(near, named, of)
             near.set_title(f"{distance} back", fontsize=9.5)
-            named.set_ylim(-4, 104)
-            named.set_xticks(_some(1 + max(line["layer"] for line in lines)))
         above[0].set_ylabel(f"{name_of(cell, lines)}\n\ncosine, centred")
         below[0].set_ylabel("token named by a\nlinear classifier, %")
     for axes in panels[-1]:
         axes.set_xlabel("layer")
-    handles = [
-        *(Line2D([], [], color=COLOURS[i], marker=MARKERS[i], markersize=4.5, label=f"state of {name}")
-          for i, (place, name) in enumerate(PLACE_NAMES.items()) if place in places),
-        Line2D([], [], color=GREY, linestyle="--", linewidth=1.2, label="floors: another text's; commonest token"),
-        Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label="floor: shuffled labels"),
-    ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    figure.legend(handles=_place_handles(lines), loc="outside lower center", ncols=2)
     n = max(line["n"] for line in lines)
     read = f"what a state has of the token d positions back; up to n = {n} test texts, 95 % intervals"
     figure.suptitle(f"{told(lines)}\n{read}", fontsize=9)
+
+
+def residual_panel(lines: list[dict]) -> bytes:
+    """Lines of one run and cell as a small PNG: a row a distance, cosines on the left, what is decoded on the right."""
+    return png(_residual_panel, lines)
+
+
+def _residual_panel(figure, lines: list[dict]) -> None:
+    distances = sorted({line["distance"] for line in lines})
+    figure.set_figheight(1.1 + 1.25 * len(distances))
+    panels = figure.subplots(len(distances), 2, sharex=True, sharey="col", squeeze=False)
+    for distance, (near, named) in zip(distances, panels, strict=True):
+        _near_and_named(near, named, [line for line in lines if line["distance"] == distance])
+        near.set_ylabel(f"{distance} back")
+    panels[0, 0].set_title("cosine,\ncentred")
+    panels[0, 1].set_title("named by a linear\nclassifier, %")
+    for axes in panels[-1]:
+        axes.set_xlabel("layer")
+    n = max(line["n"] for line in lines)
+    figure.suptitle(f"{_title(lines)}\nup to n = {n} test texts, 95 % intervals", fontsize=10)
+    legend(figure, _place_handles(lines), columns=1)
+
+
+def _near_and_named(near, named, lines: list[dict]) -> None:
+    """Two axes of one cell and distance: cosines, and what is decoded, by layer."""
+    near.axhline(0, color=GREY, linewidth=1, zorder=1)
+    for i, place in enumerate(PLACE_NAMES):
+        if of := [line for line in lines if line["place"] == place]:
+            _curve(near, of, "cosine_centred", 1, i)
+            _floor(near, of, "floor_centred", 1, i, "--")
+            _curve(named, of, "decoded", 100, i)
+            _floor(named, of, "majority", 100, i, "--")
+            _floor(named, of, "shuffled", 100, i, ":")
+    named.set_ylim(-4, 104)
+    named.set_xticks(_some(_layers(lines)))
+
+
+def _place_handles(lines: list[dict]) -> list[Line2D]:
+    there = {line["place"] for line in lines}
+    return [
+        *(Line2D([], [], color=COLOURS[i], marker=MARKERS[i], markersize=4.5, label=f"state of {name}")
+          for i, (place, name) in enumerate(PLACE_NAMES.items()) if place in there),
+        Line2D([], [], color=GREY, linestyle="--", linewidth=1.2, label="floors: another text's; commonest token"),
+        Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label="floor: shuffled labels"),
+    ]  # fmt: skip
 
 
 def _curve(axes, lines: list[dict], name: str, scale: float, number: int) -> None:

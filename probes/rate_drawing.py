@@ -1,10 +1,10 @@
-"""The picture of probe.py rate_distortion."""
+"""The pictures of probe.py rate_distortion: one of all lines of a call, and small ones for a page."""
 
 import textwrap
 
 from matplotlib.lines import Line2D
 
-from reports.drawing import COLOURS, GREY, MARKERS, png
+from reports.drawing import COLOURS, GREY, MARKERS, legend, png, wrapped
 
 LOOKS = {name: {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4.5}
          for i, name in enumerate(("meta", "last", "question", "random", "mean", "delimiter"))}  # fmt: skip
@@ -37,6 +37,26 @@ def _rates(figure, lines: list[dict]) -> None:
     sizes = f"n = {first['n']} test texts, {first['train_texts']} to train, {first['probe_seeds']} probe seeds"
     read = f"level {first['level']}; {sizes}; bars: 95 %"
     figure.suptitle("\n".join([*textwrap.wrap(told, 90), read]), fontsize=9)
+    figure.legend(handles=_handles(lines), loc="outside lower center", ncols=3)
+
+
+def rate_panel(lines: list[dict]) -> bytes:
+    """Curves of one run, cell, target and layer as a small PNG: one for each state."""
+    return png(_rate_panel, lines)
+
+
+def _rate_panel(figure, lines: list[dict]) -> None:
+    axes, first = figure.subplots(), lines[0]
+    _panel(axes, lines)
+    task, placement, length, target = _row(first)
+    name = f"{target.replace('_', ' ')} of {task.replace('_', ' ')}, {placement}, {first['level']}, {length} positions"
+    axes.set_title(wrapped(f"{name}, layer {first['layer']}"))
+    n = f"n = {first['n']}, {first['train_texts']} to train, {first['probe_seeds']} probe seeds; 95 %"
+    axes.set(xlabel=f"rate R, nats\n{wrapped(n)}", ylabel="distortion D, nats")
+    legend(figure, _handles(lines))
+
+
+def _handles(lines: list[dict]) -> list[Line2D]:
     names = [name for name in LOOKS if any(line["state"] == name for line in lines)]
     handles = [Line2D([], [], **LOOKS[name], linewidth=1.4, label=name) for name in names]
     for label, style in STYLES.items():
@@ -44,7 +64,7 @@ def _rates(figure, lines: list[dict]) -> None:
             handles.append(Line2D([], [], label=label, **style))
     if any(line["violations"] for line in lines):
         handles.append(Line2D([], [], **VIOLATION, label="below the converse"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return handles
 
 
 STYLES = {

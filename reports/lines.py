@@ -84,11 +84,7 @@ def cell_of(line: dict) -> tuple[Panel, int]:
 def check_facts(line: dict, fields: dict[str, tuple]) -> None:
     """Raises ValueError if a line lacks what every line says of its run, or one of `fields` (name -> types), or has it
     in another type."""
-    for name, kinds in {**FACTS, **fields}.items():
-        if name not in line:
-            raise ValueError(f"{name} is missing")
-        if type(line[name]) not in kinds:
-            raise ValueError(f"{name} is {str(line[name])[:40]!r}")
+    check_fields(line, FACTS | fields)
     for name, kinds in LATER.items():
         if type(line.get(name)) not in (*kinds, type(None)):
             raise ValueError(f"{name} is {str(line[name])[:40]!r}")
@@ -99,11 +95,19 @@ def check_facts(line: dict, fields: dict[str, tuple]) -> None:
     for name, known in CHOICES.items():
         if name in fields and line[name] not in known:
             raise ValueError(f"{name} is {line[name][:40]!r}, known are {', '.join(known)}")
-    for name in (name for name in fields if name.endswith("interval")):
-        if [type(end) in NUMBER for end in line[name]] != [True, True]:
-            raise ValueError(f"{name} is {str(line[name])[:40]!r}")
     if not 0 < line["train_length"] <= 2**30:
         raise ValueError(f"its train_length is {line['train_length']}")
+
+
+def check_fields(of: dict, fields: dict[str, tuple]) -> None:
+    """Raises ValueError if one of `fields` (name -> types) is missing or of another type, or an interval no pair."""
+    for name, kinds in fields.items():
+        if name not in of:
+            raise ValueError(f"{name} is missing")
+        if type(of[name]) not in kinds:
+            raise ValueError(f"{name} is {str(of[name])[:40]!r}")
+        if name.endswith("interval") and [type(end) in NUMBER for end in of[name]] != [True, True]:
+            raise ValueError(f"{name} is {str(of[name])[:40]!r}")
 
 
 def check(line: dict) -> None:

@@ -1,11 +1,11 @@
 """Sections that are a picture, or a few, and a table: what probe.py looked at."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import NamedTuple
 
 from reports.lines import check_facts
-from reports.markup import escaped, table
+from reports.markup import Markup, escaped, p_value, table
 from reports.page import Page, Section
 
 
@@ -15,6 +15,25 @@ class Column(NamedTuple):
     name: str
     value: Callable[[dict], object]
     text: bool = False
+
+
+WHERE = (
+    Column("task", lambda line: line["task"].replace("_", " "), text=True),
+    Column("markers", lambda line: line["placement"], text=True),
+    Column("length", lambda line: line["length"]),
+)
+
+
+def claim(name: str, value: str, show: Callable[[float], str], prefix: str | None = None) -> tuple[Column, ...]:
+    """The columns of a figure that a verdict is on, empty where a line lacks it: itself, its interval, Holm's p, the
+    verdict; what a line calls the latter two begins with `prefix`, by default the figure's own."""
+    of = f"{value}_" if prefix is None else prefix
+    return (
+        Column(name, lambda line: show(line[value]) if value in line else ""),
+        Column("95 %", lambda line: " .. ".join(map(show, line.get(f"{value}_interval", ())))),
+        Column("Holm", lambda line: p_value(line.get(f"{of}holm"))),
+        Column("verdict", lambda line: line.get(f"{of}verdict", ""), text=True),
+    )
 
 
 def probe(
@@ -27,42 +46,78 @@ def probe(
     columns: tuple[Column, ...],
     panel: tuple[str, ...] = (),
     paper: Callable[[], bytes] | None = None,
+    choices: dict[str, Container[str]] | None = None,
+    first: Callable[[dict], bool] = lambda line: True,
 ) -> Section:
     """The section of a probe's lines.
 
-    about: a paragraph of what it shows. fields: name -> types that a line must have. cell: the fields that tell lines
-    of one call apart. picture: lines -> PNG, of all lines of one call that have the same `panel`. paper: the PNG of
-    what the paper says of it."""
+    about: a paragraph of what it shows. fields: name -> types that a line must have; choices: field -> what it may
+    be. cell: the fields that tell lines of one call apart. picture: lines -> PNG, of all lines of one call that have
+    the same `panel`. paper: the PNG of what the paper says of it. first: which lines are at the top of the table."""
 
     def check(line: dict) -> None:
         check_facts(line, fields)
+        check_choices(line, choices or {})
 
     def key(line: dict) -> tuple:
-        return line["weights_sha256"], line["arm"], line["command"], *(line[name] for name in cell)
+        return *run_key(line), *(line[name] for name in cell)
 
     def body(page: Page, lines: list[dict]) -> str:
-        figures = [page.picture(f"{kind}_paper.png", f"{title}: the paper's figures", paper())] if paper else []
-        calls: dict[tuple, list[dict]] = {}
-        for line in lines:
-            calls.setdefault((line["run"], line["weights_sha256"], line["arm"], line["command"]), []).append(line)
-        groups: dict[str, list[list]] = {}
-        for call in calls.values():
-            first = call[0]
-            name = f"{first['run']}: {first['arm']}, step {first['step']}"
-            panels: dict[tuple, list[dict]] = {}
-            for line in call:
-                panels.setdefault(tuple(line[name] for name in panel), []).append(line)
-            for of in panels.values():
-                number = len(figures) + (not paper)
-                what = f"{title}: {name}, as in the table below"
-                figures.append(page.picture(f"{kind}_{number}.png", what, picture(of), of, note=name))
-            rows = ([column.value(line) for column in columns] + [page.links([line["command"]])] for line in call)
-            groups.setdefault(name, []).extend(rows)
-        head = [*(column.name for column in columns), "command"]
-        texts = tuple(itertools.compress(range(len(head)), [*(column.text for column in columns), True]))
+        theirs = page.picture(f"{kind}_paper.png", f"{title}: what the paper says", paper()) if paper else ""
+        calls = by_call(lines)
         return f"""<h2 id="{kind}">{escaped(title)}</h2>
 <p>{escaped(about)}</p>
-<div>{"".join(figures)}</div>
-{table(head, groups, texts)}"""
+<div>{theirs}{"".join(figures(page, kind, title, calls, panel, picture))}</div>
+{rows(page, [sorted(call, key=lambda line: not first(line)) for call in calls], columns)}"""
 
     return Section(kind, check, key, body)
+
+
+def check_choices(line: dict, choices: dict[str, Container[str]]) -> None:
+    """Raises ValueError if a field is none of what it may be."""
+    for name, known in choices.items():
+        if type(line.get(name)) is not str or line[name] not in known:
+            raise ValueError(f"{name} is {str(line.get(name))[:40]!r}, known are {', '.join(known)}")
+
+
+def run_key(line: dict) -> tuple:
+    """The same in lines of one call."""
+    return line["weights_sha256"], line["arm"], line["command"]
+
+
+def by_call(lines: list[dict]) -> list[list[dict]]:
+    calls: dict[tuple, list[dict]] = {}
+    for line in lines:
+        calls.setdefault((line["run"], *run_key(line)), []).append(line)
+    return list(calls.values())
+
+
+def _name(call: list[dict]) -> str:
+    return f"{call[0]['run']}: {call[0]['arm']}, step {call[0]['step']}"
+
+
+def figures(
+    page: Page, kind: str, title: str, calls: list[list[dict]], panel: tuple[str, ...], picture: Callable
+) -> list[Markup]:
+    """A picture of all lines of one call that have the same `panel`."""
+    shown = []
+    for call in calls:
+        panels: dict[tuple, list[dict]] = {}
+        for line in call:
+            panels.setdefault(tuple(line[name] for name in panel), []).append(line)
+        for of in panels.values():
+            what = f"{title}: {_name(call)}, as in the table below"
+            name = f"{kind}_{len(shown) + 1}.png"
+            shown.append(page.picture(name, what, picture(of), of, note=_name(call)))
+    return shown
+
+
+def rows(page: Page, calls: list[list[dict]], columns: tuple[Column, ...]) -> Markup:
+    """A table: a row for each line, below the run that it is of."""
+    groups: dict[str, list[list]] = {}
+    for call in calls:
+        links = page.links([call[0]["command"]])
+        groups.setdefault(_name(call), []).extend([*(of.value(line) for of in columns), links] for line in call)
+    head = [*(column.name for column in columns), "command"]
+    texts = tuple(itertools.compress(range(len(head)), [*(column.text for column in columns), True]))
+    return table(head, groups, texts)

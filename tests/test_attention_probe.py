@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from scipy.special import softmax
 
 import probe
 from config import TaskConfig, UserError
@@ -16,9 +17,10 @@ from evals.common import hidden_of
 from evals.tasks import texts
 from probes import attention, look_drawing
 from probes.attention import by_text, judged, measure, paired, summarise, table
-from probes.heads import FIRST, SECOND, boosted_entropy, entropy, entropy_slope, seen
+from probes.heads import FIRST, SECOND, seen
 from probes.marks import MarksProbe, answer_in_text, asked_at, batches, mark_of, marks, target_mark
 from probes.positions import under
+from probes.theorem import boosted_entropy, entropy, entropy_slope, theorem_curves
 from stats import bootstrap_means, bootstrap_ratio, mean_p
 from tasks import PLACEMENTS, TASKS
 from tasks.example import Draft, Example, Maker
@@ -108,10 +110,10 @@ def test_no_hook_is_left_and_a_dynamic_scale_is_refused():
 
 def test_boosting_a_key_changes_entropy_as_the_formula_says():
     """By autograd and by differences; it falls for a likely key, and rises for an unlikely one."""
-    curves = look_drawing.theorem_curves()
+    curves = theorem_curves()
     for t, H, from_two, slope in curves.values():
-        torch.testing.assert_close(H, from_two)
-        torch.testing.assert_close((H[2:] - H[:-2]) / (t[2:] - t[:-2]), slope[1:-1], rtol=0, atol=2e-3)
+        np.testing.assert_allclose(H, from_two, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose((H[2:] - H[:-2]) / (t[2:] - t[:-2]), slope[1:-1], rtol=0, atol=2e-3)
     likely, unlikely = curves["likely"], curves["unlikely"]
     assert likely[1][0] == unlikely[1][0] and (likely[3] < 0).all()
     turn = int(unlikely[1].argmax())
@@ -119,21 +121,23 @@ def test_boosting_a_key_changes_entropy_as_the_formula_says():
     assert unlikely[1].max() > unlikely[1][0] + 0.1
 
     logits = torch.randn(5, 9, dtype=torch.float64).mul(3).requires_grad_()
-    p, H = logits.softmax(-1), entropy(logits)
-    for key in range(9):
-        (slope,) = torch.autograd.grad(H.sum(), logits, retain_graph=True)
-        torch.testing.assert_close(slope[:, key], entropy_slope(p[:, key], H))
+    known = torch.distributions.Categorical(logits=logits).entropy()
+    (slope,) = torch.autograd.grad(known.sum(), logits)
+    p, H = logits.softmax(-1).detach().numpy(), entropy(logits.detach().numpy())
+    np.testing.assert_allclose(H, known.detach().numpy(), rtol=1e-9)
+    np.testing.assert_allclose(slope.numpy(), entropy_slope(p, H[:, None]), rtol=1e-7, atol=1e-9)
     falls = entropy_slope(p, H[:, None]) < 0
-    assert torch.equal(falls, p.log() > -H[:, None]) and falls.any() and not falls.all()
+    assert np.array_equal(falls, np.log(p) > -H[:, None]) and falls.any() and not falls.all()
 
 
 def test_entropy_after_a_boost_where_one_key_has_nearly_all():
-    logits = torch.tensor([0.0, 14.0, 0.5, -80.0])
+    logits = np.array([0.0, 14.0, 0.5, -80.0])
     for key, t in ((1, -3.0), (0, 20.0), (3, 40.0)):
-        boosted = logits.double()
+        boosted = logits.copy()
         boosted[key] += t
-        p, H = logits.softmax(-1)[key].double().clamp(1e-30, 1 - 1e-9), entropy(logits)
-        assert boosted_entropy(p, H, torch.tensor(t)).item() == pytest.approx(entropy(boosted).item(), abs=1e-3)
+        p, H = np.clip(softmax(logits)[key], 1e-30, 1 - 1e-9), entropy(logits)
+        assert boosted_entropy(p, H, t) == pytest.approx(entropy(boosted), abs=1e-3)
+    assert entropy(np.array([0.0, 0.0, -np.inf])) == pytest.approx(np.log(2))
 
 
 # ----------------------------------------------------------------------------- where things stand

@@ -1,0 +1,162 @@
+"""What the page shows of each probe: what it decides, which lines it takes, its pictures and its table."""
+
+from collections.abc import Callable
+
+from probes.drawing import positions_panel, table_2
+from probes.look_drawing import (
+    LOOKS,
+    PLACE_NAMES,
+    SITE_NAMES,
+    attention_panel,
+    patching_panel,
+    residual_panel,
+    theorem_picture,
+)
+from reports import rates
+from reports.lines import CELL, NUMBER
+from reports.markup import percent, points, span
+from reports.paper import FIGURE_2
+from reports.probes import WHERE, Column, claim, probe
+
+CHECKPOINT = "Verdicts and Holm's p are of this checkpoint, not of its arm."
+TEXTS = ("task", "placement", "level", "question", "length")  # tell cells apart
+N = Column("n", lambda line: line["n"])
+
+
+def known(*names: str, **kinds: tuple) -> dict[str, tuple]:
+    """Fields of a cell, with their types: those that are named are numbers."""
+    return {**CELL, "mark": (str,), **dict.fromkeys(names, NUMBER), **kinds}
+
+
+def judged(*claims: str) -> dict[str, tuple]:
+    """What a line has of a claim."""
+    of = {"": NUMBER, "_interval": (list,), "_holm": NUMBER, "_verdict": (str,)}
+    return {f"{claim}{end}": kinds for claim in claims for end, kinds in of.items()}
+
+
+def share(name: str) -> Callable[[dict], str]:
+    return lambda line: percent(line[name]) if name in line else ""
+
+
+POSITIONS = probe(
+    "positions",
+    "Meta-tokens without a position, without an embedding",
+    "The same weights read the same texts of the tasks: as trained (full), with no position at meta-tokens, with "
+    "no embedding at them, with neither. If position or embedding of the meta-tokens carry what the answer needs, "
+    "the answers go with them. Differences are from full, in points, with Newcombe's interval over texts; verdicts "
+    "and Holm's p are of this checkpoint, not of its arm. The paper's Table 2 has some cells of about 18 texts.",
+    {**CELL, "condition": (str,), "exact": NUMBER, "interval": (list,), "chance": NUMBER},
+    (*TEXTS, "condition"),
+    positions_panel,
+    (
+        *WHERE,
+        Column("condition", lambda line: line["condition"].replace("_", " "), text=True),
+        Column("exact, %", share("exact")),
+        Column("95 %", lambda line: span(*line["interval"])),
+        *claim("difference", "difference", points, ""),
+        Column("chance, %", share("chance")),
+        N,
+    ),
+    panel=("task", "level", "question", "length"),
+    paper=table_2,
+)
+
+ATTENTION = probe(
+    "attention",
+    "Logit boost and entropy drop of every head",
+    "Do meta-tokens sharpen attention, and where? The same weights read the same texts as trained and with zeros for "
+    "the embedding of the mark; boost is by how much a head's largest logit grows, drop by how much its entropy falls, "
+    "over the queries behind the last mark, with intervals over texts. The paper's Figure 2 has a boost of "
+    f"{FIGURE_2['boost']:.2f} and a drop of {FIGURE_2['drop']:.2f} nats, of heads and queries that it does not name. "
+    "By its theorem the boost of a key makes entropy fall; that is true only of a key that is likely without it, and "
+    '"applies" is the share of queries where the last mark is such a key. "Explained" is the drop if nothing but the '
+    'mark\'s own logit had changed: it decides whether the theorem is why. With placement none the word "mark" stands '
+    f"for the meta-token: what an ordinary word does. {CHECKPOINT}",
+    known(attention=(str,), layer=(int, type(None)), head=(int, type(None))) | judged("boost", "drop"),
+    (*TEXTS, "attention", "layer", "head"),
+    attention_panel,
+    (
+        *WHERE,
+        Column("attention", lambda line: line["attention"], text=True),
+        Column("layer.head", lambda line: "all" if line["layer"] is None else f"{line['layer']}.{line['head']}"),
+        *claim("boost", "boost", "{:+.2f}".format),
+        *claim("drop, nats", "drop", "{:+.2f}".format),
+        Column("explained", lambda line: f"{line['predicted']:+.2f}" if "predicted" in line else ""),
+        Column("applies, %", share("applies")),
+        Column("on marks, %", share("on_marks")),
+        Column("zeroed, %", share("on_marks_zeroed")),
+        N,
+    ),
+    panel=("task", "level", "question", "length"),
+    paper=theorem_picture,
+    choices={"attention": LOOKS},
+    first=lambda line: line["layer"] is None,
+)
+
+PATCHING = probe(
+    "patching",
+    "States replaced by another text's",
+    "Is what the answer needs read from the meta-token? At one place of a text the state that enters a layer is "
+    "replaced by that of a donor, a text with another answer. Where the text's own answer goes, the state is needed; "
+    "where the donor's comes, the state carries it. If neither moves at the mark, the answer is not read there, or "
+    "only what is the same in both texts, such as that it is a mark; the answer itself in the text, and the token that "
+    "predicts it, show what it looks like where it is read. Shares are of texts; changes are against no patch, in "
+    f"points. {CHECKPOINT}",
+    known("kept", "kept_unpatched", "donor", "donor_unpatched", site=(str,), layer=(int,))
+    | {"kept_interval": (list,), "donor_interval": (list,)}
+    | judged("needed", "carried"),
+    (*TEXTS, "site", "layer"),
+    patching_panel,
+    (
+        *WHERE,
+        Column("replaced at", lambda line: SITE_NAMES[line["site"]], text=True),
+        Column("layer", lambda line: line["layer"]),
+        Column("own answer, %", share("kept")),
+        Column("95 %", lambda line: span(*line["kept_interval"])),
+        *claim("needed", "needed", points),
+        Column("donor's, %", share("donor")),
+        Column("95 %", lambda line: span(*line["donor_interval"])),
+        *claim("carried", "carried", points),
+        Column("own, no patch, %", share("kept_unpatched")),
+        N,
+    ),
+    panel=TEXTS,
+    choices={"site": SITE_NAMES},
+)
+
+RESIDUAL = probe(
+    "residual",
+    "What the states of marks hold of the tokens before them",
+    "Is a meta-token's state a summary of what comes before it? Of the state that enters a layer (the last: the final "
+    "norm) and the token some positions back: their cosine with the layer's mean state taken off, beside that with "
+    'another text\'s token (floor); "nearer" is the difference. And how often a linear classifier, trained on other '
+    "texts, names that token from the state, beside always naming the commonest and beside training on shuffled "
+    'labels; "against the word" is what it names more than from the word "mark" in the meta-token\'s place, in points. '
+    "The paper shows cosines that differ by some hundredths, without a floor. What can be decoded need not be used: "
+    f"patching asks for that. {CHECKPOINT}",
+    known("cosine_centred", "floor_centred", "decoded", "majority", "shuffled")
+    | {"place": (str,), "layer": (int,), "distance": (int,), "cosine_centred_interval": (list,)}
+    | {"decoded_interval": (list,)}
+    | judged("nearer"),
+    (*TEXTS, "place", "layer", "distance"),
+    residual_panel,
+    (
+        *WHERE,
+        Column("state of", lambda line: PLACE_NAMES[line["place"]], text=True),
+        Column("layer", lambda line: line["layer"]),
+        Column("back", lambda line: line["distance"]),
+        Column("cosine", lambda line: f"{line['cosine_centred']:+.3f}"),
+        Column("floor", lambda line: f"{line['floor_centred']:+.3f}"),
+        *claim("nearer", "nearer", "{:+.3f}".format),
+        Column("decoded, %", share("decoded")),
+        Column("95 %", lambda line: span(*line["decoded_interval"])),
+        Column("commonest, %", share("majority")),
+        Column("shuffled, %", share("shuffled")),
+        *claim("against the word", "more", points),
+        N,
+    ),
+    panel=TEXTS,
+    choices={"place": PLACE_NAMES},
+)
+
+PROBES = (POSITIONS, ATTENTION, PATCHING, RESIDUAL, rates.SECTION)

@@ -1,0 +1,115 @@
+"""The section of probe.py rate_distortion, whose lines are curves and comparisons of two of them."""
+
+from probes.rate_drawing import LOOKS, rate_panel
+from reports.lines import CELL, NUMBER, check_facts, check_fields
+from reports.markup import escaped
+from reports.page import Page, Section
+from reports.paper import DISTORTION, GUESSING
+from reports.probes import WHERE, Column, by_call, check_choices, claim, figures, rows, run_key
+
+TITLE = "Rate and distortion of hidden states"
+ABOUT = (
+    "How much of what a text says can be read from one hidden state, at which rate? A variational bottleneck is "
+    "trained on each state at several prices of its rate, and measured on texts that no probe has seen, in nats. "
+    "Guessing has ln K of K classes, and H(Y) if it knows how frequent they are; no code of rate R can have a "
+    "distortion below H(Y) − R, the converse. The paper's bottlenecks, trained on 50 texts, have distortions of "
+    f"{DISTORTION[0]:.1f} to {DISTORTION[1]:.2f} nats, where guessing among all ids has ln 50257 = {GUESSING:.2f}. "
+    "What decides is the state of the meta-token against others of the same texts at equal rates: first minus second; "
+    "the verdict is on whether the first has less, a difference below 0. A high curve says that this probe did not "
+    "find the target, not that it is not there. "
+    "Intervals are over texts and the probes' seeds; verdicts are of this checkpoint, not of its arm."
+)
+TEXTS = ("task", "placement", "level", "question", "length", "layer", "target")
+SHARED = {name: CELL[name] for name in ("task", "placement", "level", "question", "length", "n")} | {
+    "kind": (str,), "layer": (int,), "target": (str,), "entropy": NUMBER, "probe_seeds": (int,),
+}  # fmt: skip
+CURVE = SHARED | {
+    "state": (str,), "uniform": NUMBER, "cross_entropy": NUMBER, "floor": NUMBER, "points": (list,),
+    "ceiling": (dict,), "shuffled": (dict,), "violations": (int,), "train_texts": (int,),
+}  # fmt: skip
+COMPARISON = SHARED | {
+    "states": (list,), "difference": NUMBER, "difference_interval": (list,), "holm": NUMBER, "verdict": (str,),
+}  # fmt: skip
+POINT = {
+    "rate": NUMBER, "distortion": NUMBER, "rate_interval": (list,), "distortion_interval": (list,),
+    "violates_converse": (bool,),
+}  # fmt: skip
+KINDS = {"curve": CURVE, "comparison": COMPARISON}
+
+
+def check(line: dict) -> None:
+    """Raises ValueError that says what is wrong with a line."""
+    check_choices(line, {"kind": KINDS})
+    check_facts(line, KINDS[line["kind"]])
+    if line["kind"] == "comparison":
+        if len(line["states"]) != 2:
+            raise ValueError(f"states is {str(line['states'])[:40]!r}")
+        return
+    check_choices(line, {"state": LOOKS})
+    if not line["points"] or not all(isinstance(point, dict) for point in line["points"]):
+        raise ValueError(f"points is {str(line['points'])[:40]!r}")
+    for point in line["points"]:
+        check_fields(point, POINT)
+    for name in ("ceiling", "shuffled"):
+        check_fields(line[name], {"distortion": NUMBER})
+
+
+def key(line: dict) -> tuple:
+    return *run_key(line), *(line[name] for name in TEXTS), str(line.get("states", line.get("state")))
+
+
+def best(line: dict) -> dict:
+    """The point with the least distortion."""
+    return min(line["points"], key=lambda point: point["distortion"])
+
+
+def nats(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _nats(name: str, value) -> Column:
+    return Column(name, lambda line: nats(value(line)))
+
+
+PLACE = (
+    *WHERE,
+    Column("layer", lambda line: line["layer"]),
+    Column("target", lambda line: line["target"].replace("_", " "), text=True),
+)
+ENDS = (Column("probe seeds", lambda line: line["probe_seeds"]), Column("n", lambda line: line["n"]))
+CURVES = (
+    *PLACE,
+    Column("state", lambda line: line["state"], text=True),
+    _nats("least D", lambda line: best(line)["distortion"]),
+    Column("95 %", lambda line: " .. ".join(map(nats, best(line)["distortion_interval"]))),
+    _nats("at rate", lambda line: best(line)["rate"]),
+    _nats("ceiling", lambda line: line["ceiling"]["distortion"]),
+    _nats("shuffled", lambda line: line["shuffled"]["distortion"]),
+    _nats("constant", lambda line: line["cross_entropy"]),
+    _nats("H(Y)", lambda line: line["entropy"]),
+    _nats("ln K", lambda line: line["uniform"]),
+    Column("points below the converse", lambda line: line["violations"]),
+    Column("trained on", lambda line: line["train_texts"]),
+    *ENDS,
+)
+COMPARISONS = (
+    *PLACE,
+    Column("states", lambda line: " − ".join(map(str, line["states"])), text=True),
+    *claim("D at equal R, nats", "difference", "{:+.3f}".format, ""),
+    *ENDS,
+)
+
+
+def body(page: Page, lines: list[dict]) -> str:
+    curves, comparisons = ([line for line in lines if line["kind"] == kind] for kind in KINDS)
+    shown = figures(page, "rate_distortion", TITLE, by_call(curves), TEXTS, rate_panel)
+    tables = rows(page, by_call(curves), CURVES)
+    if comparisons:
+        tables += f"<h3>At equal rates</h3>\n{rows(page, by_call(comparisons), COMPARISONS)}"
+    return f"""<h2 id="rate_distortion">{escaped(TITLE)}</h2>
+<p>{escaped(ABOUT)}</p>
+<div>{"".join(shown)}</div>
+{tables}"""
+
+
+SECTION = Section("rate_distortion", check, key, body)

@@ -1,0 +1,218 @@
+"""report.py on the lines of probe.py: each section has their figures, and refuses lines that lack one."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from config import UserError
+from probes import look_drawing, rate_drawing
+from report import sections_of
+from reports import rates
+from reports.files import read
+from reports.probe_sections import PROBES
+from tests.test_report import line as task_line
+from tests.test_report import write
+from tests.test_report_sections import cells_of, rendered
+
+SECTIONS = {section.kind: section for section in PROBES}
+
+
+def of(probe: str, **fields) -> dict:
+    """A line of a probe, with the facts of a run."""
+    one = task_line("1" * 50 + "0" * 50)
+    measured = ("eval", "correct", "exact", "interval", "token_accuracy", "token_interval", "nats", "chance", "floors")
+    facts = {name: value for name, value in one.items() if name not in (*measured, "outcomes")}
+    return {**facts, "probe": probe, "mark": "meta-token", **fields}
+
+
+def judged(claim: str, value: float, low: float, high: float, verdict: str) -> dict:
+    return {claim: value, f"{claim}_interval": [low, high], f"{claim}_holm": 0.04, f"{claim}_verdict": verdict}
+
+
+def attention(layer: int | None, head: int | None, boost: float, **other) -> dict:
+    found = {
+        **judged("boost", boost, boost - 0.5, boost + 0.5, "holds"), **judged("drop", 0.25, -0.125, 0.625, "undecided"),
+        "on_marks": 0.5, "on_marks_zeroed": 0.375, "applies": 0.125, "predicted": -0.75,
+    }  # fmt: skip
+    return of("attention", **{"attention": "causal", "layer": layer, "head": head} | found | other)
+
+
+def patching(site: str, layer: int, kept: float, **other) -> dict:
+    shares = {"kept": kept, "kept_interval": [kept - 0.0625, kept + 0.03125], "kept_unpatched": 0.75,
+              "donor": 0.25, "donor_interval": [0.125, 0.375], "donor_unpatched": 0.0}  # fmt: skip
+    claims = judged("needed", 0.75 - kept, -0.5, 0.5, "holds") | judged("carried", 0.25, 0.0, 0.5, "undecided")
+    return of("patching", **{"site": site, "layer": layer} | shares | claims | other)
+
+
+def residual(place: str, layer: int, distance: int, decoded: float, **other) -> dict:
+    found = {"cosine_centred": 0.5, "cosine_centred_interval": [0.25, 0.75], "floor_centred": 0.375,
+             "decoded": decoded, "decoded_interval": [0.125, 0.875], "majority": 0.0625,
+             "shuffled": 0.03125}  # fmt: skip
+    more = judged("more", 0.125, -0.25, 0.375, "undecided") if place == "mark" else {}
+    near = judged("nearer", 0.125, 0.0625, 0.1875, "holds")
+    return of("residual", **{"place": place, "layer": layer, "distance": distance} | found | near | more | other)
+
+
+def curve(state: str, distortions: tuple[float, ...], **other) -> dict:
+    points = [
+        {"rate": 2.0 * i, "distortion": d, "rate_interval": [2.0 * i - 0.5, 2.0 * i + 0.5],
+         "distortion_interval": [d - 0.25, d + 0.25], "violates_converse": False}
+        for i, d in enumerate(distortions, 1)
+    ]  # fmt: skip
+    known = {"uniform": 5.5, "cross_entropy": 5.375, "entropy": 5.25, "floor": 0.0, "violations": 0}
+    ends = {"ceiling": {"distortion": 1.5}, "shuffled": {"distortion": 5.4}}
+    sizes = {"train_texts": 4000, "probe_seeds": 3}
+    place = {"kind": "curve", "layer": 4, "target": "answer", "state": state}
+    return of("rate_distortion", **place | {"points": points} | known | ends | sizes | other)
+
+
+def comparison(first: str, second: str) -> dict:
+    found = {"difference": -0.25, "difference_interval": [-0.5, -0.125], "holm": 0.02, "verdict": "holds"}
+    return of("rate_distortion", kind="comparison", layer=4, target="answer", states=[first, second], entropy=5.25,
+              probe_seeds=3, **found)  # fmt: skip
+
+
+LINES = {
+    "attention": [attention(0, 1, 2.5), attention(None, None, 1.5), attention(None, None, 1.0, placement="every")],
+    "patching": [patching("mark", 0, 0.75), patching("answer", 1, 0.0), patching("mark", 0, 0.5, task="copying")],
+    "residual": [residual(place, 0, d, 0.5) for place in ("mark", "word") for d in (1, 8)]
+    + [residual("mark", 0, 1, 0.25, placement="every")],
+    "rate_distortion": [curve("meta", (4.0, 2.0)), curve("question", (5.0,), layer=3), comparison("meta", "question")],
+}
+PICTURES = {"attention": {"paper", 1}, "patching": {1, 2}, "residual": {1, 2}, "rate_distortion": {1, 2}}
+ROWS = {
+    "attention": ("causal", "0.1", "+2.50", "+2.00 .. +3.00", "0.040", "holds", "+0.25", "-0.12 .. +0.62", "0.040",
+                  "undecided", "-0.75", "12.5", "50.0", "37.5", "100", "[1]"),
+    "patching": ("the answer in the text", "1", "0.0", "-6.2 .. 3.1", "+75.0", "-50.0 .. +50.0", "0.040", "holds",
+                 "25.0", "12.5 .. 37.5", "+25.0", "+0.0 .. +50.0", "0.040", "undecided", "75.0", "100", "[1]"),
+    "residual": ("the mark", "0", "8", "+0.500", "+0.375", "+0.125", "+0.062 .. +0.188", "0.040", "holds", "50.0",
+                 "12.5 .. 87.5", "6.2", "3.1", "+12.5", "-25.0 .. +37.5", "0.040", "undecided", "100", "[1]"),
+    "rate_distortion": ("4", "answer", "meta", "2.000", "1.750 .. 2.250", "4.000", "1.500", "5.400", "5.375", "5.250",
+                        "5.500", "0", "4000", "3", "100", "[1]"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page() -> dict[str, bytes]:
+    return rendered(LINES)
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_a_probe_has_its_pictures_and_its_figures(page, kind):
+    assert {name for name in page if name.startswith(kind)} == {f"{kind}_{of}.png" for of in PICTURES[kind]}
+    rows = [row[3:] for row in cells_of(page["report.html"])]
+    assert ROWS[kind] in rows
+
+
+def test_sections_stand_in_their_order_and_say_what_the_paper_has(page):
+    text = page["report.html"].decode()
+    assert re.findall(r'<h2 id="(\w+)"', text) == [*LINES, "commands"]
+    for figure in ("a boost of 1.26 and a drop of 1.40 nats", "10.0 to 10.75 nats", "ln 50257 = 10.82"):
+        assert figure in text
+
+
+def test_means_of_all_heads_come_before_the_heads(page):
+    rows = [row for row in cells_of(page["report.html"]) if len(row) > 4 and row[3] == "causal"]
+    assert [row[4:6] for row in rows] == [("all", "+1.50"), ("all", "+1.00"), ("0.1", "+2.50")]
+
+
+def test_two_curves_are_compared_in_a_table_of_their_own(page):
+    rows = [row[3:] for row in cells_of(page["report.html"])]
+    assert ("4", "answer", "meta − question", "-0.250", "-0.500 .. -0.125", "0.020", "holds", "3", "100", "[1]") in rows
+
+
+@pytest.mark.parametrize(
+    ("one", "names"),
+    [
+        (LINES["attention"][0], ("boost", "drop_interval", "drop_verdict", "boost_holm", "layer", "head", "mark")),
+        (LINES["patching"][0], ("kept", "donor_interval", "kept_unpatched", "donor_unpatched", "layer", "n")),
+        (LINES["residual"][0], ("cosine_centred", "floor_centred", "majority", "shuffled", "distance", "decoded")),
+        (LINES["rate_distortion"][0], ("points", "ceiling", "shuffled", "uniform", "floor", "violations", "target")),
+        (LINES["rate_distortion"][2], ("difference_interval", "states", "holm", "verdict", "layer")),
+    ],
+)
+def test_a_line_that_lacks_a_figure_is_named(tmp_path, one, names):
+    check = SECTIONS[one["probe"]].check
+    check(one)
+    for name in names:
+        lacking = {key: value for key, value in one.items() if key != name}
+        with pytest.raises(ValueError, match=f"^{name} is missing$"):
+            check(lacking)
+    path = write(tmp_path / "x.jsonl", [one, lacking])
+    with pytest.raises(UserError, match=rf"x.jsonl, line 2 is no line of eval.py or probe.py \({name} is missing\)"):
+        read((path,), sections_of(0.0, 0.05))
+
+
+@pytest.mark.parametrize(
+    ("damaged", "why"),
+    [
+        (attention(0, 0, 1.0, attention="third"), "attention is 'third', known are causal, second"),
+        (attention(0, 0, 1.0, boost_interval=[1]), "boost_interval is '[1]'"),
+        (patching("here", 0, 0.5), "site is 'here', known are mark, "),
+        (residual("here", 0, 1, 0.5), "place is 'here', known are mark, "),
+        (curve("here", (1.0,)), "state is 'here', known are meta, "),
+        (curve("meta", ()), "points is '[]'"),
+        (curve("meta", (1.0,), points=[{"rate": 1.0}]), "distortion is missing"),
+        (curve("meta", (1.0,), ceiling={}), "distortion is missing"),
+        (curve("meta", (1.0,), kind="dream"), "kind is 'dream', known are curve, comparison"),
+        (comparison("meta", "last") | {"states": ["meta"]}, "states is \"['meta']\""),
+    ],
+)
+def test_a_line_that_cannot_be_drawn_is_refused(damaged, why):
+    with pytest.raises(ValueError, match=re.escape(why)):
+        SECTIONS[damaged["probe"]].check(damaged)
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_lines_of_one_call_are_told_apart_and_later_ones_count(tmp_path, kind):
+    again = json.loads(json.dumps(LINES[kind][0])) | {"machine": "Abacus"}
+    found = read((write(tmp_path / "x.jsonl", [*LINES[kind], again]),), sections_of(0.0, 0.05))
+    assert len(found.lines[kind]) == len(LINES[kind]) and found.repeated == 1
+    assert found.lines[kind][0]["machine"] == "Abacus"
+
+
+def drawn(axes) -> list[tuple[list, list]]:
+    """Points that have a marker."""
+    return [(list(mark.get_xdata()), list(mark.get_ydata())) for mark in axes.lines if mark.get_marker() in "osDv^PX|"]
+
+
+def test_small_pictures_show_the_figures():
+    figure = Figure()
+    look_drawing._attention_panel(figure, LINES["attention"])
+    boost, drop, why = figure.axes
+    assert sorted(x for x, _ in drawn(boost)) == [[1.0], [1.5], [2.5]] and drawn(why) == [([-0.75], [0.25])]
+    assert {line.get_xdata()[0] for line in boost.lines if line.get_linestyle() == ":"} == {1.26}
+    assert {line.get_xdata()[0] for line in drop.lines if line.get_linestyle() == ":"} == {1.40}
+    figure = Figure()
+    look_drawing._patching_panel(figure, LINES["patching"][:2])
+    assert [y for axes in figure.axes for _, y in drawn(axes)] == [[75], [0], [25], [25]]
+    figure = Figure()
+    look_drawing._residual_panel(figure, LINES["residual"][:4])
+    assert [[y for _, y in drawn(axes)] for axes in figure.axes] == 2 * [[[0.5], [0.5]], [[50], [50]]]
+    figure = Figure()
+    rate_drawing._rate_panel(figure, LINES["rate_distortion"][:1])
+    assert drawn(figure.axes[0]) == [([2, 4], [4, 2])]
+    assert rates.best(LINES["rate_distortion"][0])["rate"] == 4
+
+
+def test_heads_without_a_prediction_and_means_alone_can_be_drawn():
+    """Arms whose second attention has all of the heads that were read, or one mean and no head."""
+    lines = [attention(None, None, 1.0, attention="second")]
+    look_drawing._attention_panel(figure := Figure(), lines)
+    assert drawn(figure.axes[2]) == []
+
+
+def test_a_folder_of_a_run_has_them_and_the_report_starts_without_torch(tmp_path):
+    for kind, lines in LINES.items():
+        write(tmp_path / f"{kind}.jsonl", lines)
+    files = [str(tmp_path / f"{kind}.jsonl") for kind in LINES]
+    found = read((str(tmp_path),), sections_of(0.0, 0.05))
+    assert found.lines == read(tuple(files), sections_of(0.0, 0.05)).lines == LINES
+    code, root = "import sys, report; print('torch' in sys.modules)", Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
