@@ -109,7 +109,7 @@ def _paper(figure) -> None:
     axes.set_ylim(len(TABLE_2) - 0.5, -0.5)
     _percent(axes)
     axes.set_title(f"paper, about {TABLE_2_N} texts a cell: Table 2, list pointer", fontsize=9.5)
-    axes.set_xlabel(f"accuracy, %; bars: 95 % if n = {TABLE_2_N}, as its shares suggest")
+    axes.set_xlabel(f"accuracy, %; bars: 95 % if n = {TABLE_2_N}")
     names = (("full", "full"), ("none", "no position at meta-tokens"))
     handles = [Line2D([], [], color="black", marker="o", markersize=4.5, linestyle="", fillstyle=style, label=label)
                for style, label in names]  # fmt: skip

@@ -15,11 +15,12 @@ class Found:
 
     lines: dict[str, list[dict]]  # kind of a section -> its lines, each once
     runs: list[Metrics]
-    repeated: int  # lines that gave way to a later one of the same cell
+    repeated: int  # lines that gave way to another of the same cell
 
 
 def read(sources: tuple[str, ...], sections: list[Section]) -> Found:
-    """Lines of run folders and .jsonl files; of repeated ones the last counts. A folder may lack most of the files.
+    """Lines of run folders and .jsonl files; of repeated ones that of the most texts, else the last. A folder may
+    lack most of the files.
 
     Raises UserError, naming file and line."""
     kinds = {section.kind: section for section in sections}
@@ -43,8 +44,10 @@ def read(sources: tuple[str, ...], sections: list[Section]) -> Found:
             for line in _lines(path, kinds):
                 kind = kind_of(line)
                 key = kinds[kind].key(line)
-                repeated += key in kept[kind]
-                kept[kind][key] = line
+                earlier = kept[kind].get(key)
+                repeated += earlier is not None
+                if earlier is None or line.get("n", 0) >= earlier.get("n", 0):  # a quick look replaces no figure
+                    kept[kind][key] = line
     lines = {kind: list(of.values()) for kind, of in kept.items() if of}
     if not lines and not runs:
         raise UserError(f"{', '.join(sources)} has no line: run eval.py or probe.py first.")

@@ -38,7 +38,10 @@ class Page:
         body = "".join(part(self) for part in parts)
         contents = re.findall(r'<h2 id="(\w+)">(.*?)</h2>', body)
         links = " · ".join(f'<a href="#{name}">{title}</a>' for name, title in [*contents, ("commands", "Commands")])
-        again = f"<p>{self.repeated} lines repeat a figure of the same run and weights; the last one counts.</p>\n"
+        again = (
+            f"<p>Lines that repeat a figure of the same run and weights: {self.repeated}. The one of the most texts "
+            f"counts, among equals the last.</p>\n"
+        )
         top = f"""<h1>What the runs came to</h1>
 <p><code>{escaped(self.command)}</code></p>
 <p class="contents">{links}</p>

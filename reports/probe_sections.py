@@ -43,7 +43,8 @@ POSITIONS = probe(
     "Meta-tokens without a position, without an embedding",
     "The same weights read the same texts of the tasks: as trained (full), with no position at meta-tokens, with "
     "no embedding at them, with neither. If position or embedding of the meta-tokens carry what the answer needs, "
-    "the answers go with them. Differences are from full, in points, with Newcombe's interval over texts; verdicts "
+    'the answers go with them. A verdict is on "more answers are right than in full": the reverse holds where fewer '
+    "are. Differences are from full, in points, with Newcombe's interval over texts; verdicts "
     "and Holm's p are of this checkpoint, not of its arm. The paper's Table 2 has some cells of about 18 texts.",
     {**CELL, "condition": (str,), "exact": NUMBER, "interval": (list,), "chance": NUMBER},
     (*TEXTS, "condition"),

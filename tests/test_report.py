@@ -274,11 +274,11 @@ def test_the_overview_shows_what_every_panel_shows():
         assert sorted(y for y in points if y >= 0) == pytest.approx(shown)
 
 
-def test_the_last_of_repeated_lines_counts(tmp_path):
-    source = write(tmp_path / "x.jsonl", [line("0" * 100), line(length=256), line("1" * 100)])
-    lines, repeated = read_tasks(source)
-    assert repeated == 1 and [(one["length"], one["exact"]) for one in lines] == [(128, 1.0), (256, 0.5)]
-    assert "1 lines repeat" in page(lines, 0.0, 0.05, repeated)
+def test_of_repeated_lines_that_of_the_most_texts_counts_or_the_last(tmp_path):
+    rows = [line("0" * 100), line(length=256), line("1" * 100), line("0" * 20)]
+    lines, repeated = read_tasks(write(tmp_path / "x.jsonl", rows))
+    assert repeated == 2 and [(one["length"], one["exact"]) for one in lines] == [(128, 1.0), (256, 0.5)]
+    assert "same run and weights: 2." in page(lines, 0.0, 0.05, repeated)
 
 
 def test_nothing_becomes_markup_or_mathematics():
