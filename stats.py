@@ -5,6 +5,8 @@ import math
 import numpy as np
 from scipy import stats
 
+DECIDES = 1000  # texts; with fewer nothing is decided
+
 
 def wilson(right: int, n: int) -> tuple[float, float]:
     """95 % interval for a share of `right` out of n (Wilson, JASA 22, 1927); (0, 1) for n = 0."""
@@ -110,10 +112,12 @@ def bits(outcomes: str) -> np.ndarray:
     return np.frombuffer(outcomes.encode(), np.uint8) == ord("1")
 
 
-def decide(low: float, high: float, holm_p: float, effect: float, margin: float) -> str:
+def decide(low: float, high: float, holm_p: float, effect: float, margin: float, n: int | None = None) -> str:
     """On "the first is better than the second by more than `effect`", from the interval of first - second: holds if it
     lies above that, also after Holm, the reverse if below -`effect`; does not hold if all of it lies inside +-margin;
-    else undecided."""
+    else undecided, and so it is of n texts where more decide."""
+    if n is not None and n < DECIDES:
+        return f"undecided: n = {n}, {DECIDES} decide"
     inside = -margin <= low and high <= margin
     if low > effect or high < -effect:
         if holm_p >= 0.05:

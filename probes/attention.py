@@ -37,10 +37,20 @@ from evals.tasks import about, texts
 from model import GATHERED
 from probes.heads import FIRST, SECOND, Rows, seen
 from probes.look_drawing import attention_picture
-from probes.marks import DECIDES, MarksProbe, answer_in_text, asked_at, batches, mark_name, mark_of, marks
+from probes.marks import (
+    MarksProbe,
+    answer_in_text,
+    asked_at,
+    batches,
+    judged,
+    mark_name,
+    mark_of,
+    marks,
+    name_of,
+)
 from probes.positions import under
 from probes.theorem import boosted_entropy
-from stats import bootstrap_means, decide, holm, mean_p
+from stats import bootstrap_means, mean_p
 from tasks.example import Example, Maker
 from terminal import BOLD, write
 
@@ -77,7 +87,7 @@ def main(cfg: AttentionProbe) -> None:
             cell = measure(run, maker, level, length, cfg.n)
             write(progress(cell) + "\n")
             lines += cell
-    lines = [{**facts, **line} for line in judged(lines, cfg.effect, cfg.margin)]
+    lines = [{**facts, **line} for line in judged(lines, CLAIMS, cfg.effect, cfg.margin)]
     write_lines(output, lines)  # at the end: Holm's p needs all of them
     picture = output.with_suffix(".png")
     picture.write_bytes(attention_picture(lines))
@@ -228,24 +238,6 @@ def paired(full: dict[str, torch.Tensor], zeroed: dict[str, torch.Tensor]) -> di
 
 
 # ----------------------------------------------------------------------------- what is said of it
-
-
-def judged(lines: list[dict], effect: float, margin: float) -> list[dict]:
-    """The lines with Holm's p and a verdict on each claim, more than `effect` above 0. Holm's family: all of them."""
-    adjusted = iter(holm([line[f"{claim}_p"] for line in lines for claim in CLAIMS]))
-    for line in lines:
-        for claim in CLAIMS:
-            p = next(adjusted)
-            verdict = decide(*line[f"{claim}_interval"], p, effect, margin)
-            if line["n"] < DECIDES:
-                verdict = f"undecided: n = {line['n']}, {DECIDES} decide"
-            line |= {f"{claim}_holm": p, f"{claim}_verdict": verdict}
-        line |= {"comparisons": len(CLAIMS) * len(lines), "effect": effect, "margin": margin}
-    return lines
-
-
-def name_of(line: dict) -> str:
-    return f"{line['task']:<16} {line['placement']:<10} {line['level']:<10} {line['length']:>5}"
 
 
 def progress(cell: list[dict]) -> str:

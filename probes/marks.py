@@ -15,11 +15,11 @@ from data.loader import Batch
 from evals.common import POSITIONS, connected, fits, place_of
 from evals.tasks import TasksEval, texts
 from rng import Draws, stable_key
+from stats import decide, holm
 from tasks.example import POINT, Example, Maker
 from tasks.source import collate
 from tasks.words import DELIMITER
 
-DECIDES = 1000  # texts; with fewer nothing is decided
 READ = 2048  # positions in one forward on a CPU, whose cache they stay in
 
 
@@ -157,3 +157,22 @@ def batches(run: Run, examples: list[Example], most: int | None = None) -> Itera
         drawn = connected(run, np.arange(start, start + len(part)), T, "tasks test")
         batch = collate(part, T, run.tokenizer, run.config.target_rule, connected=drawn)
         yield slice(start, start + len(part)), batch.to(device)
+
+
+# ----------------------------------------------------------------------------- what is said of lines
+
+
+def judged(lines: list[dict], claims: tuple[str, ...], effect: float, margin: float) -> list[dict]:
+    """The lines with Holm's p and a verdict on each claim that they have, more than `effect` above 0. Holm's family:
+    all of them."""
+    asked = [(line, claim) for line in lines for claim in claims if claim in line]
+    adjusted = holm([line[f"{claim}_p"] for line, claim in asked])
+    for (line, claim), p in zip(asked, adjusted, strict=True):
+        verdict = decide(*line[f"{claim}_interval"], p, effect, margin, line["n"])
+        line |= {f"{claim}_holm": p, f"{claim}_verdict": verdict}
+        line |= {"comparisons": len(asked), "effect": effect, "margin": margin}
+    return lines
+
+
+def name_of(line: dict) -> str:
+    return f"{line['task']:<16} {line['placement']:<10} {line['level']:<10} {line['length']:>5}"

@@ -36,20 +36,21 @@ from evals.common import check_finite, hidden_of, write_lines
 from evals.tasks import about, texts
 from probes.look_drawing import patching_picture
 from probes.marks import (
-    DECIDES,
     MarksProbe,
     answer_in_text,
     asked_at,
     batches,
+    judged,
     mark_name,
     mark_of,
     marks,
+    name_of,
     ordinary_at,
     target_mark,
 )
 from probes.trace import replaced, states
 from reports.markup import percent, points, span
-from stats import bootstrap_means, decide, holm, mcnemar, paired_difference, wilson
+from stats import DECIDES, bootstrap_means, mcnemar, paired_difference, wilson
 from tasks.example import Example, Maker
 from terminal import BOLD, write
 
@@ -87,7 +88,7 @@ def main(cfg: PatchingProbe) -> None:
     with cfg.autocast(run):
         for maker, level, length in cells:
             lines += measure(run, maker, level, length, cfg.n, cfg.sites or SITES)
-    lines = [{**facts, **line} for line in judged(lines, cfg.effect, cfg.margin)]
+    lines = [{**facts, **line} for line in judged(lines, tuple(CLAIMS), cfg.effect, cfg.margin)]
     write_lines(output, lines)  # at the end: Holm's p needs all of them
     picture = output.with_suffix(".png")
     picture.write_bytes(patching_picture(lines))
@@ -238,24 +239,6 @@ def compare(base: torch.Tensor, logits: torch.Tensor, own: np.ndarray, donor: np
 
 
 # ----------------------------------------------------------------------------- what is said of it
-
-
-def judged(lines: list[dict], effect: float, margin: float) -> list[dict]:
-    """The lines with Holm's p and a verdict on both claims. Holm's family: all of them (its p is McNemar's)."""
-    adjusted = iter(holm([line[f"{claim}_p"] for line in lines for claim in CLAIMS]))
-    for line in lines:
-        for claim in CLAIMS:
-            p = next(adjusted)
-            verdict = decide(*line[f"{claim}_interval"], p, effect, margin)
-            if line["n"] < DECIDES:
-                verdict = f"undecided: n = {line['n']}, {DECIDES} decide"
-            line |= {f"{claim}_holm": p, f"{claim}_verdict": verdict}
-        line |= {"comparisons": len(CLAIMS) * len(lines), "effect": effect, "margin": margin}
-    return lines
-
-
-def name_of(line: dict) -> str:
-    return f"{line['task']:<16} {line['placement']:<10} {line['level']:<10} {line['length']:>5}"
 
 
 def progress(lines: list[dict]) -> str:

@@ -42,7 +42,6 @@ CONDITIONS = {
     "no_embedding": (None, False),
     "neither": ("none", False),
 }
-DECIDES = 1000  # texts; with fewer nothing is decided
 
 
 @dataclass(frozen=True)
@@ -185,9 +184,7 @@ def compared(cells: list[list[dict]], effect: float, margin: float) -> list[dict
     ps = [mcnemar(*right) for right in rights]
     for (line, _), right, p, adjusted in zip(pairs, rights, ps, holm(ps), strict=True):
         difference, low, high = paired_difference(*right)
-        verdict = decide(low, high, adjusted, effect, margin)
-        if line["n"] < DECIDES:
-            verdict = f"undecided: n = {line['n']}, {DECIDES} decide"
+        verdict = decide(low, high, adjusted, effect, margin, line["n"])
         line |= {
             "difference": difference, "difference_interval": (low, high), "p": p, "holm": adjusted,
             "comparisons": len(pairs), "effect": effect, "margin": margin, "claim": "better than full",

@@ -49,7 +49,6 @@ from stats import decide, holm, seed_difference
 from tasks.example import Maker
 from terminal import BOLD, write
 
-DECIDES = 1000  # texts; with fewer nothing is decided
 SPLITS = ("train/rate_distortion", "val", "test")  # no text is in two: tasks/example.py
 
 
@@ -319,9 +318,7 @@ def judge(cfg: RateDistortionProbe, comparisons: list[dict]) -> None:
     """Adds verdicts on "the first has less distortion at equal rates by more than `effect`"; Holm's family are all."""
     for line, adjusted in zip(comparisons, holm([line["p"] for line in comparisons]), strict=True):
         low, high = line["difference_interval"]
-        verdict = decide(-high, -low, adjusted, cfg.effect, cfg.margin)
-        if line["n"] < DECIDES:
-            verdict = f"undecided: n = {line['n']}, {DECIDES} decide"
+        verdict = decide(-high, -low, adjusted, cfg.effect, cfg.margin, line["n"])
         line |= {
             "holm": adjusted, "comparisons": len(comparisons), "effect": cfg.effect, "margin": cfg.margin,
             "claim": "less distortion at equal rates, of this checkpoint", "verdict": verdict,

@@ -36,10 +36,10 @@ from config import UserError, check
 from evals.common import check_finite, hidden_of, write_lines
 from evals.tasks import about
 from probes.look_drawing import residual_picture
-from probes.marks import DECIDES, MarksProbe, batches, mark_name, mark_of, marks, ordinary_at, target_mark
+from probes.marks import MarksProbe, batches, judged, mark_name, mark_of, marks, ordinary_at, target_mark
 from probes.trace import states
 from reports.markup import percent, points
-from stats import bootstrap_means, decide, holm, mcnemar, mean_p, paired_difference, wilson
+from stats import bootstrap_means, mcnemar, mean_p, paired_difference, wilson
 from tasks.example import Example, Maker
 from tasks.words import DELIMITER
 from terminal import BOLD, write
@@ -84,7 +84,7 @@ def main(cfg: ResidualProbe) -> None:
     with cfg.autocast(run):
         for maker, level, length in cells:
             lines += measure(run, maker, level, length, cfg)
-    lines = [{**facts, **line} for line in judged(lines, cfg.effect, cfg.margin)]
+    lines = [{**facts, **line} for line in judged(lines, CLAIMS, cfg.effect, cfg.margin)]
     write_lines(output, lines)  # at the end: Holm's p needs all of them
     picture = output.with_suffix(".png")
     picture.write_bytes(residual_picture(lines))
@@ -274,19 +274,6 @@ def compare(lines: list[dict], hits: dict[str, np.ndarray], distance: int) -> No
 
 
 # ----------------------------------------------------------------------------- what is said of it
-
-
-def judged(lines: list[dict], effect: float, margin: float) -> list[dict]:
-    """The lines with Holm's p and verdicts. Holm's family: all of them."""
-    asked = [(line, claim) for line in lines for claim in CLAIMS if claim in line]
-    adjusted = holm([line[f"{claim}_p"] for line, claim in asked])
-    for (line, claim), p in zip(asked, adjusted, strict=True):
-        verdict = decide(*line[f"{claim}_interval"], p, effect, margin)
-        if line["n"] < DECIDES:
-            verdict = f"undecided: n = {line['n']}, {DECIDES} decide"
-        line |= {f"{claim}_holm": p, f"{claim}_verdict": verdict}
-        line |= {"comparisons": len(asked), "effect": effect, "margin": margin}
-    return lines
 
 
 def progress(lines: list[dict], seconds: float) -> str:

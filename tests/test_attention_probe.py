@@ -16,9 +16,9 @@ from data.tokenizer import Tokenizer
 from evals.common import hidden_of
 from evals.tasks import texts
 from probes import attention, look_drawing
-from probes.attention import by_text, judged, measure, paired, summarise, table
+from probes.attention import CLAIMS, by_text, measure, paired, summarise, table
 from probes.heads import FIRST, SECOND, seen
-from probes.marks import MarksProbe, answer_in_text, asked_at, batches, mark_of, marks, target_mark
+from probes.marks import MarksProbe, answer_in_text, asked_at, batches, judged, mark_of, marks, target_mark
 from probes.positions import under
 from probes.theorem import boosted_entropy, entropy, entropy_slope, theorem_curves
 from stats import bootstrap_means, bootstrap_ratio, mean_p
@@ -314,14 +314,14 @@ def line(boost=(0.5, 0.6), p=1e-9, n=1000, **other) -> dict:
 
 
 def test_verdicts_and_their_family():
-    (one,) = judged([line()], 0.0, 0.1)
+    (one,) = judged([line()], CLAIMS, 0.0, 0.1)
     assert (one["boost_verdict"], one["drop_verdict"], one["comparisons"]) == ("holds", "does not hold", 2)
-    assert judged([line(n=999)], 0.0, 0.1)[0]["boost_verdict"] == "undecided: n = 999, 1000 decide"
-    assert judged([line((-0.6, -0.5))], 0.0, 0.1)[0]["boost_verdict"] == "the reverse holds"
-    assert judged([line((0.01, 0.09))], 0.0, 0.1)[0]["boost_verdict"] == "holds, within the margin"
-    assert judged([line()], 0.55, 0.1)[0]["boost_verdict"] == "undecided"
-    assert judged([line(p=0.02)], 0.0, 0.1)[0]["boost_verdict"] == "holds"
-    many = judged([line(p=0.02) for _ in range(3)], 0.0, 0.1)
+    assert judged([line(n=999)], CLAIMS, 0.0, 0.1)[0]["boost_verdict"] == "undecided: n = 999, 1000 decide"
+    assert judged([line((-0.6, -0.5))], CLAIMS, 0.0, 0.1)[0]["boost_verdict"] == "the reverse holds"
+    assert judged([line((0.01, 0.09))], CLAIMS, 0.0, 0.1)[0]["boost_verdict"] == "holds, within the margin"
+    assert judged([line()], CLAIMS, 0.55, 0.1)[0]["boost_verdict"] == "undecided"
+    assert judged([line(p=0.02)], CLAIMS, 0.0, 0.1)[0]["boost_verdict"] == "holds"
+    many = judged([line(p=0.02) for _ in range(3)], CLAIMS, 0.0, 0.1)
     assert many[0]["boost_verdict"] == "undecided after Holm" and many[0]["comparisons"] == 6
     assert "0.1" in table(many) and "Holm over 6 comparisons" in table(many)
 

@@ -11,8 +11,8 @@ from config import TaskConfig, UserError
 from data.tokenizer import Tokenizer
 from evals.tasks import texts
 from probes import look_drawing, patching
-from probes.marks import answer_in_text, marks, ordinary_at
-from probes.patching import SITES, check_own, compare, donors_of, judged, measure, patched, read, said, sites_of, table
+from probes.marks import answer_in_text, judged, marks, ordinary_at
+from probes.patching import CLAIMS, SITES, check_own, compare, donors_of, measure, patched, read, said, sites_of, table
 from stats import mcnemar, paired_difference
 from tasks.example import Draft, Example, Maker
 from tasks.words import ITEMS, NAMES
@@ -211,20 +211,23 @@ def line(kept: float, donor: float, site="mark", layer=0, n=1000) -> dict:
     ],
 )
 def test_verdicts(shares, needed, carried, sentence):
-    lines = judged([line(*shares), line(0.9, 0.0, "ordinary")], 0.0, 0.05)
+    lines = judged([line(*shares), line(0.9, 0.0, "ordinary")], tuple(CLAIMS), 0.0, 0.05)
     assert (lines[0]["needed_verdict"], lines[0]["carried_verdict"]) == (needed, carried)
     assert sentence in said(lines, ("parity", "target", 48)) and sentence in table(lines)
     assert lines[0]["comparisons"] == 4
     guessing = [{**one, "chance": 0.89} for one in lines]
     assert "no more than chance is right (90.0 %)" in said(guessing, ("parity", "target", 48))
-    few = judged([line(*shares, n=500)], 0.0, 0.05)
+    few = judged([line(*shares, n=500)], tuple(CLAIMS), 0.0, 0.05)
     assert few[0]["needed_verdict"] == "undecided: n = 500, 1000 decide"
     assert "undecided, with 500 texts" in said(few, ("parity", "target", 48))
 
 
 def test_the_picture_shows_every_line():
     lines = judged(
-        [line(0.9 - 0.1 * layer, 0.05 * layer, site, layer) for site in SITES for layer in range(3)], 0, 0.05
+        [line(0.9 - 0.1 * layer, 0.05 * layer, site, layer) for site in SITES for layer in range(3)],
+        tuple(CLAIMS),
+        0,
+        0.05,
     )
     figure = Figure(layout="constrained")
     look_drawing._patching(figure, lines)

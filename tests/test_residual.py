@@ -10,12 +10,13 @@ import probe
 from config import TaskConfig, UserError
 from data.tokenizer import Tokenizer
 from probes import look_drawing, residual
+from probes.marks import judged
 from probes.residual import (
+    CLAIMS,
     STRENGTHS,
     ResidualProbe,
     classify,
     decoded,
-    judged,
     measure,
     places_of,
     read_all,
@@ -198,7 +199,7 @@ def test_a_mark_that_looks_at_the_word_before_it_holds_it(tokenizer, monkeypatch
     )
     assert by["mark", 1, 1]["decoded"] == by["mark", 1, 1]["majority"] == 1  # always the filler
     assert all("more" not in other for key, other in by.items() if key[0] != "mark")
-    judged(lines, 0.0, 0.05)
+    judged(lines, CLAIMS, 0.0, 0.05)
     assert one["more_verdict"] == "undecided: n = 80, 1000 decide"
 
 
@@ -209,11 +210,11 @@ def line(**other) -> dict:
 
 def test_verdicts_and_their_family():
     alone = {name: value for name, value in line().items() if not name.startswith("more")}
-    lines = judged([line(), alone, line(more_interval=(0.1, 0.3), more_p=0.012)], 0.0, 0.05)
+    lines = judged([line(), alone, line(more_interval=(0.1, 0.3), more_p=0.012)], CLAIMS, 0.0, 0.05)
     assert [one["nearer_verdict"] for one in lines] == ["holds"] * 3
     assert lines[0]["more_verdict"] == "does not hold" and lines[2]["more_verdict"] == "holds"
     assert "more_verdict" not in lines[1] and all(one["comparisons"] == 5 for one in lines)
-    many = judged([line(more_interval=(0.1, 0.3), more_p=0.012) for _ in range(5)], 0.0, 0.05)
+    many = judged([line(more_interval=(0.1, 0.3), more_p=0.012) for _ in range(5)], CLAIMS, 0.0, 0.05)
     assert many[0]["more_verdict"] == "undecided after Holm"
 
 
