@@ -17,17 +17,15 @@ import torch
 
 from checkpoint import Run
 from config import UserError
-from data.tokenizer import Tokenizer
-from evals.common import connected
+from evals.common import place_of
+from probes.marks import batches
 from probes.trace import states
 from rng import Draws, stable_key
-from tasks.example import Example, Maker
-from tasks.source import collate
+from tasks.example import POINT, Example, Maker
 from tasks.words import DELIMITER
 
 STATES = ("meta", "delimiter", "last", "random", "mean", "question")
 MISSING = {"meta": "no meta-token before the question", "delimiter": f"no {DELIMITER!r} before the question"}
-READ = 2048  # positions in one forward: on CPUs, blocks that stay in the cache are three times as fast as 16384
 
 
 class Spot(NamedTuple):
@@ -55,20 +53,21 @@ def spot(maker: Maker, example: Example, rule: str, reach: int, key: int) -> Spo
     metas = np.flatnonzero(ids[:start] == tokenizer.meta)
     if len(metas):
         at["meta"] = int(metas[-1])
-    if len(ends := ends_of(ids[before], tokenizer)):
-        at["delimiter"] = int(before[ends[-1]])
+    if (end := delimiter_end(maker, example)) is not None:
+        at["delimiter"] = end
     if len(far := before[before >= reach]):
         at["random"] = int(Draws(key).choice(far))
     return Spot(ids, start, answer, tuple(question), at)
 
 
-def ends_of(content: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """Where the ordinary delimiter ends in the ids (N,) of a text without meta-tokens."""
-    word = tokenizer.encode(f" {DELIMITER}")
-    if len(content) < len(word):
-        return np.empty(0, dtype=np.int64)
-    windows = np.lib.stride_tricks.sliding_window_view(content, len(word))
-    return np.flatnonzero((windows == np.asarray(word)).all(axis=1)) + len(word) - 1
+def delimiter_end(maker: Maker, example: Example) -> int | None:
+    """The position where the last ordinary delimiter ends, as it was drafted: its ids may be part of other words."""
+    meta, body = maker.tokenizer.meta, example.draft.body
+    if POINT not in body or maker.ids([POINT]) in ([], [meta]):  # nothing points, or a meta-token
+        return None
+    last = len(body) - 1 - body[::-1].index(POINT)
+    content = [id for id in maker.ids(body[: last + 1]) if id != meta]
+    return place_of(example.ids, meta, len(content))  # behind <|endoftext|>
 
 
 def spots(maker: Maker, examples: list[Example], rule: str, reach: int, split: str) -> list[Spot]:
@@ -84,24 +83,19 @@ def missing(name: str, of: list[Spot]) -> str:
 
 
 @torch.no_grad()
-def read_states(
-    run: Run, examples: list[Example], of: list[Spot], split: str, T: int, names: list[str], layers
-) -> torch.Tensor:
-    """(layers, names, N, C) float32 on the model's device: states of texts of at most T positions."""
-    device, out, size = run.model.wte.weight.device, [], max(1, READ // T)
+def read_states(run: Run, examples: list[Example], of: list[Spot], names: list[str], layers) -> torch.Tensor:
+    """(layers, names, N, C) float32 on the model's device: states of texts."""
+    out = []
     with states(run.model) as read:
-        for first in range(0, len(examples), size):
-            part, here = examples[first : first + size], of[first : first + size]
-            width = max(len(example.ids) for example in part)
-            drawn = connected(run, np.arange(first, first + len(part)), width, f"tasks {split}")
-            batch = collate(part, width, run.tokenizer, run.config.target_rule, connected=drawn).to(device)
+        for which, batch in batches(run, examples):
             run.model(batch.tokens, batch.positions, batch.meta_index)
             stream = torch.stack([read[layer].float() for layer in layers])  # (layers, B, T, C)
-            row, found = torch.arange(len(part), device=device), []
+            B, T = batch.tokens.shape
+            row, places, found = torch.arange(B, device=stream.device), torch.arange(T, device=stream.device), []
             for name in names:
-                at = torch.tensor([text.at[name] for text in here], device=device)
+                at = torch.tensor([text.at[name] for text in of[which]], device=stream.device)
                 if name == "mean":
-                    inside = (torch.arange(width, device=device) < at[:, None])[..., None]  # (B, T, 1)
+                    inside = (places < at[:, None])[..., None]  # (B, T, 1)
                     found.append((stream * inside).sum(dim=2) / at[:, None])
                 else:
                     found.append(stream[:, row, at])

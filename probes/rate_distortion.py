@@ -219,10 +219,7 @@ def measure_cell(cfg: RateDistortionProbe, run: Run, maker: Maker, level: str, l
     splits = [spots(maker, of, rule, cfg.reach, split) for of, split in zip(examples, SPLITS, strict=True)]
     names = states_of(cfg, maker, [text for of in splits for text in of])
     with cfg.autocast(run):
-        read = [
-            read_states(run, of, at, split, length, names, layers)
-            for of, at, split in zip(examples, splits, SPLITS, strict=True)
-        ]
+        read = [read_states(run, of, at, names, layers) for of, at in zip(examples, splits, strict=True)]
     queries, Q = queries_of(splits)
     reading = time.perf_counter() - started
     write(

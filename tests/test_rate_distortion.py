@@ -14,10 +14,11 @@ from config import TaskConfig, UserError
 from data.tokenizer import Tokenizer
 from evals.common import hidden_of
 from probes import known, rate_distortion, rate_drawing
+from probes.marks import marks
 from probes.places import STATES, labels_of, queries_of, read_states, spot, spots
 from probes.rate_distortion import RateDistortionProbe, curve
 from probes.rate_table import table
-from tasks.example import Maker
+from tasks.example import POINT, STOP, Maker
 from tasks.source import collate
 from tasks.words import ITEMS, NAMES
 from tests.conftest import tree
@@ -63,10 +64,11 @@ def test_places_are_where_they_should_be(tokenizer, task, rule):
             assert rule == "ignore" or ids[at["question"]] != tokenizer.meta
             metas = np.flatnonzero(ids[: text.start] == tokenizer.meta)
             assert at.get("meta") == (int(metas[-1]) if len(metas) else None)
-            assert ("delimiter" in at) == (" mark" in prompt)
+            words = prompt.replace("<|meta|>", "").split()
+            assert ("delimiter" in at) == ("mark" in words)
             if "delimiter" in at:
-                upto = tokenizer.decode([k for k in ids[: at["delimiter"] + 1].tolist() if k != tokenizer.meta])
-                assert upto.endswith(" mark") and upto.count(" mark") == prompt.replace("<|meta|>", "").count(" mark")
+                upto = tokenizer.decode([k for k in ids[: at["delimiter"] + 1].tolist() if k != tokenizer.meta]).split()
+                assert upto[-1] == "mark" and upto.count("mark") == words.count("mark")
         expected = {
             "target": {"meta"},
             "none": {"delimiter"},
@@ -76,6 +78,23 @@ def test_places_are_where_they_should_be(tokenizer, task, rule):
         if task == "list_recall":
             expected["every"] = {"meta"}
         assert {"meta", "delimiter"} & set(at) == expected[placement]
+
+
+def test_a_delimiter_is_no_part_of_another_word():
+    tokenizer = Tokenizer.train([" mark mark mark set net let et et" for _ in range(9)], 300)
+    (mark,) = tokenizer.encode(" mark").tolist()
+    assert tokenizer.encode(" market").tolist()[0] == mark
+    maker, behind = Maker("list_recall", "none", TaskConfig(), tokenizer), 0
+    maker.names = ["market", *maker.names[:9]]
+    for i in range(12):
+        example = maker.example("test", i, 200, 300, ("easy",))
+        pieces = [" mark" if piece == POINT else piece for piece in example.draft.body if piece != STOP]
+        last = len(pieces) - 1 - pieces[::-1].index(" mark")
+        at = spot(maker, example, "ignore", 0, i).at["delimiter"]
+        assert tokenizer.decode(example.ids[: at + 1].tolist()) == "<|endoftext|>" + "".join(pieces[: last + 1])
+        assert at == marks(maker, example)[-1]  # as the other probes have it
+        behind += " market" in pieces[last:]
+    assert behind  # where a mark's id is no mark
 
 
 def _plain(maker: Maker, example) -> str:
@@ -132,8 +151,8 @@ def test_states_are_the_models(tokenizer, second, monkeypatch):
     maker = Maker("parity", "every", TaskConfig(), tokenizer)
     examples = [maker.example("test", i, 40, 60, ("easy",)) for i in range(7)]
     of = spots(maker, examples, "ignore", 0, "test")
-    monkeypatch.setattr("probes.places.READ", 120)  # two texts at a time
-    found = read_states(run, examples, of, "test", 60, list(STATES), [0, 2])
+    monkeypatch.setattr("probes.marks.READ", 120)  # two texts at a time
+    found = read_states(run, examples, of, list(STATES), [0, 2])
     assert found.shape == (2, len(STATES), 7, 16)
     if second == "random":  # whose rows depend on a batch's length
         assert found.isfinite().all()
