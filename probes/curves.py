@@ -79,7 +79,8 @@ def hull(rates: np.ndarray, distortions: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def at_rates(rates: np.ndarray, distortions: np.ndarray, constant: float, wanted: np.ndarray) -> np.ndarray:
-    """Distortion of points (k,) at the wanted rates (m,): on their hull with (0, constant); beyond it, its last."""
+    """Distortion of points (k,) at the wanted rates (m,): on their hull with (0, constant), since who sends a code now
+    and then, and else nothing, is on the line between; beyond it, its last."""
     return np.interp(wanted, *hull(np.append(0.0, rates), np.append(constant, distortions)))
 
 
@@ -122,18 +123,41 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     return low, high
 
 
-def compared(first: Points, second: Points, rates: list[float], known: dict[str, float]) -> dict:
-    """Distortion of `first` less that of `second` at equal rates: at each of `rates` (nats), and as a mean over the
-    rates from 0 to H(Y), with bootstrap intervals over texts, paired, and probe seeds; p is the bootstrap's, of no
-    difference of that mean."""
-    wanted = np.concatenate([rates, np.linspace(0, known["entropy"], 33)])
+def found(points: Points, entropy: float) -> bool:
+    """Has a point less distortion than whoever knows the classes' frequencies alone? That has H(Y) at least, and what
+    stands for it here, the training texts' frequencies, somewhat more: the interval of what a point gains on them,
+    text by text, must lie above that surplus, by Bonferroni over the points."""
+    _, distortion, constant, weights = resampled(points)
+    gain = constant[1:, None] - np.einsum("dsb,ds->db", distortion, weights)[1:]
+    surplus = max(0.0, float(points.constant.mean()) - entropy)
+    return bool((np.quantile(gain, 0.025 / gain.shape[1], axis=0) > surplus).any())
+
+
+def reach(points: Points) -> float:
+    """The greatest rate up to which these points say what the distortion is: that of the seed that has the least."""
+    return float(points.rate.mean(axis=2).max(axis=0).min())
+
+
+def compared(first: Points, second: Points, rates: list[float], entropy: float, both: tuple[bool, bool]) -> dict:
+    """Distortion of `first` less that of `second` at equal rates: at each of `rates` (nats), None at one that is out of
+    reach of either, and as a mean over the rates from 0 to `up_to`, H(Y) or what both reach. A state of which nothing
+    is found (`both` say) reaches all: its curve is the constant's, at no rate. With bootstrap intervals over texts,
+    paired, and probe seeds; p is the bootstrap's, of no difference of that mean."""
+    reached = min(
+        (reach(of) for of, something in zip((first, second), both, strict=True) if something), default=math.inf
+    )
+    up_to, n = min(entropy, reached), len(rates)
+    wanted = np.concatenate([rates, np.linspace(0, up_to, 33)])
     difference, *drawn = curves(first, wanted) - curves(second, wanted)
     drawn = np.array(drawn)
-    mean, means = float(difference[len(rates) :].mean()), drawn[:, len(rates) :].mean(axis=1)
+    mean, means = float(difference[n:].mean()), drawn[:, n:].mean(axis=1)
     p = 2 * min(float((means >= 0).mean()), float((means <= 0).mean()))
+    at_each = [(float(difference[i]), *interval(drawn[:, i])) for i in range(n)]
     return {
+        "found": list(both),
         "rates": list(rates),
-        "differences": [(float(difference[i]), *interval(drawn[:, i])) for i in range(len(rates))],
+        "differences": [of if rate <= reached else None for rate, of in zip(rates, at_each, strict=True)],
+        "up_to": up_to,
         "difference": mean,
         "difference_interval": interval(means),
         "p": min(1.0, max(p, 1 / len(means))),

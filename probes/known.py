@@ -1,4 +1,8 @@
-"""Sources whose rate-distortion curve is known: python probe.py rate_distortion --known holds the bottleneck to it."""
+"""python probe.py rate_distortion --known: is the bottleneck right, and what does it find?
+
+Two sources whose rate-distortion curve is known, which it has to reach. And planted lookups, with the probe's own
+settings: a state that holds items, each of them one of 200, and a question that names one. All of them can be read
+from such a state, so that what is left is what the probe does not find."""
 
 import math
 
@@ -19,6 +23,8 @@ CATEGORICAL = Training(
     z_dim=8, hidden=64, epochs=40, patience=40, batch=200, learning_rate=0.01, weight_decay=0.0, draws=64
 )
 SLACK = 0.02  # nats below the converse, and off the ends of the curve
+POOL, WIDTH = 200, 192  # of a lookup: as many items as list recall has, in a state of a small model's width
+PLANTED = ((1, 1), (7, 1), (7, 4))  # items, and how many times as many texts to train as the probe has by itself
 
 
 def gaussian(n: int, seed: int) -> Source:
@@ -43,8 +49,23 @@ def points(make, K: int, betas: tuple[float, ...], how: Training, n: int) -> lis
     return list(zip(betas, R, D, strict=True))
 
 
+def lookup(items: int, n: int, seed: int) -> Source:
+    """The sum of a random vector for each of the items and its place. The question names a place, if there are two."""
+    vectors = torch.randn(items, POOL, WIDTH, generator=torch.Generator().manual_seed(0)) / math.sqrt(items)
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.randint(POOL, (n, items), generator=generator)
+    asked = torch.randint(items, (n, 1), generator=generator)
+    state = sum(vectors[place, held[:, place]] for place in range(items))
+    return Source(state, asked[:, : items - 1], held.gather(1, asked))
+
+
+def lookups(items: int, sizes: tuple[int, ...]) -> list[Source]:
+    """Of so many texts each, none of which says anything of another."""
+    return [lookup(items, n, seed) for seed, n in enumerate(sizes, start=1)]
+
+
 def report() -> str:
-    """Both sources, measured beside what is known of them, for a person."""
+    """Both sources whose curve is known, measured beside it, for a person."""
     out = [f"a Gaussian of variance {VARIANCE:g}, squared error: R(D) = 1/2 ln({VARIANCE:g} / D), within {NEAR:g} nats"]
     for beta, R, D in points(gaussian, 1, GAUSSIAN_BETAS, GAUSSIAN, GAUSSIAN_TEXTS):
         exact = 0.5 * math.log(VARIANCE / D)
@@ -59,3 +80,14 @@ def report() -> str:
         right = "yes" if D + R >= H - SLACK else "NO"
         out.append(f"  beta {beta:<5g} R {R:.3f}  D {D:.3f}  D + R - ln {CLASSES} {D + R - H:+.3f}  {right}")
     return "\n".join(out)
+
+
+def said(items: int, line: dict) -> str:
+    """A lookup's curve for a person."""
+    told = "  ".join(f"({point['rate']:.2f}, {point['distortion']:.3f})" for point in line["points"])
+    return (
+        f"planted: a state of width {WIDTH} holds {items} of {POOL} items, and is asked for one; all could be told, "
+        f"and to know nothing leaves ln {POOL} = {math.log(POOL):.3f} nats\n  {line['train_texts']} texts to train: "
+        f"{'found' if line['found'] else 'NOTHING FOUND'}, no bottleneck D {line['ceiling']['distortion']:.3f}, (R, D) "
+        f"by beta\n  {told}"
+    )

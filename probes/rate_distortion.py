@@ -40,12 +40,12 @@ from evals.common import fits, write_lines
 from evals.tasks import TasksEval, about, texts
 from probes import known
 from probes.bottleneck import Member, Source, Training, fit, measure
-from probes.curves import Points, baselines, compared, constant_distortion, converse, intervals
+from probes.curves import Points, baselines, compared, constant_distortion, converse, found, intervals
 from probes.places import STATES, Spot, labels_of, missing, queries_of, read_states, spots
 from probes.rate_drawing import rate_picture
 from probes.rate_table import progress, table, ticking
 from probes.trace import check_layer
-from stats import decide, holm, seed_difference
+from stats import DECIDES, decide, holm, seed_difference
 from tasks.example import Maker
 from terminal import BOLD, write
 
@@ -57,7 +57,7 @@ class RateDistortionProbe(TasksEval):
     """Rate and distortion of bottlenecks on frozen hidden states, in nats."""
 
     known: bool = False
-    """instead of a run, two sources whose curve is known"""
+    """instead of a run, sources of which it is known what can be read from them"""
     tasks: tuple[Task, ...] = ("list_recall",)
     """list_recall, segment_counting, parity, copying"""
     lengths: tuple[int, ...] = (128,)
@@ -82,7 +82,7 @@ class RateDistortionProbe(TasksEval):
     seeds: int = 3
     """probes of each kind: other weights, noise and order of texts"""
     rates: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
-    """nats at which curves are compared, beside their mean difference up to H(Y)"""
+    """nats at which curves are compared that both reach, beside their mean difference up to H(Y), or what both reach"""
     z_dim: int = 32
     """of the code; several items of 5 nats each fit into it at low noise"""
     hidden: int = 64
@@ -152,6 +152,10 @@ class RateDistortionProbe(TasksEval):
 def main(cfg: RateDistortionProbe) -> None:
     if cfg.known:
         write(known.report() + "\n")
+        for items, times in known.PLANTED:
+            sources = known.lookups(items, (times * cfg.train_texts, cfg.val_texts, cfg.n))
+            line, _ = curve(dataclasses.replace(cfg, seeds=1), sources, known.POOL, items)
+            write(known.said(items, line) + "\n")
         return
     run, facts = cfg.open()
     layers = list(cfg.layers or (run.model.cfg.n_layer,))
@@ -265,6 +269,7 @@ def curve(cfg: RateDistortionProbe, sources: list[Source], K: int, Q: int) -> tu
     facts = baselines(train, val, test, K)
     points = Points(D[: cfg.betas], R[: cfg.betas], constant_distortion(train, test, K))
     low, high = intervals(points)
+    something = found(points, facts["entropy"])
     drawn = [
         {
             "beta": beta, "rate": float(R[k].mean()), "distortion": float(D[k].mean()),
@@ -284,7 +289,7 @@ def curve(cfg: RateDistortionProbe, sources: list[Source], K: int, Q: int) -> tu
     }
     sizes = {"n": len(test), "train_texts": len(train), "val_texts": len(val), "probe_seeds": cfg.seeds}
     figures = {
-        **sizes, **dataclasses.asdict(cfg.training), "classes": K, **facts, "points": drawn, **ends,
+        **sizes, **dataclasses.asdict(cfg.training), "classes": K, **facts, "points": drawn, **ends, "found": something,
         "violations": sum(point["violates_converse"] for point in drawn), "seconds": time.perf_counter() - started,
     }  # fmt: skip
     return figures, points
@@ -306,7 +311,7 @@ def compare_cell(cfg: RateDistortionProbe, cell: list[tuple[dict, Points]]) -> l
             out.append({
                 **{name: first[name] for name in same}, "kind": "comparison",
                 "states": [first["state"], second["state"]], "n": first["n"], "probe_seeds": cfg.seeds,
-                **compared(points, others, list(cfg.rates), first),
+                **compared(points, others, list(cfg.rates), first["entropy"], (first["found"], second["found"])),
             })  # fmt: skip
     return out
 
@@ -316,7 +321,20 @@ def judge(cfg: RateDistortionProbe, comparisons: list[dict]) -> None:
     for line, adjusted in zip(comparisons, holm([line["p"] for line in comparisons]), strict=True):
         low, high = line["difference_interval"]
         verdict = decide(-high, -low, adjusted, cfg.effect, cfg.margin, line["n"])
+        if line["n"] >= DECIDES:
+            verdict = within_reach(line, verdict)
         line |= {
             "holm": adjusted, "comparisons": len(comparisons), "effect": cfg.effect, "margin": cfg.margin,
             "claim": "less distortion at equal rates, of this checkpoint", "verdict": verdict,
         }  # fmt: skip
+
+
+def within_reach(line: dict, verdict: str) -> str:
+    """What a verdict on a difference is worth: none where there is nothing to differ, and no more than the rates that
+    were compared."""
+    nothing = [name for name, something in zip(line["states"], line["found"], strict=True) if not something]
+    if len(nothing) == 2:
+        return "nothing found from either"
+    if line["up_to"] < line["entropy"]:
+        verdict += f" up to R = {line['up_to']:.2f}"
+    return f"{verdict}; nothing found from {nothing[0]}" if nothing else verdict

@@ -1,5 +1,6 @@
 """The pictures of probe.py rate_distortion: one of all lines of a call, and small ones for a page."""
 
+import re
 import textwrap
 
 from matplotlib.lines import Line2D
@@ -9,6 +10,7 @@ from reports.drawing import COLOURS, GREY, MARKERS, legend, png, wrapped
 LOOKS = {name: {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4.5}
          for i, name in enumerate(("meta", "last", "question", "random", "mean", "delimiter"))}  # fmt: skip
 LINEAR = 8.0  # nats of rate on a linear scale, before the logarithmic one
+SCALE = f"(linear to {LINEAR:g}, then logarithmic)"
 
 
 def rate_picture(lines: list[dict]) -> bytes:
@@ -25,19 +27,20 @@ def _rates(figure, lines: list[dict]) -> None:
     panels = figure.subplots(len(rows), len(layers), squeeze=False, sharex=True)
     for row, of in zip(rows, panels, strict=True):
         for layer, axes in zip(layers, of, strict=True):
-            _panel(axes, [line for line in lines if _row(line) == row and line["layer"] == layer])
-            task, placement, length, target = row
-            axes.set_title(
-                f"{target} of {task.replace('_', ' ')}, {placement}, {length} positions, layer {layer}", fontsize=9.5
-            )
-        of[0].set_ylabel("distortion D, nats")
+            shown = [line for line in lines if _row(line) == row and line["layer"] == layer]
+            _panel(axes, shown)
+            task, placement, length, target = (str(part).replace("_", " ") for part in row)
+            name = f"{target} of {task}, {placement}, {length} positions, layer {layer}"
+            axes.set_title(f"{name}\n{_levels(shown)}", fontsize=9.5)
+        of[0].set_ylabel("distortion D, nats:\ncross-entropy of the target")
     for axes in panels[-1]:
-        axes.set_xlabel("rate R, nats")
+        axes.set_xlabel(f"rate R, nats: at most what the code tells\n{SCALE}")
     told = f"{first['arm']}; {first['run']}, step {first['step']}, seed {first['seed']}"
     sizes = f"n = {first['n']} test texts, {first['train_texts']} to train, {first['probe_seeds']} probe seeds"
     read = f"level {first['level']}; {sizes}; bars: 95 %"
-    figure.suptitle("\n".join([*textwrap.wrap(told, 90), read]), fontsize=9)
-    figure.legend(handles=_handles(lines), loc="outside lower center", ncols=3)
+    together = re.sub(r"\([^()]*\)", lambda brackets: brackets[0].replace(" ", "\u00a0"), told)
+    figure.suptitle("\n".join([*textwrap.wrap(together, 90, break_on_hyphens=False), read]), fontsize=9)
+    figure.legend(handles=_handles(lines), loc="outside lower center", ncols=2 if len(layers) == 1 else 3)
 
 
 def rate_panel(lines: list[dict]) -> bytes:
@@ -50,15 +53,19 @@ def _rate_panel(figure, lines: list[dict]) -> None:
     _panel(axes, lines)
     task, placement, length, target = _row(first)
     name = f"{target.replace('_', ' ')} of {task.replace('_', ' ')}, {placement}, {first['level']}, {length} positions"
-    axes.set_title(wrapped(f"{name}, layer {first['layer']}"))
-    n = f"n = {first['n']}, {first['train_texts']} to train, {first['probe_seeds']} probe seeds; 95 %"
-    axes.set(xlabel=f"rate R, nats\n{wrapped(n)}", ylabel="distortion D, nats")
+    title = wrapped(f"{name}, layer {first['layer']}")
+    axes.set_title(f"{title}\n{_levels(lines)}")
+    n = f"n = {first['n']}, {first['train_texts']} to train, {first['probe_seeds']} probe seeds; bars: 95 %"
+    axes.set(xlabel=f"rate R, nats {SCALE}\n{wrapped(n)}", ylabel="distortion D, nats")
     legend(figure, _handles(lines))
 
 
 def _handles(lines: list[dict]) -> list[Line2D]:
-    names = [name for name in LOOKS if any(line["state"] == name for line in lines)]
-    handles = [Line2D([], [], **LOOKS[name], linewidth=1.4, label=name) for name in names]
+    handles = []
+    for name in LOOKS:
+        if found := [line["found"] for line in lines if line["state"] == name]:
+            label = name if any(found) else f"{name}: nothing found"
+            handles.append(Line2D([], [], **LOOKS[name], linewidth=1.4, label=label))
     for label, style in STYLES.items():
         if label != "floor" or any(line["floor"] > 0 for line in lines):
             handles.append(Line2D([], [], label=label, **style))
@@ -68,14 +75,22 @@ def _handles(lines: list[dict]) -> list[Line2D]:
 
 
 STYLES = {
-    "ln K": {"color": GREY, "linestyle": "-", "linewidth": 0.8},
+    "ln K, guessing": {"color": GREY, "linestyle": "-", "linewidth": 0.8},
     "H(Y), and the converse H − R": {"color": "black", "linestyle": "-", "linewidth": 1.2},
-    "constant": {"color": GREY, "linestyle": (0, (5, 2)), "linewidth": 1.0},
+    "constant, frequencies": {"color": GREY, "linestyle": (0, (5, 2)), "linewidth": 1.0},
     "shuffled labels": {"color": GREY, "linestyle": (0, (1, 1.2)), "linewidth": 1.4},
-    "ceiling, without a bottleneck": {"color": GREY, "linestyle": (0, (3, 1.5, 1, 1.5)), "linewidth": 1.0},
+    "no bottleneck (no bound)": {"color": GREY, "linestyle": (0, (3, 1.5, 1, 1.5)), "linewidth": 1.0},
     "floor": {"color": "#999999", "linestyle": (0, (8, 3)), "linewidth": 1.0},
 }
 VIOLATION = {"marker": "x", "color": "red", "markersize": 9, "markeredgewidth": 2, "linestyle": ""}
+
+
+def _levels(lines: list[dict]) -> str:
+    """The heights of a panel's baselines in words: they often lie too near to one another to be told apart."""
+    if len({line["entropy"] for line in lines}) > 1:
+        return "ln K, H(Y), constant: each state's own"
+    one = lines[0]
+    return f"ln K {one['uniform']:.2f}, H(Y) {one['entropy']:.2f}, constant {one['cross_entropy']:.2f}"
 
 
 def _row(line: dict) -> tuple:
@@ -91,12 +106,12 @@ def _panel(axes, lines: list[dict]) -> None:
         if number == 0 or not one:
             own = {} if one else {"color": look["color"]}
             H = line["entropy"]
-            axes.axhline(line["uniform"], **STYLES["ln K"] | own, zorder=1)
-            axes.axhline(line["cross_entropy"], **STYLES["constant"] | own, zorder=1)
+            axes.axhline(line["uniform"], **STYLES["ln K, guessing"] | own, zorder=1)
+            axes.axhline(line["cross_entropy"], **STYLES["constant, frequencies"] | own, zorder=1)
             axes.plot([0, H, last], [H, 0, 0], **STYLES["H(Y), and the converse H − R"] | own, zorder=1)
             if line["floor"] > 0:
                 axes.axhline(line["floor"], **STYLES["floor"] | own, zorder=1)
-        for name, kind in (("shuffled", "shuffled labels"), ("ceiling", "ceiling, without a bottleneck")):
+        for name, kind in (("shuffled", "shuffled labels"), ("ceiling", "no bottleneck (no bound)")):
             axes.axhline(line[name]["distortion"], **STYLES[kind] | {"color": look["color"]}, alpha=0.7, zorder=1)
         R, D = [point["rate"] for point in points], [point["distortion"] for point in points]
         axes.plot(R, D, linewidth=1.4, **look, zorder=3)

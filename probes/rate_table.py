@@ -17,9 +17,9 @@ def progress(line: dict) -> str:
     told = " .. ".join(f"({point['rate']:.2f}, {point['distortion']:.3f})" for point in ends)
     flag = f"  BELOW THE CONVERSE at {line['violations']} points" if line["violations"] else ""
     return (
-        f"{line['target']:<8} layer {line['layer']:<2} {line['state']:<10} (R, D) {told}  ceiling "
+        f"{line['target']:<8} layer {line['layer']:<2} {line['state']:<10} (R, D) {told}  no bottleneck "
         f"{line['ceiling']['distortion']:.3f}  shuffled {line['shuffled']['distortion']:.3f}  H {line['entropy']:.3f}"
-        f"  {line['seconds']:.0f} s{flag}"
+        f"  {'found' if line['found'] else 'nothing found'}  {line['seconds']:.0f} s{flag}"
     )
 
 
@@ -30,12 +30,12 @@ def table(lines: list[dict]) -> str:
         out.append(
             f"{line['task']}, {line['placement']}, {line['level']}, {line['length']} positions, layer {line['layer']}, "
             f"{line['target']} from {line['state']}: n = {line['n']}, {line['train_texts']} to train, "
-            f"{line['probe_seeds']} probe seeds, {line['classes']} classes"
+            f"{line['probe_seeds']} probe seeds, {line['classes']} classes{'' if line['found'] else ': NOTHING FOUND'}"
         )
         floor = f", floor {line['floor']:.3f}" if line["floor"] > 0 else ""
         out.append(
             f"  ln K {line['uniform']:.3f}, H {line['entropy']:.3f} (test texts alone {line['entropy_test']:.3f}), "
-            f"constant {line['cross_entropy']:.3f}, shuffled {line['shuffled']['distortion']:.3f}, ceiling "
+            f"constant {line['cross_entropy']:.3f}, shuffled {line['shuffled']['distortion']:.3f}, no bottleneck "
             f"{line['ceiling']['distortion']:.3f}{floor}"
         )
         out.append(f"  {'beta':>8} {'R':>8} {'(95 %)':>18} {'D':>8} {'(95 %)':>16} {'seeds':>16} {'D + R - H':>10}")
@@ -50,22 +50,31 @@ def table(lines: list[dict]) -> str:
                 + below
                 * point["violates_converse"]
             )
-    comparisons = [line for line in lines if line["kind"] == "comparison"]
-    for line in comparisons:
-        first, second = line["states"]
-        at = "  ".join(
-            f"{rate:g}: {d:+.3f} ({low:+.3f} .. {high:+.3f})"
-            for rate, (d, low, high) in zip(line["rates"], line["differences"], strict=True)
-        )
-        low, high = line["difference_interval"]
-        out.append(
-            f"{line['task']}, {line['placement']}, {line['length']} positions, layer {line['layer']}: D of {first} "
-            f"less D of {second} at equal R\n  {at}\n  mean up to R = H: {line['difference']:+.3f} ({low:+.3f} .. "
-            f"{high:+.3f}), p {line['p']:.3g}, Holm {line['holm']:.3g}; {first} has less distortion by more than "
-            f"{line['effect']:g}: {line['verdict']}"
-        )
-    out.append(
-        "All in nats; intervals over texts and probe seeds. Of this checkpoint alone: arms are compared over five or "
-        "more seeds of training."
+    out += [compared(line) for line in lines if line["kind"] == "comparison"]
+    return "\n".join([*out, *KEY])
+
+
+KEY = (
+    "Nats. R: rate, at most what the code tells of the state. D: distortion, cross-entropy of the target. That of",
+    "constant: by training texts' frequencies; shuffled: learned from other texts' targets; floor: with all of a bag",
+    "known; no bottleneck: of this probe at no price, no bound. 95 % over texts and probe seeds; of a run, not its arm",
+)
+
+
+def compared(line: dict) -> str:
+    """Two curves for a person."""
+    first, second = line["states"]
+    where = f"{line['task']}, {line['placement']}, {line['length']} positions, layer {line['layer']}"
+    head = f"{where}: D of {first} less D of {second} at equal R"
+    if not any(line["found"]):
+        return f"{head}\n  {line['verdict']}"
+    at = "  ".join(
+        f"{rate:g}: not reached" if of is None else "{:g}: {:+.3f} ({:+.3f} .. {:+.3f})".format(rate, *of)
+        for rate, of in zip(line["rates"], line["differences"], strict=True)
     )
-    return "\n".join(out)
+    low, high = line["difference_interval"]
+    return (
+        f"{head}\n  {at}\n  mean up to R = {line['up_to']:.2f} of H = {line['entropy']:.2f}: {line['difference']:+.3f} "
+        f"({low:+.3f} .. {high:+.3f}), p {line['p']:.3g}, Holm {line['holm']:.3g}; {first} has less distortion by more "
+        f"than {line['effect']:g}: {line['verdict']}"
+    )

@@ -10,13 +10,15 @@ from reports.probes import WHERE, Column, by_call, check_choices, claim, figures
 TITLE = "Rate and distortion of hidden states"
 ABOUT = (
     "How much of what a text says can be read from one hidden state, at which rate? A variational bottleneck is "
-    "trained on each state at several prices of its rate, and measured on texts that no probe has seen, in nats. "
+    "trained on each state at several prices of its rate, and measured in nats on texts that no probe has seen: rate R "
+    "is at most what its code tells of the state, distortion D the cross-entropy of what is asked for. "
     "Guessing has ln K of K classes, and H(Y) if it knows how frequent they are; no code of rate R can have a "
     "distortion below H(Y) − R, the converse. The paper's bottlenecks, trained on 50 texts, have distortions of "
     f"{DISTORTION[0]:.1f} to {DISTORTION[1]:.2f} nats, where guessing among all ids has ln 50257 = {GUESSING:.2f}. "
-    "What decides is the state of the meta-token against others of the same texts at equal rates: first minus second; "
-    "the verdict is on whether the first has less, a difference below 0. A high curve says that this probe did not "
-    "find the target, not that it is not there. "
+    "What decides is the state of the meta-token against others of the same texts at equal rates, up to H(Y) or what "
+    "both reach: first minus second; the verdict is on whether the first has less, a difference below 0. No bottleneck "
+    "is the same probe at no price, and no bound: one at a price may do better. A high curve says that this probe did "
+    "not find the target, not that it is not there; where none has less than H(Y) and a constant, nothing was found. "
     "Intervals are over texts and the probes' seeds; verdicts are of this checkpoint, not of its arm."
 )
 TEXTS = ("task", "placement", "level", "question", "length", "layer", "target")
@@ -26,9 +28,11 @@ SHARED = {name: CELL[name] for name in ("task", "placement", "level", "question"
 CURVE = SHARED | {
     "state": (str,), "uniform": NUMBER, "cross_entropy": NUMBER, "floor": NUMBER, "points": (list,),
     "ceiling": (dict,), "shuffled": (dict,), "violations": (int,), "train_texts": (int,),
+    "found": (bool,),
 }  # fmt: skip
 COMPARISON = SHARED | {
-    "states": (list,), "difference": NUMBER, "difference_interval": (list,), "holm": NUMBER, "verdict": (str,),
+    "states": (list,), "up_to": NUMBER, "difference": NUMBER, "difference_interval": (list,), "holm": NUMBER,
+    "verdict": (str,),
 }  # fmt: skip
 POINT = {
     "rate": NUMBER, "distortion": NUMBER, "rate_interval": (list,), "distortion_interval": (list,),
@@ -80,10 +84,11 @@ ENDS = (Column("probe seeds", lambda line: line["probe_seeds"]), Column("n", lam
 CURVES = (
     *PLACE,
     Column("state", lambda line: line["state"], text=True),
+    Column("found", lambda line: "yes" if line["found"] else "nothing", text=True),
     _nats("least D", lambda line: best(line)["distortion"]),
     Column("95 %", lambda line: " .. ".join(map(nats, best(line)["distortion_interval"]))),
     _nats("at rate", lambda line: best(line)["rate"]),
-    _nats("ceiling", lambda line: line["ceiling"]["distortion"]),
+    _nats("no bottleneck", lambda line: line["ceiling"]["distortion"]),
     _nats("shuffled", lambda line: line["shuffled"]["distortion"]),
     _nats("constant", lambda line: line["cross_entropy"]),
     _nats("H(Y)", lambda line: line["entropy"]),
@@ -95,6 +100,7 @@ CURVES = (
 COMPARISONS = (
     *PLACE,
     Column("states", lambda line: " − ".join(map(str, line["states"])), text=True),
+    _nats("up to R", lambda line: line["up_to"]),
     *claim("D at equal R, nats", "difference", "{:+.3f}".format, ""),
     *ENDS,
 )

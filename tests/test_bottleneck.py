@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from probes import known
 from probes.bottleneck import Member, Source, Training, fit, measure
-from probes.curves import Points, at_rates, baselines, compared, converse, entropy
+from probes.curves import Points, at_rates, baselines, compared, constant_distortion, converse, entropy, found
 from probes.rate_distortion import RateDistortionProbe, curve
 from tests.reference import bottleneck as reference
 
@@ -193,12 +193,70 @@ def test_a_difference_is_found_with_its_interval():
         noise = np.random.default_rng(seed).normal(0, 0.3, (3, 2, 1500))
         return Points(4 - 0.5 * betas + shift + hard + noise, rate, 4 + hard)
 
-    facts = {"entropy": 4.0}
-    nothing = compared(state(0, 1), state(0, 1), [1.0, 4.0], facts)
+    both = (True, True)
+    nothing = compared(state(0, 1), state(0, 1), [1.0, 4.0], 4.0, both)
     assert nothing["difference"] == 0 and nothing["difference_interval"] == (0, 0) and nothing["p"] == 1
-    found = compared(state(-0.2, 2), state(0, 3), [1.0, 6.0], facts)
-    low, high = found["difference_interval"]
-    assert low < found["difference"] < high < 0 and high - low < 0.06 and found["p"] <= 0.001
-    assert [row[0] for row in found["differences"]] == pytest.approx([-0.2, -0.2], abs=0.05)
-    chance = compared(state(0, 4), state(0, 5), [1.0], facts)
+    less = compared(state(-0.2, 2), state(0, 3), [1.0, 6.0], 4.0, both)
+    low, high = less["difference_interval"]
+    assert low < less["difference"] < high < 0 and high - low < 0.06 and less["p"] <= 0.001 and less["up_to"] == 4
+    assert [row[0] for row in less["differences"]] == pytest.approx([-0.2, -0.2], abs=0.05)
+    chance = compared(state(0, 4), state(0, 5), [1.0], 4.0, both)
     assert chance["difference_interval"][0] < 0 < chance["difference_interval"][1] and chance["p"] > 0.01
+
+
+def line_of_points(rates: tuple[float, ...], distortions: tuple[float, ...], N: int = 1200, seeds: int = 2) -> Points:
+    """The same rates and distortions for all seeds, but for texts' own noise; the constant has 4 nats."""
+    hard = np.random.default_rng(0).normal(0, 0.5, N)
+    shape = (len(rates), seeds, N)
+    R, D = (np.broadcast_to(np.array(x)[:, None, None], shape) for x in (rates, distortions))
+    return Points(D + hard - hard.mean(), R.copy(), 4 + hard - hard.mean())
+
+
+def test_curves_are_compared_as_far_as_both_reach():
+    """Equal up to a rate of 2, at which one ends and the other goes on falling."""
+    short, long = line_of_points((1.0, 2.0), (3.5, 3.0)), line_of_points((1.0, 2.0, 6.0), (3.5, 3.0, 2.0))
+    for pair in ((short, long), (long, short)):
+        of = compared(*pair, [0.5, 2.0, 2.1, 6.0], 4.0, (True, True))
+        assert of["up_to"] == 2 and of["differences"][2:] == [None, None]
+        assert of["difference"] == pytest.approx(0, abs=1e-9) and of["difference_interval"] == pytest.approx(
+            (0, 0), abs=1e-9
+        )
+        assert [row[0] for row in of["differences"][:2]] == pytest.approx([0, 0], abs=1e-9)
+    # a seed that ends early ends the curve
+    early = short._replace(rate=np.stack([short.rate[:, 0], short.rate[:, 1] * 0.75], axis=1))
+    assert compared(early, long, [1.0], 4.0, (True, True))["up_to"] == 1.5
+    # of which nothing is found: as far as the other goes, and H(Y) at most
+    none = line_of_points((0.1, 0.3), (4.5, 4.1))
+    of = compared(none, long, [0.5, 2.0, 6.0, 8.0], 3.0, (False, True))
+    assert of["up_to"] == 3 and [row[0] for row in of["differences"][:3]] == pytest.approx([0.25, 1.0, 2.0])
+    assert of["differences"][3] is None and compared(none, short, [1.0], 3.0, (False, True))["up_to"] == 2
+    assert compared(none, none, [9.0], 3.0, (False, False))["differences"] == [(0, 0, 0)]
+
+
+def test_only_what_no_frequencies_tell_is_found():
+    K, rng = 50, np.random.default_rng(2)
+    train, test = rng.integers(K, size=(500, 1)), rng.integers(K, size=(2000, 1))
+    constant = constant_distortion(train, test, K)
+    known = baselines(train, train[:20], test, K)
+    assert known["cross_entropy"] > math.log(K) + 0.03  # few training texts
+
+    def says(gain: np.ndarray) -> bool:
+        """Ten points, of which one has so much less than ln K."""
+        D = np.repeat(np.stack([constant + 0.2] * 9 + [math.log(K) - gain])[:, None], 2, axis=1)
+        return found(Points(D, np.ones_like(D), constant), known["entropy"])
+
+    assert not says(np.zeros(2000))  # it knows that all are as frequent, and beats the constant
+    assert says(np.full(2000, 0.1))
+    lucky = rng.normal(0, 1, 2000)
+    lucky += 2.2 / math.sqrt(2000) - lucky.mean()  # one of ten points will have as much by chance
+    assert not says(lucky) and says(lucky + 0.1)
+
+
+def test_what_is_found_of_states():
+    K = 12
+    make = {
+        True: lambda y, seed: torch.stack([(y < 6).float(), normal(len(y), seed=seed)], dim=1),
+        False: lambda y, seed: normal(len(y), 5, seed=seed),
+    }
+    for something, state in make.items():
+        assert curve(SMALL, planted(state), K, 0)[0]["found"] == something

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -247,7 +248,8 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
         "answer from delimiter",
         "shuffled",
         "D of meta less D of question",
-        "arms are compared",
+        "R: rate, at most what the code tells",
+        "not its arm",
     ):
         assert word in said
 
@@ -275,12 +277,16 @@ def test_one_seed_has_no_interval_over_seeds(tokenizer, tmp_path):
 
 def test_known_needs_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("probes.curves.DRAWS", 40)
     for name in ("GAUSSIAN", "CATEGORICAL"):
         monkeypatch.setattr(known, name, dataclasses.replace(getattr(known, name), epochs=1, draws=2))
         monkeypatch.setattr(known, {"GAUSSIAN": "GAUSSIAN_TEXTS", "CATEGORICAL": "CLASS_TEXTS"}[name], 400)
-    probe.main(["rate_distortion", "--known"])
+    probe.main(["rate_distortion", "--known", "--train_texts=400", "--epochs=1", "--betas=2"])
     said = capsys.readouterr().out
-    assert "NO" in said and said.count("beta") == len(known.GAUSSIAN_BETAS + known.CLASS_BETAS)  # one epoch is too few
+    curves, *lookups = said.split("planted: ")
+    assert "NO" in curves and curves.count("beta") == len(known.GAUSSIAN_BETAS + known.CLASS_BETAS)  # one epoch
+    asked = [re.search(r"holds (\d) .* (\d+) texts to train: ([a-z ]+)", one, re.S | re.I).groups() for one in lookups]
+    assert asked == [("1", "400", "found"), ("7", "400", "NOTHING FOUND"), ("7", "1600", "NOTHING FOUND")]
     assert not list(tmp_path.iterdir())
 
 
@@ -343,6 +349,42 @@ def test_bad_input_is_refused_in_a_sentence(tokenizer, tmp_path, monkeypatch, ca
         probe.main(["rate_distortion", "--run=out/small", *rest, *args])
     assert sentence in str(refused.value) and str(refused.value).endswith(".")
     assert tree(tmp_path) == before
+
+
+def pair(up_to: float, found: tuple[bool, bool], difference: tuple[float, float] = (-0.9, -0.8), n: int = 1000) -> dict:
+    return {"states": ["meta", "last"], "n": n, "p": 0.001, "difference_interval": difference, "entropy": 5.0,
+            "up_to": up_to, "found": list(found)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "verdict"),
+    [
+        (pair(5.0, (True, True)), "holds"),
+        (pair(2.5, (True, True)), "holds up to R = 2.50"),
+        (pair(5.0, (True, True), (0.7, 0.8)), "the reverse holds"),
+        (pair(0.1, (True, True), (-0.01, 0.01)), "does not hold up to R = 0.10"),
+        (pair(5.0, (True, False)), "holds; nothing found from last"),
+        (pair(2.5, (False, True), (0.7, 0.8)), "the reverse holds up to R = 2.50; nothing found from meta"),
+        (pair(5.0, (False, False)), "nothing found from either"),
+        (pair(5.0, (False, False), (0.0, 0.0)), "nothing found from either"),
+        (pair(5.0, (False, False), n=999), "undecided: n = 999, 1000 decide"),
+    ],
+)
+def test_a_verdict_says_no_more_than_was_compared(line, verdict):
+    rate_distortion.judge(RateDistortionProbe(), [line])
+    assert line["verdict"] == verdict
+
+
+def test_the_table_says_what_was_not_compared():
+    where = {"kind": "comparison", "task": "parity", "placement": "target", "length": 40, "layer": 2, "effect": 0.0}
+    found = {"rates": [1.0, 4.0], "differences": [(-0.5, -0.75, -0.25), None], "difference": -0.85, "holm": 0.001}
+    reached, nothing = (
+        pair(2.5, of) | where | found | {"verdict": "so it is"} for of in ((True, True), (False, False))
+    )
+    said = table([reached])
+    assert "  1: -0.500 (-0.750 .. -0.250)  4: not reached\n  mean up to R = 2.50 of H = 5.00: -0.850" in said
+    said = table([nothing])
+    assert "so it is" in said and not re.search(r"[+-]0\.", said)
 
 
 def test_missing_states_are_left_out_unless_named(tokenizer):

@@ -65,14 +65,15 @@ def curve(state: str, distortions: tuple[float, ...], **other) -> dict:
         for i, d in enumerate(distortions, 1)
     ]  # fmt: skip
     known = {"uniform": 5.5, "cross_entropy": 5.375, "entropy": 5.25, "floor": 0.0, "violations": 0}
-    ends = {"ceiling": {"distortion": 1.5}, "shuffled": {"distortion": 5.4}}
+    ends = {"ceiling": {"distortion": 1.5}, "shuffled": {"distortion": 5.4}, "found": True}
     sizes = {"train_texts": 4000, "probe_seeds": 3}
     place = {"kind": "curve", "layer": 4, "target": "answer", "state": state}
     return of("rate_distortion", **place | {"points": points} | known | ends | sizes | other)
 
 
 def comparison(first: str, second: str) -> dict:
-    found = {"difference": -0.25, "difference_interval": [-0.5, -0.125], "holm": 0.02, "verdict": "holds"}
+    found = {"up_to": 4.5, "difference": -0.25, "difference_interval": [-0.5, -0.125], "holm": 0.02,
+             "verdict": "holds up to R = 4.50"}  # fmt: skip
     return of("rate_distortion", kind="comparison", layer=4, target="answer", states=[first, second], entropy=5.25,
               probe_seeds=3, **found)  # fmt: skip
 
@@ -92,8 +93,8 @@ ROWS = {
                  "25.0", "12.5 .. 37.5", "+25.0", "+0.0 .. +50.0", "0.040", "undecided", "75.0", "100", "[1]"),
     "residual": ("the mark", "0", "8", "+0.500", "+0.375", "+0.125", "+0.062 .. +0.188", "0.040", "holds", "50.0",
                  "12.5 .. 87.5", "6.2", "3.1", "+12.5", "-25.0 .. +37.5", "0.040", "undecided", "100", "[1]"),
-    "rate_distortion": ("4", "answer", "meta", "2.000", "1.750 .. 2.250", "4.000", "1.500", "5.400", "5.375", "5.250",
-                        "5.500", "0", "4000", "3", "100", "[1]"),
+    "rate_distortion": ("4", "answer", "meta", "yes", "2.000", "1.750 .. 2.250", "4.000", "1.500", "5.400", "5.375",
+                        "5.250", "5.500", "0", "4000", "3", "100", "[1]"),
 }  # fmt: skip
 
 
@@ -123,7 +124,8 @@ def test_means_of_all_heads_come_before_the_heads(page):
 
 def test_two_curves_are_compared_in_a_table_of_their_own(page):
     rows = [row[3:] for row in cells_of(page["report.html"])]
-    assert ("4", "answer", "meta − question", "-0.250", "-0.500 .. -0.125", "0.020", "holds", "3", "100", "[1]") in rows
+    verdict = ("-0.250", "-0.500 .. -0.125", "0.020", "holds up to R = 4.50")
+    assert ("4", "answer", "meta − question", "4.500", *verdict, "3", "100", "[1]") in rows
 
 
 @pytest.mark.parametrize(
@@ -132,8 +134,8 @@ def test_two_curves_are_compared_in_a_table_of_their_own(page):
         (LINES["attention"][0], ("boost", "drop_interval", "drop_verdict", "boost_holm", "layer", "head", "mark")),
         (LINES["patching"][0], ("kept", "donor_interval", "kept_unpatched", "donor_unpatched", "layer", "n")),
         (LINES["residual"][0], ("cosine_centred", "floor_centred", "majority", "shuffled", "distance", "decoded")),
-        (LINES["rate_distortion"][0], ("points", "ceiling", "shuffled", "uniform", "floor", "violations", "target")),
-        (LINES["rate_distortion"][2], ("difference_interval", "states", "holm", "verdict", "layer")),
+        (LINES["rate_distortion"][0], ("points", "ceiling", "shuffled", "uniform", "floor", "found", "target")),
+        (LINES["rate_distortion"][2], ("difference_interval", "states", "holm", "verdict", "up_to")),
     ],
 )
 def test_a_line_that_lacks_a_figure_is_named(tmp_path, one, names):
