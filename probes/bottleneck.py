@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 NARROW = -2.0  # ln sigma^2 at first: codes tell something before they pay; from sigma = 1 many never begin to
-GATES = 0.5  # deviation of what a question says, beside the 1 of a code
 
 
 class Source(NamedTuple):
@@ -47,6 +46,7 @@ class Training:
     learning_rate: float
     weight_decay: float  # AdamW's, of matrices
     draws: int = 8  # of z, for each text that is measured
+    gates: float = 0.5  # deviation of what a question says at first, beside the 1 of a code
 
 
 def frequencies(labels: torch.Tensor, K: int) -> torch.Tensor:
@@ -70,7 +70,7 @@ def drawn(seed: int, C: int, Q: int, K: int, how: Training, bias: torch.Tensor) 
     }  # fmt: skip
     if not H:
         return weights | {"asked": torch.zeros(Q, K)}
-    asked = GATES * torch.randn(Q, 2 * H, generator=generator)
+    asked = how.gates * torch.randn(Q, 2 * H, generator=generator)
     return weights | {
         "asked": asked, "inner": matrix(Z, H), "inner_bias": torch.zeros(H), "inner_out": torch.zeros(H, K),
     }  # fmt: skip

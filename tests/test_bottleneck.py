@@ -44,7 +44,7 @@ def uniform(n: int, K: int, seed: int = 0, of: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize(("hidden", "q", "n"), [(5, 2, 1), (0, 1, 1), (5, 0, 2)])
 def test_probes_trained_at_once_are_what_each_is_alone(hidden, q, n):
     """Also when one is done early and others go on."""
-    how = Training(z_dim=2, hidden=hidden, epochs=6, patience=1, batch=4, learning_rate=0.1, weight_decay=0.3)
+    how = Training(2, hidden, epochs=6, patience=1, batch=4, learning_rate=0.1, weight_decay=0.3, gates=1.5)
     sources = [Source(normal(N, 6, seed=s), uniform(N, 4, s + 5, q), uniform(N, 3, s, n)) for s, N in ((1, 10), (2, 6))]
     members = [
         Member(beta, seed, kind)

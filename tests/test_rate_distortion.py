@@ -5,9 +5,11 @@ import json
 import math
 import re
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import probe
@@ -19,6 +21,7 @@ from probes.marks import marks
 from probes.places import STATES, labels_of, queries_of, read_states, spot, spots
 from probes.rate_distortion import RateDistortionProbe, curve
 from probes.rate_table import table
+from reports.drawing import STYLE
 from tasks.example import POINT, STOP, Maker
 from tasks.source import collate
 from tasks.words import ITEMS, NAMES
@@ -318,6 +321,31 @@ def test_the_picture_and_the_table_show_the_points(tokenizer, tmp_path):
     assert f"{line['points'][2]['distortion']:.3f}" in said
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_picture_holds_its_legend_and_breaks_no_brackets(layers):
+    point = {"rate": 3.0, "distortion": 2.0, "rate_interval": (2.5, 3.5), "distortion_interval": (1.5, 2.5)}
+    line = {
+        "arm": "meta + rope (with another attention, whose rows are drawn at random from all the others of a text)",
+        "run": "r", "step": 1, "seed": 2, "task": "segment_counting", "placement": "background", "level": "extra_hard",
+        "length": 1024, "target": "back_2", "n": 1000, "train_texts": 4000, "probe_seeds": 3, "found": False,
+        "uniform": 5.5, "entropy": 5.25, "cross_entropy": 5.375, "floor": 0.5, "violations": 1,
+        "ceiling": {"distortion": 1.0}, "shuffled": {"distortion": 5.5},
+        "points": [{**point, "violates_converse": True}],
+    }  # fmt: skip
+    lines = [{**line, "state": state, "layer": layer} for state in STATES for layer in range(layers)]
+    with matplotlib.rc_context(STYLE):
+        rate_drawing._rates(figure := Figure(dpi=100, layout="constrained"), lines)
+        figure.draw_without_rendering()
+        (legend,), renderer = figure.legends, FigureCanvasAgg(figure).get_renderer()
+        for drawn in (legend, *(axes.title for axes in figure.axes), figure._suptitle):
+            box = drawn.get_window_extent(renderer)
+            assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
+    assert {text.get_text() for text in legend.texts} > {f"{state}: nothing found" for state in STATES}
+    titles = figure._suptitle.get_text().split("\n")
+    assert len(titles) > 2 and all(row.count("(") == row.count(")") for row in titles)
+    assert all("ln K 5.50, H(Y) 5.25, constant 5.38" in axes.get_title() for axes in figure.axes)
+
+
 REFUSED = {
     "no meta-token": ({}, ("--placements=none", "--states=meta"), "states=meta is not there in parity with"),
     "no delimiter": ({}, ("--states=delimiter",), "20 of 20 texts have no 'mark' before the question"),
@@ -331,6 +359,7 @@ REFUSED = {
     "betas": ({}, ("--beta_min=0",), "beta_min=0.0 is out of range"),
     "seeds": ({}, ("--seeds=0",), "seeds=0 is out of range"),
     "back": ({}, ("--back=0",), "back=(0,) is out of range"),
+    "gates": ({}, ("--gates=-1",), "gates=-1.0 is out of range"),
     "margin": ({}, ("--margin=0",), "margin=0.0 is out of range"),
     "picture": ({}, ("--output=x.png",), "output='x.png' is out of range"),
     "one class": ({}, ("--targets=back", "--states=question"), "leave nothing to measure at the states asked for"),

@@ -6,13 +6,13 @@ import torch
 from torch.nn.functional import gelu
 
 
-def draw(seed: int, C: int, Q: int, Z: int, H: int, log_shares: torch.Tensor) -> dict[str, torch.Tensor]:
+def draw(seed: int, C: int, Q: int, Z: int, H: int, gates: float, log_shares: torch.Tensor) -> dict[str, torch.Tensor]:
     g, K = torch.Generator().manual_seed(seed), len(log_shares)
     w = {"code": torch.randn(C, 2 * Z, generator=g) / C**0.5, "b_code": torch.tensor([0.0] * Z + [-2.0] * Z)}
     w |= {"out": torch.zeros(Z, K), "b_out": log_shares}
     if H == 0:
         return w | {"asked": torch.zeros(Q, K)}
-    w |= {"asked": torch.randn(Q, 2 * H, generator=g) / 2, "inner": torch.randn(Z, H, generator=g) / Z**0.5}
+    w |= {"asked": torch.randn(Q, 2 * H, generator=g) * gates, "inner": torch.randn(Z, H, generator=g) / Z**0.5}
     return w | {"b_inner": torch.zeros(H), "inner_out": torch.zeros(H, K)}
 
 
@@ -38,7 +38,7 @@ def trained(train, val, K: int, Q: int, beta: float, seed: int, kind: str, how) 
     """train, val: (states, query, labels) -> the best epoch's weights, and the number of that epoch."""
     counts = torch.tensor([1.0 + sum(k == c for c in train[2].flatten().tolist()) / train[2].size(1) for k in range(K)])
     log_shares = torch.log(counts / counts.sum())
-    w = draw(seed, train[0].size(1), Q, how.z_dim, how.hidden, log_shares)
+    w = draw(seed, train[0].size(1), Q, how.z_dim, how.hidden, how.gates, log_shares)
     w = {name: p.clone().requires_grad_() for name, p in w.items()}
     g = torch.Generator().manual_seed(seed + 1_000_003)
     order, val_order = torch.randperm(len(train[0]), generator=g), torch.randperm(len(val[0]), generator=g)
