@@ -156,7 +156,7 @@ def _heads(axes, lines: list[dict], cells: list[tuple], name: str, colour) -> No
 
 def _theorem(axes) -> None:
     for (name, (t, H, _, slope)), colour in zip(theorem_curves().items(), COLOURS, strict=False):
-        sign = "ln p > −H" if slope[0] < 0 else "ln p < −H"
+        sign = f"ln\xa0p\xa0{'>' if slope[0] < 0 else '<'}\xa0−H"
         axes.plot(t, H, color=colour, label=f"a key that is {name} without it: {sign}")
         turn = int(H.argmax())
         if turn:

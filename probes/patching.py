@@ -248,7 +248,7 @@ def table(lines: list[dict]) -> str:
                 f"{percent(line['kept_unpatched'])} % right; {percent(line['same_place'])} % of donors have the mark "
                 f"at the same position"
             )
-            out.append(f"  {'place':<9} layer  {'kept, %':<21}{'needed':<50}{'donor, %':<21}carried")
+            out.append(f"  {'place':<9} layer  {'kept, %':<23}{'needed':<50}{'donor, %':<23}carried")
         out.append(
             f"  {line['site']:<9} {line['layer']:>5}  " + "".join(_claim(line, claim) for claim in CLAIMS).rstrip()
         )
@@ -305,4 +305,4 @@ def _claim(line: dict, claim: str) -> str:
     share, (low, high) = CLAIMS[claim], line[f"{claim}_interval"]
     now = f"{percent(line[share])} ({span(*line[f'{share}_interval'])})"
     change = f"{points(line[claim])} ({points(low)} .. {points(high)}) {in_row(line[f'{claim}_verdict'])}"
-    return f"{now:<21}{change:<50}"
+    return f"{now:<23}{change:<50}"

@@ -258,7 +258,7 @@ def beside_paper(figure: Figure, arms: list[Arm], mine: list[Arm], panel: Panel,
     _percent(right, barred)
     if not mine:
         right.text(0.5, 0.5, "none yet", color=GREY, ha="center", transform=right.transAxes)
-    for axes, name in ((left, "the paper, n unknown"), (right, f"ours, {footer}")):
+    for axes, name in ((left, "the paper, n unknown"), (right, f"ours, {footer}" if mine else "ours")):
         _lengths(axes, lengths)
         axes.set_title(wrapped(name, 16))
         axes.set_xlabel("train length")
