@@ -68,13 +68,14 @@ def run_named(argv: list[str], kinds: dict[str, tuple], kind: str, about: str) -
     if name not in kinds:
         raise UserError(f"there is no {kind} {name!r}: {nearest_name(name, list(kinds))}")
     settings, function = kinds[name]
-    function(load_config(settings, rest))
+    function(load_config(settings, rest, prog=f"{Path(sys.argv[0]).name} {name}"))
 
 
-def load_config(cls, argv: list[str], config_file: bool = False, default=None):
+def load_config(cls, argv: list[str], config_file: bool = False, default=None, prog: str | None = None):
     """argv = --name=value ..., after a FILE.py if config_file -> an instance of cls. Raises UserError.
 
-    default: the values of settings that neither names; None = the defaults of cls."""
+    default: the values of settings that neither names; None = the defaults of cls. prog: what --help calls the
+    program; None = the file that was started."""
     if config_file and argv and not argv[0].startswith("-"):
         default, argv = _read_config_file(cls, argv[0]), argv[1:]
     known = field_names(cls)
@@ -90,6 +91,7 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None):
         with contextlib.redirect_stderr(complaint):
             config, unknown = tyro.cli(
                 cls,
+                prog=prog,
                 default=default,
                 args=argv,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),

@@ -5,6 +5,9 @@ python probe.py attention --run=out/recall                           # logit boo
 python probe.py patching --run=out/recall                            # states replaced by another text's
 python probe.py residual --run=out/recall                            # what the states of meta-tokens hold
 python probe.py rate_distortion --run=out/recall                     # how much can be read from a meta-token's state
+
+A call appends lines to a file in the run's folder and draws, beside it, what the file holds of the same weights: of
+what was read more than once the line of most texts, among equals the last.
 """
 
 from cli import run_cli, run_named

@@ -112,6 +112,20 @@ def bits(outcomes: str) -> np.ndarray:
     return np.frombuffer(outcomes.encode(), np.uint8) == ord("1")
 
 
+def brief(verdict: str) -> str:
+    """A verdict in a row of a table, below which `too_few` says once why few texts decide nothing."""
+    return verdict.partition(":")[0]
+
+
+def too_few(lines: list[dict]) -> str:
+    """Which lines decide nothing because of their n, for below a table, "" if none does."""
+    few = sorted({line["n"] for line in lines if line["n"] < DECIDES})
+    if not few:
+        return ""
+    told = f"{few[0]} to {few[-1]}" if len(few) > 1 else f"{few[0]}"
+    return f"Of n = {told} texts nothing is decided: {DECIDES} decide."
+
+
 def decide(low: float, high: float, holm_p: float, effect: float, margin: float, n: int | None = None) -> str:
     """On "the first is better than the second by more than `effect`", from the interval of first - second: holds if it
     lies above that, also after Holm, the reverse if below -`effect`; does not hold if all of it lies inside +-margin;

@@ -84,12 +84,7 @@ def measure(run: Run, task: str, placement: str, settings: TaskConfig, level: st
     if why := fits(run, length):
         return {**cell, "n": 0, "impossible": why}
     started, examples = time.perf_counter(), texts(maker, level, length, n)
-    answers = ["".join(example.draft.questions[0][1]).strip() for example in examples]
-    floors = {
-        name: sum(e.draft.shortcuts[name].strip() == a for e, a in zip(examples, answers, strict=True)) / n
-        for name in examples[0].draft.shortcuts
-    }
-    figures = read(run, examples, length)
+    figures, floors = read(run, examples, length), floors_of(examples)
     rest = {"chance": maker.task.CHANCE, "floors": floors, "seconds": time.perf_counter() - started}
     return {**cell, **figures, **rest}
 
@@ -105,6 +100,47 @@ def about(maker: Maker, level: str, length: int) -> dict:
 def texts(maker: Maker, level: str, length: int, n: int, split: str = "test") -> list[Example]:
     """The first n of a split, of nine tenths of `length` positions to all of them."""
     return [maker.example(split, i, math.ceil(0.9 * length), length, (level,)) for i in range(n)]
+
+
+def floors_of(examples: list[Example]) -> dict[str, float]:
+    """Shortcut -> the share of the texts that it answers exactly."""
+    answers = ["".join(example.draft.questions[0][1]).strip() for example in examples]
+    return {
+        name: sum(e.draft.shortcuts[name].strip() == a for e, a in zip(examples, answers, strict=True)) / len(examples)
+        for name in examples[0].draft.shortcuts
+    }
+
+
+def answered(run: Run, maker: Maker, level: str, length: int, n: int) -> dict:
+    """A quick look at whether a run can do what a probe asks: exact answers to the first texts of a cell, 100 at most,
+    beside chance and the shortcuts on the same texts. `better`: Wilson's interval lies above both."""
+    examples = texts(maker, level, length, min(n, 100))
+    figures, floor = read(run, examples, length), max(maker.task.CHANCE, *floors_of(examples).values())
+    return {
+        "n": len(examples), "exact": figures["exact"], "interval": figures["interval"], "floor": floor,
+        "better": figures["interval"][0] > floor,
+    }  # fmt: skip
+
+
+def doubt(run: Run, found: list[tuple[Maker, int, dict]]) -> str:
+    """What is to be said first if a run has not learned what a probe asks, "" if it has: of each cell its maker, its
+    length and what it `answered`."""
+    if not run.config.task.tasks:
+        return (
+            f"warning: {run.folder} was trained on no task, so that no answer can be expected of it: take a run of "
+            f"config/tiny_tasks.py, or read what follows as what a model of text makes of such texts.\n"
+        )
+    weak = [
+        f"{maker.name} {maker.placement} {length}: {of['exact']:.1%} against {of['floor']:.1%}"
+        for maker, length, of in found
+        if not of["better"]
+    ]
+    if not weak:
+        return ""
+    return (
+        f"warning: {run.folder} does not answer better than chance or a shortcut, so that verdicts say nothing of how "
+        f"it solves the task; of the first {found[0][2]['n']} texts: {'; '.join(weak)}\n"
+    )
 
 
 def read(run: Run, examples: list[Example], length: int) -> dict:

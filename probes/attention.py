@@ -32,9 +32,10 @@ import torch
 
 from checkpoint import Run
 from config import check
-from evals.common import check_finite, hidden_of, write_lines
+from evals.common import check_finite, hidden_of
 from evals.tasks import about, texts
 from model import GATHERED
+from probes.calls import SMALL, call, in_row
 from probes.heads import FIRST, SECOND, Rows, seen
 from probes.look_drawing import attention_picture
 from probes.marks import (
@@ -42,7 +43,6 @@ from probes.marks import (
     answer_in_text,
     asked_at,
     batches,
-    judged,
     mark_name,
     mark_of,
     marks,
@@ -50,9 +50,9 @@ from probes.marks import (
 )
 from probes.positions import under
 from probes.theorem import boosted_entropy
-from stats import bootstrap_means, mean_p
+from stats import bootstrap_means, mean_p, too_few
 from tasks.example import Example, Maker
-from terminal import BOLD, write
+from terminal import write
 
 CLAIMS = ("boost", "drop")
 SCORES = 2**23  # logits of one attention at once: 32 MB in fp32, and some copies
@@ -72,33 +72,21 @@ class AttentionProbe(MarksProbe):
         check(self, "margin", 0 < self.margin < 100, "lie strictly between 0 and 100")
         check(self, "effect", 0 <= self.effect < 100, "be at least 0 and below 100")
 
+    def makers(self, run: Run, placements: tuple[str, ...] = ()) -> list[tuple[Maker, str, int]]:
+        with seen(run.model, lambda *_: None):  # a model whose heads cannot be read is refused with the rest
+            return super().makers(run, placements)
+
 
 def main(cfg: AttentionProbe) -> None:
-    run, facts = cfg.open()
-    cells = cfg.makers(run)  # what cannot be asked is refused by here
-    for maker, _, _ in cells:
-        mark_of(maker)
-    with seen(run.model, lambda *_: None):
-        output = cfg.lines(run, "attention")
-    write(f"{facts['arm']}, {run.folder}\n", BOLD)
-    lines: list[dict] = []
-    with cfg.autocast(run):
-        for maker, level, length in cells:
-            cell = measure(run, maker, level, length, cfg.n)
-            write(progress(cell) + "\n")
-            lines += cell
-    lines = [{**facts, **line} for line in judged(lines, CLAIMS, cfg.effect, cfg.margin)]
-    write_lines(output, lines)  # at the end: Holm's p needs all of them
-    picture = output.with_suffix(".png")
-    picture.write_bytes(attention_picture(lines))
-    write(f"\n{table(lines)}\n{output}\n{picture}\n")
+    call(cfg, "attention", (), CLAIMS, lambda *cell: measure(*cell, cfg.n), table, attention_picture)
 
 
 # ----------------------------------------------------------------------------- what is measured
 
 
 def measure(run: Run, maker: Maker, level: str, length: int, n: int) -> list[dict]:
-    """One cell -> a line a head, and before those of an attention one of all its heads (layer and head None)."""
+    """One cell -> a line a head, and before those of an attention one of all its heads (layer and head None); says the
+    latter as soon as they are measured."""
     started = time.perf_counter()
     examples = [example for example in texts(maker, level, length, n) if len(marks(maker, example))]
     found = by_text(run, maker, examples)
@@ -119,7 +107,9 @@ def measure(run: Run, maker: Maker, level: str, length: int, n: int) -> list[dic
     summarise(lines)
     shared = {"probe": "attention", **about(maker, level, length), "mark": mark_name(maker)}
     seconds = time.perf_counter() - started
-    return [{**shared, **line, "seconds": seconds} for line in lines]
+    lines = [{**shared, **line, "seconds": seconds} for line in lines]
+    write(progress(lines) + "\n")
+    return lines
 
 
 def summarise(lines: list[dict]) -> None:
@@ -249,7 +239,7 @@ def progress(cell: list[dict]) -> str:
 
 def table(lines: list[dict]) -> str:
     """All lines for a person."""
-    out, cell = [], ()
+    out, cell, last = [], (), lines[-1]
     for line in lines:
         now = (line["task"], line["placement"], line["level"], line["length"], line["attention"])
         if now != cell:
@@ -257,25 +247,29 @@ def table(lines: list[dict]) -> str:
             few = ", a softmax over few keys" if line["keys"] < 8 else ""
             out.append(f"{name_of(line)}  {line['attention']} attention, {line['keys']:.1f} keys a query{few}; mark: "
                        f"{line['mark']}; n = {line['n']}")  # fmt: skip
-        name = "  all heads   " if line["layer"] is None else f"  {line['layer']:>3}.{line['head']:<8}  "
-        out.append(name + "  ".join([*(_claim(line, claim) for claim in CLAIMS), _rest(line)]).rstrip())
-    last = lines[-1]
-    out.append(
-        f"layer.head, logits and nats, 95 % by text. Verdicts: boost, and drop, above {last['effect']:g}? Margin "
-        f"{last['margin']:g}; Holm over {last['comparisons']} comparisons, all of this checkpoint. The paper: boost "
-        f"1.26, drop 1.40."
-    )
-    return "\n".join(out)
+            weights = "sink         marks        applies" if "on_marks" in line else "sink"
+            out.append(f"  head       {'boost':<50}{'drop':<50}{weights}")
+        name = "all" if line["layer"] is None else f"{line['layer']}.{line['head']}"
+        out.append(f"  {name:<9}  {''.join(_claim(line, claim) for claim in CLAIMS)}{_weights(line)}".rstrip())
+    return "\n".join([
+        *out,
+        "head: layer.head. boost: of its largest logit; drop: of its entropy, nats; as trained against a mark "
+        "of zeros, mean and 95 % over texts.",
+        "sink, marks: weight on the first token, on all marks, of zeros -> as trained. applies: share of queries in "
+        "which boosting the last mark lowers entropy, by the theorem.",
+        f"Verdicts: above {last['effect']:g}? {SMALL}: within the margin of {last['margin']:g}. Holm over "
+        f"{last['comparisons']} comparisons, all of this checkpoint. The paper: boost 1.26, drop 1.40.",
+        *filter(None, [too_few(lines)]),
+    ])  # fmt: skip
 
 
 def _claim(line: dict, claim: str) -> str:
     low, high = line[f"{claim}_interval"]
-    return f"{claim} {line[claim]:+.2f} ({low:+.2f} .. {high:+.2f}) {line[f'{claim}_verdict']}".ljust(52)
+    return f"{line[claim]:+.2f} ({low:+.2f} .. {high:+.2f}) {in_row(line[f'{claim}_verdict'])}".ljust(50)
 
 
-def _rest(line: dict) -> str:
-    sink = f"sink {line['sink_zeroed']:.0%} -> {line['sink']:.0%}"
+def _weights(line: dict) -> str:
+    sink = f"{line['sink_zeroed']:.0%} -> {line['sink']:.0%}"
     if "on_marks" not in line:
         return sink
-    marked = f"on marks {line['on_marks_zeroed']:.0%} -> {line['on_marks']:.0%}"
-    return f"{sink}  {marked}  theorem applies {line['applies']:.0%}"
+    return f"{sink:<13}{line['on_marks_zeroed']:>3.0%} -> {line['on_marks']:.0%}".ljust(26) + f"{line['applies']:.0%}"

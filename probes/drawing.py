@@ -1,43 +1,67 @@
 """The pictures of probes, in the style of the reports'."""
 
-import textwrap
-
 from matplotlib.lines import Line2D
 
 from reports.drawing import COLOURS, GREY, LIGHT, MARKERS, legend, png, wrapped
 from reports.paper import TABLE_2, TABLE_2_N
-from stats import wilson
+from reports.probes import has_learned
+from stats import DECIDES, wilson
+
+
+def told(lines: list[dict]) -> str:
+    """Which run this is of, for the top of a picture, and whether it has learned what it is asked."""
+    first = lines[0]
+    doubt = (
+        ""
+        if all(map(has_learned, lines))
+        else "\nNOT LEARNED: in some cells its answers are no better than chance or a shortcut"
+    )
+    return wrapped(f"{first['arm']}; {first['run']}, step {first['step']}, seed {first['seed']}", 100) + doubt
+
+
+def texts_of(lines: list[dict]) -> str:
+    """n, and whether it decides anything."""
+    n = sorted({line["n"] for line in lines})
+    many = f"n = {n[0]} to {n[-1]}" if len(n) > 1 else f"n = {n[0]}"
+    return f"{many} texts{', too few to decide' if n[-1] < DECIDES else ''}"
 
 
 def positions_picture(lines: list[dict]) -> bytes:
-    """The lines of one call of probe.py positions as a PNG."""
+    """Lines of probe.py positions, of one checkpoint, as a PNG."""
     return png(_positions, lines)
 
 
 def _positions(figure, lines: list[dict]) -> None:
     """A panel a task and length: exact answers by condition, placements side by side; below, the paper's Table 2."""
-    tasks, lengths, placements, names = (
-        list(dict.fromkeys(line[name] for line in lines)) for name in ("task", "length", "placement", "condition")
+    lengths, placements, names = (
+        list(dict.fromkeys(line[name] for line in lines)) for name in ("length", "placement", "condition")
     )
+    tasks = list(dict.fromkeys(map(_task, lines)))
     heights = [0.6 + len(tasks) * (0.75 + 0.22 * len(names) * max(1, 0.6 * len(placements))), 2.7]
     figure.set_size_inches(max(6.4, 1.9 + 2.5 * len(lengths)), sum(heights))
     ours, paper = figure.subfigures(2, 1, height_ratios=heights)
     panels = ours.subplots(len(tasks), len(lengths), squeeze=False, sharex=True, sharey=True)
     for task, row in zip(tasks, panels, strict=True):
         for length, axes in zip(lengths, row, strict=True):
-            of = [line for line in lines if (line["task"], line["length"]) == (task, length)]
-            _by_condition(axes, of, placements, names)
-            axes.set_title(f"{task.replace('_', ' ')}, {length} positions", fontsize=9.5)
+            of = [line for line in lines if (_task(line), line["length"]) == (task, length)]
+            if of:
+                _by_condition(axes, of, placements, names)
+                axes.set_title(f"{task}, {length} positions", fontsize=9.5)
+            else:
+                axes.set_axis_off()
     for axes in panels[-1]:
         axes.set_xlabel("exact answers, %")
-    first = lines[0]
-    told = f"{first['arm']}; {first['run']}, step {first['step']}, seed {first['seed']}"
-    read = f"level {first['level']}, n = {first['n']} texts, 95 % intervals; line: full, dotted: chance"
-    ours.suptitle("\n".join([*textwrap.wrap(told, 90), read]), fontsize=9)
+    read = f"{texts_of(lines)}, 95 % intervals; line: full, dotted: chance"
+    ours.suptitle(f"{told(lines)}\n{read}", fontsize=9)
     if len(placements) > 1:
         handles = [Line2D([], [], **_look(i), linestyle="", label=name) for i, name in enumerate(placements)]
         ours.legend(handles=handles, loc="outside lower center", ncols=len(placements), title="placement")
     _paper(paper)
+
+
+def _task(line: dict) -> str:
+    question = "" if line["question"] == "index" else f", {line['question']}"
+    return f"{line['task'].replace('_', ' ')} ({line['level']}{question})"
 
 
 def positions_panel(lines: list[dict]) -> bytes:

@@ -1,53 +1,50 @@
-"""The pictures of the probes that look inside, attention, residual and patching: one of all lines of a call, and small
-ones, of a cell or so, for a page."""
-
-import textwrap
+"""The pictures of the probes that look inside, attention, residual and patching: one of all lines of a checkpoint, and
+small ones, of a cell or so, for a page."""
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.lines import Line2D
 
+from probes.drawing import texts_of, told
 from probes.theorem import theorem_curves
 from reports.drawing import COLOURS, GREY, LIGHT, MARKERS, legend, png, wrapped
 from reports.paper import FIGURE_2
+from stats import DECIDES
 
-LOOKS = {"causal": {"marker": "o", "dodge": -0.18}, "second": {"marker": "D", "dodge": 0.18}}  # of attentions
+LOOKS = {"causal": "o", "second": "D"}  # of attentions
 
 
 def attention_picture(lines: list[dict]) -> bytes:
-    """The lines of one call of probe.py attention as a PNG."""
+    """Lines of probe.py attention, of one checkpoint, as a PNG."""
     return png(_attention, lines)
 
 
-def told(lines: list[dict]) -> str:
-    """Which run this is of, for the top of a picture."""
-    first = lines[0]
-    return "\n".join(textwrap.wrap(f"{first['arm']}; {first['run']}, step {first['step']}, seed {first['seed']}", 100))
-
-
 def cell_of(line: dict) -> tuple:
-    return line["task"], line["placement"], line["length"]
+    return tuple(line[name] for name in ("task", "placement", "length", "level", "question"))
 
 
 def name_of(cell: tuple, lines: list[dict]) -> str:
-    """A cell, and what marks in it where that is no meta-token."""
-    task, placement, length = cell
+    """A cell, its level and question where lines have several, and what marks in it where that is no meta-token."""
+    task, placement, length, *rest = cell
+    several = [len({cell_of(line)[i] for line in lines}) > 1 for i in (3, 4)]
+    told_too = "".join(f", {value}" for value, differs in zip(rest, several, strict=True) if differs)
     mark = next(line["mark"] for line in lines if cell_of(line) == cell)
-    return f"{task.replace('_', ' ')}, {placement}, {length}" + ("" if mark == "meta-token" else f"\n({mark})")
+    shown = "" if mark == "meta-token" else f"\n({mark})"
+    return f"{task.replace('_', ' ')}, {placement}, {length}{told_too}{shown}"
 
 
 def _attention(figure, lines: list[dict]) -> None:
-    """A row a cell: boost and drop of every head, weight on the marks, and how often the theorem applies; below, what
-    the theorem says, and whether it explains what was measured."""
+    """A row a cell: boost and drop of every head, weight on the marks, and how often the theorem applies. Below,
+    whether the mark's own boost explains the drop, and, small, where the theorem is true."""
     cells = list(dict.fromkeys(map(cell_of, lines)))
-    heights = [1.5 + 0.55 * len(cells), 3.3]
+    heights = [1.3 + len(cells) * (0.5 + 0.1 * _layers(lines)), 2.8]
     figure.set_size_inches(11, sum(heights))
-    ours, theory = figure.subfigures(2, 1, height_ratios=heights)
-    panels = ours.subplots(1, 4, sharey=True)
+    ours, below = figure.subfigures(2, 1, height_ratios=heights)
+    panels = ours.subplots(1, 4, sharey=True, width_ratios=(1.5, 1.5, 1, 1))
     colour = _layer_colours(_layers(lines))
     for axes, name, label in zip(
         panels, ("boost", "drop", "on_marks", "applies"),
-        ("boost of the largest logit", "drop of entropy, nats", "weight on marks, %", "theorem applies, % of queries"),
+        ("boost of the largest logit", "drop of entropy, nats", "weight on marks, %", "theorem applies,\n% of queries"),
         strict=True,
     ):  # fmt: skip
         _heads(axes, lines, cells, name, colour)
@@ -56,14 +53,15 @@ def _attention(figure, lines: list[dict]) -> None:
     panels[0].set_ylim(len(cells) - 0.5, -0.5)
     ours.legend(handles=_head_handles(lines, colour), loc="outside lower center", ncols=5)
     marks = " and ".join(dict.fromkeys(line["mark"] for line in lines))
-    n = max(line["n"] for line in lines)
-    read = f"{marks} as trained, against with an embedding of zeros; queries behind the last one; n = {n} texts a row"
+    read = f"{marks} as trained, against an embedding of zeros; queries behind the last one; {texts_of(lines)} a row"
     ours.suptitle(f"{told(lines)}\n{read}", fontsize=9)
-    left, right = theory.subplots(1, 2)
+    why, theory = below.subfigures(1, 2, width_ratios=(1.7, 1))
+    _explained(why.subplots(), lines, colour)
     theory.set_facecolor(LIGHT)
-    _theorem(left)
-    left.legend(loc="upper right")
-    _explained(right, lines, colour)
+    axes = theory.subplots()
+    _theorem(axes)
+    axes.set_title("theory: entropy falls if a likely key is\nboosted, and rises at first if another is", fontsize=8.5)
+    axes.legend(loc="upper right", fontsize=8)
 
 
 def attention_panel(lines: list[dict]) -> bytes:
@@ -81,14 +79,13 @@ def _attention_panel(figure, lines: list[dict]) -> None:
     for axes, name, label in ((boost, "boost", "boost of the largest logit"), (drop, "drop", "drop of entropy, nats")):
         _heads(axes, lines, cells, name, colour)
         axes.set_xlabel(label)
-        axes.set_yticks(range(len(cells)), [placement for _, placement, _ in cells])
+        axes.set_yticks(range(len(cells)), [placement for _, placement, *_ in cells])
         axes.set_ylim(len(cells) - 0.5, -0.5)
     _explained(why, lines, colour)
     why.set_title("is it the boost of the mark?\nOn the line: yes; a dot a head")
-    n = max(line["n"] for line in lines)
-    why.set_xlabel(f"drop if only the mark's own logit\nchanged, nats; n = {n} texts a row")
-    task, _, length = cells[0]
-    figure.suptitle(f"{task.replace('_', ' ')}, {lines[0]['level']}, {length} positions", fontsize=10)
+    why.set_xlabel(f"drop if only the mark's own logit\nchanged, nats; {wrapped(texts_of(lines))}")
+    task, _, length, level, _ = cells[0]
+    figure.suptitle(f"{task.replace('_', ' ')}, {level}, {length} positions", fontsize=10)
     legend(figure, _head_handles(lines, colour))
 
 
@@ -110,12 +107,15 @@ def _layers(lines: list[dict]) -> int:
 
 
 def _head_handles(lines: list[dict], colour) -> list[Line2D]:
+    hollow = Line2D(
+        [], [], color=GREY, marker="o", linestyle="", fillstyle="none", label="hollow: not shown to be above 0"
+    )
     return [
         *(Line2D([], [], color=colour(i), marker="s", linestyle="", label=f"layer {i}") for i in _some(_layers(lines))),
-        *(Line2D([], [], color=GREY, marker=LOOKS[which]["marker"], linestyle="", markersize=5,
+        *(Line2D([], [], color=GREY, marker=LOOKS[which], linestyle="", markersize=5,
                  label=f"a head of {which} attention")
           for which in dict.fromkeys(line["attention"] for line in lines)),
-        Line2D([], [], color=GREY, marker="o", linestyle="", fillstyle="none", label="hollow: not shown to be above 0"),
+        *([hollow] if any(line["n"] >= DECIDES for line in lines) else []),
         Line2D([], [], color="black", marker="|", markersize=11, markeredgewidth=2, linestyle="",
                label="mean of all heads, 95 %"),
         Line2D([], [], color="black", linestyle=":", linewidth=1.2, label="the paper's mean"),
@@ -136,37 +136,40 @@ def _heads(axes, lines: list[dict], cells: list[tuple], name: str, colour) -> No
     if name in FIGURE_2:
         axes.axvline(0, color=GREY, linewidth=1, zorder=1)
         axes.axvline(FIGURE_2[name], color="black", linestyle=":", linewidth=1.2, zorder=1)
+    attentions = [which for which in LOOKS if any(line["attention"] == which for line in lines)]
+    layers, room = _layers(lines), 0.76 / len(attentions)  # of a row: its attentions, and in each the layers
     for line in lines:
         if name not in line:
             continue
-        look = LOOKS[line["attention"]]
-        y, x = cells.index(cell_of(line)) + look["dodge"], scale * line[name]
+        y = cells.index(cell_of(line)) - 0.38 + room * (attentions.index(line["attention"]) + 0.5)
+        x = scale * line[name]
         if line["layer"] is None:
             axes.hlines(y, *(scale * end for end in line[f"{name}_interval"]), color="black", linewidth=1.6, zorder=4)
-            axes.plot(x, y, "|", color="black", markersize=11, markeredgewidth=2, zorder=5)
+            axes.plot(x, y, "|", color="black", markersize=13, markeredgewidth=2, zorder=5)
             continue
-        holds = name not in FIGURE_2 or line[f"{name}_verdict"].startswith("holds")
-        axes.plot(x, y, marker=look["marker"], color=colour(line["layer"]), markersize=4.5, alpha=0.85,
-                  fillstyle="full" if holds else "none")  # fmt: skip
+        y += 0.8 * room * ((line["layer"] + 0.5) / layers - 0.5)
+        # of few texts nothing is decided, and hollow would say that of all
+        filled = name not in FIGURE_2 or line["n"] < DECIDES or line[f"{name}_verdict"].startswith("holds")
+        axes.plot(x, y, marker=LOOKS[line["attention"]], color=colour(line["layer"]), markersize=4.5, alpha=0.85,
+                  fillstyle="full" if filled else "none")  # fmt: skip
 
 
 def _theorem(axes) -> None:
     for (name, (t, H, _, slope)), colour in zip(theorem_curves().items(), COLOURS, strict=False):
-        sign = "falls: ln p > −H" if slope[0] < 0 else "rises: ln p < −H"
-        axes.plot(t, H, color=colour, label=f"a key that is {name} without it: H {sign}")
+        sign = f"ln\xa0p\xa0{'>' if slope[0] < 0 else '<'}\xa0−H"
+        axes.plot(t, H, color=colour, label=f"a key that is {name} without it: {sign}")
         turn = int(H.argmax())
         if turn:
             axes.plot(t[turn], H[turn], "v", color=colour, markersize=7)
             axes.annotate("ln p = −H", (t[turn], H[turn]), xytext=(0, 7), textcoords="offset points", ha="center")
-    axes.set(xlabel="boost t of one key's logit, of 64 keys", ylabel="entropy H, nats", ylim=(0, 1.6),
-             title="what the theorem says: dH/dt = −p (ln p + H)")  # fmt: skip
+    axes.set(xlabel="boost t of one key's logit, of 64 keys", ylabel="entropy H, nats", ylim=(0, 1.6))
 
 
 def _explained(axes, lines: list[dict], colour) -> None:
     shown = [line for line in lines if line["layer"] is not None and "predicted" in line]
     for line in shown:
-        axes.plot(line["predicted"], line["drop"], marker=LOOKS[line["attention"]]["marker"],
-                  color=colour(line["layer"]), markersize=4.5, alpha=0.85)  # fmt: skip
+        axes.plot(line["predicted"], line["drop"], marker=LOOKS[line["attention"]], color=colour(line["layer"]),
+                  markersize=4.5, alpha=0.85)  # fmt: skip
     ends = [0.0, *(line[name] for line in shown for name in ("predicted", "drop"))]
     low, high = min(ends) - 0.1, max(ends) + 0.1
     axes.plot([low, high], [low, high], color=GREY, linewidth=1, zorder=1)
@@ -175,7 +178,7 @@ def _explained(axes, lines: list[dict], colour) -> None:
 
 
 def patching_picture(lines: list[dict]) -> bytes:
-    """The lines of one call of probe.py patching as a PNG."""
+    """Lines of probe.py patching, of one checkpoint, as a PNG."""
     return png(_patching, lines)
 
 
@@ -197,16 +200,9 @@ def _patching(figure, lines: list[dict]) -> None:
         column[1].set_xlabel("layer that the replaced state enters")
     panels[0, 0].set_ylabel("its own answer, % of texts")
     panels[1, 0].set_ylabel("the donor's answer, % of texts")
-    figure.legend(
-        handles=_site_handles(lines),
-        loc="outside lower center",
-        ncols=3,
-        title="replaced by the state of another text, at",
-    )
-    n = max(line["n"] for line in lines)
-    figure.suptitle(
-        f"{told(lines)}\nwhat a text answers when one state is replaced; n = {n}, 95 % intervals", fontsize=9
-    )
+    read = f"what a text answers when its state at one place is another text's; {texts_of(lines)}, 95 % intervals"
+    figure.suptitle(f"{told(lines)}\n{wrapped(read, 100)}", fontsize=9)
+    legend(figure, _site_handles(lines), columns=3)
 
 
 def patching_panel(lines: list[dict]) -> bytes:
@@ -219,9 +215,9 @@ def _patching_panel(figure, lines: list[dict]) -> None:
     panels = figure.subplots(2, 1, sharex=True)
     _by_site(panels, lines)
     panels[0].set(title=_title(lines), ylabel="its own answer, %")
-    n = max(line["n"] for line in lines)
     panels[1].set(
-        xlabel=f"layer that the replaced state enters\nn = {n}, 95 % intervals", ylabel="the donor's answer, %"
+        xlabel=f"layer that the replaced state enters\n{wrapped(f'{texts_of(lines)}, 95 % intervals')}",
+        ylabel="the donor's answer, %",
     )
     legend(figure, _site_handles(lines))
 
@@ -245,23 +241,25 @@ def _by_site(column, lines: list[dict]) -> None:
     """Two axes of one cell: texts that keep their answer, and that take the donor's."""
     for axes, share in zip(column, ("kept", "donor"), strict=True):
         axes.axhline(100 * lines[0][f"{share}_unpatched"], color=GREY, linestyle="--", linewidth=1, zorder=1)
-        for number, site in enumerate(SITE_NAMES):
-            if of := [line for line in lines if line["site"] == site]:
-                _by_layer(axes, of, share, number)
+        for number, (of, dodge) in _each(lines, "site", SITE_NAMES, 0.06).items():
+            _curve(axes, of, share, 100, number, dodge)
         axes.set_ylim(-4, 104)
     column[1].set_xticks(_some(_layers(lines)))
+    column[1].set_xlim(-0.5, _layers(lines) - 0.5)
 
 
-def _by_layer(axes, lines: list[dict], share: str, number: int) -> None:
-    x = [line["layer"] + 0.06 * (number - (len(SITE_NAMES) - 1) / 2) for line in lines]
-    axes.plot(x, [100 * line[share] for line in lines], color=COLOURS[number], marker=MARKERS[number], markersize=5,
-              linewidth=1.2)  # fmt: skip
-    for at, line in zip(x, lines, strict=True):
-        axes.vlines(at, *(100 * end for end in line[f"{share}_interval"]), color=COLOURS[number], linewidth=1.4)
+def _each(lines: list[dict], field: str, names: dict[str, str], step: float) -> dict[int, tuple[list[dict], float]]:
+    """The lines of each of `names` that there is: its number, by which it has its colour, and by how much it is set
+    aside, so that all stand around their layer."""
+    there = [name for name in names if any(line[field] == name for line in lines)]
+    return {
+        list(names).index(name): ([line for line in lines if line[field] == name], step * (i - (len(there) - 1) / 2))
+        for i, name in enumerate(there)
+    }
 
 
 def residual_picture(lines: list[dict]) -> bytes:
-    """The lines of one call of probe.py residual as a PNG."""
+    """Lines of probe.py residual, of one checkpoint, as a PNG."""
     return png(_residual, lines)
 
 
@@ -278,16 +276,19 @@ def _residual(figure, lines: list[dict]) -> None:
     for cell, above, below in zip(cells, panels[::2], panels[1::2], strict=True):
         for distance, near, named in zip(distances, above, below, strict=True):
             of = [line for line in lines if cell_of(line) == cell and line["distance"] == distance]
-            _near_and_named(near, named, of)
+            if of:
+                _near_and_named(near, named, of)
+            else:  # another call's distances
+                near.set_axis_off()
+                named.set_axis_off()
             near.set_title(f"{distance} back", fontsize=9.5)
         above[0].set_ylabel(f"{name_of(cell, lines)}\n\ncosine, centred")
         below[0].set_ylabel("token named by a\nlinear classifier, %")
     for axes in panels[-1]:
         axes.set_xlabel("layer")
-    figure.legend(handles=_place_handles(lines), loc="outside lower center", ncols=2)
-    n = max(line["n"] for line in lines)
-    read = f"what a state has of the token d positions back; up to n = {n} test texts, 95 % intervals"
-    figure.suptitle(f"{told(lines)}\n{read}", fontsize=9)
+    read = f"what a state has of the token d positions back; {texts_of(lines)}, 95 % intervals"
+    figure.suptitle(f"{told(lines)}\n{wrapped(read, 100)}", fontsize=9)
+    legend(figure, _place_handles(lines), columns=3)
 
 
 def residual_panel(lines: list[dict]) -> bytes:
@@ -306,21 +307,19 @@ def _residual_panel(figure, lines: list[dict]) -> None:
     panels[0, 1].set_title("named by a linear\nclassifier, %")
     for axes in panels[-1]:
         axes.set_xlabel("layer")
-    n = max(line["n"] for line in lines)
-    figure.suptitle(f"{_title(lines)}\nup to n = {n} test texts, 95 % intervals", fontsize=10)
+    figure.suptitle(f"{_title(lines)}\n{wrapped(f'{texts_of(lines)}, 95 % intervals')}", fontsize=10)
     legend(figure, _place_handles(lines), columns=1)
 
 
 def _near_and_named(near, named, lines: list[dict]) -> None:
     """Two axes of one cell and distance: cosines, and what is decoded, by layer."""
     near.axhline(0, color=GREY, linewidth=1, zorder=1)
-    for i, place in enumerate(PLACE_NAMES):
-        if of := [line for line in lines if line["place"] == place]:
-            _curve(near, of, "cosine_centred", 1, i)
-            _floor(near, of, "floor_centred", 1, i, "--")
-            _curve(named, of, "decoded", 100, i)
-            _floor(named, of, "majority", 100, i, "--")
-            _floor(named, of, "shuffled", 100, i, ":")
+    for i, (of, dodge) in _each(lines, "place", PLACE_NAMES, 0.1).items():
+        _curve(near, of, "cosine_centred", 1, i, dodge)
+        _floor(near, of, "floor_centred", 1, i, "--")
+        _curve(named, of, "decoded", 100, i, dodge)
+        _floor(named, of, "majority", 100, i, "--")
+        _floor(named, of, "shuffled", 100, i, ":")
     named.set_ylim(-4, 104)
     named.set_xticks(_some(_layers(lines)))
 
@@ -335,8 +334,9 @@ def _place_handles(lines: list[dict]) -> list[Line2D]:
     ]  # fmt: skip
 
 
-def _curve(axes, lines: list[dict], name: str, scale: float, number: int) -> None:
-    x = [line["layer"] + 0.1 * (number - 1) for line in lines]
+def _curve(axes, lines: list[dict], name: str, scale: float, number: int, dodge: float) -> None:
+    """A figure by layer, with its interval."""
+    x = [line["layer"] + dodge for line in lines]
     look = {"color": COLOURS[number], "marker": MARKERS[number], "markersize": 4.5}
     axes.plot(x, [scale * line[name] for line in lines], linewidth=1.2, **look)
     for at, line in zip(x, lines, strict=True):

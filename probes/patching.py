@@ -32,17 +32,16 @@ import torch
 
 from checkpoint import Run
 from config import UserError, check
-from evals.common import check_finite, hidden_of, write_lines
+from evals.common import check_finite, hidden_of
 from evals.tasks import about, texts
+from probes.calls import SMALL, call, in_row
 from probes.look_drawing import patching_picture
 from probes.marks import (
     MarksProbe,
     answer_in_text,
     asked_at,
     batches,
-    judged,
     mark_name,
-    mark_of,
     marks,
     name_of,
     ordinary_at,
@@ -50,9 +49,9 @@ from probes.marks import (
 )
 from probes.trace import replaced, states
 from reports.markup import percent, points, span
-from stats import DECIDES, bootstrap_means, mcnemar, paired_difference, wilson
+from stats import DECIDES, bootstrap_means, mcnemar, paired_difference, too_few, wilson
 from tasks.example import Example, Maker
-from terminal import BOLD, write
+from terminal import write
 
 SITES = ("mark", "marks", "after", "ordinary", "answer", "asked")
 CLAIMS = {"needed": "kept", "carried": "donor"}  # claim -> the share that it is about
@@ -78,21 +77,10 @@ class PatchingProbe(MarksProbe):
 
 
 def main(cfg: PatchingProbe) -> None:
-    run, facts = cfg.open()
-    cells = cfg.makers(run, ("target", "none"))  # what cannot be asked is refused by here
-    for maker, _, _ in cells:
-        mark_of(maker)
-    output = cfg.lines(run, "patching")
-    write(f"{facts['arm']}, {run.folder}\n", BOLD)
-    lines: list[dict] = []
-    with cfg.autocast(run):
-        for maker, level, length in cells:
-            lines += measure(run, maker, level, length, cfg.n, cfg.sites or SITES)
-    lines = [{**facts, **line} for line in judged(lines, tuple(CLAIMS), cfg.effect, cfg.margin)]
-    write_lines(output, lines)  # at the end: Holm's p needs all of them
-    picture = output.with_suffix(".png")
-    picture.write_bytes(patching_picture(lines))
-    write(f"\n{table(lines)}\n{output}\n{picture}\n")
+    def of_cell(*cell) -> list[dict]:
+        return measure(*cell, cfg.n, cfg.sites or SITES)
+
+    call(cfg, "patching", ("target", "none"), tuple(CLAIMS), of_cell, table, patching_picture)
 
 
 # ----------------------------------------------------------------------------- what is measured
@@ -250,7 +238,7 @@ def progress(lines: list[dict]) -> str:
 
 def table(lines: list[dict]) -> str:
     """All lines for a person, in percent and points, and what they say of the mark."""
-    out, cell = [], ()
+    out, cell, last = [], (), lines[-1]
     for line in lines:
         now = (line["task"], line["placement"], line["level"], line["length"])
         if now != cell:
@@ -260,17 +248,21 @@ def table(lines: list[dict]) -> str:
                 f"{percent(line['kept_unpatched'])} % right; {percent(line['same_place'])} % of donors have the mark "
                 f"at the same position"
             )
+            out.append(f"  {'place':<9} layer  {'kept, %':<23}{'needed':<50}{'donor, %':<23}carried")
         out.append(
-            f"  {line['site']:<9} {line['layer']:>3}  " + "  ".join(_claim(line, claim) for claim in CLAIMS).rstrip()
+            f"  {line['site']:<9} {line['layer']:>5}  " + "".join(_claim(line, claim) for claim in CLAIMS).rstrip()
         )
-    last = lines[-1]
-    out.append(
-        f"site, layer that the state enters; points against no patch. Verdicts: changed by more than "
-        f"{percent(last['effect'])} points? Margin {percent(last['margin'])}; Holm over {last['comparisons']} "
-        f"comparisons, all of this checkpoint."
-    )
-    out += [said(lines, cell) for cell in dict.fromkeys(map(_cell, lines))]
-    return "\n".join(out)
+    return "\n".join([
+        *out,
+        "Replaced is what enters the layer at: mark, the one that ends the span; marks, all; after, behind it; "
+        "ordinary, no mark; answer, in the text; asked, which predicts the answer.",
+        "kept: texts that keep their own answer; needed: by how many points fewer than without a patch. donor: that "
+        "take the other text's; carried: by how many points more.",
+        f"Verdicts: by more than {percent(last['effect'])} points? {SMALL}: within the margin of "
+        f"{percent(last['margin'])}. Holm over {last['comparisons']} comparisons, all of this checkpoint.",
+        *filter(None, [too_few(lines)]),
+        *(said(lines, cell) for cell in dict.fromkeys(map(_cell, lines))),
+    ])  # fmt: skip
 
 
 def _cell(line: dict) -> tuple:
@@ -311,6 +303,6 @@ def said(lines: list[dict], cell: tuple) -> str:
 
 def _claim(line: dict, claim: str) -> str:
     share, (low, high) = CLAIMS[claim], line[f"{claim}_interval"]
-    now = f"{share} {percent(line[share])} % ({span(*line[f'{share}_interval'])})"
-    change = f"{claim} {points(line[claim])} ({points(low)} .. {points(high)})"
-    return f"{now:<30} {change:<32} {line[f'{claim}_verdict']:<26}"
+    now = f"{percent(line[share])} ({span(*line[f'{share}_interval'])})"
+    change = f"{points(line[claim])} ({points(low)} .. {points(high)}) {in_row(line[f'{claim}_verdict'])}"
+    return f"{now:<23}{change:<50}"

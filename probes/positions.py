@@ -24,12 +24,13 @@ from typing import Literal
 
 from checkpoint import Run
 from config import GPTConfig, UserError, check
-from evals.common import fits, write_lines
+from evals.common import fits
 from evals.tasks import TasksEval, about, read, texts
 from model import GPT
+from probes.calls import SMALL, earlier, in_row, keep, warned
 from probes.drawing import positions_picture
 from reports.markup import p_value, percent, points, span
-from stats import bits, decide, holm, mcnemar, paired_difference
+from stats import bits, decide, holm, mcnemar, paired_difference, too_few
 from tasks.example import Example, Maker
 from terminal import BOLD, write
 
@@ -71,6 +72,7 @@ def main(cfg: PositionsProbe) -> None:
     names, unasked = conditions_of(cfg, run)
     cells = cells_of(cfg, run)  # what cannot be asked is refused by here
     output = cfg.lines(run, "positions")
+    before = earlier(output, "positions", facts)
     write(f"{facts['arm']}, {run.folder}\n", BOLD)
     for why, left_out in unasked.items():
         write(f"without {', '.join(left_out)}, for a run {why}\n")
@@ -78,14 +80,11 @@ def main(cfg: PositionsProbe) -> None:
         write("without placement none, whose texts have no meta-tokens\n")
     measured = []
     with cfg.autocast(run):
-        for maker, level, length in cells:
-            measured.append(measure(run, maker, level, length, cfg.n, names))
+        for cell, of in zip(cells, warned(run, cells, cfg.n), strict=True):
+            measured.append([{**line, "answered": of} for line in measure(run, *cell, cfg.n, names)])
             write(progress(measured[-1]) + "\n")
     lines = [{**facts, **line} for line in compared(measured, cfg.effect, cfg.margin)]
-    write_lines(output, lines)  # at the end: Holm's p needs all of them
-    picture = output.with_suffix(".png")
-    picture.write_bytes(positions_picture(lines))
-    write(f"\n{table(lines)}\n{output}\n{picture}\n")
+    write(f"\n{table(lines)}\n{keep(output, 'positions', before, lines, positions_picture)}")
 
 
 def conditions_of(cfg: PositionsProbe, run: Run) -> tuple[list[str], dict[str, list[str]]]:
@@ -216,11 +215,15 @@ def table(lines: list[dict]) -> str:
         low, high = map(points, line["difference_interval"])
         out.append(
             f"{exact:<46} {points(line['difference']):>6} ({low} .. {high})".ljust(72)
-            + f"  p {p_value(line['p'])}  Holm {p_value(line['holm'])}  {line['verdict']}"
+            + f"  p {p_value(line['p'])}  Holm {p_value(line['holm'])}  {in_row(line['verdict'])}"
         )
     last = lines[-1]
-    out.append(
-        f"Differences from full, in points. Verdict: better than full by more than {percent(last['effect'])} points? "
-        f"Margin {percent(last['margin'])} points; Holm over {last['comparisons']} comparisons, all of this checkpoint."
-    )
-    return "\n".join(out)
+    return "\n".join([
+        *out,
+        "Meta-tokens: no_position, without a position (_first: in causal attention alone; _second: in the second "
+        "alone); no_embedding, with zeros for theirs; neither, without both.",
+        f"Exact answers; differences from full, in points. Verdict: better than full by more than "
+        f"{percent(last['effect'])} points? {SMALL}: within the margin of {percent(last['margin'])}. Holm over "
+        f"{last['comparisons']} comparisons, all of this checkpoint.",
+        *filter(None, [too_few(lines)]),
+    ])  # fmt: skip

@@ -33,16 +33,17 @@ import torch.nn.functional as F
 
 from checkpoint import Run
 from config import UserError, check
-from evals.common import check_finite, hidden_of, write_lines
+from evals.common import check_finite, hidden_of
 from evals.tasks import about
+from probes.calls import call
 from probes.look_drawing import residual_picture
-from probes.marks import MarksProbe, batches, judged, mark_name, mark_of, marks, ordinary_at, target_mark
+from probes.marks import MarksProbe, batches, mark_name, marks, name_of, ordinary_at, target_mark
 from probes.trace import states
-from reports.markup import percent, points
-from stats import bootstrap_means, mcnemar, mean_p, paired_difference, wilson
+from reports.markup import percent
+from stats import DECIDES, bootstrap_means, mcnemar, mean_p, paired_difference, too_few, wilson
 from tasks.example import Example, Maker
 from tasks.words import DELIMITER
-from terminal import BOLD, write
+from terminal import write
 
 STRENGTHS = (1e-1, 1e-2, 1e-3)  # of L2, from strong to weak, each starting from the one before it
 STEPS = 20  # of L-BFGS for each
@@ -74,21 +75,7 @@ class ResidualProbe(MarksProbe):
 
 
 def main(cfg: ResidualProbe) -> None:
-    run, facts = cfg.open()
-    cells = cfg.makers(run, ("target",))  # what cannot be asked is refused by here
-    for maker, _, _ in cells:
-        mark_of(maker)
-    output = cfg.lines(run, "residual")
-    write(f"{facts['arm']}, {run.folder}\n", BOLD)
-    lines: list[dict] = []
-    with cfg.autocast(run):
-        for maker, level, length in cells:
-            lines += measure(run, maker, level, length, cfg)
-    lines = [{**facts, **line} for line in judged(lines, CLAIMS, cfg.effect, cfg.margin)]
-    write_lines(output, lines)  # at the end: Holm's p needs all of them
-    picture = output.with_suffix(".png")
-    picture.write_bytes(residual_picture(lines))
-    write(f"\n{table(lines)}\n{output}\n{picture}\n")
+    call(cfg, "residual", ("target",), CLAIMS, lambda *cell: measure(*cell, cfg), table, residual_picture)
 
 
 # ----------------------------------------------------------------------------- what is read
@@ -169,13 +156,12 @@ def read_all(
 def measure(run: Run, maker: Maker, level: str, length: int, cfg: ResidualProbe) -> list[dict]:
     """One cell -> a line for each place, layer and distance; says each layer as soon as it is measured."""
     sizes = {"train/probe": cfg.train, "val": max(4, cfg.train // 4), "test": cfg.n}
-    splits = {
-        split: read_all(run, maker, texts_of(maker, split, n, level, length), cfg.distances, split == "test")
-        for split, n in sizes.items()
-    }
-    test, lines = splits["test"], []
-    if not any((place.tokens[:, i] >= 0).sum() > 1 for place, _ in test.values() for i in range(len(cfg.distances))):
+    made = {split: texts_of(maker, split, n, level, length) for split, n in sizes.items()}
+    places = [places_of(maker, examples) for examples in made.values()]
+    if not any(all(sum(at > min(cfg.distances) for at in of[name][1]) > 1 for of in places) for name in places[0]):
         raise UserError(f"distances={cfg.distances} reach beyond the start of all texts: take shorter ones.")
+    splits = {split: read_all(run, maker, of, cfg.distances, split == "test") for split, of in made.items()}
+    test, lines = splits["test"], []
     for layer in range(run.model.cfg.n_layer + 1):
         started, mine = time.perf_counter(), []
         for i, d in enumerate(cfg.distances):
@@ -288,30 +274,48 @@ def progress(lines: list[dict], seconds: float) -> str:
 
 
 def table(lines: list[dict]) -> str:
-    """All lines for a person."""
-    out, cell = [], ()
+    """What is decoded, by place, distance and layer, for a person, and the layers in which claims hold; the cosines are
+    in the lines and the picture."""
+    groups: dict[tuple, list[dict]] = {}
     for line in lines:
-        now = (line["task"], line["placement"], line["length"], line["place"], line["layer"])
-        if now[:3] != cell[:3]:
-            out.append(f"{now[0]}, {now[1]}, {line['level']}, {now[2]} positions; mark: {line['mark']}; n = test texts")
-        cell = now
+        groups.setdefault((name_of(line), line["distance"], line["place"]), []).append(line)
+    layers, last = sorted({line["layer"] for line in lines}), lines[-1]
+    out, cell = [], ""
+    for (name, distance, place), of in groups.items():
+        if name != cell:
+            cell = name
+            out.append(f"{name}  mark: {of[0]['mark']}; n = {of[0]['n']} test texts")
+            numbers = "".join(f"{layer:>6}" for layer in layers)
+            out.append(
+                f"  back  {'state of':<9} decoded, %, layer{numbers}  commonest  shuffled  more than the word    nearer"
+            )
+        shares = {line["layer"]: percent(line["decoded"]) for line in of}
         out.append(
-            f"  layer {line['layer']:>2}  {line['place']:<8} {line['distance']:>3} back  n {line['n']:>4}  cosine "
-            f"{line['cosine']:+.3f} (floor {line['floor']:+.3f})  centred {line['cosine_centred']:+.3f} (floor "
-            f"{line['floor_centred']:+.3f}) {line['nearer_verdict']:<31}  decoded {percent(line['decoded']):>5} % "
-            f"(majority {percent(line['majority'])}, shuffled {percent(line['shuffled'])}){_more(line)}"
-        )
-    last = lines[-1]
-    out.append(
-        f"Verdicts: nearer to its own past than to another text's, and more decoded than from the word in the mark's "
-        f"place (points), by more than {last['effect']:g}? Margin {last['margin']:g}; Holm over {last['comparisons']} "
-        f"comparisons, all of this checkpoint."
-    )
-    return "\n".join(out)
+            f"  {distance:>4}  {place:<27}" + "".join(f"{shares.get(layer, ''):>6}" for layer in layers)
+            + f"{percent(of[0]['majority']):>11}{percent(max(line['shuffled'] for line in of)):>10}  "
+            + f"{_where(of, 'more'):<20}  {_where(of, 'nearer')}".rstrip()
+        )  # fmt: skip
+    return "\n".join([
+        *out,
+        "decoded: texts in which a linear classifier names the token so far back, from the state that enters the layer "
+        "(the last: the final norm). Its floors: the commonest token; shuffled labels, the most of any layer.",
+        "more than the word: the layers in which more is decoded than from the word in the mark's place. nearer: in "
+        "which the cosine, the layer's mean taken off (centred), is above that with another text's token (floor).",
+        f"By more than {last['effect']:g}? Margin {last['margin']:g}. Holm over {last['comparisons']} comparisons, all "
+        f"of this checkpoint. By layer, with intervals: the picture and the lines.",
+        *filter(None, [too_few(lines)]),
+    ])  # fmt: skip
 
 
-def _more(line: dict) -> str:
-    if "more" not in line:
+def _where(lines: list[dict], claim: str) -> str:
+    """The layers in which a claim holds, and in which its reverse, by more than the margin or not."""
+    told = [line for line in lines if f"{claim}_verdict" in line]
+    if not told:
         return ""
-    low, high = map(points, line["more_interval"])
-    return f"  against the word {points(line['more'])} ({low} .. {high}) {line['more_verdict']}"
+    if all(line["n"] < DECIDES for line in told):
+        return "undecided"
+    holds, reverse = (
+        " ".join(str(line["layer"]) for line in told if line[f"{claim}_verdict"].startswith(verdict))
+        for verdict in ("holds", "the reverse")
+    )
+    return (holds or "none") + (f"; less: {reverse}" if reverse else "")

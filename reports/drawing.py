@@ -1,5 +1,6 @@
 """The pictures of a report: one small panel each, since a page can set them side by side or below one another."""
 
+import re
 import textwrap
 from io import BytesIO
 
@@ -15,7 +16,7 @@ from reports.paper import FIGURE_1, LENGTH
 # told apart by the colour-blind (Okabe and Ito), and by their markers in grey
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 MARKERS = "osD^vPX*"
-DASHES = ("-", (0, (5, 2)), (0, (3, 1.5, 1, 1.5)), (0, (1, 1.2)))
+DASHES = ("-", (0, (5, 2)), (0, (3, 1.5, 1, 1.5)), (0, (7, 1.5, 1, 1.5, 1, 1.5)))  # dotted is chance
 GREY, LIGHT = "#555555", "#E8E8E8"
 STYLE = {
     "font.size": 10, "axes.titlesize": 10, "legend.fontsize": 10, "xtick.labelsize": 10, "ytick.labelsize": 10,
@@ -52,8 +53,9 @@ def _look(number: int) -> dict:
 
 
 def wrapped(text: str, width: int = 40) -> str:
-    """In lines that fit a small picture."""
-    return textwrap.fill(text, width, break_long_words=True)
+    """In lines that fit a small picture, none of which ends inside brackets that fit one."""
+    whole = re.sub(r"\([^()]*\)", lambda of: of[0].replace(" ", "\xa0") if len(of[0]) <= width else of[0], text)
+    return textwrap.fill(whole, width, break_long_words=True).replace("\xa0", " ")
 
 
 def title(panel: Panel) -> str:
@@ -106,7 +108,7 @@ def _by_length(axes, looks: dict, mine: list[Arm], panel: Panel) -> bool:
     floors = _floors(mine, panel)
     x, best = list(floors), [100 * share for share, _ in floors.values()]
     ends = [[100 * end for end in share_interval(share, n)] for share, n in floors.values()]
-    axes.plot(x, best, color=GREY, linestyle="--", linewidth=1, marker="_", zorder=1)
+    axes.plot(x, best, color=GREY, linewidth=0.8, marker="_", zorder=1)
     axes.vlines(x, [low for low, _ in ends], [high for _, high in ends], color=GREY, linewidth=1, zorder=1)
     chance = max(line["chance"] for line in _measured(mine, panel)) if floors else 0.0
     axes.axhline(100 * chance, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
@@ -115,7 +117,7 @@ def _by_length(axes, looks: dict, mine: list[Arm], panel: Panel) -> bool:
 
 
 def _accuracy_handles(arms: list[Arm], looks: dict, barred: bool) -> list[Line2D]:
-    floor = [Line2D([], [], color=GREY, linestyle="--", linewidth=1, label="best shortcut")]
+    floor = [Line2D([], [], color=GREY, linewidth=0.8, marker="_", label="best shortcut")]
     chance = [Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label="chance")]
     return _arm_handles(arms, looks) + _length_handles(arms, looks) + floor + chance + _cross(barred)
 
@@ -242,11 +244,7 @@ def beside_paper(figure: Figure, arms: list[Arm], mine: list[Arm], panel: Panel,
     left, right = figure.subplots(1, 2, sharey=True)
     handles = []
     for number, (model, by_length) in enumerate(FIGURE_1[panel.task].items()):
-        look = {
-            **_look(number),
-            "color": ("#999999", "#000000", "#555555", "#999999")[number],
-            "linestyle": DASHES[number],
-        }
+        look = {**_look(number), "color": ("#999999", "#000000", "#555555", "#BBBBBB")[number]}
         left.plot(list(by_length), list(by_length.values()), linewidth=1.2, **look)
         handles.append(Line2D([], [], **look, label=model))
     looks, labels = styles(arms), list(dict.fromkeys(arm.label for arm in mine))
@@ -260,7 +258,7 @@ def beside_paper(figure: Figure, arms: list[Arm], mine: list[Arm], panel: Panel,
     _percent(right, barred)
     if not mine:
         right.text(0.5, 0.5, "none yet", color=GREY, ha="center", transform=right.transAxes)
-    for axes, name in ((left, "the paper, n unknown"), (right, f"ours, {footer}")):
+    for axes, name in ((left, "the paper, n unknown"), (right, f"ours, {footer}" if mine else "ours")):
         _lengths(axes, lengths)
         axes.set_title(wrapped(name, 16))
         axes.set_xlabel("train length")

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from reports.drawing import COLOURS, DASHES, GREY, MARKERS, legend, png, wrapped
+from reports.drawing import COLOURS, GREY, MARKERS, legend, png, wrapped
 from reports.lines import Panel, cell_of, impossible
 from reports.markup import escaped, percent, span, table
 from reports.page import Page, footer
@@ -179,7 +179,7 @@ def summary(of: dict[int, dict], share: str, interval: str) -> tuple[float, floa
 def paper_picture(figure: Figure) -> None:
     axes, handles = figure.subplots(), []
     for number, ((extended, tuned), of) in enumerate(TABLE_1.items()):
-        look = {"color": ("#999999", "#000000", "#555555", "#999999")[number], "linestyle": DASHES[number],
+        look = {"color": ("#999999", "#000000", "#555555", "#BBBBBB")[number], "linestyle": "-",
                 "marker": MARKERS[number], "markersize": 4.5}  # fmt: skip
         axes.plot(list(of), list(of.values()), linewidth=1.2, **look)
         handles.append(Line2D([], [], **look, label=f"{extended}x, fine-tuned at {tuned}x"))

@@ -24,6 +24,7 @@ LATER = {
     "original_block_size": (int,),
     "origin": (dict,),
     "machine": (str,),
+    "answered": (dict,),  # of a probe: has the run learned what it is asked?
 }
 ORIGIN = {
     "weights": (str,), "dataset": (str, type(None)), "train_sha256": (str, type(None)),

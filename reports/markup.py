@@ -24,11 +24,21 @@ table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabula
 th, td { padding: .2em .55em; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top;
   overflow-wrap: normal }
 td { white-space: nowrap }
-th { background: #f4f4f4; vertical-align: bottom; white-space: nowrap }
+th { background: #f4f4f4; vertical-align: bottom }
+th[scope=rowgroup] { white-space: nowrap }
 thead th { position: sticky; top: 0 }
 .text, .long { text-align: left }
 td.long { white-space: normal; min-width: 14em; max-width: 30em; overflow-wrap: anywhere }
 .warn { border-left: 4px solid #d55e00; padding: .1em .8em; background: #fff6f0 }
+@media screen and (min-width: 960px) {
+  /* a table that needs more than the text has goes on over both margins */
+  body > .scroll { position: relative; left: 50%; transform: translateX(-50%); width: max-content; min-width: 100%;
+    max-width: calc(100vw - 40px); box-sizing: border-box }
+  td.text { white-space: normal; min-width: 4.5em }
+  .many { font-size: 13px }
+  .many th, .many td { padding: .2em .35em }
+  .many td.text { min-width: 3.6em }
+}
 @media screen and (max-width: 600px) {
   figure { margin-right: 0; width: 100% }
   .wide img { max-width: none }
@@ -78,7 +88,10 @@ def table(head: list[str], groups: dict[str, list[list]], text: tuple[int, ...],
         for row in rows:
             cells = (f"<td{kind}>{escaped(value)}</td>" for kind, value in zip(kinds, row, strict=True))
             body += f"<tr>{''.join(cells)}</tr>\n"
-    return Markup(f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>\n')
+    many = " class=many" if len(head) > 14 else ""
+    return Markup(
+        f'<div class="scroll"><table{many}><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
+    )
 
 
 def percent(share: float) -> str:

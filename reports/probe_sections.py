@@ -79,7 +79,7 @@ ATTENTION = probe(
     (
         *WHERE,
         Column("attention", lambda line: line["attention"], text=True),
-        Column("layer.head", lambda line: "all" if line["layer"] is None else f"{line['layer']}.{line['head']}"),
+        Column("head", lambda line: "all" if line["layer"] is None else f"{line['layer']}.{line['head']}"),
         *claim("boost", "boost", "{:+.2f}".format),
         *claim("drop, nats", "drop", "{:+.2f}".format),
         Column("explained", lambda line: f"{line['predicted']:+.2f}" if "predicted" in line else ""),

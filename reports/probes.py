@@ -7,6 +7,7 @@ from typing import NamedTuple
 from reports.lines import check_facts
 from reports.markup import Markup, escaped, p_value, table
 from reports.page import Page, Section
+from stats import brief, too_few
 
 
 class Column(NamedTuple):
@@ -32,7 +33,7 @@ def claim(name: str, value: str, show: Callable[[float], str], prefix: str | Non
         Column(name, lambda line: show(line[value]) if value in line else ""),
         Column("95 %", lambda line: " .. ".join(map(show, line.get(f"{value}_interval", ())))),
         Column("Holm", lambda line: p_value(line.get(f"{of}holm"))),
-        Column("verdict", lambda line: line.get(f"{of}verdict", ""), text=True),
+        Column("verdict", lambda line: brief(line.get(f"{of}verdict", "")), text=True),
     )
 
 
@@ -67,10 +68,28 @@ def probe(
         calls = by_call(lines)
         return f"""<h2 id="{kind}">{escaped(title)}</h2>
 <p>{escaped(about)}</p>
-<div>{theirs}{"".join(figures(page, kind, title, calls, panel, picture))}</div>
+{unlearned(lines)}<div>{theirs}{"".join(figures(page, kind, title, calls, panel, picture))}</div>
 {rows(page, [sorted(call, key=lambda line: not first(line)) for call in calls], columns)}"""
 
     return Section(kind, check, key, body)
+
+
+def has_learned(line: dict) -> bool:
+    """As far as the line says it."""
+    return (line.get("answered") or {}).get("better", True)
+
+
+def unlearned(lines: list[dict]) -> Markup:
+    """What is to be said first of runs that have not learned what they were asked, as far as lines say it."""
+    weak = {f"{line['run']} ({line['task'].replace('_', ' ')}, {line['placement']}, {line['length']})": None
+            for line in lines if not has_learned(line)}  # fmt: skip
+    if not weak:
+        return Markup("")
+    told = escaped("; ".join(weak))
+    return Markup(
+        f'<p class="warn">Answered no better than by chance or a shortcut, so that verdicts say nothing of how the '
+        f"task is solved: {told}.</p>\n"
+    )
 
 
 def check_choices(line: dict, choices: dict[str, Container[str]]) -> None:
@@ -94,6 +113,17 @@ def by_call(lines: list[dict]) -> list[list[dict]]:
 
 def _name(call: list[dict]) -> str:
     return f"{call[0]['run']}: {call[0]['arm']}, step {call[0]['step']}"
+
+
+def latest(section: Section, lines: list[dict]) -> list[dict]:
+    """The lines of several calls that read the same weights: of those of one cell that of the most texts, among equals
+    the last."""
+    kept: dict[tuple, dict] = {}
+    for line in lines:
+        key = section.key({**line, "command": ""})
+        if key not in kept or line["n"] >= kept[key]["n"]:
+            kept[key] = line
+    return list(kept.values())
 
 
 def figures(
@@ -120,4 +150,5 @@ def rows(page: Page, calls: list[list[dict]], columns: tuple[Column, ...]) -> Ma
         groups.setdefault(_name(call), []).extend([*(of.value(line) for of in columns), links] for line in call)
     head = [*(column.name for column in columns), "command"]
     texts = tuple(itertools.compress(range(len(head)), [*(column.text for column in columns), True]))
-    return table(head, groups, texts)
+    few = too_few([line for call in calls for line in call])
+    return Markup(table(head, groups, texts) + (f'<p class="small">{escaped(few)}</p>\n' if few else ""))

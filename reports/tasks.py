@@ -79,9 +79,10 @@ Source: {escaped(SOURCE)}.</p>
         return f"""<h2 id="accuracy">Tasks: accuracy by evaluation length</h2>
 <p>An answer is exact if greedy decoding writes all of it. A panel is a task and a placement of its markers. Bars are
 Wilson's interval over texts; with several seeds they reach from the lowest to the highest, the line is the mean and the
-small dots are the seeds. Dotted: chance. Dashed, grey: the best of the shortcuts that do without reading all, on the
-same texts, with Wilson's interval. A cross in the strip below 0: the model cannot read texts of that length at all.
-Runs of the same arm and settings count as seeds of one arm; two of them with the same seed are arms of their own.</p>
+small dots are the seeds. Dashes tell train lengths apart. Thin and grey: the best of the shortcuts that do without
+reading all, on the same texts, with Wilson's interval; dotted: chance. A cross in the strip below 0: the model cannot
+read texts of that length at all. Runs of the same arm and settings count as seeds of one arm; two of them with the same
+seed are arms of their own.</p>
 {table(["arm", "train length", "runs"], {"": arms}, (0, 2), (2,))}<div class="overview">{self.picture(*args)}</div>
 {"".join(out)}"""
 

@@ -12,6 +12,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
+from data.tokenizer import Tokenizer  # noqa: E402
+from tasks.words import ITEMS, NAMES  # noqa: E402
+
 WORDS = tuple("the cat sat on a mat and saw that one dog had run over two hills to eat some red apples".split())
 
 
@@ -81,6 +84,14 @@ def workdir(prepared, tmp_path_factory) -> Path:
     """A folder with three prepared datasets of the same content: data/u (uniform), data/p (periodic), data/n (none).
     Each test file has its own, so that names of runs need not differ between files."""
     return shutil.copytree(prepared, tmp_path_factory.mktemp("work"), dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Each word of the tasks is a token. Files that need another one have their own."""
+    return Tokenizer.train(
+        [" " + " ".join(ITEMS + NAMES) + " zero one two three four mark : ? count # [ ] \n"] * 3, 2600
+    )
 
 
 def manifest(folder: Path) -> dict:

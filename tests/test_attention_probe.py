@@ -12,7 +12,6 @@ from scipy.special import softmax
 
 import probe
 from config import TaskConfig, UserError
-from data.tokenizer import Tokenizer
 from evals.common import hidden_of
 from evals.tasks import texts
 from probes import attention, look_drawing
@@ -24,7 +23,6 @@ from probes.theorem import boosted_entropy, entropy, entropy_slope, theorem_curv
 from stats import bootstrap_means, bootstrap_ratio, mean_p
 from tasks import PLACEMENTS, TASKS
 from tasks.example import Draft, Example, Maker
-from tasks.words import ITEMS, NAMES
 from tests.conftest import tree
 from tests.reference import heads as reference
 from tests.runs import small_run
@@ -44,13 +42,6 @@ from tests.test_positions import (
     made_by_hand,
     restless,
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train(
-        [" " + " ".join(ITEMS + NAMES) + " zero one two three four mark : ? count # [ ] \n"] * 3, 2600
-    )
 
 
 def hooks(model) -> int:
@@ -341,6 +332,12 @@ def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, s
     counts = {"meta": 20 + 5, "causal": 40, "none": 20, "random": 20}  # copying with placement target has two marks
     assert len(lines) == counts[second]
     assert (folder / "attention.png").read_bytes().startswith(b"\x89PNG") and 'mark: the word "mark"' in said
+    assert (
+        said.count("does not answer better than chance or a shortcut")
+        == said.count("nothing is decided: 1000 decide")
+        == 1
+    )
+    assert "undecided: n" not in said
     for one in lines:
         assert (
             one["probe"] == "attention"

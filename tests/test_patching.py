@@ -1,6 +1,8 @@
 """probe.py patching: what is replaced, what is counted, and that it tells a mark that carries the answer from one that
 does not."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,14 +10,12 @@ from matplotlib.figure import Figure
 
 import probe
 from config import TaskConfig, UserError
-from data.tokenizer import Tokenizer
 from evals.tasks import texts
 from probes import look_drawing, patching
 from probes.marks import answer_in_text, judged, marks, ordinary_at
 from probes.patching import CLAIMS, SITES, check_own, compare, donors_of, measure, patched, read, said, sites_of, table
 from stats import mcnemar, paired_difference
 from tasks.example import Draft, Example, Maker
-from tasks.words import ITEMS, NAMES
 from tests.conftest import tree
 from tests.runs import small_run
 from tests.test_attention_probe import hooks
@@ -38,14 +38,6 @@ from tests.test_positions import (
     lines_of,
     made_by_hand,
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train(
-        [" " + " ".join(ITEMS + NAMES) + " zero one two three four mark : ? count # [ ] \n"] * 3, 2600
-    )
-
 
 # ----------------------------------------------------------------------------- what is replaced
 
@@ -195,8 +187,9 @@ def line(kept: float, donor: float, site="mark", layer=0, n=1000) -> dict:
     took = np.arange(n) >= (1 - donor) * n
     logits = logits_of(np.where(now, 1, np.where(took, 2, 0)).tolist())
     return {
-        "task": "parity", "placement": "target", "level": "easy", "length": 48, "mark": "meta-token", "site": site,
-        "layer": layer, "arm": "meta + rope", "run": "r", "step": 1, "seed": 2, "same_place": 0.5, "chance": 0.5,
+        "task": "parity", "placement": "target", "level": "easy", "question": "index", "length": 48,
+        "mark": "meta-token", "site": site, "layer": layer, "arm": "meta + rope", "run": "r", "step": 1, "seed": 2,
+        "same_place": 0.5, "chance": 0.5,
         **compare(logits_of(np.where(base, 1, 0).tolist()), logits, own, others),
     }  # fmt: skip
 
@@ -223,12 +216,11 @@ def test_verdicts(shares, needed, carried, sentence):
 
 
 def test_the_picture_shows_every_line():
-    lines = judged(
-        [line(0.9 - 0.1 * layer, 0.05 * layer, site, layer) for site in SITES for layer in range(3)],
-        tuple(CLAIMS),
-        0,
-        0.05,
-    )
+    one = line(0.9, 0.0, n=40)
+    lines = [
+        {**one, "site": site, "layer": layer, "kept": 0.9 - 0.1 * layer - 0.01 * i, "donor": 0.05 * layer + 0.01 * i}
+        for i, site in enumerate(SITES) for layer in range(3)
+    ]  # fmt: skip
     figure = Figure(layout="constrained")
     look_drawing._patching(figure, lines)
     for axes, share in zip(figure.axes, ("kept", "donor"), strict=True):
@@ -241,8 +233,9 @@ def test_the_picture_shows_every_line():
 
 @pytest.mark.parametrize(("second", "data"), [("meta", MARKED), ("none", PLAIN)])
 def test_the_command(tokenizer, tmp_path, monkeypatch, capsys, second, data):
+    drawn: list[list[dict]] = []
     if second == "none":
-        monkeypatch.setattr(patching, "patching_picture", lambda lines: b"\x89PNG")
+        monkeypatch.setattr(patching, "patching_picture", lambda lines: drawn.append(lines) or b"\x89PNG")
     run = small_run(tokenizer, data, position="rope", second_attention=second)
     placements = ("background", "target", "none") if second == "meta" else ("none",)
     folder = kept(run, tmp_path / "out/small", tasks=("copying", "parity"), placements=placements)
@@ -260,6 +253,22 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys, second, data):
         assert one["kept_interval"][0] <= one["kept"] <= one["kept_interval"][1] and one["run"] == "small"
     assert (folder / "patching.png").read_bytes().startswith(b"\x89PNG")
     assert "none, 48: undecided, with 12 texts." in said_out
+    if second == "none":  # what the file holds is drawn, of repeated lines that of most texts
+        (folder / "patching.jsonl").write_text(
+            (folder / "patching.jsonl").read_text() + json.dumps({**lines[0], "weights_sha256": "other"}) + "\n"
+        )
+        for n in (13, 11):
+            probe.main(["patching", f"--run={folder}", f"--n={n}", "--lengths=48", "--sites=mark", "--tasks=parity"])
+        for of in drawn[1:]:
+            assert [(one["task"], one["site"], one["layer"], one["n"]) for one in of] == [
+                *(("copying", site, layer, 12) for site in ("mark", "answer") for layer in (0, 1)),
+                *(("parity", "mark", layer, 13) for layer in (0, 1)),
+            ]
+        with (folder / "patching.jsonl").open("a") as file:
+            file.write(json.dumps({name: value for name, value in lines[0].items() if name != "kept"}) + "\n")
+        with pytest.raises(UserError, match=r"patching.jsonl, line 12 is no line of .* \(kept is missing\): remove it"):
+            probe.main(["patching", f"--run={folder}", "--n=13", "--lengths=48"])
+        assert len(drawn) == 3
 
 
 REFUSED = {

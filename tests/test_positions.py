@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,14 +15,15 @@ import eval as evaluation
 import probe
 from config import GPTConfig, TaskConfig, UserError
 from data.tokenizer import Tokenizer
-from evals.tasks import read
-from probes import drawing
+from evals import tasks as tasks_eval
+from evals.tasks import answered, doubt, read
+from probes import drawing, positions
 from probes.positions import CONDITIONS, compared, measure, table, under, useless
 from reports.paper import TABLE_2
-from stats import paired_difference
+from stats import paired_difference, wilson
 from tasks.example import Draft, Example, Maker
 from tasks.words import ITEMS, NAMES
-from tests.conftest import cli, refusal, tree
+from tests.conftest import cli, tree
 from tests.reference import gpt as reference
 from tests.runs import saved, small_run
 from tests.test_model import build, inputs, sharpen, wake
@@ -207,6 +209,7 @@ def line(outcomes: str, condition: str = "full", **other) -> dict:
     right, n = outcomes.count("1"), len(outcomes)
     return {
         "task": "parity", "placement": "target", "level": "easy", "length": 48, "condition": condition, "n": n,
+        "question": "index",
         "correct": right, "exact": right / n, "interval": (0.4, 0.6), "outcomes": outcomes, "chance": 0.5,
         "arm": "meta + rope", "run": "r", "step": 1, "seed": 2, "seconds": 1.0, **other,
     }  # fmt: skip
@@ -272,7 +275,7 @@ def test_the_picture_has_a_panel_a_task_and_length_and_the_papers():
     drawing._positions(figure, lines)
     ours, (paper,) = (sub.axes for sub in figure.subfigs)
     assert [axes.get_title() for axes in ours[:4]] == [
-        "parity, 48 positions", "parity, 64 positions", "parity, 96 positions", "copying, 48 positions"
+        *(f"parity (easy), {n} positions" for n in (48, 64, 96)), "copying (easy), 48 positions"
     ]  # fmt: skip
     for axes in ours:
         dots = [mark.get_data() for mark in axes.lines if mark.get_marker() in drawing.MARKERS]
@@ -283,6 +286,20 @@ def test_the_picture_has_a_panel_a_task_and_length_and_the_papers():
 
 
 # ----------------------------------------------------------------------------- the command
+
+
+def test_a_run_that_has_not_learned_what_is_asked_is_named(tokenizer, monkeypatch):
+    run, maker = small_run(tokenizer, MARKED, position="rope"), Maker("parity", "target", TaskConfig(), tokenizer)
+    assert "was trained on no task" in doubt(run, [(maker, 48, answered(run, maker, "easy", 48, 5))])
+    run.config = dataclasses.replace(run.config, task=TaskConfig(tasks=("parity",), level="easy"))
+    for right, learned in ((100, True), (50, False)):
+        figures = {"exact": right / 100, "interval": wilson(right, 100)}
+        monkeypatch.setattr(tasks_eval, "read", lambda run, examples, length, figures=figures: figures)
+        found = answered(run, maker, "easy", 48, 1000)
+        assert found["n"] == 100 and found["better"] == learned and found["floor"] >= 0.5
+        said = doubt(run, [(maker, 48, found)])
+        told = f"of the first 100 texts: parity target 48: 50.0% against {found['floor']:.1%}\n"
+        assert said == "" if learned else said.endswith(told)
 
 
 def kept(run, folder, **task):
@@ -297,28 +314,28 @@ def lines_of(path) -> list[dict]:
 
 
 def timeless(lines: list[dict]) -> list[dict]:
-    return [{name: value for name, value in one.items() if name != "seconds"} for one in lines]
+    """Lines of two calls, but for what must differ."""
+    return [{name: value for name, value in one.items() if name not in ("seconds", "command")} for one in lines]
 
 
 def test_the_command(tokenizer, tmp_path, monkeypatch):
     run = small_run(tokenizer, MARKED, position="rope")
-    folder = kept(run, tmp_path / "out/small", tasks=("parity", "copying"), placements=("target", "every", "none"))
-    command = ("probe.py", "positions", "--run=out/small", "--n=20", "--lengths", "48", "64")
-    pictures = []
-    for _ in range(2):
-        result = cli(*command, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr.decode()
-        pictures.append((folder / "positions.png").read_bytes())
-    said = result.stdout.decode()
+    folder = kept(run, tmp_path / "out/small", tasks=("parity",), placements=("target", "every", "none"))
+    command = ("positions", "--run=out/small", "--n=20", "--lengths", "48", "64")
+    result = cli("probe.py", *command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr.decode()
+    said, picture = result.stdout.decode(), (folder / "positions.png").read_bytes()
     assert "without placement none, whose texts have no meta-tokens\n" in said and "no_position_second" in said
+    monkeypatch.chdir(tmp_path)
+    probe.main(list(command))
     lines = lines_of(folder / "positions.jsonl")
-    assert len(lines) == 2 * 48 and timeless(lines[:48]) == timeless(lines[48:])
-    assert pictures[0] == pictures[1] and pictures[0].startswith(b"\x89PNG")
-    lines = lines[:48]
-    where = [(one["task"], one["placement"], one["length"], one["condition"]) for one in lines]
+    assert len(lines) == 2 * 24 and timeless(lines[:24]) == timeless(lines[24:])
+    assert picture.startswith(b"\x89PNG") and picture == (folder / "positions.png").read_bytes()
+    lines = lines[:24]
+    where = [(one["placement"], one["length"], one["condition"]) for one in lines]
     assert where == [
-        (task, placement, length, condition) for task in ("parity", "copying") for placement in ("target", "every")
-        for length in (48, 64) for condition in MEANING
+        (placement, length, condition) for placement in ("target", "every") for length in (48, 64)
+        for condition in MEANING
     ]  # fmt: skip
     for one in lines:
         assert (one["probe"], one["level"], one["n"], one["run"], one["seed"]) == (
@@ -334,15 +351,13 @@ def test_the_command(tokenizer, tmp_path, monkeypatch):
         )
         assert ("verdict" in one) == (one["condition"] != "full")
         if one["condition"] != "full":
-            assert one["comparisons"] == 40 and {"difference", "difference_interval", "p", "holm"} <= one.keys()
+            assert one["comparisons"] == 20 and {"difference", "difference_interval", "p", "holm"} <= one.keys()
     nats = {}
     for one in lines:
-        nats.setdefault((one["task"], one["placement"], one["length"]), []).append(one["nats"])
-    for (task, placement, _), of in nats.items():
-        one_marker = task == "parity" and placement == "target"  # its second attention sees itself alone
-        assert len(set(of)) == (4 if one_marker else 6)
+        nats.setdefault((one["placement"], one["length"]), []).append(one["nats"])
+    for (placement, _), of in nats.items():  # with target there is one marker: its second attention sees itself alone
+        assert len(set(of)) == (4 if placement == "target" else 6)
     # full is what eval.py measures
-    monkeypatch.chdir(tmp_path)
     evaluation.main(["tasks", "--run=out/small", "--n=20", "--lengths", "48", "64", "--placements", "target", "every"])
     same = ("task", "placement", "length", "correct", "outcomes", "nats", "token_accuracy", "tokens_per_item", "chance")
     theirs = [[one[name] for name in same] for one in lines_of(folder / "tasks.jsonl")]
@@ -373,7 +388,10 @@ def test_texts_of_a_cell_are_made_once(tokenizer, monkeypatch):
         ({"position": "rope", "meta_position": "none_second"}, ["full", "no_embedding"], "no position in training"),
     ],
 )  # fmt: skip
-def test_what_a_run_does_not_allow_is_left_out_and_said(tokenizer, tmp_path, capsys, shape, conditions, why):
+def test_what_a_run_does_not_allow_is_left_out_and_said(
+    tokenizer, tmp_path, monkeypatch, capsys, shape, conditions, why
+):
+    monkeypatch.setattr(positions, "positions_picture", lambda lines: b"\x89PNG")
     folder = kept(small_run(tokenizer, MARKED, **shape), tmp_path / "out/small", tasks=("parity",))
     probe.main(["positions", f"--run={folder}", "--n=3", "--lengths=40", f"--output={tmp_path / 'x.jsonl'}"])
     assert [one["condition"] for one in lines_of(tmp_path / "x.jsonl")] == conditions
@@ -421,8 +439,12 @@ def test_bad_input_is_refused_in_a_sentence_before_anything_is_written(tokenizer
     assert tree(tmp_path) == before and capsys.readouterr().out == ""
 
 
-def test_a_refusal_ends_with_status_2(tmp_path):
+def test_a_name_that_is_none_is_refused():
     with pytest.raises(UserError, match="there is no probe 'position': did you mean 'positions'"):
         probe.main(["position"])
-    assert "there is no checkpoint in 'nowhere'" in refusal(cli("probe.py", "positions", "--run=nowhere", cwd=tmp_path))
-    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_the_probe(capsys):
+    with pytest.raises(SystemExit):
+        probe.main(["positions", "--help"])
+    assert re.match(r"usage: \S+ positions ", capsys.readouterr().out)

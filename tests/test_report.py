@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from scipy import stats as distributions
 
 from config import UserError
-from report import render, sections_of
+from report import main, render, sections_of
 from reports import drawing
 from reports.compare import between_arms, between_checkpoints, beyond
 from reports.files import Found, read
@@ -319,7 +319,8 @@ def test_a_damaged_line_is_named(tmp_path, change, why):
     assert why in str(refused.value)
 
 
-def test_bad_input_is_one_sentence(tmp_path):
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     good = write(tmp_path / "x.jsonl", [line()])
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "cut.jsonl").write_text(json.dumps(line()) + "\n" + json.dumps(line())[:50])
@@ -328,11 +329,14 @@ def test_bad_input_is_one_sentence(tmp_path):
         (("nowhere",), "nowhere has none of metrics.jsonl, tasks.jsonl, perplexity.jsonl, positions.jsonl"),
         (("nowhere.jsonl",), "nowhere.jsonl cannot be read"),
         (("empty.jsonl",), "empty.jsonl has no line"),
-        (("cut.jsonl",), "cut.jsonl, line 2 is no line of eval.py or probe.py"),
         ((good, "--margin=0"), "margin=0.0 is out of range"),
         ((good, "--efect=0.1"), "did you mean 'effect'"),
     ):
-        assert sentence in refusal(cli("report.py", *args, cwd=tmp_path)), args
+        with pytest.raises(UserError) as refused:
+            main(list(args))
+        assert sentence in str(refused.value), args
+    told = "cut.jsonl, line 2 is no line of eval.py or probe.py"
+    assert told in refusal(cli("report.py", "cut.jsonl", cwd=tmp_path))
     assert not (tmp_path / "out").exists()
 
 

@@ -15,6 +15,7 @@ from report import sections_of
 from reports import rates
 from reports.files import read
 from reports.probe_sections import PROBES
+from reports.probes import unlearned
 from tests.test_report import line as task_line
 from tests.test_report import write
 from tests.test_report_sections import cells_of, rendered
@@ -115,6 +116,13 @@ def test_sections_stand_in_their_order_and_say_what_the_paper_has(page):
     assert re.findall(r'<h2 id="(\w+)"', text) == [*LINES, "commands"]
     for figure in ("a boost of 1.26 and a drop of 1.40 nats", "10.0 to 10.75 nats", "ln 50257 = 10.82"):
         assert figure in text
+
+
+def test_a_run_that_has_not_learned_its_task_is_named():
+    lines = [patching("mark", 0, 0.75, answered={"better": better}, placement=name)
+             for better, name in ((True, "target"), (False, "every"), (False, "every"))]  # fmt: skip
+    assert unlearned(lines[:1] + LINES["patching"]) == ""
+    assert unlearned(lines).count("every") == 1 and "target" not in unlearned(lines)
 
 
 def test_means_of_all_heads_come_before_the_heads(page):

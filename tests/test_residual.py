@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 
 import probe
 from config import TaskConfig, UserError
-from data.tokenizer import Tokenizer
 from probes import look_drawing, residual
 from probes.marks import judged
 from probes.residual import (
@@ -25,8 +24,7 @@ from probes.residual import (
 )
 from stats import mcnemar, paired_difference
 from tasks.example import Draft, Example, Maker
-from tasks.words import ITEMS, NAMES
-from tests.conftest import tree
+from tests.conftest import override, tree
 from tests.runs import small_run
 from tests.test_attention_probe import hooks
 from tests.test_positions import (
@@ -48,14 +46,6 @@ from tests.test_positions import (
     lines_of,
     made_by_hand,
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train(
-        [" " + " ".join(ITEMS + NAMES) + " zero one two three four mark : ? count # [ ] \n"] * 3, 2600
-    )
-
 
 # ----------------------------------------------------------------------------- what is read
 
@@ -233,7 +223,7 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys, second, data):
     names = ("mark", "ordinary", "word") if second == "meta" else ("mark", "ordinary")
     where = [(one["placement"], one["layer"], one["distance"], one["place"]) for one in lines]
     assert where == [(placements[0], layer, d, name) for layer in (0, 1) for d in (1, 3) for name in names]
-    assert (folder / "residual.png").read_bytes().startswith(b"\x89PNG") and "layer  1" in said
+    assert (folder / "residual.png").read_bytes().startswith(b"\x89PNG") and "decoded, %, layer     0     1" in said
     for one in lines:
         assert (
             one["run"] == "small"
@@ -267,6 +257,6 @@ def test_bad_input_is_refused_before_anything_is_written(tokenizer, tmp_path, mo
     before = tree(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refused:
-        probe.main(["residual", "--run=out/small", "--n=5", "--lengths=40", *args])
+        probe.main(["residual", "--run=out/small", *override(("--n=5", "--lengths=40", "--train=8"), *args)])
     assert sentence in str(refused.value) and str(refused.value).endswith(".")
     assert tree(tmp_path) == before

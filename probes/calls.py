@@ -1,0 +1,87 @@
+"""What a call of probe.py does, whatever it looks at: warns, measures cell by cell, appends lines, and draws a picture
+of all that the file holds of the same weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from checkpoint import Run
+from config import UserError
+from evals.common import write_lines
+from evals.tasks import answered, doubt
+from probes.marks import MarksProbe, judged
+from reports.probe_sections import PROBES
+from reports.probes import latest
+from stats import brief
+from tasks.example import Maker
+from terminal import BOLD, write
+
+SMALL = "(small)"
+SECTIONS = {section.kind: section for section in PROBES}
+
+
+def call(
+    cfg: MarksProbe,
+    name: str,
+    placements: tuple[str, ...],
+    claims: tuple[str, ...],
+    measure: Callable[[Run, Maker, str, int], list[dict]],
+    table: Callable[[list[dict]], str],
+    picture: Callable[[list[dict]], bytes],
+) -> None:
+    """A probe of marks, from its settings to its picture. placements: asked of by default, of those that the run was
+    trained with; measure: a cell -> its lines."""
+    run, facts = cfg.open()
+    cells = cfg.makers(run, placements)  # what cannot be asked is refused by here
+    output = cfg.lines(run, name)
+    before = earlier(output, name, facts)
+    write(f"{facts['arm']}, {run.folder}\n", BOLD)
+    lines: list[dict] = []
+    with cfg.autocast(run):
+        asked = warned(run, cells, cfg.n)
+        for cell, of in zip(cells, asked, strict=True):
+            lines += [{**line, "answered": of} for line in measure(run, *cell)]
+    lines = [{**facts, **line} for line in judged(lines, claims, cfg.effect, cfg.margin)]
+    write(f"\n{table(lines)}\n{keep(output, name, before, lines, picture)}")
+
+
+def warned(run: Run, cells: list[tuple[Maker, str, int]], n: int) -> list[dict]:
+    """What the run has `answered` in each cell; says so first if it has not learned what is asked."""
+    asked = [answered(run, *cell, n) for cell in cells]
+    write(doubt(run, [(maker, length, of) for (maker, _, length), of in zip(cells, asked, strict=True)]), BOLD)
+    return asked
+
+
+def earlier(path: Path, name: str, facts: dict) -> list[dict]:
+    """The lines of a file that calls of the same probe wrote of the same weights, read in the same way. Raises
+    UserError, naming the line, if one cannot be drawn: better now than when all is measured."""
+    out, rows = [], path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, row in enumerate(rows, 1):
+        if not row.strip():
+            continue
+        try:
+            line = json.loads(row)
+            mine = line.get("probe") == name and all(line.get(key) == facts[key] for key in ("arm", "weights_sha256"))
+            if mine:
+                SECTIONS[name].check(line)
+                out.append(line)
+        except (ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path}, line {number} is no line of eval.py or probe.py ({error}): remove it, or name another "
+                f"--output."
+            ) from None
+    return out
+
+
+def in_row(verdict: str) -> str:
+    """A verdict in a table on a terminal."""
+    return brief(verdict).replace(", within the margin", f" {SMALL}")
+
+
+def keep(output: Path, name: str, before: list[dict], lines: list[dict], picture: Callable[[list[dict]], bytes]) -> str:
+    """Appends the lines, at the end, since Holm's p needs all of them, and draws them with those from `before` -> the
+    names of both files, for a person."""
+    write_lines(output, lines)
+    drawn = output.with_suffix(".png")
+    drawn.write_bytes(picture(latest(SECTIONS[name], before + lines)))
+    return f"{output}\n{drawn}\n"
