@@ -37,7 +37,7 @@ def _attention(figure, lines: list[dict]) -> None:
     """A row a cell: boost and drop of every head, weight on the marks, and how often the theorem applies. Below,
     whether the mark's own boost explains the drop, and, small, where the theorem is true."""
     cells = list(dict.fromkeys(map(cell_of, lines)))
-    heights = [1.3 + len(cells) * (0.5 + 0.1 * _layers(lines)), 2.8]
+    heights = [2.0 + max(2.0, len(cells) * (0.45 + 0.1 * _layers(lines))), 2.5]
     figure.set_size_inches(11, sum(heights))
     ours, below = figure.subfigures(2, 1, height_ratios=heights)
     panels = ours.subplots(1, 4, sharey=True, width_ratios=(1.5, 1.5, 1, 1))
@@ -53,7 +53,7 @@ def _attention(figure, lines: list[dict]) -> None:
     panels[0].set_ylim(len(cells) - 0.5, -0.5)
     ours.legend(handles=_head_handles(lines, colour), loc="outside lower center", ncols=5)
     marks = " and ".join(dict.fromkeys(line["mark"] for line in lines))
-    read = f"{marks} as trained, against an embedding of zeros; queries behind the last one; {texts_of(lines)} a row"
+    read = f"{marks} as trained, against an embedding of zeros; queries behind the last one; {texts_of(lines)}"
     ours.suptitle(f"{told(lines)}\n{read}", fontsize=9)
     why, theory = below.subfigures(1, 2, width_ratios=(1.7, 1))
     _explained(why.subplots(), lines, colour)
