@@ -44,10 +44,11 @@ import torch
 
 from checkpoint import Run
 from config import Placement, Task, UserError, check
-from evals.common import fits, write_lines
+from evals.common import fits
 from evals.tasks import TasksEval, about, texts
 from probes import known
 from probes.bottleneck import Member, Source, Training, fit, measure
+from probes.calls import earlier, keep, warned
 from probes.curves import Points, baselines, compared, constant_distortion, converse, found, intervals
 from probes.places import STATES, Spot, labels_of, missing, queries_of, read_states, spots
 from probes.rate_drawing import rate_picture
@@ -175,11 +176,19 @@ def main(cfg: RateDistortionProbe) -> None:
         check_layer(run.model, layer)
     cells = cells_of(cfg, run)  # what cannot be asked is refused by here
     output = cfg.lines(run, "rate_distortion")
+    how = dataclasses.asdict(cfg.training)  # curves of other probes belong into another picture
+    before = [
+        line
+        for line in earlier(output, "rate_distortion", facts)
+        if line["kind"] == "curve" and all(line.get(name) == value for name, value in how.items())
+    ]
     write(f"{facts['arm']}, {run.folder}\n", BOLD)
     curves, comparisons = [], []
-    for maker, level, length in cells:
+    with cfg.autocast(run):
+        asked = warned(run, cells, cfg.n)
+    for (maker, level, length), answered in zip(cells, asked, strict=True):
         cell = measure_cell(cfg, run, maker, level, length, layers)
-        curves += [line for line, _ in cell]
+        curves += [{**line, "answered": answered} for line, _ in cell]
         comparisons += compare_cell(cfg, cell)
     if not curves:
         raise UserError(
@@ -188,10 +197,7 @@ def main(cfg: RateDistortionProbe) -> None:
         )
     judge(cfg, comparisons)
     lines = [{**facts, **line} for line in curves + comparisons]
-    write_lines(output, lines)
-    picture = output.with_suffix(".png")
-    picture.write_bytes(rate_picture(lines))
-    write(f"\n{table(lines)}\n{output}\n{picture}\n")
+    write(f"\n{table(lines)}\n{keep(output, 'rate_distortion', before, lines, rate_picture)}")
 
 
 def cells_of(cfg: RateDistortionProbe, run: Run) -> list[tuple[Maker, str, int]]:

@@ -1,10 +1,8 @@
-"""The pictures of probe.py rate_distortion: one of all lines of a call, and small ones for a page."""
-
-import re
-import textwrap
+"""The pictures of probe.py rate_distortion: one of all that a file holds, and small ones for a page."""
 
 from matplotlib.lines import Line2D
 
+from probes.drawing import texts_of, told
 from reports.drawing import COLOURS, GREY, MARKERS, legend, png, wrapped
 
 LOOKS = {name: {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4.5}
@@ -14,7 +12,7 @@ SCALE = f"(linear to {LINEAR:g}, then logarithmic)"
 
 
 def rate_picture(lines: list[dict]) -> bytes:
-    """The lines of one call of probe.py rate_distortion as a PNG."""
+    """Lines of probe.py rate_distortion, of one checkpoint and the same settings of probes, as a PNG."""
     return png(_rates, [line for line in lines if line["kind"] == "curve"])
 
 
@@ -22,24 +20,23 @@ def _rates(figure, lines: list[dict]) -> None:
     """A row for each cell and target, a column for each layer: distortion by rate, a curve for each state."""
     rows = list(dict.fromkeys(_row(line) for line in lines))
     layers = list(dict.fromkeys(line["layer"] for line in lines))
-    first = lines[0]
-    figure.set_size_inches(max(6.4, 0.8 + 4.2 * len(layers)), 1.5 + 3.3 * len(rows))
+    figure.set_size_inches(max(7.2, 0.8 + 4.2 * len(layers)), 1.5 + 3.5 * len(rows))
     panels = figure.subplots(len(rows), len(layers), squeeze=False, sharex=True)
     for row, of in zip(rows, panels, strict=True):
         for layer, axes in zip(layers, of, strict=True):
             shown = [line for line in lines if _row(line) == row and line["layer"] == layer]
+            if not shown:  # cells of several calls need not have the same layers
+                axes.set_axis_off()
+                continue
             _panel(axes, shown)
-            task, placement, length, target = (str(part).replace("_", " ") for part in row)
-            name = f"{target} of {task}, {placement}, {length} positions, layer {layer}"
-            axes.set_title(f"{name}\n{_levels(shown)}", fontsize=9.5)
+            task, level, placement, length, target = (str(part).replace("_", " ") for part in row)
+            name = f"{target} of {task} ({level}), {placement}, {length} positions, layer {layer}"
+            axes.set_title(f"{wrapped(name, 55)}\n{_levels(shown)}", fontsize=9.5)
         of[0].set_ylabel("distortion D, nats:\ncross-entropy of the target")
     for axes in panels[-1]:
         axes.set_xlabel(f"rate R, nats: at most what the code tells\n{SCALE}")
-    told = f"{first['arm']}; {first['run']}, step {first['step']}, seed {first['seed']}"
-    sizes = f"n = {first['n']} test texts, {first['train_texts']} to train, {first['probe_seeds']} probe seeds"
-    read = f"level {first['level']}; {sizes}; bars: 95 %"
-    together = re.sub(r"\([^()]*\)", lambda brackets: brackets[0].replace(" ", "\u00a0"), told)
-    figure.suptitle("\n".join([*textwrap.wrap(together, 90, break_on_hyphens=False), read]), fontsize=9)
+    sizes = f"{_spread(lines, 'train_texts')} to train, {_spread(lines, 'probe_seeds')} probe seeds; bars: 95 %"
+    figure.suptitle(f"{told(lines)}\n{texts_of(lines)} to test, {sizes}", fontsize=9)
     figure.legend(handles=_handles(lines), loc="outside lower center", ncols=2 if len(layers) == 1 else 3)
 
 
@@ -51,8 +48,8 @@ def rate_panel(lines: list[dict]) -> bytes:
 def _rate_panel(figure, lines: list[dict]) -> None:
     axes, first = figure.subplots(), lines[0]
     _panel(axes, lines)
-    task, placement, length, target = _row(first)
-    name = f"{target.replace('_', ' ')} of {task.replace('_', ' ')}, {placement}, {first['level']}, {length} positions"
+    task, level, placement, length, target = (str(part).replace("_", " ") for part in _row(first))
+    name = f"{target} of {task} ({level}), {placement}, {length} positions"
     title = wrapped(f"{name}, layer {first['layer']}")
     axes.set_title(f"{title}\n{_levels(lines)}")
     n = f"n = {first['n']}, {first['train_texts']} to train, {first['probe_seeds']} probe seeds; bars: 95 %"
@@ -94,7 +91,12 @@ def _levels(lines: list[dict]) -> str:
 
 
 def _row(line: dict) -> tuple:
-    return line["task"], line["placement"], line["length"], line["target"]
+    return line["task"], line["level"], line["placement"], line["length"], line["target"]
+
+
+def _spread(lines: list[dict], name: str) -> str:
+    values = {line[name] for line in lines}
+    return f"{min(values)}" if len(values) == 1 else f"{min(values)} to {max(values)}"
 
 
 def _panel(axes, lines: list[dict]) -> None:

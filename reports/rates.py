@@ -5,7 +5,7 @@ from reports.lines import CELL, NUMBER, check_facts, check_fields
 from reports.markup import escaped
 from reports.page import Page, Section
 from reports.paper import DISTORTION, GUESSING
-from reports.probes import WHERE, Column, by_call, check_choices, claim, figures, rows, run_key
+from reports.probes import WHERE, Column, by_call, check_choices, claim, figures, rows, run_key, unlearned
 
 TITLE = "Rate and distortion of hidden states"
 ABOUT = (
@@ -114,7 +114,7 @@ def body(page: Page, lines: list[dict]) -> str:
         tables += f"<h3>At equal rates</h3>\n{rows(page, by_call(comparisons), COMPARISONS)}"
     return f"""<h2 id="rate_distortion">{escaped(TITLE)}</h2>
 <p>{escaped(ABOUT)}</p>
-<div>{"".join(shown)}</div>
+{unlearned(lines)}<div>{"".join(shown)}</div>
 {tables}"""
 
 

@@ -222,6 +222,12 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
     assert timeless(lines[: len(lines) // 2]) == timeless(lines[len(lines) // 2 :])
     assert pictures[0] == pictures[1] and pictures[0].startswith(b"\x89PNG")
     lines = lines[: len(lines) // 2]
+    # the picture is of all that was measured with the same settings of probes
+    drawn = []
+    monkeypatch.setattr("probes.rate_distortion.rate_picture", lambda lines: drawn.append(lines) or b"")
+    for gates in (0.5, 8.0):
+        probe.main(["rate_distortion", f"--run={folder}", *FAST, "--tasks=parity", "--states=last", f"--gates={gates}"])
+    assert [{one["task"] for one in shown} for shown in drawn] == [{"list_recall", "copying", "parity"}, {"parity"}]
     curves = [one for one in lines if one["kind"] == "curve"]
     where = [(one["task"], one["placement"], one["target"], one["state"]) for one in curves]
     # a bracket before what points, a word of the question before its colon: nothing to ask for
