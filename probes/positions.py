@@ -25,10 +25,11 @@ from typing import Literal
 from checkpoint import Run
 from config import GPTConfig, UserError, check
 from evals.common import fits
-from evals.tasks import TasksEval, about, read, texts
+from evals.tasks import about, read, texts
 from model import GPT
 from probes.calls import SMALL, earlier, in_row, keep, warned
 from probes.drawing import positions_picture
+from probes.marks import MarksProbe
 from reports.markup import p_value, percent, points, span
 from stats import bits, decide, holm, mcnemar, paired_difference, too_few
 from tasks.example import Example, Maker
@@ -46,7 +47,7 @@ CONDITIONS = {
 
 
 @dataclass(frozen=True)
-class PositionsProbe(TasksEval):
+class PositionsProbe(MarksProbe):
     """Exact answers to texts of the synthetic tasks, with meta-tokens that have lost position or embedding."""
 
     conditions: tuple[
@@ -60,11 +61,9 @@ class PositionsProbe(TasksEval):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("conditions", "tasks", "placements", "lengths"):
-            check(self, name, len(set(getattr(self, name))) == len(getattr(self, name)), "name each once")
+        check(self, "conditions", len(set(self.conditions)) == len(self.conditions), "name each once")
         check(self, "margin", 0 < self.margin < 1, "lie strictly between 0 and 1")
         check(self, "effect", 0 <= self.effect < 1, "be at least 0 and below 1")
-        check(self, "output", not self.output.endswith(".png"), "be a file of JSON lines; the picture lies beside it")
 
 
 def main(cfg: PositionsProbe) -> None:
