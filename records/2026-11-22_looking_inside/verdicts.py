@@ -26,7 +26,12 @@ def points(value: float, interval: list[float]) -> str:
 
 
 def counted(verdicts: list[str]) -> str:
-    return ", ".join(f"{verdicts.count(name)} {name}" for name in dict.fromkeys(sorted(verdicts)))
+    return "; ".join(f"{verdicts.count(name)} {name}" for name in sorted(set(verdicts)))
+
+
+def key(line: dict) -> tuple[str, str]:
+    """The placement of a curve, or comparison, and the state that is not the mark's."""
+    return line["placement"], line["states"][1] if "states" in line else line["state"]
 
 
 def row(*cells) -> None:
@@ -96,5 +101,53 @@ for run in RUNS:
                 f"{100 * final['mark']['majority']:.1f}", points(most["more"], most["more_interval"]), most["layer"],
                 most["more_verdict"], counted([line["more_verdict"] for line in more]),
             )  # fmt: skip
+
+head(
+    "Rate-distortion: nats left of the answer, least over ten betas, and the mark less others at equal rates",
+    "run", "probe", "placement", "state", "found", "least D", "at rate", "constant", "H(Y)", "mark less this state",
+    "up to R", "verdict",
+)  # fmt: skip
+for run in RUNS:
+    for wide in (False, True):
+        of = [line for line in lines("rate_distortion", run) if ("--z_dim" in line["command"]) == wide]
+        curves = {key(line): line for line in of if line["kind"] == "curve" and line["target"] == "answer"}
+        compared = {key(line): line for line in of if line["kind"] == "comparison"}
+        for (placement, state), line in curves.items():
+            best = min(line["points"], key=lambda point: point["distortion"])
+            beside = ("", "", "")
+            if pair := compared.get((placement, state)):
+                less = told(pair["difference"], pair["difference_interval"], digits=3)
+                beside = less, f"{pair['up_to']:.2f}", pair["verdict"]
+            row(
+                run, "wide" if wide else "default", placement, state, "yes" if line["found"] else "nothing",
+                *(f"{x:.3f}" for x in (best["distortion"], best["rate"], line["cross_entropy"], line["entropy"])),
+                *beside,
+            )  # fmt: skip
+
+head(
+    "The same of the token 1 and 4 back from each state, with target", "run", "state", "back", "found", "least D",
+    "at rate", "constant", "H(Y)",
+)  # fmt: skip
+for run in RUNS:
+    for line in lines("rate_distortion", run, kind="curve"):
+        if line["target"].startswith("back"):
+            best = min(line["points"], key=lambda point: point["distortion"])
+            row(
+                run, line["state"], line["target"][5:], "yes" if line["found"] else "nothing",
+                *(f"{x:.3f}" for x in (best["distortion"], best["rate"], line["cross_entropy"], line["entropy"])),
+            )  # fmt: skip
+
+head(
+    "Position: exact answers in %, and points more than as trained", "run", "placement", "length", "condition", "exact",
+    "more, points", "verdict",
+)  # fmt: skip
+for run in RUNS:
+    for line in lines("positions", run, task="list_recall"):
+        change = (
+            (points(line["difference"], line["difference_interval"]), line["verdict"])
+            if "verdict" in line
+            else ("", "")
+        )
+        row(run, line["placement"], line["length"], line["condition"], f"{100 * line['exact']:.1f}", *change)
 
 print(f"\nAll verdicts: n = {DECIDES} texts or more, Holm over the comparisons of one probe on one run.")
