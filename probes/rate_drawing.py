@@ -31,7 +31,7 @@ def _rates(figure, lines: list[dict]) -> None:
             _panel(axes, shown)
             task, level, placement, length, target = (str(part).replace("_", " ") for part in row)
             name = f"{target} of {task} ({level}), {placement}, {length} positions, layer {layer}"
-            axes.set_title(f"{wrapped(name, 55)}\n{_levels(shown)}", fontsize=9.5)
+            axes.set_title(f"{wrapped(name, 75 if len(layers) == 1 else 50)}\n{_levels(shown)}", fontsize=9.5)
         of[0].set_ylabel("distortion D, nats:\ncross-entropy of the target")
     for axes in panels[-1]:
         axes.set_xlabel(f"rate R, nats: at most what the code tells\n{SCALE}")

@@ -1,11 +1,24 @@
-"""The record's tables, from its lines.
+"""The record's tables and pictures, from its lines.
 
 PYTHONPATH=. python records/2026-11-22_looking_inside/verdicts.py"""
 
 import json
 from pathlib import Path
 
+from probes.calls import SECTIONS
+from probes.drawing import positions_picture
+from probes.look_drawing import attention_picture, patching_picture, residual_picture
+from probes.rate_drawing import rate_picture
+from reports.probes import latest
 from stats import DECIDES
+
+PICTURES = {
+    "attention": attention_picture,
+    "patching": patching_picture,
+    "residual": residual_picture,
+    "rate_distortion": rate_picture,
+    "positions": positions_picture,
+}
 
 RUNS = ("meta_128", "pause_128", "causal2_128")
 PLACEMENTS = ("target", "every", "none", "background")
@@ -151,3 +164,8 @@ for run in RUNS:
         row(run, line["placement"], line["length"], line["condition"], f"{100 * line['exact']:.1f}", *change)
 
 print(f"\nAll verdicts: n = {DECIDES} texts or more, Holm over the comparisons of one probe on one run.")
+
+for run in RUNS:
+    for probe, picture in PICTURES.items():
+        shown = [line for line in lines(probe, run, task="list_recall") if "--z_dim" not in line["command"]]
+        Path(__file__).with_name(f"{probe}_{run}.png").write_bytes(picture(latest(SECTIONS[probe], shown)))
