@@ -11,9 +11,11 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the server of tests/forked.py
 
 from data.tokenizer import Tokenizer  # noqa: E402
 from tasks.words import ITEMS, NAMES  # noqa: E402
+from tests import forked  # noqa: E402
 
 WORDS = tuple("the cat sat on a mat and saw that one dog had run over two hills to eat some red apples".split())
 
@@ -33,7 +35,10 @@ def write_texts(folder: Path, documents: int = 60, words: int = 300) -> None:
 def cli(*args: str, cwd: Path, env: dict | None = None, stdin: bytes = b"", launcher=(sys.executable,), timeout=280):
     """Runs a command-line program of the repository in another folder, as a user would."""
     command = [*launcher, str(ROOT / args[0]), *args[1:]]
+    early = any(name.startswith(("PYTHON", "TORCH_")) for name in env or {})  # read when an interpreter or torch starts
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    if launcher == (sys.executable,) and not early:
+        return forked.run(ROOT / args[0], args[1:], cwd, env, stdin, timeout)
     return subprocess.run(command, cwd=cwd, env=env, input=stdin, capture_output=True, timeout=timeout)
 
 
