@@ -35,9 +35,11 @@ def write_texts(folder: Path, documents: int = 60, words: int = 300) -> None:
 def cli(*args: str, cwd: Path, env: dict | None = None, stdin: bytes = b"", launcher=(sys.executable,), timeout=280):
     """Runs a command-line program of the repository in another folder, as a user would."""
     command = [*launcher, str(ROOT / args[0]), *args[1:]]
-    early = any(name.startswith(("PYTHON", "TORCH_")) for name in env or {})  # read when an interpreter or torch starts
+    early = any(
+        name.startswith(("PYTHON", "TORCH_", "CUDA")) for name in env or {}
+    )  # read when an interpreter, torch or CUDA starts
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
-    if launcher == (sys.executable,) and not early:
+    if sys.platform == "linux" and launcher == (sys.executable,) and not early:
         return forked.run(ROOT / args[0], args[1:], cwd, env, stdin, timeout)
     return subprocess.run(command, cwd=cwd, env=env, input=stdin, capture_output=True, timeout=timeout)
 
