@@ -35,9 +35,8 @@ def write_texts(folder: Path, documents: int = 60, words: int = 300) -> None:
 def cli(*args: str, cwd: Path, env: dict | None = None, stdin: bytes = b"", launcher=(sys.executable,), timeout=280):
     """Runs a command-line program of the repository in another folder, as a user would."""
     command = [*launcher, str(ROOT / args[0]), *args[1:]]
-    early = any(
-        name.startswith(("PYTHON", "TORCH_", "CUDA")) for name in env or {}
-    )  # read when an interpreter, torch or CUDA starts
+    # what is read when an interpreter, torch or CUDA starts needs a start
+    early = any(name.startswith(("PYTHON", "TORCH_", "CUDA")) for name in env or {})
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
     if sys.platform == "linux" and launcher == (sys.executable,) and not early:
         return forked.run(ROOT / args[0], args[1:], cwd, env, stdin, timeout)
