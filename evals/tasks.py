@@ -131,15 +131,15 @@ def doubt(run: Run, found: list[tuple[Maker, int, dict]]) -> str:
             f"config/tiny_tasks.py, or read what follows as what a model of text makes of such texts.\n"
         )
     weak = [
-        f"{maker.name} {maker.placement} {length}: {of['exact']:.1%} against {of['floor']:.1%}"
+        f"{maker.name} {maker.placement} {length} to {of['exact']:.1%} against {of['floor']:.1%}"
         for maker, length, of in found
         if not of["better"]
     ]
     if not weak:
         return ""
     return (
-        f"warning: {run.folder} does not answer better than chance or a shortcut, so that verdicts say nothing of how "
-        f"it solves the task; of the first {found[0][2]['n']} texts: {'; '.join(weak)}\n"
+        f"warning: {run.folder} answers {'; '.join(weak)} of a shortcut or chance, of the first {found[0][2]['n']} "
+        f"texts: no better, so that verdicts there say nothing of how it solves the task\n"
     )
 
 

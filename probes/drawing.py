@@ -23,7 +23,7 @@ def texts_of(lines: list[dict]) -> str:
     """n, and whether it decides anything."""
     n = sorted({line["n"] for line in lines})
     many = f"n = {n[0]} to {n[-1]}" if len(n) > 1 else f"n = {n[0]}"
-    return f"{many} texts{', too few to decide' if n[-1] < DECIDES else ''}"
+    return f"{many} texts{' (too few to decide)' if n[-1] < DECIDES else ''}"
 
 
 def positions_picture(lines: list[dict]) -> bytes:

@@ -9,7 +9,6 @@ from probes.drawing import texts_of, told
 from probes.theorem import theorem_curves
 from reports.drawing import COLOURS, GREY, LIGHT, MARKERS, legend, png, wrapped
 from reports.paper import FIGURE_2
-from stats import DECIDES
 
 LOOKS = {"causal": "o", "second": "D"}  # of attentions
 
@@ -83,7 +82,7 @@ def _attention_panel(figure, lines: list[dict]) -> None:
         axes.set_ylim(len(cells) - 0.5, -0.5)
     _explained(why, lines, colour)
     why.set_title("is it the boost of the mark?\nOn the line: yes; a dot a head")
-    why.set_xlabel(f"drop if only the mark's own logit\nchanged, nats; {wrapped(texts_of(lines))}")
+    why.set_xlabel(f"drop if only the mark's own logit\nchanged, nats\n{texts_of(lines)}")
     task, _, length, level, _ = cells[0]
     figure.suptitle(f"{task.replace('_', ' ')}, {level}, {length} positions", fontsize=10)
     legend(figure, _head_handles(lines, colour))
@@ -115,7 +114,7 @@ def _head_handles(lines: list[dict], colour) -> list[Line2D]:
         *(Line2D([], [], color=GREY, marker=LOOKS[which], linestyle="", markersize=5,
                  label=f"a head of {which} attention")
           for which in dict.fromkeys(line["attention"] for line in lines)),
-        *([hollow] if any(line["n"] >= DECIDES for line in lines) else []),
+        hollow,
         Line2D([], [], color="black", marker="|", markersize=11, markeredgewidth=2, linestyle="",
                label="mean of all heads, 95 %"),
         Line2D([], [], color="black", linestyle=":", linewidth=1.2, label="the paper's mean"),
@@ -148,8 +147,7 @@ def _heads(axes, lines: list[dict], cells: list[tuple], name: str, colour) -> No
             axes.plot(x, y, "|", color="black", markersize=13, markeredgewidth=2, zorder=5)
             continue
         y += 0.8 * room * ((line["layer"] + 0.5) / layers - 0.5)
-        # of few texts nothing is decided, and hollow would say that of all
-        filled = name not in FIGURE_2 or line["n"] < DECIDES or line[f"{name}_verdict"].startswith("holds")
+        filled = name not in FIGURE_2 or line[f"{name}_verdict"].startswith("holds")
         axes.plot(x, y, marker=LOOKS[line["attention"]], color=colour(line["layer"]), markersize=4.5, alpha=0.85,
                   fillstyle="full" if filled else "none")  # fmt: skip
 

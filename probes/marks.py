@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from checkpoint import Run
-from config import Task, UserError, check
+from config import Placement, Task, UserError, check
 from data.loader import Batch
 from evals.common import POSITIONS, connected, fits, place_of
 from evals.tasks import TasksEval, texts
@@ -32,6 +32,9 @@ class MarksProbe(TasksEval):
     the run was not trained on it, those that it was trained on"""
     lengths: tuple[int, ...] = (128,)
     """positions of the longest texts of a cell; the shortest have nine tenths of that"""
+    placements: tuple[Placement, ...] = ()
+    """target, every, none, background; by default of those that the run was trained with: positions all that have
+    meta-tokens, attention all, patching target and none, residual target"""
 
     def __post_init__(self):
         super().__post_init__()

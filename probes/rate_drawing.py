@@ -35,8 +35,8 @@ def _rates(figure, lines: list[dict]) -> None:
         of[0].set_ylabel("distortion D, nats:\ncross-entropy of the target")
     for axes in panels[-1]:
         axes.set_xlabel(f"rate R, nats: at most what the code tells\n{SCALE}")
-    sizes = f"{_spread(lines, 'train_texts')} to train, {_spread(lines, 'probe_seeds')} probe seeds; bars: 95 %"
-    figure.suptitle(f"{told(lines)}\n{texts_of(lines)} to test, {sizes}", fontsize=9)
+    sizes = f"trained on {_spread(lines, 'train_texts')}; probe seeds: {_spread(lines, 'probe_seeds')}; bars: 95 %"
+    figure.suptitle(f"{told(lines)}\n{texts_of(lines)}, {sizes}", fontsize=9)
     figure.legend(handles=_handles(lines), loc="outside lower center", ncols=2 if len(layers) == 1 else 3)
 
 
@@ -52,7 +52,7 @@ def _rate_panel(figure, lines: list[dict]) -> None:
     name = f"{target} of {task} ({level}), {placement}, {length} positions"
     title = wrapped(f"{name}, layer {first['layer']}")
     axes.set_title(f"{title}\n{_levels(lines)}")
-    n = f"n = {first['n']}, {first['train_texts']} to train, {first['probe_seeds']} probe seeds; bars: 95 %"
+    n = f"{texts_of(lines)}, trained on {first['train_texts']}; probe seeds: {first['probe_seeds']}; bars: 95 %"
     axes.set(xlabel=f"rate R, nats {SCALE}\n{wrapped(n)}", ylabel="distortion D, nats")
     legend(figure, _handles(lines))
 

@@ -40,7 +40,8 @@ from probes.look_drawing import residual_picture
 from probes.marks import MarksProbe, batches, mark_name, marks, name_of, ordinary_at, target_mark
 from probes.trace import states
 from reports.markup import percent
-from stats import DECIDES, bootstrap_means, mcnemar, mean_p, paired_difference, too_few, wilson
+from reports.probes import layers_where
+from stats import bootstrap_means, mcnemar, mean_p, paired_difference, too_few, wilson
 from tasks.example import Example, Maker
 from tasks.words import DELIMITER
 from terminal import write
@@ -293,7 +294,7 @@ def table(lines: list[dict]) -> str:
         out.append(
             f"  {distance:>4}  {place:<27}" + "".join(f"{shares.get(layer, ''):>6}" for layer in layers)
             + f"{percent(of[0]['majority']):>11}{percent(max(line['shuffled'] for line in of)):>10}  "
-            + f"{_where(of, 'more'):<20}  {_where(of, 'nearer')}".rstrip()
+            + f"{layers_where(of, 'more'):<20}  {layers_where(of, 'nearer')}".rstrip()
         )  # fmt: skip
     return "\n".join([
         *out,
@@ -305,17 +306,3 @@ def table(lines: list[dict]) -> str:
         f"of this checkpoint. By layer, with intervals: the picture and the lines.",
         *filter(None, [too_few(lines)]),
     ])  # fmt: skip
-
-
-def _where(lines: list[dict], claim: str) -> str:
-    """The layers in which a claim holds, and in which its reverse, by more than the margin or not."""
-    told = [line for line in lines if f"{claim}_verdict" in line]
-    if not told:
-        return ""
-    if all(line["n"] < DECIDES for line in told):
-        return "undecided"
-    holds, reverse = (
-        " ".join(str(line["layer"]) for line in told if line[f"{claim}_verdict"].startswith(verdict))
-        for verdict in ("holds", "the reverse")
-    )
-    return (holds or "none") + (f"; less: {reverse}" if reverse else "")

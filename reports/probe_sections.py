@@ -16,11 +16,16 @@ from reports import rates
 from reports.lines import CELL, NUMBER
 from reports.markup import percent, points, span
 from reports.paper import FIGURE_2
-from reports.probes import WHERE, Column, claim, probe
+from reports.probes import WHERE, Column, claim, layers_where, probe
 
 CHECKPOINT = "Verdicts and Holm's p are of this checkpoint, not of its arm."
 TEXTS = ("task", "placement", "level", "question", "length")  # tell cells apart
 N = Column("n", lambda line: line["n"])
+
+
+def by_layer(row: dict, show) -> str:
+    """What the lines of one row say, layer after layer from 0."""
+    return " ".join(map(show, sorted(row["lines"], key=lambda line: line["layer"])))
 
 
 def known(*names: str, **kinds: tuple) -> dict[str, tuple]:
@@ -132,7 +137,8 @@ RESIDUAL = probe(
     "norm) and the token some positions back: their cosine with the layer's mean state taken off, beside that with "
     'another text\'s token (floor); "nearer" is the difference. And how often a linear classifier, trained on other '
     "texts, names that token from the state, beside always naming the commonest and beside training on shuffled "
-    'labels; "against the word" is what it names more than from the word "mark" in the meta-token\'s place, in points. '
+    'labels (the most of any layer); "more than the word" are the layers in which it names more than from the word '
+    "\"mark\" in the meta-token's place. Intervals are in the figures and in the run's lines. "
     "The paper shows cosines that differ by some hundredths, without a floor. What can be decoded need not be used: "
     f"patching asks for that. {CHECKPOINT}",
     known("cosine_centred", "floor_centred", "decoded", "majority", "shuffled")
@@ -144,18 +150,16 @@ RESIDUAL = probe(
     (
         *WHERE,
         Column("state of", lambda line: PLACE_NAMES[line["place"]], text=True),
-        Column("layer", lambda line: line["layer"]),
         Column("back", lambda line: line["distance"]),
-        Column("cosine", lambda line: f"{line['cosine_centred']:+.3f}"),
-        Column("floor", lambda line: f"{line['floor_centred']:+.3f}"),
-        *claim("nearer", "nearer", "{:+.3f}".format),
-        Column("decoded, %", share("decoded")),
-        Column("95 %", lambda line: span(*line["decoded_interval"])),
+        Column("decoded, %, by layer", lambda line: by_layer(line, share("decoded"))),
         Column("commonest, %", share("majority")),
-        Column("shuffled, %", share("shuffled")),
-        *claim("against the word", "more", points),
+        Column("shuffled, %", lambda line: share("shuffled")(max(line["lines"], key=lambda of: of["shuffled"]))),
+        Column("more than the word, in layers", lambda line: layers_where(line["lines"], "more")),
+        Column("cosine less floor, by layer", lambda line: by_layer(line, lambda of: f"{of['nearer']:+.2f}")),
+        Column("nearer, in layers", lambda line: layers_where(line["lines"], "nearer")),
         N,
     ),
+    row=(*TEXTS, "place", "distance"),
     panel=TEXTS,
     choices={"place": PLACE_NAMES},
 )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from reports.lines import check_facts
 from reports.markup import Markup, escaped, p_value, table
 from reports.page import Page, Section
-from stats import brief, too_few
+from stats import DECIDES, brief, too_few
 
 
 class Column(NamedTuple):
@@ -49,12 +49,14 @@ def probe(
     paper: Callable[[], bytes] | None = None,
     choices: dict[str, Container[str]] | None = None,
     first: Callable[[dict], bool] = lambda line: True,
+    row: tuple[str, ...] = (),
 ) -> Section:
     """The section of a probe's lines.
 
     about: a paragraph of what it shows. fields: name -> types that a line must have; choices: field -> what it may
     be. cell: the fields that tell lines of one call apart. picture: lines -> PNG, of all lines of one call that have
-    the same `panel`. paper: the PNG of what the paper says of it. first: which lines are at the top of the table."""
+    the same `panel`. paper: the PNG of what the paper says of it. first: which lines are at the top of the table. row:
+    the fields that tell rows of the table apart, if several lines make one, which then has them as `lines`."""
 
     def check(line: dict) -> None:
         check_facts(line, fields)
@@ -66,10 +68,13 @@ def probe(
     def body(page: Page, lines: list[dict]) -> str:
         theirs = page.picture(f"{kind}_paper.png", f"{title}: what the paper says", paper()) if paper else ""
         calls = by_call(lines)
+        shown = [sorted(call, key=lambda line: not first(line)) for call in calls]
+        if row:
+            shown = [[{**of[0], "lines": of} for of in apart(call, row)] for call in shown]
         return f"""<h2 id="{kind}">{escaped(title)}</h2>
 <p>{escaped(about)}</p>
 {unlearned(lines)}<div>{theirs}{"".join(figures(page, kind, title, calls, panel, picture))}</div>
-{rows(page, [sorted(call, key=lambda line: not first(line)) for call in calls], columns)}"""
+{rows(page, shown, columns)}"""
 
     return Section(kind, check, key, body)
 
@@ -126,19 +131,39 @@ def latest(section: Section, lines: list[dict]) -> list[dict]:
     return list(kept.values())
 
 
+def apart(lines: list[dict], fields: tuple[str, ...]) -> list[list[dict]]:
+    """The lines in groups that have the same fields."""
+    groups: dict[tuple, list[dict]] = {}
+    for line in lines:
+        groups.setdefault(tuple(line[name] for name in fields), []).append(line)
+    return list(groups.values())
+
+
+def layers_where(lines: list[dict], claim: str) -> str:
+    """Of lines of several layers: in which a claim holds, and in which its reverse, by more than the margin or not."""
+    told = [line for line in lines if f"{claim}_verdict" in line]
+    if not told:
+        return ""
+    if all(line["n"] < DECIDES for line in told):
+        return "undecided"
+    holds, reverse = (
+        " ".join(str(line["layer"]) for line in told if line[f"{claim}_verdict"].startswith(verdict))
+        for verdict in ("holds", "the reverse")
+    )
+    return (holds or "none") + (f"; less: {reverse}" if reverse else "")
+
+
 def figures(
     page: Page, kind: str, title: str, calls: list[list[dict]], panel: tuple[str, ...], picture: Callable
 ) -> list[Markup]:
     """A picture of all lines of one call that have the same `panel`."""
     shown = []
     for call in calls:
-        panels: dict[tuple, list[dict]] = {}
-        for line in call:
-            panels.setdefault(tuple(line[name] for name in panel), []).append(line)
-        for of in panels.values():
-            what = f"{title}: {_name(call)}, as in the table below"
+        for of in apart(call, panel):
+            cell = ", ".join(str(of[0][name]).replace("_", " ") for name in panel)
+            which = f"{_name(call)}; {cell}" if cell else _name(call)
             name = f"{kind}_{len(shown) + 1}.png"
-            shown.append(page.picture(name, what, picture(of), of, note=_name(call)))
+            shown.append(page.picture(name, f"{title}: {which}, as in the table below", picture(of), of, note=which))
     return shown
 
 

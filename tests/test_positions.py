@@ -298,8 +298,8 @@ def test_a_run_that_has_not_learned_what_is_asked_is_named(tokenizer, monkeypatc
         found = answered(run, maker, "easy", 48, 1000)
         assert found["n"] == 100 and found["better"] == learned and found["floor"] >= 0.5
         said = doubt(run, [(maker, 48, found)])
-        told = f"of the first 100 texts: parity target 48: 50.0% against {found['floor']:.1%}\n"
-        assert said == "" if learned else said.endswith(told)
+        told = f"answers parity target 48 to 50.0% against {found['floor']:.1%} of a shortcut or chance"
+        assert said == "" if learned else told in said
 
 
 def kept(run, folder, **task):

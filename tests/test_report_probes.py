@@ -53,7 +53,7 @@ def patching(site: str, layer: int, kept: float, **other) -> dict:
 def residual(place: str, layer: int, distance: int, decoded: float, **other) -> dict:
     found = {"cosine_centred": 0.5, "cosine_centred_interval": [0.25, 0.75], "floor_centred": 0.375,
              "decoded": decoded, "decoded_interval": [0.125, 0.875], "majority": 0.0625,
-             "shuffled": 0.03125}  # fmt: skip
+             "shuffled": 0.03125, "n": 1000}  # fmt: skip
     more = judged("more", 0.125, -0.25, 0.375, "undecided") if place == "mark" else {}
     near = judged("nearer", 0.125, 0.0625, 0.1875, "holds")
     return of("residual", **{"place": place, "layer": layer, "distance": distance} | found | near | more | other)
@@ -83,7 +83,7 @@ LINES = {
     "attention": [attention(0, 1, 2.5), attention(None, None, 1.5), attention(None, None, 1.0, placement="every")],
     "patching": [patching("mark", 0, 0.75), patching("answer", 1, 0.0), patching("mark", 0, 0.5, task="copying")],
     "residual": [residual(place, 0, d, 0.5) for place in ("mark", "word") for d in (1, 8)]
-    + [residual("mark", 0, 1, 0.25, placement="every")],
+    + [residual("mark", 1, 8, 0.75), residual("mark", 0, 1, 0.25, placement="every")],
     "rate_distortion": [curve("meta", (4.0, 2.0)), curve("question", (5.0,), layer=3), comparison("meta", "question")],
 }
 PICTURES = {"attention": {"paper", 1}, "patching": {1, 2}, "residual": {1, 2}, "rate_distortion": {1, 2}}
@@ -92,8 +92,7 @@ ROWS = {
                   "undecided", "-0.75", "12.5", "50.0", "37.5", "100", "[1]"),
     "patching": ("the answer in the text", "1", "0.0", "-6.2 .. 3.1", "+75.0", "-50.0 .. +50.0", "0.040", "holds",
                  "25.0", "12.5 .. 37.5", "+25.0", "+0.0 .. +50.0", "0.040", "undecided", "75.0", "100", "[1]"),
-    "residual": ("the mark", "0", "8", "+0.500", "+0.375", "+0.125", "+0.062 .. +0.188", "0.040", "holds", "50.0",
-                 "12.5 .. 87.5", "6.2", "3.1", "+12.5", "-25.0 .. +37.5", "0.040", "undecided", "100", "[1]"),
+    "residual": ("the mark", "8", "50.0 75.0", "6.2", "3.1", "none", "+0.12 +0.12", "0 1", "1000", "[1]"),
     "rate_distortion": ("4", "answer", "meta", "yes", "2.000", "1.750 .. 2.250", "4.000", "1.500", "5.400", "5.375",
                         "5.250", "5.500", "0", "4000", "3", "100", "[1]"),
 }  # fmt: skip
