@@ -106,8 +106,8 @@ PATCHING = probe(
     "replaced by that of a donor, a text with another answer. Where the text's own answer goes, the state is needed; "
     "where the donor's comes, the state carries it. If neither moves at the mark, the answer is not read there, or "
     "only what is the same in both texts, such as that it is a mark; the answer itself in the text, and the token that "
-    "predicts it, show what it looks like where it is read. Shares are of texts; changes are against no patch, in "
-    f"points. {CHECKPOINT}",
+    "predicts it, show what it looks like where it is read. Shares are of texts, by the layer that the state enters; "
+    f"intervals are in the figures and in the run's lines. {CHECKPOINT}",
     known("kept", "kept_unpatched", "donor", "donor_unpatched", site=(str,), layer=(int,))
     | {"kept_interval": (list,), "donor_interval": (list,)}
     | judged("needed", "carried"),
@@ -116,16 +116,14 @@ PATCHING = probe(
     (
         *WHERE,
         Column("replaced at", lambda line: SITE_NAMES[line["site"]], text=True),
-        Column("layer", lambda line: line["layer"]),
-        Column("own answer, %", share("kept")),
-        Column("95 %", lambda line: span(*line["kept_interval"])),
-        *claim("needed", "needed", points),
-        Column("donor's, %", share("donor")),
-        Column("95 %", lambda line: span(*line["donor_interval"])),
-        *claim("carried", "carried", points),
-        Column("own, no patch, %", share("kept_unpatched")),
+        Column("own answer, no patch, %", share("kept_unpatched")),
+        Column("own answer, %, by layer", lambda line: by_layer(line, share("kept"))),
+        Column("needed, in layers", lambda line: layers_where(line["lines"], "needed")),
+        Column("donor's, %, by layer", lambda line: by_layer(line, share("donor"))),
+        Column("carried, in layers", lambda line: layers_where(line["lines"], "carried")),
         N,
     ),
+    row=(*TEXTS, "site"),
     panel=TEXTS,
     choices={"site": SITE_NAMES},
 )

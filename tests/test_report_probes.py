@@ -45,7 +45,7 @@ def attention(layer: int | None, head: int | None, boost: float, **other) -> dic
 
 def patching(site: str, layer: int, kept: float, **other) -> dict:
     shares = {"kept": kept, "kept_interval": [kept - 0.0625, kept + 0.03125], "kept_unpatched": 0.75,
-              "donor": 0.25, "donor_interval": [0.125, 0.375], "donor_unpatched": 0.0}  # fmt: skip
+              "donor": 0.25, "donor_interval": [0.125, 0.375], "donor_unpatched": 0.0, "n": 1000}  # fmt: skip
     claims = judged("needed", 0.75 - kept, -0.5, 0.5, "holds") | judged("carried", 0.25, 0.0, 0.5, "undecided")
     return of("patching", **{"site": site, "layer": layer} | shares | claims | other)
 
@@ -81,7 +81,12 @@ def comparison(first: str, second: str) -> dict:
 
 LINES = {
     "attention": [attention(0, 1, 2.5), attention(None, None, 1.5), attention(None, None, 1.0, placement="every")],
-    "patching": [patching("mark", 0, 0.75), patching("answer", 1, 0.0), patching("mark", 0, 0.5, task="copying")],
+    "patching": [
+        patching("mark", 0, 0.75),
+        patching("answer", 1, 0.0),
+        patching("mark", 0, 0.5, task="copying"),
+        patching("mark", 1, 0.25, needed_verdict="the reverse holds"),
+    ],
     "residual": [residual(place, 0, d, 0.5) for place in ("mark", "word") for d in (1, 8)]
     + [residual("mark", 1, 8, 0.75), residual("mark", 0, 1, 0.25, placement="every")],
     "rate_distortion": [curve("meta", (4.0, 2.0)), curve("question", (5.0,), layer=3), comparison("meta", "question")],
@@ -90,8 +95,7 @@ PICTURES = {"attention": {"paper", 1}, "patching": {1, 2}, "residual": {1, 2}, "
 ROWS = {
     "attention": ("causal", "0.1", "+2.50", "+2.00 .. +3.00", "0.040", "holds", "+0.25", "-0.12 .. +0.62", "0.040",
                   "undecided", "-0.75", "12.5", "50.0", "37.5", "100", "[1]"),
-    "patching": ("the answer in the text", "1", "0.0", "-6.2 .. 3.1", "+75.0", "-50.0 .. +50.0", "0.040", "holds",
-                 "25.0", "12.5 .. 37.5", "+25.0", "+0.0 .. +50.0", "0.040", "undecided", "75.0", "100", "[1]"),
+    "patching": ("the mark that ends the span", "75.0", "75.0 25.0", "0; less: 1", "25.0 25.0", "none", "1000", "[1]"),
     "residual": ("the mark", "8", "50.0 75.0", "6.2", "3.1", "none", "+0.12 +0.12", "0 1", "1000", "[1]"),
     "rate_distortion": ("4", "answer", "meta", "yes", "2.000", "1.750 .. 2.250", "4.000", "1.500", "5.400", "5.375",
                         "5.250", "5.500", "0", "4000", "3", "100", "[1]"),
