@@ -47,6 +47,13 @@ class MarksProbe(TasksEval):
         tasks = self.tasks or (("list_recall",) if "list_recall" in trained or not trained else trained)
         return TasksEval.cells(dataclasses.replace(self, tasks=tasks), run)
 
+    def readable(self, run: Run) -> Iterator[tuple[Maker, str, int]]:
+        """Who writes the texts of each cell, their level and length. Raises UserError if they do not fit."""
+        for name, placement, settings, level, length in self.cells(run):
+            if why := fits(run, length):
+                raise UserError(f"lengths={self.lengths} cannot all be read: {why}: leave longer ones out.")
+            yield Maker(name, placement, settings, run.tokenizer), level, length
+
     def makers(self, run: Run, placements: tuple[str, ...] = ()) -> list[tuple[Maker, str, int]]:
         """Who writes the texts of a cell, their level and length; by default of those of these placements that the run
         was trained with, if it was trained with any. Raises UserError if there are no such texts, they do
@@ -57,20 +64,17 @@ class MarksProbe(TasksEval):
         mine = tuple(placement for placement in placements if placement in trained)
         asked = self if self.placements or not mine else dataclasses.replace(self, placements=mine)
         out = []
-        for name, placement, settings, level, length in asked.cells(run):
-            if why := fits(run, length):
-                raise UserError(f"lengths={self.lengths} cannot all be read: {why}: leave longer ones out.")
-            if placement != "none" and not known:
+        for maker, level, length in asked.readable(run):
+            if maker.placement != "none" and not known:
                 raise UserError(
-                    f"{run.folder} was trained without meta-tokens, and placement {placement} has them: take "
+                    f"{run.folder} was trained without meta-tokens, and placement {maker.placement} has them: take "
                     f"--placements none, where a word marks, or another run."
                 )
-            maker = Maker(name, placement, settings, run.tokenizer)
             (first,) = texts(maker, level, length, 1)
             if len(marks(maker, first)) == 0:
                 raise UserError(
-                    f"texts of {name} with placement {placement} and {length} positions have no meta-tokens: take "
-                    f"--placements target, every or none."
+                    f"texts of {maker.name} with placement {maker.placement} and {length} positions have no "
+                    f"meta-tokens: take --placements target, every or none."
                 )
             out.append((maker, level, length))
         return out

@@ -24,7 +24,6 @@ from typing import Literal
 
 from checkpoint import Run
 from config import GPTConfig, UserError, check
-from evals.common import fits
 from evals.tasks import about, read, texts
 from model import GPT
 from probes.calls import SMALL, earlier, in_row, keep, warned
@@ -123,17 +122,14 @@ def cells_of(cfg: PositionsProbe, run: Run) -> list[tuple[Maker, str, int]]:
     """Who writes the texts of a cell, their level and length. Raises UserError if there are no such texts, they do not
     fit, or have no meta-tokens."""
     out = []
-    for task, placement, settings, level, length in cfg.cells(run):
-        if why := fits(run, length):
-            raise UserError(f"lengths={cfg.lengths} cannot all be read: {why}: leave longer ones out.")
-        if placement == "none" and not cfg.placements and len(run.config.task.placements) > 1:
+    for maker, level, length in cfg.readable(run):
+        if maker.placement == "none" and not cfg.placements and len(run.config.task.placements) > 1:
             continue  # of a run that was trained with others, too
-        maker = Maker(task, placement, settings, run.tokenizer)
         (first,) = texts(maker, level, length, 1)
         if run.tokenizer.meta not in first.ids:
             raise UserError(
-                f"texts of {task} with placement {placement} and {length} positions have no meta-tokens, so that no "
-                f"condition changes anything: take --placements target, every or background."
+                f"texts of {maker.name} with placement {maker.placement} and {length} positions have no meta-tokens, "
+                f"so that no condition changes anything: take --placements target, every or background."
             )
         out.append((maker, level, length))
     return out

@@ -44,12 +44,12 @@ import torch
 
 from checkpoint import Run
 from config import Placement, Task, UserError, check
-from evals.common import fits
-from evals.tasks import TasksEval, about, texts
+from evals.tasks import about, texts
 from probes import known
 from probes.bottleneck import Member, Source, Training, fit, measure
 from probes.calls import earlier, keep, warned
 from probes.curves import Points, baselines, compared, constant_distortion, converse, found, intervals
+from probes.marks import MarksProbe
 from probes.places import STATES, Spot, labels_of, missing, queries_of, read_states, spots
 from probes.rate_drawing import rate_picture
 from probes.rate_table import progress, table, ticking
@@ -62,15 +62,13 @@ SPLITS = ("train/rate_distortion", "val", "test")  # no text is in two: tasks/ex
 
 
 @dataclass(frozen=True)
-class RateDistortionProbe(TasksEval):
+class RateDistortionProbe(MarksProbe):
     """Rate and distortion of bottlenecks on frozen hidden states, in nats."""
 
     known: bool = False
     """instead of a run, sources of which it is known what can be read from them"""
     tasks: tuple[Task, ...] = ("list_recall",)
     """list_recall, segment_counting, parity, copying"""
-    lengths: tuple[int, ...] = (128,)
-    """positions of the longest texts of a cell; the shortest have nine tenths of that"""
     placements: tuple[Placement, ...] = ("target",)
     """target, every, none, background; a cell each"""
     n: int = 1000
@@ -112,7 +110,7 @@ class RateDistortionProbe(TasksEval):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("tasks", "placements", "lengths", "states", "layers", "targets", "back", "rates"):
+        for name in ("states", "layers", "targets", "back", "rates"):
             check(self, name, len(set(getattr(self, name))) == len(getattr(self, name)), "name each once")
         for name in ("n", "train_texts", "val_texts"):
             check(self, name, 20 <= getattr(self, name) <= 10**6, "be 20 texts or more, and 1000000 at most")
@@ -136,7 +134,6 @@ class RateDistortionProbe(TasksEval):
         check(self, "weight_decay", 0 <= self.weight_decay <= 100, "lie in 0 .. 100")
         check(self, "margin", self.margin > 0, "be above 0 nats")
         check(self, "effect", self.effect >= 0, "be 0 nats or more")
-        check(self, "output", not self.output.endswith(".png"), "be a file of JSON lines; the picture lies beside it")
 
     @property
     def training(self) -> Training:
@@ -204,10 +201,7 @@ def cells_of(cfg: RateDistortionProbe, run: Run) -> list[tuple[Maker, str, int]]
     """Who writes the texts of a cell, their level and length. Raises UserError if there are no such texts, they do not
     fit, or their first ones lack a state or target that is named."""
     out = []
-    for task, placement, settings, level, length in cfg.cells(run):
-        if why := fits(run, length):
-            raise UserError(f"lengths={cfg.lengths} cannot all be read: {why}: leave longer ones out.")
-        maker = Maker(task, placement, settings, run.tokenizer)
+    for maker, level, length in cfg.readable(run):
         first = texts(maker, level, length, 20)
         states_of(cfg, maker, spots(maker, first, run.config.target_rule, cfg.reach, "test"))
         out.append((maker, level, length))

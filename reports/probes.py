@@ -70,7 +70,7 @@ def probe(
         calls = by_call(lines)
         shown = [sorted(call, key=lambda line: not first(line)) for call in calls]
         if row:
-            shown = [[{**of[0], "lines": of} for of in apart(call, row)] for call in shown]
+            shown = [[{**of[0], "lines": of} for of in apart(call, fields_of(row))] for call in shown]
         return f"""<h2 id="{kind}">{escaped(title)}</h2>
 <p>{escaped(about)}</p>
 {unlearned(lines)}<div>{theirs}{"".join(figures(page, kind, title, calls, panel, picture))}</div>
@@ -110,10 +110,7 @@ def run_key(line: dict) -> tuple:
 
 
 def by_call(lines: list[dict]) -> list[list[dict]]:
-    calls: dict[tuple, list[dict]] = {}
-    for line in lines:
-        calls.setdefault((line["run"], *run_key(line)), []).append(line)
-    return list(calls.values())
+    return apart(lines, lambda line: (line["run"], *run_key(line)))
 
 
 def _name(call: list[dict]) -> str:
@@ -131,12 +128,16 @@ def latest(section: Section, lines: list[dict]) -> list[dict]:
     return list(kept.values())
 
 
-def apart(lines: list[dict], fields: tuple[str, ...]) -> list[list[dict]]:
-    """The lines in groups that have the same fields."""
+def apart(lines: list[dict], key: Callable[[dict], tuple]) -> list[list[dict]]:
+    """The lines in groups that have the same key."""
     groups: dict[tuple, list[dict]] = {}
     for line in lines:
-        groups.setdefault(tuple(line[name] for name in fields), []).append(line)
+        groups.setdefault(key(line), []).append(line)
     return list(groups.values())
+
+
+def fields_of(names: tuple[str, ...]) -> Callable[[dict], tuple]:
+    return lambda line: tuple(line[name] for name in names)
 
 
 def layers_where(lines: list[dict], claim: str) -> str:
@@ -159,7 +160,7 @@ def figures(
     """A picture of all lines of one call that have the same `panel`."""
     shown = []
     for call in calls:
-        for of in apart(call, panel):
+        for of in apart(call, fields_of(panel)):
             cell = ", ".join(str(of[0][name]).replace("_", " ") for name in panel)
             which = f"{_name(call)}; {cell}" if cell else _name(call)
             name = f"{kind}_{len(shown) + 1}.png"

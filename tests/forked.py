@@ -40,9 +40,10 @@ def _program(command: list[str], cwd: str, env: dict, files: list[str]) -> None:
         opened = os.open(file, os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)
         os.dup2(opened, number)
         os.close(opened)
-    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+    # multiprocessing has closed the first, and the server's others may be a terminal's
+    own = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors, "closefd": False}
+    sys.stdin, sys.stdout = open(0, **own), open(1, "w", **own)
+    sys.stderr = open(2, "w", buffering=1, **own | {"errors": "backslashreplace"})
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -52,11 +53,15 @@ def _program(command: list[str], cwd: str, env: dict, files: list[str]) -> None:
     try:
         runpy.run_path(command[0], run_name="__main__")
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        code = end.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1
     threading._shutdown()  # as an interpreter does: wait for threads, then what is registered, then the last bytes
     atexit._run_exitfuncs()
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)

@@ -1,0 +1,43 @@
+"""A command as a fork is what it is as a program of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests import forked
+
+TELLS = """
+import atexit, multiprocessing, os, pathlib, sys, threading, time
+atexit.register(print, "registered")
+root = str(pathlib.Path(__file__).parent)
+mine = [name for name, module in sys.modules.items() if (getattr(module, "__file__", None) or "").startswith(ROOT)]
+print(__name__, sys.argv, sys.path[0] == root, os.getcwd(), sorted(os.environ.items()), sys.stdin.read(), mine)
+print([(of.encoding, of.errors, of.isatty()) for of in (sys.stdin, sys.stdout, sys.stderr)])
+print(multiprocessing.get_start_method(), threading.current_thread() is threading.main_thread())
+threading.Thread(target=lambda: (time.sleep(0.2), print("a thread has ended"))).start()
+sys.stderr.write("no end of line")
+END
+"""
+ENDS = {
+    "": 0, "sys.exit()": 0, "sys.exit(3)": 3, "sys.exit('why')": 1, "1 / 0": 1, "os.kill(os.getpid(), 9)": -9,
+}  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="commands are forked on Linux alone")
+@pytest.mark.parametrize("end", ENDS)
+def test_a_fork_is_as_a_program_of_its_own(tmp_path, end):
+    script, args = tmp_path / "tells.py", ("--one=1", "two words")
+    script.write_text(
+        TELLS.replace("ROOT", repr(str(forked.Path(forked.__file__).parent.parent / "config"))).replace("END", end)
+    )
+    env = {name: value for name, value in os.environ.items() if name.startswith(("PATH", "LANG", "LC_"))} | {"X": "é"}
+    one = forked.run(script, args, tmp_path, env, "input é".encode(), 60)
+    other = subprocess.run(
+        [sys.executable, script, *args], cwd=tmp_path, env=env, input="input é".encode(), capture_output=True
+    )
+    assert one.returncode == other.returncode == ENDS[end]
+    assert one.stdout == other.stdout
+    last = [said.stderr.decode().splitlines()[-1:] for said in (one, other)]  # a traceback has frames of its own
+    assert last[0] == last[1] and one.stderr.startswith(b"no end of line") == other.stderr.startswith(b"no end of line")
