@@ -21,7 +21,7 @@ data/stdlib_uniform/manifest.json:
 	$(RUN) prepare.py
 out/quickstart/loss.png:
 	$(RUN) train.py config/tiny_meta.py --run_name=quickstart --init_from=auto
-	$(RUN) plot.py out/quickstart
+	$(RUN) report.py curves out/quickstart
 
 test: install lint
 	$(RUN) -m pytest -q -n 2 --dist worksteal -m 'not slow'

@@ -14,12 +14,13 @@ import argparse
 import json
 from pathlib import Path
 
-from benches import decoding, drawing, layer, lengths, preparing, profile, training
-from benches.timing import DTYPES, matmul_peak
-from cli import run_cli
-from config import UserError
-from dist import pick_device, why_not_compile
-from runlog import environment
+from nanometa.benches import decoding, layer, lengths, preparing, profile, training
+from nanometa.benches.timing import DTYPES, matmul_peak
+from nanometa.common.errors import UserError
+from nanometa.config.command_line import run_cli
+from nanometa.reports import bench_picture
+from nanometa.training.distributed import pick_device, why_not_compile
+from nanometa.training.run_log import environment
 
 SECTIONS = ("training", "profile", "decoding", "preparing", "layer", "lengths")
 
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
             print(sentence, flush=True)
         # after every section: what is measured stays if the next one is interrupted
         (args.output / "results.json").write_text(json.dumps({"environment": facts, **results}, indent=1) + "\n")
-        drawing.draw(results, args.output / "bench.png", f"{facts['processor']}, {facts['threads']} threads")
+        bench_picture.draw(results, args.output / "bench.png", f"{facts['processor']}, {facts['threads']} threads")
     print(f"\n{args.output / 'bench.png'}, {args.output / 'results.json'}")
 
 

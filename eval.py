@@ -2,12 +2,12 @@
 
 python eval.py tasks --run=out/recall --lengths 128 256 512          # exact answers to the synthetic tasks
 python eval.py perplexity --run=out/recall --lengths 512 1024        # loss, bits per byte, with and without markers
-python eval.py perplexity --run=out/recall --lengths 512 4096 --documents   # by depth in long ones; plot.py draws it
+python eval.py perplexity --run=out/recall --lengths 512 4096 --documents   # by depth; report.py curves draws it
 python eval.py passkey --run=out/recall --lengths 512 1024           # a number hidden in filler: exact, and its rank
 """
 
-from cli import run_cli, run_named
-from evals import passkey, perplexity, tasks
+from nanometa.config.command_line import run_cli, run_named
+from nanometa.evals import passkey, perplexity, tasks
 
 EVALS = {
     "tasks": (tasks.TasksEval, tasks.main),

@@ -14,10 +14,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import GPTConfig, UserError
-from meta_attention import CausalSelfAttention, MetaAttention, gather_rows
-from rng import stable_key
-from rope import attend_dynamic, fixed_scale, rope_tables, rotate
+from nanometa.common.errors import UserError
+from nanometa.common.keyed_random import stable_key
+from nanometa.config import GPTConfig
+from nanometa.layers.rope import attend_dynamic, fixed_scale, rope_tables, rotate
+from nanometa.meta_attention import CausalSelfAttention, MetaAttention, gather_rows
 
 GATHERED = ("meta", "random")  # the second attentions that connect the positions of meta_index alone
 
@@ -86,7 +87,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = LayerNorm(cfg)
-        if not self.wte.weight.is_meta:  # only counted, by estimate.py: there are no numbers to draw
+        if not self.wte.weight.is_meta:  # only counted, by training/estimate.py: there are no numbers to draw
             self._init_weights(seed)
 
     @torch.no_grad()
@@ -109,7 +110,7 @@ class GPT(nn.Module):
         """tokens, positions (B, T), meta_index (B, M) as in a Batch -> hidden states after ln_f (B, T, C).
 
         attends: for each block what its two attentions call in place of causal attention, for one row of packed texts
-        without pads (cache.py): q and k come rotated, unless rope_dynamic. None = causal."""
+        without pads (inference/cache.py): q and k come rotated, unless rope_dynamic. None = causal."""
         x = self.wte(tokens)  # (B, T, C)
         unplaced = self._unplaced(tokens, meta_index)
         rotates, own = (None, None), (None, None)
@@ -169,28 +170,3 @@ class GPT(nn.Module):
         decay, rest = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
         assert len(decay) + len(rest) == len({id(p) for p in params}), "a parameter is in no group or in two"
         return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-
-
-# GPT-2 weights in Hugging Face's naming. Theirs are Conv1D, (in, out), where ours are Linear, (out, in).
-_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-
-def to_hf(model: GPT) -> dict[str, torch.Tensor]:
-    """State dict for transformers.GPT2LMHeadModel. UserError but for second_attention none, position learned,
-    meta_position same, bias."""
-    cfg = model.cfg
-    if (cfg.second_attention, cfg.position, cfg.meta_position, cfg.bias) != ("none", "learned", "same", True):
-        raise UserError(
-            f"Hugging Face's GPT-2 has no second_attention={cfg.second_attention}, position={cfg.position}, "
-            f"meta_position={cfg.meta_position}, bias={cfg.bias}: only none, learned, same, True can be converted."
-        )
-    state = {name: p.T if name.endswith(_TRANSPOSED) else p for name, p in model.state_dict().items()}
-    state = {f"transformer.{name}": p.contiguous().clone() for name, p in state.items()}
-    return {**state, "lm_head.weight": state["transformer.wte.weight"]}
-
-
-def from_hf(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State dict for GPT from that of a GPT2LMHeadModel: the inverse of to_hf. The hub's own gpt2 has no prefix."""
-    ours = {name.removeprefix("transformer."): p for name, p in state.items() if name != "lm_head.weight"}
-    ours = {name: p for name, p in ours.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # masks
-    return {name: p.T.contiguous() if name.endswith(_TRANSPOSED) else p.clone() for name, p in ours.items()}

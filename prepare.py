@@ -22,13 +22,15 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cli import load_config, run_cli
-from config import PrepareConfig, UserError, to_dict
-from data.assemble import assemble
-from data.encoders import Encoders, Item, split_of
-from data.shards import read_manifest, token_dtype
-from data.sources import Piece, Skipped, Source, open_source
-from data.staging import (
+from nanometa.common.errors import UserError
+from nanometa.config import PrepareConfig
+from nanometa.config.checks import to_dict
+from nanometa.config.command_line import load_config, run_cli
+from nanometa.data.assemble import assemble
+from nanometa.data.encoders import Encoders, Item, split_of
+from nanometa.data.shards import read_manifest, token_dtype
+from nanometa.data.sources import Piece, Skipped, Source, open_source
+from nanometa.data.staging import (  # fmt: skip
     FREE,
     PLAN,
     SEGMENT_TOKENS,
@@ -43,9 +45,8 @@ from data.staging import (
     read_plan,
     units_of,
     write_plan,
-)  # fmt: skip
-from data.tokenizer import SPEC_FILE, Tokenizer
-from terminal import write_tokens
+)
+from nanometa.data.tokenizer import SPEC_FILE, Tokenizer, write_tokens
 
 TOKENIZER_BYTES = 64 * 2**20  # text that a BPE is trained on at most
 
@@ -309,7 +310,7 @@ def print_summary(folder: Path, manifest: dict, console: Console) -> None:
 
 def inspect(folder: Path, console: Console, windows: int = 2) -> None:
     """Prints a dataset's manifest and its first windows with the markers made visible."""
-    from data.loader import Windows  # brings torch, which nothing else here needs: seconds, and 200 MB
+    from nanometa.data.loader import Windows  # brings torch, which nothing else here needs: seconds, and 200 MB
 
     manifest = read_manifest(folder)
     print_summary(folder, manifest, console)

@@ -10,8 +10,8 @@ A call appends lines to a file in the run's folder and draws, beside it, what th
 what was read more than once the line of most texts, among equals the last.
 """
 
-from cli import run_cli, run_named
-from probes import attention, patching, positions, rate_distortion, residual
+from nanometa.config.command_line import run_cli, run_named
+from nanometa.probes import attention, patching, positions, rate_distortion, residual
 
 PROBES = {
     "positions": (positions.PositionsProbe, positions.main),

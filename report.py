@@ -3,6 +3,7 @@ the paper's figures, and what they cost. Each section is there where its lines a
 
 python report.py out/meta_128 out/meta_256 out/pause_128 --output=out/report
 python report.py records/2026-11-22_three_arms/tasks.jsonl --margin=0.05 --effect=0.02
+python report.py curves out/meta_128 out/pause_128 --output=curves.png        # loss curves alone, as a picture
 """
 
 import functools
@@ -12,13 +13,14 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from cli import load_config, run_cli
-from config import UserError, check, check_types
-from reports import cost, depth, extension, tasks, training
-from reports.files import Found, read
-from reports.page import Page, Section
-from reports.probe_sections import PROBES
-from terminal import write
+from nanometa.common.errors import UserError
+from nanometa.common.terminal import write
+from nanometa.config.checks import check, check_types
+from nanometa.config.command_line import load_config, run_cli
+from nanometa.reports import cost, curves, depth, extension, tasks, training
+from nanometa.reports.files import Found, read
+from nanometa.reports.page import Page, Section
+from nanometa.reports.probe_sections import PROBES
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Report:
 
 
 def main(argv: list[str]) -> None:
+    if argv[:1] == ["curves"]:
+        return curves.main(argv[1:])
     cfg = load_config(Report, argv)
     if not cfg.runs:
         raise UserError("runs is empty: name folders of runs, such as out/meta_128.")

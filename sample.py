@@ -13,16 +13,17 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cache import Weights
-from checkpoint import Run, load_run
-from cli import load_config, run_cli
-from config import SampleConfig, UserError
-from data.tokenizer import META
-from dist import autocast, pick_device, pick_dtype
-from extend import rescaled, scaling_of
-from generate import MarkerPlan, generate_batch, lay_out, prepare
-from rng import stable_key
-from terminal import BOLD, DIM_MAGENTA, write
+from nanometa.common.errors import UserError
+from nanometa.common.keyed_random import stable_key
+from nanometa.common.terminal import BOLD, DIM_MAGENTA, write
+from nanometa.config import SampleConfig
+from nanometa.config.command_line import load_config, run_cli
+from nanometa.data.tokenizer import META
+from nanometa.inference.cache import Weights
+from nanometa.inference.generation import MarkerPlan, generate_batch, lay_out, prepare
+from nanometa.training.checkpoint import Run, load_run
+from nanometa.training.context_extension import rescaled, scaling_of
+from nanometa.training.distributed import autocast, pick_device, pick_dtype
 
 BATCH = 8  # samples at once: the cache of each takes memory
 

@@ -24,34 +24,27 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import pretrained
-from cli import load_config, run_cli
-from config import TrainConfig, UserError, to_dict
-from data.loader import Batch, Windows, step_windows, window_order
-from data.verify import verify
-from dist import Dist, autocast, pick_dtype, processes, ranks, why_not_compile
-from estimate import flops_per_window, peak_flops, report
-from guard import Guard
-from loss import Objective, Tally, scored_rows, token_scores
-from model import GPT
-from optim import Optimizer, learning_rate, norms
-from rng import stable_key
-from runlog import RunLog, environment
-from show import show_batch
-from startup import (
-    accumulation,
-    base_of,
-    check_resumable,
-    data_facts,
-    find_checkpoint,
-    flat,
-    open_windows,
-    with_base,
-    with_vocabulary,
-)
-from tasks.source import Answers, TaskWindows
-from tasks.words import tokens_per_item
+from nanometa.common.errors import UserError
+from nanometa.common.keyed_random import stable_key
+from nanometa.config import TrainConfig
+from nanometa.config.checks import flat, to_dict
+from nanometa.config.command_line import load_config, run_cli
+from nanometa.data.loader import Batch, Windows, step_windows, window_order
+from nanometa.data.verify import verify
+from nanometa.layers.loss import Objective, Tally, scored_rows, token_scores
+from nanometa.model import GPT
+from nanometa.tasks.source import Answers, TaskWindows
+from nanometa.tasks.words import tokens_per_item
+from nanometa.training import checkpoint, pretrained
+from nanometa.training.bad_steps import Guard
+from nanometa.training.base_run import base_of, with_base
+from nanometa.training.dataset import data_facts, open_windows, with_vocabulary
+from nanometa.training.distributed import Dist, accumulation, autocast, pick_dtype, processes, ranks, why_not_compile
+from nanometa.training.estimate import flops_per_window, peak_flops, report
+from nanometa.training.optimizer import Optimizer, learning_rate, norms
+from nanometa.training.resume import check_resumable, find_checkpoint
+from nanometa.training.run_log import RunLog, environment
+from nanometa.training.show_batch import show_batch
 
 
 @torch.no_grad()

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import torch
 
-from benches.timing import DTYPES, alternate, quartiles, say
-from benches.training import Step, nanogpt_model
-from config import GPTConfig
-from generate import MarkerPlan, generate_batch, lay_out, prepare
-from model import GPT
-from rng import stable_key
+from nanometa.benches.timing import DTYPES, alternate, quartiles, say
+from nanometa.benches.training import Step, nanogpt_model
+from nanometa.common.keyed_random import stable_key
+from nanometa.config import GPTConfig
+from nanometa.inference.generation import MarkerPlan, generate_batch, lay_out, prepare
+from nanometa.model import GPT
 
 PROMPT, NEW = 32, 256
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from benches.timing import DTYPES, alternate, quartiles
-from benches.training import DenseMeta
-from dist import autocast, pick_device
-from meta_attention import MetaAttention
+from nanometa.benches.timing import DTYPES, alternate, quartiles
+from nanometa.benches.training import DenseMeta
+from nanometa.meta_attention import MetaAttention
+from nanometa.training.distributed import autocast, pick_device
 
 WIDTH, HEADS = 768, 12
 LENGTHS = {1024: 4, 4096: 1}  # positions of a window: windows

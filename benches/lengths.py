@@ -1,8 +1,8 @@
 """Time and memory of a training step by length and by share of meta-tokens, beside the arithmetic."""
 
-from benches.timing import in_fresh_process, quartiles, say
-from benches.training import Step, training_step
-from estimate import flops_per_window
+from nanometa.benches.timing import in_fresh_process, quartiles, say
+from nanometa.benches.training import Step, training_step
+from nanometa.training.estimate import flops_per_window
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 POSITIONS = 8192  # a step, whatever the length

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from benches.timing import alternate, quartiles
-from cli import load_config
-from config import PrepareConfig, UserError
-from data.inject import inject, marker_places
-from data.shards import read_manifest, token_dtype
-from data.sources import Piece, open_source
-from data.staging import BLOCK_TOKENS
-from data.tokenizer import Tokenizer
+from nanometa.benches.timing import alternate, quartiles
+from nanometa.common.errors import UserError
+from nanometa.config import PrepareConfig
+from nanometa.config.command_line import load_config
+from nanometa.data.inject import inject, marker_places
+from nanometa.data.shards import read_manifest, token_dtype
+from nanometa.data.sources import Piece, open_source
+from nanometa.data.staging import BLOCK_TOKENS
+from nanometa.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CALL_CHARS = 16 * 2**20  # text in one call of tiktoken: the lists of ids of 100 MB would be 2 GB

@@ -2,7 +2,7 @@
 
 from torch.profiler import ProfilerActivity, profile
 
-from benches.training import SHAPES, Step, training_step
+from nanometa.benches.training import SHAPES, Step, training_step
 
 SHOWN = 12  # operators, the longest
 

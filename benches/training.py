@@ -12,15 +12,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from benches.timing import DTYPES, alternate, in_fresh_process, quartiles, say
-from config import GPTConfig, TrainConfig
-from data.loader import IGNORE, places_of
-from dist import autocast, pick_device
-from estimate import flops_per_window
-from loss import Objective
-from meta_attention import MetaAttention
-from model import GPT
-from optim import Optimizer
+from nanometa.benches.timing import DTYPES, alternate, in_fresh_process, quartiles, say
+from nanometa.config import GPTConfig, TrainConfig
+from nanometa.data.loader import IGNORE, places_of
+from nanometa.layers.loss import Objective
+from nanometa.meta_attention import MetaAttention
+from nanometa.model import GPT
+from nanometa.training.distributed import autocast, pick_device
+from nanometa.training.estimate import flops_per_window
+from nanometa.training.optimizer import Optimizer
 
 VOCABULARY, CONTENT = 50304, 50257
 # layers, heads, width, positions of a window, windows a step

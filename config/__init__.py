@@ -1,23 +1,12 @@
-"""The settings: frozen dataclasses and their checks. cli.py fills them from config files and command lines."""
+"""The settings: frozen dataclasses and their checks. command_line.py fills them from files and command lines."""
 
 import os
 import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from config._checks import (  # noqa: F401 (some are for the others alone)
-    FOLDER_NAME,
-    UserError,
-    bool_names,
-    check,
-    check_types,
-    field_names,
-    is_folder_name,
-    nearest_multiples,
-    nearest_name,
-    printable,
-    to_dict,
-)
+from nanometa.common.errors import UserError
+from nanometa.config.checks import FOLDER_NAME, check, check_types, is_folder_name, nearest_multiples
 
 
 @dataclass(frozen=True)

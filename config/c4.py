@@ -2,7 +2,7 @@
 
 python prepare.py config/c4.py"""
 
-from config import PrepareConfig
+from nanometa.config import PrepareConfig
 
 config = PrepareConfig(
     source="hf",

@@ -4,6 +4,6 @@ On the data of gpt2.py, without markers: does the gain come from the meta-tokens
 
 from dataclasses import replace
 
-from config.gpt2 import config as gpt2
+from nanometa.config.gpt2 import config as gpt2
 
 config = replace(gpt2, model=replace(gpt2.model, second_attention="causal"))

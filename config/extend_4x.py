@@ -8,7 +8,7 @@ trained. Steps, warm-up, batch and weight decay are those of YaRN's paper; its r
 ours is higher, and was not tuned. Documents must be as long as the window: python prepare.py --min_document_tokens
 leaves out those that are not."""
 
-from config import GPTConfig, TrainConfig
+from nanometa.config import GPTConfig, TrainConfig
 
 config = TrainConfig(
     model=GPTConfig(block_size=4096, position="rope", rope_scaling="yarn", rope_factor=4.0),

@@ -4,6 +4,6 @@ python train.py config/extend_8x.py --init_from=out/meta_gpt2 --dataset=data/pg1
 
 from dataclasses import replace
 
-from config.extend_4x import config as four
+from nanometa.config.extend_4x import config as four
 
 config = replace(four, model=replace(four.model, block_size=8192, rope_factor=8.0), micro_batch_size=1)

@@ -5,7 +5,7 @@ python train.py config/finetune_tasks.py --init_from=out/meta_gpt2 --train_lengt
 Model, tokenizer and target rule are the run's. The paper gives no rate, batch or placement for the controls: these are
 ours, the same for every arm."""
 
-from config import TaskConfig, TrainConfig
+from nanometa.config import TaskConfig, TrainConfig
 
 config = TrainConfig(
     task=TaskConfig(

@@ -4,6 +4,6 @@ python prepare.py config/fineweb_edu.py"""
 
 from dataclasses import replace
 
-from config.c4 import config as c4
+from nanometa.config.c4 import config as c4
 
 config = replace(c4, recipe="", hf_dataset="HuggingFaceFW/fineweb-edu", hf_config="sample-10BT")

@@ -4,7 +4,7 @@ python prepare.py config/c4.py --injection=none"""
 
 from dataclasses import replace
 
-from config.meta_gpt2 import config as meta
+from nanometa.config.meta_gpt2 import config as meta
 
 config = replace(
     meta,

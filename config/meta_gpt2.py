@@ -6,7 +6,7 @@
 The paper trains learned and rotary positions: --position=rope is the other one.
 """
 
-from config import GPTConfig, TrainConfig
+from nanometa.config import GPTConfig, TrainConfig
 
 config = TrainConfig(
     model=GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, second_attention="meta", position="learned"),

@@ -6,6 +6,6 @@ python prepare.py config/openwebtext.py"""
 
 from dataclasses import replace
 
-from config.c4 import config as c4
+from nanometa.config.c4 import config as c4
 
 config = replace(c4, recipe="", hf_dataset="Skylion007/openwebtext", hf_config="")

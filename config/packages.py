@@ -3,7 +3,7 @@ for the embedded one and has to be repeatable. The packages come with pip instal
 
 python prepare.py config/packages.py"""
 
-from config import PrepareConfig
+from nanometa.config import PrepareConfig
 
 config = PrepareConfig(
     source="packages",

@@ -4,6 +4,6 @@ Does the gain come from the second attention or from positions without text, whe
 
 from dataclasses import replace
 
-from config.meta_gpt2 import config as meta
+from nanometa.config.meta_gpt2 import config as meta
 
 config = replace(meta, model=replace(meta.model, second_attention="none"))

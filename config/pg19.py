@@ -4,6 +4,6 @@ python prepare.py config/pg19.py"""
 
 from dataclasses import replace
 
-from config.c4 import config as c4
+from nanometa.config.c4 import config as c4
 
 config = replace(c4, recipe="", hf_dataset="emozilla/pg19", hf_config="")

@@ -2,6 +2,6 @@
 
 python prepare.py"""
 
-from config import PrepareConfig
+from nanometa.config import PrepareConfig
 
 config = PrepareConfig()

@@ -5,8 +5,8 @@ python train.py config/tiny_extend_4x.py --init_from=out/tiny_meta --run_name=me
 
 from dataclasses import replace
 
-from config.extend_4x import config as full
-from config.tiny_meta import config as meta
+from nanometa.config.extend_4x import config as full
+from nanometa.config.tiny_meta import config as meta
 
 config = replace(
     full,

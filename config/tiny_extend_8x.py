@@ -5,7 +5,7 @@ python train.py config/tiny_extend_8x.py --init_from=out/tiny_meta --run_name=me
 
 from dataclasses import replace
 
-from config.tiny_extend_4x import config as four
+from nanometa.config.tiny_extend_4x import config as four
 
 config = replace(
     four,

@@ -4,7 +4,7 @@ python prepare.py --injection=none"""
 
 from dataclasses import replace
 
-from config.tiny_meta import config as meta
+from nanometa.config.tiny_meta import config as meta
 
 config = replace(
     meta,

@@ -3,7 +3,7 @@
 Windows of 512 positions (461 content tokens and 51 meta-tokens), so that tasks of that length fit later.
 LOG.md has the trials behind optimizer, schedule, rate, rotary positions, batch and beta2."""
 
-from config import GPTConfig, TrainConfig
+from nanometa.config import GPTConfig, TrainConfig
 
 config = TrainConfig(
     model=GPTConfig(n_layer=4, n_head=3, n_embd=192, block_size=512, second_attention="meta", position="rope"),

@@ -4,6 +4,6 @@ python prepare.py"""
 
 from dataclasses import replace
 
-from config.tiny_meta import config as meta
+from nanometa.config.tiny_meta import config as meta
 
 config = replace(meta, model=replace(meta.model, second_attention="none"))

@@ -4,7 +4,7 @@ python train.py config/tiny_tasks.py --init_from=out/tiny_meta --train_length=12
 
 from dataclasses import replace
 
-from config.finetune_tasks import config as full
+from nanometa.config.finetune_tasks import config as full
 
 config = replace(
     full,

@@ -4,6 +4,6 @@ python prepare.py --injection=none"""
 
 from dataclasses import replace
 
-from config.tiny_gpt2 import config as gpt2
+from nanometa.config.tiny_gpt2 import config as gpt2
 
 config = replace(gpt2, model=replace(gpt2.model, n_inner=6 * gpt2.model.n_embd))

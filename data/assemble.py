@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from config import PrepareConfig, UserError
-from data.inject import inject, marker_places
-from data.shards import MANIFEST, ShardWriter, token_dtype
-from data.staging import BLOCK_TOKENS, SPLITS, Segment, read_segment
-from data.tokenizer import Tokenizer
-from rng import stable_key
+from nanometa.common.errors import UserError
+from nanometa.common.keyed_random import stable_key
+from nanometa.config import PrepareConfig
+from nanometa.data.inject import inject, marker_places
+from nanometa.data.shards import MANIFEST, ShardWriter, token_dtype
+from nanometa.data.staging import BLOCK_TOKENS, SPLITS, Segment, read_segment
+from nanometa.data.tokenizer import Tokenizer
 
 COMPRESSOR_BYTES = 8 * 2**20  # validation text that gzip and xz are measured on at most
 

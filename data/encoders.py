@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import PrepareConfig
-from data.shards import token_dtype
-from data.sources import Piece, Skipped
-from data.tokenizer import Tokenizer
+from nanometa.config import PrepareConfig
+from nanometa.data.shards import token_dtype
+from nanometa.data.sources import Piece, Skipped
+from nanometa.data.tokenizer import Tokenizer
 
 BATCH_CHARS = 2**20  # text in one task of a worker
 # (unit, number of the piece in it, the piece; None ends the unit)

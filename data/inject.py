@@ -5,7 +5,7 @@ positions. So chunk i holds the same content whatever the rule, and the number o
 
 import numpy as np
 
-from rng import uniform_bits
+from nanometa.common.keyed_random import uniform_bits
 
 IN_CACHE = 2**13  # random numbers drawn at a time: they and their copies stay in a core's cache, which halves the time
 

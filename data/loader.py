@@ -6,11 +6,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from config import TrainConfig, UserError, nearest_multiples
-from data.inject import marker_places
-from data.shards import TokenStream, read_manifest
-from data.tokenizer import Tokenizer
-from rng import permute, stable_key
+from nanometa.common.errors import UserError
+from nanometa.common.keyed_random import permute, stable_key
+from nanometa.config import TrainConfig
+from nanometa.config.checks import nearest_multiples
+from nanometa.data.inject import marker_places
+from nanometa.data.shards import TokenStream, read_manifest
+from nanometa.data.tokenizer import Tokenizer
 
 IGNORE = -100  # the target of a position that is not scored
 

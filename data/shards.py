@@ -3,15 +3,14 @@
 magic "NANOMETA" | version uint32 | bytes a token uint32 | tokens uint64 | 8 zero bytes | ids, little-endian
 """
 
-import hashlib
 import math
 import struct
 from pathlib import Path
 
 import numpy as np
 
-from config import UserError
-from data.files import file_inside, is_count, read_json
+from nanometa.common.errors import UserError
+from nanometa.common.files import file_inside, file_sha256, is_count, read_json
 
 HEADER = struct.Struct("<8sIIQ8x")
 MAGIC, VERSION = b"NANOMETA", 1
@@ -57,11 +56,6 @@ class ShardWriter:
         self._file.close()
         self._file = None
         self.entries.append({"file": self._path.name, "tokens": self._count, "sha256": file_sha256(self._path)})
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path) -> dict:

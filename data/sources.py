@@ -17,8 +17,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
-from config import PrepareConfig, UserError, nearest_name, printable
-from data.files import parse_json
+from nanometa.common.errors import UserError, printable
+from nanometa.common.files import parse_json
+from nanometa.config import PrepareConfig
+from nanometa.config.checks import nearest_name
 
 PIECE_CHARS = 64 * 1024  # small beside any validation split, long beside any window
 READ_BYTES = 2**20  # of a file at a time

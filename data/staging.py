@@ -19,11 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from config import PrepareConfig, UserError, field_names, to_dict
-from data.files import is_count, read_json
-from data.shards import SPLITS, token_dtype
-from data.sources import Skipped, Source
-from data.tokenizer import Tokenizer
+from nanometa.common.errors import UserError
+from nanometa.common.files import is_count, read_json
+from nanometa.config import PrepareConfig
+from nanometa.config.checks import field_names, to_dict
+from nanometa.data.shards import SPLITS, token_dtype
+from nanometa.data.sources import Skipped, Source
+from nanometa.data.tokenizer import Tokenizer
 
 PLAN = "plan.json"
 COUNTS = ("tokens", "bytes", "documents")  # of each split in a segment

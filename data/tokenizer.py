@@ -7,6 +7,7 @@ Ids of every tokenizer: BPE tokens, then <|endoftext|>, then markers, then spare
 import base64
 import hashlib
 import importlib.util
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,8 +17,9 @@ import rustbpe
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from config import UserError
-from data.files import read_file, read_json
+from nanometa.common.errors import UserError
+from nanometa.common.files import read_file, read_json
+from nanometa.common.terminal import MAGENTA, write
 
 ENDOFTEXT, META = "<|endoftext|>", "<|meta|>"
 SPEC_FILE, RANKS_FILE = "tokenizer.json", "tokenizer.ranks"
@@ -159,3 +161,9 @@ class Tokenizer:
         bpe.train_from_iterator(iter(texts), vocab_size - 1)
         ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
         return cls(f"bpe{len(ranks) + 1}", bpe.get_pattern(), ranks)  # fewer than asked for where text runs out
+
+
+def write_tokens(tokens: Iterable[int], tokenizer: Tokenizer) -> None:
+    """Writes ids as text, with every <|meta|> visible."""
+    for is_marker, group in itertools.groupby(tokens, key=lambda token: token == tokenizer.meta):
+        write(tokenizer.decode(group), MAGENTA if is_marker else "")

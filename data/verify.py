@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
-from data.files import read_json
-from data.shards import HEADER, shard_path, token_dtype
+from nanometa.common.errors import UserError
+from nanometa.common.files import read_json
+from nanometa.data.shards import HEADER, shard_path, token_dtype
 
 CACHE = ".verified.json"
 BLOCK = 2**22  # bytes read at a time

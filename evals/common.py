@@ -9,14 +9,17 @@ from typing import Literal
 import numpy as np
 import torch
 
-from checkpoint import WEIGHTS, Run, content_tokens, load_run
-from config import Rescale, UserError, check_types, to_dict
-from data.inject import strip
-from data.loader import random_positions
-from data.shards import TokenStream, file_sha256, read_manifest, token_dtype
-from dist import autocast, pick_device, pick_dtype
-from extend import rescaled, scaling_of
-from runlog import environment
+from nanometa.common.errors import UserError
+from nanometa.common.files import file_sha256
+from nanometa.config import Rescale
+from nanometa.config.checks import check_types, to_dict
+from nanometa.data.inject import strip
+from nanometa.data.loader import random_positions
+from nanometa.data.shards import TokenStream, read_manifest, token_dtype
+from nanometa.training.checkpoint import WEIGHTS, Run, content_tokens, load_run
+from nanometa.training.context_extension import rescaled, scaling_of
+from nanometa.training.distributed import autocast, pick_device, pick_dtype
+from nanometa.training.run_log import environment
 
 POSITIONS = 16384  # in one forward: some 0.1 GB a layer at GPT-2's width
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from stats import clustered_ratio
+from nanometa.common.statistics import clustered_ratio
 
 
 def pieces(content: np.ndarray, eot: int, size: int) -> tuple[np.ndarray, np.ndarray, int]:

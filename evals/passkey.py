@@ -19,11 +19,14 @@ from typing import Literal
 
 import numpy as np
 
-from checkpoint import Run
-from config import UserError, check
-from data.inject import inject, marker_places
-from data.tokenizer import Tokenizer
-from evals.common import (
+from nanometa.common.errors import UserError
+from nanometa.common.keyed_random import Draws, stable_key
+from nanometa.common.statistics import wilson
+from nanometa.common.terminal import BOLD, write
+from nanometa.config.checks import check
+from nanometa.data.inject import inject, marker_places
+from nanometa.data.tokenizer import Tokenizer
+from nanometa.evals.common import (
     POSITIONS,
     Evaluation,
     check_finite,
@@ -34,12 +37,10 @@ from evals.common import (
     hidden_of,
     write_lines,
 )
-from loss import token_scores
-from rng import Draws, stable_key
-from stats import wilson
-from tasks.example import Draft, Example
-from tasks.source import collate
-from terminal import BOLD, write
+from nanometa.layers.loss import token_scores
+from nanometa.tasks.example import Draft, Example
+from nanometa.tasks.source import collate
+from nanometa.training.checkpoint import Run
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "

@@ -31,11 +31,13 @@ from typing import Literal
 import numpy as np
 import torch
 
-from checkpoint import Run
-from config import UserError, check, nearest_multiples
-from data.inject import inject, marker_places, strip
-from data.loader import IGNORE, Batch, places_of, targets_of
-from evals.common import (
+from nanometa.common.errors import UserError
+from nanometa.common.keyed_random import stable_key
+from nanometa.common.terminal import BOLD, write
+from nanometa.config.checks import check, nearest_multiples
+from nanometa.data.inject import inject, marker_places, strip
+from nanometa.data.loader import IGNORE, Batch, places_of, targets_of
+from nanometa.evals.common import (
     POSITIONS,
     Evaluation,
     check_finite,
@@ -49,10 +51,9 @@ from evals.common import (
     read_split,
     write_lines,
 )
-from evals.documents import ByDepth, pieces
-from loss import Tally, scored_rows, token_scores
-from rng import stable_key
-from terminal import BOLD, write
+from nanometa.evals.documents import ByDepth, pieces
+from nanometa.layers.loss import Tally, scored_rows, token_scores
+from nanometa.training.checkpoint import Run
 
 Markers = Literal["trained", "none", "none_wide", "stored", "uniform", "periodic"]
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from checkpoint import Run
-from config import Level, Placement, Question, Task, TaskConfig, check
-from evals.common import (
+from nanometa.common.statistics import bootstrap_ratio, wilson
+from nanometa.common.terminal import BOLD, write
+from nanometa.config import Level, Placement, Question, Task, TaskConfig
+from nanometa.config.checks import check
+from nanometa.evals.common import (
     POSITIONS,
     Evaluation,
     check_finite,
@@ -21,13 +23,12 @@ from evals.common import (
     hidden_of,
     write_lines,
 )
-from loss import scored_rows, token_scores
-from stats import bootstrap_ratio, wilson
-from tasks import TASKS
-from tasks.example import Example, Maker
-from tasks.source import collate, count_right
-from tasks.words import tokens_per_item
-from terminal import BOLD, write
+from nanometa.layers.loss import scored_rows, token_scores
+from nanometa.tasks import TASKS
+from nanometa.tasks.example import Example, Maker
+from nanometa.tasks.source import collate, count_right
+from nanometa.tasks.words import tokens_per_item
+from nanometa.training.checkpoint import Run
 
 
 @dataclass(frozen=True)

@@ -30,29 +30,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from checkpoint import Run
-from config import check
-from evals.common import check_finite, hidden_of
-from evals.tasks import about, texts
-from model import GATHERED
-from probes.calls import SMALL, call, in_row
-from probes.heads import FIRST, SECOND, Rows, seen
-from probes.look_drawing import attention_picture
-from probes.marks import (
-    MarksProbe,
-    answer_in_text,
-    asked_at,
-    batches,
-    mark_name,
-    mark_of,
-    marks,
-    name_of,
-)
-from probes.positions import under
-from probes.theorem import boosted_entropy
-from stats import bootstrap_means, mean_p, too_few
-from tasks.example import Example, Maker
-from terminal import write
+from nanometa.common.statistics import bootstrap_means, mean_p, too_few
+from nanometa.common.terminal import write
+from nanometa.config.checks import check
+from nanometa.evals.common import check_finite, hidden_of
+from nanometa.evals.tasks import about, texts
+from nanometa.model import GATHERED
+from nanometa.probes.calls import SMALL, call, in_row
+from nanometa.probes.heads import FIRST, SECOND, Rows, seen
+from nanometa.probes.marks import MarksProbe, answer_in_text, asked_at, batches, mark_name, mark_of, marks, name_of
+from nanometa.probes.positions import under
+from nanometa.reports.inside_pictures import attention_picture
+from nanometa.reports.theorem import boosted_entropy
+from nanometa.tasks.example import Example, Maker
+from nanometa.training.checkpoint import Run
 
 CLAIMS = ("boost", "drop")
 SCORES = 2**23  # logits of one attention at once: 32 MB in fp32, and some copies

@@ -5,16 +5,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from checkpoint import Run
-from config import UserError
-from evals.common import write_lines
-from evals.tasks import answered, doubt
-from probes.marks import MarksProbe, judged
-from reports.probe_sections import PROBES
-from reports.probes import latest
-from stats import brief
-from tasks.example import Maker
-from terminal import BOLD, write
+from nanometa.common.errors import UserError
+from nanometa.common.statistics import brief
+from nanometa.common.terminal import BOLD, write
+from nanometa.evals.common import write_lines
+from nanometa.evals.tasks import answered, doubt
+from nanometa.probes.marks import MarksProbe, judged
+from nanometa.reports.probe_sections import PROBES
+from nanometa.reports.probes import latest
+from nanometa.tasks.example import Maker
+from nanometa.training.checkpoint import Run
 
 SMALL = "(small)"
 SECTIONS = {section.kind: section for section in PROBES}

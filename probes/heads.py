@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 
-from config import UserError
-from model import GPT
+from nanometa.common.errors import UserError
+from nanometa.model import GPT
 
 FIRST, SECOND = "causal", "second"  # the attentions of a block, as lines name them
 

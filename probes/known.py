@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from probes.bottleneck import Member, Source, Training, fit, measure
+from nanometa.probes.bottleneck import Member, Source, Training, fit, measure
 
 VARIANCE = 4.0
 GAUSSIAN_BETAS = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # at 8, twice the variance, the rate is 0

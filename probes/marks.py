@@ -9,16 +9,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from checkpoint import Run
-from config import Placement, Task, UserError, check
-from data.loader import Batch
-from evals.common import POSITIONS, connected, fits, place_of
-from evals.tasks import TasksEval, texts
-from rng import Draws, stable_key
-from stats import decide, holm
-from tasks.example import POINT, Example, Maker
-from tasks.source import collate
-from tasks.words import DELIMITER
+from nanometa.common.errors import UserError
+from nanometa.common.keyed_random import Draws, stable_key
+from nanometa.common.statistics import decide, holm
+from nanometa.config import Placement, Task
+from nanometa.config.checks import check
+from nanometa.data.loader import Batch
+from nanometa.evals.common import POSITIONS, connected, fits, place_of
+from nanometa.evals.tasks import TasksEval, texts
+from nanometa.tasks.example import POINT, Example, Maker
+from nanometa.tasks.source import collate
+from nanometa.tasks.words import DELIMITER
+from nanometa.training.checkpoint import Run
 
 READ = 2048  # positions in one forward on a CPU, whose cache they stay in
 

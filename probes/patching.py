@@ -30,13 +30,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from checkpoint import Run
-from config import UserError, check
-from evals.common import check_finite, hidden_of
-from evals.tasks import about, texts
-from probes.calls import SMALL, call, in_row
-from probes.look_drawing import patching_picture
-from probes.marks import (
+from nanometa.common.errors import UserError
+from nanometa.common.statistics import DECIDES, bootstrap_means, mcnemar, paired_difference, too_few, wilson
+from nanometa.common.terminal import write
+from nanometa.config.checks import check
+from nanometa.evals.common import check_finite, hidden_of
+from nanometa.evals.tasks import about, texts
+from nanometa.probes.calls import SMALL, call, in_row
+from nanometa.probes.marks import (
     MarksProbe,
     answer_in_text,
     asked_at,
@@ -47,11 +48,11 @@ from probes.marks import (
     ordinary_at,
     target_mark,
 )
-from probes.trace import replaced, states
-from reports.markup import percent, points, span
-from stats import DECIDES, bootstrap_means, mcnemar, paired_difference, too_few, wilson
-from tasks.example import Example, Maker
-from terminal import write
+from nanometa.probes.trace import replaced, states
+from nanometa.reports.inside_pictures import patching_picture
+from nanometa.reports.markup import percent, points, span
+from nanometa.tasks.example import Example, Maker
+from nanometa.training.checkpoint import Run
 
 SITES = ("mark", "marks", "after", "ordinary", "answer", "asked")
 CLAIMS = {"needed": "kept", "carried": "donor"}  # claim -> the share that it is about

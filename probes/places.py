@@ -15,14 +15,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from checkpoint import Run
-from config import UserError
-from evals.common import place_of
-from probes.marks import batches
-from probes.trace import states
-from rng import Draws, stable_key
-from tasks.example import POINT, Example, Maker
-from tasks.words import DELIMITER
+from nanometa.common.errors import UserError
+from nanometa.common.keyed_random import Draws, stable_key
+from nanometa.evals.common import place_of
+from nanometa.probes.marks import batches
+from nanometa.probes.trace import states
+from nanometa.tasks.example import POINT, Example, Maker
+from nanometa.tasks.words import DELIMITER
+from nanometa.training.checkpoint import Run
 
 STATES = ("meta", "delimiter", "last", "random", "mean", "question")
 MISSING = {"meta": "no meta-token before the question", "delimiter": f"no {DELIMITER!r} before the question"}

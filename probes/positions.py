@@ -22,17 +22,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from checkpoint import Run
-from config import GPTConfig, UserError, check
-from evals.tasks import about, read, texts
-from model import GPT
-from probes.calls import SMALL, earlier, in_row, keep, warned
-from probes.drawing import positions_picture
-from probes.marks import MarksProbe
-from reports.markup import p_value, percent, points, span
-from stats import bits, decide, holm, mcnemar, paired_difference, too_few
-from tasks.example import Example, Maker
-from terminal import BOLD, write
+from nanometa.common.errors import UserError
+from nanometa.common.statistics import bits, decide, holm, mcnemar, paired_difference, too_few
+from nanometa.common.terminal import BOLD, write
+from nanometa.config import GPTConfig
+from nanometa.config.checks import check
+from nanometa.evals.tasks import about, read, texts
+from nanometa.model import GPT
+from nanometa.probes.calls import SMALL, earlier, in_row, keep, warned
+from nanometa.probes.marks import MarksProbe
+from nanometa.reports.markup import p_value, percent, points, span
+from nanometa.reports.position_pictures import positions_picture
+from nanometa.tasks.example import Example, Maker
+from nanometa.training.checkpoint import Run
 
 # name -> meta_position, None = as trained; is the embedding kept?
 CONDITIONS = {

@@ -42,21 +42,23 @@ from typing import Literal
 import numpy as np
 import torch
 
-from checkpoint import Run
-from config import Placement, Task, UserError, check
-from evals.tasks import about, texts
-from probes import known
-from probes.bottleneck import Member, Source, Training, fit, measure
-from probes.calls import earlier, keep, warned
-from probes.curves import Points, baselines, compared, constant_distortion, converse, found, intervals
-from probes.marks import MarksProbe
-from probes.places import STATES, Spot, labels_of, missing, queries_of, read_states, spots
-from probes.rate_drawing import rate_picture
-from probes.rate_table import progress, table, ticking
-from probes.trace import check_layer
-from stats import DECIDES, decide, holm, seed_difference
-from tasks.example import Maker
-from terminal import BOLD, write
+from nanometa.common.errors import UserError
+from nanometa.common.statistics import DECIDES, decide, holm, seed_difference
+from nanometa.common.terminal import BOLD, write
+from nanometa.config import Placement, Task
+from nanometa.config.checks import check
+from nanometa.evals.tasks import about, texts
+from nanometa.probes import known
+from nanometa.probes.bottleneck import Member, Source, Training, fit, measure
+from nanometa.probes.calls import earlier, keep, warned
+from nanometa.probes.curves import Points, baselines, compared, constant_distortion, converse, found, intervals
+from nanometa.probes.marks import MarksProbe
+from nanometa.probes.places import STATES, Spot, labels_of, missing, queries_of, read_states, spots
+from nanometa.probes.rate_table import progress, table, ticking
+from nanometa.probes.trace import check_layer
+from nanometa.reports.rate_pictures import rate_picture
+from nanometa.tasks.example import Maker
+from nanometa.training.checkpoint import Run
 
 SPLITS = ("train/rate_distortion", "val", "test")  # no text is in two: tasks/example.py
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from terminal import write
+from nanometa.common.terminal import write
 
 
 def ticking(epoch: int, going: int) -> None:

@@ -31,20 +31,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import Run
-from config import UserError, check
-from evals.common import check_finite, hidden_of
-from evals.tasks import about
-from probes.calls import call
-from probes.look_drawing import residual_picture
-from probes.marks import MarksProbe, batches, mark_name, marks, name_of, ordinary_at, target_mark
-from probes.trace import states
-from reports.markup import percent
-from reports.probes import layers_where
-from stats import bootstrap_means, mcnemar, mean_p, paired_difference, too_few, wilson
-from tasks.example import Example, Maker
-from tasks.words import DELIMITER
-from terminal import write
+from nanometa.common.errors import UserError
+from nanometa.common.statistics import bootstrap_means, mcnemar, mean_p, paired_difference, too_few, wilson
+from nanometa.common.terminal import write
+from nanometa.config.checks import check
+from nanometa.evals.common import check_finite, hidden_of
+from nanometa.evals.tasks import about
+from nanometa.probes.calls import call
+from nanometa.probes.marks import MarksProbe, batches, mark_name, marks, name_of, ordinary_at, target_mark
+from nanometa.probes.trace import states
+from nanometa.reports.inside_pictures import residual_picture
+from nanometa.reports.markup import percent
+from nanometa.reports.probes import layers_where
+from nanometa.tasks.example import Example, Maker
+from nanometa.tasks.words import DELIMITER
+from nanometa.training.checkpoint import Run
 
 STRENGTHS = (1e-1, 1e-2, 1e-3)  # of L2, from strong to weak, each starting from the one before it
 STEPS = 20  # of L-BFGS for each

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from config import UserError
-from model import GPT
+from nanometa.common.errors import UserError
+from nanometa.model import GPT
 
 
 def sites(model: GPT) -> list[torch.nn.Module]:

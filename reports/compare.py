@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from scipy import stats as distributions
 
-from reports.lines import Arm, Panel, order
-from stats import bits, decide, holm, mcnemar, paired_difference, seed_difference
+from nanometa.common.statistics import bits, decide, holm, mcnemar, paired_difference, seed_difference
+from nanometa.reports.lines import Arm, Panel, order
 
 SEEDS = 5  # with fewer nothing is decided between arms
 

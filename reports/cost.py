@@ -5,8 +5,8 @@ import math
 import statistics
 import struct
 
-from reports.markup import table
-from reports.training import Metrics, used
+from nanometa.reports.markup import table
+from nanometa.reports.training import Metrics, used
 
 
 def body(page, runs: list[Metrics]) -> str:

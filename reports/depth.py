@@ -9,12 +9,12 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 
-from config import UserError
-from reports.drawing import COLOURS, GREY, MARKERS, legend, png, wrapped
-from reports.lines import check_facts
-from reports.markup import table
-from reports.page import Section
-from stats import clustered_ratio
+from nanometa.common.errors import UserError
+from nanometa.common.statistics import clustered_ratio
+from nanometa.reports.drawing import COLOURS, GREY, MARKERS, legend, png, wrapped
+from nanometa.reports.lines import check_facts
+from nanometa.reports.markup import table
+from nanometa.reports.page import Section
 
 # a scaling has the same colour in every picture, whatever its factor
 COLOUR = dict(zip(("yarn", "pi", "ntk", "pi dynamic", "none", "yarn dynamic", "ntk dynamic"), COLOURS, strict=True))

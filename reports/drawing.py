@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from reports.compare import Difference
-from reports.lines import Arm, Panel, impossible, share_interval, summary
-from reports.paper import FIGURE_1, LENGTH
+from nanometa.reports.compare import Difference
+from nanometa.reports.lines import Arm, Panel, impossible, share_interval, summary
+from nanometa.reports.paper import FIGURE_1, LENGTH
 
 # told apart by the colour-blind (Okabe and Ito), and by their markers in grey
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")

@@ -8,12 +8,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from reports.drawing import COLOURS, GREY, MARKERS, legend, png, wrapped
-from reports.lines import Panel, cell_of, impossible
-from reports.markup import escaped, percent, span, table
-from reports.page import Page, footer
-from reports.paper import TABLE_1, TABLE_1_SOURCE, WINDOW
-from stats import wilson
+from nanometa.common.statistics import wilson
+from nanometa.reports.drawing import COLOURS, GREY, MARKERS, legend, png, wrapped
+from nanometa.reports.lines import Panel, cell_of, impossible
+from nanometa.reports.markup import escaped, percent, span, table
+from nanometa.reports.page import Page, footer
+from nanometa.reports.paper import TABLE_1, TABLE_1_SOURCE, WINDOW
 
 
 class Row(NamedTuple):

@@ -4,9 +4,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError
-from reports.page import Section
-from reports.training import METRICS, Metrics, read_run
+from nanometa.common.errors import UserError
+from nanometa.reports.page import Section
+from nanometa.reports.training import METRICS, Metrics, read_run
 
 
 @dataclass(frozen=True)

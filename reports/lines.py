@@ -7,8 +7,8 @@ from typing import NamedTuple, get_args, get_type_hints
 
 import numpy as np
 
-from config import Level, Placement, Task, TaskConfig
-from stats import wilson
+from nanometa.common.statistics import wilson
+from nanometa.config import Level, Placement, Task, TaskConfig
 
 NUMBER = (int, float)
 # what every line of an evaluation or a probe says of its run (evals/common.facts_of)

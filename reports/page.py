@@ -8,8 +8,8 @@ import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
-from reports import drawing
-from reports.markup import Markup, document, escaped, table
+from nanometa.reports import drawing
+from nanometa.reports.markup import Markup, document, escaped, table
 
 HASH = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from probes.drawing import positions_panel, table_2
-from probes.look_drawing import (
+from nanometa.reports import rates
+from nanometa.reports.inside_pictures import (
     LOOKS,
     PLACE_NAMES,
     SITE_NAMES,
@@ -12,11 +12,11 @@ from probes.look_drawing import (
     residual_panel,
     theorem_picture,
 )
-from reports import rates
-from reports.lines import CELL, NUMBER
-from reports.markup import percent, points, span
-from reports.paper import FIGURE_2
-from reports.probes import WHERE, Column, claim, layers_where, probe
+from nanometa.reports.lines import CELL, NUMBER
+from nanometa.reports.markup import percent, points, span
+from nanometa.reports.paper import FIGURE_2
+from nanometa.reports.position_pictures import positions_panel, table_2
+from nanometa.reports.probes import WHERE, Column, claim, layers_where, probe
 
 CHECKPOINT = "Verdicts and Holm's p are of this checkpoint, not of its arm."
 TEXTS = ("task", "placement", "level", "question", "length")  # tell cells apart

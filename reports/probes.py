@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Callable, Container
 from typing import NamedTuple
 
-from reports.lines import check_facts
-from reports.markup import Markup, escaped, p_value, table
-from reports.page import Page, Section
-from stats import DECIDES, brief, too_few
+from nanometa.common.statistics import DECIDES, brief, too_few
+from nanometa.reports.lines import check_facts
+from nanometa.reports.markup import Markup, escaped, p_value, table
+from nanometa.reports.page import Page, Section
 
 
 class Column(NamedTuple):

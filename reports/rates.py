@@ -1,11 +1,11 @@
 """The section of probe.py rate_distortion, whose lines are curves and comparisons of two of them."""
 
-from probes.rate_drawing import LOOKS, rate_panel
-from reports.lines import CELL, NUMBER, check_facts, check_fields
-from reports.markup import escaped
-from reports.page import Page, Section
-from reports.paper import DISTORTION, GUESSING
-from reports.probes import WHERE, Column, by_call, check_choices, claim, figures, rows, run_key, unlearned
+from nanometa.reports.lines import CELL, NUMBER, check_facts, check_fields
+from nanometa.reports.markup import escaped
+from nanometa.reports.page import Page, Section
+from nanometa.reports.paper import DISTORTION, GUESSING
+from nanometa.reports.probes import WHERE, Column, by_call, check_choices, claim, figures, rows, run_key, unlearned
+from nanometa.reports.rate_pictures import LOOKS, rate_panel
 
 TITLE = "Rate and distortion of hidden states"
 ABOUT = (

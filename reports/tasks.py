@@ -1,12 +1,23 @@
 """The section of eval.py tasks: the paper's Figure 1 and ours, accuracy by length, differences of arms, every cell."""
 
-from reports import drawing
-from reports.compare import SEEDS, Difference, between_arms, between_checkpoints
-from reports.lines import CHOICES, Arm, Panel, arms_of, check, impossible, key, panels_of, share_interval, summary
-from reports.markup import escaped, p_value, percent, points, span, table
-from reports.page import Page, Section, footer
-from reports.paper import FIGURE_1, LENGTH, NOTES, SOURCE
-from stats import wilson
+from nanometa.common.statistics import wilson
+from nanometa.reports import drawing
+from nanometa.reports.compare import SEEDS, Difference, between_arms, between_checkpoints
+from nanometa.reports.lines import (
+    CHOICES,
+    Arm,
+    Panel,
+    arms_of,
+    check,
+    impossible,
+    key,
+    panels_of,
+    share_interval,
+    summary,
+)
+from nanometa.reports.markup import escaped, p_value, percent, points, span, table
+from nanometa.reports.page import Page, Section, footer
+from nanometa.reports.paper import FIGURE_1, LENGTH, NOTES, SOURCE
 
 
 def section(effect: float, margin: float) -> Section:

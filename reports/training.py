@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from config import UserError
-from reports.drawing import COLOURS, DASHES, Line2D, legend, png, wrapped
-from reports.markup import escaped, table
+from nanometa.common.errors import UserError
+from nanometa.reports.drawing import COLOURS, DASHES, Line2D, legend, png, wrapped
+from nanometa.reports.markup import escaped, table
 
 METRICS, CONFIG = "metrics.jsonl", "config.json"
 

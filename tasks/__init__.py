@@ -4,7 +4,7 @@ What is public of them is few examples and no templates (formats, knobs and plac
 where they are made). A task module has `draft`, which writes one text, and what can be known of it without reading it
 all: `CHANCE` and `shortcuts`. Knows text and tokens, not models.
 
-    python -m tasks.list_recall --show 3 --length 128 --placement every
+    python -m nanometa.tasks.list_recall --show 3 --length 128 --placement every
 """
 
 TASKS = ("list_recall", "segment_counting", "parity", "copying")

@@ -7,8 +7,8 @@ Words are drawn from the pool of items; one to six stand between spans, and a li
 in a span; the length is filled with spans.
 """
 
-from rng import Draws
-from tasks.example import POINT, STOP, Draft, Maker, show
+from nanometa.common.keyed_random import Draws
+from nanometa.tasks.example import POINT, STOP, Draft, Maker, show
 
 QUESTION_NAMES_PLACE = False
 CHANCE = 0.0  # of a whole span; 1/200 for its first word

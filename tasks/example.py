@@ -29,13 +29,14 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
-from cli import run_cli
-from config import Question, TaskConfig, UserError
-from data.inject import marker_places
-from data.tokenizer import META, Tokenizer
-from rng import Draws, stable_key
-from tasks import LEVELS, PLACEMENTS, words
-from terminal import BOLD, write, write_tokens
+from nanometa.common.errors import UserError
+from nanometa.common.keyed_random import Draws, stable_key
+from nanometa.common.terminal import BOLD, write
+from nanometa.config import Question, TaskConfig
+from nanometa.config.command_line import run_cli
+from nanometa.data.inject import marker_places
+from nanometa.data.tokenizer import META, Tokenizer, write_tokens
+from nanometa.tasks import LEVELS, PLACEMENTS, words
 
 POINT, STOP = "<point>", "<stop>"  # pieces that become markers, or nothing: where the task points; a list's end
 SPLITS = {"train": range(0, 50), "val": range(50, 75), "test": range(75, 100)}  # of 100 classes of texts
@@ -65,7 +66,7 @@ class Maker:
         """cfg: its form of the question, number of questions and share of background markers. Raises UserError for a
         question that this task, so placed, cannot have."""
         self.name, self.placement, self.cfg, self.tokenizer = task, placement, cfg, tokenizer
-        self.task = importlib.import_module(f"tasks.{task}")
+        self.task = importlib.import_module(f"nanometa.tasks.{task}")
         self.items, self.names = words.pools(tokenizer)
         point = META if placement == "target" else f" {words.DELIMITER}"
         nothing_points = placement == "every" and self.task.QUESTION_NAMES_PLACE
@@ -160,7 +161,7 @@ def show(task: str) -> None:
 
 
 def _show(task: str, argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog=f"python -m tasks.{task}", description=f"prints texts of {task}")
+    parser = argparse.ArgumentParser(prog=f"python -m nanometa.tasks.{task}", description=f"prints texts of {task}")
     parser.add_argument("--show", type=int, default=1, metavar="N", help="texts for each length and placement (1)")
     parser.add_argument("--length", type=int, nargs="+", default=[64, 128], help="positions of the longest (64 128)")
     parser.add_argument("--placement", nargs="+", choices=PLACEMENTS, default=PLACEMENTS, help="of the markers (all)")

@@ -14,8 +14,8 @@ Levels: items in a list; the length is filled with lists.
 
 import itertools
 
-from rng import Draws
-from tasks.example import POINT, STOP, Draft, Maker, show
+from nanometa.common.keyed_random import Draws
+from nanometa.tasks.example import POINT, STOP, Draft, Maker, show
 
 QUESTION_NAMES_PLACE = True
 CHANCE = 1 / 200  # an item of the pool

@@ -8,8 +8,8 @@ Bits are words, so that each is a token in every tokenizer, in lines of 8. Level
 the rest of the length is bits behind it, which count for nothing. At level `long` the mark is anywhere.
 """
 
-from rng import Draws
-from tasks.example import POINT, STOP, Draft, Maker, show
+from nanometa.common.keyed_random import Draws
+from nanometa.tasks.example import POINT, STOP, Draft, Maker, show
 
 QUESTION_NAMES_PLACE = False
 CHANCE = 1 / 2

@@ -12,8 +12,8 @@ the item occurs 0 to 12 times, whatever the answer. Levels: lists in the segment
 
 import itertools
 
-from rng import Draws
-from tasks.example import POINT, STOP, Draft, Maker, show
+from nanometa.common.keyed_random import Draws
+from nanometa.tasks.example import POINT, STOP, Draft, Maker, show
 
 QUESTION_NAMES_PLACE = False
 CHANCE = 1 / 4

@@ -6,11 +6,11 @@ import math
 import numpy as np
 import torch
 
-from config import TrainConfig
-from data.loader import IGNORE, Batch, places_of, random_positions, targets_of
-from data.tokenizer import Tokenizer
-from tasks import LEVELS
-from tasks.example import Example, Maker
+from nanometa.config import TrainConfig
+from nanometa.data.loader import IGNORE, Batch, places_of, random_positions, targets_of
+from nanometa.data.tokenizer import Tokenizer
+from nanometa.tasks import LEVELS
+from nanometa.tasks.example import Example, Maker
 
 SHORTEST, PHASES = 32, 5
 VALIDATION = 256  # texts of each task

@@ -2,7 +2,7 @@
 
 import functools
 
-from data.tokenizer import Tokenizer
+from nanometa.data.tokenizer import Tokenizer
 
 POOL = 200  # items, and as many names of lists
 

@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the server of tests/forked.py
 
-from data.tokenizer import Tokenizer  # noqa: E402
-from tasks.words import ITEMS, NAMES  # noqa: E402
+from nanometa.data.tokenizer import Tokenizer  # noqa: E402
+from nanometa.tasks.words import ITEMS, NAMES  # noqa: E402
 from tests import forked  # noqa: E402
 
 WORDS = tuple("the cat sat on a mat and saw that one dog had run over two hills to eat some red apples".split())

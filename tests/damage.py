@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-import checkpoint
-import prepare
-from config import GPTConfig, PrepareConfig, TrainConfig
-from data.files import read_file, read_json
-from data.shards import file_sha256
-from data.tokenizer import RANKS_FILE, SPEC_FILE
-from data.verify import CACHE
-from dist import Dist
-from model import GPT, to_hf
-from startup import open_windows, with_vocabulary
+from nanometa import prepare
+from nanometa.common.files import file_sha256, read_file, read_json
+from nanometa.config import GPTConfig, PrepareConfig, TrainConfig
+from nanometa.data.tokenizer import RANKS_FILE, SPEC_FILE
+from nanometa.data.verify import CACHE
+from nanometa.model import GPT
+from nanometa.train import Trainer
+from nanometa.training import checkpoint
+from nanometa.training.dataset import open_windows, with_vocabulary
+from nanometa.training.distributed import Dist
+from nanometa.training.hugging_face import to_hf
 from tests.conftest import ROOT, write_texts
-from train import Trainer
 
 QUIET = Console(file=io.StringIO())
 CPU = Dist(0, 0, 1, torch.device("cpu"))

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from data.verify import CACHE
+from nanometa.data.verify import CACHE
 from tests.fault_lab import Lab, Run, need
 
 SIGNALS = ("SIGTERM", "SIGINT")

@@ -18,10 +18,10 @@ import einops._torch_specific  # noqa: F401
 import safetensors.numpy
 import torch._dynamo  # noqa: F401  these would be imported in every fork
 
-from cli import load_config
-from config import TrainConfig
-from data.verify import CACHE
-from runlog import environment
+from nanometa.config import TrainConfig
+from nanometa.config.command_line import load_config
+from nanometa.data.verify import CACHE
+from nanometa.training.run_log import environment
 from tests import faulty_train
 from tests.conftest import ROOT, TINY, override
 

@@ -22,10 +22,10 @@ import safetensors
 import safetensors.torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import checkpoint
-import data.loader
-import train
-from cli import run_cli
+from nanometa import train
+from nanometa.config.command_line import run_cli
+from nanometa.data import loader, shards
+from nanometa.training import checkpoint
 
 # what a full disk refuses; deleting and opening for reading go on
 FILLING = ("open", "write", "fsync", "mkdir", "rename", "replace", "tensors")
@@ -121,7 +121,7 @@ def wrap(fault: Fault) -> None:
     real_open, save_file, batch, windows = (
         open,
         safetensors.torch.save_file,
-        data.loader.Windows.batch,
+        loader.Windows.batch,
         train.step_windows,
     )
 
@@ -145,7 +145,7 @@ def wrap(fault: Fault) -> None:
     for module, name, call in (
         (os, "fsync", "fsync"), (os, "mkdir", "mkdir"), (os, "rename", "rename"), (os, "replace", "replace"),
         (os, "unlink", "delete"), (os, "rmdir", "delete"), (shutil, "rmtree", "rmtree"),
-        (checkpoint, "file_sha256", "hash"), (data.shards, "file_sha256", "hash"),
+        (checkpoint, "file_sha256", "hash"), (shards, "file_sha256", "hash"),
     ):  # fmt: skip
         watch(module, name, call)
 
@@ -176,7 +176,7 @@ def wrap(fault: Fault) -> None:
             fault.note(step=step, windows=[int(row) for row in rows], tokens=int((made.tokens * made.targets).sum()))
         return made
 
-    train.step_windows, data.loader.Windows.batch = watched_windows, watched_batch
+    train.step_windows, loader.Windows.batch = watched_windows, watched_batch
     train.evaluate = fault.during("evaluation", train.evaluate)
     for name, phase in (("run", "training"), ("save", "saving")):
         setattr(train.Trainer, name, fault.during(phase, getattr(train.Trainer, name)))

@@ -33,22 +33,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
-import prepare
-import pretrained
-from cli import load_config
-from config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig, UserError, bool_names, field_names, to_dict
-from config import train_config_from_dict as from_dict
-from data.loader import Windows
-from data.shards import read_manifest
-from data.sources import Piece, Skipped, open_source
-from data.tokenizer import RANKS_FILE, SPEC_FILE
-from data.verify import CACHE, verify
-from generate import MarkerPlan, score
-from model import GPT
-from optim import Optimizer, learning_rate
-from sample import read_prompt, show_sample, start_samples
-from startup import accumulation, check_resumable, data_facts, find_checkpoint, with_vocabulary
+from nanometa import prepare
+from nanometa.common.errors import UserError
+from nanometa.config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig
+from nanometa.config import train_config_from_dict as from_dict
+from nanometa.config.checks import bool_names, field_names, to_dict
+from nanometa.config.command_line import load_config, recipes
+from nanometa.data.loader import Windows
+from nanometa.data.shards import read_manifest
+from nanometa.data.sources import Piece, Skipped, open_source
+from nanometa.data.tokenizer import RANKS_FILE, SPEC_FILE
+from nanometa.data.verify import CACHE, verify
+from nanometa.inference.generation import MarkerPlan
+from nanometa.inference.scoring import score
+from nanometa.model import GPT
+from nanometa.sample import read_prompt, show_sample, start_samples
+from nanometa.training import checkpoint, pretrained
+from nanometa.training.dataset import data_facts, with_vocabulary
+from nanometa.training.distributed import accumulation
+from nanometa.training.optimizer import Optimizer, learning_rate
+from nanometa.training.resume import check_resumable, find_checkpoint
 from tests.conftest import ROOT
 from tests.damage import (
     CHUNK,
@@ -113,7 +117,7 @@ def use_config(cfg) -> None:
 
 
 def config_file(world: World, rng: random.Random) -> Callable:
-    source = rng.choice([path for path in (ROOT / "config").glob("[a-z]*.py")])
+    source = rng.choice(recipes(ROOT / "config"))
     cls = PrepareConfig if "PrepareConfig" in source.read_text() else TrainConfig
     world.write(Path("damaged.py"), damage(source.read_bytes(), rng, False))
     return lambda: use_config(load_config(cls, ["damaged.py"], config_file=True))

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import STATE, WEIGHTS, Run, save
-from config import GPTConfig, TrainConfig, to_dict
-from data.shards import read_manifest
-from data.tokenizer import Tokenizer
-from model import GPT
+from nanometa.config import GPTConfig, TrainConfig
+from nanometa.config.checks import to_dict
+from nanometa.data.shards import read_manifest
+from nanometa.data.tokenizer import Tokenizer
+from nanometa.model import GPT
+from nanometa.training.checkpoint import STATE, WEIGHTS, Run, save
 from tests.test_model import sharpen, wake
 
 

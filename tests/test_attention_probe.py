@@ -10,19 +10,21 @@ import torch
 from matplotlib.figure import Figure
 from scipy.special import softmax
 
-import probe
-from config import TaskConfig, UserError
-from evals.common import hidden_of
-from evals.tasks import texts
-from probes import attention, look_drawing
-from probes.attention import CLAIMS, by_text, measure, paired, summarise, table
-from probes.heads import FIRST, SECOND, seen
-from probes.marks import MarksProbe, answer_in_text, asked_at, batches, judged, mark_of, marks, target_mark
-from probes.positions import under
-from probes.theorem import boosted_entropy, entropy, entropy_slope, theorem_curves
-from stats import bootstrap_means, bootstrap_ratio, mean_p
-from tasks import PLACEMENTS, TASKS
-from tasks.example import Draft, Example, Maker
+from nanometa import probe
+from nanometa.common.errors import UserError
+from nanometa.common.statistics import bootstrap_means, bootstrap_ratio, mean_p
+from nanometa.config import TaskConfig
+from nanometa.evals.common import hidden_of
+from nanometa.evals.tasks import texts
+from nanometa.probes import attention
+from nanometa.probes.attention import CLAIMS, by_text, measure, paired, summarise, table
+from nanometa.probes.heads import FIRST, SECOND, seen
+from nanometa.probes.marks import MarksProbe, answer_in_text, asked_at, batches, judged, mark_of, marks, target_mark
+from nanometa.probes.positions import under
+from nanometa.reports import inside_pictures
+from nanometa.reports.theorem import boosted_entropy, entropy, entropy_slope, theorem_curves
+from nanometa.tasks import PLACEMENTS, TASKS
+from nanometa.tasks.example import Draft, Example, Maker
 from tests.conftest import tree
 from tests.reference import heads as reference
 from tests.runs import small_run
@@ -354,7 +356,7 @@ def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, s
     if second == "meta":
         assert "a softmax over few keys" in said
         figure = Figure(layout="constrained")
-        look_drawing._attention(figure, lines)
+        inside_pictures._attention(figure, lines)
         boost = figure.subfigs[0].axes[0]
         drawn = [mark for mark in boost.lines if mark.get_marker() in "oD" and len(mark.get_xdata()) == 1]
         assert sorted(float(mark.get_xdata()[0]) for mark in drawn) == sorted(one["boost"] for one in heads)

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from benches import drawing
-from benches.timing import alternate, in_fresh_process, quartiles
-from benches.training import DenseMeta, Step, training_step
-from meta_attention import MetaAttention
+from nanometa.benches.timing import alternate, in_fresh_process, quartiles
+from nanometa.benches.training import DenseMeta, Step, training_step
+from nanometa.meta_attention import MetaAttention
+from nanometa.reports import bench_picture
 
 SMALL = (1, 2, 32, 40, 2)
 
@@ -58,5 +58,5 @@ def test_a_figure_is_drawn(tmp_path):
         {"T": T, "who": "meta", "markers": 0.1, "s a step": T / 99, "peak GB": 1.0, "s at the matmul peak": T / 999}
         for T in (256, 512)
     ]
-    drawing.draw({"training": rows, "lengths": lines}, tmp_path / "bench.png")
+    bench_picture.draw({"training": rows, "lengths": lines}, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 10_000

@@ -7,11 +7,13 @@ import pytest
 import safetensors.torch
 import torch
 
-import checkpoint
-from checkpoint import load_run, newest, open_checkpoint, save
-from config import GPTConfig, TrainConfig, UserError, to_dict
-from data.tokenizer import Tokenizer
-from model import GPT
+from nanometa.common.errors import UserError
+from nanometa.config import GPTConfig, TrainConfig
+from nanometa.config.checks import to_dict
+from nanometa.data.tokenizer import Tokenizer
+from nanometa.model import GPT
+from nanometa.training import checkpoint
+from nanometa.training.checkpoint import load_run, newest, open_checkpoint, save
 
 FACTS = {
     "dataset": "data/x", "injection": "none", "chunk_content": 16, "chunk_markers": 0, "tokenizer": "",
@@ -86,7 +88,8 @@ def test_if_all_are_damaged_that_is_an_error(tmp_path):
 
 def test_a_save_that_fails_leaves_the_old_ones_and_no_half_one(tmp_path, monkeypatch):
     """Whatever call fails, the newest checkpoint is the old one or the new one, whole."""
-    calls = ["safetensors.torch.save_file", "checkpoint.file_sha256", "os.fsync", "os.rename", "os.replace"]
+    hashing = "nanometa.training.checkpoint.file_sha256"
+    calls = ["safetensors.torch.save_file", hashing, "os.fsync", "os.rename", "os.replace"]
     for call in calls:
         for nth in range(1, 12):
             folder = tmp_path / f"{call}_{nth}"

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-import config as schema
-from cli import load_config
-from config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig, UserError, to_dict
-from startup import recipe_of
+from nanometa import config as schema
+from nanometa.common.errors import UserError
+from nanometa.config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig
+from nanometa.config.checks import to_dict
+from nanometa.config.command_line import load_config, recipes
+from nanometa.training.dataset import recipe_of
 from tests.conftest import ROOT
 
-FILES = sorted(path for path in (ROOT / "config").glob("[a-z]*.py"))
+FILES = recipes(ROOT / "config")
 RECIPES = [path for path in FILES if isinstance(runpy.run_path(str(path))["config"], PrepareConfig)]
 CONFIGS = [path for path in FILES if path not in RECIPES]
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import Run, load_run
-from cli import load_config
-from config import TrainConfig
-from data.loader import Windows, random_positions
-from generate import MarkerPlan, hidden_states, lay_out, score
-from model import GPT
+from nanometa.config import TrainConfig
+from nanometa.config.command_line import load_config
+from nanometa.data.loader import Windows, random_positions
+from nanometa.inference.generation import MarkerPlan, lay_out
+from nanometa.inference.scoring import hidden_states, score
+from nanometa.model import GPT
+from nanometa.training.checkpoint import Run, load_run
 from tests.conftest import ROOT, TINY, cli, losses, override
 from tests.reference.generate import next_logits
 

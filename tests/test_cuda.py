@@ -5,12 +5,12 @@ import os
 import pytest
 import torch
 
-from config import GPTConfig
-from data.loader import places_of
-from dist import autocast, pick_dtype, why_not_compile
-from generate import generate
-from loss import Objective
-from model import GPT
+from nanometa.config import GPTConfig
+from nanometa.data.loader import places_of
+from nanometa.inference.generation import generate
+from nanometa.layers.loss import Objective
+from nanometa.model import GPT
+from nanometa.training.distributed import autocast, pick_dtype, why_not_compile
 from tests.conftest import TINY, cli, losses, override
 from tests.test_generate_cache import PLANS, laid_out, random_run
 

@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import UserError
-from data.inject import strip
-from data.loader import IGNORE, Windows, random_positions, targets_of, window_order
-from data.shards import HEADER, ShardWriter, TokenStream, file_sha256
-from data.tokenizer import META, Tokenizer
-from data.verify import verify
+from nanometa.common.errors import UserError
+from nanometa.common.files import file_sha256
+from nanometa.data.inject import strip
+from nanometa.data.loader import IGNORE, Windows, random_positions, targets_of, window_order
+from nanometa.data.shards import HEADER, ShardWriter, TokenStream
+from nanometa.data.tokenizer import META, Tokenizer
+from nanometa.data.verify import verify
 from tests.conftest import manifest
 from tests.reference.targets import stream_targets
 

@@ -7,10 +7,10 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from config import UserError
-from plot import main
-from reports.depth import COLOUR, loss_by_depth, read
-from stats import clustered_ratio
+from nanometa.common.errors import UserError
+from nanometa.common.statistics import clustered_ratio
+from nanometa.reports.curves import main
+from nanometa.reports.depth import COLOUR, loss_by_depth, read
 from tests.conftest import cli, refusal
 
 PIECES, TEXT = [3, 1, 2], {"content_sha256": "x", "documents": 3, "pieces": 6, "tokens": 600, "bucket": 64}
@@ -106,11 +106,11 @@ def test_the_command(tmp_path):
     folder = tmp_path / "out/small"
     folder.mkdir(parents=True)
     write(folder / "perplexity.jsonl", [line(), read_with("meta + rope", "ntk 4x")])
-    result = cli("plot.py", "out/small/perplexity.jsonl", cwd=tmp_path)
+    result = cli("report.py", "curves", "out/small/perplexity.jsonl", cwd=tmp_path)
     assert result.stdout.decode().strip() == "out/small/depth.png", result.stderr.decode()
     assert (folder / "depth.png").read_bytes().startswith(b"\x89PNG")
     assert "take a name that ends in .png" in refusal(
-        cli("plot.py", "out/small/perplexity.jsonl", "--output=x.pdf", cwd=tmp_path)
+        cli("report.py", "curves", "out/small/perplexity.jsonl", "--output=x.pdf", cwd=tmp_path)
     )
     assert not (tmp_path / "x.pdf").exists()
 

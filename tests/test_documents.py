@@ -9,14 +9,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import eval as evaluation
-from config import UserError
-from data.inject import strip
-from evals import perplexity
-from evals.common import read_split
-from evals.documents import pieces
-from evals.perplexity import PerplexityEval, long_pieces, measure, streams, window
-from stats import clustered_ratio
+from nanometa import eval as evaluation
+from nanometa.common.errors import UserError
+from nanometa.common.statistics import clustered_ratio
+from nanometa.data.inject import strip
+from nanometa.evals import perplexity
+from nanometa.evals.common import read_split
+from nanometa.evals.documents import pieces
+from nanometa.evals.perplexity import PerplexityEval, long_pieces, measure, streams, window
 from tests.reference import perplexity as reference
 from tests.runs import run_on, saved
 from tests.test_perplexity import double

@@ -10,16 +10,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-import estimate
-import train
-from cli import load_config
-from config import GPTConfig, TrainConfig, UserError
-from data.loader import IGNORE, places_of
-from data.tokenizer import Tokenizer
-from dist import Dist, autocast
-from loss import Objective, scored_rows
-from model import GPT
-from optim import Optimizer
+from nanometa import train
+from nanometa.common.errors import UserError
+from nanometa.config import GPTConfig, TrainConfig
+from nanometa.config.command_line import load_config
+from nanometa.data.loader import IGNORE, places_of
+from nanometa.data.tokenizer import Tokenizer
+from nanometa.layers.loss import Objective, scored_rows
+from nanometa.model import GPT
+from nanometa.training import estimate
+from nanometa.training.distributed import Dist, autocast
+from nanometa.training.optimizer import Optimizer
 from tests.conftest import ROOT, cli, override, tree
 from tests.conftest import TINY as SMALL
 from tests.test_config import CONFIGS

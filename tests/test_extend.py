@@ -6,18 +6,19 @@ import json
 import pytest
 import torch
 
-from checkpoint import load_run
-from config import Rescale, UserError
-from data.inject import strip
-from evals import perplexity
-from evals import tasks as task_eval
-from evals.common import read_split
-from evals.perplexity import PerplexityEval
-from evals.tasks import TasksEval
-from extend import interpolated, rescaled
+from nanometa.common.errors import UserError
+from nanometa.config import Rescale
+from nanometa.data.inject import strip
+from nanometa.evals import perplexity
+from nanometa.evals import tasks as task_eval
+from nanometa.evals.common import read_split
+from nanometa.evals.perplexity import PerplexityEval
+from nanometa.evals.tasks import TasksEval
+from nanometa.train import main as train_main
+from nanometa.training.checkpoint import load_run
+from nanometa.training.context_extension import interpolated, rescaled
 from tests.conftest import TINY, cli, losses, override, refusal
 from tests.test_train import equal, final
-from train import main as train_main
 
 TEXT = (*TINY, "--dataset=data/u", "--block_size=32", "--max_steps=8")
 # what says nothing of the model: that is taken over

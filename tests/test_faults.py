@@ -5,10 +5,10 @@ import pytest
 import safetensors.torch
 import torch
 
-import checkpoint
-from config import GPTConfig, TrainConfig
-from model import GPT
-from optim import Optimizer
+from nanometa.config import GPTConfig, TrainConfig
+from nanometa.model import GPT
+from nanometa.training import checkpoint
+from nanometa.training.optimizer import Optimizer
 from tests.conftest import ROOT, cli
 
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
-import prepare
-import pretrained
-from cli import load_config
-from config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig, UserError
-from data.loader import Windows
-from data.sources import Skipped, open_source
-from data.staging import finished_segments, read_plan
-from data.tokenizer import RANKS_FILE, SPEC_FILE, Tokenizer
-from model import GPT
-from sample import read_prompt
+from nanometa import prepare
+from nanometa.common.errors import UserError
+from nanometa.config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig
+from nanometa.config.command_line import load_config
+from nanometa.data.loader import Windows
+from nanometa.data.sources import Skipped, open_source
+from nanometa.data.staging import finished_segments, read_plan
+from nanometa.data.tokenizer import RANKS_FILE, SPEC_FILE, Tokenizer
+from nanometa.model import GPT
+from nanometa.sample import read_prompt
+from nanometa.training import checkpoint, pretrained
 from tests import fuzz
 from tests.damage import CHUNK, QUIET, World, seal_checkpoint, seal_tokenizer
 

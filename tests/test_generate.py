@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import Run, load_run
-from config import UserError
-from data.inject import strip
-from generate import MarkerPlan, generate, hidden_states, lay_out, pick, score
+from nanometa.common.errors import UserError
+from nanometa.data.inject import strip
+from nanometa.inference.generation import MarkerPlan, generate, lay_out, pick
+from nanometa.inference.scoring import hidden_states, score
+from nanometa.training.checkpoint import Run, load_run
 from tests.conftest import TINY, cli, tree
 from tests.reference.generate import next_logits
 

@@ -7,13 +7,13 @@ import types
 import pytest
 import torch
 
-import generate as generate_module
-from cache import Decoder, Store
-from config import GPTConfig, SampleConfig
-from generate import MarkerPlan, generate, generate_batch, pick, prepare
-from model import GPT
-from rng import stable_key
-from sample import start_samples
+from nanometa.common.keyed_random import stable_key
+from nanometa.config import GPTConfig, SampleConfig
+from nanometa.inference import generation as generate_module
+from nanometa.inference.cache import Decoder, Store
+from nanometa.inference.generation import MarkerPlan, generate, generate_batch, pick, prepare
+from nanometa.model import GPT
+from nanometa.sample import start_samples
 from tests.reference import generate as reference
 from tests.test_model import ARMS_AND_PLACES, sharpen, wake
 from tests.test_rope import ARMS_AND_ALL_PLACES, SCALES

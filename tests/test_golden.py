@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from runlog import environment
+from nanometa.training.run_log import environment
 from tests.conftest import cli, losses, write_texts
 
 GOLDEN = Path(__file__).parent / "golden/meta.json"

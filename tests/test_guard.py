@@ -10,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import train
-from cli import load_config
-from config import TrainConfig, UserError
-from data.loader import Windows, window_order
-from dist import Dist
-from guard import WINDOW, Guard
-from loss import Objective
+from nanometa import train
+from nanometa.common.errors import UserError
+from nanometa.config import TrainConfig
+from nanometa.config.command_line import load_config
+from nanometa.data.loader import Windows, window_order
+from nanometa.layers.loss import Objective
+from nanometa.training.bad_steps import WINDOW, Guard
+from nanometa.training.distributed import Dist
 from tests.conftest import ROOT, cli, losses, override
 from tests.test_train import BASE, equal, final, metrics, run
 
@@ -112,8 +113,9 @@ def test_a_poisoned_step_changes_no_weight_and_no_moment(workdir, monkeypatch, b
 POISONED = """
 import os, sys
 sys.path.insert(0, {root!r})
-import cli, train
-from loss import Objective
+from nanometa import train
+from nanometa.config import command_line as cli
+from nanometa.layers.loss import Objective
 forward, calls = Objective.forward, []
 def poisoned(self, *batch):
     nats = forward(self, *batch)

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.inject import inject, marker_places, strip
-from rng import permute, stable_key, uniform_bits
+from nanometa.common.keyed_random import permute, stable_key, uniform_bits
+from nanometa.data.inject import inject, marker_places, strip
 
 META = 99
 

@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-import prepare
-from config import PrepareConfig, TrainConfig, UserError
-from data.assemble import LongDocuments
-from data.inject import strip
-from data.loader import Windows
-from data.shards import SPLITS, read_manifest
-from data.tokenizer import Tokenizer
-from startup import open_windows, recipe_of
+from nanometa import prepare
+from nanometa.common.errors import UserError
+from nanometa.config import PrepareConfig, TrainConfig
+from nanometa.data.assemble import LongDocuments
+from nanometa.data.inject import strip
+from nanometa.data.loader import Windows
+from nanometa.data.shards import SPLITS, read_manifest
+from nanometa.data.tokenizer import Tokenizer
+from nanometa.training.dataset import open_windows, recipe_of
 from tests.conftest import WORDS, cli, manifest, override, refusal, tree
 from tests.test_parts import content
 

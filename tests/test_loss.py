@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.loader import Windows
-from loss import Tally, scored_rows, summed_nats, token_scores
+from nanometa.data.loader import Windows
+from nanometa.layers.loss import Tally, scored_rows, summed_nats, token_scores
 
 
 def reference(hidden, weight, targets, n_content):
@@ -35,7 +35,7 @@ def case(N, seed, dtype=torch.float64, V=17, n_content=13, C=6):
 def test_equals_the_reference_for_any_chunk_and_block(N, chunk, block, seed):
     hidden, weight, targets, n = case(N, seed)
     slow = reference(hidden, weight, targets, n)
-    with mock.patch("loss.block_rows", lambda device, vocabulary: block):
+    with mock.patch("nanometa.layers.loss.block_rows", lambda device, vocabulary: block):
         nats, hits = token_scores(hidden, weight, targets, n, chunk)
         torch.testing.assert_close(nats, slow.detach())
         assert torch.equal(hits, (hidden @ weight.T)[:, :n].argmax(1) == targets)

@@ -13,7 +13,7 @@ from tests.conftest import ROOT, manifest
 MEASURED = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-import prepare
+from nanometa import prepare
 prepare.main(sys.argv[2:])
 print([resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)])
 """

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meta_attention import CausalSelfAttention, MetaAttention, add_rows, gather_rows
+from nanometa.meta_attention import CausalSelfAttention, MetaAttention, add_rows, gather_rows
 from tests.reference.meta_attention import meta_attention, meta_index
 
 

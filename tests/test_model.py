@@ -4,8 +4,10 @@ import pytest
 import torch
 import transformers
 
-from config import GPTConfig, UserError
-from model import GPT, from_hf, to_hf
+from nanometa.common.errors import UserError
+from nanometa.config import GPTConfig
+from nanometa.model import GPT
+from nanometa.training.hugging_face import from_hf, to_hf
 from tests.reference import gpt as reference
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=64, content_vocab_size=60)

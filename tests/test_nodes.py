@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import UserError
-from dist import fresh_store
+from nanometa.common.errors import UserError
+from nanometa.training.distributed import fresh_store
 from tests.conftest import ROOT, TINY, cli, losses, override
 
 BASE = override(TINY, "--dataset=data/u", "--block_size=32", "--max_steps=5", "--micro_batch_size=4")

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from config import GPTConfig, TrainConfig
-from model import GPT
-from optim import Optimizer, learning_rate, norms, part_of
+from nanometa.config import GPTConfig, TrainConfig
+from nanometa.model import GPT
+from nanometa.training.optimizer import Optimizer, learning_rate, norms, part_of
 from tests.conftest import cli, override, refusal
 from tests.test_train import BASE, equal, final, metrics, run
 

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import prepare
-from config import PrepareConfig, UserError
-from data import staging
-from data.shards import file_sha256
-from data.sources import FileSource
+from nanometa import prepare
+from nanometa.common.errors import UserError
+from nanometa.common.files import file_sha256
+from nanometa.config import PrepareConfig
+from nanometa.data import staging
+from nanometa.data.sources import FileSource
 from tests.conftest import ROOT, cli, manifest, refusal, tree, write_texts
 
 FILES = ("--source=files", "--files=texts/*.txt", "--bpe_vocab_size=300", "--chunk_content=28", "--chunk_markers=4",
@@ -108,7 +109,7 @@ def test_a_preparation_pulled_at_any_item_goes_on_to_the_same_bytes(tmp_path, mo
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "SEGMENT_TOKENS", 500)
-    monkeypatch.setattr("data.encoders.BATCH_CHARS", 2000)
+    monkeypatch.setattr("nanometa.data.encoders.BATCH_CHARS", 2000)
     cfg = PrepareConfig(
         source="files", files=("a.jsonl",), name="straight", bpe_vocab_size=300, chunk_content=28, chunk_markers=4,
         val_fraction=0.1, workers=1,
@@ -183,9 +184,9 @@ def test_killed_and_started_again(slow_folder, number):
 INTERRUPTED = """
 import sys
 sys.path.insert(0, {root!r})
-from config import PrepareConfig
-from data.encoders import Encoders
-from data.tokenizer import Tokenizer
+from nanometa.config import PrepareConfig
+from nanometa.data.encoders import Encoders
+from nanometa.data.tokenizer import Tokenizer
 
 def put(number):
     raise KeyboardInterrupt

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-import eval as evaluation
-from config import UserError
-from data.inject import strip
-from data.tokenizer import Tokenizer
-from evals import passkey
-from evals.passkey import PasskeyEval, Prompts, measure, prompt_text, rank, score
-from generate import MarkerPlan, generate
+from nanometa import eval as evaluation
+from nanometa.common.errors import UserError
+from nanometa.data.inject import strip
+from nanometa.data.tokenizer import Tokenizer
+from nanometa.evals import passkey
+from nanometa.evals.passkey import PasskeyEval, Prompts, measure, prompt_text, rank, score
+from nanometa.inference.generation import MarkerPlan, generate
 from tests.runs import saved, small_run
 
 MARKED = {"dataset": "data/x", "injection": "uniform", "chunk_content": 27, "chunk_markers": 3}

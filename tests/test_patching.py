@@ -8,14 +8,28 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import probe
-from config import TaskConfig, UserError
-from evals.tasks import texts
-from probes import look_drawing, patching
-from probes.marks import answer_in_text, judged, marks, ordinary_at
-from probes.patching import CLAIMS, SITES, check_own, compare, donors_of, measure, patched, read, said, sites_of, table
-from stats import mcnemar, paired_difference
-from tasks.example import Draft, Example, Maker
+from nanometa import probe
+from nanometa.common.errors import UserError
+from nanometa.common.statistics import mcnemar, paired_difference
+from nanometa.config import TaskConfig
+from nanometa.evals.tasks import texts
+from nanometa.probes import patching
+from nanometa.probes.marks import answer_in_text, judged, marks, ordinary_at
+from nanometa.probes.patching import (
+    CLAIMS,
+    SITES,
+    check_own,
+    compare,
+    donors_of,
+    measure,
+    patched,
+    read,
+    said,
+    sites_of,
+    table,
+)
+from nanometa.reports import inside_pictures
+from nanometa.tasks.example import Draft, Example, Maker
 from tests.conftest import tree
 from tests.runs import small_run
 from tests.test_attention_probe import hooks
@@ -222,7 +236,7 @@ def test_the_picture_shows_every_line():
         for i, site in enumerate(SITES) for layer in range(3)
     ]  # fmt: skip
     figure = Figure(layout="constrained")
-    look_drawing._patching(figure, lines)
+    inside_pictures._patching(figure, lines)
     for axes, share in zip(figure.axes, ("kept", "donor"), strict=True):
         curves = [list(of.get_ydata()) for of in axes.lines if len(of.get_xdata()) == 3]
         assert curves == [[100 * one[share] for one in lines if one["site"] == site] for site in SITES]

@@ -8,19 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import eval as evaluation
-from config import UserError
-from data.inject import inject, marker_places, strip
-from data.loader import IGNORE, Windows
-from data.shards import HEADER
-from dist import Dist
-from evals import perplexity
-from evals.common import read_split
-from evals.perplexity import PerplexityEval, marked, measure, streams, window, windows
+from nanometa import eval as evaluation
+from nanometa.common.errors import UserError
+from nanometa.data.inject import inject, marker_places, strip
+from nanometa.data.loader import IGNORE, Windows
+from nanometa.data.shards import HEADER
+from nanometa.evals import perplexity
+from nanometa.evals.common import read_split
+from nanometa.evals.perplexity import PerplexityEval, marked, measure, streams, window, windows
+from nanometa.train import evaluate
+from nanometa.training.distributed import Dist
 from tests.reference import perplexity as reference
 from tests.reference.targets import stream_targets
 from tests.runs import run_on, saved
-from train import evaluate
 
 ALONE = Dist(0, 0, 1, torch.device("cpu"))
 

@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from config import UserError
-from plot import plot
-from reports.training import smooth
+from nanometa.common.errors import UserError
+from nanometa.reports.curves import plot
+from nanometa.reports.training import smooth
 from tests.conftest import cli
 
 
@@ -22,7 +22,7 @@ def run_dir(tmp_path):
 
 
 def test_a_picture_comes_out(run_dir, tmp_path):
-    result = cli("plot.py", cwd=tmp_path)
+    result = cli("report.py", "curves", cwd=tmp_path)
     assert result.stdout.decode().strip() == "out/some/loss.png", result.stderr.decode()
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -64,7 +64,7 @@ def test_runs_on_tasks_are_drawn_by_task_against_steps(run_dir, tmp_path, monkey
 def test_runs_without_metrics_are_refused(run_dir, tmp_path):
     for name, sentence in (("other", "no readable metrics"), ("some", "no evaluation yet")):
         (run_dir / "metrics.jsonl").write_text("")
-        result = cli("plot.py", f"out/{name}", cwd=tmp_path)  # matplotlib may speak of its font cache, too
+        result = cli("report.py", "curves", f"out/{name}", cwd=tmp_path)  # matplotlib may speak of its font cache, too
         assert result.returncode == 2 and sentence in result.stderr.decode() and b"Traceback" not in result.stderr
 
 

@@ -11,18 +11,20 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import eval as evaluation
-import probe
-from config import GPTConfig, TaskConfig, UserError
-from data.tokenizer import Tokenizer
-from evals import tasks as tasks_eval
-from evals.tasks import answered, doubt, read
-from probes import drawing, positions
-from probes.positions import CONDITIONS, compared, measure, table, under, useless
-from reports.paper import TABLE_2
-from stats import paired_difference, wilson
-from tasks.example import Draft, Example, Maker
-from tasks.words import ITEMS, NAMES
+from nanometa import eval as evaluation
+from nanometa import probe
+from nanometa.common.errors import UserError
+from nanometa.common.statistics import paired_difference, wilson
+from nanometa.config import GPTConfig, TaskConfig
+from nanometa.data.tokenizer import Tokenizer
+from nanometa.evals import tasks as tasks_eval
+from nanometa.evals.tasks import answered, doubt, read
+from nanometa.probes import positions
+from nanometa.probes.positions import CONDITIONS, compared, measure, table, under, useless
+from nanometa.reports import position_pictures
+from nanometa.reports.paper import TABLE_2
+from nanometa.tasks.example import Draft, Example, Maker
+from nanometa.tasks.words import ITEMS, NAMES
 from tests.conftest import cli, tree
 from tests.reference import gpt as reference
 from tests.runs import saved, small_run
@@ -272,13 +274,13 @@ def test_the_picture_has_a_panel_a_task_and_length_and_the_papers():
         for task in ("parity", "copying") for n in (48, 64, 96) for p in ("target", "every")
     ]  # fmt: skip
     lines, figure = compared(cells, 0.0, 0.05), Figure(layout="constrained")
-    drawing._positions(figure, lines)
+    position_pictures._positions(figure, lines)
     ours, (paper,) = (sub.axes for sub in figure.subfigs)
     assert [axes.get_title() for axes in ours[:4]] == [
         *(f"parity (easy), {n} positions" for n in (48, 64, 96)), "copying (easy), 48 positions"
     ]  # fmt: skip
     for axes in ours:
-        dots = [mark.get_data() for mark in axes.lines if mark.get_marker() in drawing.MARKERS]
+        dots = [mark.get_data() for mark in axes.lines if mark.get_marker() in position_pictures.MARKERS]
         assert sorted((x[0], round(y[0])) for x, y in dots) == [(25, 1), (25, 1), (50, 0), (50, 0)]
     assert paper.get_title().startswith("paper, about 18 texts a cell")
     assert sorted(float(mark.get_xdata()[0]) for mark in paper.lines) == sorted(sum(TABLE_2.values(), ()))

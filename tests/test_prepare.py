@@ -3,10 +3,10 @@ import re
 
 import pytest
 
-from config import PrepareConfig
-from data.shards import file_sha256
-from data.tokenizer import Tokenizer
-from prepare import split_of
+from nanometa.common.files import file_sha256
+from nanometa.config import PrepareConfig
+from nanometa.data.tokenizer import Tokenizer
+from nanometa.prepare import split_of
 from tests.conftest import cli, manifest, override, refusal, tree, write_texts
 
 FILES = ("--source=files", "--files=texts/*.txt", "--bpe_vocab_size=300", "--chunk_content=28", "--chunk_markers=4",

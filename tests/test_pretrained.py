@@ -13,12 +13,13 @@ import safetensors.torch
 import torch
 import transformers
 
-import train
-from config import GPTConfig, TrainConfig, UserError
-from data.loader import Windows, step_windows
-from data.tokenizer import Tokenizer
-from model import GPT
-from pretrained import load_into
+from nanometa import train
+from nanometa.common.errors import UserError
+from nanometa.config import GPTConfig, TrainConfig
+from nanometa.data.loader import Windows, step_windows
+from nanometa.data.tokenizer import Tokenizer
+from nanometa.model import GPT
+from nanometa.training.pretrained import load_into
 from tests.conftest import TINY, cli, losses, override, refusal, tree
 from tests.test_train import TORCHRUN, equal, final
 

@@ -15,14 +15,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-from checkpoint import open_checkpoint
-from cli import load_config
-from config import GPTConfig, Rescale, SampleConfig, TaskConfig, TrainConfig, UserError, to_dict, train_config_from_dict
-from data.loader import step_windows, window_order
-from data.shards import ShardWriter, TokenStream
-from data.verify import verify
-from startup import accumulation, flat
+from nanometa.common.errors import UserError
+from nanometa.config import GPTConfig, Rescale, SampleConfig, TaskConfig, TrainConfig, train_config_from_dict
+from nanometa.config.checks import flat, to_dict
+from nanometa.config.command_line import load_config
+from nanometa.data.loader import step_windows, window_order
+from nanometa.data.shards import ShardWriter, TokenStream
+from nanometa.data.verify import verify
+from nanometa.training import checkpoint
+from nanometa.training.checkpoint import open_checkpoint
+from nanometa.training.distributed import accumulation
 from tests.test_checkpoint import write
 
 # ----------------------------------------------------------------------------- the order of the data

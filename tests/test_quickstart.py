@@ -16,5 +16,5 @@ def test_the_tiny_model_learns(tmp_path):
     assert result.returncode == 0, result.stderr.decode()
     final = json.loads((tmp_path / "out/tiny_meta/metrics.jsonl").read_text().splitlines()[-1])
     assert final["kind"] == "final" and final["bits_per_byte"] <= 1.27
-    assert cli("plot.py", "out/tiny_meta", cwd=tmp_path).returncode == 0
+    assert cli("report.py", "curves", "out/tiny_meta", cwd=tmp_path).returncode == 0
     assert (tmp_path / "out/tiny_meta/loss.png").stat().st_size > 10_000

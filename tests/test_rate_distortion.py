@@ -12,19 +12,21 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-import probe
-from config import TaskConfig, UserError
-from data.tokenizer import Tokenizer
-from evals.common import hidden_of
-from probes import known, rate_distortion, rate_drawing
-from probes.marks import marks
-from probes.places import STATES, labels_of, queries_of, read_states, spot, spots
-from probes.rate_distortion import RateDistortionProbe, curve
-from probes.rate_table import table
-from reports.drawing import STYLE
-from tasks.example import POINT, STOP, Maker
-from tasks.source import collate
-from tasks.words import ITEMS, NAMES
+from nanometa import probe
+from nanometa.common.errors import UserError
+from nanometa.config import TaskConfig
+from nanometa.data.tokenizer import Tokenizer
+from nanometa.evals.common import hidden_of
+from nanometa.probes import known, rate_distortion
+from nanometa.probes.marks import marks
+from nanometa.probes.places import STATES, labels_of, queries_of, read_states, spot, spots
+from nanometa.probes.rate_distortion import RateDistortionProbe, curve
+from nanometa.probes.rate_table import table
+from nanometa.reports import rate_pictures
+from nanometa.reports.drawing import STYLE
+from nanometa.tasks.example import POINT, STOP, Maker
+from nanometa.tasks.source import collate
+from nanometa.tasks.words import ITEMS, NAMES
 from tests.conftest import tree
 from tests.runs import saved, small_run
 from tests.test_bottleneck import SMALL, planted
@@ -155,7 +157,7 @@ def test_states_are_the_models(tokenizer, second, monkeypatch):
     maker = Maker("parity", "every", TaskConfig(), tokenizer)
     examples = [maker.example("test", i, 40, 60, ("easy",)) for i in range(7)]
     of = spots(maker, examples, "ignore", 0, "test")
-    monkeypatch.setattr("probes.marks.READ", 120)  # two texts at a time
+    monkeypatch.setattr("nanometa.probes.marks.READ", 120)  # two texts at a time
     found = read_states(run, examples, of, list(STATES), [0, 2])
     assert found.shape == (2, len(STATES), 7, 16)
     if second == "random":  # whose rows depend on a batch's length
@@ -205,7 +207,7 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
         return example
 
     monkeypatch.setattr(Maker, "example", noted)
-    monkeypatch.setattr("probes.curves.DRAWS", 20)
+    monkeypatch.setattr("nanometa.probes.curves.DRAWS", 20)
     pictures = []
     cells = ("--tasks", "list_recall", "copying", "--placements", "target", "none")
     command = ["rate_distortion", f"--run={folder}", *FAST, *cells]
@@ -224,7 +226,7 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
     lines = lines[: len(lines) // 2]
     # the picture is of all that was measured with the same settings of probes
     drawn = []
-    monkeypatch.setattr("probes.rate_distortion.rate_picture", lambda lines: drawn.append(lines) or b"")
+    monkeypatch.setattr("nanometa.probes.rate_distortion.rate_picture", lambda lines: drawn.append(lines) or b"")
     for gates in (0.5, 8.0):
         probe.main(["rate_distortion", f"--run={folder}", *FAST, "--tasks=parity", "--states=last", f"--gates={gates}"])
     assert [{one["task"] for one in shown} for shown in drawn] == [{"list_recall", "copying", "parity"}, {"parity"}]
@@ -286,7 +288,7 @@ def test_one_seed_has_no_interval_over_seeds(tokenizer, tmp_path):
 
 def test_known_needs_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("probes.curves.DRAWS", 40)
+    monkeypatch.setattr("nanometa.probes.curves.DRAWS", 40)
     for name in ("GAUSSIAN", "CATEGORICAL"):
         monkeypatch.setattr(known, name, dataclasses.replace(getattr(known, name), epochs=1, draws=2))
         monkeypatch.setattr(known, {"GAUSSIAN": "GAUSSIAN_TEXTS", "CATEGORICAL": "CLASS_TEXTS"}[name], 400)
@@ -308,7 +310,7 @@ def test_the_picture_and_the_table_show_the_points(tokenizer, tmp_path):
     line["points"][1] |= {"violates_converse": True, "converse_tolerance": 0.25}
     lines = [{**line, **facts, "state": state, "violations": 1} for state in ("meta", "last")]
     figure = Figure()
-    rate_drawing._rates(figure, lines)
+    rate_pictures._rates(figure, lines)
     (axes,) = figure.axes
     shown = [mark.get_data() for mark in axes.lines if mark.get_marker() in ("o", "s")]
     for R, D in shown:
@@ -340,7 +342,7 @@ def test_a_picture_holds_its_legend_and_breaks_no_brackets(layers):
     }  # fmt: skip
     lines = [{**line, "state": state, "layer": layer} for state in STATES for layer in range(layers)]
     with matplotlib.rc_context(STYLE):
-        rate_drawing._rates(figure := Figure(dpi=100, layout="constrained"), lines)
+        rate_pictures._rates(figure := Figure(dpi=100, layout="constrained"), lines)
         figure.draw_without_rendering()
         (legend,), renderer = figure.legends, FigureCanvasAgg(figure).get_renderer()
         for drawn in (legend, *(axes.title for axes in figure.axes), figure._suptitle):

@@ -5,11 +5,11 @@ import shlex
 
 import pytest
 
-from checkpoint import load_run
-from cli import load_config
-from config import PrepareConfig, SampleConfig, TrainConfig
-from eval import EVALS
-from probe import PROBES
+from nanometa.config import PrepareConfig, SampleConfig, TrainConfig
+from nanometa.config.command_line import load_config
+from nanometa.eval import EVALS
+from nanometa.probe import PROBES
+from nanometa.training.checkpoint import load_run
 from tests.conftest import ROOT, TINY, cli
 
 NAMED = {"eval.py": EVALS, "probe.py": PROBES}
@@ -54,12 +54,11 @@ def test_the_notebook_lines_run(workdir):
     assert names["run"].config == load_run(workdir / "out/notebook").config
 
 
-def test_every_file_of_the_readme_exists():
-    listing = (ROOT / "README.md").read_text().split("## The files")[1]
-    for name in re.findall(r"\b(\w+\.py)\b", listing):
-        assert (ROOT / name).is_file(), name
-    modules = {path.name for path in ROOT.glob("*.py")}
-    assert modules == set(re.findall(r"\b(\w+\.py)\b", listing))
+def test_the_map_of_the_readme_is_complete():
+    section = (ROOT / "README.md").read_text().split("## The files")[1]
+    files, folders = re.findall(r"^    (\w+\.py) ", section, re.M), re.findall(r"^    (\w+)/ ", section, re.M)
+    assert sorted(files) == sorted(path.name for path in ROOT.glob("*.py"))
+    assert sorted(folders) == sorted({path.parent.name for path in ROOT.glob("*/*.py")} | {"records"})
 
 
 def test_every_guarantee_names_a_test_that_exists():

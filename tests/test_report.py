@@ -12,16 +12,16 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats as distributions
 
-from config import UserError
-from report import main, render, sections_of
-from reports import drawing
-from reports.compare import between_arms, between_checkpoints, beyond
-from reports.files import Found, read
-from reports.lines import Panel, arms_of, panels_of, share_interval
-from reports.page import spans
-from reports.paper import FIGURE_1
-from stats import wilson
-from tasks import PLACEMENTS, TASKS
+from nanometa.common.errors import UserError
+from nanometa.common.statistics import wilson
+from nanometa.report import main, render, sections_of
+from nanometa.reports import drawing
+from nanometa.reports.compare import between_arms, between_checkpoints, beyond
+from nanometa.reports.files import Found, read
+from nanometa.reports.lines import Panel, arms_of, panels_of, share_interval
+from nanometa.reports.page import spans
+from nanometa.reports.paper import FIGURE_1
+from nanometa.tasks import PLACEMENTS, TASKS
 from tests.conftest import cli, refusal
 
 HALF = "1" * 50 + "0" * 50

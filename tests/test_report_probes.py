@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from config import UserError
-from probes import look_drawing, rate_drawing
-from report import sections_of
-from reports import rates
-from reports.files import read
-from reports.probe_sections import PROBES
-from reports.probes import unlearned
+from nanometa.common.errors import UserError
+from nanometa.report import sections_of
+from nanometa.reports import inside_pictures, rate_pictures, rates
+from nanometa.reports.files import read
+from nanometa.reports.probe_sections import PROBES
+from nanometa.reports.probes import unlearned
 from tests.test_report import line as task_line
 from tests.test_report import write
 from tests.test_report_sections import cells_of, rendered
@@ -196,19 +195,19 @@ def drawn(axes) -> list[tuple[list, list]]:
 
 def test_small_pictures_show_the_figures():
     figure = Figure()
-    look_drawing._attention_panel(figure, LINES["attention"])
+    inside_pictures._attention_panel(figure, LINES["attention"])
     boost, drop, why = figure.axes
     assert sorted(x for x, _ in drawn(boost)) == [[1.0], [1.5], [2.5]] and drawn(why) == [([-0.75], [0.25])]
     assert {line.get_xdata()[0] for line in boost.lines if line.get_linestyle() == ":"} == {1.26}
     assert {line.get_xdata()[0] for line in drop.lines if line.get_linestyle() == ":"} == {1.40}
     figure = Figure()
-    look_drawing._patching_panel(figure, LINES["patching"][:2])
+    inside_pictures._patching_panel(figure, LINES["patching"][:2])
     assert [y for axes in figure.axes for _, y in drawn(axes)] == [[75], [0], [25], [25]]
     figure = Figure()
-    look_drawing._residual_panel(figure, LINES["residual"][:4])
+    inside_pictures._residual_panel(figure, LINES["residual"][:4])
     assert [[y for _, y in drawn(axes)] for axes in figure.axes] == 2 * [[[0.5], [0.5]], [[50], [50]]]
     figure = Figure()
-    rate_drawing._rate_panel(figure, LINES["rate_distortion"][:1])
+    rate_pictures._rate_panel(figure, LINES["rate_distortion"][:1])
     assert drawn(figure.axes[0]) == [([2, 4], [4, 2])]
     assert rates.best(LINES["rate_distortion"][0])["rate"] == 4
 
@@ -216,7 +215,7 @@ def test_small_pictures_show_the_figures():
 def test_heads_without_a_prediction_and_means_alone_can_be_drawn():
     """Arms whose second attention has all of the heads that were read, or one mean and no head."""
     lines = [attention(None, None, 1.0, attention="second")]
-    look_drawing._attention_panel(figure := Figure(), lines)
+    inside_pictures._attention_panel(figure := Figure(), lines)
     assert drawn(figure.axes[2]) == []
 
 
@@ -226,6 +225,6 @@ def test_a_folder_of_a_run_has_them_and_the_report_starts_without_torch(tmp_path
     files = [str(tmp_path / f"{kind}.jsonl") for kind in LINES]
     found = read((str(tmp_path),), sections_of(0.0, 0.05))
     assert found.lines == read(tuple(files), sections_of(0.0, 0.05)).lines == LINES
-    code, root = "import sys, report; print('torch' in sys.modules)", Path(__file__).parent.parent
+    code, root = "import sys; import nanometa.report; print('torch' in sys.modules)", Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from config import UserError
-from probes.drawing import _panel, _table_2
-from report import main, pictures_of, render, sections_of
-from reports import cost, extension
-from reports.files import Found, read
-from reports.page import Page, footer, origin
-from reports.paper import TABLE_1, TABLE_2
-from reports.tasks import Tasks
-from reports.training import body, read_run
+from nanometa.common.errors import UserError
+from nanometa.report import main, pictures_of, render, sections_of
+from nanometa.reports import cost, extension
+from nanometa.reports.files import Found, read
+from nanometa.reports.page import Page, footer, origin
+from nanometa.reports.paper import TABLE_1, TABLE_2
+from nanometa.reports.position_pictures import _panel, _table_2
+from nanometa.reports.tasks import Tasks
+from nanometa.reports.training import body, read_run
 from tests.test_depth import line as depth_line
 from tests.test_report import line, words, write
 

@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-import probe
-from config import TaskConfig, UserError
-from probes import look_drawing, residual
-from probes.marks import judged
-from probes.residual import (
+from nanometa import probe
+from nanometa.common.errors import UserError
+from nanometa.common.statistics import mcnemar, paired_difference
+from nanometa.config import TaskConfig
+from nanometa.probes import residual
+from nanometa.probes.marks import judged
+from nanometa.probes.residual import (
     CLAIMS,
     STRENGTHS,
     ResidualProbe,
@@ -22,8 +24,8 @@ from probes.residual import (
     similarity,
     texts_of,
 )
-from stats import mcnemar, paired_difference
-from tasks.example import Draft, Example, Maker
+from nanometa.reports import inside_pictures
+from nanometa.tasks.example import Draft, Example, Maker
 from tests.conftest import override, tree
 from tests.runs import small_run
 from tests.test_attention_probe import hooks
@@ -234,10 +236,10 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys, second, data):
         assert one["floor_interval"][0] <= one["floor"] <= one["floor_interval"][1]
     if second == "meta":
         figure = Figure(layout="constrained")
-        look_drawing._residual(figure, lines)
-        drawn = [list(of.get_ydata()) for of in figure.axes[0].lines if of.get_marker() in look_drawing.MARKERS]
+        inside_pictures._residual(figure, lines)
+        drawn = [list(of.get_ydata()) for of in figure.axes[0].lines if of.get_marker() in inside_pictures.MARKERS]
         assert drawn == [[one["cosine_centred"] for one in lines if (one["place"], one["distance"]) == (name, 1)]
-                         for name in look_drawing.PLACE_NAMES]  # fmt: skip
+                         for name in inside_pictures.PLACE_NAMES]  # fmt: skip
 
 
 REFUSED = {

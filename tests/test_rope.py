@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from config import GPTConfig, Rescale, UserError
-from extend import interpolated, scaling_of, stretched
-from model import GPT
-from rope import attention_factor, fixed_scale, rope_speeds, rope_tables, rotate
+from nanometa.common.errors import UserError
+from nanometa.config import GPTConfig, Rescale
+from nanometa.layers.rope import attention_factor, fixed_scale, rope_speeds, rope_tables, rotate
+from nanometa.model import GPT
+from nanometa.training.context_extension import interpolated, scaling_of, stretched
 from tests.reference import gpt as reference
 from tests.reference import rope as formulas
 from tests.test_model import ARMS, inputs, sharpen, wake

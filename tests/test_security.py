@@ -7,14 +7,13 @@ import pickle
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import load_run, open_checkpoint
-from config import UserError
+from nanometa.common.errors import UserError
+from nanometa.training import checkpoint
+from nanometa.training.checkpoint import load_run, open_checkpoint
 from tests.conftest import ROOT
 from tests.test_checkpoint import write
+from tests.test_rooms import PRODUCT
 
-ROOMS = ("", "data", "config", "tasks", "evals", "benches")
-PRODUCT = [path for room in ROOMS for path in (ROOT / room).glob("*.py")]
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
 FORBIDDEN_CALLS = {
     "torch.load", "os.system", "os.popen", "eval", "exec", "numpy.load", "np.load", "subprocess.getoutput",
@@ -50,7 +49,7 @@ def test_nothing_is_unpickled_and_no_shell_sees_a_users_string():
 
 def test_a_config_file_is_the_one_thing_that_is_run():
     """Running a config is running code, which the README says; nothing else goes that way."""
-    assert [path.name for path in PRODUCT if "runpy.run_path(" in path.read_text()] == ["cli.py"]
+    assert [path.name for path in PRODUCT if "runpy.run_path(" in path.read_text()] == ["command_line.py"]
     assert "running one is running code" in (ROOT / "README.md").read_text()
 
 

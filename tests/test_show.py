@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 
-import train
-from config import TrainConfig, UserError
-from data.loader import Windows, step_windows
-from data.shards import TokenStream
-from data.tokenizer import META, Tokenizer
+from nanometa import train
+from nanometa.common.errors import UserError
+from nanometa.config import TrainConfig
+from nanometa.data.loader import Windows, step_windows
+from nanometa.data.shards import TokenStream
+from nanometa.data.tokenizer import META, Tokenizer
 from tests.conftest import ROOT, TINY, cli, manifest, override, refusal, tree
 from tests.test_train import TORCHRUN
 
@@ -25,9 +26,9 @@ HEADER = (
 SPY = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
-import train
-from data.loader import Windows
-from cli import run_cli
+from nanometa import train
+from nanometa.data.loader import Windows
+from nanometa.config.command_line import run_cli
 
 step, rank = None, None
 load, update, forward = Windows.batch, train.Trainer.train_step, train.Objective.forward

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-import prepare
-from config import PrepareConfig, UserError
-from data import sources
-from data.shards import file_sha256
-from data.sources import FileSource, Piece, Skipped, open_source, pieces_of, read_pieces
-from data.staging import SPLITS, finished_segments
-from data.tokenizer import Tokenizer
+from nanometa import prepare
+from nanometa.common.errors import UserError
+from nanometa.common.files import file_sha256
+from nanometa.config import PrepareConfig
+from nanometa.data import sources
+from nanometa.data.sources import FileSource, Piece, Skipped, open_source, pieces_of, read_pieces
+from nanometa.data.staging import SPLITS, finished_segments
+from nanometa.data.tokenizer import Tokenizer
 from tests.conftest import cli, manifest, override, refusal, tree, write_texts
 
 SMALL = ("--bpe_vocab_size=300", "--chunk_content=28", "--chunk_markers=4", "--val_fraction=0.1", "--workers=2")

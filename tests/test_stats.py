@@ -5,7 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from stats import bootstrap_ratio, clustered_ratio, holm, mcnemar, paired_difference, seed_difference, wilson
+from nanometa.common.statistics import (
+    bootstrap_ratio,
+    clustered_ratio,
+    holm,
+    mcnemar,
+    paired_difference,
+    seed_difference,
+    wilson,
+)
 
 
 def test_wilson_against_newcombes_table():

@@ -7,19 +7,19 @@ import pytest
 import safetensors.torch
 import torch
 
-from checkpoint import load_run
-from config import GPTConfig, TaskConfig, TrainConfig
-from data.tokenizer import Tokenizer
-from evals.common import facts_of
-from evals.tasks import measure
-from generate import MarkerPlan, generate
-from report import sections_of
-from reports.files import read
-from rng import Draws
-from startup import base_of, with_base
-from tasks import TASKS
-from tasks.example import Maker
-from tasks.source import TaskWindows
+from nanometa.common.keyed_random import Draws
+from nanometa.config import GPTConfig, TaskConfig, TrainConfig
+from nanometa.data.tokenizer import Tokenizer
+from nanometa.evals.common import facts_of
+from nanometa.evals.tasks import measure
+from nanometa.inference.generation import MarkerPlan, generate
+from nanometa.report import sections_of
+from nanometa.reports.files import read
+from nanometa.tasks import TASKS
+from nanometa.tasks.example import Maker
+from nanometa.tasks.source import TaskWindows
+from nanometa.training.base_run import base_of, with_base
+from nanometa.training.checkpoint import load_run
 from tests.conftest import TINY, cli, manifest, override, refusal
 from tests.test_train import TORCHRUN, equal, final, losses, metrics
 

@@ -10,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import TaskConfig, UserError
-from data.inject import strip
-from data.loader import IGNORE
-from data.tokenizer import META, Tokenizer
-from tasks import LEVELS, PLACEMENTS, TASKS, words
-from tasks.example import Maker
-from tasks.source import collate, count_right
+from nanometa.common.errors import UserError
+from nanometa.config import TaskConfig
+from nanometa.data.inject import strip
+from nanometa.data.loader import IGNORE
+from nanometa.data.tokenizer import META, Tokenizer
+from nanometa.tasks import LEVELS, PLACEMENTS, TASKS, words
+from nanometa.tasks.example import Maker
+from nanometa.tasks.source import collate, count_right
 from tests.reference.targets import stream_targets
 from tests.reference.tasks import pointed_and_named, solve
 
@@ -142,7 +143,7 @@ def test_question_and_frequency_alone_are_at_chance(gpt2, task, placement):
     n = 200
     test = list(pairs("val", n))
     most = in_all.most_common(1)[0][0]
-    chance = importlib.import_module(f"tasks.{task}").CHANCE
+    chance = importlib.import_module(f"nanometa.tasks.{task}").CHANCE
     bound = chance + 4 * math.sqrt(max(chance, 0.01) * (1 - chance) / n)
     assert sum(answer == most for _, answer in test) / n <= bound
     asked = [(by_question[q].most_common(1)[0][0] if by_question[q] else most) == answer for q, answer in test]

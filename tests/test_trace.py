@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 
-from config import UserError
-from probes.trace import replaced, sites, states
+from nanometa.common.errors import UserError
+from nanometa.probes.trace import replaced, sites, states
 from tests.test_model import build, inputs, sharpen, wake
 
 ARMS = [(second, position) for second in ("meta", "causal", "none", "random") for position in ("learned", "rope")]

@@ -13,12 +13,15 @@ import pytest
 import safetensors.torch
 import torch
 
-import train
-from config import TrainConfig, UserError
-from runlog import RunLog
-from startup import accumulation, occupied
+from nanometa import train
+from nanometa.common.errors import UserError
+from nanometa.config import TrainConfig
+from nanometa.train import evaluate
+from nanometa.training import run_log
+from nanometa.training.distributed import accumulation
+from nanometa.training.resume import occupied
+from nanometa.training.run_log import RunLog
 from tests.conftest import ROOT, TINY, cli, losses, override, refusal, tree
-from train import evaluate
 
 BASE = (*TINY, "--dataset=data/u", "--block_size=32")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -101,7 +104,7 @@ def test_two_processes_and_accumulation_equal_one(workdir, second):
 
 def test_a_step_sees_the_same_windows_on_any_number_of_processes(workdir):
     """Windows of all ranks and micro-batches together are the step's slice of the order."""
-    from data.loader import window_order
+    from nanometa.data.loader import window_order
 
     for world, micro in ((1, 8), (2, 4), (4, 1)):
         share = 8 // world
@@ -120,9 +123,9 @@ def test_resume_with_another_number_of_processes(workdir, tmp_path):
 
 
 def test_evaluation_does_not_depend_on_batch_size(workdir, straight):
-    from checkpoint import load_run
-    from data.loader import Windows
-    from dist import Dist
+    from nanometa.data.loader import Windows
+    from nanometa.training.checkpoint import load_run
+    from nanometa.training.distributed import Dist
 
     loaded = load_run(straight)
     data = Windows(workdir / "data/u", "val", 32, "ignore")
@@ -137,8 +140,8 @@ def test_evaluation_does_not_depend_on_batch_size(workdir, straight):
 
 def test_the_run_evaluates_without_dropout(workdir, straight):
     """The figure that a run with dropout recorded is that of its saved weights, loaded for use."""
-    from checkpoint import load_run
-    from data.loader import Windows
+    from nanometa.data.loader import Windows
+    from nanometa.training.checkpoint import load_run
 
     loaded = load_run(straight / "step_00000030")
     assert loaded.config.model.dropout == 0.1 and not loaded.model.training
@@ -151,12 +154,10 @@ def test_the_run_evaluates_without_dropout(workdir, straight):
 
 
 def test_the_recorded_commit_is_that_of_the_start(monkeypatch):
-    import runlog
-
-    runlog.environment.cache_clear()
-    first = runlog.environment()
-    monkeypatch.setattr(runlog.subprocess, "run", lambda *args, **kwargs: pytest.fail("looked up again"))
-    assert runlog.environment() == first and len(first["commit"]) in (0, 40)
+    run_log.environment.cache_clear()
+    first = run_log.environment()
+    monkeypatch.setattr(run_log.subprocess, "run", lambda *args, **kwargs: pytest.fail("looked up again"))
+    assert run_log.environment() == first and len(first["commit"]) in (0, 40)
 
 
 def test_auto_starts_then_resumes(workdir):

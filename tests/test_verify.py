@@ -8,11 +8,12 @@ import sys
 import numpy as np
 import pytest
 
-from config import UserError
-from data import verify as module
-from data.loader import Windows
-from data.shards import HEADER, file_sha256, read_manifest
-from data.verify import CACHE, verify
+from nanometa.common.errors import UserError
+from nanometa.common.files import file_sha256
+from nanometa.data import verify as module
+from nanometa.data.loader import Windows
+from nanometa.data.shards import HEADER, read_manifest
+from nanometa.data.verify import CACHE, verify
 from tests.conftest import ROOT, TINY, cli, manifest, override, refusal
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -177,7 +178,8 @@ def test_waiting_for_a_process_that_hashes_outlasts_the_timeout_of_collectives(t
 import sys, time
 from datetime import timedelta
 sys.path.insert(0, {str(ROOT)!r})
-import dist, torch
+import torch
+from nanometa.training import distributed as dist
 dist.timedelta = lambda minutes=0, days=0: timedelta(seconds=4) if minutes else timedelta(days=days)
 with dist.processes("cpu") as d:
     assert d.sum(torch.ones(1)).item() == 2

@@ -1,10 +1,19 @@
 """The record's two tables of verdicts, from its tasks.jsonl.
 
-PYTHONPATH=. python records/2026-11-22_longer_windows/verdicts.py"""
+python records/2026-11-22_longer_windows/verdicts.py"""
 
 import json
 import math
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+
+COMMIT = "8fa93a5"  # the code that made this record; nothing of today's is imported
+then = tempfile.TemporaryDirectory()
+code = subprocess.run(["git", "archive", COMMIT], cwd=Path(__file__).parents[2], capture_output=True, check=True).stdout
+subprocess.run(["tar", "-x", "-C", then.name], input=code, check=True)
+sys.path.insert(0, then.name)
 
 from stats import bits, paired_difference, wilson
 

@@ -1,9 +1,18 @@
 """The record's tables and pictures, from its lines.
 
-PYTHONPATH=. python records/2026-11-22_looking_inside/verdicts.py"""
+python records/2026-11-22_looking_inside/verdicts.py"""
 
 import json
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+
+COMMIT = "8fa93a5"  # the code that made this record; nothing of today's is imported
+then = tempfile.TemporaryDirectory()
+code = subprocess.run(["git", "archive", COMMIT], cwd=Path(__file__).parents[2], capture_output=True, check=True).stdout
+subprocess.run(["tar", "-x", "-C", then.name], input=code, check=True)
+sys.path.insert(0, then.name)
 
 from probes.calls import SECTIONS
 from probes.drawing import positions_picture

@@ -2,10 +2,10 @@
 
 from matplotlib.lines import Line2D
 
-from reports.drawing import COLOURS, GREY, LIGHT, MARKERS, legend, png, wrapped
-from reports.paper import TABLE_2, TABLE_2_N
-from reports.probes import has_learned
-from stats import DECIDES, wilson
+from nanometa.common.statistics import DECIDES, wilson
+from nanometa.reports.drawing import COLOURS, GREY, LIGHT, MARKERS, legend, png, wrapped
+from nanometa.reports.paper import TABLE_2, TABLE_2_N
+from nanometa.reports.probes import has_learned
 
 
 def told(lines: list[dict]) -> str:

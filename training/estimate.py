@@ -15,14 +15,16 @@ from typing import NamedTuple
 
 import torch
 
-from config import GPTConfig, TrainConfig, UserError, nearest_multiples
-from data.shards import MANIFEST, read_manifest
-from data.tokenizer import Tokenizer
-from dist import pick_dtype
-from loss import SLICE, block_rows, chunk_rows
-from model import GPT
-from optim import part_of
-from startup import check_arm, recipe_of, with_vocabulary
+from nanometa.common.errors import UserError
+from nanometa.config import GPTConfig, TrainConfig
+from nanometa.config.checks import nearest_multiples
+from nanometa.data.shards import MANIFEST, read_manifest
+from nanometa.data.tokenizer import Tokenizer
+from nanometa.layers.loss import SLICE, block_rows, chunk_rows
+from nanometa.model import GPT
+from nanometa.training.dataset import check_arm, recipe_of, with_vocabulary
+from nanometa.training.distributed import pick_dtype
+from nanometa.training.optimizer import part_of
 
 # Dense bfloat16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets (which print twice as much where they count
 # structured sparsity). Keys are what torch.cuda.get_device_name() says, less maker, form and size of the memory.

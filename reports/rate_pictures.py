@@ -2,8 +2,8 @@
 
 from matplotlib.lines import Line2D
 
-from probes.drawing import texts_of, told
-from reports.drawing import COLOURS, GREY, MARKERS, legend, png, wrapped
+from nanometa.reports.drawing import COLOURS, GREY, MARKERS, legend, png, wrapped
+from nanometa.reports.position_pictures import texts_of, told
 
 LOOKS = {name: {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4.5}
          for i, name in enumerate(("meta", "last", "question", "random", "mean", "delimiter"))}  # fmt: skip

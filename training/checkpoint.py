@@ -20,12 +20,12 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from config import TrainConfig, UserError, train_config_from_dict
-from data.files import file_inside, is_count, read_file, read_json
-from data.shards import file_sha256
-from data.tokenizer import RANKS_FILE, SPEC_FILE, Tokenizer
-from model import GPT
-from optim import Optimizer
+from nanometa.common.errors import UserError
+from nanometa.common.files import file_inside, file_sha256, is_count, read_file, read_json
+from nanometa.config import TrainConfig, train_config_from_dict
+from nanometa.data.tokenizer import RANKS_FILE, SPEC_FILE, Tokenizer
+from nanometa.model import GPT
+from nanometa.training.optimizer import Optimizer
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 WRITING, DELETING = ".writing", ".deleting"  # suffixes of hidden folders that a kill may leave behind

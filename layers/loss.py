@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from meta_attention import gather_rows
+from nanometa.meta_attention import gather_rows
 
 SLICE = 8192  # rows of the head that get their gradient at a time
 

@@ -1,7 +1,7 @@
 """The one decoding loop: content tokens are sampled, markers are inserted by a plan and never sampled.
 
-from checkpoint import load_run
-from generate import MarkerPlan, generate, lay_out
+from nanometa.inference.generation import MarkerPlan, generate, lay_out
+from nanometa.training.checkpoint import load_run
 
 run = load_run("out/tiny_meta")
 plan = MarkerPlan.of_run(run)
@@ -16,13 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cache import Decoder, Weights
-from checkpoint import Run
-from config import UserError
-from data.inject import marker_places
-from data.loader import random_positions
-from loss import token_scores
-from rng import stable_key
+from nanometa.common.errors import UserError
+from nanometa.common.keyed_random import stable_key
+from nanometa.data.inject import marker_places
+from nanometa.data.loader import random_positions
+from nanometa.inference.cache import Decoder, Weights
+from nanometa.training.checkpoint import Run
 
 
 @dataclass(frozen=True)
@@ -203,14 +202,6 @@ def _slots(run: Run, texts: list[_Text], max_new_tokens: int) -> tuple[int, int]
     return min(T, slots), min(T, max(text.ids.count(meta) + n for text, n in zip(texts, planned, strict=True)))
 
 
-@torch.no_grad()
-def hidden_states(run: Run, ids: list[int]) -> torch.Tensor:
-    """ids (T,) -> final hidden states (T, C), of a whole text at once."""
-    member, device = takes_part(run), run.model.wte.weight.device
-    inputs = (ids, range(len(ids)), [position for position, token in enumerate(ids) if member(token, position)])
-    return run.model(*(torch.tensor([list(part)], dtype=torch.long, device=device) for part in inputs))[0]
-
-
 def pick(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float, generator) -> int:
     """Draws an id from logits (V,). top_p keeps the smallest set of most likely ids whose probability reaches it
     (Holtzman et al., arXiv 1904.09751); the most likely id is always kept."""
@@ -229,23 +220,3 @@ def _pick_all(logits, temperature, top_k, top_p, generators) -> list[int]:
         return logits.argmax(-1).tolist()
     rows = logits.cpu()
     return [pick(row, temperature, top_k, top_p, generator) for row, generator in zip(rows, generators, strict=True)]
-
-
-@torch.no_grad()
-def score(run: Run, text: str, plan: MarkerPlan) -> tuple[list[int], list[float]]:
-    """Content ids of a text and the nats of each, given <|endoftext|> and the tokens before it.
-
-    Raises UserError if it does not fit into one window."""
-    ids = lay_out(run, run.tokenizer.encode_prompt(text), plan)
-    if len(ids) > run.config.model.block_size:
-        raise UserError(
-            f"the text has {len(ids)} positions with its markers, more than the window of "
-            f"{run.config.model.block_size}: score it in parts."
-        )
-    hidden, meta = hidden_states(run, ids), run.tokenizer.meta
-    content = [i for i, token in enumerate(ids) if token != meta]
-    # the position that predicts each content token but the first
-    sources = content[:-1] if run.config.target_rule == "skip" else [i - 1 for i in content[1:]]
-    targets = torch.tensor([ids[i] for i in content[1:]], device=hidden.device)
-    nats, _ = token_scores(hidden[sources], run.model.wte.weight, targets, run.tokenizer.n_content)
-    return targets.tolist(), nats.tolist()

@@ -1,9 +1,9 @@
 """Draws the loss curves of runs from their metrics.jsonl; beside them bits per byte, or of runs on tasks exact answers.
 Of files that eval.py perplexity --documents wrote: the loss by depth in documents.
 
-python plot.py                                   # the newest run -> out/<run>/loss.png
-python plot.py out/tiny_meta out/tiny_gpt2 --output=compare.png
-python plot.py out/tiny_meta/perplexity.jsonl    # -> out/tiny_meta/depth.png
+python report.py curves                                # the newest run -> out/<run>/loss.png
+python report.py curves out/tiny_meta out/tiny_gpt2 --output=compare.png
+python report.py curves out/tiny_meta/perplexity.jsonl    # -> out/tiny_meta/depth.png
 """
 
 import argparse
@@ -14,11 +14,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from cli import run_cli
-from config import UserError
-from reports import depth
-from reports.drawing import png
-from reports.training import draw_losses, draw_packed, draw_values, read_run
+from nanometa.common.errors import UserError
+from nanometa.reports import depth
+from nanometa.reports.drawing import png
+from nanometa.reports.training import draw_losses, draw_packed, draw_values, read_run
 
 
 def plot(folders: list[Path], output: Path) -> None:
@@ -69,7 +68,9 @@ def plot_depth(files: list[Path], output: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="report.py curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "runs", nargs="*", type=Path, help="folders of runs, by default the one that logged last; or .jsonl files"
     )
@@ -85,7 +86,3 @@ def main(argv: list[str]) -> None:
     output = args.output or (runs[0].parent / "depth.png" if files else runs[0] / "loss.png")
     (plot_depth if files else plot)(runs, output)
     print(output)
-
-
-if __name__ == "__main__":
-    run_cli(main)

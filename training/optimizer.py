@@ -5,8 +5,8 @@ import math
 import torch
 from torch.nn.utils import get_total_norm
 
-from config import TrainConfig
-from model import GPT
+from nanometa.config import TrainConfig
+from nanometa.model import GPT
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:

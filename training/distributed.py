@@ -13,7 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
-from config import UserError
+from nanometa.common.errors import UserError
+from nanometa.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -152,3 +153,21 @@ def why_not_compile(device: torch.device) -> str | None:
         return "it is not used on mps"
     compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
     return None if any(map(shutil.which, compilers)) else f"no C++ compiler is found ({', '.join(compilers)})"
+
+
+def accumulation(cfg: TrainConfig, world: int) -> int:
+    """Micro-batches a step in each process. Raises UserError if batch_size cannot be divided so."""
+    per_pass = cfg.micro_batch_size * world
+    if cfg.batch_size % per_pass == 0:
+        return cfg.batch_size // per_pass
+    if cfg.batch_size % world:
+        below = cfg.batch_size // per_pass * per_pass
+        offers = f"--batch_size={below or per_pass}" + (f" or {below + per_pass}" if below else "")
+    else:
+        share = cfg.batch_size // world
+        best = min((d for d in range(1, share + 1) if share % d == 0), key=lambda d: abs(d - cfg.micro_batch_size))
+        offers = f"--micro_batch_size={best} or --batch_size={-(-cfg.batch_size // per_pass) * per_pass}"
+    raise UserError(
+        f"batch_size={cfg.batch_size} windows cannot be split over {world} processes in micro-batches of "
+        f"{cfg.micro_batch_size}: nearest possible is {offers}."
+    )

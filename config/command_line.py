@@ -18,17 +18,10 @@ from pathlib import Path
 
 import tyro
 
-from config import (
-    GPTConfig,
-    PrepareConfig,
-    SampleConfig,
-    TaskConfig,
-    TrainConfig,
-    UserError,
-    bool_names,
-    field_names,
-    nearest_name,
-)
+import nanometa.config
+from nanometa.common.errors import UserError
+from nanometa.config import GPTConfig, PrepareConfig, SampleConfig, TaskConfig, TrainConfig
+from nanometa.config.checks import bool_names, field_names, nearest_name
 
 
 def run_cli(main) -> None:
@@ -120,12 +113,39 @@ def spell_out_flags(argv: list[str], cls) -> list[str]:
     return out
 
 
+def recipes(folder: Path) -> list[Path]:
+    """Returns the config files of a folder, sorted: the Python files that define `config`."""
+    return sorted(path for path in folder.glob("*.py") if "\nconfig = " in path.read_text(errors="replace"))
+
+
+@contextlib.contextmanager
+def _importable_as_config():
+    """While a config file is read, `from config import TrainConfig` means nanometa.config, whatever else is called so.
+
+    Config files of users say it. Afterwards no module of ours is left under that name."""
+
+    def named_config() -> dict:
+        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "config"}
+
+    foreign = named_config()
+    for name in foreign:
+        del sys.modules[name]
+    sys.modules["config"] = nanometa.config
+    try:
+        yield
+    finally:
+        for name in named_config():
+            del sys.modules[name]
+        sys.modules.update(foreign)
+
+
 def _read_config_file(cls, path: str):
     if not os.path.isfile(path):  # False, too, for what can be no path
-        here = sorted(str(p) for p in Path("config").glob("[a-z]*.py"))
+        here = [str(config) for config in recipes(Path("config"))]
         raise UserError(f"there is no config file {path!r}: {nearest_name(path, here)}")
     try:
-        config = runpy.run_path(path).get("config")
+        with _importable_as_config():
+            config = runpy.run_path(path).get("config")
     except TypeError as error:  # TrainConfig(learing_rate=...)
         found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
         if not found:

@@ -1,5 +1,6 @@
 """Files that others may have damaged: JSON that raises nothing but ValueError, names that do not leave their folder."""
 
+import hashlib
 import json
 import os
 import re
@@ -40,3 +41,8 @@ def file_inside(folder: Path, name: str) -> Path:
     if path.is_symlink() and Path(os.path.realpath(path)).parent != Path(os.path.realpath(folder)):
         raise ValueError(f"{name} is a link out of its folder: put the file itself there")
     return path
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

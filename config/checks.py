@@ -8,18 +8,7 @@ import types
 import typing
 from typing import Literal
 
-
-class UserError(Exception):
-    """Bad input. The message is one sentence that names the value, the cause and the cure, on one printable line."""
-
-    def __init__(self, sentence: str):
-        super().__init__(printable(sentence))
-
-
-def printable(text: str) -> str:
-    """Text from outside for a line on the screen: what would break the line or steer the terminal is escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
+from nanometa.common.errors import UserError
 
 FOLDER_NAME = "be a folder name of at most 100 letters, digits, '.', '_' and '-', not starting with a dot"
 
@@ -93,3 +82,9 @@ def bool_names(cls) -> list[str]:
 
 def to_dict(config) -> dict:
     return dataclasses.asdict(config)
+
+
+def flat(config) -> dict:
+    """All settings by their flat names."""
+    settings = to_dict(config)
+    return {**settings.pop("model"), **settings.pop("task"), **settings}

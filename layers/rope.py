@@ -16,7 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from config import GPTConfig
+from nanometa.config import GPTConfig
 
 
 def rope_speeds(cfg: GPTConfig, scale: torch.Tensor) -> torch.Tensor:

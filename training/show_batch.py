@@ -2,10 +2,13 @@
 
 import numpy as np
 
-from config import TrainConfig, UserError
-from data.loader import step_windows
-from startup import base_of, open_windows, with_base
-from terminal import BOLD, write, write_tokens
+from nanometa.common.errors import UserError
+from nanometa.common.terminal import BOLD, write
+from nanometa.config import TrainConfig
+from nanometa.data.loader import step_windows
+from nanometa.data.tokenizer import write_tokens
+from nanometa.training.base_run import base_of, with_base
+from nanometa.training.dataset import open_windows
 
 
 def show_batch(cfg: TrainConfig, world: int) -> None:

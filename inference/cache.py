@@ -16,10 +16,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from config import GPTConfig
-from meta_attention import causal_sdpa
-from model import GATHERED, GPT
-from rope import attend_dynamic, attend_one
+from nanometa.config import GPTConfig
+from nanometa.layers.rope import attend_dynamic, attend_one
+from nanometa.meta_attention import causal_sdpa
+from nanometa.model import GATHERED, GPT
 
 
 class Store:

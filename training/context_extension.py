@@ -5,8 +5,9 @@ import dataclasses
 
 import torch
 
-from checkpoint import Run
-from config import GPTConfig, Rescale, UserError
+from nanometa.common.errors import UserError
+from nanometa.config import GPTConfig, Rescale
+from nanometa.training.checkpoint import Run
 
 
 def stretched(m: GPTConfig, scaling: str, factor: float, **more) -> GPTConfig:

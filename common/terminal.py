@@ -1,10 +1,6 @@
 """Model text on a terminal: exactly as it is (rich would expand tabs and drop control characters), styles on top."""
 
-import itertools
 import sys
-from collections.abc import Iterable
-
-from data.tokenizer import Tokenizer
 
 BOLD, DIM_MAGENTA, MAGENTA = "1", "2;35", "1;35"
 
@@ -15,9 +11,3 @@ def write(text: str, style: str = "") -> None:
         text = f"\x1b[{style}m{text}\x1b[0m"
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def write_tokens(tokens: Iterable[int], tokenizer: Tokenizer) -> None:
-    """Writes ids as text, with every <|meta|> visible."""
-    for is_marker, group in itertools.groupby(tokens, key=lambda token: token == tokenizer.meta):
-        write(tokenizer.decode(group), MAGENTA if is_marker else "")

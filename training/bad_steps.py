@@ -4,7 +4,8 @@ import math
 import statistics
 from collections import deque
 
-from config import TrainConfig, UserError
+from nanometa.common.errors import UserError
+from nanometa.config import TrainConfig
 
 WINDOW = 128  # norms that a spike is judged by; the first half of them must have come
 

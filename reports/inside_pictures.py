@@ -5,10 +5,10 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.lines import Line2D
 
-from probes.drawing import texts_of, told
-from probes.theorem import theorem_curves
-from reports.drawing import COLOURS, GREY, LIGHT, MARKERS, legend, png, wrapped
-from reports.paper import FIGURE_2
+from nanometa.reports.drawing import COLOURS, GREY, LIGHT, MARKERS, legend, png, wrapped
+from nanometa.reports.paper import FIGURE_2
+from nanometa.reports.position_pictures import texts_of, told
+from nanometa.reports.theorem import theorem_curves
 
 LOOKS = {"causal": "o", "second": "D"}  # of attentions
 

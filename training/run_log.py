@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-import config
-from config import TrainConfig
+from nanometa.config import TrainConfig
+from nanometa.config.checks import to_dict
 
 
 @functools.cache
@@ -63,7 +63,7 @@ class RunLog:
                 file.write("".join(line + "\n" for line in lines if _is_kept(line, step)))
                 _sync(file)
             os.replace(partial, self.metrics)
-        resolved = {"config": config.to_dict(cfg), "data": data, "environment": environment()}
+        resolved = {"config": to_dict(cfg), "data": data, "environment": environment()}
         # before any other file that is not hidden: by this one --init_from=auto knows a run that was killed early
         (run_dir / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
         self.text = open(run_dir / "train.log", "a")

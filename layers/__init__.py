@@ -1,0 +1,1 @@
+"""Parts of the model beside its attention: rotary positions and the loss."""

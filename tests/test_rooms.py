@@ -1,0 +1,116 @@
+"""Holds the order of the folders: which may import which, and that everything is imported as nanometa.NAME."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanometa.config import TrainConfig
+from nanometa.config.command_line import load_config
+from tests.conftest import ROOT
+from tests.runs import run_on, saved
+
+# A folder imports those before it.
+ORDER = (
+    "common", "config", "data", "tasks", "meta_attention", "layers", "model", "training", "inference", "evals",
+    "reports", "probes", "interop", "benches",
+)  # fmt: skip
+COMMANDS = ("prepare", "train", "sample", "eval", "probe", "report", "bench")
+FILES = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in (".venv", "records", "out")]
+PRODUCT = [path for path in FILES if path.relative_to(ROOT).parts[0] not in ("tests", "nanometa")]
+
+
+def room_of(path: Path) -> str:
+    """common, config, ...: the folder, or for a file of the root its name."""
+    parts = path.relative_to(ROOT).parts
+    return parts[0] if len(parts) > 1 else path.stem
+
+
+def imported(path: Path) -> list[str]:
+    """Full names of the modules that a file imports, wherever in it."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            module = [f"nanometa.{alias.name}" for alias in node.names] if node.module == "nanometa" else [node.module]
+            names += module
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return names
+
+
+def test_every_file_has_its_place():
+    assert {room_of(path) for path in PRODUCT} <= {*ORDER, *COMMANDS}
+    assert {path.stem for path in ROOT.glob("*.py")} == {*COMMANDS, "model", "meta_attention"}
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    room = room_of(path)
+    for name in imported(path):
+        if name.startswith("nanometa."):
+            other = name.split(".")[1]
+            assert other in ORDER, f"{path} imports the command {other}"
+            assert room in COMMANDS or ORDER.index(other) <= ORDER.index(room), f"{path} of {room} imports {name}"
+
+
+def test_no_flat_import_is_left():
+    flat = {*ORDER, *COMMANDS} | {path.stem for path in PRODUCT if path.stem != "__init__"}
+    for path in FILES:
+        for name in imported(path):
+            first = name.partition(".")[0]
+            # torch.profiler, dataclasses and so on are other people's; our own names are all below nanometa
+            ours = first in {*ORDER, *COMMANDS} or (first in flat and first not in sys.stdlib_module_names)
+            assert not ours, f"{path} imports {name}: write from nanometa.… import"
+
+
+ELSEWHERE = """
+import importlib, sys
+import config
+assert config.mine, config
+from nanometa.inference.generation import MarkerPlan, generate, lay_out
+from nanometa.inference.scoring import score
+from nanometa.training.checkpoint import load_run
+run = load_run(sys.argv[1])
+plan = MarkerPlan.of_run(run)
+ids = lay_out(run, run.tokenizer.encode("the cat"), plan)
+assert len(list(generate(run, ids, plan, max_new_tokens=5))) >= 5
+tokens, nats = score(run, "the cat sat on a mat", plan)
+assert len(tokens) == len(nats) > 3
+for name in ("data", "model", "train", "tasks", "training", "common"):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(f"{name} is importable without nanometa")
+"""
+
+
+def test_a_run_is_used_from_another_folder_that_has_a_config_of_its_own(workdir, tmp_path):
+    run = saved(run_on(workdir / "data/u"), tmp_path / "out/small")
+    (tmp_path / "config.py").write_text("mine = True\n")
+    installed = tmp_path / "site"  # stands for what pip install -e puts on the path: nanometa alone
+    installed.mkdir()
+    (installed / "nanometa").symlink_to(ROOT / "nanometa")
+    (tmp_path / "program.py").write_text(ELSEWHERE)
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run([sys.executable, "program.py", str(run)], cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_config_files_may_import_config(tmp_path, monkeypatch):
+    """A user's file says `from config import …`, or builds on a recipe; the classes are ours, and nothing is left."""
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\nfrom config import GPTConfig, TrainConfig\n"
+        "from config.tiny_meta import config as base\n"
+        "config = replace(base, model=replace(base.model, n_layer=7), max_steps=3)\n"
+        "assert type(base.model) is GPTConfig and type(base) is TrainConfig\n"
+    )
+    foreign = type(sys)("config")
+    monkeypatch.setitem(sys.modules, "config", foreign)
+    cfg = load_config(TrainConfig, [str(tmp_path / "mine.py")], config_file=True)
+    assert type(cfg) is TrainConfig and (cfg.model.n_layer, cfg.max_steps, cfg.run_name) == (7, 3, "mine")
+    assert sys.modules["config"] is foreign and "config.tiny_meta" not in sys.modules

@@ -1,0 +1,1 @@
+"""What training needs around its loop: checkpoints, resume, optimizer, processes, weights, logs, estimates."""

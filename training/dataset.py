@@ -1,0 +1,94 @@
+"""Opens the windows that a run trains on, and checks that its arm and its vocabulary fit the dataset."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from nanometa.common.errors import UserError
+from nanometa.config import PrepareConfig, TrainConfig
+from nanometa.config.command_line import load_config
+from nanometa.data.loader import Windows
+from nanometa.data.shards import read_manifest
+from nanometa.data.tokenizer import Tokenizer
+from nanometa.tasks.source import TaskWindows
+from nanometa.training.checkpoint import Checkpoint
+
+RECIPES = Path(__file__).resolve().parent.parent / "config"
+
+
+def recipe_of(dataset: str) -> PrepareConfig | None:
+    """The recipe of data/RECIPE_INJECTION, which is config/RECIPE.py with that injection, or of
+    data/RECIPE_INJECTION_Nplus, with min_document_tokens=N, too; None if there is none."""
+    name = re.fullmatch(r"(.+)_(uniform|periodic|none)(?:_([1-9]\d{0,7})plus)?", Path(dataset).name, re.ASCII)
+    if not name or not (path := RECIPES / f"{name[1]}.py").is_file():
+        return None
+    recipe = load_config(PrepareConfig, [str(path)], config_file=True)
+    return dataclasses.replace(recipe, injection=name[2], min_document_tokens=int(name[3] or 0))
+
+
+def open_windows(cfg: TrainConfig, split: str, base: Checkpoint | None = None) -> Windows | TaskWindows:
+    """The windows of cfg's dataset, or the texts of its tasks, as cfg's arm sees them. base: as for with_base.
+
+    Raises UserError if there is no dataset, or the arm needs another one."""
+    if cfg.task.tasks:
+        return TaskWindows(cfg, split, Tokenizer.load(base.folder if base else Path(cfg.dataset)))
+    recipe = recipe_of(cfg.dataset)
+    if recipe and not Path(cfg.dataset).exists():
+        length = f" --min_document_tokens={recipe.min_document_tokens}" if recipe.min_document_tokens else ""
+        raise UserError(
+            f"there is no dataset in {cfg.dataset}: make it with python prepare.py config/{recipe.recipe}.py "
+            f"--injection={recipe.injection}{length}."
+        )
+    check_arm(cfg, read_manifest(Path(cfg.dataset))["chunk_markers"])
+    random_fraction = cfg.model.random_fraction if cfg.model.second_attention == "random" else None
+    return Windows(cfg.dataset, split, cfg.model.block_size, cfg.target_rule, random_fraction, cfg.seed)
+
+
+def check_arm(cfg: TrainConfig, markers: int) -> None:
+    """Raises UserError if the arm makes no sense on a dataset whose chunks have so many markers."""
+    if cfg.model.second_attention == "meta" and not markers:
+        raise UserError(
+            f"second_attention=meta would idle, since {cfg.dataset} has no markers: take --second_attention=none, or a "
+            f"dataset prepared with --injection=uniform."
+        )
+    if cfg.model.second_attention == "random" and markers:
+        raise UserError(
+            f"second_attention=random is a control without markers, and {cfg.dataset} has {markers} a chunk: take a "
+            f"dataset prepared with --injection=none."
+        )
+    if cfg.model.meta_position == "none" and not markers:
+        raise UserError(
+            f"meta_position=none would change nothing, since {cfg.dataset} has no markers: take --meta_position=same, "
+            f"or a dataset prepared with --injection=uniform."
+        )
+
+
+def with_vocabulary(cfg: TrainConfig, n_vocab: int, n_content: int) -> TrainConfig:
+    """cfg with the vocabulary of its dataset. Raises UserError if cfg says another one."""
+    vocabulary = {"vocab_size": n_vocab, "content_vocab_size": n_content}
+    for name, found in vocabulary.items():
+        wanted = getattr(cfg.model, name)
+        if wanted not in (None, found):
+            raise UserError(f"{name}={wanted}, but the tokenizer of {cfg.dataset} has {found}: leave the setting out.")
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **vocabulary))
+
+
+def data_facts(data: Windows | TaskWindows, cfg: TrainConfig, base: Checkpoint | None = None) -> dict:
+    """What a checkpoint keeps of its dataset: enough to insert markers as trained, and to know the data again. Of
+    tasks: what their model was trained on before."""
+    if cfg.task.tasks:
+        scratch = {
+            "dataset": cfg.dataset, "injection": "none", "chunk_content": cfg.task.train_length, "chunk_markers": 0,
+            "tokenizer": data.tokenizer.fingerprint, "content_sha256": {}, "shards": {},
+        }  # fmt: skip
+        return base.state["data"] if base else scratch
+    manifest = data.manifest
+    return {
+        "dataset": cfg.dataset,
+        **{key: manifest[key] for key in ("injection", "chunk_content", "chunk_markers", "val_text_compressed")},
+        "tokenizer": manifest["tokenizer"]["fingerprint"],
+        "content_sha256": {split: manifest["splits"][split]["content_sha256"] for split in ("train", "val")},
+        "shards": {
+            entry["file"]: entry["sha256"] for split in manifest["splits"].values() for entry in split["shards"]
+        },
+    }

@@ -1,0 +1,128 @@
+"""Loads weights for step 0: OpenAI's GPT-2 from the Hugging Face hub or a local folder, or those of another run.
+
+    python train.py config/meta_gpt2.py --init_from=gpt2 --bias=True --run_name=from_gpt2
+    python train.py config/meta_gpt2.py --init_from=out/gpt2_1024 --run_name=from_ours
+
+What the weights lack, a second attention,
+stays as GPT draws it, with an output projection of zero: at step 0 text without markers has the logits of the weights.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+
+from nanometa.common.errors import UserError
+from nanometa.common.files import file_sha256
+from nanometa.config import GPTConfig
+from nanometa.config.checks import nearest_name
+from nanometa.data.tokenizer import Tokenizer
+from nanometa.model import GPT
+from nanometa.training.checkpoint import WEIGHTS, content_tokens, holds_run, open_run, read_tensors
+from nanometa.training.context_extension import interpolated
+from nanometa.training.hugging_face import (
+    HUB,
+    StartWeights,
+    check_shape,
+    download,
+    files_of,
+    marker_rows,
+    read_hugging_face,
+    with_markers,
+)
+
+KEYWORDS = ("scratch", "resume", "auto")  # of init_from; all else is weights
+
+
+def check_name(init_from: str) -> None:
+    """Raises UserError unless init_from is a keyword, a name on the hub, or else a folder."""
+    if init_from in KEYWORDS or init_from in HUB or Path(init_from).is_dir():
+        return
+    if Path(init_from).is_file():
+        raise UserError(f"init_from={init_from} is a file: give the folder that it is in.")
+    beside = sorted(map(str, Path(init_from).parent.glob("*/"))) if "/" in init_from else []
+    known = [*KEYWORDS, *HUB]
+    raise UserError(
+        f"init_from={init_from!r} is none of {', '.join(known)} and no folder: "
+        f"{nearest_name(init_from, beside or known)}"
+    )
+
+
+def load_into(model: GPT, init_from: str, tokenizer: Tokenizer) -> tuple[str, int | None]:
+    """Overwrites the parameters of a fresh model -> a sentence for the log: what was loaded, and what is new; and how
+    many content tokens of text the weights were trained on, None if nobody says.
+
+    tokenizer: that of the dataset. Raises UserError if anything does not fit; the model is then as it was."""
+    check_name(init_from)
+    if init_from in HUB:
+        weights = read_hugging_face(init_from, *download(f"openai-community/{init_from}"), model.cfg, tokenizer)
+    elif holds_run(Path(init_from)):
+        weights = _run_of_ours(init_from, model.cfg, tokenizer)
+    else:
+        weights = read_hugging_face(init_from, *files_of(Path(init_from)), model.cfg, tokenizer)
+
+    params = dict(model.named_parameters())
+    new = [
+        name for name in params if name not in weights.tensors and (".second_attn." in name or ".ln_second." in name)
+    ]
+    for name in [name for name in params if name not in new]:
+        check_shape(weights, name, tuple(params[name].shape))
+        if not torch.isfinite(weights.tensors[name]).all():
+            raise UserError(f"{name} in {weights.file} has values that are not finite: take other weights.")
+    for name, tensor in weights.tensors.items():
+        if name not in params:
+            raise UserError(
+                f"{name} {tuple(tensor.shape)} of {weights.file} has no place in this model: take {weights.fit}."
+            )
+    with torch.no_grad():
+        for name, tensor in weights.tensors.items():
+            params[name].copy_(tensor)
+    return (
+        f"weights of {weights.file} (sha256 {file_sha256(weights.file)}): loaded {_brief(weights.tensors)}; "
+        f"new, as from scratch: {_brief(new) or 'none'}; {weights.note}"
+    ), weights.content_tokens
+
+
+def _brief(names) -> str:
+    """h.0.ln_1.weight, h.1.ln_1.weight -> h.*.ln_1.weight"""
+    return " ".join(dict.fromkeys(re.sub(r"^h\.\d+\.", "h.*.", name) for name in names))
+
+
+def _run_of_ours(init_from: str, cfg: GPTConfig, tokenizer: Tokenizer) -> StartWeights:
+    """The best checkpoint of a run, else its newest, or the checkpoint that is given.
+
+    Raises UserError for another tokenizer, and for settings that no shape shows but that the weights depend on."""
+    saved = open_run(init_from)
+    theirs, data = saved.config.model, saved.state["data"]
+    if data["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(
+            f"init_from={init_from} was trained with another tokenizer (fingerprint {data['tokenizer'][:12]}..) than "
+            f"the dataset's ({tokenizer.fingerprint[:12]}..): prepare the dataset with --tokenizer={saved.folder}."
+        )
+    shared = ["n_head"]
+    if cfg.position == theirs.position == "rope":
+        shared.append("rope_theta")
+        if cfg.rope_scaling == "none":  # else startup has stretched what they have
+            shared.append("rope_scaling")
+    if "none" not in (cfg.second_attention, theirs.second_attention):
+        shared.append("second_attention")
+    for name in shared:
+        ours, found = getattr(cfg, name), getattr(theirs, name)
+        if ours != found:
+            raise UserError(f"{name}={ours}, and {saved.folder} was trained with {found}: take --{name}={found}.")
+
+    names = ["n_layer", "n_head", "n_embd", "block_size", "bias", "position"]
+    names += ["n_inner"] if theirs.n_inner != cfg.n_inner else []
+    names += ["second_attention"] if theirs.second_attention != "none" else []
+    fit = " ".join(f"--{name}={getattr(theirs, name)}" for name in names)
+    file = saved.folder / WEIGHTS
+    before = content_tokens(saved.state, saved.config)
+    weights = StartWeights(file, read_tensors(file), fit, f"{marker_rows(tokenizer)} are as trained", before)
+    table = weights.tensors.get("wpe.weight")
+    if table is not None and cfg.position == "learned" and cfg.rope_factor != theirs.rope_factor:
+        weights.tensors["wpe.weight"] = interpolated(table, cfg.rope_factor, cfg.block_size)
+        weights.note += f"; wpe.weight is interpolated from {len(table)} to {cfg.block_size} positions"
+    if not data["chunk_markers"] and not saved.config.task.tasks:  # it never saw a marker: their rows are noise
+        weights.tensors["wte.weight"] = with_markers(weights.tensors["wte.weight"], tokenizer)
+        weights.note = f"{marker_rows(tokenizer)} are the mean of the others"
+    return weights
