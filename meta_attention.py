@@ -30,11 +30,12 @@ class CausalSelfAttention(nn.Module):
         q, k, v = rearrange(self.c_attn(x), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
-        if attend is not None:
-            y = attend(q, k, v)
-        else:
-            y = causal_sdpa(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        y = (attend or self.attend)(q, k, v)
         return self.resid_dropout(self.c_proj(rearrange(y, "b h t d -> b t (h d)")))
+
+    def attend(self, q, k, v):
+        """q, k, v (B, H, T, D) -> (B, H, T, D): the attention itself."""
+        return causal_sdpa(q, k, v, dropout_p=self.dropout if self.training else 0.0)
 
 
 class MetaAttention(CausalSelfAttention):
@@ -43,15 +44,9 @@ class MetaAttention(CausalSelfAttention):
     x (B, T, C), meta_index (B, M) -> (B, T, C). meta_index holds each row's meta positions in increasing order; a row
     with fewer than M is padded at the end with T. M may be 0."""
 
-    def forward(self, x, meta_index, norm, rotate=None, attend=None, packed=False):
+    def forward(self, x, meta_index, norm, rotate=None, attend=None):
         """norm: a LayerNorm or the like, which works row by row; rotate and attend: as above, for the gathered rows
-        (B, H, M, D). packed: B = 1 without pads."""
-        if packed:  # decoding: mostly there is no meta-token among the new tokens
-            index = meta_index[0]
-            if len(index) == 0:
-                return x
-            y = super().forward(norm(x[:, index]), rotate, attend)
-            return x.index_add(1, index, y.to(x.dtype))
+        (B, H, M, D)."""
         rows = gather_rows(x, meta_index)  # (B, M, C): nothing below touches more than these
         return add_rows(x, super().forward(norm(rows), rotate, attend), meta_index)
 

@@ -8,6 +8,8 @@ here it has both of its own, and its output projection starts at zero, so that s
 
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -17,10 +19,29 @@ from torch.utils.checkpoint import checkpoint
 from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import stable_key
 from nanometa.config import GPTConfig
+from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.layers.rope import attend_dynamic, fixed_scale, rope_tables, rotate
 from nanometa.meta_attention import CausalSelfAttention, MetaAttention, gather_rows
 
-GATHERED = ("meta", "random")  # the second attentions that connect the positions of meta_index alone
+# The layer of each second attention, by its name in config/arms.py.
+SECOND_LAYERS = {"meta": MetaAttention, "random": MetaAttention, "causal": CausalSelfAttention}
+_differing = {name for name, second in SECOND_ATTENTIONS.items() if second.has_layer} ^ SECOND_LAYERS.keys()
+assert not _differing, f"SECOND_LAYERS and config/arms.py differ in {_differing}"
+
+
+class Context(NamedTuple):
+    """What the blocks of one forward share beside x."""
+
+    meta_index: torch.Tensor | None
+    """(B, M) positions that a second attention gathers, as in a Batch; None: none, in any row"""
+    rotate: Callable | None = None
+    """rotates q or k of causal attention by its positions; None: no rotary positions"""
+    rotate_second: Callable | None = None
+    """the same for the second attention"""
+    attend: Callable | None = None
+    """replaces causal attention of q, k, v, for a cache or a dynamic scale; None: the layer's own"""
+    attend_second: Callable | None = None
+    """the same for the second attention"""
 
 
 class LayerNorm(nn.LayerNorm):
@@ -46,22 +67,24 @@ class Block(nn.Module):
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         attention = (cfg.n_embd, cfg.n_head, cfg.bias, cfg.dropout)
-        self.second = cfg.second_attention
+        self.second = cfg.second
         self.ln_1 = LayerNorm(cfg)
         self.attn = CausalSelfAttention(*attention)
-        if self.second != "none":
+        if self.second.has_layer:
             # the same names and shapes in every arm, so that equal seeds draw equal weights
             self.ln_second = LayerNorm(cfg)
-            self.second_attn = (MetaAttention if self.second in GATHERED else CausalSelfAttention)(*attention)
+            self.second_attn = SECOND_LAYERS[self.second.name](*attention)
         self.ln_2 = LayerNorm(cfg)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, meta_index, rotate, rotate_second, attend=None, attend_second=None, packed=False):
-        x = x + self.attn(self.ln_1(x), rotate, attend)
-        if self.second in GATHERED:  # adds to the rows of meta_index
-            x = self.second_attn(x, meta_index, self.ln_second, rotate_second, attend_second, packed)
-        elif self.second == "causal":
-            x = x + self.second_attn(self.ln_second(x), rotate_second, attend_second)
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self.attn(self.ln_1(x), context.rotate, context.attend)
+        how = (context.rotate_second, context.attend_second)
+        if self.second.gathers and context.meta_index is not None:  # adds to the rows of meta_index
+            x = self.second_attn(x, context.meta_index, self.ln_second, *how)
+        elif self.second.connects == "all":
+            x = x + self.second_attn(self.ln_second(x), *how)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -107,51 +130,54 @@ class GPT(nn.Module):
                 raise AssertionError(f"no initialisation is written for {name}")
 
     def forward(self, tokens, positions, meta_index, attends=None):
-        """tokens, positions (B, T), meta_index (B, M) as in a Batch -> hidden states after ln_f (B, T, C).
+        """Returns the hidden states after ln_f (B, T, C) of tokens and positions (B, T).
 
-        attends: for each block what its two attentions call in place of causal attention, for one row of packed texts
-        without pads (inference/cache.py): q and k come rotated, unless rope_dynamic. None = causal."""
+        meta_index (B, M): as in a Batch; None: the second attention connects nothing in these texts.
+        attends: for each block what its two attentions call in place of causal attention (inference/cache.py); q and k
+        come rotated, unless rope_dynamic."""
         x = self.wte(tokens)  # (B, T, C)
         unplaced = self._unplaced(tokens, meta_index)
-        rotates, own = (None, None), (None, None)
+        context = Context(meta_index)
         if self.cfg.position == "learned":
             place = self.wpe(positions)
             x = x + (place if unplaced is None else place.masked_fill(unplaced[..., None], 0))
         else:
-            rotates, own = self._rotary(positions, meta_index, unplaced)
+            context = self._rotary(positions, meta_index, unplaced)
         x = self.drop(x)
-        for block, attend in zip(self.h, attends or [own] * len(self.h), strict=True):
-            inputs, packed = (x, meta_index, *rotates, *attend), attends is not None
+        for layer, block in enumerate(self.h):
+            if attends is not None:
+                context = context._replace(**dict(zip(("attend", "attend_second"), attends[layer], strict=False)))
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, *inputs, packed=packed, use_reentrant=False)
+                x = checkpoint(block, x, context, use_reentrant=False)
             else:
-                x = block(*inputs, packed=packed)
+                x = block(x, context)
         return self.ln_f(x)
 
     def _unplaced(self, tokens, meta_index) -> torch.Tensor | None:
-        """Positions (B, T) whose place is hidden from both attentions, or from one; None = no one's."""
-        if self.cfg.meta_position == "same":
+        """Returns the positions (B, T) whose place is hidden from one attention or from both; None: no one's."""
+        if self.cfg.meta_position == "same" or meta_index is None:
             return None
         B, T = tokens.shape
         unplaced = torch.zeros(B, T + 1, dtype=torch.bool, device=tokens.device)
         return unplaced.scatter(1, meta_index, True)[:, :T]  # pads, T, mark the column that is cut off
 
-    def _rotary(self, positions, meta_index, unplaced) -> tuple[tuple, tuple]:
-        """Of the two attentions: what rotates q and k, and, if the scale is dynamic, what stands for causal attention
-        of q and k that are not rotated."""
+    def _rotary(self, positions, meta_index, unplaced) -> Context:
+        """Returns the context under rotary positions: what rotates q and k, or, if the scale is dynamic, what replaces
+        causal attention of q and k that are not rotated."""
         cfg, lengths = self.cfg, positions + 1  # of the text when a token comes
         zeroed = positions if unplaced is None else positions.masked_fill(unplaced, 0)  # an angle of 0 turns nothing
         first = positions if cfg.meta_position == "none_second" else zeroed
         second = positions if cfg.meta_position == "none_first" else zeroed
         at = [(first, lengths), (second, lengths)]
-        if cfg.second_attention in GATHERED:  # gathered rows keep their position in the window: (B, M)
+        if cfg.second.gathers and meta_index is not None:  # gathered rows keep their position in the window: (B, M)
             at[1] = tuple(gather_rows(x[..., None], meta_index).squeeze(-1) for x in at[1])
         if cfg.rope_dynamic:
-            dynamic = [functools.partial(attend_dynamic, positions=p, lengths=n, cfg=cfg) for p, n in at]
-            return (None, None), tuple(dynamic)
+            attends = [functools.partial(attend_dynamic, positions=p, lengths=n, cfg=cfg) for p, n in at]
+            return Context(meta_index, attend=attends[0], attend_second=attends[1])
         tables = rope_tables(first, cfg, fixed_scale(cfg, first.device))
         tables = tables, tables if at[1][0] is first else rope_tables(at[1][0], cfg, fixed_scale(cfg, first.device))
-        return tuple(functools.partial(rotate, cos=cos, sin=sin) for cos, sin in tables), (None, None)
+        rotates = [functools.partial(rotate, cos=cos, sin=sin) for cos, sin in tables]
+        return Context(meta_index, rotate=rotates[0], rotate_second=rotates[1])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (..., C) -> logits (..., vocab_size); ids >= content_vocab_size are never predicted: -inf."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nanometa.common.errors import UserError
+from nanometa.config.arms import SECOND_ATTENTIONS, SecondAttention, SecondAttentionName
 from nanometa.config.checks import FOLDER_NAME, check, check_types, is_folder_name, nearest_multiples
 
 
@@ -27,7 +28,7 @@ class GPTConfig:
     """rows of the embedding; None = the dataset's tokenizer decides"""
     content_vocab_size: int | None = None
     """ids below this can be predicted, the rest are markers and spare rows; None = the tokenizer decides"""
-    second_attention: Literal["meta", "causal", "random", "none"] = "meta"
+    second_attention: SecondAttentionName = "meta"
     """after causal attention in every block: attention among the meta-tokens; controls of equal size: a second
     causal attention, or attention among randomly drawn positions (sparsity without tokens); or nothing (GPT-2)"""
     random_fraction: float = 0.1
@@ -67,10 +68,10 @@ class GPTConfig:
         check(self, "dropout", 0 <= self.dropout < 1, "lie in [0, 1)")
         check(self, "n_inner", self.n_inner is None or 1 <= self.n_inner <= 2**18, "lie in 1 .. 262144, or be None")
         check(self, "random_fraction", 0 < self.random_fraction <= 1, "lie in (0, 1]")
-        if self.second_attention == "random" and self.meta_position != "same":
+        if self.second.markers == "refused" and self.meta_position != "same":
             raise UserError(
-                f"meta_position={self.meta_position} needs meta-tokens, and second_attention=random runs without: "
-                f"leave one out."
+                f"meta_position={self.meta_position} needs meta-tokens, and second_attention={self.second_attention} "
+                f"runs without: leave one out."
             )
         check(self, "rope_theta", self.rope_theta > 1, "be above 1")
         check(self, "rope_factor", 1 <= self.rope_factor <= 2**16, "lie in 1 .. 65536")
@@ -96,6 +97,11 @@ class GPTConfig:
                 "rope_scaling=ntk needs heads of more than one pair of dimensions: take rope_scaling=pi, or another "
                 "n_head."
             )
+
+    @property
+    def second(self) -> SecondAttention:
+        """The registry's entry of second_attention."""
+        return SECOND_ATTENTIONS[self.second_attention]
 
     @property
     def original_block_size(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from nanometa.common.errors import UserError
 from nanometa.common.files import file_sha256
 from nanometa.config import Rescale
+from nanometa.config.arms import arm_label
 from nanometa.config.checks import check_types, to_dict
 from nanometa.data.inject import strip
 from nanometa.data.loader import random_positions
@@ -63,12 +64,11 @@ class Evaluation:
 def arm_of(run: Run) -> str:
     """The arm by its short name, as in records: meta, pause (markers in its data, no second attention), causal2,
     random, widemlp or gpt2, and its positions."""
-    m, markers = run.config.model, run.state["data"]["chunk_markers"]
-    names = {"meta": "meta", "causal": "causal2", "random": "random"}
-    plain = "widemlp" if m.n_inner not in (None, 4 * m.n_embd) else "pause" if markers else "gpt2"
+    m = run.config.model
+    name = arm_label(m.second, m.n_inner not in (None, 4 * m.n_embd), bool(run.state["data"]["chunk_markers"]))
     unplaced = f", markers' position {m.meta_position.replace('_', ' in ')}" if m.meta_position != "same" else ""
     scaling = f", {scaling_of(m)}" if scaling_of(m) else ""
-    return f"{names.get(m.second_attention, plain)} + {m.position}{scaling}{unplaced}"
+    return f"{name} + {m.position}{scaling}{unplaced}"
 
 
 def facts_of(run: Run) -> dict:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from nanometa.config import GPTConfig
 from nanometa.layers.rope import attend_dynamic, attend_one
 from nanometa.meta_attention import causal_sdpa
-from nanometa.model import GATHERED, GPT
+from nanometa.model import GPT
 
 
 class Store:
@@ -135,10 +135,10 @@ class Decoder:
     def __init__(self, weights: Weights, B: int, slots: int, second_slots: int, in_second: Callable):
         cfg = weights.cfg
         self.weights, self.device = weights, weights.device
-        self.in_second, self.gathered = in_second, cfg.second_attention in GATHERED
+        self.in_second, self.gathered = in_second, cfg.second.gathers
         kind = (weights.dtype, self.device)
         self.causal, self.second = Store(cfg, B, slots, *kind), None
-        if cfg.second_attention != "none":
+        if cfg.second.has_layer:
             self.second = Store(cfg, B, second_slots if self.gathered else slots, *kind)
         self.stores = [store for store in (self.causal, self.second) if store is not None]
         self.attends = [
@@ -159,7 +159,9 @@ class Decoder:
         positions = [used[b] + i for b, i in order]
         gathered = [n for n, pair in enumerate(zip(tokens, positions, strict=True)) if self.in_second(*pair)]
         self._place(rows, positions, gathered)
-        inputs = (torch.tensor([part], device=self.device, dtype=torch.long) for part in (tokens, positions, gathered))
+        inputs = [torch.tensor([part], device=self.device, dtype=torch.long) for part in (tokens, positions, gathered)]
+        if not gathered:  # mostly: then the second attention has nothing to do
+            inputs[2] = None
         with torch.autocast(self.device.type, enabled=False):
             hidden = self.weights.model(*inputs, self.attends)[0]  # (N, C)
             places = {pair: n for n, pair in enumerate(order)}

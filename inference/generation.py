@@ -182,7 +182,7 @@ def takes_part(run: Run) -> Callable[[int, int], bool]:
     """(id, position in the window) -> does the second attention connect it? If it is causal or there is none, it
     connects nothing by choice, and the markers are named, which may have no position."""
     m, meta = run.config.model, run.tokenizer.meta
-    if m.second_attention != "random":
+    if m.second.connects != "random":
         return lambda token, position: token == meta
     # a draw of its own, the same for a text however far it has come
     drawn = random_positions(np.array([0]), m.block_size, m.random_fraction, run.config.seed, "generated")
@@ -197,7 +197,7 @@ def _slots(run: Run, texts: list[_Text], max_new_tokens: int) -> tuple[int, int]
     chunks = [min(max_new_tokens // text.plan.C, T // (text.plan.C + text.plan.M)) + 2 for text in texts]
     planned = [text.plan.M * n for text, n in zip(texts, chunks, strict=True)]
     slots = max(len(text.ids) + max_new_tokens + n for text, n in zip(texts, planned, strict=True))
-    if run.config.model.second_attention == "random":
+    if run.config.model.second.connects == "random":
         return min(T, slots), sum(member(meta, position) for position in range(T))
     return min(T, slots), min(T, max(text.ids.count(meta) + n for text, n in zip(texts, planned, strict=True)))
 

@@ -35,7 +35,6 @@ from nanometa.common.terminal import write
 from nanometa.config.checks import check
 from nanometa.evals.common import check_finite, hidden_of
 from nanometa.evals.tasks import about, texts
-from nanometa.model import GATHERED
 from nanometa.probes.calls import SMALL, call, in_row
 from nanometa.probes.heads import FIRST, SECOND, Rows, seen
 from nanometa.probes.marks import MarksProbe, answer_in_text, asked_at, batches, mark_name, mark_of, marks, name_of
@@ -133,8 +132,8 @@ def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, 
 
             def see(layer: int, which: str, of: Rows, look=look, places=places):
                 # what random connects is no mark; and there may be none, with placement none
-                if which == FIRST or (m.second_attention != "random" and of.at.size(1)):
-                    gathered = which == SECOND and m.second_attention in GATHERED
+                if which == FIRST or (m.second.connects != "random" and of.at.size(1)):
+                    gathered = which == SECOND and m.second.gathers
                     look[layer, which] = (among_marks if gathered else after_marks)(of, places)
 
             with under(run.model, mark_of(maker), condition), seen(run.model, see):

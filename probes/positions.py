@@ -92,7 +92,7 @@ def conditions_of(cfg: PositionsProbe, run: Run) -> tuple[list[str], dict[str, l
     named, and for a run that knows no meta-tokens."""
     m, trained = run.model.cfg, run.config.task
     placed = trained.tasks and set(trained.placements) != {"none"}
-    if m.second_attention == "random" or not (placed or run.state["data"]["chunk_markers"]):
+    if m.second.markers == "refused" or not (placed or run.state["data"]["chunk_markers"]):
         raise UserError(f"{run.folder} was trained without meta-tokens: take a run that knows them.")
     unasked: dict[str, list[str]] = {}
     for name in CONDITIONS:
@@ -115,7 +115,7 @@ def useless(condition: str, m: GPTConfig) -> str:
         return f"whose meta-tokens had no position in training (meta_position={m.meta_position})"
     if place in ("none_first", "none_second") and m.position == "learned":
         return "whose learned positions are added before any attention"
-    if place in ("none_first", "none_second") and m.second_attention == "none":
+    if place in ("none_first", "none_second") and not m.second.has_layer:
         return "which has one attention"
     return ""
 

@@ -1,6 +1,7 @@
 """probe.py attention: heads are those of the model, measures are their definition, and a planted boost is found."""
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -14,6 +15,7 @@ from nanometa import probe
 from nanometa.common.errors import UserError
 from nanometa.common.statistics import bootstrap_means, bootstrap_ratio, mean_p
 from nanometa.config import TaskConfig
+from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.evals.common import hidden_of
 from nanometa.evals.tasks import texts
 from nanometa.probes import attention
@@ -28,10 +30,9 @@ from nanometa.tasks.example import Draft, Example, Maker
 from tests.conftest import tree
 from tests.reference import heads as reference
 from tests.runs import small_run
-from tests.test_model import inputs
+from tests.test_model import WITH_MARKERS, inputs
 from tests.test_positions import (
     APPLE,
-    ARMS,
     ASK,
     FILLER,
     LINE_END,
@@ -53,11 +54,11 @@ def hooks(model) -> int:
 # ----------------------------------------------------------------------------- heads
 
 
-@pytest.mark.parametrize(("second", "position"), [*ARMS, ("random", "rope")])
+@pytest.mark.parametrize(("second", "position"), itertools.product(SECOND_ATTENTIONS, ("learned", "rope")))
 @pytest.mark.parametrize("place", ["same", "none", "none_first"])
 @torch.no_grad()
 def test_weights_computed_again_give_what_the_attention_gave(second, position, place):
-    if (place == "none_first" and position == "learned") or (place != "same" and second == "random"):
+    if (place == "none_first" and position == "learned") or (place != "same" and second not in WITH_MARKERS):
         pytest.skip("the model has no such positions")
     model = restless(second, position).float()
     model.cfg = model.cfg.__class__(**{**model.cfg.__dict__, "meta_position": place})
@@ -322,7 +323,7 @@ def test_verdicts_and_their_family():
 # ----------------------------------------------------------------------------- the command
 
 
-@pytest.mark.parametrize("second", ["meta", "causal", "none", "random"])
+@pytest.mark.parametrize("second", SECOND_ATTENTIONS)
 def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, second):
     if second != "meta":  # one picture is enough
         monkeypatch.setattr(attention, "attention_picture", lambda lines: b"\x89PNG")

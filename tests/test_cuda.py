@@ -13,6 +13,7 @@ from nanometa.model import GPT
 from nanometa.training.distributed import autocast, pick_dtype, why_not_compile
 from tests.conftest import TINY, cli, losses, override
 from tests.test_generate_cache import PLANS, laid_out, random_run
+from tests.test_model import LAYERED
 
 pytestmark = [
     pytest.mark.cuda,
@@ -49,7 +50,7 @@ def loss_and_gradients(device: str, dtype: torch.dtype, compiled: bool = False, 
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
-@pytest.mark.parametrize("second", ["meta", "causal", "random"])
+@pytest.mark.parametrize("second", LAYERED)
 def test_the_gpu_computes_what_the_cpu_does(second, position):
     changes = {"second_attention": second, "position": position}
     nats, grads = loss_and_gradients("cpu", torch.float32, **changes)
@@ -78,7 +79,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
     assert again_nats == nats and all((again[name] - grad).norm() <= 1e-5 * grad.norm() for name, grad in grads.items())
 
 
-@pytest.mark.parametrize("second", ["meta", "causal", "random"])
+@pytest.mark.parametrize("second", LAYERED)
 def test_decoding_gives_the_ids_of_the_cpu(second):
     run, plan = random_run(second_attention=second, position="rope"), PLANS["uniform"]
     prompt = laid_out(5, plan)

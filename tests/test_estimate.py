@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanometa import train
 from nanometa.common.errors import UserError
 from nanometa.config import GPTConfig, TrainConfig
+from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.command_line import load_config
 from nanometa.data.loader import IGNORE, places_of
 from nanometa.data.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ GPT2 = GPTConfig(vocab_size=50304, content_vocab_size=50257)
 
 def arm(cfg: GPTConfig, second: str, **changes) -> tuple[GPTConfig, int]:
     """The shape in an arm, and the meta-tokens of its window (a tenth of it, or none)."""
-    M = cfg.block_size // 10 if second == "meta" else 0
+    M = cfg.block_size // 10 if SECOND_ATTENTIONS[second].markers == "needed" else 0
     return dataclasses.replace(cfg, second_attention=second, block_size=cfg.block_size - (not M) * 51, **changes), M
 
 
@@ -41,7 +42,7 @@ def random_batch(cfg: GPTConfig, B: int, M: int) -> tuple[torch.Tensor, ...]:
     """tokens, targets, positions (B, T), meta_index (B, M) and scored_index (B, S), as in a Batch."""
     T, meta = cfg.block_size, cfg.content_vocab_size
     tokens = torch.randint(0, meta, (B, T))
-    rows = estimate.second_rows(cfg, M) if cfg.second_attention == "random" else M
+    rows = estimate.second_rows(cfg, M) if cfg.second.connects == "random" else M
     index = torch.stack([torch.randperm(T)[:rows].sort().values for _ in range(B)])
     if M:
         tokens.scatter_(1, index, meta)
@@ -157,9 +158,7 @@ def compare(what: str, predicted: int, measured: int, unit: float, within: float
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("second", "n_inner"), [("meta", None), ("causal", None), ("random", None), ("none", None), ("none", 6 * 192)]
-)
+@pytest.mark.parametrize(("second", "n_inner"), [*((name, None) for name in SECOND_ATTENTIONS), ("none", 6 * 192)])
 def test_flops_are_those_that_are_counted(second, n_inner, dtype):
     cfg, M = arm(TINY, second, n_inner=n_inner)
     assert 2 * estimate.flops_per_window(cfg, M) == counted_flops(cfg, 2, M, DTYPES[dtype])
@@ -170,7 +169,7 @@ def test_flops_are_those_that_are_counted(second, n_inner, dtype):
 @pytest.mark.parametrize(
     ("second", "dropout", "T"),
     # the last: above the 256 rows up to which the CPU's bfloat16 attention runs in fp32, meta-attention, too
-    [*((second, p, 512) for second in ("meta", "causal", "random", "none") for p in (0.0, 0.1)), ("meta", 0.0, 2600)],
+    [*((second, p, 512) for second in SECOND_ATTENTIONS for p in (0.0, 0.1)), ("meta", 0.0, 2600)],
 )
 def test_activations_are_those_that_autograd_saves(second, dropout, T, position, dtype):
     shape = dataclasses.replace(TINY, n_layer=2, block_size=T, position=position, dropout=dropout)

@@ -6,14 +6,17 @@ import transformers
 
 from nanometa.common.errors import UserError
 from nanometa.config import GPTConfig
+from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.model import GPT
 from nanometa.training.hugging_face import from_hf, to_hf
 from tests.reference import gpt as reference
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=64, content_vocab_size=60)
-ARMS = ("meta", "causal", "random", "none")
+ARMS = tuple(SECOND_ATTENTIONS)
+LAYERED = [name for name, second in SECOND_ATTENTIONS.items() if second.has_layer]
+WITH_MARKERS = [name for name, second in SECOND_ATTENTIONS.items() if second.markers != "refused"]
 # second_attention and meta_position: all that goes together
-ARMS_AND_PLACES = [(arm, place) for arm in ARMS for place in ("same", "none") if (arm, place) != ("random", "none")]
+ARMS_AND_PLACES = [(arm, place) for arm in ARMS for place in ("same", "none") if arm in WITH_MARKERS or place == "same"]
 
 
 def build(seed=3, **changes) -> GPT:
@@ -61,7 +64,7 @@ def test_the_model_is_its_definition(second, meta_position, position):
     ours, expected = model(tokens, positions, index), reference.hidden_states(model, tokens, positions, members)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)  # angles and turned q, k are fp32
     others = reference.hidden_states(model, tokens, positions, members.roll(1, dims=1))
-    if second in ("meta", "random") or meta_position == "none":
+    if model.cfg.second.gathers or meta_position == "none":
         assert (others - expected).abs().max() > 1e-2  # the tolerance can tell
 
 
@@ -142,12 +145,12 @@ def test_step_0_is_gpt2_in_every_arm_and_shared_weights_are_equal():
     models = {arm: build(second_attention=arm) for arm in ARMS}
     tokens, positions, index = inputs()
     outputs = {arm: model(tokens, positions, index) for arm, model in models.items()}
-    for arm in ("meta", "causal", "random"):
+    for arm in LAYERED:
         assert torch.equal(outputs[arm], outputs["none"])
         for name, p in models["none"].named_parameters():
             assert torch.equal(p, models[arm].get_parameter(name)), name
     meta = models["meta"].state_dict()
-    for control in (models["causal"].state_dict(), models["random"].state_dict()):
+    for control in (models[arm].state_dict() for arm in LAYERED):
         assert meta.keys() == control.keys() and all(torch.equal(meta[name], control[name]) for name in meta)
     assert not torch.equal(meta["h.0.attn.c_attn.weight"], meta["h.1.attn.c_attn.weight"])
     assert not torch.equal(meta["h.0.attn.c_attn.weight"], build(seed=4).state_dict()["h.0.attn.c_attn.weight"])
@@ -174,7 +177,7 @@ def test_parameter_counts_of_the_paper():
         groups = model.param_groups(0.1)
         assert sum(p.numel() for group in groups for p in group["params"]) == model.num_params()
         assert all(p.dim() >= 2 for p in groups[0]["params"]) and all(p.dim() == 1 for p in groups[1]["params"])
-    assert counts["meta"] == counts["causal"] == counts["random"] == 151_908_096
+    assert {counts[arm] for arm in LAYERED} == {151_908_096}
     assert counts["meta"] == 123_587_328 + 12 * (4 * 768**2 + 768)
     assert counts["none"] == 123_587_328
 

@@ -28,11 +28,11 @@ from nanometa.tasks.words import ITEMS, NAMES
 from tests.conftest import cli, tree
 from tests.reference import gpt as reference
 from tests.runs import saved, small_run
-from tests.test_model import build, inputs, sharpen, wake
+from tests.test_model import WITH_MARKERS, build, inputs, sharpen, wake
 
 MARKED = {"dataset": "data/x", "injection": "uniform", "chunk_content": 27, "chunk_markers": 3}
 PLAIN = {**MARKED, "injection": "none", "chunk_markers": 0}
-ARMS = [(second, position) for second in ("meta", "causal", "none") for position in ("learned", "rope")]
+ARMS = [(second, position) for second in WITH_MARKERS for position in ("learned", "rope")]
 META = 61  # in inputs()
 # meta_position, and is the embedding kept?
 MEANING = {

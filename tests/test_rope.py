@@ -17,12 +17,12 @@ from nanometa.model import GPT
 from nanometa.training.context_extension import interpolated, scaling_of, stretched
 from tests.reference import gpt as reference
 from tests.reference import rope as formulas
-from tests.test_model import ARMS, inputs, sharpen, wake
+from tests.test_model import ARMS, WITH_MARKERS, inputs, sharpen, wake
 
 SCALINGS = ("none", "pi", "ntk", "yarn")
 SCALES = [("none", False)] + [(name, dynamic) for name in SCALINGS[1:] for dynamic in (False, True)]
 PLACES = ("same", "none", "none_first", "none_second")
-ARMS_AND_ALL_PLACES = [(arm, place) for arm in ARMS for place in PLACES if arm != "random" or place == "same"]
+ARMS_AND_ALL_PLACES = [(arm, place) for arm in ARMS for place in PLACES if arm in WITH_MARKERS or place == "same"]
 # a window of 12 that was 4: most of a test's positions are beyond it
 STRETCHED = {"position": "rope", "block_size": 12, "rope_factor": 3.0, "yarn_beta_fast": 0.9, "yarn_beta_slow": 0.05}
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from nanometa.common.errors import UserError
+from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.probes.trace import replaced, sites, states
 from tests.test_model import build, inputs, sharpen, wake
 
-ARMS = [(second, position) for second in ("meta", "causal", "none", "random") for position in ("learned", "rope")]
+ARMS = [(second, position) for second in SECOND_ATTENTIONS for position in ("learned", "rope")]
 ROWS = torch.tensor([3, 7, 10])
 
 

@@ -16,6 +16,7 @@ import torch
 from nanometa import train
 from nanometa.common.errors import UserError
 from nanometa.config import TrainConfig
+from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.train import evaluate
 from nanometa.training import run_log
 from nanometa.training.distributed import accumulation
@@ -84,10 +85,10 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(workdir, straight):
     assert "changed since the checkpoint: max_steps 17 -> 30" in (result / "train.log").read_text()
 
 
-@pytest.mark.parametrize("second", ["meta", "causal", "random", "none"])
+@pytest.mark.parametrize("second", SECOND_ATTENTIONS)
 def test_two_processes_and_accumulation_equal_one(workdir, second):
     args = ("--max_steps=20", f"--second_attention={second}", "--eval_interval=20", "--learning_rate=3e-3")
-    if second == "random":
+    if SECOND_ATTENTIONS[second].markers == "refused":
         args += ("--dataset=data/n", "--block_size=28")
     one = run(workdir, f"one_{second}", *args)
     four = run(workdir, f"four_{second}", *args, "--micro_batch_size=2")

@@ -40,21 +40,22 @@ def open_windows(cfg: TrainConfig, split: str, base: Checkpoint | None = None) -
             f"--injection={recipe.injection}{length}."
         )
     check_arm(cfg, read_manifest(Path(cfg.dataset))["chunk_markers"])
-    random_fraction = cfg.model.random_fraction if cfg.model.second_attention == "random" else None
+    random_fraction = cfg.model.random_fraction if cfg.model.second.connects == "random" else None
     return Windows(cfg.dataset, split, cfg.model.block_size, cfg.target_rule, random_fraction, cfg.seed)
 
 
 def check_arm(cfg: TrainConfig, markers: int) -> None:
     """Raises UserError if the arm makes no sense on a dataset whose chunks have so many markers."""
-    if cfg.model.second_attention == "meta" and not markers:
+    second = cfg.model.second
+    if second.markers == "needed" and not markers:
         raise UserError(
-            f"second_attention=meta would idle, since {cfg.dataset} has no markers: take --second_attention=none, or a "
-            f"dataset prepared with --injection=uniform."
+            f"second_attention={second.name} would idle, since {cfg.dataset} has no markers: take "
+            f"--second_attention=none, or a dataset prepared with --injection=uniform."
         )
-    if cfg.model.second_attention == "random" and markers:
+    if second.markers == "refused" and markers:
         raise UserError(
-            f"second_attention=random is a control without markers, and {cfg.dataset} has {markers} a chunk: take a "
-            f"dataset prepared with --injection=none."
+            f"second_attention={second.name} is a control without markers, and {cfg.dataset} has {markers} a chunk: "
+            f"take a dataset prepared with --injection=none."
         )
     if cfg.model.meta_position == "none" and not markers:
         raise UserError(

@@ -113,8 +113,7 @@ def parameters(model: GPT) -> dict[str, int]:
 
 def second_rows(cfg: GPTConfig, M: int) -> int:
     """Rows of a window that the second attention connects, M of them being meta-tokens."""
-    T = cfg.block_size
-    return {"none": 0, "meta": M, "causal": T, "random": round(cfg.random_fraction * T)}[cfg.second_attention]
+    return cfg.second.rows(cfg.block_size, M, cfg.random_fraction)
 
 
 def scored_rows(cfg: GPTConfig, M: int) -> int:
@@ -182,10 +181,10 @@ def activations(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
     block = attention(T) + mlp
     rows = second_rows(cfg, M)
     tables = T
-    if cfg.second_attention in ("meta", "random"):
+    if cfg.second.gathers:
         block += attention(rows) + B * rows * (2 * 8 + 2 * 1)  # the indices of gather and scatter; which rows are pads
         tables += rows
-    elif cfg.second_attention == "causal":
+    elif cfg.second.has_layer:
         block += attention(rows)
     cos_sin = 2 * 4 * B * tables * (C // H // 2) if rope else 0
     scored = scored_rows(cfg, M)

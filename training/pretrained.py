@@ -104,7 +104,7 @@ def _run_of_ours(init_from: str, cfg: GPTConfig, tokenizer: Tokenizer) -> StartW
         shared.append("rope_theta")
         if cfg.rope_scaling == "none":  # else startup has stretched what they have
             shared.append("rope_scaling")
-    if "none" not in (cfg.second_attention, theirs.second_attention):
+    if cfg.second.has_layer and theirs.second.has_layer:
         shared.append("second_attention")
     for name in shared:
         ours, found = getattr(cfg, name), getattr(theirs, name)
@@ -113,7 +113,7 @@ def _run_of_ours(init_from: str, cfg: GPTConfig, tokenizer: Tokenizer) -> StartW
 
     names = ["n_layer", "n_head", "n_embd", "block_size", "bias", "position"]
     names += ["n_inner"] if theirs.n_inner != cfg.n_inner else []
-    names += ["second_attention"] if theirs.second_attention != "none" else []
+    names += ["second_attention"] if theirs.second.has_layer else []
     fit = " ".join(f"--{name}={getattr(theirs, name)}" for name in names)
     file = saved.folder / WEIGHTS
     before = content_tokens(saved.state, saved.config)

@@ -46,5 +46,5 @@ def show_batch(cfg: TrainConfig, world: int) -> None:
         )
         write_tokens(tokens.tolist(), data.tokenizer)
         write("\n")
-        if cfg.model.second_attention == "random":
+        if cfg.model.second.connects == "random":
             write(f"second attention among positions {' '.join(map(str, batch.meta_index[0].tolist()))}\n", BOLD)

@@ -52,12 +52,12 @@ def hidden_states(model, tokens, positions, members):
     else:
         turn, turn_second = (turns(cfg, positions, places) for places in (first, second))
     before = torch.ones(T, T, dtype=torch.bool).tril().expand(len(tokens), T, T)
-    connected = before
-    if cfg.second_attention in ("meta", "random"):
-        connected = before & members[:, :, None] & members[:, None, :]
+    among_members = before & members[:, :, None] & members[:, None, :]
+    # by arm, which pairs its second attention connects
+    connected = {"meta": among_members, "random": among_members, "causal": before, "none": None}[cfg.second_attention]
     for block in model.h:
         x = x + attention(block.attn, block.ln_1(x), before, turn)
-        if cfg.second_attention != "none":
+        if connected is not None:
             x = x + attention(block.second_attn, block.ln_second(x), connected, turn_second)
         h = F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh")
         x = x + block.mlp.c_proj(h)

@@ -1,0 +1,57 @@
+"""The registry of arms: what the second attention of a block connects, and what an arm is called.
+
+A new second attention is one entry here, its layer in model.py (SECOND_LAYERS) and its definition in
+tests/reference/gpt.py. Settings, checks of the dataset, --dry_run, labels, probes and reports read its entry, and the
+tests of the model, of cached decoding and of the estimates run for every entry.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SecondAttention:
+    """One value of the setting second_attention."""
+
+    name: str
+    label: str | None
+    """the arm's short name in lines, reports and figures; None where other settings decide it (see arm_label)"""
+    connects: Literal["markers", "random", "all", "nothing"]
+    """the positions of a window that attend to each other: its markers, some drawn at random, all, or none"""
+    markers: Literal["needed", "allowed", "refused"]
+    """in the dataset"""
+
+    @property
+    def has_layer(self) -> bool:
+        return self.connects != "nothing"
+
+    @property
+    def gathers(self) -> bool:
+        """Returns whether the layer works on a few rows of the window, named by meta_index, and not on all."""
+        return self.connects in ("markers", "random")
+
+    def rows(self, T: int, M: int, random_fraction: float) -> int:
+        """Returns how many of T positions, M of them markers, the layer connects."""
+        return {"markers": M, "random": round(random_fraction * T), "all": T, "nothing": 0}[self.connects]
+
+
+SECOND_ATTENTIONS = {
+    entry.name: entry
+    for entry in (
+        SecondAttention("meta", "meta", connects="markers", markers="needed"),
+        SecondAttention("causal", "causal2", connects="all", markers="allowed"),
+        SecondAttention("random", "random", connects="random", markers="refused"),
+        SecondAttention("none", None, connects="nothing", markers="allowed"),
+    )
+}
+
+SecondAttentionName = Literal[tuple(SECOND_ATTENTIONS)]
+
+
+def arm_label(second: SecondAttention, wide_mlp: bool, has_markers: bool) -> str:
+    """Returns the short name of an arm, as in config/ and records/: meta, causal2, random, widemlp, pause or gpt2.
+
+    wide_mlp: its MLP has another width than 4 n_embd; has_markers: its dataset has."""
+    if second.label is not None:
+        return second.label
+    return "widemlp" if wide_mlp else "pause" if has_markers else "gpt2"
