@@ -70,7 +70,7 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None, p
     default: the values of settings that neither names; None = the defaults of cls. prog: what --help calls the
     program; None = the file that was started."""
     if config_file and argv and not argv[0].startswith("-"):
-        default, argv = _read_config_file(cls, argv[0]), argv[1:]
+        default, argv = read_config_file(cls, argv[0]), argv[1:]
     known = field_names(cls)
     argv = spell_out_flags(argv, cls)
     given = [arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")]
@@ -139,7 +139,8 @@ def _importable_as_config():
         sys.modules.update(foreign)
 
 
-def _read_config_file(cls, path: str):
+def read_config_file(cls, path: str):
+    """Returns the `config` that a file defines. Raises UserError unless it is one of cls."""
     if not os.path.isfile(path):  # False, too, for what can be no path
         here = [str(config) for config in recipes(Path("config"))]
         raise UserError(f"there is no config file {path!r}: {nearest_name(path, here)}")

@@ -8,7 +8,7 @@ import pytest
 from nanometa import config as schema
 from nanometa.common.errors import UserError
 from nanometa.config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig
-from nanometa.config.checks import to_dict
+from nanometa.config.checks import bool_names, field_names, to_dict
 from nanometa.config.command_line import load_config, recipes
 from nanometa.training.dataset import recipe_of
 from tests.conftest import ROOT
@@ -24,7 +24,7 @@ def load(*argv: str, cls=TrainConfig):
 
 @pytest.mark.parametrize("cls", [TrainConfig, PrepareConfig, SampleConfig])
 def test_flat_names_are_unique(cls):
-    names = schema.field_names(cls)
+    names = field_names(cls)
     assert len(names) == len(set(names)) and "model" not in names
 
 
@@ -55,7 +55,7 @@ def test_a_bool_needs_no_value():
     assert (cfg.model.n_layer, cfg.model.bias, cfg.compile, cfg.dry_run) == (2, True, False, True)
     assert load("--compile", "False").compile is False and load("--dry_run=False").dry_run is False
     assert load("--run_name", "x", "--dry_run").run_name == "x"
-    assert schema.bool_names(TrainConfig) == [
+    assert bool_names(TrainConfig) == [
         "rope_dynamic",
         "bias",
         "shuffle_answers",

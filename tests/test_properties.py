@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from nanometa.common.errors import UserError
 from nanometa.config import GPTConfig, Rescale, SampleConfig, TaskConfig, TrainConfig, train_config_from_dict
+from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.checks import flat, to_dict
 from nanometa.config.command_line import load_config
 from nanometa.data.loader import step_windows, window_order
@@ -186,12 +187,12 @@ def configs(draw, cls):
     if cls is GPTConfig:
         head, size = draw(st.integers(1, 12)), 2 * draw(st.integers(1, 64))
         chosen |= {"n_head": head, "n_embd": head * size}
-        if chosen.get("second_attention") == "random":
+        if SECOND_ATTENTIONS[chosen.get("second_attention", "meta")].markers == "refused":
             chosen.pop("meta_position", None)
-        if chosen.get("rope_scaling", "none") == "none":
-            chosen.pop("rope_dynamic", None)
         if chosen.get("rope_scaling") == "ntk" and size == 2:
             del chosen["rope_scaling"]
+        if chosen.get("rope_scaling", "none") == "none":
+            chosen.pop("rope_dynamic", None)
     return cls(**{name: value for name, value in chosen.items() if not (name == "init_from" and not value)})
 
 

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from nanometa.benches import preparing
 from nanometa.config import TrainConfig
 from nanometa.config.command_line import load_config
+from nanometa.training.dataset import recipe_of
+from nanometa.training.run_log import environment
 from tests.conftest import ROOT
 from tests.runs import run_on, saved
 
@@ -114,3 +117,17 @@ def test_config_files_may_import_config(tmp_path, monkeypatch):
     cfg = load_config(TrainConfig, [str(tmp_path / "mine.py")], config_file=True)
     assert type(cfg) is TrainConfig and (cfg.model.n_layer, cfg.max_steps, cfg.run_name) == (7, 3, "mine")
     assert sys.modules["config"] is foreign and "config.tiny_meta" not in sys.modules
+
+
+def test_what_is_found_beside_the_code_is_found_from_any_folder(tmp_path, monkeypatch):
+    """Recipes, the commit, and the sources that benchmarks prepare: each by a path relative to its own file."""
+    monkeypatch.chdir(tmp_path)
+    for recipe in ("c4", "stdlib", "fineweb_edu"):
+        found = recipe_of(f"data/{recipe}_periodic_2048plus")
+        assert (found.recipe, found.injection, found.min_document_tokens) == (recipe, "periodic", 2048)
+    for name in ("unheard_of", "checks", "gpt2"):  # no file, a file of the code, a recipe of training
+        assert recipe_of(f"data/{name}_none") is None
+    assert preparing.ROOT == ROOT
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if head.returncode == 0:
+        assert environment()["commit"] == head.stdout.strip()

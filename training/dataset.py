@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nanometa.common.errors import UserError
 from nanometa.config import PrepareConfig, TrainConfig
-from nanometa.config.command_line import load_config
+from nanometa.config.command_line import read_config_file, recipes
 from nanometa.data.loader import Windows
 from nanometa.data.shards import read_manifest
 from nanometa.data.tokenizer import Tokenizer
@@ -20,9 +20,12 @@ def recipe_of(dataset: str) -> PrepareConfig | None:
     """The recipe of data/RECIPE_INJECTION, which is config/RECIPE.py with that injection, or of
     data/RECIPE_INJECTION_Nplus, with min_document_tokens=N, too; None if there is none."""
     name = re.fullmatch(r"(.+)_(uniform|periodic|none)(?:_([1-9]\d{0,7})plus)?", Path(dataset).name, re.ASCII)
-    if not name or not (path := RECIPES / f"{name[1]}.py").is_file():
+    path = RECIPES / f"{name[1]}.py" if name else None
+    if path not in recipes(RECIPES):
         return None
-    recipe = load_config(PrepareConfig, [str(path)], config_file=True)
+    recipe = read_config_file(object, str(path))
+    if not isinstance(recipe, PrepareConfig):  # data/gpt2_none is no recipe's, though config/gpt2.py exists
+        return None
     return dataclasses.replace(recipe, injection=name[2], min_document_tokens=int(name[3] or 0))
 
 
