@@ -268,6 +268,11 @@ def variants(results: Results) -> None:
     for name, settings in VARIANTS.items():
         run = train(results, name, {**SIZE, **ROPE, **settings}, data="dataset" in settings)
         sample(results, f"{name}/drawn", run, "--temperature=0.8")
+    for position in ("learned", "rope"):  # long enough for text that does not repeat one word
+        longer = {**STEPS, **SIZE, **ROPE, "position": position, "max_steps": 60, "eval_interval": 60}
+        name = f"longer-{position}"
+        samples(results, name, train(results, name, longer), position == "rope")
+        evaluate(results, f"{name}/perplexity", f"out/{name}", "perplexity", "--max_tokens=600")
     for meta in ("none", "periodic", "uniform"):
         more = ("--temperature=0.8", "--top_k=20", "--top_p=0.9", f"--meta={meta}")
         sample(results, f"markers-{meta}", "out/meta-rope-ignore", *more)
