@@ -20,6 +20,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import numpy as np
+
 # name -> (module in the nanometa package, module in a checkout that has no such package)
 ROOMS = {
     "open_windows": ("nanometa.training.resume", "startup"),
@@ -183,7 +185,6 @@ def batches(results: Results, name: str, argv: list[str]) -> None:
     """Records the sha256 of the first batch of both splits."""
     cfg = room("load_config", results.root)(room("TrainConfig", results.root), argv)
     for split in ("train", "val"):
-        np = importlib.import_module("numpy")
         batch = room("open_windows", results.root)(cfg, split).batch(np.arange(4))
         for field in BATCH_FIELDS:
             tensor = getattr(batch, field).contiguous().numpy()
@@ -195,9 +196,10 @@ def train(results: Results, name: str, settings: dict, *more: str, data: bool = 
     """Trains a run of that name and records its metrics, settings and newest checkpoint -> its folder."""
     folder = f"out/{name}"
     argv = [*flags({**STEPS, **settings}), f"--run_name={name}", *more]
-    with results.case(f"train/{name}"):
-        if data:
+    if data:
+        with results.case(f"batch/{name}"):
             batches(results, name, argv)
+    with results.case(f"train/{name}"):
         program("train", *argv)
         record_run(results, name)
     return folder
@@ -216,19 +218,18 @@ def record_run(results: Results, name: str) -> None:
 
 def sample(results: Results, name: str, run: str, *settings: str) -> None:
     with results.case(f"sample/{name}"):
-        written = program("sample", f"--run={run}", "--show_markers=yes", "--max_new_tokens=40", *settings)
+        written = program("sample", f"--run={run}", "--show_markers=yes", *settings)
         results.add(f"sample/{name}", json.dumps(written))
 
 
 def samples(results: Results, name: str, run: str, rope: bool) -> None:
     """Records greedy and drawn text of a run, and text beyond its window if its positions are rotary."""
-    sample(results, f"{name}/greedy", run, "--temperature=0", "--prompt=the cat")
-    sample(results, f"{name}/drawn", run, "--count=2", "--temperature=0.8")
+    sample(results, f"{name}/greedy", run, "--temperature=0", "--prompt=the cat", "--max_new_tokens=40")
+    # more tokens than the window has positions, so that it slides
+    sample(results, f"{name}/drawn", run, "--count=2", "--temperature=0.8", "--max_new_tokens=110")
     if rope:
         yarn = ("--rope_scaling=yarn", "--rope_factor=2", "--max_new_tokens=120")
-        sample_longer = [f"--run={run}", "--show_markers=yes", "--temperature=0.8", *yarn]
-        with results.case(f"sample/{name}/yarn"):
-            results.add(f"sample/{name}/yarn", json.dumps(program("sample", *sample_longer)))
+        sample(results, f"{name}/yarn", run, "--temperature=0.8", *yarn)
 
 
 def evaluate(results: Results, name: str, run: str, what: str, *settings: str, command: str = "eval") -> None:
@@ -267,14 +268,14 @@ def variants(results: Results) -> None:
     """Trains the runs of VARIANTS and those that start from the weights of another run."""
     for name, settings in VARIANTS.items():
         run = train(results, name, {**SIZE, **ROPE, **settings}, data="dataset" in settings)
-        sample(results, f"{name}/drawn", run, "--temperature=0.8")
+        sample(results, f"{name}/drawn", run, "--temperature=0.8", "--max_new_tokens=40")
     for position in ("learned", "rope"):  # long enough for text that does not repeat one word
         longer = {**STEPS, **SIZE, **ROPE, "position": position, "max_steps": 60, "eval_interval": 60}
         name = f"longer-{position}"
         samples(results, name, train(results, name, longer), position == "rope")
         evaluate(results, f"{name}/perplexity", f"out/{name}", "perplexity", "--max_tokens=600")
     for meta in ("none", "periodic", "uniform"):
-        more = ("--temperature=0.8", "--top_k=20", "--top_p=0.9", f"--meta={meta}")
+        more = ("--temperature=0.8", "--top_k=20", "--top_p=0.9", f"--meta={meta}", "--max_new_tokens=40")
         sample(results, f"markers-{meta}", "out/meta-rope-ignore", *more)
     train(results, "from_run", {**SIZE, **ROPE, "init_from": "out/meta-rope-ignore", "seed": 8})
     train(results, "from_plain_run", {**SIZE, **ROPE, "init_from": "out/gpt2-rope-skip"})
