@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-# name -> (module in the nanometa package, module in a checkout that has no such package)
+# name -> modules that may hold it, the newest layout first: the first one that the checkout has is taken
 ROOMS = {
-    "open_windows": ("nanometa.training.resume", "startup"),
-    "load_config": ("nanometa.config.command_line", "cli"),
+    "open_windows": ("nanometa.training.dataset", "training.dataset", "startup"),
+    "load_config": ("nanometa.config.command_line", "config.command_line", "cli"),
     "TrainConfig": ("nanometa.config", "config"),
 }
 
@@ -135,9 +135,12 @@ def program(name: str, *argv: str) -> str:
 
 
 def room(name: str, root: Path):
-    """Returns the function or class `name` of ROOMS from the checkout."""
-    new, flat = ROOMS[name]
-    return getattr(importlib.import_module(new if (root / "nanometa").is_dir() else flat), name)
+    """Returns the function or class `name` of ROOMS from the checkout. Raises LookupError if no module is there."""
+    for module in ROOMS[name]:
+        path = root / module.replace(".", "/")
+        if path.is_dir() or path.with_suffix(".py").is_file():
+            return getattr(importlib.import_module(module), name)
+    raise LookupError(f"{root} has none of the modules {', '.join(ROOMS[name])}: add the one that has {name} to ROOMS")
 
 
 def flags(settings: dict) -> list[str]:
