@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: install quickstart test test-slow faults fuzz lint bench clean
+.PHONY: install quickstart test test-slow golden faults fuzz lint bench clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
@@ -27,6 +27,11 @@ test: install lint
 	$(RUN) -m pytest -q -n 2 --dist worksteal -m 'not slow'
 test-slow: install
 	$(RUN) -m pytest -q -m slow
+
+# Compares the results of HEAD with those of the commit OLD, bit for bit, in about two minutes.
+OLD ?= 8fa93a5
+golden: install
+	$(RUN) -m tests.compare_commits $(OLD)
 
 # Hundreds of kills, signals, full disks and damaged files, each followed by a resume that must be exact.
 faults: install
