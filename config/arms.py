@@ -51,7 +51,9 @@ SecondAttentionName = Literal[tuple(SECOND_ATTENTIONS)]
 def arm_label(second: SecondAttention, wide_mlp: bool, has_markers: bool) -> str:
     """Returns the short name of an arm, as in config/ and records/: meta, causal2, random, widemlp, pause or gpt2.
 
-    wide_mlp: its MLP has another width than 4 n_embd; has_markers: its dataset has."""
-    if second.label is not None:
-        return second.label
-    return "widemlp" if wide_mlp else "pause" if has_markers else "gpt2"
+    An arm that differs from these has another name, so that lines of two arms are never taken for one: "causal2 with
+    markers", "meta, wide mlp". wide_mlp: the MLP's width is not 4 n_embd; has_markers: the dataset has markers."""
+    name = second.label or ("pause" if has_markers else "widemlp" if wide_mlp else "gpt2")
+    if second.label and second.markers == "allowed" and has_markers:
+        name += " with markers"
+    return f"{name}, wide mlp" if wide_mlp and name != "widemlp" else name

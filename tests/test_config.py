@@ -8,6 +8,7 @@ import pytest
 from nanometa import config as schema
 from nanometa.common.errors import UserError
 from nanometa.config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig
+from nanometa.config.arms import SECOND_ATTENTIONS, arm_label
 from nanometa.config.checks import bool_names, field_names, to_dict
 from nanometa.config.command_line import load_config, recipes
 from nanometa.training.dataset import recipe_of
@@ -215,3 +216,14 @@ def test_every_setting_says_what_it_is():
     for cls in (GPTConfig, TrainConfig, PrepareConfig, SampleConfig):
         for name in typing.get_type_hints(cls):
             assert f"    {name}: " in source
+
+
+def test_every_arm_has_a_name_of_its_own():
+    allowed = {"needed": (True,), "refused": (False,), "allowed": (False, True)}
+    cases = [(second, wide, marked) for second in SECOND_ATTENTIONS.values() for wide in (False, True)
+             for marked in allowed[second.markers]]  # fmt: skip
+    names = [arm_label(*case) for case in cases]
+    assert len(set(names)) == len(names)
+    assert {"meta", "causal2", "random", "widemlp", "pause", "gpt2", "causal2 with markers", "pause, wide mlp"} <= {
+        *names
+    }
