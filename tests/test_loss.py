@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanometa.data.loader import Windows
-from nanometa.layers.loss import Tally, scored_rows, summed_nats, token_scores
+from nanometa.layers.loss import Tally, gather_scored, summed_nats, token_scores
 
 
 def reference(hidden, weight, targets, n_content):
@@ -57,7 +57,7 @@ def test_the_head_is_computed_where_a_target_is_scored_and_nothing_is_lost(workd
     torch.manual_seed(0)
     hidden = torch.randn(*batch.tokens.shape, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(data.tokenizer.n_vocab, 6, dtype=torch.float64, requires_grad=True)
-    rows, targets = scored_rows(hidden, batch.targets, batch.scored_index)
+    rows, targets = gather_scored(hidden, batch.targets, batch.scored_index)
     assert len(rows) == len(targets) == data.n_windows * (28 if name == "n" else 29)
     whole, few = (summed_nats(h.reshape(-1, 6), weight, t.flatten(), data.tokenizer.n_content)
                   for h, t in ((hidden, batch.targets), (rows, targets)))  # fmt: skip
