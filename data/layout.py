@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from nanometa.common.keyed_random import stable_key
-from nanometa.config import GPTConfig
+from nanometa.config import TrainConfig
 from nanometa.data.inject import marker_places
 
 IGNORE = -100  # the target of a position that is not scored
@@ -80,26 +80,29 @@ def random_positions(windows: np.ndarray, T: int, fraction: float, seed: int, sp
     return np.array(draws, dtype=np.int64).reshape(len(windows), R)
 
 
-def drawn_fraction(model: GPTConfig) -> float | None:
-    """Returns the share of positions to draw for second_attention=random, or None where the markers are connected."""
-    return model.random_fraction if model.second_attention == "random" else None
+class Draw(NamedTuple):
+    """How second_attention=random draws the positions of a split: the last arguments of random_positions."""
+
+    fraction: float
+    seed: int
+    split: str
+
+
+def draw_of(cfg: TrainConfig, split: str) -> Draw | None:
+    """Returns the draw of a run with second_attention=random, None for other runs, which connect the markers."""
+    m = cfg.model
+    return Draw(m.random_fraction, cfg.seed, split) if m.second_attention == "random" else None
 
 
 def connected_positions(
-    layouts: Sequence[Layout],
-    marker: int,
-    numbers: np.ndarray,
-    fraction: float | None,
-    seed: int,
-    split: str,
-    multiple: int = 1,
+    layouts: Sequence[Layout], marker: int, numbers: np.ndarray, draw: Draw | None, multiple: int = 1
 ) -> np.ndarray:
     """Returns the positions that the second attention connects, as Batch.meta_index (B, M).
 
-    fraction None: those of the markers, with M rounded up to a multiple of `multiple`. Otherwise random_positions of
-    the given fraction, for the texts with these numbers (B,) in a split."""
-    if fraction is not None:
-        return random_positions(numbers, len(layouts[0].tokens), fraction, seed, split)
+    draw None: the positions of the markers, with M rounded up to a multiple of `multiple`. Otherwise those drawn for
+    the texts with these numbers (B,)."""
+    if draw:
+        return random_positions(numbers, len(layouts[0].tokens), *draw)
     return places_of(np.stack([layout.tokens for layout in layouts]) == marker, multiple=multiple)
 
 

@@ -8,7 +8,7 @@ from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import permute, stable_key
 from nanometa.config import TrainConfig
 from nanometa.config.checks import nearest_multiples
-from nanometa.data.layout import Batch, Layout, batch_of, connected_positions, layout_of, targets_of
+from nanometa.data.layout import Batch, Draw, Layout, batch_of, connected_positions, layout_of, targets_of
 from nanometa.data.shards import TokenStream, read_manifest
 from nanometa.data.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ class Windows:
     """The windows of one split: window i is positions [i T, (i + 1) T) of the stream, T = block_size, a whole
     number of chunks. Under both target rules every content token of the stream is scored exactly once per epoch,
     but for the first, before which there may be nothing.
-    random_fraction, seed: for second_attention=random, what random_positions takes; None = the markers are connected.
+    random_fraction, seed: of the draw of second_attention=random; random_fraction None: the markers are connected.
 
     Raises UserError for a missing or damaged dataset, a block_size that is not whole chunks, a split shorter
     than one window."""
@@ -51,7 +51,7 @@ class Windows:
         random_fraction: float | None = None,
         seed: int = 1337,
     ):
-        self.split, self.random_fraction, self.seed = split, random_fraction, seed
+        self.draw = None if random_fraction is None else Draw(random_fraction, seed, split)
         self.manifest = read_manifest(Path(folder))
         self.tokenizer = Tokenizer.load(Path(folder))
         if self.tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
@@ -86,6 +86,6 @@ class Windows:
             layout = layout_of(ids, meta, first=window * self.content_per_window)
             layouts.append(Layout(*(column[:T] for column in layout)))
             targets.append(targets_of(layout, self.rule)[:T])
-        meta_index = connected_positions(layouts, meta, windows, self.random_fraction, self.seed, self.split)
+        meta_index = connected_positions(layouts, meta, windows, self.draw)
         # at most its own content, and one more if the next window starts with content and this one with a marker
         return batch_of(layouts, targets, meta_index, scored_width=min(T, self.content_per_window + 1))

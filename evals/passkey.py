@@ -25,7 +25,7 @@ from nanometa.common.statistics import wilson
 from nanometa.common.terminal import BOLD, write
 from nanometa.config.checks import check
 from nanometa.data.inject import inject, marker_places
-from nanometa.data.layout import batch_of, connected_positions, drawn_fraction, layout_of, targets_of
+from nanometa.data.layout import batch_of, connected_positions, draw_of, layout_of, targets_of
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.evals.common import POSITIONS, Evaluation, check_finite, check_lengths, check_markers, fits, write_lines
 from nanometa.inference.scoring import score_batch
@@ -139,14 +139,16 @@ class Prompts:
 
 
 def score(run: Run, prompt: np.ndarray, answers: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """prompt (N,), answers (A, k), number of the text -> nats of each whole answer (A,), and whether greedy decoding
-    would write it (A,): it does if each id is the most likely one after the ids before it."""
+    """Returns the nats of each whole answer (A,), and whether greedy decoding would write it (A,).
+
+    Greedy decoding writes an answer if each of its ids is the most likely one after the ids before it.
+    prompt (N,), answers (A, k), index: the number of the text."""
     nats, right, meta, T = [], [], run.tokenizer.meta, len(prompt) + answers.shape[1]
-    size, draw = max(1, POSITIONS // T), (drawn_fraction(run.config.model), run.config.seed, "passkey")
+    size, draw = max(1, POSITIONS // T), draw_of(run.config, "passkey")
     for start in range(0, len(answers), size):
         layouts = [layout_of(np.append(prompt, answer), meta) for answer in answers[start : start + size]]
         targets = [targets_of(layout, run.config.target_rule, np.arange(T) >= len(prompt)) for layout in layouts]
-        meta_index = connected_positions(layouts, meta, np.full(len(layouts), index), *draw, MULTIPLE)
+        meta_index = connected_positions(layouts, meta, np.full(len(layouts), index), draw, MULTIPLE)
         batch = batch_of(layouts, targets, meta_index)  # every text scores its answer, so that there are no pads
         scores = score_batch(run.model, batch.to(run.model.wte.weight.device))
         nats.append(scores.nats.sum(dim=1).cpu().numpy())

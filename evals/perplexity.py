@@ -36,7 +36,7 @@ from nanometa.common.keyed_random import stable_key
 from nanometa.common.terminal import BOLD, write
 from nanometa.config.checks import check, nearest_multiples
 from nanometa.data.inject import inject, marker_places, strip
-from nanometa.data.layout import IGNORE, Layout, batch_of, connected_positions, drawn_fraction, layout_of, targets_of
+from nanometa.data.layout import IGNORE, Layout, batch_of, connected_positions, draw_of, layout_of, targets_of
 from nanometa.evals.common import (
     POSITIONS,
     Evaluation,
@@ -231,7 +231,7 @@ def measure(run: Run, texts: list[np.ndarray], length: int, stride: int, bucket:
     if why := fits(run, length):
         return {**cell, "tokens": 0, "impossible": why}
     started, device, meta = time.perf_counter(), run.model.wte.weight.device, run.tokenizer.meta
-    draw = (drawn_fraction(run.config.model), run.config.seed, "val")
+    draw = draw_of(run.config, "val")
     tally = Tally(torch.from_numpy(run.tokenizer.token_bytes), device)
     by_depth = None if owners is None else ByDepth(owners, int((texts[0] != meta).sum()), bucket)
     size, buckets, context, before = max(1, POSITIONS // length), -(-length // bucket), 0, 0
@@ -239,16 +239,15 @@ def measure(run: Run, texts: list[np.ndarray], length: int, stride: int, bucket:
     for number, text in enumerate(texts):
         content = (text != meta).cumsum() - 1  # place among the content tokens of the text
         for numbers, layouts, targets in windows(text, length, stride, run.config.target_rule, meta, size):
-            batch = batch_of(layouts, targets, connected_positions(layouts, meta, before + numbers, *draw))
+            batch = batch_of(layouts, targets, connected_positions(layouts, meta, before + numbers, draw))
             scores = score_batch(run.model, batch.to(device))
             tally.add(scores.nats, scores.targets)
             nats = scores.nats[scores.targets >= 0].cpu().double().numpy()
             row, at = np.nonzero(targets != IGNORE)  # in the order of nats
             nats_at += np.bincount(at // bucket, weights=nats, minlength=buckets)
             n_at += np.bincount(at // bucket, minlength=buckets)
-            context += int(
-                (batch.tokens != meta).cumsum(dim=1)[row, at].sum()
-            )  # content tokens that a position has seen
+            seen = (batch.tokens != meta).cumsum(dim=1)  # (B, T) content tokens up to each position
+            context += int(seen[row, at].sum())
             if by_depth:
                 by_depth.add(number, content[numbers[row] * stride + at], nats)
         before += 1 + int(numbers[-1])

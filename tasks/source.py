@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from nanometa.config import TrainConfig
-from nanometa.data.layout import Batch, batch_of, connected_positions, drawn_fraction, layout_of, targets_of
+from nanometa.data.layout import Batch, batch_of, connected_positions, draw_of, layout_of, targets_of
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.tasks import LEVELS
 from nanometa.tasks.example import Example, Maker
@@ -26,18 +26,16 @@ def collate(
     split: str,
     loss_on: str = "answer",
 ) -> Batch:
-    """Builds the Batch (B, T) of texts of at most T positions, padded with <|endoftext|>, as a run with these settings
-    reads them.
+    """Builds the Batch (B, T) of texts of at most T positions, padded with <|endoftext|>, for a run with settings cfg.
 
-    numbers (B,), split: name the texts where second_attention=random draws positions. loss_on: answer, or all."""
+    numbers (B,), split: key the draw of second_attention=random. loss_on: what is scored, the answers or all."""
     layouts, targets = [], []
     for example in examples:
         layout = layout_of(example.ids, tokenizer.meta, width=T, pad=tokenizer.eot)
         counted = np.pad(example.answers, (0, T - len(example.answers))) if loss_on == "answer" else None
         layouts.append(layout)
         targets.append(targets_of(layout, cfg.target_rule, counted))
-    draw = (drawn_fraction(cfg.model), cfg.seed, split)
-    meta_index = connected_positions(layouts, tokenizer.meta, numbers, *draw, MULTIPLE)
+    meta_index = connected_positions(layouts, tokenizer.meta, numbers, draw_of(cfg, split), MULTIPLE)
     return batch_of(layouts, targets, meta_index, multiple=MULTIPLE)
 
 
@@ -94,7 +92,7 @@ class TaskWindows:
         return {"texts": n, "positions": sum((b - a) * self.width(a) for a, b in zip(starts, ends, strict=True))}
 
     def batch(self, windows: np.ndarray) -> Batch:
-        """The given texts (B,) as a Batch on the CPU."""
+        """Builds the Batch of the given texts (B,), on the CPU."""
         T = self.T if self.split != "train" else max(self.width(int(window)) for window in windows)
         examples = [self.example(int(window)) for window in windows]
         return collate(examples, windows, T, self.cfg, self.tokenizer, f"tasks {self.split}", self.loss_on)
