@@ -20,6 +20,7 @@ from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import stable_key
 from nanometa.config import GPTConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
+from nanometa.layers.loss import mask_unpredictable_
 from nanometa.layers.rope import attend_dynamic, fixed_scale, rope_tables, rotate
 from nanometa.meta_attention import CausalSelfAttention, MetaAttention, gather_rows
 
@@ -182,8 +183,7 @@ class GPT(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (..., C) -> logits (..., vocab_size); ids >= content_vocab_size are never predicted: -inf."""
         logits = F.linear(hidden, self.wte.weight).float()
-        logits[..., self.cfg.content_vocab_size :] = -math.inf
-        return logits
+        return mask_unpredictable_(logits, self.cfg.content_vocab_size)
 
     def num_params(self, position_table: bool = True) -> int:
         """Parameters; without the table of learned positions as nanoGPT counts."""

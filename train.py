@@ -29,9 +29,11 @@ from nanometa.common.keyed_random import stable_key
 from nanometa.config import TrainConfig
 from nanometa.config.checks import flat, to_dict
 from nanometa.config.command_line import load_config, run_cli
-from nanometa.data.loader import Batch, Windows, step_windows, window_order
+from nanometa.data.layout import Batch
+from nanometa.data.loader import Windows, step_windows, window_order
 from nanometa.data.verify import verify
-from nanometa.layers.loss import Objective, Tally, scored_rows, token_scores
+from nanometa.inference.scoring import score_batch
+from nanometa.layers.loss import Objective, Tally
 from nanometa.model import GPT
 from nanometa.tasks.source import Answers, TaskWindows
 from nanometa.tasks.words import tokens_per_item
@@ -71,12 +73,10 @@ def evaluate(
             continue
         batch = data.batch(here).to(dist.device)
         with autocast(dist.device, dtype):
-            hidden = model(batch.tokens, batch.positions, batch.meta_index)
-            hidden, targets = scored_rows(hidden, batch.targets, batch.scored_index)
-            nats, right = token_scores(hidden, model.wte.weight, targets, data.tokenizer.n_content)
-        tally.add(nats, targets)
+            scores = score_batch(model, batch)
+        tally.add(scores.nats, scores.targets)
         if cfg.task.tasks:
-            answers.add(here, targets.view(len(here), -1), right.view(len(here), -1))
+            answers.add(here, scores.targets, scores.right)
     model.train()
     dist.sum(tally.sums)
     if cfg.task.tasks:

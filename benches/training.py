@@ -14,7 +14,7 @@ from einops import rearrange
 
 from nanometa.benches.timing import DTYPES, alternate, in_fresh_process, quartiles, say
 from nanometa.config import GPTConfig, TrainConfig
-from nanometa.data.loader import IGNORE, places_of
+from nanometa.data.layout import IGNORE, places_of
 from nanometa.layers.loss import Objective
 from nanometa.meta_attention import MetaAttention
 from nanometa.model import GPT

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 from nanometa.common.errors import UserError
 from nanometa.common.files import file_sha256
@@ -15,7 +14,6 @@ from nanometa.config import Rescale
 from nanometa.config.arms import arm_label
 from nanometa.config.checks import check_types, to_dict
 from nanometa.data.inject import strip
-from nanometa.data.loader import random_positions
 from nanometa.data.shards import TokenStream, read_manifest, token_dtype
 from nanometa.training.checkpoint import WEIGHTS, Run, content_tokens, load_run
 from nanometa.training.context_extension import rescaled, scaling_of
@@ -150,21 +148,6 @@ def check_finite(run: Run, nats: np.ndarray) -> None:
     """Raises UserError for a model that gives none: what is no number would compare as the best."""
     if not np.isfinite(nats).all():
         raise UserError(f"the weights in {run.folder} give a loss that is not finite: take another checkpoint.")
-
-
-def connected(run: Run, numbers: np.ndarray, T: int, name: str) -> np.ndarray | None:
-    """(B, R) positions that second_attention=random connects in texts of T positions, drawn by their numbers (B,);
-    None in other arms, where the markers are."""
-    m = run.config.model
-    if m.second_attention != "random":
-        return None
-    return random_positions(numbers, T, m.random_fraction, run.config.seed, name)
-
-
-@torch.no_grad()
-def hidden_of(run: Run, batch) -> torch.Tensor:
-    """Final hidden states (B, T, C) of a Batch."""
-    return run.model(batch.tokens, batch.positions, batch.meta_index)
 
 
 def read_split(run: Run, folder: Path, max_tokens: int | None) -> np.ndarray:

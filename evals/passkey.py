@@ -25,21 +25,11 @@ from nanometa.common.statistics import wilson
 from nanometa.common.terminal import BOLD, write
 from nanometa.config.checks import check
 from nanometa.data.inject import inject, marker_places
+from nanometa.data.layout import batch_of, connected_positions, draw_of, layout_of, targets_of
 from nanometa.data.tokenizer import Tokenizer
-from nanometa.evals.common import (
-    POSITIONS,
-    Evaluation,
-    check_finite,
-    check_lengths,
-    check_markers,
-    connected,
-    fits,
-    hidden_of,
-    write_lines,
-)
-from nanometa.layers.loss import token_scores
-from nanometa.tasks.example import Draft, Example
-from nanometa.tasks.source import collate
+from nanometa.evals.common import POSITIONS, Evaluation, check_finite, check_lengths, check_markers, fits, write_lines
+from nanometa.inference.scoring import score_batch
+from nanometa.tasks.source import MULTIPLE
 from nanometa.training.checkpoint import Run
 
 TASK = (
@@ -149,20 +139,20 @@ class Prompts:
 
 
 def score(run: Run, prompt: np.ndarray, answers: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """prompt (N,), answers (A, k), number of the text -> nats of each whole answer (A,), and whether greedy decoding
-    would write it (A,): it does if each id is the most likely one after the ids before it."""
-    nats, right, head, T = [], [], run.model.wte.weight, len(prompt) + answers.shape[1]
-    size = max(1, POSITIONS // T)
+    """Returns the nats of each whole answer (A,), and whether greedy decoding would write it (A,).
+
+    Greedy decoding writes an answer if each of its ids is the most likely one after the ids before it.
+    prompt (N,), answers (A, k), index: the number of the text."""
+    nats, right, meta, T = [], [], run.tokenizer.meta, len(prompt) + answers.shape[1]
+    size, draw = max(1, POSITIONS // T), draw_of(run.config, "passkey")
     for start in range(0, len(answers), size):
-        part = answers[start : start + size]
-        is_answer = np.arange(T) >= len(prompt)
-        rows = [Example(np.concatenate([prompt, answer]), is_answer, Draft()) for answer in part]
-        drawn = connected(run, np.full(len(part), index), T, "passkey")
-        batch = collate(rows, T, run.tokenizer, run.config.target_rule, connected=drawn).to(head.device)
-        hidden, scored = hidden_of(run, batch), batch.targets >= 0
-        each, hits = token_scores(hidden[scored], head, batch.targets[scored], run.tokenizer.n_content)
-        nats.append(each.view(part.shape).sum(dim=1).cpu().numpy())
-        right.append(hits.view(part.shape).all(dim=1).cpu().numpy())
+        layouts = [layout_of(np.append(prompt, answer), meta) for answer in answers[start : start + size]]
+        targets = [targets_of(layout, run.config.target_rule, np.arange(T) >= len(prompt)) for layout in layouts]
+        meta_index = connected_positions(layouts, meta, np.full(len(layouts), index), draw, MULTIPLE)
+        batch = batch_of(layouts, targets, meta_index)  # every text scores its answer, so that there are no pads
+        scores = score_batch(run.model, batch.to(run.model.wte.weight.device))
+        nats.append(scores.nats.sum(dim=1).cpu().numpy())
+        right.append(scores.right.all(dim=1).cpu().numpy())
     check_finite(run, np.concatenate(nats))
     return np.concatenate(nats), np.concatenate(right)
 

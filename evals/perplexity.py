@@ -36,23 +36,22 @@ from nanometa.common.keyed_random import stable_key
 from nanometa.common.terminal import BOLD, write
 from nanometa.config.checks import check, nearest_multiples
 from nanometa.data.inject import inject, marker_places, strip
-from nanometa.data.loader import IGNORE, Batch, places_of, targets_of
+from nanometa.data.layout import IGNORE, Layout, batch_of, connected_positions, draw_of, layout_of, targets_of
 from nanometa.evals.common import (
     POSITIONS,
     Evaluation,
     check_finite,
     check_lengths,
     check_markers,
-    connected,
     content_sha256,
     fits,
-    hidden_of,
     place_of,
     read_split,
     write_lines,
 )
 from nanometa.evals.documents import ByDepth, pieces
-from nanometa.layers.loss import Tally, scored_rows, token_scores
+from nanometa.inference.scoring import score_batch
+from nanometa.layers.loss import Tally
 from nanometa.training.checkpoint import Run
 
 Markers = Literal["trained", "none", "none_wide", "stored", "uniform", "periodic"]
@@ -208,32 +207,20 @@ def window(rule: dict, markers: str, length: int, stride: int) -> tuple[int, int
 
 
 def windows(tokens: np.ndarray, length: int, stride: int, rule: str, meta: int, size: int) -> Iterator[tuple]:
-    """Windows of a stream (N,), `size` at a time -> (their numbers (B,), ids (B, length), targets (B, length)).
+    """Yields the windows of a stream (N,), `size` at a time: numbers (B,), layouts, and targets (B, length).
 
     Window w starts at w stride. Its targets are those of the whole stream under the run's rule, at positions that no
-    window before it has. The last one is filled up with id 0, which is after all that is scored."""
-    targets = targets_of(tokens, len(tokens), meta, rule)
-    targets[: place_of(tokens, meta, 0)] = IGNORE  # markers before the first content token, which has no context
+    earlier window contains. The last window is padded with id 0, behind everything that is scored."""
+    stream = layout_of(tokens, meta, width=len(tokens) + length)
+    targets = targets_of(stream, rule)
     last = int(np.flatnonzero(targets != IGNORE)[-1])
     n = 1 + max(0, -(-(last + 1 - length) // stride))
-    tokens, targets = (np.append(x, np.full(length, fill)) for x, fill in ((tokens, 0), (targets, IGNORE)))
     for first in range(0, n, size):
         numbers = np.arange(first, min(first + size, n))
         at = numbers[:, None] * stride + np.arange(length)  # (B, length)
+        layouts = [Layout(stream.tokens[row], stream.content[row], np.arange(length)) for row in at]
         scored_before = (numbers[:, None] > 0) & (np.arange(length) < length - stride)
-        yield numbers, tokens[at], np.where(scored_before, IGNORE, targets[at])
-
-
-def as_batch(run: Run, numbers: np.ndarray, ids: np.ndarray, targets: np.ndarray) -> Batch:
-    """What windows() gives as a Batch on the CPU."""
-    is_meta, scored, T = ids == run.tokenizer.meta, targets != IGNORE, ids.shape[1]
-    meta_index, count = places_of(is_meta, int(is_meta.sum(axis=1).max())), is_meta.sum(axis=1)
-    drawn = connected(run, numbers, T, "val")
-    if drawn is not None:
-        meta_index, count = drawn, np.full(len(ids), drawn.shape[1])
-    scored_index = places_of(scored, int(scored.sum(axis=1).max()))
-    positions = np.broadcast_to(np.arange(T), ids.shape).copy()
-    return Batch(*map(torch.from_numpy, (ids, targets, positions, meta_index, count, scored_index)))
+        yield numbers, layouts, np.where(scored_before, IGNORE, targets[at])
 
 
 def measure(run: Run, texts: list[np.ndarray], length: int, stride: int, bucket: int, owners=None) -> dict:
@@ -243,23 +230,24 @@ def measure(run: Run, texts: list[np.ndarray], length: int, stride: int, bucket:
     cell = {"window": length, "stride": stride}
     if why := fits(run, length):
         return {**cell, "tokens": 0, "impossible": why}
-    started, weight, meta = time.perf_counter(), run.model.wte.weight, run.tokenizer.meta
-    tally = Tally(torch.from_numpy(run.tokenizer.token_bytes), weight.device)
+    started, device, meta = time.perf_counter(), run.model.wte.weight.device, run.tokenizer.meta
+    draw = draw_of(run.config, "val")
+    tally = Tally(torch.from_numpy(run.tokenizer.token_bytes), device)
     by_depth = None if owners is None else ByDepth(owners, int((texts[0] != meta).sum()), bucket)
     size, buckets, context, before = max(1, POSITIONS // length), -(-length // bucket), 0, 0
     nats_at, n_at = np.zeros(buckets), np.zeros(buckets, dtype=np.int64)
     for number, text in enumerate(texts):
         content = (text != meta).cumsum() - 1  # place among the content tokens of the text
-        for numbers, ids, targets in windows(text, length, stride, run.config.target_rule, meta, size):
-            batch = as_batch(run, before + numbers, ids, targets).to(weight.device)
-            hidden, goals = scored_rows(hidden_of(run, batch), batch.targets, batch.scored_index)
-            nats, _ = token_scores(hidden, weight, goals, run.tokenizer.n_content)
-            tally.add(nats, goals)
-            nats = nats[goals >= 0].cpu().double().numpy()
-            row, at = np.nonzero(targets != IGNORE)  # in the order of scored_rows
+        for numbers, layouts, targets in windows(text, length, stride, run.config.target_rule, meta, size):
+            batch = batch_of(layouts, targets, connected_positions(layouts, meta, before + numbers, draw))
+            scores = score_batch(run.model, batch.to(device))
+            tally.add(scores.nats, scores.targets)
+            nats = scores.nats[scores.targets >= 0].cpu().double().numpy()
+            row, at = np.nonzero(targets != IGNORE)  # in the order of nats
             nats_at += np.bincount(at // bucket, weights=nats, minlength=buckets)
             n_at += np.bincount(at // bucket, minlength=buckets)
-            context += int((ids != meta).cumsum(axis=1)[row, at].sum())  # content tokens that a position has seen
+            seen = (batch.tokens != meta).cumsum(dim=1)  # (B, T) content tokens up to each position
+            context += int(seen[row, at].sum())
             if by_depth:
                 by_depth.add(number, content[numbers[row] * stride + at], nats)
         before += 1 + int(numbers[-1])

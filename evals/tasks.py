@@ -13,17 +13,9 @@ from nanometa.common.statistics import bootstrap_ratio, wilson
 from nanometa.common.terminal import BOLD, write
 from nanometa.config import Level, Placement, Question, Task, TaskConfig
 from nanometa.config.checks import check
-from nanometa.evals.common import (
-    POSITIONS,
-    Evaluation,
-    check_finite,
-    check_lengths,
-    connected,
-    fits,
-    hidden_of,
-    write_lines,
-)
-from nanometa.layers.loss import scored_rows, token_scores
+from nanometa.data.layout import Batch
+from nanometa.evals.common import POSITIONS, Evaluation, check_finite, check_lengths, fits, write_lines
+from nanometa.inference.scoring import score_batch
 from nanometa.tasks import TASKS
 from nanometa.tasks.example import Example, Maker
 from nanometa.tasks.source import collate, count_right
@@ -144,18 +136,22 @@ def doubt(run: Run, found: list[tuple[Maker, int, dict]]) -> str:
     )
 
 
+def batches_of(run: Run, examples: list[Example], size: int) -> Iterator[tuple[slice, Batch]]:
+    """Yields the texts as Batches of `size` on the model's device, each with the slice of the texts that it holds."""
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size]
+        numbers, T = np.arange(start, start + len(part)), max(len(example.ids) for example in part)
+        batch = collate(part, numbers, T, run.config, run.tokenizer, "tasks test")
+        yield slice(start, start + len(part)), batch.to(run.model.wte.weight.device)
+
+
 def read(run: Run, examples: list[Example], length: int) -> dict:
     """Figures of texts of at most `length` positions. Raises UserError for a model that gives no numbers."""
     counts, nats, n, size = [], 0.0, len(examples), max(1, POSITIONS // length)
-    for start in range(0, n, size):
-        part = examples[start : start + size]
-        T = max(len(example.ids) for example in part)
-        drawn = connected(run, np.arange(start, start + len(part)), T, "tasks test")
-        batch = collate(part, T, run.tokenizer, run.config.target_rule, connected=drawn).to(run.model.wte.weight.device)
-        hidden, targets = scored_rows(hidden_of(run, batch), batch.targets, batch.scored_index)
-        each, right = token_scores(hidden, run.model.wte.weight, targets, run.tokenizer.n_content)
-        nats += float(each.sum())
-        counts += count_right(targets.view(len(part), -1), right.view(len(part), -1)).tolist()
+    for _, batch in batches_of(run, examples, size):
+        scores = score_batch(run.model, batch)
+        nats += float(scores.nats.sum())
+        counts += count_right(scores.targets, scores.right).tolist()
     check_finite(run, np.array(nats))
     exact, ids, right = np.array(counts).T
     return {

@@ -19,7 +19,7 @@ import torch
 from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import stable_key
 from nanometa.data.inject import marker_places
-from nanometa.data.loader import random_positions
+from nanometa.data.layout import random_positions
 from nanometa.inference.cache import Decoder, Weights
 from nanometa.training.checkpoint import Run
 

@@ -1,36 +1,58 @@
-"""Scores a text with a run: the nats of each content token, markers placed as in sampling."""
+"""Scores texts: the nats of each target of a Batch, or of each content token of a text laid out as in sampling."""
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 
 from nanometa.common.errors import UserError
+from nanometa.data.layout import Batch, batch_of, layout_of, targets_of
 from nanometa.inference.generation import MarkerPlan, lay_out, takes_part
-from nanometa.layers.loss import token_scores
+from nanometa.layers.loss import gather_scored, token_scores
+from nanometa.model import GPT
 from nanometa.training.checkpoint import Run
 
 
-@torch.no_grad()
-def hidden_states(run: Run, ids: list[int]) -> torch.Tensor:
-    """ids (T,) -> final hidden states (T, C), of a whole text at once."""
-    member, device = takes_part(run), run.model.wte.weight.device
-    inputs = (ids, range(len(ids)), [position for position, token in enumerate(ids) if member(token, position)])
-    return run.model(*(torch.tensor([list(part)], dtype=torch.long, device=device) for part in inputs))[0]
+class Scores(NamedTuple):
+    """What a model makes of the targets of a Batch: (B, S) each, in the order of positions in each text."""
+
+    targets: torch.Tensor  # IGNORE at pads, and where nothing is scored if S is the whole length
+    nats: torch.Tensor  # 0 where the target is IGNORE
+    right: torch.Tensor  # whether the target is the most likely id; False where it is IGNORE
 
 
 @torch.no_grad()
+def hidden_states(model: GPT, batch: Batch) -> torch.Tensor:
+    """Returns the final hidden states (B, T, C) of a Batch on the model's device."""
+    return model(batch.tokens, batch.positions, batch.meta_index)
+
+
+@torch.no_grad()
+def score_batch(model: GPT, batch: Batch) -> Scores:
+    """Scores every target of a Batch on the model's device, given what precedes it."""
+    hidden, targets = gather_scored(hidden_states(model, batch), batch.targets, batch.scored_index)
+    nats, right = token_scores(hidden, model.wte.weight, targets, model.cfg.content_vocab_size)
+    return Scores(*(values.view(len(batch.tokens), -1) for values in (targets, nats, right)))
+
+
+def text_batch(run: Run, ids: list[int]) -> Batch:
+    """Builds the Batch of one text, ids (T,) with markers, as sampling reads it, on the model's device."""
+    layout, member = layout_of(np.array(ids), run.tokenizer.meta), takes_part(run)
+    meta_index = [[position for position, token in enumerate(ids) if member(token, position)]]
+    targets = targets_of(layout, run.config.target_rule)
+    batch = batch_of([layout], [targets], np.array(meta_index, dtype=np.int64))
+    return batch.to(run.model.wte.weight.device)
+
+
 def score(run: Run, text: str, plan: MarkerPlan) -> tuple[list[int], list[float]]:
-    """Content ids of a text and the nats of each, given <|endoftext|> and the tokens before it.
+    """Returns the content ids of a text and the nats of each, given <|endoftext|> and the tokens before it.
 
-    Raises UserError if it does not fit into one window."""
+    Raises UserError if the text does not fit into one window."""
     ids = lay_out(run, run.tokenizer.encode_prompt(text), plan)
     if len(ids) > run.config.model.block_size:
         raise UserError(
             f"the text has {len(ids)} positions with its markers, more than the window of "
             f"{run.config.model.block_size}: score it in parts."
         )
-    hidden, meta = hidden_states(run, ids), run.tokenizer.meta
-    content = [i for i, token in enumerate(ids) if token != meta]
-    # the position that predicts each content token but the first
-    sources = content[:-1] if run.config.target_rule == "skip" else [i - 1 for i in content[1:]]
-    targets = torch.tensor([ids[i] for i in content[1:]], device=hidden.device)
-    nats, _ = token_scores(hidden[sources], run.model.wte.weight, targets, run.tokenizer.n_content)
-    return targets.tolist(), nats.tolist()
+    scores = score_batch(run.model, text_batch(run, ids))
+    return scores.targets[0].tolist(), scores.nats[0].tolist()

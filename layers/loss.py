@@ -27,12 +27,16 @@ def block_rows(device: str, vocabulary: int) -> int:
     return max(1, 800_000 // vocabulary) if device == "cpu" else 4096
 
 
+def mask_unpredictable_(logits: torch.Tensor, n_content: int) -> torch.Tensor:
+    """Sets the logits (..., V) of markers and spare ids to -inf, in place: no arm may predict an id >= n_content."""
+    logits[..., n_content:] = -math.inf
+    return logits
+
+
 def _log_probs(logits: torch.Tensor, n_content: int) -> torch.Tensor:
-    """logits (N, V) -> log-softmax (N, V), at least fp32. Markers and spare ids (>= n_content) cannot be predicted, in
-    any arm: their log-probability is -inf."""
+    """Returns the log-softmax (N, V) of logits (N, V) over the content ids, in fp32 or wider."""
     logits = logits.to(_sum_dtype(logits.dtype), copy=True)
-    logits[:, n_content:] = -math.inf
-    return torch.log_softmax(logits, -1)
+    return torch.log_softmax(mask_unpredictable_(logits, n_content), -1)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -116,9 +120,11 @@ def token_scores(
     return torch.cat(nats), torch.cat(hits)
 
 
-def scored_rows(hidden, targets, scored_index) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden (B, T, C), targets (B, T), scored_index (B, S) as in a Batch -> hidden (N, C) and targets (N,) of the rows
-    that are scored, so that the head is not computed at the others; N = B S is the same for every batch."""
+def gather_scored(hidden, targets, scored_index) -> tuple[torch.Tensor, torch.Tensor]:
+    """Selects the positions that are scored, so that the head is computed nowhere else.
+
+    hidden (B, T, C), targets (B, T) and scored_index (B, S) as in a Batch -> hidden (N, C) and targets (N,), N = B S,
+    in the order of scored_index. If S = T, all positions are returned as they are."""
     if scored_index.size(1) < targets.size(1):
         hidden, targets = gather_rows(hidden, scored_index), F.pad(targets, (0, 1), value=-100).gather(1, scored_index)
     return hidden.flatten(0, 1), targets.flatten()
@@ -133,7 +139,7 @@ class Objective(nn.Module):
 
     def forward(self, tokens, targets, positions, meta_index, scored_index):
         hidden = self.model(tokens, positions, meta_index)
-        hidden, targets = scored_rows(hidden, targets, scored_index)
+        hidden, targets = gather_scored(hidden, targets, scored_index)
         return summed_nats(hidden, self.model.wte.weight, targets, self.model.cfg.content_vocab_size)
 
 

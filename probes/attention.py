@@ -33,8 +33,9 @@ import torch
 from nanometa.common.statistics import bootstrap_means, mean_p, too_few
 from nanometa.common.terminal import write
 from nanometa.config.checks import check
-from nanometa.evals.common import check_finite, hidden_of
+from nanometa.evals.common import check_finite
 from nanometa.evals.tasks import about, texts
+from nanometa.inference.scoring import hidden_states
 from nanometa.probes.calls import SMALL, call, in_row
 from nanometa.probes.heads import FIRST, SECOND, Rows, seen
 from nanometa.probes.marks import MarksProbe, answer_in_text, asked_at, batches, mark_name, mark_of, marks, name_of
@@ -137,7 +138,7 @@ def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, 
                     look[layer, which] = (among_marks if gathered else after_marks)(of, places)
 
             with under(run.model, mark_of(maker), condition), seen(run.model, see):
-                hidden = hidden_of(run, batch)
+                hidden = hidden_states(run.model, batch)
             check_finite(run, hidden.sum().float().cpu().numpy())
         parts.append({key: paired(full, looks["no_embedding"][key]) for key, full in looks["full"].items()})
     return {

@@ -14,11 +14,10 @@ from nanometa.common.keyed_random import Draws, stable_key
 from nanometa.common.statistics import decide, holm
 from nanometa.config import Placement, Task
 from nanometa.config.checks import check
-from nanometa.data.loader import Batch
-from nanometa.evals.common import POSITIONS, connected, fits, place_of
-from nanometa.evals.tasks import TasksEval, texts
+from nanometa.data.layout import Batch
+from nanometa.evals.common import POSITIONS, fits, place_of
+from nanometa.evals.tasks import TasksEval, batches_of, texts
 from nanometa.tasks.example import POINT, Example, Maker
-from nanometa.tasks.source import collate
 from nanometa.tasks.words import DELIMITER
 from nanometa.training.checkpoint import Run
 
@@ -156,16 +155,10 @@ def ordinary_at(maker: Maker, example: Example, number: int) -> int:
 
 
 def batches(run: Run, examples: list[Example], most: int | None = None) -> Iterator[tuple[slice, Batch]]:
-    """The texts as Batches on the model's device, and which of them each has; of `most` texts at most."""
+    """Yields the texts as Batches on the model's device, of at most `most` texts, each with the slice that it holds."""
     device, longest = run.model.wte.weight.device, max(len(example.ids) for example in examples)
     size = max(1, (READ if device.type == "cpu" else POSITIONS) // longest)
-    size = size if most is None else max(1, min(size, most))
-    for start in range(0, len(examples), size):
-        part = examples[start : start + size]
-        T = max(len(example.ids) for example in part)
-        drawn = connected(run, np.arange(start, start + len(part)), T, "tasks test")
-        batch = collate(part, T, run.tokenizer, run.config.target_rule, connected=drawn)
-        yield slice(start, start + len(part)), batch.to(device)
+    return batches_of(run, examples, size if most is None else max(1, min(size, most)))
 
 
 # ----------------------------------------------------------------------------- what is said of lines

@@ -34,8 +34,9 @@ from nanometa.common.errors import UserError
 from nanometa.common.statistics import DECIDES, bootstrap_means, mcnemar, paired_difference, too_few, wilson
 from nanometa.common.terminal import write
 from nanometa.config.checks import check
-from nanometa.evals.common import check_finite, hidden_of
+from nanometa.evals.common import check_finite
 from nanometa.evals.tasks import about, texts
+from nanometa.inference.scoring import hidden_states
 from nanometa.probes.calls import SMALL, call, in_row
 from nanometa.probes.marks import (
     MarksProbe,
@@ -160,7 +161,7 @@ def read(run: Run, examples: list[Example], sites: dict[str, np.ndarray]):
     logits, found = [], {site: [] for site in sites}
     with states(run.model) as entering:
         for rows, batch in batches(run, examples):
-            logits.append(answer_logits(run, hidden_of(run, batch), sites["asked"][rows, 0]))
+            logits.append(answer_logits(run, hidden_states(run.model, batch), sites["asked"][rows, 0]))
             text = torch.arange(len(batch.tokens), device=batch.tokens.device)[:, None]
             for site, places in sites.items():
                 at = torch.from_numpy(places[rows]).to(text.device)
@@ -176,7 +177,7 @@ def patched(run: Run, examples: list[Example], layer: int, places, values, asked
             for k in range(places.shape[1]):
                 at = torch.from_numpy(places[rows, k])
                 patches.enter_context(replaced(run.model, layer, at, values[rows, k]))
-            out.append(answer_logits(run, hidden_of(run, batch), asked[rows, 0]))
+            out.append(answer_logits(run, hidden_states(run.model, batch), asked[rows, 0]))
     return torch.cat(out)
 
 

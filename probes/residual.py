@@ -35,8 +35,9 @@ from nanometa.common.errors import UserError
 from nanometa.common.statistics import bootstrap_means, mcnemar, mean_p, paired_difference, too_few, wilson
 from nanometa.common.terminal import write
 from nanometa.config.checks import check
-from nanometa.evals.common import check_finite, hidden_of
+from nanometa.evals.common import check_finite
 from nanometa.evals.tasks import about
+from nanometa.inference.scoring import hidden_states
 from nanometa.probes.calls import call
 from nanometa.probes.marks import MarksProbe, batches, mark_name, marks, name_of, ordinary_at, target_mark
 from nanometa.probes.trace import states
@@ -120,7 +121,7 @@ def read(run: Run, examples: list[Example], at: list[list[int]], distances: tupl
     there = where >= 1  # the first token, <|endoftext|>, is in every text
     with states(run.model) as entering:
         for rows, batch in batches(run, examples):
-            check_finite(run, hidden_of(run, batch).sum().float().cpu().numpy())
+            check_finite(run, hidden_states(run.model, batch).sum().float().cpu().numpy())
             read_states = torch.stack(entering).float()  # (L, B, T, C)
             ends = torch.tensor([len(e.ids) for e in examples[rows]], device=read_states.device)
             real = torch.arange(batch.tokens.size(1), device=ends.device) < ends[:, None]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from nanometa.config import TrainConfig
-from nanometa.data.loader import IGNORE, Batch, places_of, random_positions, targets_of
+from nanometa.data.layout import Batch, batch_of, connected_positions, draw_of, layout_of, targets_of
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.tasks import LEVELS
 from nanometa.tasks.example import Example, Maker
@@ -18,35 +18,25 @@ MULTIPLE = 32  # widths of a batch and of its indices are such multiples: a comp
 
 
 def collate(
-    examples: list[Example], T: int, tokenizer: Tokenizer, rule: str, loss_on: str = "answer", connected=None
+    examples: list[Example],
+    numbers: np.ndarray,
+    T: int,
+    cfg: TrainConfig,
+    tokenizer: Tokenizer,
+    split: str,
+    loss_on: str = "answer",
 ) -> Batch:
-    """Texts of at most T positions as a Batch (B, T), padded with <|endoftext|>.
+    """Builds the Batch (B, T) of texts of at most T positions, padded with <|endoftext|>, for a run with settings cfg.
 
-    rule, loss_on: what is scored, see config. connected (B, R): positions for second_attention=random; None = the
-    meta-tokens."""
-    tokens = np.full((len(examples), T), tokenizer.eot)
-    targets = np.full((len(examples), T), IGNORE)
-    for row, example in enumerate(examples):
-        n = len(example.ids)
-        tokens[row, :n] = example.ids
-        # which position each predicts: the rule applied to numbers in place of ids
-        numbers = np.where(example.ids == tokenizer.meta, -1, np.arange(n))
-        predicted = targets_of(numbers, n, -1, rule)
-        at = np.where(predicted == IGNORE, 0, predicted)
-        scored = (predicted != IGNORE) & (example.answers[at] | (loss_on == "all"))
-        targets[row, :n] = np.where(scored, example.ids[at], IGNORE)
-    is_meta = tokens == tokenizer.meta
-    meta_index, count = places_of(is_meta, _width(is_meta)), is_meta.sum(axis=1)
-    if connected is not None:
-        meta_index, count = connected, np.full(len(examples), connected.shape[1])
-    scored_index = places_of(targets != IGNORE, _width(targets != IGNORE))
-    positions = np.broadcast_to(np.arange(T), tokens.shape).copy()
-    return Batch(*map(torch.from_numpy, (tokens, targets, positions, meta_index, count, scored_index)))
-
-
-def _width(there: np.ndarray) -> int:
-    most = int(there.sum(axis=1).max(initial=0))
-    return min(there.shape[1], -(-most // MULTIPLE) * MULTIPLE)
+    numbers (B,), split: key the draw of second_attention=random. loss_on: what is scored, the answers or all."""
+    layouts, targets = [], []
+    for example in examples:
+        layout = layout_of(example.ids, tokenizer.meta, width=T, pad=tokenizer.eot)
+        counted = np.pad(example.answers, (0, T - len(example.answers))) if loss_on == "answer" else None
+        layouts.append(layout)
+        targets.append(targets_of(layout, cfg.target_rule, counted))
+    meta_index = connected_positions(layouts, tokenizer.meta, numbers, draw_of(cfg, split), MULTIPLE)
+    return batch_of(layouts, targets, meta_index, multiple=MULTIPLE)
 
 
 class TaskWindows:
@@ -102,13 +92,10 @@ class TaskWindows:
         return {"texts": n, "positions": sum((b - a) * self.width(a) for a, b in zip(starts, ends, strict=True))}
 
     def batch(self, windows: np.ndarray) -> Batch:
-        """The given texts (B,) as a Batch on the CPU."""
-        m, connected = self.cfg.model, None
+        """Builds the Batch of the given texts (B,), on the CPU."""
         T = self.T if self.split != "train" else max(self.width(int(window)) for window in windows)
-        if m.second_attention == "random":
-            connected = random_positions(windows, T, m.random_fraction, self.cfg.seed, f"tasks {self.split}")
         examples = [self.example(int(window)) for window in windows]
-        return collate(examples, T, self.tokenizer, self.cfg.target_rule, self.loss_on, connected)
+        return collate(examples, windows, T, self.cfg, self.tokenizer, f"tasks {self.split}", self.loss_on)
 
 
 class Answers:

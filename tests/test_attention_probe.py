@@ -16,8 +16,8 @@ from nanometa.common.errors import UserError
 from nanometa.common.statistics import bootstrap_means, bootstrap_ratio, mean_p
 from nanometa.config import TaskConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
-from nanometa.evals.common import hidden_of
 from nanometa.evals.tasks import texts
+from nanometa.inference.scoring import hidden_states
 from nanometa.probes import attention
 from nanometa.probes.attention import CLAIMS, by_text, measure, paired, summarise, table
 from nanometa.probes.heads import FIRST, SECOND, seen
@@ -207,7 +207,7 @@ def test_measures_are_their_definition(tokenizer, second, placement):
                 under(run.model, mark_of(maker), condition),
                 seen(run.model, lambda layer, which, of, c=condition: rows.update({(c, layer, which): of})),
             ):
-                hidden_of(run, batch)
+                hidden_states(run.model, batch)
     for (layer, which), measured in found.items():
         for text, example in enumerate(examples):
             at = rows["full", layer, which].at[text].tolist()

@@ -11,9 +11,10 @@ import torch
 
 from nanometa.config import TrainConfig
 from nanometa.config.command_line import load_config
-from nanometa.data.loader import Windows, random_positions
+from nanometa.data.layout import random_positions
+from nanometa.data.loader import Windows
 from nanometa.inference.generation import MarkerPlan, lay_out
-from nanometa.inference.scoring import hidden_states, score
+from nanometa.inference.scoring import hidden_states, score, text_batch
 from nanometa.model import GPT
 from nanometa.training.checkpoint import Run, load_run
 from tests.conftest import ROOT, TINY, cli, losses, override
@@ -106,13 +107,14 @@ def test_the_random_arm_writes_with_one_draw_of_its_own(random_run, workdir):
     inside = torch.tensor([[position for position in drawn.tolist() if position < 10]])
     assert 0 < inside.numel() < 7 == len(drawn)
     model, tokens = random_run.model, torch.tensor([ids])
-    ours = hidden_states(random_run, ids)
+    ours = hidden_states(model, text_batch(random_run, ids))[0]
     assert torch.equal(ours, model(tokens, torch.arange(10)[None], inside)[0])
     idle = model(tokens, torch.arange(10)[None], torch.empty(1, 0, dtype=torch.long))[0]
     assert (ours - idle).abs().max() > 1e-2
     # what is written later moves nothing that was there
     for n in range(1, 10):
-        torch.testing.assert_close(hidden_states(random_run, ids[:n]), ours[:n], rtol=1e-4, atol=1e-5)
+        again = hidden_states(model, text_batch(random_run, ids[:n]))[0]
+        torch.testing.assert_close(again, ours[:n], rtol=1e-4, atol=1e-5)
     result = cli("sample.py", "--run=out/random", "--prompt=the cat", "--max_new_tokens=60", cwd=workdir)
     assert result.returncode == 0 and result.stdout.startswith(b"the cat"), result.stderr.decode()
 

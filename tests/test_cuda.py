@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanometa.config import GPTConfig
-from nanometa.data.loader import places_of
+from nanometa.data.layout import places_of
 from nanometa.inference.generation import generate
 from nanometa.layers.loss import Objective
 from nanometa.model import GPT

@@ -15,9 +15,9 @@ from nanometa.common.errors import UserError
 from nanometa.config import GPTConfig, TrainConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.command_line import load_config
-from nanometa.data.loader import IGNORE, places_of
+from nanometa.data.layout import IGNORE, places_of
 from nanometa.data.tokenizer import Tokenizer
-from nanometa.layers.loss import Objective, scored_rows
+from nanometa.layers.loss import Objective, gather_scored
 from nanometa.model import GPT
 from nanometa.training import estimate
 from nanometa.training.distributed import Dist, autocast
@@ -83,7 +83,7 @@ def saved_bytes(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype) -> tuple[int
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(CPU, dtype):
         tokens, targets, positions, index, scored = batch
-        scored_rows(model(tokens, positions, index), targets, scored)
+        gather_scored(model(tokens, positions, index), targets, scored)
     sizes = [(storage.nbytes(), is_cast) for storage, is_cast in storages.values()]
     return sum(n for n, is_cast in sizes if not is_cast), sum(n for n, is_cast in sizes if is_cast)
 

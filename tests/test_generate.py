@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nanometa.common.errors import UserError
 from nanometa.data.inject import strip
 from nanometa.inference.generation import MarkerPlan, generate, lay_out, pick
-from nanometa.inference.scoring import hidden_states, score
+from nanometa.inference.scoring import hidden_states, score, text_batch
 from nanometa.training.checkpoint import Run, load_run
 from tests.conftest import TINY, cli, tree
 from tests.reference.generate import next_logits
@@ -62,7 +62,7 @@ def test_greedy_follows_the_models_own_predictions(run, rule):
     prompt = lay_out(run, run.tokenizer.encode("the cat"), plan)
     ids = prompt + list(generate(run, prompt, plan, 30, temperature=0))
     assert len(ids) < 64
-    logits = run.model.logits(hidden_states(run, ids))
+    logits = run.model.logits(hidden_states(run.model, text_batch(run, ids))[0])
     for i in range(len(prompt), len(ids)):
         if ids[i] == meta:
             continue

@@ -11,7 +11,7 @@ from nanometa.common.keyed_random import stable_key
 from nanometa.config import GPTConfig, SampleConfig
 from nanometa.inference.cache import Decoder, Store
 from nanometa.inference.generation import MarkerPlan, generate, generate_batch, pick, prepare
-from nanometa.inference.scoring import hidden_states
+from nanometa.inference.scoring import hidden_states, text_batch
 from nanometa.model import GPT
 from nanometa.sample import start_samples
 from tests.reference import generate as reference
@@ -293,7 +293,7 @@ def test_bfloat16_is_what_autocast_computes(recorded):
         ids = prompt + list(generate(run, prompt, plan, 8, temperature=0))
         starts = [i for i in range(len(prompt), len(ids)) if ids[i] != META]
         for step, i in zip(recorded, starts, strict=True):
-            hidden = hidden_states(run, ids[:i])[-1]
+            hidden = hidden_states(run.model, text_batch(run, ids[:i]))[0, -1]
             expected = run.model.logits(hidden)[:V]
             exact = reference.next_logits(run, ids[:i])
             assert (step[0] - expected).abs().max() < 0.1 * exact.std()

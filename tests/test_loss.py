@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanometa.config import GPTConfig
 from nanometa.data.loader import Windows
-from nanometa.layers.loss import Tally, scored_rows, summed_nats, token_scores
+from nanometa.inference.cache import Weights
+from nanometa.layers.loss import Tally, gather_scored, summed_nats, token_scores
+from nanometa.model import GPT
 
 
 def reference(hidden, weight, targets, n_content):
@@ -57,7 +60,7 @@ def test_the_head_is_computed_where_a_target_is_scored_and_nothing_is_lost(workd
     torch.manual_seed(0)
     hidden = torch.randn(*batch.tokens.shape, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(data.tokenizer.n_vocab, 6, dtype=torch.float64, requires_grad=True)
-    rows, targets = scored_rows(hidden, batch.targets, batch.scored_index)
+    rows, targets = gather_scored(hidden, batch.targets, batch.scored_index)
     assert len(rows) == len(targets) == data.n_windows * (28 if name == "n" else 29)
     whole, few = (summed_nats(h.reshape(-1, 6), weight, t.flatten(), data.tokenizer.n_content)
                   for h, t in ((hidden, batch.targets), (rows, targets)))  # fmt: skip
@@ -91,6 +94,24 @@ def test_markers_and_spare_ids_get_neither_probability_nor_gradient():
     torch.testing.assert_close(
         token_scores(hidden, weight, targets, n)[0], reference(hidden, weight, targets, n).detach()
     )
+
+
+def test_all_agree_on_which_ids_can_be_predicted():
+    """The loss, the scorer, the model's logits, and the decoder's head, which leaves the other rows out."""
+    V, n = 64, 57
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=V, content_vocab_size=n))
+    hidden, every = torch.randn(V, 8), torch.arange(V)
+    content = every < n
+    logits = model.logits(hidden).detach()
+    assert (logits.isfinite() == content).all()
+    nats, _ = token_scores(hidden, model.wte.weight, every, n)
+    assert (nats.isfinite() == content).all()
+    loss = summed_nats(hidden, model.wte.weight, every.clamp(max=n - 1), n)
+    (gradient,) = torch.autograd.grad(loss, model.wte.weight)
+    assert ((gradient != 0).any(dim=1) == content).all()
+    decoded = Weights(model, torch.float32, 1).head(hidden)
+    assert decoded.shape == (V, n)
+    torch.testing.assert_close(decoded, logits[:, :n])
 
 
 def test_figures_by_hand():

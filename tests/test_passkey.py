@@ -12,6 +12,7 @@ from nanometa.data.inject import strip
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.evals import passkey
 from nanometa.evals.passkey import PasskeyEval, Prompts, measure, prompt_text, rank, score
+from nanometa.inference import scoring
 from nanometa.inference.generation import MarkerPlan, generate
 from tests.runs import saved, small_run
 
@@ -88,7 +89,7 @@ def reader(run, shift=0):
     """A model that reads the key in the text and says it, or one that says another: only what stands before a position
     decides, and never the answer."""
 
-    def hidden_of(run, batch):
+    def hidden_states(model, batch):
         tok, weight = run.tokenizer, run.model.wte.weight
         hidden = torch.zeros(*batch.tokens.shape, weight.size(1))
         for row, ids in enumerate(batch.tokens.numpy()):
@@ -103,7 +104,7 @@ def reader(run, shift=0):
                 hidden[row, at : content[end + i]] = 50 * weight[int(token)]
         return hidden
 
-    return hidden_of
+    return hidden_states
 
 
 @pytest.mark.parametrize("rule", ["ignore", "skip"])
@@ -111,10 +112,10 @@ def test_a_model_that_knows_the_key_is_first_and_exact(tokenizer, monkeypatch, r
     run = small_run(tokenizer, MARKED, rule=rule, block_size=128)
     for markers in ("trained", "none"):
         prompts = Prompts(run, markers, 128, 0.5)
-        monkeypatch.setattr(passkey, "hidden_of", reader(run))
+        monkeypatch.setattr(scoring, "hidden_states", reader(run))
         cell = measure(run, prompts, 6, 12)
         assert cell["exact"] == cell["top1"] == cell["mrr"] == cell["median_rank"] == 1 and cell["outcomes"] == "1" * 6
-        monkeypatch.setattr(passkey, "hidden_of", reader(run, shift=11_111))
+        monkeypatch.setattr(scoring, "hidden_states", reader(run, shift=11_111))
         cell = measure(run, prompts, 6, 12)
         assert cell["exact"] == 0 and cell["outcomes"] == "0" * 6 and cell["top1"] < 1
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from nanometa import eval as evaluation
 from nanometa.common.errors import UserError
 from nanometa.data.inject import inject, marker_places, strip
-from nanometa.data.loader import IGNORE, Windows
+from nanometa.data.layout import IGNORE
+from nanometa.data.loader import Windows
 from nanometa.data.shards import HEADER
 from nanometa.evals import perplexity
 from nanometa.evals.common import read_split
@@ -58,7 +59,8 @@ def test_every_content_token_is_scored_once_and_from_enough_before_it(case, rule
     if (tokens != 999).sum() < 2:
         return
     expected, scored, seen = stream_targets(tokens.tolist(), 999, rule), [], 0
-    for numbers, ids, targets in windows(tokens, length, stride, rule, 999, size):
+    for numbers, layouts, targets in windows(tokens, length, stride, rule, 999, size):
+        ids = np.stack([layout.tokens for layout in layouts])
         assert ids.shape == targets.shape == (len(numbers), length) and len(numbers) <= size
         for number, row, goals in zip(numbers, ids, targets, strict=True):
             assert number == seen

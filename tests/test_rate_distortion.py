@@ -16,7 +16,7 @@ from nanometa import probe
 from nanometa.common.errors import UserError
 from nanometa.config import TaskConfig
 from nanometa.data.tokenizer import Tokenizer
-from nanometa.evals.common import hidden_of
+from nanometa.inference.scoring import hidden_states
 from nanometa.probes import known, rate_distortion
 from nanometa.probes.marks import marks
 from nanometa.probes.places import STATES, labels_of, queries_of, read_states, spot, spots
@@ -164,8 +164,8 @@ def test_states_are_the_models(tokenizer, second, monkeypatch):
         assert found.isfinite().all()
         return
     for i, (example, text) in enumerate(zip(examples, of, strict=True)):
-        batch = collate([example], len(example.ids), tokenizer, "ignore")
-        hidden = hidden_of(run, batch)[0]
+        batch = collate([example], np.array([0]), len(example.ids), run.config, tokenizer, "tasks test")
+        hidden = hidden_states(run.model, batch)[0]
         for j, name in enumerate(STATES):
             if name == "mean":
                 embedded = run.model.wte(batch.tokens)[0, : text.start].mean(dim=0)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanometa.common.errors import UserError
-from nanometa.config import TaskConfig
+from nanometa.config import TaskConfig, TrainConfig
 from nanometa.data.inject import strip
-from nanometa.data.loader import IGNORE
+from nanometa.data.layout import IGNORE
 from nanometa.data.tokenizer import META, Tokenizer
 from nanometa.tasks import LEVELS, PLACEMENTS, TASKS, words
 from nanometa.tasks.example import Maker
@@ -215,7 +215,7 @@ def test_shuffled_answers_are_those_of_another_text(gpt2):
 def test_targets_of_a_batch_are_the_references(gpt2, rule, loss_on):
     make = maker("list_recall", gpt2, placement="background", questions=3)
     examples = [make.example("train/1", i, 32, 128, ("easy", "medium")) for i in range(8)]
-    batch = collate(examples, 128, gpt2, rule, loss_on)
+    batch = collate(examples, np.arange(8), 128, TrainConfig(target_rule=rule), gpt2, "tasks train", loss_on)
     for row, example in enumerate(examples):
         ids, n = example.ids.tolist(), len(example.ids)
         wanted = stream_targets(ids, gpt2.meta, rule)
@@ -231,7 +231,7 @@ def test_targets_of_a_batch_are_the_references(gpt2, rule, loss_on):
         assert batch.targets[row, :n].tolist() == wanted
         assert (batch.targets[row, n:] == IGNORE).all() and (batch.tokens[row, n:] == gpt2.eot).all()
         metas = [i for i in batch.meta_index[row].tolist() if i < 128]
-        assert metas == np.flatnonzero(example.ids == gpt2.meta).tolist() and batch.meta_count[row] == len(metas)
+        assert metas == np.flatnonzero(example.ids == gpt2.meta).tolist()
         scored = [i for i in batch.scored_index[row].tolist() if i < 128]
         assert scored == [i for i, t in enumerate(batch.targets[row].tolist()) if t >= 0]
 

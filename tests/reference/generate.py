@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from nanometa.data.loader import random_positions
+from nanometa.data.layout import random_positions
 from tests.reference import gpt
 
 

@@ -1,0 +1,137 @@
+"""Lays out texts position by position, and builds the batches that a model reads from them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from nanometa.common.keyed_random import stable_key
+from nanometa.config import TrainConfig
+from nanometa.data.inject import marker_places
+
+IGNORE = -100  # the target of a position that is not scored
+
+
+class Layout(NamedTuple):
+    """A text as a model reads it, with one entry per position: (T,) each, int64."""
+
+    tokens: np.ndarray  # ids, markers included
+    content: np.ndarray  # number of the content token in its text or stream, -1 for a marker or a pad
+    positions: np.ndarray  # what the positional encoding sees
+
+
+class Batch(NamedTuple):
+    """Stacked layouts and their targets. Everything positional is explicit: the model never searches for ids."""
+
+    tokens: torch.Tensor  # (B, T) int64
+    targets: torch.Tensor  # (B, T) int64, IGNORE where nothing is scored
+    positions: torch.Tensor  # (B, T) int64, what the positional encoding sees
+    meta_index: torch.Tensor  # (B, M) int64, positions that the second attention connects, increasing, then pads (= T)
+    scored_index: torch.Tensor  # (B, S) int64, positions that are scored, increasing, then pads (= T)
+
+    def to(self, device: torch.device) -> "Batch":
+        if device.type != "cuda":
+            return Batch(*(tensor.to(device) for tensor in self))
+        return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
+
+
+def layout_of(tokens: np.ndarray, marker: int, first: int = 0, width: int | None = None, pad: int = 0) -> Layout:
+    """Lays out tokens (N,) that already contain their markers.
+
+    first: the number of the first content token. Pads with the id `pad` to `width` positions (None: no padding)."""
+    T = len(tokens) if width is None else width
+    padded, content = np.full(T, pad, dtype=np.int64), np.full(T, -1)
+    padded[: len(tokens)] = tokens
+    is_content = tokens != marker
+    content[: len(tokens)][is_content] = np.arange(first, first + np.count_nonzero(is_content))
+    return Layout(padded, content, np.arange(T))
+
+
+def targets_of(layout: Layout, rule: str, counted: np.ndarray | None = None) -> np.ndarray:
+    """Returns the id that each position has to predict (T,), IGNORE where nothing is scored.
+
+    Under the rule `ignore` a position predicts the next one, unless a marker stands there. Under `skip` a content token
+    predicts the next content token past any markers, and a marker predicts nothing. Content token 0 is no target under
+    either rule, because no content precedes it. counted (T,) bool: tokens that may be targets; None = all."""
+    if rule == "ignore":
+        goals = np.arange(1, len(layout.tokens))
+        sources = goals - 1
+    elif rule == "skip":
+        places = np.flatnonzero(layout.content >= 0)
+        sources, goals = places[:-1], places[1:]
+    else:
+        raise ValueError(f"unknown target rule {rule!r}")
+    scored = layout.content[goals] > 0
+    if counted is not None:
+        scored &= counted[goals]
+    targets = np.full(len(layout.tokens), IGNORE)
+    targets[sources[scored]] = layout.tokens[goals[scored]]
+    return targets
+
+
+def random_positions(windows: np.ndarray, T: int, fraction: float, seed: int, split: str) -> np.ndarray:
+    """Draws the positions that second_attention=random connects in each of the windows (B,) of a split.
+
+    Returns (B, R), increasing in each row, with R = round(fraction T) but at least 1. Each row is drawn without
+    replacement, as the markers of a chunk are, and depends on (seed, split, window, T, R) alone."""
+    R, key = max(1, round(fraction * T)), stable_key(seed, "random positions", split)
+    draws = [np.flatnonzero(marker_places("uniform", int(window), 1, T - R, R, key)) for window in windows]
+    return np.array(draws, dtype=np.int64).reshape(len(windows), R)
+
+
+class Draw(NamedTuple):
+    """How second_attention=random draws the positions of a split: the last arguments of random_positions."""
+
+    fraction: float
+    seed: int
+    split: str
+
+
+def draw_of(cfg: TrainConfig, split: str) -> Draw | None:
+    """Returns the draw of a run with second_attention=random, None for other runs, which connect the markers."""
+    m = cfg.model
+    return Draw(m.random_fraction, cfg.seed, split) if m.second.connects == "random" else None
+
+
+def connected_positions(
+    layouts: Sequence[Layout], marker: int, numbers: np.ndarray, draw: Draw | None, multiple: int = 1
+) -> np.ndarray:
+    """Returns the positions that the second attention connects, as Batch.meta_index (B, M).
+
+    draw None: the positions of the markers, with M rounded up to a multiple of `multiple`. Otherwise those drawn for
+    the texts with these numbers (B,)."""
+    if draw:
+        return random_positions(numbers, len(layouts[0].tokens), *draw)
+    return places_of(np.stack([layout.tokens for layout in layouts]) == marker, multiple=multiple)
+
+
+def places_of(there: np.ndarray, width: int | None = None, multiple: int = 1) -> np.ndarray:
+    """Returns the positions where `there` (B, T) is true: (B, width), increasing in each row, then pads (= T).
+
+    width None: as many as the fullest row needs, rounded up to a multiple of `multiple`, but at most T.
+    Raises ValueError if a row has more than `width`."""
+    T, counts = there.shape[1], there.sum(axis=1)
+    most = int(counts.max(initial=0))
+    if width is None:
+        width = min(T, -(-most // multiple) * multiple)
+    if most > width:
+        raise ValueError(f"a row has {most} positions, more than the {width} that the index holds")
+    order = np.argsort(~there, axis=1, kind="stable")[:, :width]
+    return np.where(np.arange(width) < counts[:, None], order, T)
+
+
+def batch_of(
+    layouts: Sequence[Layout],
+    targets: Sequence[np.ndarray],
+    meta_index: np.ndarray,
+    scored_width: int | None = None,
+    multiple: int = 1,
+) -> Batch:
+    """Builds a Batch on the CPU from layouts of one length, their targets (T,) each and meta_index (B, M).
+
+    scored_width, multiple: the width of scored_index, as for places_of."""
+    targets = np.stack(targets)
+    scored_index = places_of(targets != IGNORE, scored_width, multiple)
+    tokens, positions = (np.stack(columns) for columns in zip(*((x.tokens, x.positions) for x in layouts), strict=True))
+    return Batch(*map(torch.from_numpy, (tokens, targets, positions, meta_index, scored_index)))
