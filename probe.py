@@ -12,6 +12,7 @@ what was read more than once the line of most texts, among equals the last.
 
 from nanometa.config.command_line import run_cli, run_named
 from nanometa.probes import attention, patching, positions, rate_distortion, residual
+from nanometa.reports.probe_sections import SECTIONS
 
 PROBES = {
     "positions": (positions.PositionsProbe, positions.main),
@@ -20,6 +21,11 @@ PROBES = {
     "residual": (residual.ResidualProbe, residual.main),
     "rate_distortion": (rate_distortion.RateDistortionProbe, rate_distortion.main),
 }
+if unpaired := PROBES.keys() ^ SECTIONS.keys():
+    raise ImportError(
+        f"{', '.join(sorted(unpaired))}: a probe needs an entry in PROBES of probe.py and one in SECTIONS of "
+        f"reports/probe_sections.py."
+    )
 
 
 def main(argv: list[str]) -> None:

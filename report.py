@@ -17,10 +17,10 @@ from nanometa.common.errors import UserError
 from nanometa.common.terminal import write
 from nanometa.config.checks import check, check_types
 from nanometa.config.command_line import load_config, run_cli
-from nanometa.reports import cost, curves, depth, extension, tasks, training
+from nanometa.reports import cost, curves, eval_sections, extension, training
 from nanometa.reports.files import Found, read
 from nanometa.reports.page import Page, Section
-from nanometa.reports.probe_sections import PROBES
+from nanometa.reports.probe_sections import SECTIONS
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def main(argv: list[str]) -> None:
 
 
 def sections_of(effect: float, margin: float) -> list[Section]:
-    """In the order of the page. A new kind of lines is one more of these, mostly of PROBES."""
-    return [tasks.section(effect, margin), depth.section(), *PROBES]
+    """Returns the sections of all evaluations and probes, in the order of the page."""
+    return [*eval_sections.sections(effect, margin), *SECTIONS.values()]
 
 
 def render(found: Found, sections: list[Section], command: str) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ from typing import Literal
 from nanometa.common.errors import UserError
 from nanometa.config.arms import SECOND_ATTENTIONS, SecondAttention, SecondAttentionName
 from nanometa.config.checks import FOLDER_NAME, check, check_types, is_folder_name, nearest_multiples
+from nanometa.config.tasks import Level, Placement, Question, Task
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,6 @@ class GPTConfig:
                 f"rope_factor={self.rope_factor} does not divide block_size={self.block_size} into a whole window: "
                 f"take a factor that does."
             )
-
-
-Task = Literal["list_recall", "segment_counting", "parity", "copying"]
-Placement = Literal["target", "every", "none", "background"]
-Question = Literal["index", "after", "misnamed"]
-Level = Literal["easy", "medium", "hard", "extra_hard", "long"]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from nanometa.common.errors import UserError
 from nanometa.common.files import file_inside, file_sha256, is_count, read_json
+from nanometa.common.formats import check_format
 
 HEADER = struct.Struct("<8sIIQ8x")
 MAGIC, VERSION = b"NANOMETA", 1
@@ -59,10 +60,13 @@ class ShardWriter:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a prepared dataset. Raises UserError if there is none or it is damaged."""
+    """Returns the manifest of a prepared dataset.
+
+    Raises UserError if there is none, it is damaged, or a newer version of nanoMeta wrote it."""
     path = Path(folder) / MANIFEST
     try:
         manifest = read_json(path)
+        check_format(path, manifest)
         manifest.setdefault("min_document_tokens", 0)  # there was no such setting: nothing was left out
         _check_manifest(manifest)
         return manifest

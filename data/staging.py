@@ -21,6 +21,7 @@ import numpy as np
 
 from nanometa.common.errors import UserError
 from nanometa.common.files import is_count, read_json
+from nanometa.common.formats import NewerFormatError, check_format
 from nanometa.config import PrepareConfig
 from nanometa.config.checks import field_names, to_dict
 from nanometa.data.shards import SPLITS, token_dtype
@@ -72,6 +73,7 @@ def write_plan(folder: Path, plan: dict) -> None:
 def read_plan(folder: Path) -> dict:
     try:
         plan = read_json(folder / PLAN)
+        check_format(folder / PLAN, plan)
         texts = [plan[key] for key in ("source", "source_fingerprint", "tokenizer")]
         if not (all(type(text) is str for text in texts) and is_count(plan["n_units"]) and plan["n_units"]):
             raise TypeError("a value is of another type")
@@ -81,6 +83,8 @@ def read_plan(folder: Path) -> dict:
         return plan
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is no part of a dataset ({PLAN} is missing): give the folders of --part.") from None
+    except NewerFormatError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, OSError, UserError) as error:
         raise UserError(f"{folder / PLAN} is damaged ({error}): prepare this part again.") from error
 

@@ -13,10 +13,10 @@ from nanometa.common.statistics import bootstrap_ratio, wilson
 from nanometa.common.terminal import BOLD, write
 from nanometa.config import Level, Placement, Question, Task, TaskConfig
 from nanometa.config.checks import check
+from nanometa.config.tasks import TASKS
 from nanometa.data.layout import Batch
 from nanometa.evals.common import POSITIONS, Evaluation, check_finite, check_lengths, fits, write_lines
 from nanometa.inference.scoring import score_batch
-from nanometa.tasks import TASKS
 from nanometa.tasks.example import Example, Maker
 from nanometa.tasks.source import collate, count_right
 from nanometa.tasks.words import tokens_per_item
@@ -28,15 +28,15 @@ class TasksEval(Evaluation):
     """Exact answers to texts of the synthetic tasks, by length."""
 
     tasks: tuple[Task, ...] = ()
-    """list_recall, segment_counting, parity, copying; by default those that the run was trained on, else all"""
+    """by default those that the run was trained on, else all"""
     lengths: tuple[int, ...] = (128, 256, 512)
     """positions of the longest texts of a cell; the shortest have nine tenths of that"""
     placements: tuple[Placement, ...] = ()
-    """target, every, none, background; by default those that the run was trained with, else target"""
+    """where meta-tokens stand; by default as in the run's training, else target"""
     level: Level | None = None
     """by default the run's, else hard"""
     question: Question | None = None
-    """of list recall: index, after, misnamed; by default the run's"""
+    """of list recall; by default the run's"""
     n: int = 1000
     """texts in a cell"""
 

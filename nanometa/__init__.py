@@ -7,6 +7,8 @@ name, so a `config.py` or `data/` of your own is never confused with ours.
 
 from pathlib import Path
 
+__version__ = "0.2.0"
+
 _ROOT = Path(__file__).resolve().parent.parent
 if not (_ROOT / "model.py").is_file():
     raise ImportError(f"nanometa is not installed in place: {_ROOT} has no model.py; use pip install -e REPOSITORY.")

@@ -11,13 +11,12 @@ from nanometa.common.terminal import BOLD, write
 from nanometa.evals.common import write_lines
 from nanometa.evals.tasks import answered, doubt
 from nanometa.probes.marks import MarksProbe, judged
-from nanometa.reports.probe_sections import PROBES
+from nanometa.reports.probe_sections import SECTIONS
 from nanometa.reports.probes import latest
 from nanometa.tasks.example import Maker
 from nanometa.training.checkpoint import Run
 
 SMALL = "(small)"
-SECTIONS = {section.kind: section for section in PROBES}
 
 
 def call(

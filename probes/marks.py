@@ -14,6 +14,7 @@ from nanometa.common.keyed_random import Draws, stable_key
 from nanometa.common.statistics import decide, holm
 from nanometa.config import Placement, Task
 from nanometa.config.checks import check
+from nanometa.config.tasks import PLACEMENTS
 from nanometa.data.layout import Batch
 from nanometa.evals.common import POSITIONS, fits, place_of
 from nanometa.evals.tasks import TasksEval, batches_of, texts
@@ -29,13 +30,13 @@ class MarksProbe(TasksEval):
     """What probes of marks ask for: texts of the tasks in which something marks a place."""
 
     tasks: tuple[Task, ...] = ()
-    """list_recall, segment_counting, parity, copying; by default list_recall, whose answer stands in the text, or if
-    the run was not trained on it, those that it was trained on"""
+    """by default list_recall, whose answer stands in the text, or if the run was not trained on it, the tasks that it
+    was trained on"""
     lengths: tuple[int, ...] = (128,)
     """positions of the longest texts of a cell; the shortest have nine tenths of that"""
     placements: tuple[Placement, ...] = ()
-    """target, every, none, background; by default of those that the run was trained with: positions all that have
-    meta-tokens, attention all, patching target and none, residual target"""
+    """by default, of the placements that the run was trained with: positions all that have meta-tokens, attention all,
+    patching target and none, residual target"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,49 +60,56 @@ class MarksProbe(TasksEval):
         """Who writes the texts of a cell, their level and length; by default of those of these placements that the run
         was trained with, if it was trained with any. Raises UserError if there are no such texts, they do
         not fit, have no mark, or have meta-tokens and the run knows none."""
-        task = run.config.task
-        known = run.state["data"]["chunk_markers"] or (task.tasks and set(task.placements) != {"none"})
         trained = run.config.task.placements if run.config.task.tasks else ()
         mine = tuple(placement for placement in placements if placement in trained)
         asked = self if self.placements or not mine else dataclasses.replace(self, placements=mine)
         out = []
         for maker, level, length in asked.readable(run):
-            if maker.placement != "none" and not known:
+            if maker.markers.has_meta and not knows_meta(run):
+                others = " or ".join(name for name, of in PLACEMENTS.items() if not of.has_meta)
                 raise UserError(
                     f"{run.folder} was trained without meta-tokens, and placement {maker.placement} has them: take "
-                    f"--placements none, where a word marks, or another run."
+                    f"--placements {others}, where a word marks, or another run."
                 )
             (first,) = texts(maker, level, length, 1)
             if len(marks(maker, first)) == 0:
+                others = " or ".join(name for name, of in PLACEMENTS.items() if not of.scattered)
                 raise UserError(
                     f"texts of {maker.name} with placement {maker.placement} and {length} positions have no "
-                    f"meta-tokens: take --placements target, every or none."
+                    f"meta-tokens: take --placements {others}."
                 )
             out.append((maker, level, length))
         return out
 
 
+def knows_meta(run: Run) -> bool:
+    """Returns whether the run met meta-tokens in training, in its dataset or in the texts of its tasks."""
+    task = run.config.task
+    placed = task.tasks and any(PLACEMENTS[name].has_meta for name in task.placements)
+    return bool(placed or run.state["data"]["chunk_markers"])
+
+
 def mark_of(maker: Maker) -> int:
-    """The id of what marks: <|meta|>, or with placement none the word "mark", which stands in its place. Raises
-    UserError if that is several tokens."""
-    if maker.placement != "none":
+    """The id of what marks: <|meta|>, or in texts without meta-tokens the word "mark", which stands in its place.
+    Raises UserError if that is several tokens."""
+    if maker.markers.has_meta:
         return maker.tokenizer.meta
     ids = maker.ids([f" {DELIMITER}"])
     if len(ids) > 1:
         raise UserError(
-            f'placement none marks with the word "{DELIMITER}", which is {len(ids)} tokens to this tokenizer, and no '
-            f"one place: take another placement."
+            f'placement {maker.placement} marks with the word "{DELIMITER}", which is {len(ids)} tokens to this '
+            f"tokenizer, and no one place: take another placement."
         )
     return ids[0]
 
 
 def mark_name(maker: Maker) -> str:
-    return f'the word "{DELIMITER}"' if maker.placement == "none" else "meta-token"
+    return "meta-token" if maker.markers.has_meta else f'the word "{DELIMITER}"'
 
 
 def marks(maker: Maker, example: Example) -> np.ndarray:
     """(M,) positions of what marks, in increasing order."""
-    if maker.placement != "none":
+    if maker.markers.has_meta:
         return np.flatnonzero(example.ids == maker.tokenizer.meta)
     mark_of(maker)  # raises
     body = example.draft.body  # not by its id, which may be a part of another word ("market")
@@ -117,9 +125,9 @@ def asked_at(run: Run, example: Example) -> int:
 
 
 def answer_in_text(maker: Maker, example: Example) -> int | None:
-    """The position, in the body, of the first id of the answer, if it stands in the span that is asked about (list
-    recall and copying), else None."""
-    if maker.name not in ("list_recall", "copying"):  # the answer is a number, or a sum
+    """The position, in the body, of the first id of the answer, if it stands in the span that is asked about, else
+    None."""
+    if not maker.task.ANSWER_IN_TEXT:
         return None
     start, end = span(maker, example)
     found = example.draft.body.index(example.draft.questions[0][1][0], start, end)
@@ -130,7 +138,7 @@ def answer_in_text(maker: Maker, example: Example) -> int | None:
 def span(maker: Maker, example: Example) -> tuple[int, int]:
     """Pieces of the body that the question is about, from POINT to POINT; of parity, from the start to POINT."""
     body = example.draft.body
-    if maker.placement == "every" and maker.task.QUESTION_NAMES_PLACE:  # nothing points: the list that it names
+    if not maker.has_pointer:  # the list that the question names
         start = body.index(example.draft.questions[0][0][1])
         return start, body.index("\n", start)
     points = [i for i, piece in enumerate(body) if piece == POINT]
@@ -138,10 +146,10 @@ def span(maker: Maker, example: Example) -> tuple[int, int]:
 
 
 def target_mark(maker: Maker, example: Example) -> int:
-    """The position of the mark that ends the span that is asked about, where there is one (with placement every the
-    one behind the list, span or group in which it ends), else, with placement background, of the last mark."""
+    """The position of the mark that ends the span that is asked about. Where meta-tokens follow every list, it is the
+    one behind the list, span or group in which the span ends; otherwise it is the last mark of the text."""
     found = marks(maker, example)
-    if maker.placement != "every":
+    if not maker.markers.after_lists:
         return int(found[-1])
     end = 1 + len(maker.ids(example.draft.body[: span(maker, example)[1]]))
     return int(found[found >= end - 1][0])

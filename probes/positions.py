@@ -18,7 +18,7 @@ and each is compared with `full`, text by text. That tells of this checkpoint; o
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,10 +27,11 @@ from nanometa.common.statistics import bits, decide, holm, mcnemar, paired_diffe
 from nanometa.common.terminal import BOLD, write
 from nanometa.config import GPTConfig
 from nanometa.config.checks import check
+from nanometa.config.tasks import PLACEMENTS
 from nanometa.evals.tasks import about, read, texts
 from nanometa.model import GPT
 from nanometa.probes.calls import SMALL, earlier, in_row, keep, warned
-from nanometa.probes.marks import MarksProbe
+from nanometa.probes.marks import MarksProbe, knows_meta
 from nanometa.reports.markup import p_value, percent, points, span
 from nanometa.reports.position_pictures import positions_picture
 from nanometa.tasks.example import Example, Maker
@@ -76,8 +77,9 @@ def main(cfg: PositionsProbe) -> None:
     write(f"{facts['arm']}, {run.folder}\n", BOLD)
     for why, left_out in unasked.items():
         write(f"without {', '.join(left_out)}, for a run {why}\n")
-    if not cfg.placements and "none" in run.config.task.placements:
-        write("without placement none, whose texts have no meta-tokens\n")
+    without = [name for name in run.config.task.placements if not PLACEMENTS[name].has_meta]
+    if without and not cfg.placements:
+        write(f"without placement {', '.join(without)}, whose texts have no meta-tokens\n")
     measured = []
     with cfg.autocast(run):
         for cell, of in zip(cells, warned(run, cells, cfg.n), strict=True):
@@ -90,9 +92,8 @@ def main(cfg: PositionsProbe) -> None:
 def conditions_of(cfg: PositionsProbe, run: Run) -> tuple[list[str], dict[str, list[str]]]:
     """The conditions to read under, and by reason those that the run does not allow. Raises UserError for one that was
     named, and for a run that knows no meta-tokens."""
-    m, trained = run.model.cfg, run.config.task
-    placed = trained.tasks and set(trained.placements) != {"none"}
-    if m.second.markers == "refused" or not (placed or run.state["data"]["chunk_markers"]):
+    m = run.model.cfg
+    if m.second.markers == "refused" or not knows_meta(run):
         raise UserError(f"{run.folder} was trained without meta-tokens: take a run that knows them.")
     unasked: dict[str, list[str]] = {}
     for name in CONDITIONS:
@@ -125,16 +126,21 @@ def cells_of(cfg: PositionsProbe, run: Run) -> list[tuple[Maker, str, int]]:
     fit, or have no meta-tokens."""
     out = []
     for maker, level, length in cfg.readable(run):
-        if maker.placement == "none" and not cfg.placements and len(run.config.task.placements) > 1:
-            continue  # of a run that was trained with others, too
+        if not (cfg.placements or maker.markers.has_meta) and with_meta(run.config.task.placements):
+            continue  # the run was trained with other placements, too
         (first,) = texts(maker, level, length, 1)
         if run.tokenizer.meta not in first.ids:
             raise UserError(
                 f"texts of {maker.name} with placement {maker.placement} and {length} positions have no meta-tokens, "
-                f"so that no condition changes anything: take --placements target, every or background."
+                f"so that no condition changes anything: take --placements {' or '.join(with_meta(PLACEMENTS))}."
             )
         out.append((maker, level, length))
     return out
+
+
+def with_meta(placements: Iterable[str]) -> list[str]:
+    """Returns those of the placements whose texts contain meta-tokens."""
+    return [name for name in placements if PLACEMENTS[name].has_meta]
 
 
 @contextlib.contextmanager

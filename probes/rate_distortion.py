@@ -70,9 +70,9 @@ class RateDistortionProbe(MarksProbe):
     known: bool = False
     """instead of a run, sources of which it is known what can be read from them"""
     tasks: tuple[Task, ...] = ("list_recall",)
-    """list_recall, segment_counting, parity, copying"""
+    """a cell each"""
     placements: tuple[Placement, ...] = ("target",)
-    """target, every, none, background; a cell each"""
+    """where meta-tokens stand; a cell each"""
     n: int = 1000
     """test texts of a cell"""
     train_texts: int = 4000

@@ -104,7 +104,7 @@ def places_of(maker: Maker, examples: list[Example]) -> dict[str, tuple[list[Exa
     at = [target_mark(maker, example) for example in examples]
     out = {"mark": (examples, at)}
     word = maker.tokenizer.encode(f" {DELIMITER}").tolist()
-    if maker.placement != "none" and len(word) == 1:
+    if maker.markers.has_meta and len(word) == 1:
         meta = maker.tokenizer.meta
         replaced = [e._replace(ids=np.where(e.ids == meta, word[0], e.ids)) for e in examples]
         out["word"] = (replaced, at)

@@ -3,12 +3,12 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple, get_args, get_type_hints
+from typing import NamedTuple
 
 import numpy as np
 
 from nanometa.common.statistics import wilson
-from nanometa.config import Level, Placement, Task, TaskConfig
+from nanometa.config.tasks import LEVELS, PLACEMENTS, QUESTIONS, TASKS
 
 NUMBER = (int, float)
 # what every line of an evaluation or a probe says of its run (evals/common.facts_of)
@@ -39,10 +39,10 @@ MEASURED = {
     "chance": NUMBER, "floors": (dict,), "outcomes": (str,),
 }  # fmt: skip
 CHOICES = {
-    "task": get_args(Task),
-    "placement": get_args(Placement),
-    "level": get_args(Level),
-    "question": get_args(get_type_hints(TaskConfig)["question"]),
+    "task": TASKS,
+    "placement": tuple(PLACEMENTS),
+    "level": LEVELS,
+    "question": QUESTIONS,
 }
 
 

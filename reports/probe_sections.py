@@ -162,4 +162,5 @@ RESIDUAL = probe(
     choices={"place": PLACE_NAMES},
 )
 
-PROBES = (POSITIONS, ATTENTION, PATCHING, RESIDUAL, rates.SECTION)
+# name of a probe -> its section, in the order of the page; probe.py refuses to start if one lacks the other
+SECTIONS = {section.kind: section for section in (POSITIONS, ATTENTION, PATCHING, RESIDUAL, rates.SECTION)}

@@ -11,6 +11,7 @@ from nanometa.common.keyed_random import Draws
 from nanometa.tasks.example import POINT, STOP, Draft, Maker, show
 
 QUESTION_NAMES_PLACE = False
+ANSWER_IN_TEXT = True
 CHANCE = 0.0  # of a whole span; 1/200 for its first word
 SIZES = {"easy": (1, 3), "medium": (2, 5), "hard": (4, 8), "extra_hard": (8, 16), "long": (16, 32)}
 BETWEEN = 6

@@ -19,28 +19,38 @@ meta-tokens as a memory, `every` and `background` do.
 """
 
 import argparse
+import functools
 import importlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, get_args
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
 from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import Draws, stable_key
 from nanometa.common.terminal import BOLD, write
-from nanometa.config import Question, TaskConfig
+from nanometa.config import TaskConfig
 from nanometa.config.command_line import run_cli
+from nanometa.config.tasks import LEVELS, PLACEMENTS, QUESTIONS
 from nanometa.data.inject import marker_places
 from nanometa.data.tokenizer import META, Tokenizer, write_tokens
-from nanometa.tasks import LEVELS, PLACEMENTS, words
+from nanometa.tasks import words
 
 POINT, STOP = "<point>", "<stop>"  # pieces that become markers, or nothing: where the task points; a list's end
 SPLITS = {"train": range(0, 50), "val": range(50, 75), "test": range(75, 100)}  # of 100 classes of texts
 ATTEMPTS = 3000  # a text of the test split is found in 4 on average
+TASK_MODULE = {
+    "draft": "writes one text before its markers are placed",
+    "CHANCE": "share of answers that guessing gets right",
+    "QUESTION_NAMES_PLACE": "whether the question itself names the place that it asks about",
+    "ANSWER_IN_TEXT": "whether the answer stands, word for word, in the span that the question asks about",
+    "SIZES": "level -> how much the task asks for, for every level",
+}
 
 
 @dataclass
@@ -59,6 +69,18 @@ class Example(NamedTuple):
     draft: Draft
 
 
+@functools.cache
+def load_task(name: str) -> ModuleType:
+    """Imports the module of a task. Raises TypeError if the module lacks a part that the rest of the code reads."""
+    module = importlib.import_module(f"nanometa.tasks.{name}")
+    for part, purpose in TASK_MODULE.items():
+        if not hasattr(module, part):
+            raise TypeError(f"tasks/{name}.py does not define {part} ({purpose}).")
+    if set(module.SIZES) != set(LEVELS):
+        raise TypeError(f"SIZES of tasks/{name}.py has the levels {list(module.SIZES)}, and must have {list(LEVELS)}.")
+    return module
+
+
 class Maker:
     """What one task writes with: words that are tokens, its markers as they are placed, and the positions they take."""
 
@@ -66,16 +88,21 @@ class Maker:
         """cfg: its form of the question, number of questions and share of background markers. Raises UserError for a
         question that this task, so placed, cannot have."""
         self.name, self.placement, self.cfg, self.tokenizer = task, placement, cfg, tokenizer
-        self.task = importlib.import_module(f"nanometa.tasks.{task}")
+        self.markers = PLACEMENTS[placement]
+        self.task = load_task(task)
+        # False where the question of a text is all that says which list it is about
+        self.has_pointer = self.markers.points_at_named or not self.task.QUESTION_NAMES_PLACE
         self.items, self.names = words.pools(tokenizer)
-        point = META if placement == "target" else f" {words.DELIMITER}"
-        nothing_points = placement == "every" and self.task.QUESTION_NAMES_PLACE
-        if cfg.question == "misnamed" and (nothing_points or not self.task.QUESTION_NAMES_PLACE):
+        if cfg.question == "misnamed" and not (self.has_pointer and self.task.QUESTION_NAMES_PLACE):
             raise UserError(
                 f"question=misnamed asks list recall for what is pointed at, not for what is named, and {task} with "
                 f"placement {placement} has no such question: take --tasks list_recall --placements target none."
             )
-        self._signs = {POINT: [] if nothing_points else [point], STOP: [META] if placement == "every" else []}
+        pointer = {"meta": META, "word": f" {words.DELIMITER}"}[self.markers.pointer]
+        self._signs = {
+            POINT: [pointer] if self.has_pointer else [],
+            STOP: [META] if self.markers.after_lists else [],
+        }
         self._ids: dict[str, list[int]] = {META: [tokenizer.meta]}
 
     def ids(self, pieces: list[str]) -> list[int]:
@@ -88,7 +115,7 @@ class Maker:
         return out
 
     def cost(self, *pieces: str) -> int:
-        """Positions that pieces take, but for the meta-tokens of placement background, which come later."""
+        """Returns how many positions the pieces take, without scattered meta-tokens, which are added later."""
         return len(self.ids(list(pieces)))
 
     def longer_names(self, draws: Draws) -> Iterator[str]:
@@ -112,7 +139,7 @@ class Maker:
         for attempt in range(ATTEMPTS):
             draws = Draws(stable_key(*key, attempt))
             room, level = draws.between(low, high) - 2, draws.choice(levels)
-            if self.placement == "background":
+            if self.markers.scattered:
                 room -= round(cfg.meta_share * room)
             draft = self.task.draft(self, draws, room, level)
             if draft is None or stable_key(draft.body, draft.questions) % 100 not in SPLITS[kind]:
@@ -140,7 +167,7 @@ class Maker:
         ids = np.array([*ids, self.tokenizer.eot])
         is_answer = np.zeros(len(ids), dtype=bool)
         is_answer[answers] = True
-        if self.placement == "background":
+        if self.markers.scattered:
             # anywhere between the first <|endoftext|> and the last answer
             prompt = ids[1 : len(ids) - 1 - self.cost(*draft.questions[-1][1])]
             share = self.cfg.meta_share
@@ -164,9 +191,11 @@ def _show(task: str, argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m nanometa.tasks.{task}", description=f"prints texts of {task}")
     parser.add_argument("--show", type=int, default=1, metavar="N", help="texts for each length and placement (1)")
     parser.add_argument("--length", type=int, nargs="+", default=[64, 128], help="positions of the longest (64 128)")
-    parser.add_argument("--placement", nargs="+", choices=PLACEMENTS, default=PLACEMENTS, help="of the markers (all)")
+    parser.add_argument(
+        "--placement", nargs="+", choices=PLACEMENTS, default=tuple(PLACEMENTS), help="of the markers (all)"
+    )
     parser.add_argument("--level", choices=LEVELS, default="medium", help="(medium)")
-    parser.add_argument("--question", choices=get_args(Question), default="index", help="of list recall (index)")
+    parser.add_argument("--question", choices=QUESTIONS, default="index", help="of list recall (index)")
     parser.add_argument("--questions", type=int, default=1, help="in a text of list recall (1)")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or the folder of a dataset or run (gpt2)")
     args = parser.parse_args(argv)

@@ -18,6 +18,7 @@ from nanometa.common.keyed_random import Draws
 from nanometa.tasks.example import POINT, STOP, Draft, Maker, show
 
 QUESTION_NAMES_PLACE = True
+ANSWER_IN_TEXT = True
 CHANCE = 1 / 200  # an item of the pool
 SIZES = {"easy": (1, 4), "medium": (3, 6), "hard": (6, 8), "extra_hard": (8, 12), "long": (8, 12)}
 
@@ -30,7 +31,7 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
         least, most = max(2, least), max(2, most)
         anchors = draws.sample(maker.items, draws.between(1, least // 2))
         others = [item for item in maker.items if item not in anchors]
-    if maker.placement != "every":  # something points at one list, and all questions ask for that
+    if maker.has_pointer:  # something points at one list, and all questions ask for that
         n_questions = min(n_questions, len(anchors) if after else least)
     left = room - n_questions * maker.cost(" ?", " name", " after", " item", ":", " item", "\n") - 2 * maker.cost(POINT)
     line = maker.cost(" name", ":", *[" item"] * least, STOP, "\n")
@@ -57,7 +58,7 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
         wrap = [POINT] if name == target else []
         out.body += [f" {name}", ":", *wrap, *(f" {item}" for item in items), *wrap, STOP, "\n"]
 
-    asked = [target] if maker.placement != "every" else list(lists)
+    asked = [target] if maker.has_pointer else list(lists)
     places = [(name, lists[name].index(a) + 1) for name in asked for a in anchors] if after else [
         (name, j) for name in asked for j in range(len(lists[name]))
     ]  # fmt: skip

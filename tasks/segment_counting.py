@@ -16,6 +16,7 @@ from nanometa.common.keyed_random import Draws
 from nanometa.tasks.example import POINT, STOP, Draft, Maker, show
 
 QUESTION_NAMES_PLACE = False
+ANSWER_IN_TEXT = False
 CHANCE = 1 / 4
 SIZES = {"easy": (1, 1), "medium": (1, 2), "hard": (2, 4), "extra_hard": (4, 8), "long": (8, 16)}
 ITEMS, COUNTS, OUTSIDE = 6, 4, 12

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from nanometa.config import TrainConfig
+from nanometa.config.tasks import LEVELS
 from nanometa.data.layout import Batch, batch_of, connected_positions, draw_of, layout_of, targets_of
 from nanometa.data.tokenizer import Tokenizer
-from nanometa.tasks import LEVELS
 from nanometa.tasks.example import Example, Maker
 
 SHORTEST, PHASES = 32, 5

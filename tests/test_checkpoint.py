@@ -80,6 +80,20 @@ def test_any_damage_is_named_and_the_one_before_is_used(tmp_path, name, damage):
         open_checkpoint(victim.parent)
 
 
+def test_a_newer_format_asks_for_an_update_and_nothing_falls_back(tmp_path):
+    write(tmp_path, 1)
+    path = write(tmp_path, 2) / "manifest.json"
+    before = path.read_text()
+    assert json.loads(before)["format"] == 1
+    path.write_text(before.replace('"format": 1', '"format": 2'))
+    sentence = "manifest.json has format 2, and this version of nanoMeta reads up to 1: update nanoMeta"
+    for read in (lambda: open_checkpoint(path.parent), lambda: newest(tmp_path, print), lambda: load_run(tmp_path)):
+        with pytest.raises(UserError, match=sentence):
+            read()
+    path.write_text(before)
+    assert newest(tmp_path, print).step == 2
+
+
 def test_if_all_are_damaged_that_is_an_error(tmp_path):
     (write(tmp_path, 1) / "state.json").write_text("{}")
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole \(.*state.json is damaged: its sha256 is "):

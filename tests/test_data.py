@@ -11,7 +11,7 @@ from nanometa.common.files import file_sha256
 from nanometa.data.inject import strip
 from nanometa.data.layout import IGNORE, layout_of, random_positions, targets_of
 from nanometa.data.loader import Windows, window_order
-from nanometa.data.shards import HEADER, ShardWriter, TokenStream
+from nanometa.data.shards import HEADER, ShardWriter, TokenStream, read_manifest
 from nanometa.data.tokenizer import META, Tokenizer
 from nanometa.data.verify import verify
 from tests.conftest import manifest
@@ -239,6 +239,28 @@ def test_damaged_manifests_are_refused(copy, text):
     (copy / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="damaged"):
         Windows(copy, "train", 32, "ignore")
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_manifest_of_this_format_or_without_one_is_read(copy, older):
+    facts = manifest(copy)
+    assert facts["format"] == 1
+    if older:
+        del facts["format"]
+        (copy / "manifest.json").write_text(json.dumps(facts))
+    assert read_manifest(copy) == facts
+
+
+def test_a_manifest_of_a_newer_format_is_not_called_damaged(copy):
+    (copy / "manifest.json").write_text(json.dumps({"format": 2, "all else": "may have changed"}))
+    with pytest.raises(UserError) as refused:
+        Windows(copy, "train", 32, "ignore")
+    wanted = f"{copy / 'manifest.json'} has format 2, and this version of nanoMeta reads up to 1: update nanoMeta."
+    assert str(refused.value) == wanted
+    for nonsense in (0, "2", None, 1.5):
+        (copy / "manifest.json").write_text(json.dumps({**manifest(copy), "format": nonsense}))
+        with pytest.raises(UserError, match="damaged .*format is "):
+            Windows(copy, "train", 32, "ignore")
 
 
 def test_another_tokenizer_in_the_folder_is_noticed(copy):

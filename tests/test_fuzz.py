@@ -225,10 +225,15 @@ def test_segments_that_lie(world):
         ("n_units", 1.5, "plan.json is damaged"),
         ("config", {**plan["config"], "chunk_content": "28"}, "plan.json is damaged .*chunk_content='28'"),
         ("config", {}, "plan.json is damaged"),
+        ("format", 0, "plan.json is damaged .*format is '0'"),
+        ("format", 2, r"plan.json has format 2, and this version of nanoMeta reads up to 1: update nanoMeta\.$"),
     ):
         (folder / "plan.json").write_text(json.dumps({**plan, key: value}))
         with pytest.raises(UserError, match=sentence):
             prepare.merge(prepare.merge_config(["--merge", str(folder)]), "", QUIET)
+    older = {key: value for key, value in plan.items() if key != "format"}
+    (folder / "plan.json").write_text(json.dumps(older))
+    assert read_plan(folder) == older
 
 
 def test_a_spare_row_is_no_token(world):

@@ -12,6 +12,7 @@ from nanometa import probe
 from nanometa.common.errors import UserError
 from nanometa.common.statistics import mcnemar, paired_difference
 from nanometa.config import TaskConfig
+from nanometa.config.tasks import PLACEMENTS
 from nanometa.evals.tasks import texts
 from nanometa.probes import patching
 from nanometa.probes.marks import answer_in_text, judged, marks, ordinary_at
@@ -78,7 +79,7 @@ def test_the_answers_token_replaced_as_it_is_embedded_is_another_text(tokenizer,
     assert hooks(run.model) == 0
 
 
-@pytest.mark.parametrize("placement", ["target", "background", "none"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_texts_own_state_changes_no_bit(tokenizer, monkeypatch, placement):
     run = small_run(tokenizer, MARKED, position="learned")
     maker = Maker("copying", placement, TaskConfig(), tokenizer)
@@ -99,7 +100,7 @@ def test_a_texts_own_state_changes_no_bit(tokenizer, monkeypatch, placement):
 
 
 def test_ordinary_places_are_in_the_body_and_no_marks(tokenizer):
-    for placement in ("target", "none", "background"):
+    for placement in PLACEMENTS:
         maker = Maker("parity", placement, TaskConfig(), tokenizer)
         places = []
         for i, example in enumerate(texts(maker, "easy", 40, 30)):

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from nanometa import probe
 from nanometa.common.errors import UserError
 from nanometa.config import TaskConfig
+from nanometa.config.tasks import PLACEMENTS, TASKS
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.inference.scoring import hidden_states
 from nanometa.probes import known, rate_distortion
@@ -43,11 +44,11 @@ def tokenizer() -> Tokenizer:
 
 
 def makers(tokenizer, task="list_recall", **settings):
-    for placement in ("target", "none", "every", "background"):
+    for placement in PLACEMENTS:
         yield placement, Maker(task, placement, TaskConfig(**{"meta_share": 0.2, **settings}), tokenizer)
 
 
-@pytest.mark.parametrize("task", ["list_recall", "segment_counting", "parity", "copying"])
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("rule", ["ignore", "skip"])
 def test_places_are_where_they_should_be(tokenizer, task, rule):
     for placement, maker in makers(tokenizer, task):

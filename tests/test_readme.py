@@ -2,14 +2,19 @@
 
 import re
 import shlex
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+import nanometa
 from nanometa.config import PrepareConfig, SampleConfig, TrainConfig
 from nanometa.config.command_line import load_config
 from nanometa.eval import EVALS
 from nanometa.probe import PROBES
 from nanometa.training.checkpoint import load_run
+from nanometa.training.run_log import environment
 from tests.conftest import ROOT, TINY, cli
 
 NAMED = {"eval.py": EVALS, "probe.py": PROBES}
@@ -59,6 +64,25 @@ def test_the_map_of_the_readme_is_complete():
     files, folders = re.findall(r"^    (\w+\.py) ", section, re.M), re.findall(r"^    (\w+)/ ", section, re.M)
     assert sorted(files) == sorted(path.name for path in ROOT.glob("*.py"))
     assert sorted(folders) == sorted({path.parent.name for path in ROOT.glob("*/*.py")} | {"records"})
+
+
+def test_the_version_is_the_same_everywhere():
+    version = nanometa.__version__
+    assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == version
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
+    assert environment()["nanometa"] == version
+
+
+def test_the_pins_lie_within_the_ranges():
+    """constraints.txt has a pin for every dependency, within its range, and none that only a CUDA build brings."""
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
+    assert pins["torch"] == "2.13.0" and not [name for name in pins if name.startswith(("nvidia", "cuda", "triton"))]
+    assert "nanometa" not in pins
 
 
 def test_every_guarantee_names_a_test_that_exists():

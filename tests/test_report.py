@@ -14,14 +14,15 @@ from scipy import stats as distributions
 
 from nanometa.common.errors import UserError
 from nanometa.common.statistics import wilson
+from nanometa.config.tasks import PLACEMENTS, TASKS
+from nanometa.eval import EVALS
 from nanometa.report import main, render, sections_of
-from nanometa.reports import drawing
+from nanometa.reports import drawing, eval_sections
 from nanometa.reports.compare import between_arms, between_checkpoints, beyond
 from nanometa.reports.files import Found, read
 from nanometa.reports.lines import Panel, arms_of, panels_of, share_interval
 from nanometa.reports.page import spans
 from nanometa.reports.paper import FIGURE_1
-from nanometa.tasks import PLACEMENTS, TASKS
 from tests.conftest import cli, refusal
 
 HALF = "1" * 50 + "0" * 50
@@ -50,11 +51,11 @@ def line(outcomes: str = HALF, arm="meta + rope", train_length=128, seed=1, **ot
 
 
 def realistic(seeds=(1,), n: int = 1000) -> list[dict]:
-    """3 arms x 2 train lengths x 4 tasks x 4 placements x 3 lengths."""
+    """3 arms x 2 train lengths x all tasks x all placements x 3 lengths."""
     draws, out = random.Random(0), []
     chances = {"list_recall": 0.005, "segment_counting": 0.25, "parity": 0.5, "copying": 0.0}
     skills = {"meta + rope": 0.9, "pause + rope": 0.6, "gpt2 + learned": 0.3}
-    axes = (skills, (128, 256), seeds, chances, ("target", "every", "none", "background"), (128, 256, 512))
+    axes = (skills, (128, 256), seeds, TASKS, PLACEMENTS, (128, 256, 512))
     for arm, trained, seed, task, placement, length in itertools.product(*axes):
         cell = {"task": task, "placement": placement, "length": length}
         if arm.endswith("learned") and length > 256:
@@ -266,12 +267,17 @@ def test_the_overview_shows_what_every_panel_shows():
     arms, figure = arms_of(lines), Figure()
     panels = panels_of(arms)
     drawing.overview(figure, arms, panels, "")
-    assert len(figure.axes) == 16 and sum(not axes.axison for axes in figure.axes) == 1
+    assert len(figure.axes) == len(TASKS) * len(PLACEMENTS) and sum(not axes.axison for axes in figure.axes) == 1
     for axes, (task, placement) in zip(figure.axes, itertools.product(TASKS, PLACEMENTS), strict=True):
         shown = sorted(100 * one["exact"] for one in lines
                        if (one["task"], one["placement"]) == (task, placement) and "exact" in one)  # fmt: skip
         points = [y for mark in axes.lines if mark.get_marker() in drawing.MARKERS for y in mark.get_ydata()]
         assert sorted(y for y in points if y >= 0) == pytest.approx(shown)
+
+
+def test_every_evaluation_has_a_section_or_is_named_as_having_none():
+    shown = [section.kind for section in eval_sections.sections(0.0, 0.05)]
+    assert sorted([*shown, *eval_sections.NO_SECTION]) == sorted(EVALS)
 
 
 def test_of_repeated_lines_that_of_the_most_texts_counts_or_the_last(tmp_path):

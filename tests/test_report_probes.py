@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,17 +10,17 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+import nanometa.probe
 from nanometa.common.errors import UserError
+from nanometa.probe import PROBES
 from nanometa.report import sections_of
 from nanometa.reports import inside_pictures, rate_pictures, rates
 from nanometa.reports.files import read
-from nanometa.reports.probe_sections import PROBES
+from nanometa.reports.probe_sections import SECTIONS
 from nanometa.reports.probes import unlearned
 from tests.test_report import line as task_line
 from tests.test_report import write
 from tests.test_report_sections import cells_of, rendered
-
-SECTIONS = {section.kind: section for section in PROBES}
 
 
 def of(probe: str, **fields) -> dict:
@@ -99,6 +100,20 @@ ROWS = {
     "rate_distortion": ("4", "answer", "meta", "yes", "2.000", "1.750 .. 2.250", "4.000", "1.500", "5.400", "5.375",
                         "5.250", "5.500", "0", "4000", "3", "100", "[1]"),
 }  # fmt: skip
+
+
+def test_every_probe_has_a_section_and_every_section_is_tested():
+    assert set(SECTIONS) == set(PROBES)
+    assert {*LINES, "positions"} == set(SECTIONS)  # test_report_sections.py has the section of positions
+    assert LINES.keys() == PICTURES.keys() == ROWS.keys()
+
+
+@pytest.mark.parametrize("name", ["dreams", "attention"])
+def test_a_probe_without_a_section_or_the_reverse_stops_probe_py(monkeypatch, name):
+    changed = {kind: SECTIONS.get(kind) for kind in SECTIONS.keys() ^ {name}}
+    monkeypatch.setattr("nanometa.reports.probe_sections.SECTIONS", changed)
+    with pytest.raises(ImportError, match=f"^{name}: a probe needs an entry in PROBES"):
+        runpy.run_path(nanometa.probe.__file__)
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ import torch
 
 from nanometa.common.keyed_random import Draws
 from nanometa.config import GPTConfig, TaskConfig, TrainConfig
+from nanometa.config.tasks import TASKS
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.evals.common import facts_of
 from nanometa.evals.tasks import measure
 from nanometa.inference.generation import MarkerPlan, generate
 from nanometa.report import sections_of
 from nanometa.reports.files import read
-from nanometa.tasks import TASKS
 from nanometa.tasks.example import Maker
 from nanometa.tasks.source import TaskWindows
 from nanometa.training.base_run import base_of, with_base

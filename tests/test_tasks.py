@@ -1,8 +1,8 @@
 """The synthetic tasks: texts, lengths, splits, markers, answers, shortcuts."""
 
 import collections
-import importlib
 import math
+import types
 
 import numpy as np
 import pytest
@@ -10,18 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nanometa.tasks.example
 from nanometa.common.errors import UserError
 from nanometa.config import TaskConfig, TrainConfig
+from nanometa.config.command_line import load_config
+from nanometa.config.tasks import LEVELS, PLACEMENTS, QUESTIONS, TASKS
 from nanometa.data.inject import strip
 from nanometa.data.layout import IGNORE
 from nanometa.data.tokenizer import META, Tokenizer
-from nanometa.tasks import LEVELS, PLACEMENTS, TASKS, words
-from nanometa.tasks.example import Maker
+from nanometa.tasks import words
+from nanometa.tasks.example import TASK_MODULE, Maker, load_task
 from nanometa.tasks.source import collate, count_right
 from tests.reference.targets import stream_targets
 from tests.reference.tasks import pointed_and_named, solve
 
-QUESTIONS = ("index", "after")
+SOLVED_QUESTIONS = ("index", "after")  # misnamed has tests of its own below
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,8 @@ def draw(task, tokenizer, index, length=128, level="medium", split="test", **set
 @settings(max_examples=100, deadline=None)
 @given(
     st.sampled_from(TASKS),
-    st.sampled_from(PLACEMENTS),
-    st.sampled_from(QUESTIONS),
+    st.sampled_from(tuple(PLACEMENTS)),
+    st.sampled_from(SOLVED_QUESTIONS),
     st.integers(0, 10**6),
     st.sampled_from((128, 200, 512)),
     st.sampled_from(("easy", "medium", "hard")),
@@ -72,8 +75,12 @@ def test_a_text_is_what_it_says(small, gpt2, task, placement, question, index, l
     assert 1 <= len(solved) <= questions
     answers = tokenizer.decode(ids[example.answers])
     assert answers.split("\n")[:-1] == [("" if answer[0].isdigit() else " ") + answer for answer, _ in solved]
-    n_markers = {"target": (2 if task != "parity" else 1,) * 2, "none": (0, 0), "every": (1, length)}
-    low, high = n_markers.get(placement, (round(0.1 * 0.7 * length), round(0.1 * length)))
+    low, high = {
+        "target": (2 if task != "parity" else 1,) * 2,
+        "none": (0, 0),
+        "every": (1, length),
+        "background": (round(0.1 * 0.7 * length), round(0.1 * length)),
+    }[placement]
     assert low <= (ids == tokenizer.meta).sum() <= high
 
 
@@ -143,7 +150,7 @@ def test_question_and_frequency_alone_are_at_chance(gpt2, task, placement):
     n = 200
     test = list(pairs("val", n))
     most = in_all.most_common(1)[0][0]
-    chance = importlib.import_module(f"nanometa.tasks.{task}").CHANCE
+    chance = load_task(task).CHANCE
     bound = chance + 4 * math.sqrt(max(chance, 0.01) * (1 - chance) / n)
     assert sum(answer == most for _, answer in test) / n <= bound
     asked = [(by_question[q].most_common(1)[0][0] if by_question[q] else most) == answer for q, answer in test]
@@ -168,6 +175,10 @@ ATTAINABLE = {
     ("copying", "hard", "index"): {"the last span": (0.05, 0.35), "the first span": (0.05, 0.35),
                                    "the words before the marked span": (0, 0)},
 }  # fmt: skip
+
+
+def test_the_shortcuts_of_every_task_are_held_to_arithmetic():
+    assert {task for task, _, _ in ATTAINABLE} == set(TASKS)
 
 
 @pytest.mark.parametrize("case", ATTAINABLE, ids="-".join)
@@ -265,7 +276,8 @@ def test_levels_grow(gpt2):
     assert sizes == sorted(sizes) and sizes[0] < 5 and sizes[-1] > 15
 
 
-@pytest.mark.parametrize("placement", ["target", "none", "background"])
+# every placement with a pointer in list recall; `every` has none, see test_what_has_nothing_to_misname_is_refused
+@pytest.mark.parametrize("placement", [name for name, of in PLACEMENTS.items() if of.points_at_named])
 def test_a_misnamed_question_is_answered_from_the_list_that_is_pointed_at(gpt2, placement):
     """With that list's name in the question the answer is the same, and true."""
     make = maker("list_recall", gpt2, question="misnamed", placement=placement)
@@ -280,6 +292,50 @@ def test_a_misnamed_question_is_answered_from_the_list_that_is_pointed_at(gpt2, 
 
 
 def test_what_has_nothing_to_misname_is_refused(gpt2):
-    for task, placement in (("list_recall", "every"), ("parity", "target")):
+    silent = [("list_recall", name) for name, of in PLACEMENTS.items() if not of.points_at_named]
+    for task, placement in (*silent, ("parity", "target")):
         with pytest.raises(UserError, match="question=misnamed asks list recall"):
             maker(task, gpt2, question="misnamed", placement=placement)
+
+
+# ----------------------------------------------------------------------------- the registries
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_registered_task_is_a_whole_module(task):
+    module = load_task(task)
+    assert 0 <= module.CHANCE < 1 and module.__doc__
+    for name in ("QUESTION_NAMES_PLACE", "ANSWER_IN_TEXT"):
+        assert type(getattr(module, name)) is bool
+
+
+def test_a_task_that_lacks_a_part_is_refused_by_name(monkeypatch):
+    parts = dict.fromkeys(TASK_MODULE, True) | {"SIZES": dict.fromkeys(LEVELS)}
+    whole = types.SimpleNamespace(**parts)
+    monkeypatch.setattr("importlib.import_module", lambda name: whole)
+    assert load_task.__wrapped__("reversal") is whole
+    for part in TASK_MODULE:
+        delattr(whole, part)
+        with pytest.raises(TypeError, match=f"tasks/reversal.py does not define {part} "):
+            load_task.__wrapped__("reversal")
+        setattr(whole, part, parts[part])
+    whole.SIZES = {"easy": None}
+    with pytest.raises(TypeError, match="must have .*extra_hard"):
+        load_task.__wrapped__("reversal")
+
+
+def test_every_registered_name_can_be_chosen_and_is_explained(capsys):
+    given = ["--tasks", *TASKS, "--placements", *PLACEMENTS]
+    cfg = load_config(TrainConfig, given)
+    assert cfg.task.tasks == TASKS and cfg.task.placements == tuple(PLACEMENTS)
+    for level in LEVELS:
+        assert load_config(TrainConfig, [f"--level={level}"]).task.level == level
+    for question in QUESTIONS:
+        assert load_config(TrainConfig, [f"--question={question}"]).task.question == question
+    with pytest.raises(SystemExit):
+        load_config(TrainConfig, ["--help"])
+    shown = capsys.readouterr().out
+    for name in (*TASKS, *PLACEMENTS, *LEVELS, *QUESTIONS):
+        assert name in shown
+    for name in PLACEMENTS:
+        assert f"\n    {name} " in nanometa.tasks.example.__doc__, f"tasks/example.py does not explain {name}"

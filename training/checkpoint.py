@@ -22,6 +22,7 @@ import torch
 
 from nanometa.common.errors import UserError
 from nanometa.common.files import file_inside, file_sha256, is_count, read_file, read_json
+from nanometa.common.formats import NewerFormatError, check_format
 from nanometa.config import TrainConfig, train_config_from_dict
 from nanometa.data.tokenizer import RANKS_FILE, SPEC_FILE, Tokenizer
 from nanometa.model import GPT
@@ -230,7 +231,9 @@ def content_tokens(state: dict, cfg: TrainConfig) -> int | None:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Verifies every file of a checkpoint's folder. Raises UserError naming the file and both hashes."""
     try:
-        hashes = read_json(folder / MANIFEST)["sha256"]
+        manifest = read_json(folder / MANIFEST)
+        check_format(folder / MANIFEST, manifest)
+        hashes = manifest["sha256"]
         if read_file(folder / MANIFEST) != _manifest(hashes):  # it has no hash of its own
             raise ValueError("its text is not as it was written")
         missing = {WEIGHTS, STATE, SPEC_FILE, RANKS_FILE} - hashes.keys()
@@ -262,6 +265,8 @@ def newest(run_dir: Path, warn) -> Checkpoint | None:
     for folder in reversed(_folders(run_dir, "step")):
         try:
             return open_checkpoint(folder)
+        except NewerFormatError:  # not damaged: falling back would train steps again that were already taken
+            raise
         except UserError as error:
             why.append(str(error).rstrip("."))
             warn(f"{error} Falling back to the checkpoint before it.")

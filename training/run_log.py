@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import nanometa
 from nanometa.config import TrainConfig
 from nanometa.config.checks import to_dict
 
@@ -29,6 +30,7 @@ def environment() -> dict:
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain")),
         "python": platform.python_version(),
+        "nanometa": nanometa.__version__,
         "torch": torch.__version__,
         "machine": platform.machine(),
         "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),

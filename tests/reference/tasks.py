@@ -3,13 +3,15 @@
 import re
 
 META = "<|meta|>"
+# placement -> what points at the place that a task is about
+SIGNS = {"target": re.escape(META), "every": r" mark\b", "none": r" mark\b", "background": r" mark\b"}
 
 
 def solve(task: str, text: str, placement: str) -> list[tuple[str, str]]:
     """(answer in the text, true answer) of each question; text with <|meta|> where the markers are."""
     text = text.replace("<|endoftext|>", "")
-    sign = re.escape(META) if placement == "target" else r" mark\b"
-    if placement != "target":
+    sign = SIGNS[placement]
+    if sign != re.escape(META):
         text = text.replace(META, "")
     body, *questions = text.split(" ?")
     marked = re.sub(sign, "@", body)  # what points
@@ -24,7 +26,7 @@ def solve(task: str, text: str, placement: str) -> list[tuple[str, str]]:
 def pointed_and_named(text: str, placement: str) -> tuple[str, str]:
     """The names of the list that is pointed at and of the one that the question names."""
     text = text.removeprefix("<|endoftext|>")
-    if placement == "target":
+    if SIGNS[placement] == re.escape(META):
         text = text.replace(META, " mark ")
     body, question = text.replace(META, "").split(" ?")
     (line,) = (line for line in body.split("\n") if "mark" in line.split())
