@@ -10,7 +10,6 @@ accumulation (to floating-point rounding), and any number of interruptions (to t
 """
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -25,6 +24,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from nanometa.common.errors import UserError
+from nanometa.common.files import lock_folder
 from nanometa.common.keyed_random import stable_key
 from nanometa.config import TrainConfig
 from nanometa.config.checks import flat, to_dict
@@ -86,12 +86,10 @@ def evaluate(
 
 def lock(run_dir: Path):
     """An open file whose lock lasts as long as the process. Raises UserError if another process trains here."""
-    file = open(run_dir / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is training in {run_dir}: wait for it, or take another --run_name.") from None
-    return file
+    held = lock_folder(run_dir)
+    if held is None:
+        raise UserError(f"another process is training in {run_dir}: wait for it, or take another --run_name.")
+    return held
 
 
 class StopFlag:

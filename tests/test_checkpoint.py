@@ -1,7 +1,9 @@
+import builtins
 import io
 import json
 import os
 import shutil
+import socket
 
 import pytest
 import safetensors.torch
@@ -139,12 +141,15 @@ def test_the_order_of_a_save(tmp_path, monkeypatch):
         return handle
 
     def spy_file(path, mode="r", *args, **kwargs):
+        file = real_file(path, mode, *args, **kwargs)
         if not mode.startswith("r"):
             events.append(("write", short(path)))
-        return real_file(path, mode, *args, **kwargs)
+            opened[file.fileno()] = path
+        return file
 
     monkeypatch.setattr(os, "open", spy_open)
     monkeypatch.setattr(io, "open", spy_file)
+    monkeypatch.setattr(builtins, "open", spy_file)
     monkeypatch.setattr(
         os, "fsync", lambda handle: (events.append(("sync", short(opened[handle]))), real_fsync(handle))
     )
@@ -157,6 +162,7 @@ def test_the_order_of_a_save(tmp_path, monkeypatch):
 
     final, partial = write(tmp_path, 5), ".step_00000005.writing"
     names = {f"{partial}/{path.name}" for path in final.iterdir()}
+    pointer = f".latest.{socket.gethostname()}.{os.getpid()}.writing"
     n = len(names)
     assert set(events[:n]) == {("write", name) for name in names} and events[n - 1] == (
         "write",
@@ -167,9 +173,9 @@ def test_the_order_of_a_save(tmp_path, monkeypatch):
         ("sync", partial),
         ("rename", partial, "step_00000005"),
         ("sync", str(tmp_path)),
-        ("write", ".latest.writing"),
-        ("sync", ".latest.writing"),
-        ("replace", ".latest.writing", "latest"),
+        ("write", pointer),
+        ("sync", pointer),
+        ("replace", pointer, "latest"),
         ("sync", str(tmp_path)),
         ("rename", "step_00000003", ".step_00000003.deleting"),
     ]

@@ -164,7 +164,7 @@ def test_an_evaluation_that_a_signal_ends_is_made_up_for(workdir, monkeypatch):
 
         monkeypatch.setattr(Windows, "batch", counted)
         subject.run()
-        subject.lock.close()
+        subject.lock.release()
         monkeypatch.setattr(Windows, "batch", batch)
 
     for kind in ("val", "final"):

@@ -227,7 +227,7 @@ def test_two_preparations_of_one_name_are_refused(whole):
     assert "another process is preparing data/.two.partial" in refusal(
         cli("prepare.py", *FILES, "--name=two", cwd=whole)
     )
-    held.close()
+    held.release()
     run(whole, "--name=two")
     assert content(whole / "data/two") == content(whole / "data/whole")
 

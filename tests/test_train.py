@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -214,7 +213,7 @@ def test_a_signal_that_comes_twice_at_once_is_one_and_a_later_one_ends(monkeypat
 
 def test_a_run_killed_before_its_first_line_is_known_again(tmp_path, monkeypatch):
     """Whatever file that is not hidden there is, config.json is there before it: auto asks for it."""
-    monkeypatch.setattr(Path, "write_text", lambda path, text: pytest.fail("killed"))
+    monkeypatch.setattr(os, "replace", lambda *paths: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception):
         RunLog(tmp_path, TrainConfig(wandb="disabled"), {}, -1, main=True)
     assert not occupied(tmp_path)

@@ -21,14 +21,23 @@ import safetensors.torch
 import torch
 
 from nanometa.common.errors import UserError
-from nanometa.common.files import file_inside, file_sha256, is_count, read_file, read_json
+from nanometa.common.files import (
+    WRITING,
+    file_inside,
+    file_sha256,
+    is_count,
+    read_file,
+    read_json,
+    sync,
+    write_atomically,
+)
 from nanometa.config import TrainConfig, train_config_from_dict
 from nanometa.data.tokenizer import RANKS_FILE, SPEC_FILE, Tokenizer
 from nanometa.model import GPT
 from nanometa.training.optimizer import Optimizer
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-WRITING, DELETING = ".writing", ".deleting"  # suffixes of hidden folders that a kill may leave behind
+DELETING = ".deleting"  # suffix of a hidden folder that is being deleted; like WRITING, a kill may leave one behind
 
 
 def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str, torch.Tensor]], keep: int) -> Path:
@@ -51,12 +60,12 @@ def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str,
     (partial / MANIFEST).write_bytes(_manifest(hashes))
     for name in [*files, MANIFEST]:
         shutil.copymode(partial / MANIFEST, partial / name)  # safetensors writes for the owner alone
-        _fsync(partial / name)
-    _fsync(partial)
+        sync(partial / name)
+    sync(partial)
     if final.exists():  # written before, found damaged, and trained again
         _delete(final)
     os.rename(partial, final)
-    _fsync(run_dir)
+    sync(run_dir)
     _settle(final, kind, keep)
     return final
 
@@ -64,7 +73,7 @@ def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str,
 def _settle(final: Path, kind: str, keep: int) -> None:
     """What follows on a new folder: `latest` names it, and of the others of its kind the newest keep - 1 stay."""
     if kind == "step":
-        _point(final.with_name("latest"), final.name)
+        write_atomically(final.with_name("latest"), f"{final.name}\n".encode())
     others = [folder for folder in _folders(final.parent, kind) if folder != final]
     for old in others[: max(0, len(others) - (keep - 1))]:
         _delete(old)
@@ -80,26 +89,10 @@ def _folders(run_dir: Path, kind: str) -> list[Path]:
     return sorted(path for path in folders if path.is_dir())
 
 
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def latest(run_dir: Path) -> str:
     """The name of the newest checkpoint, for a sentence."""
     folders = _folders(run_dir, "step")
     return folders[-1].name if folders else "none was saved yet"
-
-
-def _point(pointer: Path, name: str) -> None:
-    partial = pointer.with_name(f".{pointer.name}{WRITING}")
-    partial.write_text(name + "\n")
-    _fsync(partial)
-    os.replace(partial, pointer)
-    _fsync(pointer.parent)
 
 
 def _delete(folder: Path) -> None:
