@@ -13,6 +13,7 @@ from nanometa.common.statistics import bootstrap_ratio, wilson
 from nanometa.common.terminal import BOLD, write
 from nanometa.config import Level, Placement, Question, Task, TaskConfig
 from nanometa.config.checks import check
+from nanometa.config.settings import setting
 from nanometa.evals.common import (
     POSITIONS,
     Evaluation,
@@ -43,7 +44,7 @@ class TasksEval(Evaluation):
     """target, every, none, background; by default those that the run was trained with, else target"""
     level: Level | None = None
     """by default the run's, else hard"""
-    question: Question | None = None
+    question: Question | None = setting(None, only_with={"tasks": ((), "list_recall")})
     """of list recall: index, after, misnamed; by default the run's"""
     n: int = 1000
     """texts in a cell"""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nanometa.common.errors import UserError
 from nanometa.config import TrainConfig
-from nanometa.config.checks import flat, to_dict
+from nanometa.config.checks import flat, flat_fields
 from nanometa.training import checkpoint, pretrained
 from nanometa.training.checkpoint import Checkpoint
 from nanometa.training.optimizer import learning_rate
@@ -36,30 +36,17 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
         )
     if cfg.max_steps < saved.step:
         raise UserError(f"max_steps={cfg.max_steps}, but {saved.folder} is at step {saved.step}: ask for more steps.")
-    was = flat(saved.config)
+    was, declared = flat(saved.config), flat_fields(TrainConfig)
     for name, value in flat(cfg).items():
-        before = was[name]
-        if value == before or name in (
-            "init_from",
-            "branch_from",
-            "out_dir",
-            "run_name",
-            "dataset",
-            "allow_changed_data",
-        ):
+        rule = declared[name].metadata.get("on_resume", "may not change")
+        if value == was[name] or rule == "ignored":
             continue
-        if name in to_dict(cfg.model) | to_dict(cfg.task) or name in (
-            "target_rule",
-            "seed",
-            "batch_size",
-            "eval_windows",
-            "optimizer",
-        ):
+        if rule != "may change":
             raise UserError(
-                f"{name}={value} differs from the run's {before}, and {saved.folder} cannot go on with it: leave "
+                f"{name}={value} differs from the run's {was[name]}, and {saved.folder} cannot go on with it: leave "
                 f"--{name} as it was, or start a new --run_name."
             )
-        changed.append(f"changed since the checkpoint: {name} {before} -> {value}")
+        changed.append(f"changed since the checkpoint: {name} {was[name]} -> {value}")
     if any(learning_rate(step, cfg) != learning_rate(step, saved.config) for step in range(saved.step)):
         changed.append(
             f"up to step {saved.step} these settings would have had other learning rates than the run had: what comes "
