@@ -84,8 +84,9 @@ def _fulfils(value, accepted) -> bool:
 def _describe(other: str, accepted) -> str:
     if accepted == SET:
         return f"with --{other}"
-    return f"without --{other}" if accepted == EMPTY else f"with --{other}={'|'.join(map(_text, accepted))}"
+    choices = "|".join(_text(value) for value in accepted if value != ())  # () = whatever is the default
+    return f"without --{other}" if accepted == EMPTY else f"with --{other}={choices}"
 
 
 def _text(value) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value) or "''"
+    return " ".join(map(str, value)) or "()" if isinstance(value, tuple) else str(value) or "''"

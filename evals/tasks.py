@@ -44,7 +44,7 @@ class TasksEval(Evaluation):
     """target, every, none, background; by default those that the run was trained with, else target"""
     level: Level | None = None
     """by default the run's, else hard"""
-    question: Question | None = setting(None, only_with={"tasks": ((), "list_recall")})
+    question: Question | None = setting(None, only_with={"tasks": ((), "list_recall")})  # noqa: RUF009
     """of list recall: index, after, misnamed; by default the run's"""
     n: int = 1000
     """texts in a cell"""

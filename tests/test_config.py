@@ -266,7 +266,7 @@ def test_what_was_typed_is_not_part_of_the_settings(capsys):
         ("--price=2", "only used with --dry_run=True, and dry_run=False"),
         ("--dry_run=False --mfu=0.4", "only used with --dry_run=True"),
         ("--allow_changed_data", "only used with --init_from=resume|auto or with --branch_from, and init_from=scratch"),
-        ("--level=hard", "only used with --tasks, and tasks=none"),
+        ("--level=hard", "only used with --tasks, and tasks=()"),
         ("--verify=header --tasks parity", "only used without --tasks, and tasks=parity"),
         ("--question=index --tasks parity", "only used with --tasks=list_recall, and tasks=parity"),
         ("--meta_share=0.2 --tasks parity", "only used with --placements=background, and placements=target"),

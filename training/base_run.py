@@ -16,7 +16,12 @@ def base_of(cfg: TrainConfig, saved: Checkpoint | None) -> Checkpoint | None:
     new model."""
     if saved or not cfg.takes_over or cfg.init_from in pretrained.KEYWORDS or not holds_run(Path(cfg.init_from)):
         return saved
-    return checkpoint.open_run(cfg.init_from)
+    return checkpoint.read_run(cfg.init_from, _with_tokenizer)
+
+
+def _with_tokenizer(found: Checkpoint) -> Checkpoint:
+    found.tokenizer()
+    return found
 
 
 def with_base(cfg: TrainConfig, base: Checkpoint | None) -> TrainConfig:

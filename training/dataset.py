@@ -31,7 +31,7 @@ def open_windows(cfg: TrainConfig, split: str, base: Checkpoint | None = None) -
 
     Raises UserError if there is no dataset, or the arm needs another one."""
     if cfg.task.tasks:
-        return TaskWindows(cfg, split, Tokenizer.load(base.folder if base else Path(cfg.dataset)))
+        return TaskWindows(cfg, split, base.tokenizer() if base else Tokenizer.load(Path(cfg.dataset)))
     recipe = recipe_of(cfg.dataset)
     if recipe and not Path(cfg.dataset).exists():
         length = f" --min_document_tokens={recipe.min_document_tokens}" if recipe.min_document_tokens else ""
