@@ -421,7 +421,7 @@ def test_a_resume_while_the_run_trains_is_refused_and_renames_nothing(workdir):
         assert process.wait(60) == 0
         drain.join()
     kinds = {path.name.split("_")[0] for path in (workdir / "out/busy").iterdir()}
-    assert kinds == {".lock", "config.json", "metrics.jsonl", "train.log", "step", "latest", "best"}
+    assert kinds == {".lock", "config.json", "metrics.jsonl", "train.log", "step", "latest"}
 
 
 def test_a_new_folder_that_another_process_has_taken_is_refused(tmp_path):
@@ -462,8 +462,9 @@ def test_a_compiled_evaluation_is_the_eager_one_and_compiles_once(workdir, strai
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(Scores(loaded.model), dynamic=False)
     for n in (20, 5, None):
-        eager = evaluate(loaded.model, data, cfg, cpu, n)
-        assert evaluate(loaded.model, data, cfg, cpu, n, compiled=compiled) == pytest.approx(eager, rel=1e-5)
+        eager, found = (evaluate(loaded.model, data, cfg, cpu, n, compiled=how) for how in (None, compiled))
+        scored = [name for name, value in eager.items() if value is not None]  # no <|endoftext|>, no loss of it
+        assert [found[name] for name in scored] == pytest.approx([eager[name] for name in scored], rel=1e-5)
         if n == 20:
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
