@@ -59,7 +59,8 @@ class GPTConfig(Settings):
     yarn_attention_factor: float | None = setting(None, only_with={"rope_scaling": ("yarn",)})
     """what q and k are multiplied by; None = YaRN's 0.1 ln(factor) + 1, and 1.0 = no temperature"""
     dropout: float = 0.0
-    """0 for pretraining, as in the paper"""
+    """0 for pretraining, as in the paper; above 0 the masks depend on the number of processes and on micro_batch_size,
+    so a run repeats exactly only with the same of both"""
     bias: bool = False
     """biases in linear layers and LayerNorms; True is needed for GPT-2's own weights"""
 

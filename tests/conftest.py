@@ -43,7 +43,7 @@ def cli(*args: str, cwd: Path, env: dict | None = None, stdin: bytes = b"", laun
     return subprocess.run(command, cwd=cwd, env=env, input=stdin, capture_output=True, timeout=timeout)
 
 
-IDLE = {"--injection=none": "--chunk_markers", "--tokenizer=": "--bpe_vocab_size"}
+IDLE = {"--injection=none": "--chunk_markers", "--tokenizer=": "--bpe_vocab_size", "--schedule=constant": "--min_lr"}
 
 
 def override(base: tuple[str, ...], *args: str) -> list[str]:

@@ -117,7 +117,7 @@ def test_json_of_any_shape(world, text):
         (f"data/d/{SPEC_FILE}", lambda: Tokenizer.load(Path("data/d"))),
         (world.step / "manifest.json", lambda: checkpoint.open_checkpoint(world.step)),
         ("data/q.part1of1/plan.json", lambda: read_plan(Path("data/q.part1of1"))),
-        ("hf/config.json", lambda: pretrained._files_of(Path("hf")) and world_weights(world)),
+        ("hf/config.json", lambda: pretrained.files_of(Path("hf")) and world_weights(world)),
     ):
         Path(path).write_text(text)
         with pytest.raises(UserError):
