@@ -17,6 +17,7 @@ from pathlib import Path
 from nanometa.benches import decoding, layer, lengths, preparing, profile, training
 from nanometa.benches.timing import DTYPES, matmul_peak
 from nanometa.common.errors import UserError
+from nanometa.common.files import write_atomically
 from nanometa.config.command_line import run_cli
 from nanometa.reports import bench_picture
 from nanometa.training.distributed import pick_device, why_not_compile
@@ -87,7 +88,8 @@ def main(argv: list[str]) -> None:
         for sentence in modules[section].ratios(results[section]):
             print(sentence, flush=True)
         # after every section: what is measured stays if the next one is interrupted
-        (args.output / "results.json").write_text(json.dumps({"environment": facts, **results}, indent=1) + "\n")
+        text = json.dumps({"environment": facts, **results}, indent=1) + "\n"
+        write_atomically(args.output / "results.json", text.encode())
         bench_picture.draw(results, args.output / "bench.png", f"{facts['processor']}, {facts['threads']} threads")
     print(f"\n{args.output / 'bench.png'}, {args.output / 'results.json'}")
 

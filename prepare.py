@@ -241,7 +241,7 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
             shutil.rmtree(work)
         raise
     finally:
-        held.close()
+        held.release()
     print_summary(folder, manifest, console)
     return folder
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from nanometa.common.errors import UserError
+from nanometa.common.files import write_atomically
 from nanometa.common.terminal import write
 from nanometa.config.checks import check, check_types
 from nanometa.config.command_line import load_config, run_cli
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
     for old in pictures_of(output / "report.html") - files.keys():
         (output / old).unlink(missing_ok=True)
     for name, content in files.items():
-        (output / name).write_bytes(content)
+        write_atomically(output / name, content)
     write(f"{output / 'report.html'}\n")
 
 

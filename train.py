@@ -5,22 +5,20 @@
     python train.py config/tiny_meta.py --init_from=resume                     # goes on, exactly
     torchrun --standalone --nproc_per_node=8 train.py config/meta_gpt2.py
 
-Everything random is a pure function of (seed, step), so a run is the same for any number of processes, any gradient
-accumulation (to floating-point rounding), and any number of interruptions (to the bit).
+Initial weights, the order of the data and the places of markers depend on the seed and the step alone. So a run is the
+same after any number of interruptions (to the bit), and for any number of processes and any gradient accumulation (to
+floating-point rounding). Dropout is the exception: its masks depend on the process and the micro-batch, too, so with
+dropout a run repeats, to the bit, only with the same number of processes and the same micro_batch_size.
 """
 
 import dataclasses
-import fcntl
 import json
 import math
-import os
-import signal
 import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,120 +28,31 @@ from nanometa.config import TrainConfig
 from nanometa.config.checks import flat, to_dict
 from nanometa.config.command_line import load_config, run_cli
 from nanometa.data.layout import Batch
-from nanometa.data.loader import Windows, step_windows, window_order
+from nanometa.data.loader import step_windows, window_order
 from nanometa.data.verify import verify
-from nanometa.inference.scoring import score_batch
-from nanometa.layers.loss import Objective, Tally
+from nanometa.layers.loss import Objective
+from nanometa.layers.scores import Scorer
 from nanometa.model import GPT
-from nanometa.tasks.source import Answers, TaskWindows
 from nanometa.tasks.words import tokens_per_item
 from nanometa.training import checkpoint, pretrained
 from nanometa.training.bad_steps import Guard
 from nanometa.training.base_run import base_of, with_base
+from nanometa.training.checkpoint import Checkpoint
+from nanometa.training.clock import Clock, hms
 from nanometa.training.dataset import data_facts, open_windows, with_vocabulary
 from nanometa.training.distributed import Dist, accumulation, autocast, pick_dtype, processes, ranks, why_not_compile
 from nanometa.training.estimate import flops_per_window, peak_flops, report
+from nanometa.training.evaluation import evaluate
 from nanometa.training.optimizer import Optimizer, learning_rate, norms
-from nanometa.training.resume import check_resumable, find_checkpoint
+from nanometa.training.resume import check_resumable, find_checkpoint, lock_existing, lock_new
 from nanometa.training.run_log import RunLog, environment
 from nanometa.training.show_batch import show_batch
-
-
-@torch.no_grad()
-def evaluate(
-    model: GPT, data: Windows | TaskWindows, cfg: TrainConfig, dist: Dist, n_windows=None, stop=None
-) -> dict | None:
-    """Figures of loss.Tally over n_windows validation windows, evenly spread over the split (None = all), and of
-    tasks.source.Answers, if these are texts of tasks; None if `stop` was raised in some process meanwhile.
-
-    Processes take disjoint windows and add up their sums, so the result does not depend on how many there are."""
-    n_windows = min(n_windows or data.n_windows, data.n_windows)
-    windows = (np.arange(n_windows) * data.n_windows // n_windows)[dist.rank :: dist.world]
-    tally = Tally(torch.from_numpy(data.tokenizer.token_bytes), dist.device)
-    answers = Answers(cfg.task.tasks, dist.device)
-    dtype = pick_dtype(cfg.dtype, dist.device)[0]
-    model.eval()
-    # all processes come here equally often, though the last may have no window left: they must agree to stop
-    for number, start in enumerate(range(0, -(-n_windows // dist.world), cfg.micro_batch_size)):
-        if stop and number % 10 == 9 and dist.sum(torch.tensor(float(stop.raised), device=dist.device)) > 0:
-            model.train()
-            return None
-        here = windows[start : start + cfg.micro_batch_size]
-        if not len(here):
-            continue
-        batch = data.batch(here).to(dist.device)
-        with autocast(dist.device, dtype):
-            scores = score_batch(model, batch)
-        tally.add(scores.nats, scores.targets)
-        if cfg.task.tasks:
-            answers.add(here, scores.targets, scores.right)
-    model.train()
-    dist.sum(tally.sums)
-    if cfg.task.tasks:
-        dist.sum(answers.sums)
-    return tally.figures() | answers.figures()
-
-
-def lock(run_dir: Path):
-    """An open file whose lock lasts as long as the process. Raises UserError if another process trains here."""
-    file = open(run_dir / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is training in {run_dir}: wait for it, or take another --run_name.") from None
-    return file
-
-
-class StopFlag:
-    """SIGTERM or SIGINT asks for a save and an end after the step under way; another one, later, ends at once.
-
-    Within a second it is the same request: systemd or a scheduler may signal torchrun and its processes, and torchrun
-    passes on what it gets."""
-
-    def __init__(self):
-        self.raised, self._when = False, 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._raise)
-
-    def _raise(self, number, frame) -> None:
-        if not self.raised:
-            self.raised, self._when = True, time.monotonic()
-        elif time.monotonic() - self._when > 1:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-
-class Clock:
-    """Rates since the last look, and the time to the end; evaluation and saving are not counted as training."""
-
-    def __init__(self):
-        self.started = self._since = time.perf_counter()
-        self._steps = 0
-        self._paused = 0.0
-
-    def step(self) -> None:
-        self._steps += 1
-
-    def pause(self, seconds: float) -> None:
-        self._paused += seconds
-
-    def look(self) -> float:
-        """Seconds a step since the last look."""
-        now = time.perf_counter()
-        seconds = (now - self._since - self._paused) / max(1, self._steps)
-        self._since, self._steps, self._paused = now, 0, 0.0
-        return seconds
+from nanometa.training.signals import StopFlag
 
 
 def finite(value: float) -> float | None:
     """JSON has no NaN."""
     return value if math.isfinite(value) else None
-
-
-def hms(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 # ----------------------------------------------------------------------------- the run
@@ -153,80 +62,94 @@ class Trainer:
     """All that a run holds; `train_step`, `evaluate` and `save` are what its loop does."""
 
     def __init__(self, cfg: TrainConfig, dist: Dist):
-        """Everything that can be refused is refused here, before anything is written."""
-        self.dist = dist
-        self.run_dir = Path(cfg.out_dir) / cfg.run_name
-        self.accumulation = accumulation(cfg, dist.world)
-        warnings: list[str] = []
-        saved = find_checkpoint(cfg, self.run_dir, warnings.append)
+        """Whatever can be refused is refused before anything is written, and in all processes together. A folder that
+        exists is locked before anything in it is read; that of a new run is made and locked last."""
+        self.dist, self.run_dir = dist, Path(cfg.out_dir) / cfg.run_name
+        self.ahead: list[Batch] = []  # of the next step
+        notes: list[str] = []  # for the log, which is opened last
+        self.lock = dist.agree("lock", lambda: lock_existing(cfg, self.run_dir, dist.is_main))
+        saved = dist.agree("data", lambda: self._open_data(cfg, notes))
+        dist.agree("weights", lambda: self._make_model(saved))
+        verified = dist.agree("shards", self._verify)
+        why_dtype, no_compile = dist.agree("device", lambda: self._place(saved))
+        if dist.world > 1:  # here all processes will come: DDP waits for the others
+            self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
+        dist.agree("folder", self._take_folder)
+        self.log = RunLog(self.run_dir, self.cfg, self.facts, self.step if saved else -1, dist.is_main)
+        start = f"goes on from {saved.folder}, step {saved.step:,}; " if self._is_own(saved) else ""
+        for sentence in (*notes, f"{start}started from {self.origin}", verified):
+            self.log.say(sentence)
+        self._introduce(why_dtype, no_compile)
+
+    def _open_data(self, cfg: TrainConfig, notes: list[str]) -> Checkpoint | None:
+        """Opens the checkpoint to go on from, if there is one, and the data; settles the settings."""
+        self.accumulation = accumulation(cfg, self.dist.world)
+        saved = find_checkpoint(cfg, self.run_dir, notes.append)
         base = base_of(cfg, saved)
         cfg = with_base(cfg, base)
         self.train_data, self.val_data = (open_windows(cfg, split, base) for split in ("train", "val"))
         tokenizer = self.train_data.tokenizer
-        self.cfg = cfg = with_vocabulary(cfg, tokenizer.n_vocab, tokenizer.n_content)
-        self.facts = data_facts(self.train_data, cfg, base)
-        changed = check_resumable(saved, cfg, self.facts) if saved else []
+        self.cfg = with_vocabulary(cfg, tokenizer.n_vocab, tokenizer.n_content)
+        self.facts = data_facts(self.train_data, self.cfg, base)
+        if saved:
+            notes += check_resumable(saved, self.cfg, self.facts)
+        return saved
+
+    def _is_own(self, saved: Checkpoint | None) -> bool:
+        """Is this a checkpoint of this run, not of one that it branches from?"""
+        return saved is not None and saved.folder.parent.resolve() == self.run_dir.resolve()
+
+    def _make_model(self, saved: Checkpoint | None) -> None:
+        """The model with the weights that the run starts from, and what is known of them."""
+        cfg = self.cfg
         self.model = GPT(cfg.model, cfg.seed)
         self.step, self.best, self.evaluated, self.guard = 0, None, None, Guard(cfg)
-        self.ahead: list[Batch] = []  # of the next step
-        self.origin = (
-            saved.state.get("origin", "unknown") if saved else "scratch"
-        )  # of the weights, for whoever finds the checkpoint
-        self.content_before = checkpoint.content_before(saved.state) if saved else 0  # content tokens, None = unknown
-        if saved and saved.folder.parent.resolve() != self.run_dir.resolve():
-            self.origin = f"branch of {saved.folder} ({self.origin})"
-        refusal = self._read_files(weights=not saved and cfg.init_from not in pretrained.KEYWORDS)
-        refusals = [sentence for sentence in dist.hear("refusal", refusal) if sentence]
-        if refusals:  # all processes end together
-            raise UserError(refusal or refusals[0])
-
-        self.dtype, why = pick_dtype(cfg.dtype, dist.device)
-        no_compile = why_not_compile(dist.device) if cfg.compile else "as asked"
-        name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type
-        self.peak = peak_flops(name) if self.dtype == torch.bfloat16 else None  # FLOP/s, for MFU
+        self.origin, self.content_before = "scratch", 0  # content tokens seen before step 0; None = unknown
         if saved:
             saved.load_into(self.model)
             self.step, self.best = saved.step, saved.state["best"]
             self.evaluated, self.guard = saved.state.get("evaluated", saved.step), Guard(cfg, saved.state.get("guard"))
+            self.origin = saved.state.get("origin", "unknown")
+            self.content_before = checkpoint.content_before(saved.state)
+            if not self._is_own(saved):
+                self.origin = f"branch of {saved.folder} ({self.origin})"
+        elif cfg.init_from not in pretrained.KEYWORDS:
+            tokenizer = self.train_data.tokenizer
+            self.origin, self.content_before = pretrained.load_into(self.model, cfg.init_from, tokenizer)
+
+    def _verify(self) -> str:
+        """Verifies the bodies of the shards, in one process of each machine -> a sentence on what was done."""
+        cfg, data = self.cfg, self.train_data
+        if cfg.task.tasks:
+            return "the texts of the tasks are made as they are needed"
+        if cfg.verify == "full" and self.dist.local_rank == 0:
+            say = partial(print, flush=True) if self.dist.is_main else lambda line: None
+            return verify(Path(cfg.dataset), data.manifest, data.tokenizer.meta + 1, say)
+        return "the bodies of the shards are not verified, as asked (--verify=header), only headers and sizes"
+
+    def _place(self, saved: Checkpoint | None) -> tuple[str, str | None]:
+        """Moves the model to its device, makes the optimizer, and compiles -> why this dtype, why no compilation."""
+        cfg, dist = self.cfg, self.dist
+        self.dtype, why_dtype = pick_dtype(cfg.dtype, dist.device)
+        name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type
+        self.peak = peak_flops(name) if self.dtype == torch.bfloat16 else None  # FLOP/s, for MFU
         self.model.to(dist.device)
         self.model.recompute = cfg.activation_checkpointing
         self.optimizer = Optimizer(self.model, cfg)
         if saved:
             saved.restore(self.optimizer)
-        self.objective = Objective(self.model)
+        no_compile = why_not_compile(dist.device) if cfg.compile else "as asked"
+        self.objective, self.scorer = Objective(self.model), None  # None: the model as it is
         if not no_compile:
             self.objective = torch.compile(self.objective, dynamic=False)
-        if dist.world > 1:
-            self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
+            self.scorer = torch.compile(Scorer(self.model), dynamic=False)
+        return why_dtype, no_compile
 
-        if dist.is_main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            self.lock = lock(self.run_dir)
-            checkpoint.sweep(self.run_dir, self.step, cfg.keep)
-        self.log = RunLog(self.run_dir, cfg, self.facts, self.step if saved else -1, dist.is_main)
-        goes_on = saved and saved.folder.parent.resolve() == self.run_dir.resolve()
-        start = f"goes on from {saved.folder}, step {saved.step:,}; " if goes_on else ""
-        for sentence in [*warnings, *changed, f"{start}started from {self.origin}", self.verified]:
-            self.log.say(sentence)
-        self._introduce(why, no_compile)
-
-    def _read_files(self, weights: bool) -> str:
-        """What is wrong, "" = nothing, with the shards' bodies, looked at by one process of each machine, or with
-        weights for step 0, which all processes load."""
-        self.verified = "the bodies of the shards are not verified, as asked (--verify=header), only headers and sizes"
-        try:
-            if weights:
-                self.origin, self.content_before = pretrained.load_into(
-                    self.model, self.cfg.init_from, self.train_data.tokenizer
-                )
-            if self.cfg.task.tasks:
-                self.verified = "the texts of the tasks are made as they are needed"
-            elif self.cfg.verify == "full" and self.dist.local_rank == 0:
-                data, say = self.train_data, partial(print, flush=True) if self.dist.is_main else lambda line: None
-                self.verified = verify(Path(self.cfg.dataset), data.manifest, data.tokenizer.meta + 1, say)
-        except UserError as error:
-            return str(error)
-        return ""
+    def _take_folder(self) -> None:
+        """Makes the folder of a new run and locks it, or tidies that of a run that goes on."""
+        if self.dist.is_main:
+            self.lock = self.lock or lock_new(self.run_dir)
+            checkpoint.sweep(self.run_dir, self.step, self.cfg.keep)
 
     def _introduce(self, why_dtype: str, no_compile: str | None) -> None:
         cfg, data, say = self.cfg, self.train_data, self.log.say
@@ -258,8 +181,6 @@ class Trainer:
                 f"{split}; {cfg.max_steps:,} steps = {cfg.max_steps * content:,} content tokens = "
                 f"{cfg.max_steps * cfg.batch_size / data.n_windows:.2f} epochs"
             )
-            packed = data.manifest["val_text_compressed"]
-            self.compressed = f"gzip -9 {packed['gzip_9_bits_per_byte']:.3f}, xz {packed['xz_bits_per_byte']:.3f}"
         say(
             f"device {self.dist.device}, {str(self.dtype).removeprefix('torch.')} ({why_dtype}), "
             f"compile {'off (' + no_compile + ')' if no_compile else 'on (the first step takes a while)'}"
@@ -292,9 +213,7 @@ class Trainer:
             hold = dist.world > 1 and not last
             with self.objective.no_sync() if hold else nullcontext():
                 with autocast(dist.device, self.dtype):
-                    nats = self.objective(
-                        batch.tokens, batch.targets, batch.positions, batch.meta_index, batch.scored_index
-                    )
+                    nats = self.objective(*batch)
                 (nats * (dist.world / scored).float()).backward()  # DDP takes the mean over processes
             total += nats.detach()
         self.norms = norms(self.model) if self.logs(self.step + 1) else {}
@@ -327,7 +246,7 @@ class Trainer:
     def evaluate(self, n_windows: int | None, stop: StopFlag, kind: str = "val") -> bool:
         """Records the figures, and saves the weights if they are the best -> False if a signal ended it before."""
         started = time.perf_counter()
-        figures = evaluate(self.model, self.val_data, self.cfg, self.dist, n_windows, stop)
+        figures = evaluate(self.model, self.val_data, self.cfg, self.dist, n_windows, stop, self.scorer)
         if figures is None:
             return False
         took = time.perf_counter() - started
@@ -343,8 +262,10 @@ class Trainer:
             exact = (f"{task} {figures[f'exact_{task}']:.1%}" for task in self.cfg.task.tasks)
             what = f"exact answers: {', '.join(exact)}; {figures['loss']:.4f} nats an answer's token"
         else:
+            packed = self.train_data.manifest["val_text_compressed"]
             what = (
-                f"{figures['bits_per_byte']:.4f} bits per byte ({self.compressed}), {figures['loss']:.4f} nats a token"
+                f"{figures['bits_per_byte']:.4f} bits per byte (gzip -9 {packed['gzip_9_bits_per_byte']:.3f}, "
+                f"xz {packed['xz_bits_per_byte']:.3f}), {figures['loss']:.4f} nats a token"
             )
         self.log.say(
             f"step {self.step:>7,}  {'whole ' if n_windows is None else ''}validation: {what}{end}, on "

@@ -64,27 +64,37 @@ def nearest_name(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}."
 
 
+def hidden_fields(cls) -> set[str]:
+    """Returns the names of the fields that are no settings: no command line sets them and no file keeps them."""
+    return {field.name for field in dataclasses.fields(cls) if field.metadata.get("hidden")}
+
+
+def flat_fields(cls) -> dict[str, dataclasses.Field]:
+    """Returns all settings of a class by their flat names, those of nested dataclasses included."""
+    hints, found = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        found |= flat_fields(hint) if dataclasses.is_dataclass(hint) else {field.name: field}
+    return {name: field for name, field in found.items() if name not in hidden_fields(cls)}
+
+
 def field_names(cls) -> list[str]:
-    """All flat names of a config class, nested dataclasses included."""
-    names = []
-    for name, hint in typing.get_type_hints(cls).items():
-        names += field_names(hint) if dataclasses.is_dataclass(hint) else [name]
-    return names
+    """Returns the flat names of all settings of a class."""
+    return list(flat_fields(cls))
 
 
 def bool_names(cls) -> list[str]:
-    """The flat names of the settings that are True or False."""
-    names = []
-    for name, hint in typing.get_type_hints(cls).items():
-        names += bool_names(hint) if dataclasses.is_dataclass(hint) else [name] if hint is bool else []
-    return names
+    """Returns the flat names of the settings that are True or False."""
+    return [name for name, field in flat_fields(cls).items() if field.type is bool]
 
 
 def to_dict(config) -> dict:
-    return dataclasses.asdict(config)
+    """Returns the settings as nested dictionaries, as they are saved."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in hidden_fields(config)}
 
 
 def flat(config) -> dict:
-    """All settings by their flat names."""
+    """Returns all settings by their flat names, those of nested dataclasses first."""
     settings = to_dict(config)
-    return {**settings.pop("model"), **settings.pop("task"), **settings}
+    nested = {name: value for part in settings.values() if isinstance(part, dict) for name, value in part.items()}
+    return nested | {name: value for name, value in settings.items() if not isinstance(value, dict)}

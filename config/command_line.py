@@ -22,6 +22,7 @@ import nanometa.config
 from nanometa.common.errors import UserError
 from nanometa.config import GPTConfig, PrepareConfig, SampleConfig, TaskConfig, TrainConfig
 from nanometa.config.checks import bool_names, field_names, nearest_name
+from nanometa.config.settings import Settings, named_settings, refuse_idle
 
 
 def run_cli(main) -> None:
@@ -65,12 +66,16 @@ def run_named(argv: list[str], kinds: dict[str, tuple], kind: str, about: str) -
 
 
 def load_config(cls, argv: list[str], config_file: bool = False, default=None, prog: str | None = None):
-    """argv = --name=value ..., after a FILE.py if config_file -> an instance of cls. Raises UserError.
+    """Returns an instance of cls for argv = --name=value ..., after a FILE.py if config_file.
 
+    Raises UserError for a setting on the command line that is unknown, is no value of its type, or has no effect with
+    the others. A config file may hold settings that the command line makes idle.
     default: the values of settings that neither names; None = the defaults of cls. prog: what --help calls the
     program; None = the file that was started."""
+    named: set[str] = set()
     if config_file and argv and not argv[0].startswith("-"):
-        default, argv = read_config_file(cls, argv[0]), argv[1:]
+        default, named = read_config_file(cls, argv[0])
+        argv = argv[1:]
     known = field_names(cls)
     argv = spell_out_flags(argv, cls)
     given = [arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")]
@@ -101,6 +106,12 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None, p
         raise UserError(f"{sentence}; --help lists all settings.") from None
     if unknown:
         raise UserError(f"unexpected argument {unknown[0]!r}: settings are given as --name=value.")
+    if isinstance(config, TrainConfig):
+        # the model of a run that is taken over is not known yet: base_run.py compares what was typed with it
+        from_base = set(field_names(GPTConfig)) if config.takes_over else set()
+        refuse_idle(config, [name for name in given if name not in from_base])
+        return dataclasses.replace(config, typed=tuple(sorted(named.union(given))))
+    refuse_idle(config, given)
     return config
 
 
@@ -139,8 +150,10 @@ def _importable_as_config():
         sys.modules.update(foreign)
 
 
-def read_config_file(cls, path: str):
-    """Returns the `config` that a file defines. Raises UserError unless it is one of cls."""
+def read_config_file(cls, path: str) -> tuple:
+    """Returns the `config` that a file defines, and the names of the settings that the file named.
+
+    Raises UserError unless it is one of cls."""
     if not os.path.isfile(path):  # False, too, for what can be no path
         here = [str(config) for config in recipes(Path("config"))]
         raise UserError(f"there is no config file {path!r}: {nearest_name(path, here)}")
@@ -163,8 +176,9 @@ def read_config_file(cls, path: str):
         raise UserError(f"{path} fails with {type(error).__name__}: {error}; correct the file.") from error
     if not isinstance(config, cls):
         raise UserError(f"{path} must define `config = {cls.__name__}(...)`, and defines {type(config).__name__}.")
+    named = named_settings(config) if isinstance(config, Settings) else set()
     if isinstance(config, TrainConfig) and not config.run_name:
         config = dataclasses.replace(config, run_name=Path(path).stem)
     if isinstance(config, PrepareConfig) and not config.recipe:
         config = dataclasses.replace(config, recipe=Path(path).stem)
-    return config
+    return config, named

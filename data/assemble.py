@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nanometa.common.errors import UserError
+from nanometa.common.files import write_atomically
 from nanometa.common.keyed_random import stable_key
 from nanometa.config import PrepareConfig
 from nanometa.data.inject import inject, marker_places
@@ -214,5 +215,6 @@ def assemble(
     }
     for name, content in tokenizer.files().items():
         (folder / name).write_bytes(content)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")  # last: a folder without it is no dataset
+    # last: a folder without it is no dataset
+    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     return manifest

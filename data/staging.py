@@ -9,7 +9,6 @@ source and the settings alone: in the order of their names they are the content 
 that another machine prepared is the same folder with the segments of some units, and merging is reading all of them.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from nanometa.common.errors import UserError
-from nanometa.common.files import is_count, read_json
+from nanometa.common.files import is_count, lock_folder, read_json, write_atomically
 from nanometa.common.formats import NewerFormatError, check_format
 from nanometa.config import PrepareConfig
 from nanometa.config.checks import field_names, to_dict
@@ -65,9 +64,7 @@ def plan_conflict(a: dict, b: dict, part: bool = False) -> str | None:
 
 
 def write_plan(folder: Path, plan: dict) -> None:
-    partial = folder / f"{PLAN}.writing"
-    partial.write_text(json.dumps(plan, indent=2) + "\n")
-    os.replace(partial, folder / PLAN)
+    write_atomically(folder / PLAN, (json.dumps(plan, indent=2) + "\n").encode())
 
 
 def read_plan(folder: Path) -> dict:
@@ -190,9 +187,7 @@ class SegmentWriter:
             self.files[split].close()
             os.replace(self._path(split, ".writing"), self._path(split))
             segment.splits[split] = {**self.counts[split], "sha256": self.hashes[split].hexdigest()}
-        partial = self.folder / f"{segment.name}.json.writing"
-        partial.write_text(json.dumps(vars(segment)) + "\n")
-        os.replace(partial, self.folder / f"{segment.name}.json")
+        write_atomically(self.folder / f"{segment.name}.json", (json.dumps(vars(segment)) + "\n").encode())
 
 
 def read_segment(folder: Path, segment: Segment, split: str, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -212,10 +207,8 @@ def read_segment(folder: Path, segment: Segment, split: str, dtype: np.dtype) ->
 
 
 def lock(folder: Path):
-    """An open file whose lock lasts as long as the process. Raises UserError if another process works here."""
-    file = open(folder / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is preparing {folder}: wait for it, or choose another --name.") from None
-    return file
+    """Returns the lock of a folder of segments. Raises UserError if another process holds it."""
+    held = lock_folder(folder)
+    if held is None:
+        raise UserError(f"another process is preparing {folder}: wait for it, or choose another --name.")
+    return held

@@ -4,10 +4,9 @@ What was verified is noted in the dataset's folder, .verified.json: file -> size
 that finds all of it unchanged does not read the file again, so a long run over 200 GB starts as quickly the second
 time. The note is no more than that: where it cannot be written or read, files are hashed."""
 
+import contextlib
 import hashlib
 import json
-import os
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from nanometa.common.errors import UserError
-from nanometa.common.files import read_json
+from nanometa.common.files import read_json, write_atomically
 from nanometa.data.shards import HEADER, shard_path, token_dtype
 
 CACHE = ".verified.json"
@@ -113,10 +112,6 @@ def _read_cache(folder: Path) -> dict:
 
 
 def _write_cache(folder: Path, facts: dict) -> None:
-    """Atomically, under a name of our own: several machines may share the folder."""
-    partial = folder / f"{CACHE}.{socket.gethostname()}.{os.getpid()}.writing"
-    try:
-        partial.write_text(json.dumps(facts, indent=1) + "\n")
-        os.replace(partial, folder / CACHE)
-    except OSError:  # a folder that we may only read
-        partial.unlink(missing_ok=True)
+    """Atomically, since several machines may share the folder. Does nothing in a folder that we may only read."""
+    with contextlib.suppress(OSError):
+        write_atomically(folder / CACHE, (json.dumps(facts, indent=1) + "\n").encode())

@@ -35,6 +35,7 @@ from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import stable_key
 from nanometa.common.terminal import BOLD, write
 from nanometa.config.checks import check, nearest_multiples
+from nanometa.config.settings import setting
 from nanometa.data.inject import inject, marker_places, strip
 from nanometa.data.layout import IGNORE, Layout, batch_of, connected_positions, draw_of, layout_of, targets_of
 from nanometa.evals.common import (
@@ -71,7 +72,7 @@ class PerplexityEval(Evaluation):
     """trained: new draws by the run's rule; uniform, periodic: by another rule, as many; stored: those of the dataset;
     none: without, in windows of the same content; none_wide: without, in windows of all positions. By default trained
     and none, or none for a run without markers"""
-    draws: int = 3
+    draws: int = setting(3, only_with={"markers": ((), "trained", "uniform")})
     """for trained and uniform: so many draws of the places"""
     documents: bool = False
     """windows inside documents alone: pieces of the longest of lengths, of every document that has so many tokens"""

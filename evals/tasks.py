@@ -13,6 +13,7 @@ from nanometa.common.statistics import bootstrap_ratio, wilson
 from nanometa.common.terminal import BOLD, write
 from nanometa.config import Level, Placement, Question, Task, TaskConfig
 from nanometa.config.checks import check
+from nanometa.config.settings import setting
 from nanometa.config.tasks import TASKS
 from nanometa.data.layout import Batch
 from nanometa.evals.common import POSITIONS, Evaluation, check_finite, check_lengths, fits, write_lines
@@ -35,7 +36,7 @@ class TasksEval(Evaluation):
     """where meta-tokens stand; by default as in the run's training, else target"""
     level: Level | None = None
     """by default the run's, else hard"""
-    question: Question | None = None
+    question: Question | None = setting(None, only_with={"tasks": ((), "list_recall")})  # noqa: RUF009
     """of list recall; by default the run's"""
     n: int = 1000
     """texts in a cell"""

@@ -1,24 +1,14 @@
 """Scores texts: the nats of each target of a Batch, or of each content token of a text laid out as in sampling."""
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
 from nanometa.common.errors import UserError
 from nanometa.data.layout import Batch, batch_of, layout_of, targets_of
 from nanometa.inference.generation import MarkerPlan, lay_out, takes_part
-from nanometa.layers.loss import gather_scored, token_scores
+from nanometa.layers.scores import Scorer, Scores
 from nanometa.model import GPT
 from nanometa.training.checkpoint import Run
-
-
-class Scores(NamedTuple):
-    """What a model makes of the targets of a Batch: (B, S) each, in the order of positions in each text."""
-
-    targets: torch.Tensor  # IGNORE at pads, and where nothing is scored if S is the whole length
-    nats: torch.Tensor  # 0 where the target is IGNORE
-    right: torch.Tensor  # whether the target is the most likely id; False where it is IGNORE
 
 
 @torch.no_grad()
@@ -30,9 +20,7 @@ def hidden_states(model: GPT, batch: Batch) -> torch.Tensor:
 @torch.no_grad()
 def score_batch(model: GPT, batch: Batch) -> Scores:
     """Scores every target of a Batch on the model's device, given what precedes it."""
-    hidden, targets = gather_scored(hidden_states(model, batch), batch.targets, batch.scored_index)
-    nats, right = token_scores(hidden, model.wte.weight, targets, model.cfg.content_vocab_size)
-    return Scores(*(values.view(len(batch.tokens), -1) for values in (targets, nats, right)))
+    return Scorer(model)(*batch)
 
 
 def text_batch(run: Run, ids: list[int]) -> Batch:

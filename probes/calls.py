@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanometa.common.errors import UserError
+from nanometa.common.files import write_atomically
 from nanometa.common.statistics import brief
 from nanometa.common.terminal import BOLD, write
 from nanometa.evals.common import write_lines
@@ -82,5 +83,5 @@ def keep(output: Path, name: str, before: list[dict], lines: list[dict], picture
     names of both files, for a person."""
     write_lines(output, lines)
     drawn = output.with_suffix(".png")
-    drawn.write_bytes(picture(latest(SECTIONS[name], before + lines)))
+    write_atomically(drawn, picture(latest(SECTIONS[name], before + lines)))
     return f"{output}\n{drawn}\n"

@@ -47,6 +47,7 @@ from nanometa.common.statistics import DECIDES, decide, holm, seed_difference
 from nanometa.common.terminal import BOLD, write
 from nanometa.config import Placement, Task
 from nanometa.config.checks import check
+from nanometa.config.settings import SET, setting
 from nanometa.evals.tasks import about, texts
 from nanometa.probes import known
 from nanometa.probes.bottleneck import Member, Source, Training, fit, measure
@@ -82,8 +83,8 @@ class RateDistortionProbe(MarksProbe):
     layers: tuple[int, ...] = ()
     """0: the embedding, i: what block i puts out; by default the last"""
     targets: tuple[Literal["answer", "back", "bag"], ...] = ("answer",)
-    back: tuple[int, ...] = (1,)
-    bag: int = 8
+    back: tuple[int, ...] = setting((1,), only_with={"targets": ("back",)})
+    bag: int = setting(8, only_with={"targets": ("bag",)})
     betas: int = 10
     """from beta_min to beta_max by equal factors; above 1 a rate can only cost"""
     beta_min: float = 0.003
@@ -96,7 +97,7 @@ class RateDistortionProbe(MarksProbe):
     """of the code; several items of 5 nats each fit into it at low noise"""
     hidden: int = 64
     """width of the decoder's part that the question gates; 0 = all of it linear, as the paper's"""
-    gates: float = 0.5
+    gates: float = setting(0.5, only_with={"hidden": SET})
     """deviation of what a question says to the decoder at first, beside 1 of what all questions have in common"""
     epochs: int = 30
     patience: int = 10

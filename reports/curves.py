@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from nanometa.common.errors import UserError
+from nanometa.common.files import write_atomically
 from nanometa.reports import depth
 from nanometa.reports.drawing import png
 from nanometa.reports.training import draw_losses, draw_packed, draw_values, read_run
@@ -64,7 +65,7 @@ def plot(folders: list[Path], output: Path) -> None:
 def plot_depth(files: list[Path], output: Path) -> None:
     if output.suffix != ".png":
         raise UserError(f"{output} would not be a PNG: take a name that ends in .png.")
-    output.write_bytes(png(depth.loss_by_depth, *depth.read(files), width=7.5))
+    write_atomically(output, png(depth.loss_by_depth, *depth.read(files), width=7.5))
 
 
 def main(argv: list[str]) -> None:

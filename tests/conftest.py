@@ -43,9 +43,14 @@ def cli(*args: str, cwd: Path, env: dict | None = None, stdin: bytes = b"", laun
     return subprocess.run(command, cwd=cwd, env=env, input=stdin, capture_output=True, timeout=timeout)
 
 
+IDLE = {"--injection=none": "--chunk_markers", "--tokenizer=": "--bpe_vocab_size", "--schedule=constant": "--min_lr"}
+
+
 def override(base: tuple[str, ...], *args: str) -> list[str]:
-    """Settings --name=value of `args` in place of those of `base`: a program refuses to be told twice."""
+    """Returns the settings --name=value of `args` and those of `base` that neither repeat them nor have no effect with
+    them: a program refuses both."""
     given = {arg.split("=")[0] for arg in args}
+    given |= {idle for arg in args for other, idle in IDLE.items() if arg.startswith(other)}
     return [arg for arg in base if arg.split("=")[0] not in given] + list(args)
 
 
@@ -77,10 +82,10 @@ def prepared(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     write_texts(folder / "texts")
     for name, injection in (("u", "uniform"), ("p", "periodic"), ("n", "none")):
-        result = cli(
-            "prepare.py", "--source=files", "--files", "texts/*.txt", f"--name={name}", f"--injection={injection}",
-            "--bpe_vocab_size=300", "--chunk_content=28", "--chunk_markers=4", "--val_fraction=0.1", cwd=folder,
-        )  # fmt: skip
+        args = ("--source=files", "--files=texts/*.txt", "--bpe_vocab_size=300", "--chunk_content=28",
+                "--chunk_markers=4", "--val_fraction=0.1")  # fmt: skip
+        args = override(args, f"--name={name}", f"--injection={injection}")
+        result = cli("prepare.py", *args, cwd=folder)
         assert result.returncode == 0, result.stderr.decode()
     return folder
 

@@ -193,7 +193,7 @@ class Run:
         aside = [*self.folder.glob("damaged_*")]
         need(self.was_damaged or not aside, f"a kill left {aside} under a final name")
         need(self.metrics() == reference.metrics(), "metrics.jsonl differs")
-        names = {path.name for path in self.folder.iterdir() if not path.name.startswith("damaged_")}
+        names = {path.name for path in self.folder.iterdir() if not path.name.startswith(("damaged_", "abandoned_"))}
         older = {name for name in names if name.startswith("step_") and name != f"step_{STEPS:08d}"}
         expected = {path.name for path in reference.folder.iterdir()} - {path.name for path in reference.newest()[:-1]}
         need(names - older == expected and len(older) == 1, f"the folder holds {sorted(names)}")

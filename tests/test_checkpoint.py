@@ -1,7 +1,11 @@
+import builtins
 import io
 import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -14,6 +18,7 @@ from nanometa.data.tokenizer import Tokenizer
 from nanometa.model import GPT
 from nanometa.training import checkpoint
 from nanometa.training.checkpoint import load_run, newest, open_checkpoint, save
+from tests.conftest import ROOT
 
 FACTS = {
     "dataset": "data/x", "injection": "none", "chunk_content": 16, "chunk_markers": 0, "tokenizer": "",
@@ -153,12 +158,15 @@ def test_the_order_of_a_save(tmp_path, monkeypatch):
         return handle
 
     def spy_file(path, mode="r", *args, **kwargs):
+        file = real_file(path, mode, *args, **kwargs)
         if not mode.startswith("r"):
             events.append(("write", short(path)))
-        return real_file(path, mode, *args, **kwargs)
+            opened[file.fileno()] = path
+        return file
 
     monkeypatch.setattr(os, "open", spy_open)
     monkeypatch.setattr(io, "open", spy_file)
+    monkeypatch.setattr(builtins, "open", spy_file)
     monkeypatch.setattr(
         os, "fsync", lambda handle: (events.append(("sync", short(opened[handle]))), real_fsync(handle))
     )
@@ -171,6 +179,7 @@ def test_the_order_of_a_save(tmp_path, monkeypatch):
 
     final, partial = write(tmp_path, 5), ".step_00000005.writing"
     names = {f"{partial}/{path.name}" for path in final.iterdir()}
+    pointer = f".latest.{socket.gethostname()}.{os.getpid()}.writing"
     n = len(names)
     assert set(events[:n]) == {("write", name) for name in names} and events[n - 1] == (
         "write",
@@ -181,9 +190,9 @@ def test_the_order_of_a_save(tmp_path, monkeypatch):
         ("sync", partial),
         ("rename", partial, "step_00000005"),
         ("sync", str(tmp_path)),
-        ("write", ".latest.writing"),
-        ("sync", ".latest.writing"),
-        ("replace", ".latest.writing", "latest"),
+        ("write", pointer),
+        ("sync", pointer),
+        ("replace", pointer, "latest"),
         ("sync", str(tmp_path)),
         ("rename", "step_00000003", ".step_00000003.deleting"),
     ]
@@ -254,3 +263,79 @@ def test_no_run_is_one_sentence(tmp_path, monkeypatch):
         load_run()
     with pytest.raises(UserError, match="no checkpoint in 'out/x'"):
         load_run("out/x")
+
+
+def test_best_weights_of_steps_that_were_gone_back_behind_are_set_aside(tmp_path):
+    """The run is resumed at step 20, and its best weights are of step 30: they are not of this run any more."""
+    for step in (10, 20):
+        write(tmp_path, step)
+    write(tmp_path, 30, kind="best", keep=1)
+    assert load_run(tmp_path).state["step"] == 30
+    checkpoint.sweep(tmp_path, 20, keep=2)
+    assert {path.name for path in tmp_path.glob("*best*")} == {"abandoned_best_00000030"}
+    assert load_run(tmp_path).state["step"] == 20
+    # the same step again: the copy that was set aside is not needed any more
+    write(tmp_path, 30, kind="best", keep=1)
+    assert {path.name for path in tmp_path.glob("*best*")} == {"best_00000030"}
+
+
+READER = """
+import sys
+from pathlib import Path
+from nanometa.training.checkpoint import load_run, newest
+
+run_dir, seen, warned = Path(sys.argv[1]), set(), []
+for i in range(300):
+    found = newest(run_dir, warned.append)
+    seen.add(found.step)
+    run = load_run(run_dir)
+    assert run.model.wte.weight.isfinite().all()
+print(len(seen), warned)
+"""
+
+
+def test_a_reader_of_a_run_that_is_being_trained_sees_no_damage(tmp_path):
+    """One process saves, and deletes old checkpoints, without a pause; another one opens the newest 300 times."""
+    write(tmp_path, 1)
+    write(tmp_path, 1, kind="best", keep=1)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READER, str(tmp_path)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    step = 1
+    while reader.poll() is None:
+        step += 1
+        write(tmp_path, step, keep=2)
+        write(tmp_path, step, kind="best", keep=1)
+    out, error = reader.communicate()
+    assert reader.returncode == 0, error
+    number, warnings = out.split(maxsplit=1)
+    assert int(number) > 3 and warnings.strip() == "[]" and "warning" not in error
+    assert {path.name.split("_")[0] for path in tmp_path.iterdir()} == {"step", "best", "latest"}
+
+
+def test_a_checkpoint_that_vanishes_while_it_is_read_is_looked_for_anew(tmp_path, monkeypatch):
+    """Its run has deleted it, so there is a newer one; what is damaged is still named once."""
+    for step in (1, 2, 3):
+        write(tmp_path, step, keep=3)
+    (tmp_path / "step_00000003/model.safetensors").write_bytes(b"")
+    real, calls, warnings = checkpoint.open_checkpoint, [], []
+
+    def pruned(folder):
+        calls.append(folder.name)
+        if calls == ["step_00000003", "step_00000002"]:
+            shutil.rmtree(folder)
+            write(tmp_path, 4, keep=4)
+        return real(folder)
+
+    monkeypatch.setattr(checkpoint, "open_checkpoint", pruned)
+    assert newest(tmp_path, warnings.append).step == 4 and len(warnings) == 1 and "step_00000003" in warnings[0]
+
+
+def test_a_checkpoint_that_is_gone_is_not_called_damaged(tmp_path):
+    folder = write(tmp_path, 1)
+    found = open_checkpoint(folder)
+    shutil.rmtree(folder)
+    for use in (found.weights, lambda: open_checkpoint(folder)):
+        with pytest.raises(UserError, match="does not exist, or its run has just deleted it: take another one"):
+            use()

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import runpy
 import typing
 from pathlib import Path
@@ -9,7 +10,7 @@ from nanometa import config as schema
 from nanometa.common.errors import UserError
 from nanometa.config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig
 from nanometa.config.arms import SECOND_ATTENTIONS, arm_label
-from nanometa.config.checks import bool_names, field_names, to_dict
+from nanometa.config.checks import bool_names, field_names, flat, flat_fields, to_dict
 from nanometa.config.command_line import load_config, recipes
 from nanometa.training.dataset import recipe_of
 from tests.conftest import ROOT
@@ -186,7 +187,7 @@ def test_bad_config_files_get_one_sentence(tmp_path, text, sentence):
     ("argv", "sentence"),
     [
         (["--source=files"], "needs files: for example"),
-        (["--files", "a.txt"], "only read with --source=files"),
+        (["--files", "a.txt"], "only used with --source=files"),
         (["--chunk_markers=0"], "places nothing"),
         (["--val_fraction=0"], "strictly between"),
         (["--name=a/b"], "folder name"),
@@ -227,3 +228,166 @@ def test_every_arm_has_a_name_of_its_own():
     assert {"meta", "causal2", "random", "widemlp", "pause", "gpt2", "causal2 with markers", "pause, wide mlp"} <= {
         *names
     }
+
+
+# ----------------------------------------------------------------------------- what was typed
+
+
+def test_what_was_typed_or_named_is_known_also_if_it_is_the_default(tmp_path):
+    """Values that a command line may write in several ways, and arguments of the calls in a config file."""
+    assert load().typed == ()
+    cfg = load("--n-layer=12", "--position", "learned", "--bias=False", "--tasks", "parity", "copying")
+    assert cfg.typed == ("bias", "n_layer", "position", "tasks") and cfg.model == GPTConfig()
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from config import GPTConfig, TrainConfig\n"
+        "config = TrainConfig(GPTConfig(position='learned', n_embd=96), target_rule='ignore')"
+    )
+    assert load(str(path), "--seed=1337").typed == ("n_embd", "position", "seed", "target_rule")
+    # a recipe that is made from another one, by replace, names what differs from the defaults
+    path.write_text(
+        "from dataclasses import replace\nfrom config.tiny_meta import config as meta\n"
+        "config = replace(meta, model=replace(meta.model, bias=True))"
+    )
+    for _ in range(2):  # whether or not the other recipe is read for the first time
+        assert {"bias", "n_layer", "position"} <= {*load(str(path)).typed}
+        assert not {"second_attention", "rope_theta", "target_rule", "seed"} & {*load(str(path)).typed}
+    assert {"second_attention", "n_layer"} <= {*load(str(ROOT / "config/tiny_meta.py")).typed}
+
+
+def test_what_was_typed_is_not_part_of_the_settings(capsys):
+    cfg = load("--n_layer=3")
+    assert dataclasses.replace(cfg, seed=1).typed == ("n_layer",)
+    assert cfg == dataclasses.replace(cfg, typed=()) and "typed" not in {**to_dict(cfg), **flat(cfg)}
+    with pytest.raises(UserError, match="unknown setting --typed"):
+        load("--typed", "x")
+    with pytest.raises(SystemExit):
+        load("--help")
+    assert "typed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ("--random_fraction=0.1", "only used with --second_attention=random, and second_attention=meta; leave"),
+        ("--second_attention=none --random-fraction 0.2", "only used with --second_attention=random"),
+        ("--rope_theta=5", "only used with --position=rope, and position=learned"),
+        ("--decay_fraction=0.2", "only used with --schedule=wsd, and schedule=cosine"),
+        ("--schedule=constant --min_lr=0", "only used with --schedule=cosine|wsd, and schedule=constant"),
+        ("--schedule=constant --lr_decay_steps=9", "only used with --schedule=cosine|wsd"),
+        ("--price=2", "only used with --dry_run=True, and dry_run=False"),
+        ("--dry_run=False --mfu=0.4", "only used with --dry_run=True"),
+        ("--allow_changed_data", "only used with --init_from=resume|auto or with --branch_from, and init_from=scratch"),
+        ("--level=hard", "only used with --tasks, and tasks=()"),
+        ("--verify=header --tasks parity", "only used without --tasks, and tasks=parity"),
+        ("--question=index --tasks parity", "only used with --tasks=list_recall, and tasks=parity"),
+        ("--meta_share=0.2 --tasks parity", "only used with --placements=background, and placements=target"),
+        ("--meta_share=0.2 --placements background", "only used with --tasks"),
+    ],
+)  # fmt: skip
+def test_a_typed_setting_without_an_effect_is_refused(argv, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)) as refused:
+        load(*argv.split())
+    assert str(refused.value).startswith("--") and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--position=rope --rope_scaling=pi --yarn_ramp=paper --init_from=out/a",
+        "--schedule=wsd --decay_fraction=0.2 --dry_run --mfu=0.4",
+        "--init_from=resume --allow_changed_data",
+        "--branch_from=out/a/step_00000001 --allow_changed_data",
+        "--tasks list_recall --question=after --placements every background --meta_share=0.2",
+        "--tasks parity --init_from=out/a --rope_theta=5",
+        "--schedule=constant --learning_rate=1e-6",
+    ],
+)
+def test_a_typed_setting_with_an_effect_is_accepted(argv):
+    """Also a setting of the model that may be that of a run that is taken over, whatever that is."""
+    assert load(*argv.split())
+
+
+@pytest.mark.parametrize(
+    ("cls", "argv", "sentence"),
+    [
+        (PrepareConfig, "--hf_config=en", "only used with --source=hf, and source=stdlib"),
+        (PrepareConfig, "--text_column=text", "only used with --source=files|hf"),
+        (PrepareConfig, "--packages numpy", "only used with --source=packages"),
+        (PrepareConfig, "--tokenizer=gpt2 --bpe_vocab_size=4096", "only used with --tokenizer=bpe"),
+        (PrepareConfig, "--injection=none --chunk_markers=51", "only used with --injection=uniform|periodic"),
+        (PrepareConfig, "--merge a b --workers=2", "only used without --merge"),
+        (PrepareConfig, "--inspect=data/x --seed=1", "--seed has no effect with --inspect"),
+        (SampleConfig, "--temperature=0 --top_k=5", "only used with --temperature, and temperature=0"),
+        (SampleConfig, "--temperature=0 --top_p=1", "only used with --temperature"),
+    ],
+)
+def test_so_is_one_of_prepare_and_sample(cls, argv, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        load(*argv.split(), cls=cls)
+
+
+def test_a_recipe_may_hold_what_the_command_line_makes_idle():
+    """config/tiny_meta.py sets min_lr, which a constant schedule does not use."""
+    assert load(str(ROOT / "config/tiny_meta.py"), "--schedule=constant").min_lr == 1e-4
+    assert load(str(ROOT / "config/c4.py"), "--injection=none", cls=PrepareConfig).chunk_markers == 102
+
+
+def test_conditions_name_settings_and_their_values():
+    for cls in (TrainConfig, PrepareConfig, SampleConfig):
+        declared = flat_fields(cls)
+        for name, field in declared.items():
+            for other, accepted in field.metadata.get("only_with", {}).items():
+                hint = schema_hints(cls)[other]
+                choices = typing.get_args(hint)
+                if typing.get_origin(hint) is typing.Literal:
+                    assert set(accepted) <= set(choices), (name, other)
+                assert other in declared and other != name
+
+
+def schema_hints(cls) -> dict:
+    hints = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        hints |= schema_hints(hint) if dataclasses.is_dataclass(hint) else {name: hint}
+    return hints
+
+
+# ----------------------------------------------------------------------------- what a resumed run may change
+
+
+def test_what_a_resumed_run_may_change():
+    """A new setting may not change unless its declaration says otherwise."""
+    rules = {
+        name: field.metadata.get("on_resume", "may not change") for name, field in flat_fields(TrainConfig).items()
+    }
+    free = {name for name, rule in rules.items() if rule == "may change"}
+    assert free == {
+        "verify", "micro_batch_size", "max_steps", "schedule", "learning_rate", "min_lr", "warmup_steps",
+        "lr_decay_steps", "decay_fraction", "weight_decay", "beta1", "beta2", "grad_clip", "max_skipped",
+        "spike_deviations", "skip_spikes", "log_interval", "eval_interval", "save_interval", "keep", "wandb", "device",
+        "dtype", "compile", "activation_checkpointing",
+    }  # fmt: skip
+    assert {name for name, rule in rules.items() if rule == "ignored"} == {
+        "run_name", "out_dir", "init_from", "branch_from", "dataset", "allow_changed_data", "dry_run", "accelerator",
+        "n_accelerators", "mfu", "price", "show_batch",
+    }  # fmt: skip
+    assert set(rules.values()) == {"may change", "may not change", "ignored"}
+    assert schema.setting(1).metadata["on_resume"] == "may not change"
+
+
+def test_saved_settings_of_other_versions(monkeypatch):
+    """A setting that is newer has its default; one that is unknown is refused; ALIASES translates old names."""
+    saved = to_dict(dataclasses.replace(TrainConfig(), seed=5))
+    del saved["grad_clip"], saved["model"]["bias"], saved["task"]
+    assert schema.train_config_from_dict(saved) == dataclasses.replace(TrainConfig(), seed=5)
+    for part in (saved, saved["model"]):
+        part["gone"] = 3
+        with pytest.raises(UserError, match="does not fit this version of the code .*'gone'"):
+            schema.train_config_from_dict(saved)
+        monkeypatch.setitem(schema.ALIASES, "gone", None)
+        assert schema.train_config_from_dict(saved).seed == 5
+        monkeypatch.delitem(schema.ALIASES, "gone")
+        del part["gone"]
+    saved["grad_norm"] = 2.0
+    monkeypatch.setitem(schema.ALIASES, "grad_norm", "grad_clip")
+    assert schema.train_config_from_dict(saved).grad_clip == 2.0

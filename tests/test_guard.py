@@ -72,6 +72,18 @@ def test_a_spike_is_skipped_if_asked_for():
     assert not take and "its gradient's norm 9 is " in wrong and "deviations above the mean of 1.05" in wrong
 
 
+def test_a_skipped_spike_does_not_hide_the_next_one():
+    """Norms of about 1, then 1000, which is skipped, then 50: judged by the steps that were taken, also a spike."""
+    guard = Guard(dataclasses.replace(CFG, skip_spikes=True))
+    for i in range(WINDOW):
+        guard.judge(1.0, 1.0 + i % 2 / 10)
+    before = guard.state()["norms"]
+    assert guard.judge(1.0, 1000.0)[0] is False and guard.state()["norms"] == before
+    take, wrong = guard.judge(1.0, 50.0)
+    assert not take and "its gradient's norm 50 is " in wrong and "above the mean of 1.05" in wrong
+    assert guard.judge(1.0, 1.0) == (True, "") and guard.skipped == 2
+
+
 # ----------------------------------------------------------------------------- in the loop
 
 
@@ -164,7 +176,7 @@ def test_an_evaluation_that_a_signal_ends_is_made_up_for(workdir, monkeypatch):
 
         monkeypatch.setattr(Windows, "batch", counted)
         subject.run()
-        subject.lock.close()
+        subject.lock.release()
         monkeypatch.setattr(Windows, "batch", batch)
 
     for kind in ("val", "final"):

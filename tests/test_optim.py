@@ -131,7 +131,7 @@ def test_one_trunk_branches_into_budgets_and_each_is_as_if_run_alone(workdir):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--branch_from=out/nothing"], "out/nothing is no whole checkpoint"),
+        (["--branch_from=out/nothing"], "out/nothing does not exist"),
         (["--branch_from=out/trunk2/BEST"], "holds weights without their optimizer"),
         (
             ["--branch_from=out/trunk2/step_00000003", "--max_steps=2"],

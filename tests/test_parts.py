@@ -21,7 +21,7 @@ from nanometa.common.files import file_sha256
 from nanometa.config import PrepareConfig
 from nanometa.data import staging
 from nanometa.data.sources import FileSource
-from tests.conftest import ROOT, cli, manifest, refusal, tree, write_texts
+from tests.conftest import ROOT, cli, manifest, override, refusal, tree, write_texts
 
 FILES = ("--source=files", "--files=texts/*.txt", "--bpe_vocab_size=300", "--chunk_content=28", "--chunk_markers=4",
          "--val_fraction=0.1", "--workers=1")  # fmt: skip
@@ -38,7 +38,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 def run(folder, *args):
-    result = cli("prepare.py", *FILES, *args, cwd=folder)
+    result = cli("prepare.py", *override(FILES, *args), cwd=folder)
     assert result.returncode == 0, result.stderr.decode()
     return result.stdout.decode()
 
@@ -227,7 +227,7 @@ def test_two_preparations_of_one_name_are_refused(whole):
     assert "another process is preparing data/.two.partial" in refusal(
         cli("prepare.py", *FILES, "--name=two", cwd=whole)
     )
-    held.close()
+    held.release()
     run(whole, "--name=two")
     assert content(whole / "data/two") == content(whole / "data/whole")
 

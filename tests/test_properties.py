@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from nanometa.common.errors import UserError
 from nanometa.config import GPTConfig, Rescale, SampleConfig, TaskConfig, TrainConfig, train_config_from_dict
 from nanometa.config.arms import SECOND_ATTENTIONS
-from nanometa.config.checks import flat, to_dict
+from nanometa.config.checks import field_names, flat, to_dict
 from nanometa.config.command_line import load_config
+from nanometa.config.settings import why_idle
 from nanometa.data.loader import step_windows, window_order
 from nanometa.data.shards import ShardWriter, TokenStream
 from nanometa.data.verify import verify
@@ -173,7 +174,7 @@ def configs(draw, cls):
     hints = {
         name: hint
         for name, hint in typing.get_type_hints(cls).items()
-        if name not in ("model", "task", "rescale", "n_head", "n_embd")
+        if name not in ("model", "task", "rescale", "n_head", "n_embd", "typed")
     }
     chosen = {name: draw(values(hint, name)) for name, hint in hints.items() if draw(st.booleans())}
     if cls is TrainConfig:
@@ -200,11 +201,19 @@ def configs(draw, cls):
 @given(configs(TrainConfig))
 def test_any_training_survives_saving_and_the_command_line(cfg):
     assert train_config_from_dict(json.loads(json.dumps(to_dict(cfg)))) == cfg
-    argv = []
+    argv, default = [], flat(TrainConfig())
+    from_base = field_names(GPTConfig) if cfg.takes_over else ()
+    idle = [name for name in default if name not in from_base and why_idle(cfg, name)]
     for name, value in flat(cfg).items():
-        if value != ():
+        if value != () and name not in idle:
             argv += [f"--{name}", *value] if isinstance(value, tuple) else [f"--{name}={value}"]
-    assert load_config(TrainConfig, argv) == cfg
+    loaded = flat(load_config(TrainConfig, argv))
+    assert loaded == {**flat(cfg), **{name: default[name] for name in idle}}
+    for name in idle[:1]:  # an idle one is refused
+        value = flat(cfg)[name]
+        more = [f"--{name}", *value] if isinstance(value, tuple) else [f"--{name}={value}"]
+        with pytest.raises(UserError, match=f"--{name} has no effect: it is only used "):
+            load_config(TrainConfig, [*argv, *more])
 
 
 @settings(max_examples=60, deadline=None)
@@ -212,8 +221,11 @@ def test_any_training_survives_saving_and_the_command_line(cfg):
 def test_any_sampling_survives_the_command_line(cfg):
     settings_ = to_dict(cfg)
     settings_ |= settings_.pop("rescale")
-    argv = [f"--{name}={value}" for name, value in settings_.items()]
-    assert load_config(SampleConfig, argv) == cfg
+    idle = [name for name in settings_ if why_idle(cfg, name)]
+    argv = [f"--{name}={value}" for name, value in settings_.items() if name not in idle]
+    assert load_config(SampleConfig, argv) == dataclasses.replace(
+        cfg, **{name: getattr(SampleConfig(), name) for name in idle}
+    )
 
 
 # ----------------------------------------------------------------------------- batches

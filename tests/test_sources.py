@@ -222,7 +222,7 @@ def test_skipped_rows_reach_the_screen_and_the_manifest(tmp_path):
         (["--source=hf"], ["source=hf needs hf_dataset"]),
         (["--source=packages"], ["source=packages needs packages"]),
         (["--source=packages", "--packages=numpy==0.1"], ["0.1 is asked for: pip install numpy==0.1"]),
-        (["--packages=numpy"], ["packages is only read with --source=packages"]),
+        (["--packages=numpy"], ["--packages has no effect: it is only used with --source=packages"]),
         (["--files=empty/*.jsonl"], ["there is no text in files empty/*.jsonl: give files"]),
     ],
 )  # fmt: skip

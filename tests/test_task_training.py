@@ -7,8 +7,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import Draws
 from nanometa.config import GPTConfig, TaskConfig, TrainConfig
+from nanometa.config.command_line import load_config
 from nanometa.config.tasks import TASKS
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.evals.common import facts_of
@@ -18,9 +20,10 @@ from nanometa.report import sections_of
 from nanometa.reports.files import read
 from nanometa.tasks.example import Maker
 from nanometa.tasks.source import TaskWindows
+from nanometa.train import main as train_main
 from nanometa.training.base_run import base_of, with_base
 from nanometa.training.checkpoint import load_run
-from tests.conftest import TINY, cli, manifest, override, refusal
+from tests.conftest import ROOT, TINY, cli, manifest, override, refusal
 from tests.test_train import TORCHRUN, equal, final, losses, metrics
 
 TEXT = (*TINY, "--dataset=data/u", "--block_size=96", "--position=rope")
@@ -207,6 +210,36 @@ REFUSED = {
     "no such task": (("--train_length=96", "lists"), "'lists'"),
     "nothing so short": (("--train_length=32", "segment_counting"), "no text of level easy or medium or hard"),
 }
+
+
+def test_what_is_typed_must_agree_with_the_run_that_is_taken_over(workdir, tmp_path, monkeypatch):
+    """A value that equals the default is compared, too, whether it was typed or stands in a config file."""
+    monkeypatch.chdir(workdir)
+    shape = ("--dataset=data/n", "--block_size=84", "--second_attention=causal", "--target_rule=skip")
+    base = pretrain(workdir, "base_typed", *shape)
+    agreed = ("--second_attention=causal", "--target_rule=skip", "--position=rope", "--n_layer=2", "--rope_theta=10000")
+    run = load_run(tune(workdir, "agreed", base, *agreed, "--max_steps=1"))
+    assert run.config.model == load_run(workdir / base).config.model and run.config.target_rule == "skip"
+
+    recipe = tmp_path / "mine.py"
+    recipe.write_text("from config import GPTConfig, TrainConfig\nconfig = TrainConfig(GPTConfig(position='learned'))")
+    tiny_tasks = str(ROOT / "config/tiny_tasks.py")
+    typed = ("--second_attention=meta", "--target_rule=ignore", "--position=learned", "--n_layer=12",
+             "--block_size=1024", "--dropout=0.5", "--n_inner=9", "--random_fraction=0.2")  # fmt: skip
+    cases = [([tiny_tasks, arg], arg[2:]) for arg in typed]
+    cases += [([tiny_tasks, "--n-layer", "12"], "n_layer=12")]
+    cases += [([str(recipe), "--tasks", "parity"], "position=learned")]
+    for argv, said in cases:
+        with pytest.raises(
+            UserError, match=f"^{said}, and the model of {base}/best_00000010, which is taken over, has"
+        ):
+            train_main([*argv, f"--init_from={base}", "--run_name=refused"])
+    # recipes for all arms say nothing of their model
+    for name in ("finetune_tasks", "tiny_tasks"):
+        assert not {"second_attention", "position", "target_rule", "n_layer"} & {
+            *load_config(TrainConfig, [str(ROOT / f"config/{name}.py")], config_file=True).typed
+        }
+    assert not (workdir / "out/refused").exists()
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -1,4 +1,3 @@
-import fcntl
 import json
 import os
 import re
@@ -6,8 +5,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import safetensors.torch
@@ -15,12 +15,17 @@ import torch
 
 from nanometa import train
 from nanometa.common.errors import UserError
+from nanometa.common.files import lock_folder
 from nanometa.config import TrainConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
+from nanometa.config.command_line import load_config
+from nanometa.data.loader import Windows
+from nanometa.layers.scores import Scorer
 from nanometa.train import evaluate
 from nanometa.training import run_log
-from nanometa.training.distributed import accumulation
-from nanometa.training.resume import occupied
+from nanometa.training.checkpoint import load_run
+from nanometa.training.distributed import Dist, accumulation
+from nanometa.training.resume import lock_new, occupied
 from nanometa.training.run_log import RunLog
 from tests.conftest import ROOT, TINY, cli, losses, override, refusal, tree
 
@@ -83,6 +88,35 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(workdir, straight):
     lines = [line for line in metrics(result) if (line["step"], line["kind"]) != (17, "val")]
     assert lines == metrics(straight)  # the stop at 17 evaluated once more
     assert "changed since the checkpoint: max_steps 17 -> 30" in (result / "train.log").read_text()
+
+
+def test_dropout_depends_on_how_a_step_is_split_and_nothing_else_does(workdir, straight):
+    """Its masks are drawn anew for each micro-batch of each process: two other accumulations are two other runs."""
+    args = ("--max_steps=3", "--learning_rate=3e-3")
+    whole, half = (run(workdir, f"split{n}", *args, f"--micro_batch_size={n}") for n in (8, 4))
+    assert losses(half) == pytest.approx(losses(whole), rel=1e-5)
+    args = (*args, "--dropout=0.1")
+    whole, half = (run(workdir, f"drop{n}", *args, f"--micro_batch_size={n}") for n in (8, 4))
+    assert all(abs(a - b) > 1e-4 for a, b in zip(losses(whole), losses(half), strict=True))
+    again = run(workdir, "drop_again", *args, "--micro_batch_size=4")
+    assert losses(again) == losses(half) and equal(final(again), final(half))
+
+
+def test_a_run_that_goes_back_behind_its_best_forgets_it(workdir, straight, tmp_path):
+    """Best weights of step 30 do not outlive the checkpoint of step 30; trained again, they are the same."""
+    shutil.copytree(straight, workdir / "out/back")
+    assert json.loads((straight / "step_00000030/state.json").read_text())["best"]["step"] == 30
+    shutil.rmtree(workdir / "out/back/step_00000030")
+    args = ("--dropout=0.1", "--micro_batch_size=4", "--init_from=resume", "--lr_decay_steps=30", "--eval_interval=100")
+    back = run(workdir, "back", *args, "--max_steps=21")
+    names = {path.name for path in back.glob("*best*")}
+    assert names == {"abandoned_best_00000030", "best_00000021"}  # 21: the end is evaluated, and there is no other best
+    assert load_run(back).state["step"] == 21
+    back = run(workdir, "back", *override(args, "--eval_interval=10"), "--max_steps=30")
+    assert equal(final(back), final(straight))
+    assert {path.name for path in back.glob("*best*")} == {"best_00000030"}
+    ours, theirs = (safetensors.torch.load_file(r / "best_00000030/model.safetensors") for r in (back, straight))
+    assert equal(ours, theirs)
 
 
 @pytest.mark.parametrize("second", SECOND_ATTENTIONS)
@@ -198,8 +232,8 @@ def test_a_signal_that_comes_twice_at_once_is_one_and_a_later_one_ends(monkeypat
     """torchrun passes on the signal that its processes got from a scheduler, too."""
     previous = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     now, sent = [100.0], []
-    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(train.os, "kill", lambda *args: sent.append(args))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "kill", lambda *args: sent.append(args))
     try:
         stop = train.StopFlag()
         for _ in range(2):
@@ -215,7 +249,7 @@ def test_a_signal_that_comes_twice_at_once_is_one_and_a_later_one_ends(monkeypat
 
 def test_a_run_killed_before_its_first_line_is_known_again(tmp_path, monkeypatch):
     """Whatever file that is not hidden there is, config.json is there before it: auto asks for it."""
-    monkeypatch.setattr(Path, "write_text", lambda path, text: pytest.fail("killed"))
+    monkeypatch.setattr(os, "replace", lambda *paths: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception):
         RunLog(tmp_path, TrainConfig(wandb="disabled"), {}, -1, main=True)
     assert not occupied(tmp_path)
@@ -356,12 +390,98 @@ def test_divergence_is_an_error_not_a_night_of_nan(workdir):
 
 
 def test_two_trainings_in_one_folder_are_refused(workdir, straight):
-    with open(straight / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        args = ("--run_name=straight", "--dropout=0.1", "--micro_batch_size=4", "--init_from=resume", "--max_steps=40")
-        assert "another process is training in out/straight" in refusal(
-            cli("train.py", *override(BASE, *args), cwd=workdir)
-        )
+    """Before anything in it is read, with one process and with two."""
+    lock = lock_folder(straight)
+    args = ("--run_name=straight", "--dropout=0.1", "--micro_batch_size=4", "--init_from=resume", "--max_steps=40")
+    before = tree(straight)
+    error = refusal(cli("train.py", *override(BASE, *args), cwd=workdir))
+    assert "another process is training in out/straight" in error
+    result = cli("train.py", *override(BASE, *args), cwd=workdir, launcher=TORCHRUN)
+    assert result.returncode == 1 and result.stderr.decode().count("error: another process is training") == 1
+    assert tree(straight) == before
+    lock.release()
+
+
+def test_a_resume_while_the_run_trains_is_refused_and_renames_nothing(workdir):
+    args = [*override(BASE, "--save_interval=1", "--eval_interval=1000"), "--run_name=busy", "--max_steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *args], cwd=workdir, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step       5"):
+            break
+    drain = threading.Thread(target=process.stdout.read)
+    drain.start()
+    try:
+        for _ in range(2):
+            for init_from in ("resume", "auto"):
+                error = refusal(cli("train.py", *args, f"--init_from={init_from}", cwd=workdir))
+                assert "another process is training in out/busy" in error and "damaged" not in error
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        drain.join()
+    kinds = {path.name.split("_")[0] for path in (workdir / "out/busy").iterdir()}
+    assert kinds == {".lock", "config.json", "metrics.jsonl", "train.log", "step", "latest"}
+
+
+def test_a_new_folder_that_another_process_has_taken_is_refused(tmp_path):
+    """Both looked at the folder before it existed."""
+    lock_new(tmp_path / "run").release()
+    (tmp_path / "run/config.json").write_text("{}")
+    with pytest.raises(UserError, match="another process has begun a run in .*: go on with --init_from=auto"):
+        lock_new(tmp_path / "run")
+
+
+def test_what_one_process_refuses_ends_all():
+    store = torch.distributed.HashStore()
+
+    def process(rank: int) -> str:
+        dist = Dist(rank, rank, 2, torch.device("cpu"), store)
+
+        def step():
+            if rank == 1:
+                raise UserError("there is no disk on this machine.")
+
+        try:
+            dist.agree("first", lambda: rank)
+            dist.agree("second", step)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(process, range(2))] == ["there is no disk on this machine."] * 2
+
+
+def test_a_compiled_evaluation_is_the_eager_one_and_compiles_once(workdir, straight):
+    """Also where the last micro-batch is smaller: its shape is filled up, and the added rows do not count."""
+    loaded = load_run(straight)
+    data = Windows(workdir / "data/u", "val", 32, "ignore")
+    cfg = TrainConfig(model=loaded.config.model, micro_batch_size=8, dtype="float32")
+    cpu = Dist(0, 0, 1, torch.device("cpu"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(Scorer(loaded.model), dynamic=False)
+    for n in (20, 5, None):
+        eager, found = (evaluate(loaded.model, data, cfg, cpu, n, compiled=how) for how in (None, compiled))
+        scored = [name for name, value in eager.items() if value is not None]  # no <|endoftext|>, no loss of it
+        assert [found[name] for name in scored] == pytest.approx([eager[name] for name in scored], rel=1e-5)
+        if n == 20:
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
+
+
+def test_a_compiled_run_evaluates_its_compiled_model(workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    seen = []
+    monkeypatch.setattr(train, "evaluate", lambda *args: seen.append(args[-1]))
+    for compiled in (True, False):
+        args = override(BASE, f"--run_name=evaluates_{compiled}", f"--compile={compiled}")
+        subject = train.Trainer(load_config(TrainConfig, args), Dist(0, 0, 1, torch.device("cpu")))
+        subject.evaluate(5, None)
+        subject.log.close()
+    assert isinstance(seen[0], torch._dynamo.OptimizedModule) and seen[0]._orig_mod.model is not None
+    assert seen[1] is None
 
 
 def test_paths_that_cannot_be_written_get_one_sentence(workdir, tmp_path):

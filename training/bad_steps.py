@@ -7,15 +7,16 @@ from collections import deque
 from nanometa.common.errors import UserError
 from nanometa.config import TrainConfig
 
-WINDOW = 128  # norms that a spike is judged by; the first half of them must have come
+WINDOW = 128  # norms of steps that were taken, by which a spike is judged; there must be half as many
 
 
 class Guard:
     """Judges every step before its update. All processes see the same figures, so they decide alike.
 
     A step whose loss or gradient norm is not finite is skipped. One whose norm lies more than cfg.spike_deviations
-    standard deviations above the mean of the last 128 (OLMo's SkipStepOptimizer takes 6) is a spike: logged, and
-    skipped with cfg.skip_spikes. `state` goes into checkpoints, so that a resumed run judges as an uninterrupted one.
+    standard deviations above the mean of the last 128 steps that were taken (OLMo's SkipStepOptimizer takes 6) is a
+    spike: logged, and skipped with cfg.skip_spikes. `state` goes into checkpoints, so that a resumed run judges as an
+    uninterrupted one.
     """
 
     def __init__(self, cfg: TrainConfig, state: dict | None = None):
@@ -39,7 +40,8 @@ class Guard:
                     above = (norm - mean) / max(deviation, 1e-30)
                     wrong = f"its gradient's norm {norm:.4g} is {above:.1f} deviations above the mean of {mean:.4g}"
                     take = not self.cfg.skip_spikes
-            self.norms.append(norm)
+            if take:  # a spike that was skipped would raise the mean and deviation that the next one is judged by
+                self.norms.append(norm)
         self.in_a_row = 0 if take else self.in_a_row + 1
         self.skipped += not take
         return take, wrong

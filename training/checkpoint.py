@@ -8,28 +8,42 @@ A folder is written under a temporary name, synced, and renamed; then the pointe
 is whole, and the newest one that verifies is the one to trust; the pointer is for people and their scripts.
 """
 
+import dataclasses
 import json
 import math
 import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors.torch
 import torch
 
 from nanometa.common.errors import UserError
-from nanometa.common.files import file_inside, file_sha256, is_count, read_file, read_json
+from nanometa.common.files import (
+    WRITING,
+    file_inside,
+    file_sha256,
+    is_count,
+    read_file,
+    read_json,
+    sync,
+    write_atomically,
+)
 from nanometa.common.formats import NewerFormatError, check_format
 from nanometa.config import TrainConfig, train_config_from_dict
 from nanometa.data.tokenizer import RANKS_FILE, SPEC_FILE, Tokenizer
 from nanometa.model import GPT
 from nanometa.training.optimizer import Optimizer
 
+T = TypeVar("T")
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-WRITING, DELETING = ".writing", ".deleting"  # suffixes of hidden folders that a kill may leave behind
+ABANDONED = "abandoned_"  # prefix of best weights from steps that the run has gone back behind
+DELETING = ".deleting"  # suffix of a hidden folder that is being deleted; like WRITING, a kill may leave one behind
 
 
 def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str, torch.Tensor]], keep: int) -> Path:
@@ -52,20 +66,22 @@ def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str,
     (partial / MANIFEST).write_bytes(_manifest(hashes))
     for name in [*files, MANIFEST]:
         shutil.copymode(partial / MANIFEST, partial / name)  # safetensors writes for the owner alone
-        _fsync(partial / name)
-    _fsync(partial)
+        sync(partial / name)
+    sync(partial)
     if final.exists():  # written before, found damaged, and trained again
         _delete(final)
     os.rename(partial, final)
-    _fsync(run_dir)
+    sync(run_dir)
     _settle(final, kind, keep)
     return final
 
 
 def _settle(final: Path, kind: str, keep: int) -> None:
-    """What follows on a new folder: `latest` names it, and of the others of its kind the newest keep - 1 stay."""
+    """What follows on a new folder: `latest` names it, and of the others of its kind the newest keep - 1 stay. Best
+    weights that were set aside are deleted when the resumed run has come to the best of the same step."""
     if kind == "step":
-        _point(final.with_name("latest"), final.name)
+        write_atomically(final.with_name("latest"), f"{final.name}\n".encode())
+    shutil.rmtree(final.with_name(f"{ABANDONED}{final.name}"), ignore_errors=True)
     others = [folder for folder in _folders(final.parent, kind) if folder != final]
     for old in others[: max(0, len(others) - (keep - 1))]:
         _delete(old)
@@ -81,26 +97,10 @@ def _folders(run_dir: Path, kind: str) -> list[Path]:
     return sorted(path for path in folders if path.is_dir())
 
 
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def latest(run_dir: Path) -> str:
     """The name of the newest checkpoint, for a sentence."""
     folders = _folders(run_dir, "step")
     return folders[-1].name if folders else "none was saved yet"
-
-
-def _point(pointer: Path, name: str) -> None:
-    partial = pointer.with_name(f".{pointer.name}{WRITING}")
-    partial.write_text(name + "\n")
-    _fsync(partial)
-    os.replace(partial, pointer)
-    _fsync(pointer.parent)
 
 
 def _delete(folder: Path) -> None:
@@ -112,13 +112,18 @@ def _delete(folder: Path) -> None:
 
 
 def sweep(run_dir: Path, step: int, keep: int) -> None:
-    """Removes what a killed process left half-written or half-deleted, sets aside, as damaged_step_*, checkpoints
-    beyond `step`, the one that is resumed: they did not verify; and does what the save of that one may have left."""
-    for folder in _folders(run_dir, "step"):
-        if int(folder.name.split("_")[1]) > step:
-            aside = folder.with_name(f"damaged_{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(folder, aside)
+    """Tidies the folder of a run that goes on from `step`; the caller holds its lock.
+
+    Checkpoints beyond that step did not verify: they are renamed to damaged_step_*. Best weights beyond it belong to
+    steps that this run will train anew, maybe otherwise: they are renamed to abandoned_best_*, so that nothing loads
+    them. What a killed process left half-written or half-deleted is removed, and what the save of the resumed
+    checkpoint left undone is done."""
+    for kind, prefix in (("step", "damaged_"), ("best", ABANDONED)):
+        for folder in _folders(run_dir, kind):
+            if int(folder.name.split("_")[1]) > step:
+                aside = folder.with_name(f"{prefix}{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(folder, aside)
     for suffix in (WRITING, DELETING):
         for path in run_dir.glob(f".*{suffix}"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -133,6 +138,7 @@ class Checkpoint:
 
     folder: Path
     state: dict  # step, config, data, best, source commit: as train.py wrote it
+    _tokenizer: Tokenizer | None = None
 
     @property
     def step(self) -> int:
@@ -149,7 +155,9 @@ class Checkpoint:
         return read_tensors(self.folder / OPTIMIZER)
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.folder)
+        """Read once: the run may delete the folder while it is trained."""
+        self._tokenizer = self._tokenizer or Tokenizer.load(self.folder)
+        return self._tokenizer
 
     def load_into(self, model: GPT, device: str | torch.device | None = None) -> GPT:
         """Gives the model these weights; device: where a model without numbers (on "meta") gets its memory.
@@ -186,6 +194,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Raises UserError if it is no safetensors file."""
     try:
         return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist, or its run has just deleted it: take another one.") from None
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): take another one.") from error
 
@@ -245,6 +255,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 raise UserError(f"{folder / name} is damaged: its sha256 is {found}, the manifest says {expected}.")
         state = read_json(folder / STATE)
     except FileNotFoundError as error:
+        if not folder.is_dir():
+            raise UserError(f"{folder} does not exist, or its run has just deleted it: take another one.") from None
         raise UserError(f"{folder} is no whole checkpoint: {Path(error.filename).name} is missing.") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
@@ -261,17 +273,29 @@ def newest(run_dir: Path, warn) -> Checkpoint | None:
     """The newest checkpoint that verifies, or None where none was ever written; warn(sentence) for each that does not.
 
     Raises UserError if there are checkpoints and all are damaged."""
-    why = []
-    for folder in reversed(_folders(run_dir, "step")):
-        try:
-            return open_checkpoint(folder)
-        except NewerFormatError:  # not damaged: falling back would train steps again that were already taken
-            raise
-        except UserError as error:
-            why.append(str(error).rstrip("."))
-            warn(f"{error} Falling back to the checkpoint before it.")
-    if why:
-        raise UserError(f"no checkpoint in {run_dir} is whole ({'; '.join(why)}): start again with another --run_name.")
+    return _newest_of(run_dir, "step", lambda error: warn(f"{error} Falling back to the checkpoint before it."))
+
+
+def _newest_of(run_dir: Path, kind: str, warn) -> Checkpoint | None:
+    """newest for one kind of folders. A run that is being trained deletes old ones: if one has vanished while it was
+    read, there are newer ones, and the folder is listed again."""
+    why: dict[Path, str] = {}
+    while True:
+        for folder in reversed([folder for folder in _folders(run_dir, kind) if folder not in why]):
+            try:
+                return open_checkpoint(folder)
+            except NewerFormatError:  # not damaged: falling back would train steps again that were already taken
+                raise
+            except UserError as error:
+                if not folder.is_dir():
+                    break
+                why[folder] = str(error).rstrip(".")
+                warn(error)
+        else:
+            break
+    if why and kind == "step":
+        whole = "; ".join(why.values())
+        raise UserError(f"no checkpoint in {run_dir} is whole ({whole}): start again with another --run_name.")
     return None
 
 
@@ -295,23 +319,34 @@ def open_run(path: str | Path = "") -> Checkpoint:
     """path is out/<run> (its best checkpoint, else its newest) or one checkpoint's folder; "" is the run in out/ that
     saved last. Raises UserError if there is none, or it is damaged."""
     path = Path(path) if path else _newest_run(Path("out"))
-    checkpoint = open_checkpoint(path) if (path / STATE).is_file() else None
-    for folder in reversed(_folders(path, "best")):
-        try:
-            checkpoint = checkpoint or open_checkpoint(folder)
-        except UserError as error:
-            _warn(f"{error} Taking the newest checkpoint instead.")
-    checkpoint = checkpoint or newest(path, _warn)
-    if checkpoint is None:
+    if (path / STATE).is_file():
+        return open_checkpoint(path)
+    best = _newest_of(path, "best", lambda error: _warn(f"{error} Taking the newest checkpoint instead."))
+    found = best or newest(path, _warn)
+    if found is None:
         raise UserError(f"there is no checkpoint in {str(path)!r}: give a run that train.py made, such as out/NAME.")
-    return checkpoint
+    return found
+
+
+def read_run(path: str | Path, read: Callable[[Checkpoint], T]) -> T:
+    """Returns read(the checkpoint of open_run(path)); if its run has deleted it meanwhile, that of the next one."""
+    while True:
+        found = open_run(path)
+        try:
+            return read(found)
+        except (UserError, OSError):
+            if found.folder.is_dir() or Path(path) == found.folder:
+                raise
 
 
 def load_run(path: str | Path = "", device: str | torch.device = "cpu") -> Run:
     """Loads a run for use; path as for open_run. Raises UserError if there is none, or it is damaged."""
-    checkpoint = open_run(path)
-    cfg = checkpoint.config
-    tokenizer = checkpoint.tokenizer()
+    run = read_run(path, _load)
+    return dataclasses.replace(run, model=run.model.to(device).eval())
+
+
+def _load(checkpoint: Checkpoint) -> Run:
+    cfg, tokenizer = checkpoint.config, checkpoint.tokenizer()
     if (tokenizer.n_vocab, tokenizer.n_content) != (cfg.model.vocab_size, cfg.model.content_vocab_size):
         raise UserError(
             f"{checkpoint.folder} does not fit together: its tokenizer has {tokenizer.n_vocab} ids and its model "
@@ -319,8 +354,7 @@ def load_run(path: str | Path = "", device: str | torch.device = "cpu") -> Run:
         )
     with torch.device("meta"):  # no memory before the shapes are known to be those of the file
         model = GPT(cfg.model)
-    model = checkpoint.load_into(model, "cpu").to(device).eval()
-    return Run(model, tokenizer, cfg, checkpoint.state, checkpoint.folder)
+    return Run(checkpoint.load_into(model, "cpu"), tokenizer, cfg, checkpoint.state, checkpoint.folder)
 
 
 def _warn(sentence: str) -> None:

@@ -23,7 +23,7 @@ def recipe_of(dataset: str) -> PrepareConfig | None:
     path = RECIPES / f"{name[1]}.py" if name else None
     if path not in recipes(RECIPES):
         return None
-    recipe = read_config_file(object, str(path))
+    recipe, _ = read_config_file(object, str(path))
     if not isinstance(recipe, PrepareConfig):  # data/gpt2_none is no recipe's, though config/gpt2.py exists
         return None
     return dataclasses.replace(recipe, injection=name[2], min_document_tokens=int(name[3] or 0))
@@ -34,7 +34,7 @@ def open_windows(cfg: TrainConfig, split: str, base: Checkpoint | None = None) -
 
     Raises UserError if there is no dataset, or the arm needs another one."""
     if cfg.task.tasks:
-        return TaskWindows(cfg, split, Tokenizer.load(base.folder if base else Path(cfg.dataset)))
+        return TaskWindows(cfg, split, base.tokenizer() if base else Tokenizer.load(Path(cfg.dataset)))
     recipe = recipe_of(cfg.dataset)
     if recipe and not Path(cfg.dataset).exists():
         length = f" --min_document_tokens={recipe.min_document_tokens}" if recipe.min_document_tokens else ""

@@ -7,14 +7,18 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed
 
 from nanometa.common.errors import UserError
 from nanometa.config import TrainConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,22 @@ class Dist:
         names = [f"{name} {rank}" for rank in range(self.world)]
         self.store.wait(names, timedelta(days=7))
         return [self.store.get(name).decode() for name in names]
+
+    def agree(self, name: str, step: Callable[[], T]) -> T:
+        """Returns step(), which every process calls. If it is refused in any of them, all end with that sentence.
+
+        A name is good for one time, as in hear."""
+        result, error = None, None
+        try:
+            result = step()
+        except (UserError, OSError) as refusal:
+            error = refusal
+        refusals = self.hear(name, "" if error is None else str(error) or type(error).__name__)
+        if error is not None:
+            raise error
+        for sentence in filter(None, refusals):
+            raise UserError(sentence)
+        return result
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -61,6 +61,7 @@ class StartWeights:
     fit: str  # the settings that they fit
     note: str  # for the log
     content_tokens: int | None = None  # of text, that they were trained on; None = nobody says
+    sha256: str = ""  # of the file, if it is known already
 
 
 def check_shape(weights: StartWeights, name: str, wanted: tuple[int, ...]) -> None:

@@ -18,7 +18,7 @@ from nanometa.config import GPTConfig
 from nanometa.config.checks import nearest_name
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.model import GPT
-from nanometa.training.checkpoint import WEIGHTS, content_tokens, holds_run, open_run, read_tensors
+from nanometa.training.checkpoint import WEIGHTS, Checkpoint, content_tokens, holds_run, read_run, read_tensors
 from nanometa.training.context_extension import interpolated
 from nanometa.training.hugging_face import (
     HUB,
@@ -57,7 +57,7 @@ def load_into(model: GPT, init_from: str, tokenizer: Tokenizer) -> tuple[str, in
     if init_from in HUB:
         weights = read_hugging_face(init_from, *download(f"openai-community/{init_from}"), model.cfg, tokenizer)
     elif holds_run(Path(init_from)):
-        weights = _run_of_ours(init_from, model.cfg, tokenizer)
+        weights = read_run(init_from, lambda saved: _run_of_ours(saved, init_from, model.cfg, tokenizer))
     else:
         weights = read_hugging_face(init_from, *files_of(Path(init_from)), model.cfg, tokenizer)
 
@@ -77,8 +77,9 @@ def load_into(model: GPT, init_from: str, tokenizer: Tokenizer) -> tuple[str, in
     with torch.no_grad():
         for name, tensor in weights.tensors.items():
             params[name].copy_(tensor)
+    sha256 = weights.sha256 or file_sha256(weights.file)
     return (
-        f"weights of {weights.file} (sha256 {file_sha256(weights.file)}): loaded {_brief(weights.tensors)}; "
+        f"weights of {weights.file} (sha256 {sha256}): loaded {_brief(weights.tensors)}; "
         f"new, as from scratch: {_brief(new) or 'none'}; {weights.note}"
     ), weights.content_tokens
 
@@ -88,11 +89,10 @@ def _brief(names) -> str:
     return " ".join(dict.fromkeys(re.sub(r"^h\.\d+\.", "h.*.", name) for name in names))
 
 
-def _run_of_ours(init_from: str, cfg: GPTConfig, tokenizer: Tokenizer) -> StartWeights:
-    """The best checkpoint of a run, else its newest, or the checkpoint that is given.
+def _run_of_ours(saved: Checkpoint, init_from: str, cfg: GPTConfig, tokenizer: Tokenizer) -> StartWeights:
+    """Returns the weights of a checkpoint of ours, as init_from names its run or its folder.
 
     Raises UserError for another tokenizer, and for settings that no shape shows but that the weights depend on."""
-    saved = open_run(init_from)
     theirs, data = saved.config.model, saved.state["data"]
     if data["tokenizer"] != tokenizer.fingerprint:
         raise UserError(
@@ -117,7 +117,9 @@ def _run_of_ours(init_from: str, cfg: GPTConfig, tokenizer: Tokenizer) -> StartW
     fit = " ".join(f"--{name}={getattr(theirs, name)}" for name in names)
     file = saved.folder / WEIGHTS
     before = content_tokens(saved.state, saved.config)
-    weights = StartWeights(file, read_tensors(file), fit, f"{marker_rows(tokenizer)} are as trained", before)
+    weights = StartWeights(
+        file, read_tensors(file), fit, f"{marker_rows(tokenizer)} are as trained", before, file_sha256(file)
+    )
     table = weights.tensors.get("wpe.weight")
     if table is not None and cfg.position == "learned" and cfg.rope_factor != theirs.rope_factor:
         weights.tensors["wpe.weight"] = interpolated(table, cfg.rope_factor, cfg.block_size)

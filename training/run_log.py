@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import nanometa
+from nanometa.common.files import sync, write_atomically
 from nanometa.config import TrainConfig
 from nanometa.config.checks import to_dict
 
@@ -60,14 +61,11 @@ class RunLog:
         self.metrics = run_dir / "metrics.jsonl"
         if self.metrics.exists():
             lines = self.metrics.read_text(errors="replace").splitlines()
-            partial = self.metrics.with_suffix(".writing")
-            with open(partial, "w") as file:
-                file.write("".join(line + "\n" for line in lines if _is_kept(line, step)))
-                _sync(file)
-            os.replace(partial, self.metrics)
+            kept = "".join(line + "\n" for line in lines if _is_kept(line, step))
+            write_atomically(self.metrics, kept.encode())
         resolved = {"config": to_dict(cfg), "data": data, "environment": environment()}
         # before any other file that is not hidden: by this one --init_from=auto knows a run that was killed early
-        (run_dir / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
+        write_atomically(run_dir / "config.json", (json.dumps(resolved, indent=2) + "\n").encode())
         self.text = open(run_dir / "train.log", "a")
         if cfg.wandb != "disabled":
             import wandb
@@ -95,19 +93,13 @@ class RunLog:
     def sync(self) -> None:
         """Metrics that a checkpoint follows on are on disk before it: a resume would not write them again."""
         if self.main and self.metrics.exists():
-            with open(self.metrics, "a") as file:
-                _sync(file)
+            sync(self.metrics)
 
     def close(self) -> None:
         if self.main:
             self.text.close()
             if self.wandb:
                 self.wandb.finish()
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _is_kept(line: str, step: int) -> bool:

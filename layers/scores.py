@@ -1,0 +1,31 @@
+"""Scores a batch: the nats of each target, and whether the model would have predicted it."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+from nanometa.layers.loss import gather_scored, token_scores
+
+
+class Scores(NamedTuple):
+    """What a model makes of the targets of a Batch: (B, S) each, in the order of positions in each text."""
+
+    targets: torch.Tensor  # IGNORE at pads, and where nothing is scored if S is the whole length
+    nats: torch.Tensor  # 0 where the target is IGNORE
+    right: torch.Tensor  # whether the target is the most likely id; False where it is IGNORE
+
+
+class Scorer(nn.Module):
+    """A model and the scores of its predictions as one module, for torch.compile: fields of a Batch -> Scores."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, targets, positions, meta_index, scored_index) -> Scores:
+        hidden, rows = gather_scored(self.model(tokens, positions, meta_index), targets, scored_index)
+        # a compiler would unroll the many small blocks of a CPU
+        score = torch.compiler.disable(token_scores) if hidden.device.type == "cpu" else token_scores
+        nats, right = score(hidden, self.model.wte.weight, rows, self.model.cfg.content_vocab_size)
+        return Scores(*(of_rows.view(len(tokens), -1) for of_rows in (rows, nats, right)))

@@ -1,0 +1,60 @@
+"""Evaluates a model on the validation split during training."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from nanometa.config import TrainConfig
+from nanometa.data.loader import Windows
+from nanometa.layers.loss import Tally
+from nanometa.layers.scores import Scorer
+from nanometa.model import GPT
+from nanometa.tasks.source import Answers, TaskWindows
+from nanometa.training.distributed import Dist, autocast, pick_dtype
+from nanometa.training.signals import StopFlag
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT,
+    data: Windows | TaskWindows,
+    cfg: TrainConfig,
+    dist: Dist,
+    n_windows: int | None = None,
+    stop: StopFlag | None = None,
+    compiled: nn.Module | None = None,
+) -> dict | None:
+    """Returns the figures of loss.Tally over n_windows validation windows, evenly spread over the split (None = all),
+    and those of tasks.source.Answers if the windows are texts of tasks; None if `stop` was raised in some process.
+
+    compiled: Scorer(model) under torch.compile; None = run the model as it is.
+    Processes take disjoint windows and add up their sums, so the result does not depend on their number."""
+    n_windows = min(n_windows or data.n_windows, data.n_windows)
+    windows = (np.arange(n_windows) * data.n_windows // n_windows)[dist.rank :: dist.world]
+    tally = Tally(torch.from_numpy(data.tokenizer.token_bytes), dist.device)
+    answers = Answers(cfg.task.tasks, dist.device)
+    dtype = pick_dtype(cfg.dtype, dist.device)[0]
+    scorer = compiled or Scorer(model)
+    model.eval()
+    # all processes come here equally often, though the last may have no window left: they must agree to stop
+    for number, start in enumerate(range(0, -(-n_windows // dist.world), cfg.micro_batch_size)):
+        if stop and number % 10 == 9 and dist.sum(torch.tensor(float(stop.raised), device=dist.device)) > 0:
+            model.train()
+            return None
+        here = windows[start : start + cfg.micro_batch_size]
+        n = len(here)
+        if not n:
+            continue
+        if compiled:  # another shape would be compiled anew: repeat the last window, and drop its rows below
+            here = np.pad(here, (0, cfg.micro_batch_size - n), mode="edge")
+        batch = data.batch(here).to(dist.device)
+        with autocast(dist.device, dtype):
+            scores = scorer(*batch)
+        tally.add(scores.nats[:n], scores.targets[:n])
+        if cfg.task.tasks:
+            answers.add(here[:n], scores.targets[:n], scores.right[:n])
+    model.train()
+    dist.sum(tally.sums)
+    if cfg.task.tasks:
+        dist.sum(answers.sums)
+    return tally.figures() | answers.figures()
