@@ -51,6 +51,7 @@ class Windows:
         random_fraction: float | None = None,
         seed: int = 1337,
     ):
+        self.split = split
         self.draw = None if random_fraction is None else Draw(random_fraction, seed, split)
         self.manifest = read_manifest(Path(folder))
         self.tokenizer = Tokenizer.load(Path(folder))

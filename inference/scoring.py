@@ -6,7 +6,7 @@ import torch
 from nanometa.common.errors import UserError
 from nanometa.data.layout import Batch, batch_of, layout_of, targets_of
 from nanometa.inference.generation import MarkerPlan, lay_out, takes_part
-from nanometa.layers.scores import Scorer, Scores
+from nanometa.layers.scores import Scores, score_hidden
 from nanometa.model import GPT
 from nanometa.training.checkpoint import Run
 
@@ -20,7 +20,7 @@ def hidden_states(model: GPT, batch: Batch) -> torch.Tensor:
 @torch.no_grad()
 def score_batch(model: GPT, batch: Batch) -> Scores:
     """Scores every target of a Batch on the model's device, given what precedes it."""
-    return Scorer(model)(*batch)
+    return score_hidden(model, hidden_states(model, batch), batch.targets, batch.scored_index)
 
 
 def text_batch(run: Run, ids: list[int]) -> Batch:

@@ -16,6 +16,16 @@ class Scores(NamedTuple):
     right: torch.Tensor  # whether the target is the most likely id; False where it is IGNORE
 
 
+def score_hidden(model: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, scored_index: torch.Tensor) -> Scores:
+    """Scores the targets (B, T) of a Batch from the model's final hidden states (B, T, C)."""
+    B = len(targets)
+    hidden, targets = gather_scored(hidden, targets, scored_index)
+    # a compiler would unroll the many small blocks of a CPU
+    score = torch.compiler.disable(token_scores) if hidden.device.type == "cpu" else token_scores
+    nats, right = score(hidden, model.wte.weight, targets, model.cfg.content_vocab_size)
+    return Scores(*(values.view(B, -1) for values in (targets, nats, right)))
+
+
 class Scorer(nn.Module):
     """A model and the scores of its predictions as one module, for torch.compile: fields of a Batch -> Scores."""
 
@@ -24,8 +34,4 @@ class Scorer(nn.Module):
         self.model = model
 
     def forward(self, tokens, targets, positions, meta_index, scored_index) -> Scores:
-        hidden, rows = gather_scored(self.model(tokens, positions, meta_index), targets, scored_index)
-        # a compiler would unroll the many small blocks of a CPU
-        score = torch.compiler.disable(token_scores) if hidden.device.type == "cpu" else token_scores
-        nats, right = score(hidden, self.model.wte.weight, rows, self.model.cfg.content_vocab_size)
-        return Scores(*(of_rows.view(len(tokens), -1) for of_rows in (rows, nats, right)))
+        return score_hidden(self.model, self.model(tokens, positions, meta_index), targets, scored_index)

@@ -61,7 +61,7 @@ def test_weights_computed_again_give_what_the_attention_gave(second, position, p
     if (place == "none_first" and position == "learned") or (place != "same" and second not in WITH_MARKERS):
         pytest.skip("the model has no such positions")
     model = restless(second, position).float()
-    model.cfg = model.cfg.__class__(**{**model.cfg.__dict__, "meta_position": place})
+    model.cfg = dataclasses.replace(model.cfg, meta_position=place)
     tokens, positions, index = inputs()
     plain, found, gave = model(tokens, positions, index), {}, {}
     for layer, block in enumerate(model.h):
@@ -93,7 +93,7 @@ def test_no_hook_is_left_and_a_dynamic_scale_is_refused():
         assert hooks(model) == 8
         raise KeyboardInterrupt
     assert hooks(model) == 0
-    model.cfg = model.cfg.__class__(**{**model.cfg.__dict__, "rope_scaling": "ntk", "rope_dynamic": True})
+    model.cfg = dataclasses.replace(model.cfg, rope_scaling="ntk", rope_dynamic=True)
     with pytest.raises(UserError, match="leave --rope_dynamic out"), seen(model, lambda *_: None):
         pass
     assert hooks(model) == 0

@@ -1,5 +1,6 @@
 """What only a GPU can show: run by pytest -m cuda where there is one, skipped elsewhere."""
 
+import dataclasses
 import os
 
 import pytest
@@ -37,7 +38,7 @@ def batch(device: str) -> tuple[torch.Tensor, ...]:
 
 def loss_and_gradients(device: str, dtype: torch.dtype, compiled: bool = False, recompute: bool = False, **changes):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**vars(SHAPE), **changes}))
+    model = GPT(dataclasses.replace(SHAPE, **changes))
     model.recompute = recompute
     for block in model.h:
         torch.nn.init.normal_(block.second_attn.c_proj.weight, std=0.1)

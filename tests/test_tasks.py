@@ -329,9 +329,9 @@ def test_every_registered_name_can_be_chosen_and_is_explained(capsys):
     cfg = load_config(TrainConfig, given)
     assert cfg.task.tasks == TASKS and cfg.task.placements == tuple(PLACEMENTS)
     for level in LEVELS:
-        assert load_config(TrainConfig, [f"--level={level}"]).task.level == level
+        assert load_config(TrainConfig, ["--tasks=list_recall", f"--level={level}"]).task.level == level
     for question in QUESTIONS:
-        assert load_config(TrainConfig, [f"--question={question}"]).task.question == question
+        assert load_config(TrainConfig, ["--tasks=list_recall", f"--question={question}"]).task.question == question
     with pytest.raises(SystemExit):
         load_config(TrainConfig, ["--help"])
     shown = capsys.readouterr().out

@@ -34,7 +34,7 @@ def evaluate(
     tally = Tally(torch.from_numpy(data.tokenizer.token_bytes), dist.device)
     answers = Answers(cfg.task.tasks, dist.device)
     dtype = pick_dtype(cfg.dtype, dist.device)[0]
-    scorer = compiled or Scorer(model)
+    scorer = Scorer(model) if compiled is None else compiled
     model.eval()
     # all processes come here equally often, though the last may have no window left: they must agree to stop
     for number, start in enumerate(range(0, -(-n_windows // dist.world), cfg.micro_batch_size)):
@@ -45,7 +45,9 @@ def evaluate(
         n = len(here)
         if not n:
             continue
-        if compiled:  # another shape would be compiled anew: repeat the last window, and drop its rows below
+        if (
+            compiled is not None
+        ):  # another shape would be compiled anew: repeat the last window, and drop its rows below
             here = np.pad(here, (0, cfg.micro_batch_size - n), mode="edge")
         batch = data.batch(here).to(dist.device)
         with autocast(dist.device, dtype):
