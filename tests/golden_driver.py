@@ -36,7 +36,8 @@ BATCH_FIELDS = ("tokens", "targets", "positions", "meta_index", "scored_index")
 
 TEXTS = ("--source=files", "--files", "texts/*.txt")
 BPE = ("--bpe_vocab_size=300", "--val_fraction=0.1", "--workers=1")
-CHUNKS = ("--chunk_content=28", "--chunk_markers=4")
+CHUNKS = ("--chunk_content=28",)
+MARKERS = ("--chunk_markers=4",)
 
 SIZE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
 STEPS = {
@@ -144,7 +145,9 @@ def room(name: str, root: Path):
 
 
 def flags(settings: dict) -> list[str]:
-    return [f"--{name}={value}" for name, value in settings.items()]
+    """Returns settings as a command line, without those that have no effect with the others, which is refused."""
+    idle = {"min_lr"} if settings.get("schedule") == "constant" else set()
+    return [f"--{name}={value}" for name, value in settings.items() if name not in idle]
 
 
 def write_texts(folder: Path, documents: int = 60, words: int = 300) -> None:
@@ -164,18 +167,18 @@ def prepare(results: Results) -> None:
     write_texts(Path("texts"))
     parts = [f"--part={number}/2" for number in (1, 2)]
     commands = {
-        "u": ["--injection=uniform"],
-        "p": ["--injection=periodic"],
+        "u": ["--injection=uniform", *MARKERS],
+        "p": ["--injection=periodic", *MARKERS],
         "n": ["--injection=none"],
-        "long": ["--injection=uniform", "--min_document_tokens=900"],
-        "shards": ["--injection=uniform", "--shard_tokens=5000", "--seed=7"],
+        "long": ["--injection=uniform", *MARKERS, "--min_document_tokens=900"],
+        "shards": ["--injection=uniform", *MARKERS, "--shard_tokens=5000", "--seed=7"],
     }
     for name, settings in commands.items():
         with results.case(f"prepare/{name}"):
             program("prepare", *TEXTS, *BPE, *CHUNKS, f"--name={name}", *settings)
     with results.case("prepare/merged"):
         for part in parts:
-            program("prepare", *TEXTS, *BPE, *CHUNKS, "--name=merged", part)
+            program("prepare", *TEXTS, *BPE, *CHUNKS, *MARKERS, "--name=merged", part)
         folders = sorted(map(str, Path("data").glob("merged.part*")))
         program("prepare", "--merge", *folders)
         program("prepare", "--merge", *folders, "--name=merged_none", "--injection=none")
