@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import re
 import runpy
 import typing
@@ -6,12 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from nanometa import config as schema
 from nanometa.common.errors import UserError
-from nanometa.config import GPTConfig, PrepareConfig, SampleConfig, TrainConfig
+from nanometa.config import (
+    GPTConfig,
+    PrepareConfig,
+    Rescale,
+    SampleConfig,
+    TaskConfig,
+    TrainConfig,
+    train_config_from_dict,
+    train_settings,
+)
 from nanometa.config.arms import SECOND_ATTENTIONS, arm_label
 from nanometa.config.checks import bool_names, field_names, flat, flat_fields, to_dict
 from nanometa.config.command_line import load_config, recipes
+from nanometa.config.settings import setting
 from nanometa.training.dataset import recipe_of
 from tests.conftest import ROOT
 
@@ -34,7 +44,7 @@ def test_flat_names_are_unique(cls):
 def test_every_config_file_loads_and_survives_saving(path):
     cfg = load(str(path))
     assert cfg.run_name == path.stem
-    assert schema.train_config_from_dict(to_dict(cfg)) == cfg
+    assert train_config_from_dict(to_dict(cfg)) == cfg
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -213,8 +223,8 @@ def test_bad_sampling(argv, sentence):
 
 def test_every_setting_says_what_it_is():
     """A comment for a reader, a help text for the command line: all but the betas, which say it by their name."""
-    source = Path(schema.__file__).read_text()
-    for cls in (GPTConfig, TrainConfig, PrepareConfig, SampleConfig):
+    for cls in (GPTConfig, Rescale, TaskConfig, TrainConfig, PrepareConfig, SampleConfig):
+        source = Path(inspect.getfile(cls)).read_text()
         for name in typing.get_type_hints(cls):
             assert f"    {name}: " in source
 
@@ -372,22 +382,22 @@ def test_what_a_resumed_run_may_change():
         "n_accelerators", "mfu", "price", "show_batch",
     }  # fmt: skip
     assert set(rules.values()) == {"may change", "may not change", "ignored"}
-    assert schema.setting(1).metadata["on_resume"] == "may not change"
+    assert setting(1).metadata["on_resume"] == "may not change"
 
 
 def test_saved_settings_of_other_versions(monkeypatch):
     """A setting that is newer has its default; one that is unknown is refused; ALIASES translates old names."""
     saved = to_dict(dataclasses.replace(TrainConfig(), seed=5))
     del saved["grad_clip"], saved["model"]["bias"], saved["task"]
-    assert schema.train_config_from_dict(saved) == dataclasses.replace(TrainConfig(), seed=5)
+    assert train_config_from_dict(saved) == dataclasses.replace(TrainConfig(), seed=5)
     for part in (saved, saved["model"]):
         part["gone"] = 3
         with pytest.raises(UserError, match="does not fit this version of the code .*'gone'"):
-            schema.train_config_from_dict(saved)
-        monkeypatch.setitem(schema.ALIASES, "gone", None)
-        assert schema.train_config_from_dict(saved).seed == 5
-        monkeypatch.delitem(schema.ALIASES, "gone")
+            train_config_from_dict(saved)
+        monkeypatch.setitem(train_settings.ALIASES, "gone", None)
+        assert train_config_from_dict(saved).seed == 5
+        monkeypatch.delitem(train_settings.ALIASES, "gone")
         del part["gone"]
     saved["grad_norm"] = 2.0
-    monkeypatch.setitem(schema.ALIASES, "grad_norm", "grad_clip")
-    assert schema.train_config_from_dict(saved).grad_clip == 2.0
+    monkeypatch.setitem(train_settings.ALIASES, "grad_norm", "grad_clip")
+    assert train_config_from_dict(saved).grad_clip == 2.0
