@@ -60,7 +60,7 @@ def why_idle(config, name: str) -> str | None:
     for other, accepted in conditions.items():
         if _fulfils(values[other], accepted):
             return why_idle(config, other)
-    needed = " or ".join(_describe(other, accepted) for other, accepted in conditions.items())
+    needed = " or ".join(_describe(other, accepted, values[other]) for other, accepted in conditions.items())
     found = " and ".join(f"{other}={_text(values[other])}" for other in conditions)
     return f"it is only used {needed}, and {found}"
 
@@ -81,9 +81,9 @@ def _fulfils(value, accepted) -> bool:
     return value in accepted or (isinstance(value, tuple) and any(item in accepted for item in value))
 
 
-def _describe(other: str, accepted) -> str:
+def _describe(other: str, accepted, value) -> str:
     if accepted == SET:
-        return f"with --{other}"
+        return f"with --{other}" + (" above 0" if type(value) in (int, float) else "")
     choices = "|".join(_text(value) for value in accepted if value != ())  # () = whatever is the default
     return f"without --{other}" if accepted == EMPTY else f"with --{other}={choices}"
 

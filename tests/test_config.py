@@ -328,7 +328,7 @@ def test_a_typed_setting_with_an_effect_is_accepted(argv):
         (PrepareConfig, "--injection=none --chunk_markers=51", "only used with --injection=uniform|periodic"),
         (PrepareConfig, "--merge a b --workers=2", "only used without --merge"),
         (PrepareConfig, "--inspect=data/x --seed=1", "--seed has no effect with --inspect"),
-        (SampleConfig, "--temperature=0 --top_k=5", "only used with --temperature, and temperature=0"),
+        (SampleConfig, "--temperature=0 --top_k=5", "only used with --temperature above 0, and temperature=0"),
         (SampleConfig, "--temperature=0 --top_p=1", "only used with --temperature"),
     ],
 )

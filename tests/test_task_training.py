@@ -234,6 +234,8 @@ def test_what_is_typed_must_agree_with_the_run_that_is_taken_over(workdir, tmp_p
             UserError, match=f"^{said}, and the model of {base}/best_00000010, which is taken over, has"
         ):
             train_main([*argv, f"--init_from={base}", "--run_name=refused"])
+    with pytest.raises(UserError, match="^dataset=data/u has no effect: the texts of tasks are made"):
+        train_main([tiny_tasks, "--dataset=data/u", f"--init_from={base}", "--run_name=refused"])
     # recipes for all arms say nothing of their model
     for name in ("finetune_tasks", "tiny_tasks"):
         assert not {"second_attention", "position", "target_rule", "n_layer"} & {

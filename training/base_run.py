@@ -38,6 +38,11 @@ def with_base(cfg: TrainConfig, base: Checkpoint | None) -> TrainConfig:
         )
     if (cfg.task.tasks or cfg.extends) and base:
         cfg = _taken_over(cfg, base)
+    if cfg.task.tasks and base and "dataset" in cfg.typed and cfg.dataset != base.config.dataset:
+        raise UserError(
+            f"dataset={cfg.dataset} has no effect: the texts of tasks are made with the tokenizer of {base.folder}; "
+            f"leave --dataset out."
+        )
     if cfg.task.tasks and cfg.model.position == "learned" and cfg.task.train_length > cfg.model.block_size:
         raise UserError(
             f"train_length={cfg.task.train_length}, and the model has {cfg.model.block_size} learned positions: take a "
