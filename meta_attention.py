@@ -17,9 +17,10 @@ from einops import rearrange
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention, as in GPT-2. x (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, n_embd: int, n_head: int, bias: bool, dropout: float):
+    def __init__(self, n_embd: int, n_head: int, bias: bool, dropout: float, window: int | None = None):
+        """window: how many keys a query reads, the last ones, its own included; None: all up to its own."""
         super().__init__()
-        self.n_head, self.dropout = n_head, dropout
+        self.n_head, self.dropout, self.window = n_head, dropout, window
         self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)  # q, k, v of all heads in one product
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
         self.resid_dropout = nn.Dropout(dropout)
@@ -30,12 +31,11 @@ class CausalSelfAttention(nn.Module):
         q, k, v = rearrange(self.c_attn(x), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
-        y = (attend or self.attend)(q, k, v)
+        if attend is not None:
+            y = attend(q, k, v)
+        else:
+            y = causal_sdpa(q, k, v, dropout_p=self.dropout if self.training else 0.0, window=self.window)
         return self.resid_dropout(self.c_proj(rearrange(y, "b h t d -> b t (h d)")))
-
-    def attend(self, q, k, v):
-        """q, k, v (B, H, T, D) -> (B, H, T, D): the attention itself."""
-        return causal_sdpa(q, k, v, dropout_p=self.dropout if self.training else 0.0)
 
 
 class MetaAttention(CausalSelfAttention):
@@ -51,13 +51,24 @@ class MetaAttention(CausalSelfAttention):
         return add_rows(x, super().forward(norm(rows), rotate, attend), meta_index)
 
 
-def causal_sdpa(q, k, v, dropout_p):
-    """Causal scaled dot-product attention: q, k, v (B, H, T, D) -> (B, H, T, D)."""
+def causal_sdpa(q, k, v, dropout_p, window=None):
+    """Causal scaled dot-product attention: q, k, v (B, H, T, D) -> (B, H, T, D).
+
+    window: each query reads the last `window` keys up to its own; None: all of them."""
+    mask = recent(q.size(2), window, q.device)
+    how = {"attn_mask": mask, "is_causal": mask is None, "dropout_p": dropout_p}
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) < 256:
         # with few rows, as the meta-tokens are, the bf16 kernel of torch 2.13 takes 1.5 to 4 times as long as fp32's
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, dropout_p=dropout_p)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
+    return F.scaled_dot_product_attention(q, k, v, **how)
+
+
+def recent(T: int, window: int | None, device) -> torch.Tensor | None:
+    """Returns which of T keys (columns) each of T queries reads, (T, T) bool; None: all up to its own."""
+    if window is None or T <= window:
+        return None
+    return torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

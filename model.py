@@ -19,15 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import stable_key
 from nanometa.config import GPTConfig
-from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.layers.loss import mask_unpredictable_
 from nanometa.layers.rope import attend_dynamic, fixed_scale, rope_tables, rotate
 from nanometa.meta_attention import CausalSelfAttention, MetaAttention, gather_rows
 
-# The layer of each second attention, by its name in config/arms.py.
-SECOND_LAYERS = {"meta": MetaAttention, "random": MetaAttention, "causal": CausalSelfAttention}
-_differing = {name for name, second in SECOND_ATTENTIONS.items() if second.has_layer} ^ SECOND_LAYERS.keys()
-assert not _differing, f"SECOND_LAYERS and config/arms.py differ in {_differing}"
+# The layer of a second attention, by what it connects (config/arms.py).
+SECOND_LAYERS = {"markers": MetaAttention, "random": MetaAttention, "all": CausalSelfAttention}
 
 
 class Context(NamedTuple):
@@ -74,7 +71,7 @@ class Block(nn.Module):
         if self.second.has_layer:
             # the same names and shapes in every arm, so that equal seeds draw equal weights
             self.ln_second = LayerNorm(cfg)
-            self.second_attn = SECOND_LAYERS[self.second.name](*attention)
+            self.second_attn = SECOND_LAYERS[self.second.connects](*attention, window=self.second.window)
         self.ln_2 = LayerNorm(cfg)
         self.mlp = MLP(cfg)
 
@@ -84,7 +81,7 @@ class Block(nn.Module):
         how = (context.rotate_second, context.attend_second)
         if self.second.gathers and context.meta_index is not None:  # adds to the rows of meta_index
             x = self.second_attn(x, context.meta_index, self.ln_second, *how)
-        elif self.second.connects == "all":
+        elif self.second.has_layer and not self.second.gathers:
             x = x + self.second_attn(self.ln_second(x), *how)
         return x + self.mlp(self.ln_2(x))
 
@@ -173,7 +170,11 @@ class GPT(nn.Module):
         if cfg.second.gathers and meta_index is not None:  # gathered rows keep their position in the window: (B, M)
             at[1] = tuple(gather_rows(x[..., None], meta_index).squeeze(-1) for x in at[1])
         if cfg.rope_dynamic:
-            attends = [functools.partial(attend_dynamic, positions=p, lengths=n, cfg=cfg) for p, n in at]
+            windows = (None, cfg.second.window)
+            attends = [
+                functools.partial(attend_dynamic, positions=p, lengths=n, cfg=cfg, window=window)
+                for (p, n), window in zip(at, windows, strict=True)
+            ]
             return Context(meta_index, attend=attends[0], attend_second=attends[1])
         tables = rope_tables(first, cfg, fixed_scale(cfg, first.device))
         tables = tables, tables if at[1][0] is first else rope_tables(at[1][0], cfg, fixed_scale(cfg, first.device))

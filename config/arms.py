@@ -1,8 +1,10 @@
 """The registry of arms: what the second attention of a block connects, and what an arm is called.
 
-A new second attention is one entry here, its layer in model.py (SECOND_LAYERS) and its definition in
-tests/reference/gpt.py. Settings, checks of the dataset, --dry_run, labels, probes and reports read its entry, and the
-tests of the model, of cached decoding and of the estimates run for every entry.
+A new second attention is an entry here and, for the tests, its definition in tests/reference/gpt.py. Everything else
+reads the entry (the model, cached decoding, settings, checks of the dataset, --dry_run, labels, probes, reports), and
+the tests run for every entry. Another value of `connects` also needs a layer in model.py (SECOND_LAYERS). A pattern
+that `connects` and `window` do not describe has to be built wherever attention is computed: meta_attention.py, the
+dynamic scale of layers/rope.py, inference/cache.py, probes/heads.py, and training/estimate.py for its memory.
 """
 
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ class SecondAttention:
     """the positions of a window that attend to each other: its markers, some drawn at random, all, or none"""
     markers: Literal["needed", "allowed", "refused"]
     """in the dataset"""
+    window: int | None = None
+    """how many of the connected positions each one reads, the last ones, its own included; None: all up to its own"""
 
     @property
     def has_layer(self) -> bool:
@@ -39,6 +43,7 @@ SECOND_ATTENTIONS = {
     entry.name: entry
     for entry in (
         SecondAttention("meta", "meta", connects="markers", markers="needed"),
+        SecondAttention("diagonal", "diagonal", connects="markers", markers="needed", window=1),
         SecondAttention("causal", "causal2", connects="all", markers="allowed"),
         SecondAttention("random", "random", connects="random", markers="refused"),
         SecondAttention("none", None, connects="nothing", markers="allowed"),

@@ -26,11 +26,14 @@ class Store:
     """Keys and values that one attention of every block has seen, for B sequences: (n_layer, B, S, H, D) each. Keys are
     kept rotated, but for a dynamic scale, which turns all of them anew for every token."""
 
-    def __init__(self, cfg: GPTConfig, B: int, S: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, cfg: GPTConfig, B: int, S: int, dtype: torch.dtype, device: torch.device, window: int | None = None
+    ):
+        """window: how many keys a query sees, the last ones; None: all that there are."""
         size = (cfg.n_layer, B, S, cfg.n_head, cfg.n_embd // cfg.n_head)
         # zeros, not empty: a masked key has weight 0, and 0 x NaN is NaN
         self.k, self.v = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
-        self.used = [0] * B
+        self.used, self.window = [0] * B, window
         self.cfg, self.positions = cfg, torch.zeros(B, S, dtype=torch.long, device=device)
 
     def place(self, rows: list[int], positions: list[int], lengths: list[int]) -> None:
@@ -48,7 +51,10 @@ class Store:
             if used == 0:
                 self.calls.append((n, n + count, None, 0, None))
             elif self.cfg.rope_dynamic:  # each token has a scale of its own
-                self.calls += [(n + i, n + i + 1, slice(row, row + 1), used + i + 1, None) for i in range(count)]
+                for i in range(count):
+                    mask = self._mask([used + i + 1])
+                    mask = None if mask is None else mask[None, None]  # (1, 1, 1, keys)
+                    self.calls.append((n + i, n + i + 1, slice(row, row + 1), used + i + 1, mask))
             else:
                 mask = self._mask(list(range(used + 1, used + count + 1)))
                 mask = None if mask is None else mask[None, None]  # (1, 1, count, keys)
@@ -67,11 +73,15 @@ class Store:
             self.calls[:B] = [(0, B, slice(0, B), max(lengths), mask)]
 
     def _mask(self, lengths: list[int]) -> torch.Tensor | None:
-        """For queries that see the first lengths[i] keys: what to add to their scores (len(lengths), max(lengths))."""
+        """For queries that see the first lengths[i] keys, of these the last `window`: what to add to their scores
+        (len(lengths), max(lengths))."""
         longest = max(lengths)
-        if min(lengths) == longest:
+        if min(lengths) == longest and (self.window is None or longest <= self.window):
             return None
-        beyond = torch.arange(longest) >= torch.tensor(lengths)[:, None]
+        keys, lengths = torch.arange(longest), torch.tensor(lengths)[:, None]
+        beyond = keys >= lengths
+        if self.window is not None:
+            beyond |= keys < lengths - self.window
         return torch.zeros(beyond.shape, dtype=self.k.dtype).masked_fill(beyond, -math.inf).to(self.k.device)
 
     def attend(self, layer: int, q, k, v):
@@ -84,9 +94,9 @@ class Store:
             if rows is None:
                 own = (part, k[:, :, start:end], v[:, :, start:end])
                 if self.cfg.rope_dynamic:
-                    y = attend_dynamic(*own, *self.at[:, None, start:end], self.cfg)
+                    y = attend_dynamic(*own, *self.at[:, None, start:end], self.cfg, self.window)
                 else:
-                    y = causal_sdpa(*own, dropout_p=0.0)
+                    y = causal_sdpa(*own, dropout_p=0.0, window=self.window)
             else:
                 several = rows.stop - rows.start > 1
                 part = part.transpose(0, 2) if several else part
@@ -129,7 +139,7 @@ class Decoder:
     """Caches for B sequences, and the one step that reads what is new to them.
 
     slots, second_slots: positions of a window that will be used at most, and those of them that a second attention
-    "meta" or "random" connects. in_second: (token, position) -> does it connect this one? (If there is none, or it is
+    gathers. in_second: (token, position) -> does it connect this one? (If there is none, or it is
     causal: is it a marker, which may have no position?)"""
 
     def __init__(self, weights: Weights, B: int, slots: int, second_slots: int, in_second: Callable):
@@ -139,7 +149,7 @@ class Decoder:
         kind = (weights.dtype, self.device)
         self.causal, self.second = Store(cfg, B, slots, *kind), None
         if cfg.second.has_layer:
-            self.second = Store(cfg, B, second_slots if self.gathered else slots, *kind)
+            self.second = Store(cfg, B, second_slots if self.gathered else slots, *kind, cfg.second.window)
         self.stores = [store for store in (self.causal, self.second) if store is not None]
         self.attends = [
             tuple(functools.partial(store.attend, layer) for store in self.stores) for layer in range(cfg.n_layer)

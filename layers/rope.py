@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from nanometa.config import GPTConfig
+from nanometa.meta_attention import recent
 
 
 def rope_speeds(cfg: GPTConfig, scale: torch.Tensor) -> torch.Tensor:
@@ -81,20 +82,21 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 # ------------------------------------------------------------------- a scale that grows with the text
 
 
-def attend_dynamic(q, k, v, positions, lengths, cfg: GPTConfig):
+def attend_dynamic(q, k, v, positions, lengths, cfg: GPTConfig, window: int | None = None):
     """Causal attention under a scale that each query takes from what has been read when it comes, its own token
     included: so a text gives the same whole as token by token, and nothing depends on what follows.
 
     q, k, v (B, H, T, D), not rotated; positions (B, T), where each is turned to; lengths (B, T), positions of the text
-    up to each. -> (B, H, T, D)"""
+    up to each; window: how many keys a query sees, None: all before it. -> (B, H, T, D)"""
     T = q.size(2)
     # the queries before any row has outgrown its training see what plain RoPE shows them
     early = int((lengths <= cfg.original_block_size).all(0).cumprod(0).sum())
     tables = rope_tables(positions[:, :early], cfg, torch.ones((), device=q.device))
     turned = (rotate(x[:, :, :early], *tables) for x in (q, k))
-    out = [F.scaled_dot_product_attention(*turned, v[:, :, :early], is_causal=True)]
+    mask = recent(early, window, q.device)
+    out = [F.scaled_dot_product_attention(*turned, v[:, :, :early], attn_mask=mask, is_causal=mask is None)]
     for t in range(early, T):
-        seen, own = slice(0, t + 1), slice(t, t + 1)
+        seen, own = slice(max(0, t + 1 - (window or T)), t + 1), slice(t, t + 1)
         at = (positions[:, own], positions[:, seen], lengths[:, t])
         out.append(attend_one(q[:, :, own], k[:, :, seen], v[:, :, seen], *at, cfg))
     return torch.cat(out, dim=2)

@@ -194,7 +194,8 @@ def sharpness(logits: torch.Tensor, rows: Rows, asked: torch.Tensor) -> tuple[di
     logp = logits.log_softmax(-1)
     p = logp.exp()
     H = -(p * logp.masked_fill_(logp == -math.inf, 0)).sum(-1)
-    keys = torch.arange(1, logits.size(-1) + 1, device=logits.device).expand_as(H)
+    keys = torch.arange(1, logits.size(-1) + 1, device=logits.device).clamp(max=rows.window or logits.size(-1))
+    keys = keys.expand_as(H)
     out = {
         "max": logits.amax(-1), "entropy": H, "normalised": H / keys.clamp(min=2).log(), "sink": p[..., 0],
         "keys": keys.to(H),

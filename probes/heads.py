@@ -24,11 +24,14 @@ class Rows(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor  # (B, H, N, D) fp32
     at: torch.Tensor  # (B, N): position in the text; of a pad, which comes last, T
+    window: int | None = None  # how many keys a query sees, the last ones; None: all up to its own
 
     def logits(self) -> torch.Tensor:
         """(B, H, N, N): q . k / sqrt(D), the softmax's input; -inf where the query does not see the key."""
         N = self.at.size(1)
         unseen = torch.ones(N, N, dtype=torch.bool, device=self.q.device).triu(1)
+        if self.window is not None:
+            unseen |= torch.ones_like(unseen).tril(-self.window)
         return (self.q @ self.k.mT / math.sqrt(self.q.size(-1))).masked_fill(unseen, -math.inf)
 
 
@@ -57,6 +60,7 @@ class _Look:
 
     def asked(self, attention, inputs: tuple) -> None:
         x, *rest = inputs
+        self.window = attention.window
         self.T, self.index = x.size(1), None
         if torch.is_tensor(rest[0]):  # MetaAttention(x, meta_index, norm, rotate, ..): (B, M)
             self.index, _, *rest = rest
@@ -70,4 +74,4 @@ class _Look:
         at = self.index
         if at is None:
             at = torch.arange(self.T, device=qkv.device).expand(len(qkv), -1)
-        self.see(Rows(q.float(), k.float(), v.float(), at))
+        self.see(Rows(q.float(), k.float(), v.float(), at, self.window))

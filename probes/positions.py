@@ -118,6 +118,8 @@ def useless(condition: str, m: GPTConfig) -> str:
         return "whose learned positions are added before any attention"
     if place in ("none_first", "none_second") and not m.second.has_layer:
         return "which has one attention"
+    if place in ("none_first", "none_second") and m.second.window == 1:
+        return "whose second attention reads one position at a time, so that no distance matters in it"
     return ""
 
 

@@ -30,7 +30,7 @@ from nanometa.tasks.example import Draft, Example, Maker
 from tests.conftest import tree
 from tests.reference import heads as reference
 from tests.runs import small_run
-from tests.test_model import WITH_MARKERS, inputs
+from tests.test_model import LAYERED, WITH_MARKERS, crowded, inputs
 from tests.test_positions import (
     APPLE,
     ASK,
@@ -56,13 +56,14 @@ def hooks(model) -> int:
 
 @pytest.mark.parametrize(("second", "position"), itertools.product(SECOND_ATTENTIONS, ("learned", "rope")))
 @pytest.mark.parametrize("place", ["same", "none", "none_first"])
+@pytest.mark.parametrize("of", [inputs, crowded])
 @torch.no_grad()
-def test_weights_computed_again_give_what_the_attention_gave(second, position, place):
+def test_weights_computed_again_give_what_the_attention_gave(second, position, place, of):
     if (place == "none_first" and position == "learned") or (place != "same" and second not in WITH_MARKERS):
         pytest.skip("the model has no such positions")
     model = restless(second, position).float()
     model.cfg = dataclasses.replace(model.cfg, meta_position=place)
-    tokens, positions, index = inputs()
+    tokens, positions, index = of()
     plain, found, gave = model(tokens, positions, index), {}, {}
     for layer, block in enumerate(model.h):
         for which in (FIRST, SECOND)[: 1 + (second != "none")]:
@@ -77,7 +78,7 @@ def test_weights_computed_again_give_what_the_attention_gave(second, position, p
         module, (x, *_), output = gave[key]
         y = (rows.logits().softmax(-1) @ rows.v).transpose(1, 2).flatten(2)
         y = module.c_proj(y)
-        if key[1] == SECOND and second in ("meta", "random"):
+        if key[1] == SECOND and SECOND_ATTENTIONS[second].gathers:
             assert torch.equal(rows.at, index)
             for row, at in enumerate(index):
                 n = int((at < 12).sum())
@@ -194,12 +195,12 @@ def test_by_default_list_recall_is_asked(tokenizer):
 # ----------------------------------------------------------------------------- what is measured
 
 
-@pytest.mark.parametrize("second", ["meta", "causal"])
+@pytest.mark.parametrize("second", [name for name in LAYERED if name in WITH_MARKERS])
 @pytest.mark.parametrize("placement", ["background", "none"])  # meta-tokens among all others, and the word as mark
 def test_measures_are_their_definition(tokenizer, second, placement):
     """Query by query, under each condition, averaged by text."""
     run = small_run(tokenizer, MARKED, position="rope", second_attention=second)
-    maker = Maker("copying", placement, TaskConfig(meta_share=0.15), tokenizer)
+    maker = Maker("copying", placement, TaskConfig(meta_share=0.3), tokenizer)
     examples = texts(maker, "easy", 56, 3)
     found, rows = by_text(run, maker, examples), {}
     for condition in ("full", "no_embedding"):
@@ -213,7 +214,10 @@ def test_measures_are_their_definition(tokenizer, second, placement):
         for text, example in enumerate(examples):
             at = rows["full", layer, which].at[text].tolist()
             T, positions = len(example.ids), marks(maker, example).tolist()
-            gathered = second == "meta" and which == SECOND
+            entry = SECOND_ATTENTIONS[second]
+            gathered, window = entry.gathers and which == SECOND, entry.window if which == SECOND else None
+            if gathered and window is not None:
+                assert len(positions) > window
             if gathered:
                 queries = range(1, len(positions))
             else:
@@ -221,8 +225,8 @@ def test_measures_are_their_definition(tokenizer, second, placement):
             for head in range(2):
                 sums: dict[str, list[float]] = {}
                 for query in queries:
-                    keys = [j for j in range(len(at)) if j <= query]
-                    known = [j for j in keys if at[j] in positions]
+                    keys = [j for j in range(len(at)) if j <= query and (window is None or j > query - window)]
+                    known = [n for n, j in enumerate(keys) if at[j] in positions]
                     one = {}
                     for c in ("full", "no_embedding"):
                         of = rows[c, layer, which]
@@ -231,6 +235,7 @@ def test_measures_are_their_definition(tokenizer, second, placement):
                             for j in keys
                         ]
                         one[c] = reference.sharpness(logits, known)
+                        one[c]["sink"] *= keys[0] == 0  # the first of all, if it is seen
                         if (position := answer_in_text(maker, example)) in keys:
                             one[c]["logit_answer"] = logits[position]
                     full, zeroed = one["full"], one["no_embedding"]
@@ -249,7 +254,7 @@ def test_measures_are_their_definition(tokenizer, second, placement):
                         assert name not in measured
                         continue
                     assert measured[name][text, head] == pytest.approx(np.mean(of), abs=2e-4), name
-    assert len(found) == 4 - 2 * (second == "meta" and placement == "none")
+    assert len(found) == 4 - 2 * (SECOND_ATTENTIONS[second].gathers and placement == "none")
     assert any(abs(of["boost"]).max() > 0.05 for of in found.values())
 
 
@@ -326,14 +331,16 @@ def test_verdicts_and_their_family():
 
 @pytest.mark.parametrize("second", SECOND_ATTENTIONS)
 def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, second):
+    among_marks = SECOND_ATTENTIONS[second].connects == "markers"
     if second != "meta":  # one picture is enough
         monkeypatch.setattr(attention, "attention_picture", lambda lines: b"\x89PNG")
-    data = MARKED if second in ("meta", "none") else PLAIN
+    data = MARKED if among_marks or second == "none" else PLAIN
     run = small_run(tokenizer, data, position="rope", second_attention=second)
     folder = kept(run, tmp_path / "out/small", tasks=("parity", "copying"), placements=("target", "none"))
     probe.main(["attention", f"--run={folder}", "--n=6", "--lengths=48"])
     lines, said = lines_of(folder / "attention.jsonl"), capsys.readouterr().out
-    counts = {"meta": 20 + 5, "causal": 40, "none": 20, "random": 20}  # copying with placement target has two marks
+    # copying with placement target has two marks
+    counts = {"meta": 20 + 5, "diagonal": 20 + 5, "causal": 40, "none": 20, "random": 20}
     assert len(lines) == counts[second]
     assert (folder / "attention.png").read_bytes().startswith(b"\x89PNG") and 'mark: the word "mark"' in said
     assert said.count("of a shortcut or chance") == said.count("nothing is decided: 1000 decide") == 1
@@ -347,8 +354,10 @@ def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, s
         )
         assert (one["layer"] is None) == (one["head"] is None) and one["drop_verdict"].startswith("undecided: n = 6")
         assert ("boost_answer" in one) == (one["task"] == "copying" and "on_marks" in one)
-        if one["attention"] == SECOND and second == "meta":
-            assert (one["task"], one["keys"], "on_marks" in one) == ("copying", 2.0, False)
+        if one["attention"] == SECOND and among_marks:
+            assert (one["task"], one["keys"], "on_marks" in one) == (
+                "copying", min(2.0, SECOND_ATTENTIONS[second].window or 2.0), False,
+            )  # fmt: skip
     pooled = [one for one in lines if one["layer"] is None]
     heads = [one for one in lines if one["layer"] is not None]
     for one in pooled:

@@ -25,6 +25,7 @@ CONTROLS = {
     "random": ("--second_attention=random", "--random_fraction=0.25", "--dataset=data/n", "--block_size=28"),
     "widemlp": ("--second_attention=none", "--n_inner=192", "--dataset=data/n", "--block_size=28"),
     "pause": ("--second_attention=none", "--dataset=data/u", "--block_size=32"),
+    "diagonal": ("--second_attention=diagonal", "--dataset=data/u", "--block_size=32"),
     "unplaced": ("--meta_position=none", "--position=rope", "--dataset=data/u", "--block_size=32"),
     "unplaced_pause": ("--meta_position=none", "--second_attention=none", "--dataset=data/u", "--block_size=32"),
 }

@@ -192,6 +192,7 @@ WIDE = dataclasses.replace(TINY, n_layer=8, n_head=4, n_embd=256, block_size=20)
         (TINY, "none", "rope", "bf16", 4, 1, "adamw"),
         (TINY, "causal", "learned", "bf16", 1, 2, "adamw"),
         (TINY, "meta", "learned", "fp32", 1, 3, "muon"),
+        (TINY, "diagonal", "rope", "fp32", 4, 1, "muon"),
         (WIDE, "meta", "learned", "fp32", 1, 1, "muon"),
         (WIDE, "meta", "learned", "bf16", 1, 1, "adamw"),
         (WIDE, "meta", "learned", "bf16", 1, 2, "adamw"),

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanometa.config import GPTConfig, TrainConfig
+from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.data.layout import (
     IGNORE,
     Draw,
@@ -98,7 +99,7 @@ def test_an_index_that_is_too_narrow_loses_nothing_silently():
         places_of(np.array([[True, False, True]]), 1)
 
 
-@pytest.mark.parametrize("second", ["none", "meta", "causal", "random"])
+@pytest.mark.parametrize("second", SECOND_ATTENTIONS)
 def test_only_the_random_arm_draws(second):
     cfg = TrainConfig(model=GPTConfig(second_attention=second, random_fraction=0.2), seed=8)
     assert draw_of(cfg, "val") == (Draw(0.2, 8, "val") if second == "random" else None)

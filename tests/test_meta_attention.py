@@ -7,13 +7,13 @@ from nanometa.meta_attention import CausalSelfAttention, MetaAttention, add_rows
 from tests.reference.meta_attention import meta_attention, meta_index
 
 
-def layer(C=8, n_head=2, seed=0):
+def layer(C=8, n_head=2, seed=0, window=None):
     """The layer with its LayerNorm bound: layer()(x, index)."""
     torch.manual_seed(seed)
-    m, norm = MetaAttention(C, n_head, bias=True, dropout=0.0).double(), torch.nn.LayerNorm(C).double()
+    m, norm = MetaAttention(C, n_head, bias=True, dropout=0.0, window=window).double(), torch.nn.LayerNorm(C).double()
     torch.nn.init.normal_(norm.weight)
     m.add_module("norm", norm)
-    m.slow = lambda x, is_meta: x + meta_attention(norm(x), is_meta, m.c_attn, m.c_proj, n_head)
+    m.slow = lambda x, is_meta: x + meta_attention(norm(x), is_meta, m.c_attn, m.c_proj, n_head, window)
     return m
 
 
@@ -22,9 +22,15 @@ def masks(B, T, density, seed):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 14), st.sampled_from([0.0, 0.1, 0.3, 0.6, 1.0]), st.integers(0, 10**6))
-def test_equals_the_double_loop_in_value_and_gradient(B, T, density, seed):
-    m, is_meta = layer(seed=seed), masks(B, T, density, seed)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 14),
+    st.sampled_from([0.0, 0.1, 0.3, 0.6, 1.0]),
+    st.none() | st.integers(1, 15),
+    st.integers(0, 10**6),
+)
+def test_equals_the_double_loop_in_value_and_gradient(B, T, density, window, seed):
+    m, is_meta = layer(seed=seed, window=window), masks(B, T, density, seed)
     x = torch.randn(B, T, 8, dtype=torch.float64, requires_grad=True)
     g = torch.randn(B, T, 8, dtype=torch.float64)
     fast, slow = m(x, meta_index(is_meta), m.norm), m.slow(x, is_meta)

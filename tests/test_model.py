@@ -49,16 +49,27 @@ def inputs(T=12, B=3, meta=61):
     return tokens, torch.arange(T).expand(B, T), index
 
 
+def crowded():
+    """inputs() with more markers in a row than any second attention's window has."""
+    tokens, positions, _ = inputs()
+    rows = [[*range(12)], [0, 1, 2, 4, 5, 6, 7, 8, 9, 11], [4]]
+    index = torch.tensor([row + [12] * (12 - len(row)) for row in rows])
+    for row, at in enumerate(rows):
+        tokens[row, at] = 61
+    return tokens, positions, index
+
+
+@pytest.mark.parametrize("of", [inputs, crowded])
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize(("second", "meta_position"), ARMS_AND_PLACES)
-def test_the_model_is_its_definition(second, meta_position, position):
+def test_the_model_is_its_definition(second, meta_position, position, of):
     """Masked attention over all pairs of positions, in every block, with rows of different numbers of meta-tokens."""
     cfg = {"second_attention": second, "meta_position": meta_position, "position": position, "bias": True}
     model = sharpen(wake(build(**cfg))).double()
     for name, p in model.named_parameters():
         if name.endswith(("bias", "wpe.weight")):
             torch.nn.init.normal_(p, std=0.3)
-    tokens, positions, index = inputs()
+    tokens, positions, index = of()
     tokens = torch.randint(0, 60, tokens.shape)  # equal values would hide who is looked at; the model sees no ids
     members = torch.stack([torch.isin(torch.arange(12), row) for row in index])
     ours, expected = model(tokens, positions, index), reference.hidden_states(model, tokens, positions, members)
@@ -66,6 +77,26 @@ def test_the_model_is_its_definition(second, meta_position, position):
     others = reference.hidden_states(model, tokens, positions, members.roll(1, dims=1))
     if model.cfg.second.gathers or meta_position == "none":
         assert (others - expected).abs().max() > 1e-2  # the tolerance can tell
+
+
+@pytest.mark.parametrize("dynamic", [None, 1.0, 3.0])  # all of the window is that of training, or its first third
+@pytest.mark.parametrize("second", [name for name, second in SECOND_ATTENTIONS.items() if second.window is not None])
+def test_a_window_is_that_of_the_arm_and_no_more(second, dynamic):
+    """With causal attention silenced, the k-th marker sees the last markers alone; up to so many it is meta."""
+    window = SECOND_ATTENTIONS[second].window
+    assert window < 12
+    scale = {"position": "rope", "rope_scaling": "ntk", "rope_dynamic": True, "rope_factor": dynamic} if dynamic else {}
+    model, meta = (wake(build(second_attention=name, n_layer=1, **scale)) for name in (second, "meta"))
+    tokens, positions, index = crowded()
+    ours, theirs = (m(tokens, positions, index) for m in (model, meta))
+    at = index[1, window]
+    torch.testing.assert_close(ours[1, :at], theirs[1, :at])
+    assert (ours[0] != theirs[0]).any(-1).tolist() == [False] * window + [True] * (12 - window)
+    torch.nn.init.zeros_(model.h[0].attn.c_proj.weight)
+    before, changed = model(tokens, positions, index), tokens.clone()
+    changed[0, 1] = 5
+    differs = (model(changed, positions, index) != before).any(-1)
+    assert differs[0].nonzero().flatten().tolist() == [*range(1, min(12, 1 + window))]
 
 
 @pytest.mark.parametrize("silent", ["", "attn", "second_attn"])
@@ -92,7 +123,7 @@ def test_meta_tokens_without_a_position_can_be_moved(position, silent):
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
-@pytest.mark.parametrize("second", ["meta", "causal", "none"])
+@pytest.mark.parametrize("second", WITH_MARKERS)
 def test_without_markers_meta_position_says_nothing(second, position):
     same, none = (wake(build(second_attention=second, position=position, meta_position=m)) for m in ("same", "none"))
     tokens, positions, index = inputs()

@@ -21,6 +21,7 @@ from nanometa.data.tokenizer import Tokenizer
 from nanometa.model import GPT
 from nanometa.training.pretrained import load_into
 from tests.conftest import TINY, cli, losses, override, refusal, tree
+from tests.test_model import WITH_MARKERS
 from tests.test_train import TORCHRUN, equal, final
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 300}
@@ -75,7 +76,7 @@ def text(T=32, B=3):
     return tokens, torch.arange(T).expand(B, T), torch.empty(B, 0, dtype=torch.long)
 
 
-@pytest.mark.parametrize("second", ["meta", "causal", "none"])
+@pytest.mark.parametrize("second", WITH_MARKERS)
 def test_step_0_is_hugging_faces_gpt2_in_every_arm(hf, tokenizer, second):
     ours, plain = (loaded(hf, tokenizer, second_attention=arm) for arm in (second, "none"))
     tokens, positions, index = text()

@@ -10,6 +10,7 @@ from packaging.utils import canonicalize_name
 
 import nanometa
 from nanometa.config import PrepareConfig, SampleConfig, TrainConfig
+from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.command_line import load_config
 from nanometa.eval import EVALS
 from nanometa.probe import PROBES
@@ -93,3 +94,8 @@ def test_every_guarantee_names_a_test_that_exists():
         assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(), (file, test)
     for sentence in re.split(r"\n- ", section)[1:]:
         assert re.search(r"`test_\w+\.py::test_\w+`", sentence), sentence
+
+
+def test_the_readme_lists_every_second_attention():
+    row = re.search(r"^\| `second_attention` \|([^|]*)\|", (ROOT / "README.md").read_text(), re.M)[1]
+    assert re.findall(r"`(\w+)`", row) == list(SECOND_ATTENTIONS)

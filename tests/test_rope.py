@@ -17,7 +17,7 @@ from nanometa.model import GPT
 from nanometa.training.context_extension import interpolated, scaling_of, stretched
 from tests.reference import gpt as reference
 from tests.reference import rope as formulas
-from tests.test_model import ARMS, WITH_MARKERS, inputs, sharpen, wake
+from tests.test_model import ARMS, WITH_MARKERS, crowded, inputs, sharpen, wake
 
 SCALINGS = ("none", "pi", "ntk", "yarn")
 SCALES = [("none", False)] + [(name, dynamic) for name in SCALINGS[1:] for dynamic in (False, True)]
@@ -102,10 +102,11 @@ def test_figures_that_are_known():
 
 @pytest.mark.parametrize(("scaling", "dynamic"), SCALES)
 @pytest.mark.parametrize(("second", "place"), ARMS_AND_ALL_PLACES)
-def test_the_model_is_its_definition(scaling, dynamic, second, place):
+@pytest.mark.parametrize("of", [inputs, crowded])
+def test_the_model_is_its_definition(scaling, dynamic, second, place, of):
     """Every query under its own scale, over all pairs of positions, in both attentions."""
     model = build(small(scaling, dynamic, second_attention=second, meta_position=place)).double()
-    tokens, positions, index = inputs()
+    tokens, positions, index = of()
     tokens = torch.randint(0, 60, tokens.shape)
     members = torch.stack([torch.isin(torch.arange(12), row) for row in index])
     ours, expected = model(tokens, positions, index), reference.hidden_states(model, tokens, positions, members)

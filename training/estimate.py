@@ -183,6 +183,9 @@ def activations(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
     tables = T
     if cfg.second.gathers:
         block += attention(rows) + B * rows * (2 * 8 + 2 * 1)  # the indices of gather and scatter; which rows are pads
+        if cfg.second.window is not None and rows > cfg.second.window and not (device == "cpu" and cfg.dropout):
+            # the mask, as numbers, the same for all windows of a batch; in what causal_sdpa computes in
+            block += rows * rows * (4 if device == "cpu" and rows < 256 else size)
         tables += rows
     elif cfg.second.has_layer:
         block += attention(rows)

@@ -53,8 +53,16 @@ def hidden_states(model, tokens, positions, members):
         turn, turn_second = (turns(cfg, positions, places) for places in (first, second))
     before = torch.ones(T, T, dtype=torch.bool).tril().expand(len(tokens), T, T)
     among_members = before & members[:, :, None] & members[:, None, :]
-    # by arm, which pairs its second attention connects
-    connected = {"meta": among_members, "random": among_members, "causal": before, "none": None}[cfg.second_attention]
+    pairs = {  # by arm, which pairs of positions its second attention connects
+        "meta": among_members,
+        "diagonal": among_members & torch.eye(T, dtype=torch.bool),
+        "random": among_members,
+        "causal": before,
+        "none": None,
+    }
+    if cfg.second_attention not in pairs:
+        raise NotImplementedError(f"define here which pairs second_attention={cfg.second_attention} connects")
+    connected = pairs[cfg.second_attention]
     for block in model.h:
         x = x + attention(block.attn, block.ln_1(x), before, turn)
         if connected is not None:

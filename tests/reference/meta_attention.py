@@ -5,10 +5,11 @@ import math
 import torch
 
 
-def meta_attention(x, is_meta, c_attn, c_proj, n_head):
+def meta_attention(x, is_meta, c_attn, c_proj, n_head, window=None):
     """x (B, T, C), is_meta (B, T) bool, c_attn and c_proj linear layers -> (B, T, C).
 
-    Query i attends to key j iff j <= i and both are meta positions; a position that is none gets 0."""
+    Query i attends to key j iff j <= i and both are meta positions, of these to the last `window` (None: to all); a
+    position that is none gets 0."""
     B, T, C = x.shape
     D = C // n_head
     out = torch.zeros_like(x)
@@ -18,6 +19,7 @@ def meta_attention(x, is_meta, c_attn, c_proj, n_head):
             if not is_meta[b, i]:
                 continue
             keys = [j for j in range(i + 1) if is_meta[b, j]]
+            keys = keys if window is None else keys[-window:]
             heads = []
             for h in range(n_head):
                 cols = slice(h * D, (h + 1) * D)
