@@ -1,10 +1,11 @@
 """The registry of arms: what the second attention of a block connects, and what an arm is called.
 
-A new second attention is an entry here and, for the tests, its definition in tests/reference/gpt.py. Everything else
-reads the entry (the model, cached decoding, settings, checks of the dataset, --dry_run, labels, probes, reports), and
-the tests run for every entry. Another value of `connects` also needs a layer in model.py (SECOND_LAYERS). A pattern
-that `connects` and `window` do not describe has to be built wherever attention is computed: meta_attention.py, the
-dynamic scale of layers/rope.py, inference/cache.py, probes/heads.py, and training/estimate.py for its memory.
+A new second attention is an entry here, a value in the documented table of settings and, for the tests, its definition
+in tests/reference/gpt.py and a run in tests/test_controls.py. Tests fail until these exist. Everything else reads the
+entry: the model, cached decoding, settings, checks of the dataset, --dry_run, labels, probes and reports. The tests run
+for every entry. Another value of `connects` also needs a layer in model.py (SECOND_LAYERS). A pattern that `connects`
+and `window` do not describe has to be built wherever attention is computed: meta_attention.py, the dynamic scale of
+layers/rope.py, inference/cache.py, probes/heads.py, and training/estimate.py for its memory.
 """
 
 from dataclasses import dataclass

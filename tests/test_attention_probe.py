@@ -340,8 +340,8 @@ def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, s
     probe.main(["attention", f"--run={folder}", "--n=6", "--lengths=48"])
     lines, said = lines_of(folder / "attention.jsonl"), capsys.readouterr().out
     # copying with placement target has two marks
-    counts = {"meta": 20 + 5, "diagonal": 20 + 5, "causal": 40, "none": 20, "random": 20}
-    assert len(lines) == counts[second]
+    by_connects = {"markers": 5, "all": 20, "nothing": 0, "random": 0}  # what random connects is no mark
+    assert len(lines) == 20 + by_connects[SECOND_ATTENTIONS[second].connects]
     assert (folder / "attention.png").read_bytes().startswith(b"\x89PNG") and 'mark: the word "mark"' in said
     assert said.count("of a shortcut or chance") == said.count("nothing is decided: 1000 decide") == 1
     assert "undecided: n" not in said

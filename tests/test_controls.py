@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nanometa.config import TrainConfig
+from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.command_line import load_config
 from nanometa.data.layout import random_positions
 from nanometa.data.loader import Windows
@@ -29,6 +30,12 @@ CONTROLS = {
     "unplaced": ("--meta_position=none", "--position=rope", "--dataset=data/u", "--block_size=32"),
     "unplaced_pause": ("--meta_position=none", "--second_attention=none", "--dataset=data/u", "--block_size=32"),
 }
+
+
+def test_every_second_attention_is_trained_here():
+    trained = {setting.split("=")[1] for args in CONTROLS.values() for setting in args if "second_attention" in setting}
+    others = {"meta", "causal"}  # tests/test_train.py trains these in detail
+    assert trained | others == set(SECOND_ATTENTIONS), "add a run of the new second attention to CONTROLS"
 
 
 @pytest.mark.parametrize(

@@ -168,8 +168,12 @@ def test_flops_are_those_that_are_counted(second, n_inner, dtype):
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize(
     ("second", "dropout", "T"),
-    # the last: above the 256 rows up to which the CPU's bfloat16 attention runs in fp32, meta-attention, too
-    [*((second, p, 512) for second in SECOND_ATTENTIONS for p in (0.0, 0.1)), ("meta", 0.0, 2600)],
+    # the last two: above the 256 rows up to which the CPU's bfloat16 attention runs in fp32, meta-attention, too
+    [
+        *((second, p, 512) for second in SECOND_ATTENTIONS for p in (0.0, 0.1)),
+        ("meta", 0.0, 2600),
+        ("diagonal", 0.0, 2600),
+    ],
 )
 def test_activations_are_those_that_autograd_saves(second, dropout, T, position, dtype):
     shape = dataclasses.replace(TINY, n_layer=2, block_size=T, position=position, dropout=dropout)

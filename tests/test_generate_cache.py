@@ -104,6 +104,16 @@ def test_cached_equals_recomputed(second, place, position, rule, recorded):
     plans = [PLANS[name] for name in ("none", "uniform", "other", "periodic")]
     prompts = [laid_out(n, plan, n) for n, plan in zip((1, 14, 4, 11), plans, strict=True)]
     compare(run, prompts, plans, 50, recorded)
+    compare_crowded(run, recorded)
+
+
+def compare_crowded(run, recorded):
+    """Prompts with more markers than a second attention's window reads, and one new marker in every text at a time."""
+    window = run.config.model.second.window or 0
+    every_other = MarkerPlan("periodic", 1, 1, 0)
+    prompts = [laid_out(n, every_other, n) for n in (11, 10)]
+    assert all(prompt.count(META) > window for prompt in prompts), f"the prompts have too few markers for {window}"
+    compare(run, prompts, [every_other] * 2, 20, recorded)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +128,7 @@ def test_cached_equals_recomputed_in_a_stretched_window(second, place, scaling, 
     plans = [PLANS[name] for name in ("none", "uniform", "other", "periodic")]
     prompts = [laid_out(n, plan, n) for n, plan in zip((1, 14, 4, 11), plans, strict=True)]
     compare(run, prompts, plans, 25, recorded)
+    compare_crowded(run, recorded)
 
 
 def test_the_models_make_their_markers_matter():

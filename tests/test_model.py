@@ -84,7 +84,7 @@ def test_the_model_is_its_definition(second, meta_position, position, of):
 def test_a_window_is_that_of_the_arm_and_no_more(second, dynamic):
     """With causal attention silenced, the k-th marker sees the last markers alone; up to so many it is meta."""
     window = SECOND_ATTENTIONS[second].window
-    assert window < 12
+    assert window < 12, "crowded() has 12 markers: give it more, so that this window can be told from meta"
     scale = {"position": "rope", "rope_scaling": "ntk", "rope_dynamic": True, "rope_factor": dynamic} if dynamic else {}
     model, meta = (wake(build(second_attention=name, n_layer=1, **scale)) for name in (second, "meta"))
     tokens, positions, index = crowded()
