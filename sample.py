@@ -19,8 +19,8 @@ from nanometa.common.terminal import BOLD, DIM_MAGENTA, write
 from nanometa.config import SampleConfig
 from nanometa.config.command_line import load_config, run_cli
 from nanometa.data.tokenizer import META
-from nanometa.inference.cache import Weights
-from nanometa.inference.generation import MarkerPlan, generate_batch, lay_out, prepare
+from nanometa.inference.cache import DecodingWeights
+from nanometa.inference.generation import MarkerPlan, generate_batch, lay_out, prepare_weights
 from nanometa.training.checkpoint import Run, load_run
 from nanometa.training.context_extension import rescaled, scaling_of
 from nanometa.training.distributed import autocast, pick_device, pick_dtype
@@ -55,7 +55,7 @@ def read_prompt(cfg: SampleConfig) -> str | None:
 
 
 def start_samples(
-    run: Run, cfg: SampleConfig, prompt_text: str | None, numbers: Sequence[int], weights: Weights | None = None
+    run: Run, cfg: SampleConfig, prompt_text: str | None, numbers: Sequence[int], weights: DecodingWeights | None = None
 ) -> list[tuple[list[int], Iterator[int]]]:
     """For each of the samples, decoded as one batch: the ids of its prompt, markers included, and those that will
     follow. weights: as for `generate`. Raises UserError before anything is shown."""
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
     run = rescaled(load_run(cfg.run, device), cfg.rescale)
     show_markers = cfg.show_markers == "yes" or (cfg.show_markers == "auto" and sys.stdout.isatty())
     with autocast(device, pick_dtype(cfg.dtype, device)[0]):
-        weights = prepare(run, min(cfg.count, BATCH))
+        weights = prepare_weights(run, min(cfg.count, BATCH))
         for first in range(0, cfg.count, BATCH):
             numbers = range(first, min(first + BATCH, cfg.count))
             samples = start_samples(run, cfg, prompt_text, numbers, weights)

@@ -76,7 +76,7 @@ def main(cfg: PasskeyEval) -> None:
         for markers in placements:
             for length in cfg.lengths:
                 for depth in cfg.depths:
-                    cell = measure(run, Prompts(run, markers, length, depth), cfg.n, cfg.candidates)
+                    cell = measure_passkey(run, Prompts(run, markers, length, depth), cfg.n, cfg.candidates)
                     write_lines(output, [{**facts, **cell}])
                     write(sentence(cell) + "\n")
     write(f"{output}\n", BOLD)
@@ -162,7 +162,7 @@ def rank(nats: np.ndarray) -> float:
     return 1 + float((nats[1:] < nats[0]).sum() + (nats[1:] == nats[0]).sum() / 2)
 
 
-def measure(run: Run, prompts: Prompts, n: int, candidates: int) -> dict:
+def measure_passkey(run: Run, prompts: Prompts, n: int, candidates: int) -> dict:
     """One cell: n texts."""
     cell = {
         "eval": "passkey", "length": prompts.length, "depth": prompts.depth, "markers": prompts.markers,

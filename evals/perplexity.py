@@ -136,7 +136,7 @@ def main(cfg: PerplexityEval) -> None:
                             "length": length}  # fmt: skip
                     texts = [tokens] if owners is None else np.split(tokens, range(piece, len(tokens), piece))
                     how = (*window(rule, markers, length, stride), cfg.bucket)
-                    cells.append({**cell, **measure(run, texts, *how, owners)})
+                    cells.append({**cell, **measure_perplexity(run, texts, *how, owners)})
                     write_lines(output, [{**facts, **cells[-1]}])
                 write(sentence(cells) + "\n")
     write(f"{output}\n", BOLD)
@@ -224,7 +224,7 @@ def windows(tokens: np.ndarray, length: int, stride: int, rule: str, meta: int, 
         yield numbers, layouts, np.where(scored_before, IGNORE, targets[at])
 
 
-def measure(run: Run, texts: list[np.ndarray], length: int, stride: int, bucket: int, owners=None) -> dict:
+def measure_perplexity(run: Run, texts: list[np.ndarray], length: int, stride: int, bucket: int, owners=None) -> dict:
     """Figures of texts, each (N,) and by itself, in windows of `length` positions, `stride` apart.
 
     owners (len(texts),): of pieces of documents the number of each one's document, for the loss by depth."""

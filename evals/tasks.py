@@ -65,13 +65,13 @@ def main(cfg: TasksEval) -> None:
     write(f"{facts['arm']}, {run.folder}, {tokens_per_item(run.tokenizer):.3f} tokens an item\n", BOLD)
     with cfg.autocast(run):
         for where in cells:
-            cell = measure(run, *where, cfg.n)
+            cell = measure_tasks(run, *where, cfg.n)
             write_lines(output, [{**facts, **cell}])
             write(sentence(cell) + "\n")
     write(f"{output}\n", BOLD)
 
 
-def measure(run: Run, task: str, placement: str, settings: TaskConfig, level: str, length: int, n: int) -> dict:
+def measure_tasks(run: Run, task: str, placement: str, settings: TaskConfig, level: str, length: int, n: int) -> dict:
     """One cell: n texts of the test split. The same texts for every run with this tokenizer."""
     maker = Maker(task, placement, settings, run.tokenizer)
     cell = {"eval": "tasks", **about(maker, level, length)}

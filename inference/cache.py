@@ -118,7 +118,7 @@ class Store:
         self.used = [self.used[row] for row in rows]
 
 
-class Weights:
+class DecodingWeights:
     """A model made ready for decoding, good for many texts. The model itself is not changed, and unless packed or cast
     its weights are shared: make a new one after training.
 
@@ -142,7 +142,7 @@ class Decoder:
     gathers. in_second: (token, position) -> does it connect this one? (If there is none, or it is
     causal: is it a marker, which may have no position?)"""
 
-    def __init__(self, weights: Weights, B: int, slots: int, second_slots: int, in_second: Callable):
+    def __init__(self, weights: DecodingWeights, B: int, slots: int, second_slots: int, in_second: Callable):
         cfg = weights.cfg
         self.weights, self.device = weights, weights.device
         self.in_second, self.gathered = in_second, cfg.second.gathers

@@ -20,7 +20,7 @@ from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import stable_key
 from nanometa.data.inject import marker_places
 from nanometa.data.layout import random_positions
-from nanometa.inference.cache import Decoder, Weights
+from nanometa.inference.cache import Decoder, DecodingWeights
 from nanometa.training.checkpoint import Run
 
 
@@ -73,12 +73,12 @@ def lay_out(run: Run, content: np.ndarray, plan: MarkerPlan) -> list[int]:
     return ids
 
 
-def prepare(run: Run, batch: int = 1) -> Weights:
+def prepare_weights(run: Run, batch: int = 1) -> DecodingWeights:
     """The run's weights as decoding reads them fastest for batches of this size: cast once if autocast is on, packed
     where that helps. The run's model stays as it is."""
     device = run.model.wte.weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    return Weights(run.model, dtype, batch)
+    return DecodingWeights(run.model, dtype, batch)
 
 
 def generate(
@@ -91,14 +91,14 @@ def generate(
     top_p: float = 1.0,
     seed: int = 1337,
     stop_at_endoftext: bool = False,
-    weights: Weights | None = None,
+    weights: DecodingWeights | None = None,
 ) -> Iterator[int]:
     """Continues `prompt` (ids, markers included) and yields ids as they come: max_new_tokens of content, and the
     markers that the plan puts between them.
 
     Under target rule "skip" a content token comes from the last content token's logits, under "ignore" from the last
     token's. When the window is full, its older half is dropped and positions start again at 0. weights: what
-    `prepare(run)` gave, to share it between calls; by default it is made here.
+    `prepare_weights(run)` gave, to share it between calls; by default it is made here.
     Raises UserError if the prompt is empty or longer than the window, or the model's logits are not finite."""
     options = (temperature, top_k, top_p, [seed], stop_at_endoftext, weights)
     return (token for _, token in generate_batch(run, [prompt], [plan], max_new_tokens, *options))
@@ -114,7 +114,7 @@ def generate_batch(
     top_p: float = 1.0,
     seeds: list[int] | None = None,
     stop_at_endoftext: bool = False,
-    weights: Weights | None = None,
+    weights: DecodingWeights | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Continues several prompts at once, each with its plan and its seed (1337 by default): what `generate` yields for
     each, floating-point rounding apart, as pairs (number of the prompt, id) in the order of their coming."""
@@ -129,7 +129,7 @@ def generate_batch(
     seeds = [1337] * len(prompts) if seeds is None else seeds
     parts = zip(prompts, plans, seeds, strict=True)
     texts = [_Text(number, list(prompt), plan, seed) for number, (prompt, plan, seed) in enumerate(parts)]
-    weights = weights or prepare(run, len(prompts))
+    weights = weights or prepare_weights(run, len(prompts))
     return _generate(run, weights, texts, max_new_tokens, (temperature, top_k, top_p), stop_at_endoftext)
 
 

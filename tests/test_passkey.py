@@ -11,7 +11,7 @@ from nanometa.common.errors import UserError
 from nanometa.data.inject import strip
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.evals import passkey
-from nanometa.evals.passkey import PasskeyEval, Prompts, measure, prompt_text, rank, score
+from nanometa.evals.passkey import PasskeyEval, Prompts, measure_passkey, prompt_text, rank, score
 from nanometa.inference import scoring
 from nanometa.inference.generation import MarkerPlan, generate
 from tests.runs import saved, small_run
@@ -113,15 +113,15 @@ def test_a_model_that_knows_the_key_is_first_and_exact(tokenizer, monkeypatch, r
     for markers in ("trained", "none"):
         prompts = Prompts(run, markers, 128, 0.5)
         monkeypatch.setattr(scoring, "hidden_states", reader(run))
-        cell = measure(run, prompts, 6, 12)
+        cell = measure_passkey(run, prompts, 6, 12)
         assert cell["exact"] == cell["top1"] == cell["mrr"] == cell["median_rank"] == 1 and cell["outcomes"] == "1" * 6
         monkeypatch.setattr(scoring, "hidden_states", reader(run, shift=11_111))
-        cell = measure(run, prompts, 6, 12)
+        cell = measure_passkey(run, prompts, 6, 12)
         assert cell["exact"] == 0 and cell["outcomes"] == "0" * 6 and cell["top1"] < 1
 
 
 def test_random_weights_are_at_chance(run):
-    cell = measure(run, Prompts(run, "trained", 128, 0.5), 120, 10)
+    cell = measure_passkey(run, Prompts(run, "trained", 128, 0.5), 120, 10)
     low, high = cell["top1_interval"]
     assert low < 0.1 < high and cell["chance"]["top1"] == 0.1 and cell["exact"] == 0
     assert abs(np.mean(cell["ranks"]) - 5.5) < 3 * np.sqrt(99 / 12 / 120)
@@ -188,7 +188,7 @@ def test_the_command(run, tmp_path, capsys):
 
 def test_learned_positions_end(tokenizer):
     run = small_run(tokenizer, MARKED, block_size=64)
-    assert "table of learned ones has 64" in measure(run, Prompts(run, "trained", 128, 0.5), 3, 4)["impossible"]
+    assert "table of learned ones has 64" in measure_passkey(run, Prompts(run, "trained", 128, 0.5), 3, 4)["impossible"]
 
 
 @pytest.mark.parametrize(
@@ -216,4 +216,4 @@ def test_weights_that_are_no_numbers_are_refused(tokenizer):
     with torch.no_grad():
         run.model.ln_f.weight[3] = float("nan")
     with pytest.raises(UserError, match="not finite"):
-        measure(run, Prompts(run, "trained", 128, 0.5), 3, 4)
+        measure_passkey(run, Prompts(run, "trained", 128, 0.5), 3, 4)
