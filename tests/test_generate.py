@@ -127,17 +127,17 @@ def test_score_equals_the_log_probabilities(run, rule):
 
 def test_what_cannot_be_continued(run):
     plan = MarkerPlan.of_run(run)
-    with pytest.raises(UserError, match="the prompt is empty"):
+    with pytest.raises(UserError, match="the prompt is empty, so there is nothing to continue: give some text"):
         next(generate(run, [], plan, 5))
-    with pytest.raises(UserError, match="the prompt has 65 positions .* window has 64"):
+    with pytest.raises(UserError, match="the prompt has 65 positions .*, but the model's window has 64: shorten it"):
         next(generate(run, [1] * 65, plan, 5))
     assert len(list(generate(run, [1] * 64, MarkerPlan.of_run(run, "none"), 5))) == 5
-    with pytest.raises(UserError, match="more than the window"):
+    with pytest.raises(UserError, match="more than the model's window of 64: score it in parts"):
         score(run, "the cat " * 50, plan)
     with torch.no_grad():
         broken = load_run(run.folder)
         broken.model.wte.weight[3] = float("nan")
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="the logits of .* are not finite, .*: use another checkpoint"):
         list(generate(broken, [3], plan, 5))
 
 
@@ -179,7 +179,7 @@ def test_prompts_from_files_and_standard_input(run, workdir, tmp_path):
     ("args", "stdin", "sentence"),
     [
         (["--prompt="], b"", "the prompt is empty"),
-        (["--prompt=<|meta|>"], b"", "the prompt holds markers alone"),
+        (["--prompt=<|meta|>"], b"", "the prompt contains only markers"),
         (["--prompt_file=-"], b"", "the prompt is empty"),
         (["--prompt_file=-"], b"caf\xe9 ", "standard input is not UTF-8 at byte 3"),
         (["--prompt_file=nowhere.txt"], b"", "nowhere.txt cannot be read"),
