@@ -141,9 +141,9 @@ def test_all_lengths_conditions_scalings_and_arms_score_the_same_text(runs, caps
 @pytest.mark.parametrize(
     ("run", "given", "sentence"),
     [
-        ("meta", {"stride": 16}, "stride=16 has no use with --documents"),
-        ("meta", {"markers": ("none", "stored")}, "markers=stored has no use with --documents"),
-        ("meta", {"markers": ("none_wide",)}, "markers=none_wide has no use with --documents"),
+        ("meta", {"stride": 16}, "stride=16 has no effect with --documents"),
+        ("meta", {"markers": ("none", "stored")}, "markers=stored cannot be combined with --documents"),
+        ("meta", {"markers": ("none_wide",)}, "markers=none_wide cannot be combined with --documents"),
         ("meta", {"lengths": (16, 40)}, "lengths=40 is not a whole number of the run's chunks of 32 positions"),
         ("meta", {"lengths": (64 * 32,)}, "prepare other text with --min_document_tokens=1792"),
         ("plain", {"lengths": (2000,)}, "prepare other text with --min_document_tokens=2000"),

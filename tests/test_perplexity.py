@@ -193,7 +193,10 @@ def test_the_command(workdir, runs, capsys):
     assert trained == pytest.approx(none, rel=0.05)  # the same content before a scored token, as nearly as can be
     plain = [json.loads(line) for line in (runs["plain"] / "perplexity.jsonl").read_text().splitlines()]
     assert [line["markers"] for line in plain] == ["none", "none"] and plain[0]["tokens"] == 500
-    assert plain[1]["impossible"] == "64 positions, and the table of learned ones has 28" and "loss" not in plain[1]
+    assert (
+        plain[1]["impossible"] == "64 positions do not fit into the learned position table, which has 28"
+        and "loss" not in plain[1]
+    )
     out = capsys.readouterr().out
     losses = [line["loss"] for line in lines[:3]]
     assert f"loss {np.mean(losses):.4f} ({min(losses):.4f} .. {max(losses):.4f}, sd {np.std(losses, ddof=1):.4f}" in out
@@ -204,13 +207,13 @@ def test_the_command(workdir, runs, capsys):
     ("run", "settings", "sentence"),
     [
         ("meta", {"lengths": (4,)}, "lengths=(4,) is out of range"),
-        ("meta", {"lengths": (32,), "stride": 33}, "stride=33 would leave text out between windows of 32"),
-        ("meta", {"stride": 33}, "stride=33 would leave text out between windows of 32"),
+        ("meta", {"lengths": (32,), "stride": 33}, "stride=33 would skip text between windows of 32 positions"),
+        ("meta", {"stride": 33}, "stride=33 would skip text between windows of 32 positions"),
         ("meta", {"stride": 0}, "stride=0 is out of range"),
         ("meta", {"draws": 2}, "draws=2 is out of range"),
         ("meta", {"max_tokens": 5}, "max_tokens=5 is out of range"),
         ("meta", {"bucket": 0}, "bucket=0 is out of range"),
-        ("meta", {"markers": ("stored",), "dataset": "n"}, "n has no markers: take --markers none"),
+        ("meta", {"markers": ("stored",), "dataset": "n"}, "n has no markers: use --markers none"),
         ("meta", {"lengths": (512,), "max_tokens": 300}, "512 positions is longer than the 301 content tokens"),
         ("meta", {"dataset": "nowhere"}, "there is no dataset in"),
         (
@@ -232,7 +235,7 @@ def test_weights_that_are_no_numbers_are_refused(workdir):
     run = run_on(workdir / "data/u")
     with torch.no_grad():
         run.model.ln_f.weight[3] = float("nan")
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="the loss of .* is not finite, .*: use another checkpoint"):
         measure_perplexity(run, [read_split(run, workdir / "data/u", 100)], 32, 32, 64)
 
 
@@ -251,6 +254,10 @@ def test_another_tokenizer_and_damaged_text_are_refused(workdir, runs, tmp_path)
                 at = HEADER.size + 2 * int(np.flatnonzero(read_split(run, workdir / "data/u", None) < 256)[5])
                 raw[at : at + 2] = (raw[at] ^ 1, raw[at + 1]) if change == "other text" else (255, 255)
             (folder / path.name).write_bytes(raw)
-        cause = "made with another tokenizer" if change == "other tokenizer" else "not what its manifest says"
+        cause = (
+            r"made with another tokenizer .*: prepare the dataset with --tokenizer="
+            if change == "other tokenizer"
+            else "do not match its manifest, .*: prepare the dataset again"
+        )
         with pytest.raises(UserError, match=cause):
             read_split(run, folder, 300 if change == "no id" else None)  # the sha256 is of the whole

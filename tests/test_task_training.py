@@ -172,7 +172,9 @@ def test_eval_writes_a_line_a_cell_and_says_what_is_impossible(workdir, bases):
     for _ in range(2):
         result = cli("eval.py", "tasks", *args, cwd=workdir)
         assert result.returncode == 0, result.stderr.decode()
-    assert "impossible: 128 positions, and the table of learned ones has 96" in result.stdout.decode()
+    assert (
+        "impossible: 128 positions do not fit into the learned position table, which has 96" in result.stdout.decode()
+    )
     lines = [json.loads(line) for line in (workdir / "out/tuned_learned/tasks.jsonl").read_text().splitlines()]
     assert len(lines) == 16  # 2 tasks x 2 placements x 2 lengths, appended twice
     timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
