@@ -1,4 +1,4 @@
-"""Code shared by the evaluations: loading a run, describing it in every line, checking settings, writing lines."""
+"""Code shared by the evaluations: loads a run, describes it, checks settings, writes JSON lines, shows progress."""
 
 import contextlib
 import hashlib
@@ -48,7 +48,7 @@ class Evaluation:
         check_types(self)
 
     def open(self) -> tuple[Run, dict]:
-        """Returns the run, with its positions rescaled as asked, and the facts that every line states about it.
+        """Returns the run, with its positions rescaled as asked, and the facts that every JSON line repeats about it.
 
         Raises UserError if there is no such run or it cannot be rescaled."""
         run = load_run(self.run, pick_device(self.device))
@@ -65,7 +65,7 @@ class Evaluation:
         return autocast(device, pick_dtype(self.dtype, device)[0])
 
     def lines(self, run: Run, name: str) -> Path:
-        """Returns the file to append lines to: the setting output, or NAME.jsonl in the run's folder."""
+        """Returns the file of JSON lines: the setting output, or NAME.jsonl in the run's folder."""
         return Path(self.output) if self.output else run.folder.parent / f"{name}.jsonl"
 
 
@@ -82,7 +82,7 @@ def arm_of(run: Run) -> str:
 
 
 def facts_of(run: Run) -> dict:
-    """Returns the facts about a run that every line states, so that the measurement can be repeated."""
+    """Returns the facts about a run that every JSON line repeats, so that the measurement can be reproduced."""
     task = run.config.task
     return {
         "arm": arm_of(run),
@@ -138,7 +138,7 @@ def fits(run: Run, length: int) -> str:
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
-    """Appends lines to a file of JSON lines, which is created if needed."""
+    """Appends dictionaries to a file of JSON lines, which is created if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -224,7 +224,7 @@ def read_split(run: Run, folder: Path, max_tokens: int | None) -> np.ndarray:
 
 
 def content_sha256(run: Run, content: np.ndarray) -> str:
-    """Returns the sha256 of a content stream, as in a manifest. Lines with the same hash are of the same text."""
+    """Returns the sha256 of a content stream, as in a manifest. Measurements with equal hashes used the same text."""
     return hashlib.sha256(content.astype(token_dtype(run.tokenizer.n_vocab))).hexdigest()
 
 

@@ -78,7 +78,7 @@ class PasskeyEval(Evaluation):
 
 
 def main(cfg: PasskeyEval) -> None:
-    """Runs the evaluation: appends one line to the output file and prints one for each cell."""
+    """Runs the evaluation: writes a JSON line and prints a line for each cell."""
     run, facts = cfg.open()
     placements = cfg.markers or ("trained" if run.state["data"]["chunk_markers"] else "none",)
     check_markers(run, placements)
@@ -184,7 +184,7 @@ def rank(nats: np.ndarray) -> float:
 
 
 def measure_passkey(run: Run, prompts: Prompts, n: int, candidates: int) -> dict:
-    """Returns the line of one cell, measured on n texts with this many candidate keys each."""
+    """Returns the JSON line of one cell, measured on n texts with this many candidate keys each."""
     cell = {
         "eval": "passkey", "length": prompts.length, "depth": prompts.depth, "markers": prompts.markers,
         "injection": prompts.injection, "markers_per_token": prompts.markers_per_token,

@@ -106,7 +106,7 @@ class PerplexityEval(Evaluation):
 
 
 def main(cfg: PerplexityEval) -> None:
-    """Runs the evaluation: appends one line per draw to the output file, and prints one line per condition."""
+    """Runs the evaluation: writes a JSON line for each draw, and prints a line for each condition."""
     run, facts = cfg.open()
     rule, folder = run.state["data"], Path(cfg.dataset or run.state["data"]["dataset"])
     conditions = cfg.markers or (("trained", "none") if rule["chunk_markers"] else ("none",))

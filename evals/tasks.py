@@ -57,7 +57,7 @@ class TasksEval(Evaluation):
 
 
 def main(cfg: TasksEval) -> None:
-    """Runs the evaluation: appends one line to the output file and prints one for each cell."""
+    """Runs the evaluation: writes a JSON line and prints a line for each cell."""
     run, facts = cfg.open()
     output = cfg.lines(run, "tasks")
     cells = list(cfg.cells(run))
@@ -73,7 +73,7 @@ def main(cfg: TasksEval) -> None:
 
 
 def measure_tasks(run: Run, task: str, placement: str, settings: TaskConfig, level: str, length: int, n: int) -> dict:
-    """Returns the line of one cell, measured on n texts of the test split.
+    """Returns the JSON line of one cell, measured on n texts of the test split.
 
     All runs with the same tokenizer get the same texts."""
     maker = Maker(task, placement, settings, run.tokenizer)
@@ -89,7 +89,7 @@ def measure_tasks(run: Run, task: str, placement: str, settings: TaskConfig, lev
 
 
 def about(maker: Maker, level: str, length: int) -> dict:
-    """Returns the description of a cell that its line contains."""
+    """Returns the fields of a JSON line that describe its cell."""
     return {
         "task": maker.name, "placement": maker.placement, "level": level, "question": maker.cfg.question,
         "length": length, "tokens_per_item": tokens_per_item(maker.tokenizer),

@@ -81,22 +81,23 @@ class Store:
             self.calls[:B] = [(0, B, slice(0, B), max(lengths), mask)]
 
     def _mask(self, lengths: list[int]) -> torch.Tensor | None:
-        """Returns the additive mask (len(lengths), max(lengths)) of queries of which query i sees lengths[i] keys.
+        """Returns the additive mask (queries, keys) for queries that follow different numbers of keys.
 
-        Of these keys the query sees only the last `window`. Returns None if every query sees every key."""
+        Query i sees the first lengths[i] keys, or only the last `window` of them. The mask has max(lengths) columns.
+        Returns None if every query sees every key."""
         longest = max(lengths)
         if min(lengths) == longest and (self.window is None or longest <= self.window):
             return None
         keys, lengths = torch.arange(longest), torch.tensor(lengths)[:, None]
-        beyond = keys >= lengths
+        hidden = keys >= lengths
         if self.window is not None:
-            beyond |= keys < lengths - self.window
-        return torch.zeros(beyond.shape, dtype=self.k.dtype).masked_fill(beyond, -math.inf).to(self.k.device)
+            hidden |= keys < lengths - self.window
+        return torch.zeros(hidden.shape, dtype=self.k.dtype).masked_fill(hidden, -math.inf).to(self.k.device)
 
     def attend(self, layer: int, q, k, v):
-        """Computes the attention of one layer for the tokens given to `place`, in place of causal_sdpa.
+        """Computes the attention of one layer for the tokens given to `place`; it replaces causal_sdpa.
 
-        q, k, v (1, H, N, D) of these tokens. Stores k and v in the cache. Returns (1, H, N, D)."""
+        Takes q, k, v (1, H, N, D) of these tokens, stores k and v in the cache, and returns (1, H, N, D)."""
         for cache, new in ((self.k[layer], k), (self.v[layer], v)):
             cache.flatten(0, 1).index_copy_(0, self.slots, new[0].transpose(0, 1))
         out = []

@@ -34,13 +34,17 @@ class MarkerPlan:
     whether a position holds a marker."""
 
     injection: str
+    """rule that places the markers in a chunk: uniform, periodic or none"""
     C: int
+    """content tokens in a chunk"""
     M: int
+    """markers in a chunk"""
     key: int
+    """key of the random places, for injection uniform"""
 
     @classmethod
     def of_run(cls, run: Run, injection: str = "trained", seed: int = 1337) -> "MarkerPlan":
-        """Returns the plan by which the run's data was prepared, or one of another injection rule at the same density.
+        """Returns the plan that the run's data was prepared with, or one with another injection rule at its density.
 
         Raises UserError if markers are asked for and the run was trained without."""
         data = run.state["data"]
@@ -57,12 +61,14 @@ class MarkerPlan:
         return cls(injection, C, M, stable_key(seed, "generated markers"))
 
     def __contains__(self, position: int) -> bool:
+        """Returns whether a position of the sequence holds a marker."""
         chunk, place = divmod(position, self.C + self.M)
         return bool(_chunk_places(self, chunk)[place])
 
 
 @functools.lru_cache(maxsize=64)
 def _chunk_places(plan: MarkerPlan, chunk: int) -> np.ndarray:
+    """Returns which of the C + M positions of a chunk hold markers, as bools."""
     return marker_places(plan.injection, chunk, 1, plan.C, plan.M, plan.key)[0]
 
 

@@ -43,10 +43,12 @@ def _log_probs(logits: torch.Tensor, n_content: int) -> torch.Tensor:
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of softmax and sums: fp32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """Returns the dtype of matrix products: autocast's if it is enabled, else that of hidden."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
@@ -143,6 +145,7 @@ class Objective(nn.Module):
         self.model = model
 
     def forward(self, tokens, targets, positions, meta_index, scored_index):
+        """Returns the summed nats () of the scored targets."""
         hidden = self.model(tokens, positions, meta_index)
         hidden, targets = gather_scored(hidden, targets, scored_index)
         return summed_nats(hidden, self.model.wte.weight, targets, self.model.cfg.content_vocab_size)

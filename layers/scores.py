@@ -34,4 +34,5 @@ class Scorer(nn.Module):
         self.model = model
 
     def forward(self, tokens, targets, positions, meta_index, scored_index) -> Scores:
+        """Returns the Scores of the targets."""
         return score_hidden(self.model, self.model(tokens, positions, meta_index), targets, scored_index)

@@ -15,7 +15,8 @@ from nanometa.data.layout import Batch, batch_of, connected_positions, draw_of, 
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.tasks.example import Example, Maker
 
-SHORTEST, PHASES = 32, 5  # of the curriculum: positions of the shortest texts, and number of phases
+SHORTEST = 32  # positions of the shortest training texts
+PHASES = 5  # of the curriculum
 VALIDATION = 256  # number of validation texts of each task
 MULTIPLE = 32  # the widths of batches and their indices are multiples of this, so that torch.compile sees few shapes
 
@@ -92,9 +93,9 @@ class TaskWindows:
         return maker.example(f"train/{self.cfg.seed}", index, SHORTEST, longest, levels)
 
     def counted(self, n: int) -> dict[str, int]:
-        """Returns the numbers of texts and positions in the first n training texts, which must be whole steps.
+        """Returns the numbers of texts and positions, padding included, in the first n training texts.
 
-        Positions include padding."""
+        n must be a whole number of steps."""
         C, B = self.cfg.task.curriculum_steps, self.cfg.batch_size
         starts = [min(n, math.ceil(phase * C / PHASES) * B) for phase in range(PHASES)]  # first text of each phase
         ends = [*starts[1:], n]

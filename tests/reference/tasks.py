@@ -16,7 +16,7 @@ def solve(task: str, text: str, placement: str) -> list[tuple[str, str]]:
     if sign != re.escape(META):
         text = text.replace(META, "")
     body, *questions = text.split(" ?")
-    marked = re.sub(sign, "@", body)  # @ stands for what points
+    marked = re.sub(sign, "@", body)  # @ replaces the signs
     pairs = []
     for question in questions:
         asked, given = (part.strip() for part in question.split(":"))
