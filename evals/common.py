@@ -34,11 +34,11 @@ class Evaluation:
     """The settings of every evaluation: the run, how to read its positions, the device, and the output file."""
 
     run: str = ""
-    """folder of a run (out/NAME) or of one of its checkpoints; default: the newest run in out/"""
+    """folder of a run (out/NAME) or of one of its checkpoints; if empty, the newest run in out/"""
     rescale: Rescale = field(default_factory=Rescale)
     output: str = ""
-    """file of JSON lines to append to; default: a file in the run's folder, named after the evaluation or probe
-    (tasks.jsonl, perplexity.jsonl, passkey.jsonl, positions.jsonl, attention.jsonl and so on)"""
+    """file of JSON lines to append to; if empty, a file in the run's folder that is named after the evaluation or
+    probe: tasks.jsonl, perplexity.jsonl, passkey.jsonl, positions.jsonl, attention.jsonl and so on"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """device to compute on; auto takes the first available of cuda, mps, cpu"""
     dtype: Literal["auto", "bfloat16", "float32"] = "float32"

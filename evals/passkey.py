@@ -57,12 +57,12 @@ class PasskeyEval(Evaluation):
     """Recall of a pass key that is hidden in filler text, by length and depth."""
 
     lengths: tuple[int, ...] = (256, 512)
-    """maximum positions of the texts of a cell, markers and answer included; the shortest texts have nine tenths"""
+    """maximum positions of the texts of a cell, markers and answer included; the shortest have nine tenths of that"""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """share of the filler that stands before the key"""
     markers: tuple[Literal["trained", "none"], ...] = ()
-    """trained: throughout the prompt, by the run's rule and at its density; none: no markers; default: trained, or none
-    for a run without markers"""
+    """trained: throughout the prompt, by the run's rule and at its density; none: no markers; if empty, trained, or
+    none for a run without markers"""
     n: int = 100
     """number of texts in a cell"""
     candidates: int = 50

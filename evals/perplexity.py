@@ -67,15 +67,15 @@ class PerplexityEval(Evaluation):
     """Loss, perplexity and bits per byte on validation text, by window length and markers."""
 
     dataset: str = ""
-    """folder of a dataset that was prepared with the run's tokenizer; default: the run's own dataset"""
+    """folder of a dataset that was prepared with the run's tokenizer; if empty, the run's own dataset"""
     lengths: tuple[int, ...] = ()
-    """positions of a window, markers included; default: the run's block_size"""
+    """positions of a window, markers included; if empty, the run's block_size"""
     stride: int | None = None
     """positions from the start of one window to the next; None = half of each length"""
     markers: tuple[Markers, ...] = ()
     """trained: new draws by the run's rule; uniform, periodic: as many by that rule; stored: those of the dataset;
     none: no markers, in shorter windows with the same amount of content; none_wide: no markers, in windows of all
-    positions; default: trained and none, or none for a run without markers"""
+    positions; if empty, trained and none, or none for a run without markers"""
     draws: int = setting(3, only_with={"markers": ((), "trained", "uniform")})
     """number of draws of the marker places, for markers trained and uniform"""
     documents: bool = False

@@ -29,15 +29,15 @@ class TasksEval(Evaluation):
     """Accuracy on texts of the synthetic tasks, by length."""
 
     tasks: tuple[Task, ...] = ()
-    """tasks to evaluate; default: those that the run was trained on, or all"""
+    """tasks to evaluate; if empty, those that the run was trained on, or all"""
     lengths: tuple[int, ...] = (128, 256, 512)
-    """maximum positions of the texts of a cell; the shortest texts have nine tenths"""
+    """maximum positions of the texts of a cell; the shortest texts have nine tenths of that"""
     placements: tuple[Placement, ...] = ()
-    """placements of the meta-tokens; default: those of the run's training, or target"""
+    """placements of the meta-tokens; if empty, those of the run's training, or target"""
     level: Level | None = None
-    """difficulty of the texts; default: the run's level, or hard"""
+    """difficulty of the texts; None = the run's level, or hard"""
     question: Question | None = setting(None, only_with={"tasks": ((), "list_recall")})  # noqa: RUF009
-    """form of the question in list recall; default: the run's"""
+    """form of the question in list recall; None = the run's"""
     n: int = 1000
     """number of texts in a cell"""
 
