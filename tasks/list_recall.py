@@ -6,10 +6,10 @@
 
 There are three forms of the question:
 
-index     The question asks for item j of a named list, as in the paper. Markers wrap the list that will be asked about.
+index     The question asks for item j of a named list, as in the paper. The text points at the same list.
 after     The question names a list and an item that all lists contain, and asks for the item after it in that list.
-misnamed  The question names another list than the one that the markers wrap, but asks for an item of the wrapped list.
-          This is a control: a model that follows the name answers wrongly.
+misnamed  The question asks for an item of the list that the text points at, but names another list. This is a control:
+          a model that follows the name answers wrongly.
 
 Names and items are drawn from two pools of 200 words regardless of their meaning, so that neither a category nor a word
 reveals the answer. If 200 lists do not fill the length, further lists have names of two words. The level sets the

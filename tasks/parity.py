@@ -16,7 +16,7 @@ QUESTION_NAMES_PLACE = False
 ANSWER_IN_TEXT = False
 CHANCE = 1 / 2
 SIZES = {"easy": (2, 4), "medium": (2, 8), "hard": (2, 16), "extra_hard": (2, 64), "long": (2, 10**9)}
-LINE = 8
+LINE = 8  # bits in a line
 WORDS = (" zero", " one")
 
 

@@ -20,7 +20,9 @@ QUESTION_NAMES_PLACE = False
 ANSWER_IN_TEXT = False
 CHANCE = 1 / 4
 SIZES = {"easy": (1, 1), "medium": (1, 2), "hard": (2, 4), "extra_hard": (4, 8), "long": (8, 16)}
-ITEMS, COUNTS, OUTSIDE = 6, 4, 12
+ITEMS = 6  # items in a list
+COUNTS = 4  # the answer is 1 .. COUNTS
+OUTSIDE = 12  # the item occurs at most this often outside the segment
 
 
 def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
