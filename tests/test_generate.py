@@ -209,7 +209,7 @@ def test_markers_need_a_run_that_had_some(workdir):
     args = ("--dataset=data/n", "--block_size=28", "--run_name=plain", "--max_steps=1", "--second_attention=none")
     assert cli("train.py", *TINY, *args, cwd=workdir).returncode == 0
     assert (
-        "meta=uniform needs a run that was trained with markers, and out/plain/step_00000001 was not: use --meta=none."
+        "meta=uniform needs a run that was trained with markers, and out/plain/best_00000001 was not: use --meta=none."
         in cli("sample.py", "--run=out/plain", "--meta=uniform", cwd=workdir).stderr.decode()
     )
     assert cli("sample.py", "--run=out/plain", "--max_new_tokens=5", cwd=workdir).returncode == 0
