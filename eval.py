@@ -1,9 +1,9 @@
-"""Measures a trained run.
+"""Evaluates a trained run.
 
-python eval.py tasks --run=out/recall --lengths 128 256 512          # exact answers to the synthetic tasks
-python eval.py perplexity --run=out/recall --lengths 512 1024        # loss, bits per byte, with and without markers
-python eval.py perplexity --run=out/recall --lengths 512 4096 --documents   # by depth; report.py curves draws it
-python eval.py passkey --run=out/recall --lengths 512 1024           # a number hidden in filler: exact, and its rank
+python eval.py tasks --run=out/recall --lengths 128 256 512          # accuracy on the synthetic tasks
+python eval.py perplexity --run=out/recall --lengths 512 1024        # loss and bits per byte, with and without markers
+python eval.py perplexity --run=out/recall --lengths 512 4096 --documents   # loss by depth, for report.py curves
+python eval.py passkey --run=out/recall --lengths 512 1024           # recall of a number that is hidden in filler text
 """
 
 from nanometa.config.command_line import run_cli, run_named
@@ -17,6 +17,7 @@ EVALS = {
 
 
 def main(argv: list[str]) -> None:
+    """Runs the evaluation that the first argument names."""
     run_named(argv, EVALS, "evaluation", __doc__)
 
 

@@ -1,9 +1,14 @@
-"""GPT-2 with a second attention in every block, for meta-tokens or for a control of equal size.
+"""GPT-2 with a second attention in every block: attention among the meta-tokens, or a control of equal size.
 
-x += attn(ln_1(x));  x += second_attn(ln_second(x));  x += mlp(ln_2(x))
+Each block computes
 
-Pre-LayerNorm, tanh-GELU and tied head as GPT-2. The paper gives neither residual nor LayerNorm of its meta-attention;
-here it has both of its own, and its output projection starts at zero, so that step 0 is GPT-2 in every arm.
+    x = x + attn(ln_1(x))
+    x = x + second_attn(ln_second(x))
+    x = x + mlp(ln_2(x))
+
+The rest is GPT-2: pre-LayerNorm, tanh-GELU, tied head. The paper does not say whether its meta-attention has a residual
+connection and a LayerNorm. Here it has its own of each, and its output projection is initialized to zero, so that at
+step 0 every arm computes the same function as GPT-2.
 """
 
 import functools
@@ -23,33 +28,35 @@ from nanometa.layers.loss import mask_unpredictable_
 from nanometa.layers.rope import attend_dynamic, fixed_scale, rope_tables, rotate
 from nanometa.meta_attention import CausalSelfAttention, MetaAttention, gather_rows
 
-# The layer of a second attention, by what it connects (config/arms.py).
+# The layer class of each second attention, keyed by SecondAttention.connects (config/arms.py).
 SECOND_LAYERS = {"markers": MetaAttention, "random": MetaAttention, "all": CausalSelfAttention}
 
 
 class Context(NamedTuple):
-    """What the blocks of one forward share beside x."""
+    """The inputs that all blocks of one forward pass share, besides x."""
 
     meta_index: torch.Tensor | None
-    """(B, M) positions that a second attention gathers, as in a Batch; None: none, in any row"""
+    """(B, M) positions that the second attention connects, as in a Batch; None if it connects none in this batch"""
     rotate: Callable | None = None
-    """rotates q or k of causal attention by its positions; None: no rotary positions"""
+    """applies rotary positions to q or k of the causal attention; None for no rotary positions"""
     rotate_second: Callable | None = None
-    """the same for the second attention"""
+    """applies rotary positions to q or k of the second attention; None for no rotary positions"""
     attend: Callable | None = None
-    """replaces causal attention of q, k, v, for a cache or a dynamic scale; None: the layer's own"""
+    """replaces the causal attention over q, k, v, for a KV cache or a dynamic rotary scale; None to use the layer's"""
     attend_second: Callable | None = None
-    """the same for the second attention"""
+    """replaces the second attention over q, k, v in the same way"""
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm with an optional bias (torch's own constructor couples it to the weight's)."""
+    """LayerNorm over the model's width, with a bias if cfg.bias is set."""
 
     def __init__(self, cfg: GPTConfig):
         super().__init__(cfg.n_embd, bias=cfg.bias)
 
 
 class MLP(nn.Module):
+    """The feed-forward layer of a block. Maps (B, T, C) to (B, T, C)."""
+
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         n_inner = cfg.n_inner or 4 * cfg.n_embd
@@ -58,10 +65,13 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))  # erf would not be GPT-2
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # GPT-2 uses the tanh approximation
+        return self.dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
+    """A transformer block: causal attention, the second attention if the arm has one, and an MLP."""
+
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         attention = (cfg.n_embd, cfg.n_head, cfg.bias, cfg.dropout)
@@ -69,51 +79,61 @@ class Block(nn.Module):
         self.ln_1 = LayerNorm(cfg)
         self.attn = CausalSelfAttention(*attention)
         if self.second.has_layer:
-            # the same names and shapes in every arm, so that equal seeds draw equal weights
+            # names and shapes are the same in every arm, so equal seeds draw equal weights
             self.ln_second = LayerNorm(cfg)
             self.second_attn = SECOND_LAYERS[self.second.connects](*attention, window=self.second.window)
         self.ln_2 = LayerNorm(cfg)
         self.mlp = MLP(cfg)
 
     def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
-        """x (B, T, C) -> (B, T, C)."""
+        """Maps x (B, T, C) to (B, T, C)."""
         x = x + self.attn(self.ln_1(x), context.rotate, context.attend)
-        how = (context.rotate_second, context.attend_second)
-        if self.second.gathers and context.meta_index is not None:  # adds to the rows of meta_index
-            x = self.second_attn(x, context.meta_index, self.ln_second, *how)
+        if self.second.gathers and context.meta_index is not None:
+            # MetaAttention applies the norm and the residual connection itself, to the rows of meta_index only
+            x = self.second_attn(x, context.meta_index, self.ln_second, context.rotate_second, context.attend_second)
         elif self.second.has_layer and not self.second.gathers:
-            x = x + self.second_attn(self.ln_second(x), *how)
-        return x + self.mlp(self.ln_2(x))
+            x = x + self.second_attn(self.ln_second(x), context.rotate_second, context.attend_second)
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class GPT(nn.Module):
-    """forward gives the final hidden states; `logits` is the tied head."""
+    """The language model. `forward` returns the final hidden states; `logits` applies the tied head to them."""
 
     def __init__(self, cfg: GPTConfig, seed: int = 1337):
-        """Raises UserError unless the vocabulary is set. Each parameter is drawn from a generator keyed by (seed, its
-        name), so arms share the weights that they share, whatever else they have."""
+        """Builds the model and draws its weights.
+
+        Each parameter is drawn from its own generator, keyed by (seed, parameter name). Two arms with the same seed
+        therefore start with identical values in every parameter that both have.
+        Raises UserError if the vocabulary sizes in cfg are missing or inconsistent."""
         super().__init__()
         if cfg.vocab_size is None or cfg.content_vocab_size is None:
-            raise UserError("vocab_size and content_vocab_size are not set: take them from the dataset's tokenizer.")
+            raise UserError(
+                f"vocab_size={cfg.vocab_size} and content_vocab_size={cfg.content_vocab_size} must both be numbers, "
+                f"because they set the size of the embedding: take them from the dataset's tokenizer."
+            )
         if not 1 <= cfg.content_vocab_size <= cfg.vocab_size:
             raise UserError(
-                f"content_vocab_size={cfg.content_vocab_size} must lie in 1 .. vocab_size={cfg.vocab_size}."
+                f"content_vocab_size={cfg.content_vocab_size} must lie in 1 .. vocab_size={cfg.vocab_size}, because "
+                f"content ids are the first rows of the embedding: take both from the dataset's tokenizer."
             )
         self.cfg = cfg
         cfg.check_position()
-        self.recompute = False  # activation checkpointing: what a block saves is made again in the backward
+        self.recompute = False  # activation checkpointing: recompute each block in the backward pass to save memory
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.position == "learned":
             self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
         self.drop = nn.Dropout(cfg.dropout)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = LayerNorm(cfg)
-        if not self.wte.weight.is_meta:  # only counted, by training/estimate.py: there are no numbers to draw
+        if not self.wte.weight.is_meta:  # training/estimate.py builds the model on the meta device, without values
             self._init_weights(seed)
 
     @torch.no_grad()
     def _init_weights(self, seed: int) -> None:
-        """GPT-2's: N(0, 0.02), projections into the residual stream 0.02 / sqrt(2 n_layer); second_attn's at zero."""
+        """Initializes as GPT-2 does, with zeros in the second attention's output projection.
+
+        Weights are drawn from N(0, 0.02), and from N(0, 0.02 / sqrt(2 n_layer)) in residual projections."""
         for name, p in self.named_parameters():
             generator = torch.Generator().manual_seed(stable_key(seed, "init", name) >> 1)
             if name.endswith(".bias") or name.endswith("second_attn.c_proj.weight"):
@@ -125,22 +145,22 @@ class GPT(nn.Module):
             elif name.endswith(("wte.weight", "wpe.weight", "c_attn.weight", "c_fc.weight")):
                 p.normal_(0, 0.02, generator=generator)
             else:
-                raise AssertionError(f"no initialisation is written for {name}")
+                raise AssertionError(f"_init_weights does not know the parameter {name}: add a rule for it.")
 
     def forward(self, tokens, positions, meta_index, attends=None):
-        """Returns the hidden states after ln_f (B, T, C) of tokens and positions (B, T).
+        """Returns the final hidden states (B, T, C), after ln_f, for tokens (B, T) and positions (B, T).
 
-        meta_index (B, M): as in a Batch; None: the second attention connects nothing in these texts.
-        attends: for each block what its two attentions call in place of causal attention (inference/cache.py); q and k
-        come rotated, unless rope_dynamic."""
+        meta_index (B, M): positions that the second attention connects, as in a Batch; None if it connects none.
+        attends: for each block, the functions that replace its causal and its second attention (inference/cache.py).
+            They receive rotated q and k, except under rope_dynamic."""
+        no_position = self._without_position(tokens, meta_index)
         x = self.wte(tokens)  # (B, T, C)
-        unplaced = self._unplaced(tokens, meta_index)
-        context = Context(meta_index)
         if self.cfg.position == "learned":
-            place = self.wpe(positions)
-            x = x + (place if unplaced is None else place.masked_fill(unplaced[..., None], 0))
+            context = Context(meta_index)
+            pos_emb = self.wpe(positions)
+            x = x + (pos_emb if no_position is None else pos_emb.masked_fill(no_position[..., None], 0))
         else:
-            context = self._rotary(positions, meta_index, unplaced)
+            context = self._rotary_context(positions, meta_index, no_position)
         x = self.drop(x)
         for layer, block in enumerate(self.h):
             if attends is not None:
@@ -151,49 +171,59 @@ class GPT(nn.Module):
                 x = block(x, context)
         return self.ln_f(x)
 
-    def _unplaced(self, tokens, meta_index) -> torch.Tensor | None:
-        """Returns the positions (B, T) whose place is hidden from one attention or from both; None: no one's."""
+    def _without_position(self, tokens, meta_index) -> torch.Tensor | None:
+        """Returns a mask (B, T) of the tokens whose position at least one of the two attentions does not see.
+
+        These are the tokens at meta_index unless meta_position is "same". Returns None if there are none."""
         if self.cfg.meta_position == "same" or meta_index is None:
             return None
         B, T = tokens.shape
-        unplaced = torch.zeros(B, T + 1, dtype=torch.bool, device=tokens.device)
-        return unplaced.scatter(1, meta_index, True)[:, :T]  # pads, T, mark the column that is cut off
+        no_position = torch.zeros(B, T + 1, dtype=torch.bool, device=tokens.device)
+        return no_position.scatter(1, meta_index, True)[:, :T]  # the padding index T falls into the extra column
 
-    def _rotary(self, positions, meta_index, unplaced) -> Context:
-        """Returns the context under rotary positions: what rotates q and k, or, if the scale is dynamic, what replaces
-        causal attention of q and k that are not rotated."""
-        cfg, lengths = self.cfg, positions + 1  # of the text when a token comes
-        zeroed = positions if unplaced is None else positions.masked_fill(unplaced, 0)  # an angle of 0 turns nothing
+    def _rotary_context(self, positions, meta_index, no_position) -> Context:
+        """Returns the Context that applies rotary positions (B, T) in both attentions.
+
+        With a fixed scale it holds functions that rotate q and k. With a dynamic scale it holds functions that replace
+        the attentions, because each query then rotates all its keys anew."""
+        cfg, lengths = self.cfg, positions + 1  # lengths: number of positions read once each token has arrived
+        zeroed = (
+            positions if no_position is None else positions.masked_fill(no_position, 0)
+        )  # position 0 means no rotation
         first = positions if cfg.meta_position == "none_second" else zeroed
         second = positions if cfg.meta_position == "none_first" else zeroed
-        at = [(first, lengths), (second, lengths)]
-        if cfg.second.gathers and meta_index is not None:  # gathered rows keep their position in the window: (B, M)
-            at[1] = tuple(gather_rows(x[..., None], meta_index).squeeze(-1) for x in at[1])
+        second_lengths = lengths
+        if cfg.second.gathers and meta_index is not None:  # gathered rows keep their positions in the window: (B, M)
+            second = gather_rows(second[..., None], meta_index).squeeze(-1)
+            second_lengths = gather_rows(lengths[..., None], meta_index).squeeze(-1)
         if cfg.rope_dynamic:
-            windows = (None, cfg.second.window)
-            attends = [
-                functools.partial(attend_dynamic, positions=p, lengths=n, cfg=cfg, window=window)
-                for (p, n), window in zip(at, windows, strict=True)
-            ]
-            return Context(meta_index, attend=attends[0], attend_second=attends[1])
-        tables = rope_tables(first, cfg, fixed_scale(cfg, first.device))
-        tables = tables, tables if at[1][0] is first else rope_tables(at[1][0], cfg, fixed_scale(cfg, first.device))
-        rotates = [functools.partial(rotate, cos=cos, sin=sin) for cos, sin in tables]
+            attend = functools.partial(attend_dynamic, positions=first, lengths=lengths, cfg=cfg, window=None)
+            attend_second = functools.partial(
+                attend_dynamic, positions=second, lengths=second_lengths, cfg=cfg, window=cfg.second.window
+            )
+            return Context(meta_index, attend=attend, attend_second=attend_second)
+        scale = fixed_scale(cfg, first.device)
+        tables = rope_tables(first, cfg, scale)
+        second_tables = tables if second is first else rope_tables(second, cfg, scale)
+        rotates = [functools.partial(rotate, cos=cos, sin=sin) for cos, sin in (tables, second_tables)]
         return Context(meta_index, rotate=rotates[0], rotate_second=rotates[1])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (..., C) -> logits (..., vocab_size); ids >= content_vocab_size are never predicted: -inf."""
+        """Returns fp32 logits (..., vocab_size) of hidden states (..., C).
+
+        Ids >= content_vocab_size are markers and spare rows. They are never predicted, so their logits are -inf."""
         logits = F.linear(hidden, self.wte.weight).float()
         return mask_unpredictable_(logits, self.cfg.content_vocab_size)
 
     def num_params(self, position_table: bool = True) -> int:
-        """Parameters; without the table of learned positions as nanoGPT counts."""
+        """Returns the number of parameters. nanoGPT counts without the learned position table: position_table=False."""
         names = (n for n, _ in self.named_parameters() if position_table or n != "wpe.weight")
         return sum(self.get_parameter(name).numel() for name in names)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
-        """Optimizer groups: matrices and embeddings decay, biases and LayerNorms do not."""
+        """Returns optimizer groups: matrices and embeddings get weight decay, biases and LayerNorms do not."""
         params = list(self.parameters())
-        decay, rest = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
-        assert len(decay) + len(rest) == len({id(p) for p in params}), "a parameter is in no group or in two"
-        return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        decay = [p for p in params if p.dim() >= 2]
+        no_decay = [p for p in params if p.dim() < 2]
+        assert len(decay) + len(no_decay) == len({id(p) for p in params}), "each parameter belongs in exactly one group"
+        return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]

@@ -1,10 +1,10 @@
-"""Writes text with a trained run.
+"""Generates text with a trained run.
 
-python sample.py                                     # the newest run, from the start of a document
+python sample.py                                     # the newest run starts a document
 python sample.py --run=out/tiny_meta --prompt='def main' --count=3 --temperature=0.7
 python sample.py --prompt='import<|meta|> os' --meta=none         # markers placed by hand
-head -c 300 some.py | python sample.py --prompt_file=-
-python sample.py --rope_scaling=yarn --rope_factor=4 --max_new_tokens=2000        # beyond the window of training
+head -c 300 some.py | python sample.py --prompt_file=-            # the prompt comes from standard input
+python sample.py --rope_scaling=yarn --rope_factor=4 --max_new_tokens=2000        # longer than the trained window
 """
 
 import codecs
@@ -19,17 +19,19 @@ from nanometa.common.terminal import BOLD, DIM_MAGENTA, write
 from nanometa.config import SampleConfig
 from nanometa.config.command_line import load_config, run_cli
 from nanometa.data.tokenizer import META
-from nanometa.inference.cache import Weights
-from nanometa.inference.generation import MarkerPlan, generate_batch, lay_out, prepare
+from nanometa.inference.cache import DecodingWeights
+from nanometa.inference.generation import MarkerPlan, generate_batch, lay_out, prepare_weights
 from nanometa.training.checkpoint import Run, load_run
 from nanometa.training.context_extension import rescaled, scaling_of
 from nanometa.training.distributed import autocast, pick_device, pick_dtype
 
-BATCH = 8  # samples at once: the cache of each takes memory
+BATCH = 8  # samples that are generated at once; each needs memory for its KV cache
 
 
 def read_prompt(cfg: SampleConfig) -> str | None:
-    """The prompt's text, None if none was asked for. Raises UserError if it is empty or unreadable."""
+    """Returns the text of the prompt, or None if the settings give none.
+
+    Raises UserError if the prompt is empty or unreadable."""
     if not cfg.prompt_file and cfg.prompt is None:
         return None
     name = {"": "--prompt", "-": "standard input"}.get(cfg.prompt_file, cfg.prompt_file)
@@ -37,52 +39,57 @@ def read_prompt(cfg: SampleConfig) -> str | None:
         if cfg.prompt_file:
             raw = sys.stdin.buffer.read() if cfg.prompt_file == "-" else Path(cfg.prompt_file).read_bytes()
         else:
-            raw = cfg.prompt.encode("utf-8", "surrogateescape")  # the bytes that the shell gave
+            raw = cfg.prompt.encode("utf-8", "surrogateescape")  # the original bytes of the command line
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"the prompt in {name} is not UTF-8 at byte {error.start}: convert it first.") from None
+        raise UserError(f"the prompt in {name} is not UTF-8 at byte {error.start}: convert it to UTF-8.") from None
     except UnicodeEncodeError as error:
-        raise UserError(f"the prompt in {name} is no Unicode at character {error.start}: leave that out.") from None
-    except (OSError, ValueError) as error:  # a zero byte is a ValueError
+        raise UserError(
+            f"the prompt in {name} is not valid Unicode at character {error.start}: remove that character."
+        ) from None
+    except (OSError, ValueError) as error:  # a zero byte in the path is a ValueError
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"the prompt file {name} cannot be read ({reason}): give a text file.") from None
+        raise UserError(f"the prompt file {name} cannot be read ({reason}): give a readable text file.") from None
     if not text.replace(META, ""):
         raise UserError(
-            f"the prompt {'holds markers alone' if text else 'is empty'}: give some text, or leave the prompt out to "
-            f"start a document."
+            f"the prompt {'contains only markers' if text else 'is empty'}, so there is nothing to continue: give some "
+            f"text, or leave the prompt out to start a document."
         )
     return text
 
 
 def start_samples(
-    run: Run, cfg: SampleConfig, prompt_text: str | None, numbers: Sequence[int], weights: Weights | None = None
+    run: Run, cfg: SampleConfig, prompt_text: str | None, numbers: Sequence[int], weights: DecodingWeights | None = None
 ) -> list[tuple[list[int], Iterator[int]]]:
-    """For each of the samples, decoded as one batch: the ids of its prompt, markers included, and those that will
-    follow. weights: as for `generate`. Raises UserError before anything is shown."""
+    """Starts generating the samples of these numbers as one batch.
+
+    Returns for each sample the ids of its prompt, markers included, and an iterator over the ids that follow.
+    weights: as in `generate`.
+    Raises UserError for a prompt that cannot be continued, before anything is printed."""
     seeds = [stable_key(cfg.seed, number) for number in numbers]
     plans = [MarkerPlan.of_run(run, cfg.meta, seed) for seed in seeds]
     content = run.tokenizer.encode_prompt(prompt_text or "")
     prompts = [lay_out(run, content, plan) for plan in plans]
     options = (cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seeds, cfg.stop_at_endoftext, weights)
-    coming = generate_batch(run, prompts, plans, *options)
-    waiting: list[deque[int]] = [deque() for _ in numbers]
+    generated = generate_batch(run, prompts, plans, *options)
+    queues: list[deque[int]] = [deque() for _ in numbers]  # ids that were generated and not yet shown, by sample
 
-    def stream(mine: deque[int]) -> Iterator[int]:
+    def stream(queue: deque[int]) -> Iterator[int]:
         while True:
-            while mine:
-                yield mine.popleft()
-            number, token = next(coming, (None, None))
+            while queue:
+                yield queue.popleft()
+            number, token = next(generated, (None, None))
             if number is None:
                 return
-            waiting[number].append(token)
+            queues[number].append(token)
 
-    return list(zip(prompts, map(stream, waiting), strict=True))
+    return list(zip(prompts, map(stream, queues), strict=True))
 
 
 def show_sample(run: Run, show_markers: bool, prompt: list[int], ids: Iterator[int]) -> None:
-    """Streams one sample to standard output: prompt bold, markers dim."""
+    """Prints one sample while it is generated, with the prompt in bold and markers dimmed."""
     tokenizer = run.tokenizer
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # one character may span several tokens
 
     def show(token: int, style: str = "") -> None:
         if token != tokenizer.meta:
@@ -98,20 +105,21 @@ def show_sample(run: Run, show_markers: bool, prompt: list[int], ids: Iterator[i
 
 
 def main(argv: list[str]) -> None:
+    """Runs the command: prints cfg.count samples, and one line about the run on standard error."""
     cfg = load_config(SampleConfig, argv)
     prompt_text = read_prompt(cfg)
     device = pick_device(cfg.device)
     run = rescaled(load_run(cfg.run, device), cfg.rescale)
     show_markers = cfg.show_markers == "yes" or (cfg.show_markers == "auto" and sys.stdout.isatty())
     with autocast(device, pick_dtype(cfg.dtype, device)[0]):
-        weights = prepare(run, min(cfg.count, BATCH))
+        weights = prepare_weights(run, min(cfg.count, BATCH))
         for first in range(0, cfg.count, BATCH):
             numbers = range(first, min(first + BATCH, cfg.count))
             samples = start_samples(run, cfg, prompt_text, numbers, weights)
             if first == 0:
                 size = f"{run.model.num_params() / 1e6:.1f}M parameters"
-                read = f", read with {scaling_of(run.config.model)}" if cfg.rescale.rope_scaling else ""
-                about = f"{run.folder}, step {run.state['step']:,}, {size}, markers: {cfg.meta}{read}"
+                scaling = f", read with {scaling_of(run.config.model)}" if cfg.rescale.rope_scaling else ""
+                about = f"{run.folder}, step {run.state['step']:,}, {size}, markers: {cfg.meta}{scaling}"
                 print(f"# {about}", file=sys.stderr)
             for number, sample in zip(numbers, samples, strict=True):
                 if cfg.count > 1:

@@ -18,7 +18,7 @@ from nanometa.benches.timing import DTYPES, alternate, quartiles, say
 from nanometa.benches.training import Step, nanogpt_model
 from nanometa.common.keyed_random import stable_key
 from nanometa.config import GPTConfig
-from nanometa.inference.generation import MarkerPlan, generate_batch, lay_out, prepare
+from nanometa.inference.generation import MarkerPlan, generate_batch, lay_out, prepare_weights
 from nanometa.model import GPT
 
 PROMPT, NEW = 32, 256
@@ -43,7 +43,7 @@ def ours(second_attention: str, cfg: GPTConfig, batch: int, dtype: torch.dtype, 
     prompts = [lay_out(run, prompt_of(PROMPT - 1, number), plan) for number, plan in enumerate(plans)]
 
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        weights = prepare(run, batch)
+        weights = prepare_weights(run, batch)
 
     def write(n: int) -> None:
         written = [token for _, token in generate_batch(run, prompts, plans, n, temperature=0, weights=weights)]

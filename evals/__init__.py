@@ -1,1 +1,1 @@
-"""What eval.py measures, a file each."""
+"""The evaluations that eval.py runs, one file for each."""

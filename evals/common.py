@@ -1,12 +1,17 @@
-"""What evaluations share: which run, whose weights, in which arm, and where the lines go."""
+"""Code shared by the evaluations: loads a run, describes it, checks settings, writes JSON lines, shows progress."""
 
+import contextlib
 import hashlib
 import json
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanometa.common.errors import UserError
 from nanometa.common.files import file_sha256
@@ -20,27 +25,32 @@ from nanometa.training.context_extension import rescaled, scaling_of
 from nanometa.training.distributed import autocast, pick_device, pick_dtype
 from nanometa.training.run_log import environment
 
-POSITIONS = 16384  # in one forward: some 0.1 GB a layer at GPT-2's width
+POSITIONS = 16384  # positions in one forward pass, which takes some 0.1 GB per layer at GPT-2's width
+PATIENCE = 2.0  # seconds after which a cell shows a progress bar
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What every evaluation asks for: which run, read how, computed where, written to which file."""
+    """The settings of every evaluation: the run, how to read its positions, the device, and the output file."""
 
     run: str = ""
-    """a run's folder (out/NAME) or one of its checkpoints; by default the newest run in out/"""
+    """folder of a run (out/NAME) or of one of its checkpoints; if empty, the newest run in out/"""
     rescale: Rescale = field(default_factory=Rescale)
     output: str = ""
-    """file of JSON lines to append to; by default one in the run's folder, by the name of what is measured:
-    tasks.jsonl, perplexity.jsonl, passkey.jsonl, positions.jsonl, attention.jsonl and so on"""
+    """file of JSON lines to append to; if empty, a file in the run's folder that is named after the evaluation or
+    probe: tasks.jsonl, perplexity.jsonl, passkey.jsonl, positions.jsonl, attention.jsonl and so on"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """device to compute on; auto takes the first available of cuda, mps, cpu"""
     dtype: Literal["auto", "bfloat16", "float32"] = "float32"
+    """precision of the matrix products; auto takes bfloat16 where the hardware computes it"""
 
     def __post_init__(self):
         check_types(self)
 
     def open(self) -> tuple[Run, dict]:
-        """The run as it is to be read, and what every line says of it. Raises UserError."""
+        """Returns the run, with its positions rescaled as asked, and the facts that every JSON line repeats about it.
+
+        Raises UserError if there is no such run or it cannot be rescaled."""
         run = load_run(self.run, pick_device(self.device))
         facts, trained = facts_of(run), run.config.model
         run = rescaled(run, self.rescale)
@@ -50,18 +60,20 @@ class Evaluation:
         return run, facts
 
     def autocast(self, run: Run):
-        """The context of the arithmetic that dtype asks for."""
+        """Returns the autocast context for the setting dtype."""
         device = run.model.wte.weight.device
         return autocast(device, pick_dtype(self.dtype, device)[0])
 
     def lines(self, run: Run, name: str) -> Path:
-        """The file to append to."""
+        """Returns the file of JSON lines: the setting output, or NAME.jsonl in the run's folder."""
         return Path(self.output) if self.output else run.folder.parent / f"{name}.jsonl"
 
 
 def arm_of(run: Run) -> str:
-    """The arm by its short name, as in records: meta, pause (markers in its data, no second attention), causal2,
-    random, widemlp or gpt2, and its positions."""
+    """Returns the arm's short name and its kind of positions, for example "meta + rope".
+
+    Short names are those of arm_label: meta, pause (markers in the data, no second attention), causal2, random,
+    widemlp, gpt2 and so on."""
     m = run.config.model
     name = arm_label(m.second, m.n_inner not in (None, 4 * m.n_embd), bool(run.state["data"]["chunk_markers"]))
     unplaced = f", markers' position {m.meta_position.replace('_', ' in ')}" if m.meta_position != "same" else ""
@@ -70,7 +82,7 @@ def arm_of(run: Run) -> str:
 
 
 def facts_of(run: Run) -> dict:
-    """What every line says of the run, so that it can be repeated."""
+    """Returns the facts about a run that every JSON line repeats, so that the measurement can be reproduced."""
     task = run.config.task
     return {
         "arm": arm_of(run),
@@ -95,11 +107,13 @@ def facts_of(run: Run) -> dict:
 
 
 def origin_of(run: Run) -> dict:
-    """Where the weights come from: those of step 0, and the text that they and the run were trained on; tasks apart.
-    content_tokens: None if nobody kept count, 0 for a model that has never seen text."""
+    """Returns where the weights come from: the initial weights, and the text that the run was trained on.
+
+    Training on task texts is not included. content_tokens is None if their number is unknown, and 0 for a model that
+    was never trained on text."""
     data, tokens = run.state["data"], content_tokens(run.state, run.config)
     return {
-        "weights": run.state.get("origin", "unknown").partition(": loaded")[0],  # with their sha256
+        "weights": run.state.get("origin", "unknown").partition(": loaded")[0],  # includes their sha256
         "dataset": data["dataset"] if tokens != 0 else None,
         "train_sha256": data["content_sha256"].get("train") if tokens != 0 else None,
         "content_tokens": tokens,
@@ -107,59 +121,87 @@ def origin_of(run: Run) -> dict:
 
 
 def _settings(run: Run) -> str:
-    """A hash of how the run was trained, but for its model, its seed and names of folders: arms that are compared, and
-    seeds of one arm, have the same."""
+    """Returns a hash of the run's training settings, without its model, its seed and names of folders.
+
+    Arms that can be compared, and the seeds of one arm, have the same hash."""
     apart = ("model", "seed", "run_name", "out_dir", "init_from", "branch_from", "dataset")
     settings = {name: value for name, value in to_dict(run.config).items() if name not in apart}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fits(run: Run, length: int) -> str:
-    """Why no text of so many positions can be read, "" if it can: a learned table ends."""
+    """Returns "" if the run can read texts of `length` positions, or else the reason why it cannot."""
     m = run.config.model
     if m.position == "learned" and length > m.block_size:
-        return f"{length} positions, and the table of learned ones has {m.block_size}"
+        return f"{length} positions do not fit into the learned position table, which has {m.block_size}"
     return ""
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
-    """Appends to a file of JSON lines."""
+    """Appends dictionaries to a file of JSON lines, which is created if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
+@contextlib.contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows a progress bar on a terminal while a cell is computed, if that takes longer than PATIENCE seconds.
+
+    Yields a function that adds to the number of finished units, `total` at the end. The bar is erased when the cell is
+    finished. Nothing is written if standard output is not a terminal."""
+    if not sys.stdout.isatty():
+        yield lambda units: None
+        return
+    bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn(), transient=True)
+    task, started = bar.add_task(label, total=total), time.perf_counter()
+
+    def advance(units: int) -> None:
+        bar.advance(task, units)
+        if not bar.live.is_started and time.perf_counter() - started >= PATIENCE:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
 def check_lengths(config) -> None:
+    """Raises UserError if the setting lengths is empty or out of range."""
     if not config.lengths or not all(8 <= length <= 2**20 for length in config.lengths):
-        raise UserError(f"lengths={config.lengths} is out of range: give lengths from 8 to 1048576 positions.")
+        raise UserError(
+            f"lengths={config.lengths} is out of range: give one or more lengths from 8 to 1048576 positions."
+        )
 
 
 def check_markers(run: Run, markers: tuple[str, ...]) -> None:
-    """Raises UserError if markers are to be placed as the run had them, and it had none."""
+    """Raises UserError if `markers` asks for markers and the run was trained without."""
     placed = [name for name in markers if name in ("trained", "uniform", "periodic")]
     if placed and not run.state["data"]["chunk_markers"]:
         raise UserError(
-            f"markers={placed[0]} needs a run that was trained on text with markers, and {run.folder} was not: take "
+            f"markers={placed[0]} needs a run that was trained on text with markers, and {run.folder} was not: use "
             f"--markers none."
         )
 
 
 def check_finite(run: Run, nats: np.ndarray) -> None:
-    """Raises UserError for a model that gives none: what is no number would compare as the best."""
+    """Raises UserError if a loss is not finite. A NaN would otherwise rank as the best answer in comparisons."""
     if not np.isfinite(nats).all():
-        raise UserError(f"the weights in {run.folder} give a loss that is not finite: take another checkpoint.")
+        raise UserError(f"the loss of {run.folder} is not finite, so nothing can be measured: use another checkpoint.")
 
 
 def read_split(run: Run, folder: Path, max_tokens: int | None) -> np.ndarray:
-    """The stored validation stream (N,) int64, markers included, up to its last content token that is asked for: one
-    more than are scored, since nothing predicts the first.
+    """Returns the stored validation stream (N,) int64, markers included, of max_tokens + 1 content tokens.
 
-    Raises UserError if it is another tokenizer's, or not what its manifest says."""
+    There is one more content token than are scored, since nothing predicts the first. None reads the whole split.
+    Raises UserError if the dataset was made with another tokenizer, or its shards do not match its manifest."""
     manifest, tokenizer = read_manifest(folder), run.tokenizer
     if manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         raise UserError(
             f"{folder} was made with another tokenizer (fingerprint {manifest['tokenizer']['fingerprint'][:12]}..) "
-            f"than {run.folder} was trained with ({tokenizer.fingerprint[:12]}..): prepare it with "
+            f"than {run.folder} was trained with ({tokenizer.fingerprint[:12]}..): prepare the dataset with "
             f"--tokenizer={run.folder.parent}."
         )
     split = manifest["splits"]["val"]
@@ -174,15 +216,18 @@ def read_split(run: Run, folder: Path, max_tokens: int | None) -> np.ndarray:
         or len(content) < wanted
         or (whole and content_sha256(run, content) != split["content_sha256"])
     ):
-        raise UserError(f"the validation shards of {folder} are not what its manifest says: prepare the dataset again.")
+        raise UserError(
+            f"the validation shards of {folder} do not match its manifest, so the text is not known: prepare the "
+            f"dataset again."
+        )
     return tokens[: place_of(tokens, tokenizer.meta, wanted - 1) + 1]
 
 
 def content_sha256(run: Run, content: np.ndarray) -> str:
-    """As in a manifest: lines with the same one are of the same text."""
+    """Returns the sha256 of a content stream, as in a manifest. Measurements with equal hashes used the same text."""
     return hashlib.sha256(content.astype(token_dtype(run.tokenizer.n_vocab))).hexdigest()
 
 
 def place_of(tokens: np.ndarray, meta: int, i: int) -> int:
-    """Where content token i stands."""
+    """Returns the position of content token i in a stream with markers."""
     return int(np.flatnonzero(tokens != meta)[i])

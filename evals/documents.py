@@ -1,4 +1,4 @@
-"""Pieces of single documents, and the loss by depth in them with intervals over documents."""
+"""Cuts documents into pieces of equal size, and computes the loss by depth in them, with intervals over documents."""
 
 import math
 
@@ -8,11 +8,11 @@ from nanometa.common.statistics import clustered_ratio
 
 
 def pieces(content: np.ndarray, eot: int, size: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """content (N,), documents each ended by <|endoftext|> -> the pieces (P, size), the number of each one's document
-    (P,), and the tokens of the longest document.
+    """Cuts the documents of a content stream (N,), each of which ends with <|endoftext|>, into pieces.
 
-    A document is <|endoftext|>, which stands before it as before a prompt, and its tokens, without the <|endoftext|>
-    that ends it. It is cut from its start into pieces that follow one another; what is left at its end is in none."""
+    Returns the pieces (P, size), the number of each piece's document (P,), and the tokens of the longest document.
+    A document starts with <|endoftext|>, as a prompt does, and excludes the <|endoftext|> that ends it. It is cut from
+    its start into consecutive pieces; the remainder at its end is dropped."""
     stream = np.append(np.array([eot], content.dtype), content)
     documents = np.split(stream, np.flatnonzero(stream == eot)[1:])
     cut = [document[: len(document) // size * size].reshape(-1, size) for document in documents]
@@ -21,24 +21,30 @@ def pieces(content: np.ndarray, eot: int, size: int) -> tuple[np.ndarray, np.nda
 
 
 class ByDepth:
-    """Nats of scored tokens by depth, `bucket` depths together, and by document. A token's depth is the place of what
-    predicts it among the content tokens of its piece: it is the same with any markers, in windows of any length."""
+    """Sums of nats of scored tokens, by depth in the piece and by document; a bucket of depths is summed together.
+
+    The depth of a token is the index of its predicting token among the content tokens of its piece. It does not depend
+    on markers or on the length of windows."""
 
     def __init__(self, owners: np.ndarray, size: int, bucket: int):
-        """owners (P,): the number of each piece's document; size: content tokens of a piece."""
+        """owners (P,): the number of each piece's document; size: content tokens in a piece; bucket: depths in one."""
         _, self.document, self.pieces = np.unique(owners, return_inverse=True, return_counts=True)
         self.bucket = bucket
-        # of every piece all tokens but the first are scored, so documents differ in the number of their pieces alone
+        # every piece has the same scored tokens, all but its first, so documents differ only in their number of pieces
         self.tokens = np.bincount(np.arange(size - 1) // bucket)
         self.nats = np.zeros((len(self.pieces), len(self.tokens)))
 
     def add(self, piece: int, depths: np.ndarray, nats: np.ndarray) -> None:
-        """depths, nats (N,) of tokens of a piece."""
+        """Adds the nats (N,) of tokens of a piece, at their depths (N,)."""
         self.nats[self.document[piece]] += np.bincount(depths // self.bucket, nats, minlength=len(self.tokens))
 
     def figures(self) -> dict:
-        """document_pieces (G,) and document_nats (G, buckets), nats a token; by_depth: for every bucket its first
-        depth, tokens, nats a token and the 95 % interval of these over documents, None with one document."""
+        """Returns the loss by depth, of G documents.
+
+        document_pieces (G,): the number of pieces of each document.
+        document_nats (G, buckets): nats per token.
+        by_depth: for every bucket its first depth, its number of tokens, their nats per token, and the two ends of the
+            95 % interval over documents, which are None if there is only one document."""
         n = self.pieces[:, None] * self.tokens  # (G, buckets)
         ends = [clustered_ratio(nats, count) for nats, count in zip(self.nats.T, n.T, strict=True)]
         means = (self.nats.sum(axis=0) / n.sum(axis=0)).tolist()

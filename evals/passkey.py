@@ -1,13 +1,14 @@
-"""python eval.py passkey: does a run find a number that was hidden in a long text?
+"""python eval.py passkey: measures whether a run finds a number that is hidden in a long text.
 
 The text is that of Mohtashami & Jaggi (Landmark Attention, arXiv 2305.16300; generate_prompt in llama/run_test.py of
-their repository): a task, filler, the sentence with the key, filler, a question. Its sentences are quoted, since
-figures from other wordings could not be compared. Three things are ours: the filler has whole sentences, not so many
-characters; keys have five digits and the number of tokens that most of these have (theirs are 1 .. 50000); and beside
-the exact answer, which a small model never gives, there is the key's rank among other keys by their probability.
+their repository): a task, filler, the sentence with the key, filler, a question. Its sentences are quoted verbatim,
+since results with another wording could not be compared. Three things differ from the original:
+1. The filler consists of whole sentences; theirs is cut at a number of characters.
+2. Keys have five digits, and the number of tokens that most such keys have; theirs are 1 .. 50000.
+3. Besides the exact answer, which a small model never gives, the key is ranked by probability among other keys.
 
-Markers, if any, stand in the prompt by the run's rule and share, from <|endoftext|> to the end of the question; the
-answer has none, so all keys of a text are scored at the same positions."""
+Markers, if the run has them, are placed by its rule and at its density from <|endoftext|> to the end of the question.
+The answer contains none, so all keys of a text are scored at the same positions."""
 
 import bisect
 import functools
@@ -27,7 +28,16 @@ from nanometa.config.checks import check
 from nanometa.data.inject import inject, marker_places
 from nanometa.data.layout import batch_of, connected_positions, draw_of, layout_of, targets_of
 from nanometa.data.tokenizer import Tokenizer
-from nanometa.evals.common import POSITIONS, Evaluation, check_finite, check_lengths, check_markers, fits, write_lines
+from nanometa.evals.common import (
+    POSITIONS,
+    Evaluation,
+    check_finite,
+    check_lengths,
+    check_markers,
+    fits,
+    progress,
+    write_lines,
+)
 from nanometa.inference.scoring import score_batch
 from nanometa.tasks.source import MULTIPLE
 from nanometa.training.checkpoint import Run
@@ -44,18 +54,19 @@ KEYS = range(10_000, 50_001)
 
 @dataclass(frozen=True)
 class PasskeyEval(Evaluation):
-    """Pass keys found in filler, by length and depth."""
+    """Recall of a pass key that is hidden in filler text, by length and depth."""
 
     lengths: tuple[int, ...] = (256, 512)
-    """positions of the longest texts of a cell, markers and answer included; the shortest have nine tenths of that"""
+    """maximum positions of the texts of a cell, markers and answer included; the shortest have nine tenths of that"""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """share of the filler that comes before the key"""
+    """share of the filler that stands before the key"""
     markers: tuple[Literal["trained", "none"], ...] = ()
-    """trained: by the run's rule and share, all over the prompt; by default that, or none for a run without markers"""
+    """trained: throughout the prompt, by the run's rule and at its density; none: no markers; if empty, trained, or
+    none for a run without markers"""
     n: int = 100
-    """texts in a cell"""
+    """number of texts in a cell"""
     candidates: int = 50
-    """keys that are ranked: the true one and others"""
+    """number of keys that are ranked, the true one included"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,10 +74,11 @@ class PasskeyEval(Evaluation):
         check(self, "n", 1 <= self.n <= 10**6, "lie in 1 .. 1000000")
         check(self, "candidates", 2 <= self.candidates <= 1000, "lie in 2 .. 1000")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
-            raise UserError(f"depths={self.depths} is out of range: give shares from 0 to 1.")
+            raise UserError(f"depths={self.depths} is out of range: give one or more shares from 0 to 1.")
 
 
 def main(cfg: PasskeyEval) -> None:
+    """Runs the evaluation: writes a JSON line and prints a line for each cell."""
     run, facts = cfg.open()
     placements = cfg.markers or ("trained" if run.state["data"]["chunk_markers"] else "none",)
     check_markers(run, placements)
@@ -76,14 +88,16 @@ def main(cfg: PasskeyEval) -> None:
         for markers in placements:
             for length in cfg.lengths:
                 for depth in cfg.depths:
-                    cell = measure(run, Prompts(run, markers, length, depth), cfg.n, cfg.candidates)
+                    cell = measure_passkey(run, Prompts(run, markers, length, depth), cfg.n, cfg.candidates)
                     write_lines(output, [{**facts, **cell}])
                     write(sentence(cell) + "\n")
     write(f"{output}\n", BOLD)
 
 
 def prompt_text(key: int, sentences: int, depth: float) -> str:
-    """The prompt with so many sentences of filler, as the paper's code joins its parts."""
+    """Returns the prompt with this many sentences of filler, of which the share `depth` stands before the key.
+
+    The parts are joined as in the paper's code."""
     before = round(depth * sentences)
     parts = (TASK, _filler(before), HIDDEN.format(key), _filler(sentences - before), QUESTION)
     return "\n".join(part for part in parts if part)
@@ -95,18 +109,21 @@ def _filler(sentences: int) -> str:
 
 @functools.lru_cache(maxsize=4)
 def keys_of(tokenizer: Tokenizer) -> tuple[list[int], int]:
-    """The keys that have the most common number of tokens, and that number, with the space before them."""
+    """Returns the keys that have the most common number of tokens, and that number.
+
+    A key is tokenized together with the space before it."""
     sizes = np.array([len(tokenizer.encode(f" {key}")) for key in KEYS])
     k = int(np.bincount(sizes).argmax())
     return (np.flatnonzero(sizes == k) + KEYS[0]).tolist(), k
 
 
 class Prompts:
-    """The texts of a cell. Text i is a function of (i, length, depth, markers, the run's rule and tokenizer): the same
-    for all runs of one kind.
+    """The texts of a cell.
 
-    sizes: numbers of sentences of filler with which a text has nine tenths of `length` positions to all of them, answer
-    included. Can be empty."""
+    Text i is a function of (i, length, depth, markers, the run's marker rule and tokenizer), so runs that share these
+    get the same texts.
+    sizes: the numbers of filler sentences with which a text has from nine tenths of `length` to `length` positions, its
+    answer included. It can be empty."""
 
     def __init__(self, run: Run, markers: str, length: int, depth: float):
         self.run, self.markers, self.length, self.depth = run, markers, length, depth
@@ -119,7 +136,7 @@ class Prompts:
         self.sizes = list(itertools.takewhile(lambda n: self.positions(n) <= length, itertools.count(low)))
 
     def positions(self, sentences: int) -> int:
-        """Of a text with so many sentences of filler: <|endoftext|>, prompt, markers, answer."""
+        """Returns the positions of a text with this many filler sentences, its markers and answer included."""
         content = len(self.run.tokenizer.encode(prompt_text(self.keys[0], sentences, self.depth)))
         return 1 + content + self._n_markers(content) + self.k
 
@@ -127,7 +144,9 @@ class Prompts:
         return round(self.markers_per_token * content)
 
     def prompt(self, index: int, candidates: int) -> tuple[np.ndarray, np.ndarray]:
-        """Text number `index` -> ids (N,) up to the answer; the answers (candidates, k), the true one first."""
+        """Returns text number `index`: its ids (N,) before the answer, and the candidate answers (candidates, k).
+
+        The true answer comes first."""
         tokenizer = self.run.tokenizer
         draws = Draws(stable_key("passkey", self.length, self.depth, index))
         keys = draws.sample(self.keys, candidates)
@@ -141,15 +160,15 @@ class Prompts:
 def score(run: Run, prompt: np.ndarray, answers: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the nats of each whole answer (A,), and whether greedy decoding would write it (A,).
 
-    Greedy decoding writes an answer if each of its ids is the most likely one after the ids before it.
-    prompt (N,), answers (A, k), index: the number of the text."""
+    Greedy decoding writes an answer if each of its ids is the most likely one given the ids before it.
+    prompt (N,); answers (A, k); index: the number of the text."""
     nats, right, meta, T = [], [], run.tokenizer.meta, len(prompt) + answers.shape[1]
     size, draw = max(1, POSITIONS // T), draw_of(run.config, "passkey")
     for start in range(0, len(answers), size):
         layouts = [layout_of(np.append(prompt, answer), meta) for answer in answers[start : start + size]]
         targets = [targets_of(layout, run.config.target_rule, np.arange(T) >= len(prompt)) for layout in layouts]
         meta_index = connected_positions(layouts, meta, np.full(len(layouts), index), draw, MULTIPLE)
-        batch = batch_of(layouts, targets, meta_index)  # every text scores its answer, so that there are no pads
+        batch = batch_of(layouts, targets, meta_index)  # every text scores k ids, so the scores have no padding
         scores = score_batch(run.model, batch.to(run.model.wte.weight.device))
         nats.append(scores.nats.sum(dim=1).cpu().numpy())
         right.append(scores.right.all(dim=1).cpu().numpy())
@@ -158,12 +177,14 @@ def score(run: Run, prompt: np.ndarray, answers: np.ndarray, index: int) -> tupl
 
 
 def rank(nats: np.ndarray) -> float:
-    """The place of the first of the answers (A,) by their nats, 1 = most likely; in the middle of its ties."""
+    """Returns the rank of the first answer by the nats (A,) of all answers; 1 is the most likely.
+
+    Among answers with equal nats it takes the middle rank."""
     return 1 + float((nats[1:] < nats[0]).sum() + (nats[1:] == nats[0]).sum() / 2)
 
 
-def measure(run: Run, prompts: Prompts, n: int, candidates: int) -> dict:
-    """One cell: n texts."""
+def measure_passkey(run: Run, prompts: Prompts, n: int, candidates: int) -> dict:
+    """Returns the JSON line of one cell, measured on n texts with this many candidate keys each."""
     cell = {
         "eval": "passkey", "length": prompts.length, "depth": prompts.depth, "markers": prompts.markers,
         "injection": prompts.injection, "markers_per_token": prompts.markers_per_token,
@@ -171,16 +192,18 @@ def measure(run: Run, prompts: Prompts, n: int, candidates: int) -> dict:
     why = fits(run, prompts.length)
     if not prompts.sizes:
         shortest = prompts.positions(1)
-        why = f"no text of whole sentences is so long; with one sentence of filler it has {shortest} positions"
+        why = f"no number of filler sentences gives this length; with one sentence a text has {shortest} positions"
     if why:
         return {**cell, "n": 0, "impossible": why}
     started, ranks, exact, positions = time.perf_counter(), [], [], 0
-    for index in range(n):
-        prompt, answers = prompts.prompt(index, candidates)
-        nats, right = score(run, prompt, answers, index)
-        ranks.append(rank(nats))
-        exact.append(bool(right[0]))
-        positions += len(prompt) + prompts.k
+    with progress(f"{prompts.length} positions, depth {prompts.depth:.2f}, markers {prompts.markers}", n) as advance:
+        for index in range(n):
+            prompt, answers = prompts.prompt(index, candidates)
+            nats, right = score(run, prompt, answers, index)
+            ranks.append(rank(nats))
+            exact.append(bool(right[0]))
+            positions += len(prompt) + prompts.k
+            advance(1)
     top = sum(place == 1 for place in ranks)
     return {
         **cell,
@@ -201,14 +224,14 @@ def measure(run: Run, prompts: Prompts, n: int, candidates: int) -> dict:
             "mrr": sum(1 / place for place in range(1, candidates + 1)) / candidates,
             "median_rank": (candidates + 1) / 2,
         },
-        "ranks": ranks,  # by text, as the outcomes, for paired tests
+        "ranks": ranks,  # by text, like the outcomes, for paired tests
         "outcomes": "".join(map(str, map(int, exact))),
         "seconds": time.perf_counter() - started,
     }
 
 
 def sentence(cell: dict) -> str:
-    """A cell for a person."""
+    """Returns the printed line of a cell."""
     name = f"{cell['length']:>6}  depth {cell['depth']:.2f}  {cell['markers']:<8}"
     if "impossible" in cell:
         return f"{name}  impossible: {cell['impossible']}"

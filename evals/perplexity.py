@@ -1,29 +1,32 @@
-"""python eval.py perplexity: the loss of a run on validation text, at any window length, with and without markers.
+"""python eval.py perplexity: measures a run's loss on validation text, at any window length, with and without markers.
 
-A window of `length` positions slides over the stream, `stride` at a time, and scores what the window before it did not
-reach. So every content token is scored exactly once, the stream's first apart, as in training, and from at least
-length - stride positions before it, the stream's start apart. With stride = length and the stored markers these are the
-windows and the targets of training's validation.
+Windows. A window of `length` positions slides over the stream by `stride` positions at a time, and scores the tokens
+that the previous windows did not contain. Every content token except the first of the stream is therefore scored
+exactly once, as in training. Except at the start of the stream, it is predicted from at least length - stride
+positions. With stride = length and the stored markers, windows and targets are those of the validation in training.
 
-The content is the same in all conditions, and so are the tokens that are scored; where markers go is drawn anew.
-Markers take positions, and a window without them would show more text. So `none` has windows of as many content tokens
-as the marked ones have on average, length C / (C + M) positions (as the arms without markers are trained); none_wide
-has all `length` positions for text. "context" is what came of it: content tokens in the window up to what predicts.
+Conditions. The content and the scored tokens are the same in all conditions; only the places of the markers are drawn
+anew. Markers take positions, so a window without markers would contain more text. `none` therefore uses windows of
+length * C / (C + M) positions, which is the average number of content tokens in a window with markers, and the window
+in which the arms without markers are trained. `none_wide` uses all `length` positions for text. The figure "context"
+is the resulting mean number of content tokens in the window up to the predicting token.
 
-Chunks of markers lie where the stream has them, so a window shows training's number of them exactly where stride and
-length are whole chunks, and nearly elsewhere; markers at regular places (periodic) are shifted there.
+Chunks. Chunks of markers keep their places in the stream. If stride and length are whole chunks, a window contains
+exactly as many markers as in training; otherwise it contains nearly as many, and periodic markers are shifted.
 
-With --documents the text is not the stream but pieces of its long documents, each as much content as a window of the
-longest length holds (evals/documents.py), each read by itself. So that window's loss at a place is the loss given all
-of one document, or of its piece, up to there. A document's first piece starts with <|endoftext|>; the others start
-within the text, as windows of training do, and their first token is context alone. Shorter lengths slide over the same
-pieces and score the same tokens. The loss by depth, "by_depth", is by place in the piece, counted in content tokens: at
-a depth all lengths, scalings, conditions and arms predict the same tokens. Its intervals take documents as the unit;
-"document_nats" is for intervals of differences, which are much narrower, since documents differ."""
+Documents. With --documents the text consists of pieces of long documents instead of the stream (evals/documents.py).
+Each piece is read by itself and has as much content as a window of the longest length. The loss of that window at a
+position is therefore the loss given all of the piece before it. The first piece of a document starts with
+<|endoftext|>. The other pieces start within the text, as training windows do, and their first token is not scored.
+Shorter windows slide over the same pieces and score the same tokens.
+
+"by_depth" is the loss by place in the piece, counted in content tokens. At a given depth, all lengths, scalings,
+conditions and arms predict the same tokens. Its intervals take documents as the unit. "document_nats" allows
+intervals of differences, which are much narrower, because documents differ from each other."""
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,6 +50,7 @@ from nanometa.evals.common import (
     content_sha256,
     fits,
     place_of,
+    progress,
     read_split,
     write_lines,
 )
@@ -63,45 +67,46 @@ class PerplexityEval(Evaluation):
     """Loss, perplexity and bits per byte on validation text, by window length and markers."""
 
     dataset: str = ""
-    """folder that prepare.py made with the run's tokenizer; by default the run's own"""
+    """folder of a dataset that was prepared with the run's tokenizer; if empty, the run's own dataset"""
     lengths: tuple[int, ...] = ()
-    """positions of a window, markers included; by default the run's block_size"""
+    """positions of a window, markers included; if empty, the run's block_size"""
     stride: int | None = None
-    """positions from one window to the next; None = half of each length"""
+    """positions from the start of one window to the next; None = half of each length"""
     markers: tuple[Markers, ...] = ()
-    """trained: new draws by the run's rule; uniform, periodic: by another rule, as many; stored: those of the dataset;
-    none: without, in windows of the same content; none_wide: without, in windows of all positions. By default trained
-    and none, or none for a run without markers"""
+    """trained: new draws by the run's rule; uniform, periodic: as many by that rule; stored: those of the dataset;
+    none: no markers, in shorter windows with the same amount of content; none_wide: no markers, in windows of all
+    positions; if empty, trained and none, or none for a run without markers"""
     draws: int = setting(3, only_with={"markers": ((), "trained", "uniform")})
-    """for trained and uniform: so many draws of the places"""
+    """number of draws of the marker places, for markers trained and uniform"""
     documents: bool = False
-    """windows inside documents alone: pieces of the longest of lengths, of every document that has so many tokens"""
+    """read pieces of single documents instead of the stream; a piece fills a window of the longest of lengths"""
     max_tokens: int | None = None
-    """score so many content tokens, from the start of the split, or with --documents cut these; None = all"""
+    """number of content tokens to read from the start of the split; None = all"""
     bucket: int = 64
-    """positions that the loss by position takes together"""
+    """number of positions that are averaged together in the loss by position"""
 
     def __post_init__(self):
         super().__post_init__()
         if self.lengths:
             check_lengths(self)
         check(self, "stride", self.stride is None or self.stride >= 1, "be at least 1, or None")
-        check(self, "draws", 3 <= self.draws <= 1000, "lie in 3 .. 1000: fewer say nothing of the spread")
+        check(self, "draws", 3 <= self.draws <= 1000, "lie in 3 .. 1000, since fewer draws do not show the spread")
         check(self, "max_tokens", self.max_tokens is None or self.max_tokens >= 100, "be at least 100, or None")
         check(self, "bucket", self.bucket >= 1, "be at least 1")
         if self.documents and self.stride:
             raise UserError(
-                f"stride={self.stride} has no use with --documents, where the longest window reads a piece whole and a "
-                f"shorter one goes on by half its length: leave one out."
+                f"stride={self.stride} has no effect with --documents, where the longest window contains a whole piece "
+                f"and shorter windows move by half their length: leave out one of the two."
             )
         if self.documents and (unfit := [name for name in self.markers if name in ("stored", "none_wide")]):
             raise UserError(
-                f"markers={unfit[0]} has no use with --documents, whose pieces get new markers and have the same "
-                f"content in all conditions: take trained, uniform, periodic or none."
+                f"markers={unfit[0]} cannot be combined with --documents, whose pieces get new markers and have the "
+                f"same content in all conditions: use trained, uniform, periodic or none."
             )
 
 
 def main(cfg: PerplexityEval) -> None:
+    """Runs the evaluation: writes a JSON line for each draw, and prints a line for each condition."""
     run, facts = cfg.open()
     rule, folder = run.state["data"], Path(cfg.dataset or run.state["data"]["dataset"])
     conditions = cfg.markers or (("trained", "none") if rule["chunk_markers"] else ("none",))
@@ -109,7 +114,8 @@ def main(cfg: PerplexityEval) -> None:
     lengths = cfg.lengths or (run.config.model.block_size,)
     if cfg.stride and cfg.stride > min(lengths):
         raise UserError(
-            f"stride={cfg.stride} would leave text out between windows of {min(lengths)} positions: take at most that."
+            f"stride={cfg.stride} would skip text between windows of {min(lengths)} positions: use a stride of at most "
+            f"{min(lengths)}."
         )
     stored = read_split(run, folder, cfg.max_tokens)
     content, owners = strip(stored, run.tokenizer.meta), None
@@ -127,7 +133,7 @@ def main(cfg: PerplexityEval) -> None:
     write(f"{facts['arm']}, {run.folder}, {scored}{cut}\n", BOLD)
     with cfg.autocast(run):
         for length in lengths:
-            whole = cfg.documents and length == max(lengths)  # one window is a piece
+            whole = cfg.documents and length == max(lengths)  # one window contains a whole piece
             stride = cfg.stride or (length if whole else max(1, length // 2))
             for markers in conditions:
                 cells, piece = [], window(rule, markers, max(lengths), 1)[0]
@@ -135,46 +141,56 @@ def main(cfg: PerplexityEval) -> None:
                     cell = {"eval": "perplexity", "markers": markers, "injection": injection, "draw": draw,
                             "length": length}  # fmt: skip
                     texts = [tokens] if owners is None else np.split(tokens, range(piece, len(tokens), piece))
-                    how = (*window(rule, markers, length, stride), cfg.bucket)
-                    cells.append({**cell, **measure(run, texts, *how, owners)})
+                    size, step = window(rule, markers, length, stride)
+                    label = f"{length} positions, markers {markers}, draw {draw + 1}"
+                    with progress(label, sum(map(len, texts))) as advance:
+                        figures = measure_perplexity(run, texts, size, step, cfg.bucket, owners, advance)
+                    cells.append({**cell, **figures})
                     write_lines(output, [{**facts, **cells[-1]}])
                 write(sentence(cells) + "\n")
     write(f"{output}\n", BOLD)
 
 
 def check_text(content: np.ndarray, stored: np.ndarray, conditions: tuple, longest: int, folder: Path) -> None:
-    """Raises UserError if a stream is too short for a window of so many positions, or lacks the markers asked for."""
+    """Raises UserError if the stream is not longer than the longest window, or lacks the stored markers asked for."""
     if "stored" in conditions and len(content) == len(stored):
-        raise UserError(f"markers=stored, and {folder} has no markers: take --markers none, or another --dataset.")
+        raise UserError(
+            f"markers=stored needs a dataset with markers, and {folder} has no markers: use --markers none or another "
+            f"--dataset."
+        )
     if len(content) <= longest:
         raise UserError(
-            f"a window of {longest} positions is longer than the {len(content):,} content tokens that are read of "
-            f"{folder}: take shorter --lengths or more text."
+            f"a window of {longest} positions is longer than the {len(content):,} content tokens that are read from "
+            f"{folder}: use shorter --lengths or more text."
         )
 
 
 def long_pieces(run: Run, content: np.ndarray, longest: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The pieces of documents in a content stream that fill windows of so many positions, one after the other (P K,),
-    and the number of each one's document (P,). Raises UserError if there is none."""
+    """Cuts the documents of a content stream into pieces of K tokens, which fill a window of `longest` positions.
+
+    Returns the concatenated pieces (P * K,), and the number of each piece's document (P,). Raises UserError if no
+    document is long enough, or `longest` is not a whole number of the run's chunks."""
     C, M = run.state["data"]["chunk_content"], run.state["data"]["chunk_markers"]
     if M and longest % (C + M):
         raise UserError(
-            f"lengths={longest} is not a whole number of the run's chunks of {C + M} positions, which the pieces of "
-            f"documents are: take {nearest_multiples(longest, C + M)} for the longest."
+            f"lengths={longest} is not a whole number of the run's chunks of {C + M} positions, of which the pieces of "
+            f"documents consist: use {nearest_multiples(longest, C + M)} as the longest length."
         )
     size = longest // (C + M) * C if M else longest
     found, owners, most = pieces(content, run.tokenizer.eot, size)
     if not len(found):
         raise UserError(
-            f"no document that is read of {folder} has the {size:,} tokens that a window of {longest} positions holds, "
-            f"the longest has {most:,}: read more (--max_tokens), take shorter --lengths, or prepare other text with "
-            f"--min_document_tokens={size}."
+            f"no document that is read from {folder} has the {size:,} tokens that fill a window of {longest} "
+            f"positions, the longest has {most:,}: read more text (--max_tokens), use shorter --lengths, or prepare "
+            f"other text with --min_document_tokens={size}."
         )
     return found.reshape(-1), owners
 
 
 def streams(run: Run, stored: np.ndarray, content: np.ndarray, markers: str, draws: int) -> Iterator[tuple]:
-    """The streams of a condition, one a draw, all of the same content -> (name of the rule, tokens (N,))."""
+    """Yields the streams of a condition, one for each draw: the injection rule and the tokens (N,).
+
+    All streams have the same content."""
     rule = run.state["data"]
     if markers == "stored":
         yield "stored", stored
@@ -182,7 +198,7 @@ def streams(run: Run, stored: np.ndarray, content: np.ndarray, markers: str, dra
         yield "none", content
     else:
         injection = rule["injection"] if markers == "trained" else markers
-        for draw in range(draws if injection == "uniform" else 1):  # periodic has nothing to draw
+        for draw in range(draws if injection == "uniform" else 1):  # periodic markers are not random
             key = stable_key("perplexity", draw)
             yield (
                 injection,
@@ -191,16 +207,16 @@ def streams(run: Run, stored: np.ndarray, content: np.ndarray, markers: str, dra
 
 
 def marked(content: np.ndarray, injection: str, C: int, M: int, key: int, meta: int) -> np.ndarray:
-    """content (N,) -> the stream with markers as preparation places them, up to the last content token."""
+    """Returns the stream of content (N,) with markers placed as in data preparation, up to the last content token."""
     n = -(-len(content) // C)
-    chunks = np.zeros((n, C), dtype=content.dtype)  # the last one may be filled up
+    chunks = np.zeros((n, C), dtype=content.dtype)  # zeros fill up the last chunk
     chunks.reshape(-1)[: len(content)] = content
     tokens = inject(chunks, marker_places(injection, 0, n, C, M, key), meta).reshape(-1)
     return tokens[: place_of(tokens, meta, len(content) - 1) + 1]
 
 
 def window(rule: dict, markers: str, length: int, stride: int) -> tuple[int, int]:
-    """Positions of a window of a condition, and from one to the next."""
+    """Returns the positions of a window under a condition, and its stride."""
     if markers != "none":
         return length, stride
     share = rule["chunk_content"] / (rule["chunk_content"] + rule["chunk_markers"])
@@ -208,10 +224,10 @@ def window(rule: dict, markers: str, length: int, stride: int) -> tuple[int, int
 
 
 def windows(tokens: np.ndarray, length: int, stride: int, rule: str, meta: int, size: int) -> Iterator[tuple]:
-    """Yields the windows of a stream (N,), `size` at a time: numbers (B,), layouts, and targets (B, length).
+    """Yields the windows of a stream (N,), `size` at a time: their numbers (B,), layouts, and targets (B, length).
 
-    Window w starts at w stride. Its targets are those of the whole stream under the run's rule, at positions that no
-    earlier window contains. The last window is padded with id 0, behind everything that is scored."""
+    Window w starts at position w * stride. Its targets are those of the whole stream under the run's target rule, at
+    the positions that no earlier window contains. The last window is padded with id 0 after all scored positions."""
     stream = layout_of(tokens, meta, width=len(tokens) + length)
     targets = targets_of(stream, rule)
     last = int(np.flatnonzero(targets != IGNORE)[-1])
@@ -224,10 +240,20 @@ def windows(tokens: np.ndarray, length: int, stride: int, rule: str, meta: int, 
         yield numbers, layouts, np.where(scored_before, IGNORE, targets[at])
 
 
-def measure(run: Run, texts: list[np.ndarray], length: int, stride: int, bucket: int, owners=None) -> dict:
-    """Figures of texts, each (N,) and by itself, in windows of `length` positions, `stride` apart.
+def measure_perplexity(
+    run: Run,
+    texts: list[np.ndarray],
+    length: int,
+    stride: int,
+    bucket: int,
+    owners: np.ndarray | None = None,
+    advance: Callable[[int], None] = lambda positions: None,
+) -> dict:
+    """Returns the figures of texts, (N,) each, that are read separately in windows of `length` positions.
 
-    owners (len(texts),): of pieces of documents the number of each one's document, for the loss by depth."""
+    stride: positions from the start of one window to the next.
+    owners (len(texts),): the number of each text's document, if the texts are pieces of documents; adds loss by depth.
+    advance: called with the number of newly read positions after each batch, to show progress."""
     cell = {"window": length, "stride": stride}
     if why := fits(run, length):
         return {**cell, "tokens": 0, "impossible": why}
@@ -238,19 +264,23 @@ def measure(run: Run, texts: list[np.ndarray], length: int, stride: int, bucket:
     size, buckets, context, before = max(1, POSITIONS // length), -(-length // bucket), 0, 0
     nats_at, n_at = np.zeros(buckets), np.zeros(buckets, dtype=np.int64)
     for number, text in enumerate(texts):
-        content = (text != meta).cumsum() - 1  # place among the content tokens of the text
+        content = (text != meta).cumsum() - 1  # index of each token among the content tokens of the text
+        n_read = 0
         for numbers, layouts, targets in windows(text, length, stride, run.config.target_rule, meta, size):
             batch = batch_of(layouts, targets, connected_positions(layouts, meta, before + numbers, draw))
             scores = score_batch(run.model, batch.to(device))
             tally.add(scores.nats, scores.targets)
             nats = scores.nats[scores.targets >= 0].cpu().double().numpy()
-            row, at = np.nonzero(targets != IGNORE)  # in the order of nats
+            row, at = np.nonzero(targets != IGNORE)  # in the same order as nats
             nats_at += np.bincount(at // bucket, weights=nats, minlength=buckets)
             n_at += np.bincount(at // bucket, minlength=buckets)
-            seen = (batch.tokens != meta).cumsum(dim=1)  # (B, T) content tokens up to each position
+            seen = (batch.tokens != meta).cumsum(dim=1)  # (B, T) number of content tokens up to each position
             context += int(seen[row, at].sum())
             if by_depth:
                 by_depth.add(number, content[numbers[row] * stride + at], nats)
+            end = min(len(text), int(numbers[-1]) * stride + length)
+            advance(end - n_read)
+            n_read = end
         before += 1 + int(numbers[-1])
     check_finite(run, nats_at)
     figures = tally.figures()
@@ -260,7 +290,7 @@ def measure(run: Run, texts: list[np.ndarray], length: int, stride: int, bucket:
         "perplexity": math.exp(figures["loss"]),
         "context": context / figures["tokens"],
         "bucket": bucket,
-        # first position of the bucket (of what predicts, in its window), targets, nats a target
+        # for each bucket of the predicting token's position in its window: first position, targets, nats per target
         "by_position": [
             [i * bucket, int(n), total / n]
             for i, (n, total) in enumerate(zip(n_at, nats_at.tolist(), strict=True))
@@ -272,7 +302,7 @@ def measure(run: Run, texts: list[np.ndarray], length: int, stride: int, bucket:
 
 
 def sentence(cells: list[dict]) -> str:
-    """All draws of a condition for a person."""
+    """Returns the printed line of a condition, over all its draws."""
     first = cells[0]
     name = f"{first['length']:>6}  {first['markers']:<9}"
     if "impossible" in first:

@@ -1,10 +1,10 @@
-"""python eval.py tasks: how many texts of a task does a run answer exactly, by length and placement?"""
+"""python eval.py tasks: measures the share of task texts that a run answers exactly, by length and placement."""
 
 import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from nanometa.config.checks import check
 from nanometa.config.settings import setting
 from nanometa.config.tasks import TASKS
 from nanometa.data.layout import Batch
-from nanometa.evals.common import POSITIONS, Evaluation, check_finite, check_lengths, fits, write_lines
+from nanometa.evals.common import POSITIONS, Evaluation, check_finite, check_lengths, fits, progress, write_lines
 from nanometa.inference.scoring import score_batch
 from nanometa.tasks.example import Example, Maker
 from nanometa.tasks.source import collate, count_right
@@ -26,20 +26,20 @@ from nanometa.training.checkpoint import Run
 
 @dataclass(frozen=True)
 class TasksEval(Evaluation):
-    """Exact answers to texts of the synthetic tasks, by length."""
+    """Accuracy on texts of the synthetic tasks, by length."""
 
     tasks: tuple[Task, ...] = ()
-    """by default those that the run was trained on, else all"""
+    """tasks to evaluate; if empty, those that the run was trained on, or all"""
     lengths: tuple[int, ...] = (128, 256, 512)
-    """positions of the longest texts of a cell; the shortest have nine tenths of that"""
+    """maximum positions of the texts of a cell; the shortest texts have nine tenths of that"""
     placements: tuple[Placement, ...] = ()
-    """where meta-tokens stand; by default as in the run's training, else target"""
+    """placements of the meta-tokens; if empty, those of the run's training, or target"""
     level: Level | None = None
-    """by default the run's, else hard"""
+    """difficulty of the texts; None = the run's level, or hard"""
     question: Question | None = setting(None, only_with={"tasks": ((), "list_recall")})  # noqa: RUF009
-    """of list recall; by default the run's"""
+    """form of the question in list recall; None = the run's"""
     n: int = 1000
-    """texts in a cell"""
+    """number of texts in a cell"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,7 +47,7 @@ class TasksEval(Evaluation):
         check(self, "n", 1 <= self.n <= 10**6, "lie in 1 .. 1000000")
 
     def cells(self, run: Run) -> Iterator[tuple[str, str, TaskConfig, str, int]]:
-        """Task, placement, settings, level and length of every cell."""
+        """Returns the task, placement, settings, level and length of every cell."""
         trained = run.config.task
         tasks, placements = self.tasks or trained.tasks or TASKS, self.placements or trained.placements
         question = self.question or trained.question
@@ -57,47 +57,60 @@ class TasksEval(Evaluation):
 
 
 def main(cfg: TasksEval) -> None:
+    """Runs the evaluation: writes a JSON line and prints a line for each cell."""
     run, facts = cfg.open()
     output = cfg.lines(run, "tasks")
     cells = list(cfg.cells(run))
     for task, placement, settings, _, _ in cells:
-        Maker(task, placement, settings, run.tokenizer)  # what cannot be asked is refused by here
-    write(f"{facts['arm']}, {run.folder}, {tokens_per_item(run.tokenizer):.3f} tokens an item\n", BOLD)
+        Maker(task, placement, settings, run.tokenizer)  # refuse impossible questions before the first cell
+    write(f"{facts['arm']}, {run.folder}, {tokens_per_item(run.tokenizer):.3f} tokens per item\n", BOLD)
     with cfg.autocast(run):
-        for where in cells:
-            cell = measure(run, *where, cfg.n)
+        for described in cells:
+            cell = measure_tasks(run, *described, cfg.n)
             write_lines(output, [{**facts, **cell}])
             write(sentence(cell) + "\n")
     write(f"{output}\n", BOLD)
 
 
-def measure(run: Run, task: str, placement: str, settings: TaskConfig, level: str, length: int, n: int) -> dict:
-    """One cell: n texts of the test split. The same texts for every run with this tokenizer."""
+def measure_tasks(run: Run, task: str, placement: str, settings: TaskConfig, level: str, length: int, n: int) -> dict:
+    """Returns the JSON line of one cell, measured on n texts of the test split.
+
+    All runs with the same tokenizer get the same texts."""
     maker = Maker(task, placement, settings, run.tokenizer)
     cell = {"eval": "tasks", **about(maker, level, length)}
     if why := fits(run, length):
         return {**cell, "n": 0, "impossible": why}
-    started, examples = time.perf_counter(), texts(maker, level, length, n)
-    figures, floors = read(run, examples, length), floors_of(examples)
+    started = time.perf_counter()
+    with progress(f"{task}, {placement}, {length} positions: writing and answering texts", 2 * n) as advance:
+        examples = texts(maker, level, length, n, advance=advance)
+        figures, floors = read(run, examples, length, advance), floors_of(examples)
     rest = {"chance": maker.task.CHANCE, "floors": floors, "seconds": time.perf_counter() - started}
     return {**cell, **figures, **rest}
 
 
 def about(maker: Maker, level: str, length: int) -> dict:
-    """What a line says of its cell."""
+    """Returns the fields of a JSON line that describe its cell."""
     return {
         "task": maker.name, "placement": maker.placement, "level": level, "question": maker.cfg.question,
         "length": length, "tokens_per_item": tokens_per_item(maker.tokenizer),
     }  # fmt: skip
 
 
-def texts(maker: Maker, level: str, length: int, n: int, split: str = "test") -> list[Example]:
-    """The first n of a split, of nine tenths of `length` positions to all of them."""
-    return [maker.example(split, i, math.ceil(0.9 * length), length, (level,)) for i in range(n)]
+def texts(
+    maker: Maker, level: str, length: int, n: int, split: str = "test", advance: Callable[[int], None] = lambda n: None
+) -> list[Example]:
+    """Returns the first n texts of a split that have from nine tenths of `length` to `length` positions.
+
+    advance: called with 1 after each text, to show progress."""
+    out = []
+    for i in range(n):
+        out.append(maker.example(split, i, math.ceil(0.9 * length), length, (level,)))
+        advance(1)
+    return out
 
 
 def floors_of(examples: list[Example]) -> dict[str, float]:
-    """Shortcut -> the share of the texts that it answers exactly."""
+    """Returns for each shortcut of the task the share of texts that it answers exactly."""
     answers = ["".join(example.draft.questions[0][1]).strip() for example in examples]
     return {
         name: sum(e.draft.shortcuts[name].strip() == a for e, a in zip(examples, answers, strict=True)) / len(examples)
@@ -106,8 +119,10 @@ def floors_of(examples: list[Example]) -> dict[str, float]:
 
 
 def answered(run: Run, maker: Maker, level: str, length: int, n: int) -> dict:
-    """A quick look at whether a run can do what a probe asks: exact answers to the first texts of a cell, 100 at most,
-    beside chance and the shortcuts on the same texts. `better`: Wilson's interval lies above both."""
+    """Tests quickly whether a run has learned the task that a probe asks about.
+
+    Returns the share of exact answers to the first texts of a cell, 100 at most, and the floor: the larger of chance
+    and the best shortcut on the same texts. `better` is true if the Wilson interval lies above the floor."""
     examples = texts(maker, level, length, min(n, 100))
     figures, floor = read(run, examples, length), max(maker.task.CHANCE, *floors_of(examples).values())
     return {
@@ -117,28 +132,29 @@ def answered(run: Run, maker: Maker, level: str, length: int, n: int) -> dict:
 
 
 def doubt(run: Run, found: list[tuple[Maker, int, dict]]) -> str:
-    """What is to be said first if a run has not learned what a probe asks, "" if it has: of each cell its maker, its
-    length and what it `answered`."""
+    """Returns a warning if the run has not learned the task of every cell of a probe, and "" if it has.
+
+    found: for each cell its maker, its length and the result of `answered`."""
     if not run.config.task.tasks:
         return (
-            f"warning: {run.folder} was trained on no task, so that no answer can be expected of it: take a run of "
-            f"config/tiny_tasks.py, or read what follows as what a model of text makes of such texts.\n"
+            f"warning: {run.folder} was trained on no task, so right answers cannot be expected: use a run of "
+            f"config/tiny_tasks.py, or read the results as the behavior of a plain language model on task texts.\n"
         )
     weak = [
-        f"{maker.name} {maker.placement} {length} to {of['exact']:.1%} against {of['floor']:.1%}"
-        for maker, length, of in found
-        if not of["better"]
+        f"{cell['exact']:.1%} of {maker.name} {maker.placement} {length} (shortcut or chance {cell['floor']:.1%})"
+        for maker, length, cell in found
+        if not cell["better"]
     ]
     if not weak:
         return ""
     return (
-        f"warning: {run.folder} answers {'; '.join(weak)} of a shortcut or chance, of the first {found[0][2]['n']} "
-        f"texts: no better, so that verdicts there say nothing of how it solves the task\n"
+        f"warning: of the first {found[0][2]['n']} texts, {run.folder} answers {', '.join(weak)} exactly, no better "
+        f"than a shortcut or chance: verdicts about these cells say nothing about how the run solves the task.\n"
     )
 
 
 def batches_of(run: Run, examples: list[Example], size: int) -> Iterator[tuple[slice, Batch]]:
-    """Yields the texts as Batches of `size` on the model's device, each with the slice of the texts that it holds."""
+    """Yields Batches of `size` texts on the model's device, each with the slice of `examples` that it contains."""
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
         numbers, T = np.arange(start, start + len(part)), max(len(example.ids) for example in part)
@@ -146,13 +162,17 @@ def batches_of(run: Run, examples: list[Example], size: int) -> Iterator[tuple[s
         yield slice(start, start + len(part)), batch.to(run.model.wte.weight.device)
 
 
-def read(run: Run, examples: list[Example], length: int) -> dict:
-    """Figures of texts of at most `length` positions. Raises UserError for a model that gives no numbers."""
+def read(run: Run, examples: list[Example], length: int, advance: Callable[[int], None] = lambda n: None) -> dict:
+    """Returns the figures of a run on texts of at most `length` positions.
+
+    advance: called with the number of texts after each batch, to show progress.
+    Raises UserError if the model's loss is not finite."""
     counts, nats, n, size = [], 0.0, len(examples), max(1, POSITIONS // length)
-    for _, batch in batches_of(run, examples, size):
+    for part, batch in batches_of(run, examples, size):
         scores = score_batch(run.model, batch)
         nats += float(scores.nats.sum())
         counts += count_right(scores.targets, scores.right).tolist()
+        advance(part.stop - part.start)
     check_finite(run, np.array(nats))
     exact, ids, right = np.array(counts).T
     return {
@@ -162,13 +182,13 @@ def read(run: Run, examples: list[Example], length: int) -> dict:
         "interval": wilson(int(exact.sum()), n),
         "token_accuracy": float(right.sum() / ids.sum()),
         "token_interval": bootstrap_ratio(right, ids),
-        "nats": nats / n,  # of a whole answer
-        "outcomes": "".join(map(str, exact.astype(int))),  # by text, for paired tests
+        "nats": nats / n,  # per answer
+        "outcomes": "".join(map(str, exact.astype(int))),  # 1 or 0 for each text, for paired tests
     }
 
 
 def sentence(cell: dict) -> str:
-    """A cell for a person."""
+    """Returns the printed line of a cell."""
     question = "" if cell["question"] == "index" else f" {cell['question']}"
     name = f"{cell['task']:<16} {cell['placement']:<10} {cell['level']:<10} {cell['length']:>5}{question}"
     if "impossible" in cell:

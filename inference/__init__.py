@@ -1,1 +1,1 @@
-"""Using a trained run: generation, its cache of keys and values, and scoring."""
+"""Inference with a trained run: text generation, its KV cache, and scoring of given texts."""

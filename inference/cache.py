@@ -1,9 +1,10 @@
-"""Decoding with a cache: what a sequence has read is kept as keys and values, and only new tokens are computed.
+"""Decoding with a KV cache: keys and values of tokens already read are stored, and only new tokens are computed.
 
-Every block has two caches: of causal attention, all positions; of the second attention, the positions that it connects
-(the markers, so it is small; or those drawn, or all). The new tokens of all sequences are packed into one row (1, N) of
-the model's own forward, whether they are a prompt or one token, so no layer ever sees padding; only attention knows
-which token is whose.
+Every block has one cache for causal attention and one for its second attention. The cache of causal attention holds all
+positions. The cache of the second attention holds the positions that it connects: only the markers, which makes it
+small, or the randomly drawn positions, or all. The new tokens of all sequences are packed into one row (1, N) for the
+model's own forward pass, whether they are a whole prompt or one token each. No layer therefore sees padding, and only
+the attention functions know which token belongs to which sequence.
 """
 
 import copy
@@ -23,25 +24,31 @@ from nanometa.model import GPT
 
 
 class Store:
-    """Keys and values that one attention of every block has seen, for B sequences: (n_layer, B, S, H, D) each. Keys are
-    kept rotated, but for a dynamic scale, which turns all of them anew for every token."""
+    """The KV cache of one attention in every block, for B sequences: keys and values (n_layer, B, S, H, D) each.
+
+    Keys are stored rotated, except under rope_dynamic, where every new token rotates all of them again."""
 
     def __init__(
         self, cfg: GPTConfig, B: int, S: int, dtype: torch.dtype, device: torch.device, window: int | None = None
     ):
-        """window: how many keys a query sees, the last ones; None: all that there are."""
+        """window: number of most recent keys that a query attends to; None for all previous keys."""
         size = (cfg.n_layer, B, S, cfg.n_head, cfg.n_embd // cfg.n_head)
-        # zeros, not empty: a masked key has weight 0, and 0 x NaN is NaN
+        # zeros instead of empty memory: a masked key has weight 0, but 0 * NaN is NaN
         self.k, self.v = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
         self.used, self.window = [0] * B, window
         self.cfg, self.positions = cfg, torch.zeros(B, S, dtype=torch.long, device=device)
 
     def place(self, rows: list[int], positions: list[int], lengths: list[int]) -> None:
-        """Gives a slot to every token of a packed row, and decides what it will look at. rows: whose each token is;
-        positions: where rope turns it to; lengths: positions of its text up to it.
+        """Assigns a cache slot to every token of a packed row, and plans the attention calls that `attend` will make.
 
-        calls: (start, end, of which sequence or sequences, keys each has, mask) for the tokens start .. end - 1; a
-        prompt's are (start, end, None, 0, None). One sequence has several tokens in a call, several have one each."""
+        rows: the sequence that each token belongs to.
+        positions: the position by which RoPE rotates each token.
+        lengths: the length of the token's text up to and including it.
+
+        Sets `calls` to one tuple (start, end, sequences, keys, mask) for each attention call. A call computes the
+        tokens start .. end - 1, which are either several tokens of one sequence or one token of each of several
+        sequences. `sequences` is the slice of these sequences, `keys` the number of cached keys that they read. A
+        prompt reads only its own keys, and its tuple is (start, end, None, 0, None)."""
         B, S = self.k.shape[1:3]
         self.calls: list[tuple[int, int, slice | None, int, torch.Tensor | None]] = []
         slots, n = [], 0
@@ -50,7 +57,7 @@ class Store:
             slots += range(row * S + used, row * S + used + count)
             if used == 0:
                 self.calls.append((n, n + count, None, 0, None))
-            elif self.cfg.rope_dynamic:  # each token has a scale of its own
+            elif self.cfg.rope_dynamic:  # every token has its own scale, so it needs its own call
                 for i in range(count):
                     mask = self._mask([used + i + 1])
                     mask = None if mask is None else mask[None, None]  # (1, 1, 1, keys)
@@ -65,69 +72,77 @@ class Store:
         if self.cfg.rope_dynamic:
             self.at = torch.tensor([positions, lengths], device=self.k.device, dtype=torch.long)  # (2, N)
             self.positions.flatten().index_copy_(0, self.slots, self.at[0])
-        whose = [(call[1] - call[0], call[2]) for call in self.calls[:B]]
-        if B > 1 and whose == [(1, slice(row, row + 1)) for row in range(B)]:  # a token for each: all at once
+        tokens_of = [(call[1] - call[0], call[2]) for call in self.calls[:B]]
+        if B > 1 and tokens_of == [(1, slice(row, row + 1)) for row in range(B)]:
+            # the first B calls are one token of every sequence: merge them into one batched call
             lengths = [call[3] for call in self.calls[:B]]
             mask = self._mask(lengths)
             mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, keys)
             self.calls[:B] = [(0, B, slice(0, B), max(lengths), mask)]
 
     def _mask(self, lengths: list[int]) -> torch.Tensor | None:
-        """For queries that see the first lengths[i] keys, of these the last `window`: what to add to their scores
-        (len(lengths), max(lengths))."""
+        """Returns the additive mask (queries, keys) for queries that follow different numbers of keys.
+
+        Query i sees the first lengths[i] keys, or only the last `window` of them. The mask has max(lengths) columns.
+        Returns None if every query sees every key."""
         longest = max(lengths)
         if min(lengths) == longest and (self.window is None or longest <= self.window):
             return None
         keys, lengths = torch.arange(longest), torch.tensor(lengths)[:, None]
-        beyond = keys >= lengths
+        hidden = keys >= lengths
         if self.window is not None:
-            beyond |= keys < lengths - self.window
-        return torch.zeros(beyond.shape, dtype=self.k.dtype).masked_fill(beyond, -math.inf).to(self.k.device)
+            hidden |= keys < lengths - self.window
+        return torch.zeros(hidden.shape, dtype=self.k.dtype).masked_fill(hidden, -math.inf).to(self.k.device)
 
     def attend(self, layer: int, q, k, v):
-        """q, k, v (1, H, N, D) of the placed tokens -> (1, H, N, D). What attention calls in place of causal_sdpa."""
+        """Computes the attention of one layer for the tokens given to `place`; it replaces causal_sdpa.
+
+        Takes q, k, v (1, H, N, D) of these tokens, stores k and v in the cache, and returns (1, H, N, D)."""
         for cache, new in ((self.k[layer], k), (self.v[layer], v)):
             cache.flatten(0, 1).index_copy_(0, self.slots, new[0].transpose(0, 1))
         out = []
         for start, end, rows, keys, mask in self.calls:
             part = q[:, :, start:end]
             if rows is None:
-                own = (part, k[:, :, start:end], v[:, :, start:end])
+                prompt = (part, k[:, :, start:end], v[:, :, start:end])
                 if self.cfg.rope_dynamic:
-                    y = attend_dynamic(*own, *self.at[:, None, start:end], self.cfg, self.window)
+                    y = attend_dynamic(*prompt, *self.at[:, None, start:end], self.cfg, self.window)
                 else:
-                    y = causal_sdpa(*own, dropout_p=0.0, window=self.window)
+                    y = causal_sdpa(*prompt, dropout_p=0.0, window=self.window)
             else:
                 several = rows.stop - rows.start > 1
                 part = part.transpose(0, 2) if several else part
-                seen = [x[layer, rows, :keys].transpose(1, 2) for x in (self.k, self.v)]  # (B, H, keys, D)
+                cached = [x[layer, rows, :keys].transpose(1, 2) for x in (self.k, self.v)]  # (B, H, keys, D)
                 if self.cfg.rope_dynamic:
                     positions, lengths = self.at[:, start:end]
                     y = attend_one(
-                        part, *seen, positions[:, None], self.positions[rows, :keys], lengths, self.cfg, mask
+                        part, *cached, positions[:, None], self.positions[rows, :keys], lengths, self.cfg, mask
                     )
                 else:
-                    y = F.scaled_dot_product_attention(part, *seen, attn_mask=mask)
+                    y = F.scaled_dot_product_attention(part, *cached, attn_mask=mask)
                 y = y.transpose(0, 2) if several else y
             out.append(y)
         return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
     def keep(self, rows: list[int]) -> None:
-        """Forgets all sequences but these."""
+        """Drops the cache of every sequence except those listed."""
         self.k, self.v, self.positions = self.k[:, rows], self.v[:, rows], self.positions[rows]
         self.used = [self.used[row] for row in rows]
 
 
-class Weights:
-    """A model made ready for decoding, good for many texts. The model itself is not changed, and unless packed or cast
-    its weights are shared: make a new one after training.
+class DecodingWeights:
+    """A copy of a model with its weights prepared for fast decoding. It can be used for any number of texts.
 
-    dtype: bfloat16 casts the weights of the products once, and computes as autocast does (LayerNorm, residuals and
-    logits stay fp32); rows: how many tokens most steps have, the size of the batch."""
+    The original model is not changed. Weights that are neither cast nor packed are shared with it, the others are
+    copies: build a new instance after the model has been trained further."""
 
     def __init__(self, model: GPT, dtype: torch.dtype, rows: int):
+        """dtype: bfloat16 casts the weights of the linear layers once, and computes as autocast does: LayerNorm,
+            residuals and logits stay fp32.
+        rows: number of tokens in most steps, which is the batch size."""
         self.cfg, self.dtype, self.device = model.cfg, dtype, model.wte.weight.device
-        self.model = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})  # modules alone
+        # copy the modules, but share the parameters
+        self.model = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
         for module in list(self.model.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear):
@@ -136,13 +151,14 @@ class Weights:
 
 
 class Decoder:
-    """Caches for B sequences, and the one step that reads what is new to them.
+    """The decoding state of B sequences: their KV caches, and the step that reads their new tokens."""
 
-    slots, second_slots: positions of a window that will be used at most, and those of them that a second attention
-    gathers. in_second: (token, position) -> does it connect this one? (If there is none, or it is
-    causal: is it a marker, which may have no position?)"""
-
-    def __init__(self, weights: Weights, B: int, slots: int, second_slots: int, in_second: Callable):
+    def __init__(self, weights: DecodingWeights, B: int, slots: int, second_slots: int, in_second: Callable):
+        """slots: the largest number of positions that a sequence will use in its window.
+        second_slots: the largest number of them that a gathering second attention connects.
+        in_second: function of (token, position) that returns whether a gathering second attention connects the token.
+            With any other second attention, or none, it returns whether the token is a marker, since markers may have
+            no position."""
         cfg = weights.cfg
         self.weights, self.device = weights, weights.device
         self.in_second, self.gathered = in_second, cfg.second.gathers
@@ -157,29 +173,31 @@ class Decoder:
 
     @torch.inference_mode()
     def read(self, new: list[list[int]], sources: list[int]) -> torch.Tensor:
-        """new[b]: tokens that follow what sequence b has read; sources[b]: the one of them, by index, whose prediction
-        is wanted -> logits (B, content_vocab_size), fp32."""
+        """Reads new tokens of every sequence. Returns the logits (B, content_vocab_size), fp32, of one of them each.
+
+        new[b]: the tokens that follow those already read of sequence b.
+        sources[b]: index in new[b] of the token whose logits to return."""
         used = self.causal.used
-        # prompts one by one, then the first new token of each other sequence, the second ones, and so on
-        fresh = [(b, i) for b, tokens in enumerate(new) if used[b] == 0 for i in range(len(tokens))]
+        # the packed order: whole prompts first, then the first new token of every other sequence, then the second, ...
+        prompts = [(b, i) for b, tokens in enumerate(new) if used[b] == 0 for i in range(len(tokens))]
         rounds = range(max(len(tokens) for tokens in new))
         steps = [(b, i) for i in rounds for b, tokens in enumerate(new) if used[b] and i < len(tokens)]
-        order = fresh + steps
+        order = prompts + steps
         tokens, rows = [new[b][i] for b, i in order], [b for b, _ in order]
         positions = [used[b] + i for b, i in order]
         gathered = [n for n, pair in enumerate(zip(tokens, positions, strict=True)) if self.in_second(*pair)]
         self._place(rows, positions, gathered)
         inputs = [torch.tensor([part], device=self.device, dtype=torch.long) for part in (tokens, positions, gathered)]
-        if not gathered:  # mostly: then the second attention has nothing to do
+        if not gathered:  # the common case: the gathering second attention can be skipped
             inputs[2] = None
         with torch.autocast(self.device.type, enabled=False):
             hidden = self.weights.model(*inputs, self.attends)[0]  # (N, C)
-            places = {pair: n for n, pair in enumerate(order)}
-            wanted = [places[pair] for pair in enumerate(sources)]
+            index_of = {pair: n for n, pair in enumerate(order)}
+            wanted = [index_of[pair] for pair in enumerate(sources)]
             return self.weights.head(hidden[wanted]).float()
 
     def _place(self, rows: list[int], positions: list[int], gathered: list[int]) -> None:
-        """As the model does, of what may have no position."""
+        """Assigns cache slots in both caches, with positions zeroed as GPT does under meta_position."""
         meta_position, lengths = self.weights.cfg.meta_position, [position + 1 for position in positions]
         zeroed = list(positions)
         if meta_position != "same":
@@ -191,25 +209,25 @@ class Decoder:
             self.second.place(*([part[n] for n in gathered] for part in second) if self.gathered else second)
 
     def forget(self, row: int) -> None:
-        """Sequence `row` starts again at position 0."""
+        """Empties the cache of sequence `row`, which then starts again at position 0."""
         for store in self.stores:
             store.used[row] = 0
 
     def keep(self, rows: list[int]) -> None:
-        """Forgets all sequences but these."""
+        """Drops the cache of every sequence except those listed."""
         for store in self.stores:
             store.keep(rows)
 
 
 class Product(nn.Module):
-    """A Linear for decoding: its weight is cast beforehand and, on a CPU, laid out as oneDNN's kernels read it.
+    """A linear layer for decoding. Its weight is cast once and, on a CPU, packed into the layout of oneDNN's kernels.
 
-    On few rows F.linear rearranges a bf16 weight in every call, and is slow with fp32. The packed product, the one that
-    torch.compile emits, reads every weight once, and takes as long for 10 rows as for 1. One fp32 row has nothing to
-    gain: F.linear reads the weights as fast as memory gives them, and no copy is made."""
+    On few rows, F.linear repacks a bf16 weight in every call, and is slow in fp32. The packed product, which
+    torch.compile also emits, reads every weight once and takes as long for 10 rows as for 1. Weights are not packed for
+    a single fp32 row: F.linear already reads them at memory bandwidth, and packing would only copy them."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, rows: int):
-        """rows: how many there are in most steps."""
+        """rows: number of rows of the input in most steps."""
         super().__init__()
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)

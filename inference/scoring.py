@@ -1,4 +1,4 @@
-"""Scores texts: the nats of each target of a Batch, or of each content token of a text laid out as in sampling."""
+"""Scores given texts with a trained run: the nats of each target of a Batch, or of each content token of a text."""
 
 import numpy as np
 import torch
@@ -19,12 +19,12 @@ def hidden_states(model: GPT, batch: Batch) -> torch.Tensor:
 
 @torch.no_grad()
 def score_batch(model: GPT, batch: Batch) -> Scores:
-    """Scores every target of a Batch on the model's device, given what precedes it."""
+    """Scores every target of a Batch on the model's device, given the tokens before it."""
     return score_hidden(model, hidden_states(model, batch), batch.targets, batch.scored_index)
 
 
 def text_batch(run: Run, ids: list[int]) -> Batch:
-    """Builds the Batch of one text, ids (T,) with markers, as sampling reads it, on the model's device."""
+    """Builds the Batch of one text, ids (T,) with markers, as generation reads it, on the model's device."""
     layout, member = layout_of(np.array(ids), run.tokenizer.meta), takes_part(run)
     meta_index = [[position for position, token in enumerate(ids) if member(token, position)]]
     targets = targets_of(layout, run.config.target_rule)
@@ -33,13 +33,13 @@ def text_batch(run: Run, ids: list[int]) -> Batch:
 
 
 def score(run: Run, text: str, plan: MarkerPlan) -> tuple[list[int], list[float]]:
-    """Returns the content ids of a text and the nats of each, given <|endoftext|> and the tokens before it.
+    """Returns the content ids of a text, and the nats of each given <|endoftext|> and the tokens before it.
 
-    Raises UserError if the text does not fit into one window."""
+    Markers are placed by the plan. Raises UserError if the text does not fit into one window."""
     ids = lay_out(run, run.tokenizer.encode_prompt(text), plan)
     if len(ids) > run.config.model.block_size:
         raise UserError(
-            f"the text has {len(ids)} positions with its markers, more than the window of "
+            f"the text has {len(ids)} positions with its markers, more than the model's window of "
             f"{run.config.model.block_size}: score it in parts."
         )
     scores = score_batch(run.model, text_batch(run, ids))

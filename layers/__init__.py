@@ -1,1 +1,1 @@
-"""Parts of the model beside its attention: rotary positions and the loss."""
+"""Model layers besides attention: rotary positions, the loss, and scores of predictions."""

@@ -1,4 +1,4 @@
-"""The loss: nats of the scored targets, never holding more than a slice of the logits; and what is reported of it."""
+"""The training loss, computed in slices so that the full logits are never in memory, and the figures reported of it."""
 
 import math
 
@@ -8,27 +8,30 @@ import torch.nn.functional as F
 
 from nanometa.meta_attention import gather_rows
 
-SLICE = 8192  # rows of the head that get their gradient at a time
+SLICE = 8192  # rows of the head (vocabulary entries) whose gradient is computed at a time
 
 
 def chunk_rows(device: str, weight: torch.Size) -> int:
-    """Rows of logits at a time, of a head (V, C) on a type of device.
+    """Returns how many rows of logits to compute at a time, for a head (V, C) and a type of device.
 
-    Measured on 2 cores: a head of (4160, 192) stays in the cache, and with 512 rows so do its logits. One of
-    (50304, 768) does not, and its products want more rows, but logits of 4096 would be a tenth of a step's memory."""
+    The figures were measured on 2 CPU cores. A head of (4160, 192) fits in the CPU cache, and so do its logits with 512
+    rows. A head of (50304, 768) does not fit, and its products are faster with more rows, but the logits of 4096 rows
+    would take a tenth of a step's memory."""
     if device != "cpu":
         return 4096
     return 512 if weight.numel() < 2**22 else 1024
 
 
 def block_rows(device: str, vocabulary: int) -> int:
-    """Rows of a chunk that go through the softmax together: on a CPU some 3 MB in fp32, which its cache holds from pass
-    to pass; a GPU wants a whole chunk in one kernel."""
+    """Returns how many rows of a chunk go through the softmax together.
+
+    On a CPU a block takes some 3 MB in fp32, which stays in the cache between the passes of the softmax. A GPU is
+    fastest with the whole chunk in one kernel."""
     return max(1, 800_000 // vocabulary) if device == "cpu" else 4096
 
 
 def mask_unpredictable_(logits: torch.Tensor, n_content: int) -> torch.Tensor:
-    """Sets the logits (..., V) of markers and spare ids to -inf, in place: no arm may predict an id >= n_content."""
+    """Sets the logits (..., V) of all ids >= n_content to -inf, in place: no arm may predict markers or spare ids."""
     logits[..., n_content:] = -math.inf
     return logits
 
@@ -40,37 +43,40 @@ def _log_probs(logits: torch.Tensor, n_content: int) -> torch.Tensor:
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of softmax and sums: fp32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """Returns the dtype of matrix products: autocast's if it is enabled, else that of hidden."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def _nats_and_slopes(logits: torch.Tensor, targets: torch.Tensor, n_content: int) -> torch.Tensor:
-    """logits (N, V), targets (N,) -> nats of the scored targets (); logits become d nats / d logits, in place."""
+    """Returns the summed nats () of the scored targets (N,), and overwrites logits (N, V) with d nats / d logits."""
     total = torch.zeros((), dtype=_sum_dtype(logits.dtype), device=logits.device)
     block = block_rows(logits.device.type, logits.size(1))
     for part, t in zip(logits.split(block), targets.split(block), strict=True):
         logp, scored, t = _log_probs(part, n_content), (t >= 0)[:, None], t.clamp(min=0)[:, None]
         total -= torch.where(scored, logp.gather(1, t), 0).sum()
-        d = logp.exp_()  # softmax - onehot; before it is rounded, for it is small where the target is likely
+        # the gradient is softmax - onehot; subtract before rounding, since the difference is small for a likely target
+        d = logp.exp_()
         d.scatter_add_(1, t, -torch.ones_like(t, dtype=d.dtype))
         part.copy_(d.masked_fill_(~scored, 0))
-        del logp, d  # or they would be there beside those of the next block
+        del logp, d  # free them before the next block allocates its own
     return total
 
 
 class _SummedNats(torch.autograd.Function):
-    """Sum of cross-entropies of hidden @ weight.T, with the gradients made in the forward, chunk by chunk."""
+    """The sum of cross-entropies of hidden @ weight.T. The forward also computes the gradients, chunk by chunk."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, n_content, dtype, chunk):
         w, n = weight.to(dtype), hidden.size(0)
         total = torch.zeros((), dtype=_sum_dtype(dtype), device=hidden.device)
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=total.dtype)
-        # on a CPU the pages of a new tensor of this size cost a third of the product
+        # on a CPU, mapping the memory pages of a new tensor of this size costs a third of the product's time
         buffer = torch.empty(min(n, chunk), w.size(0), dtype=dtype) if hidden.device.type == "cpu" else None
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk)
@@ -78,10 +84,10 @@ class _SummedNats(torch.autograd.Function):
             d = torch.mm(h, w.T, out=None if buffer is None else buffer[: h.size(0)])
             total += _nats_and_slopes(d, targets[rows], n_content)
             d_hidden[rows] = d @ w
-            # a slice of the vocabulary at a time, or there would be a second tensor of the head's size
+            # one slice of the vocabulary at a time, to avoid a second tensor of the head's size
             for part, d_part in zip(d_weight.split(SLICE), d.split(SLICE, 1), strict=True):
                 part += d_part.T @ h
-            del d  # or there would be two of them
+            del d  # free it before the next chunk allocates its own
         ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
         return total
 
@@ -92,13 +98,13 @@ class _SummedNats(torch.autograd.Function):
 
 
 def summed_nats(hidden, weight, targets, n_content: int, chunk: int | None = None) -> torch.Tensor:
-    """Nats of all scored targets, summed, with gradients.
+    """Returns the summed nats of all scored targets, a scalar in fp32, with gradients.
 
-    hidden (N, C), weight (V, C), targets (N,), negative where nothing is scored -> scalar, fp32. The products run in
-    autocast's dtype, softmax and sums in fp32 (float64 stays float64)."""
+    hidden (N, C); weight (V, C) of the head; targets (N,), negative where nothing is scored. The matrix products run in
+    autocast's dtype, softmax and sums in fp32 (in float64 for float64 inputs)."""
     dtype = _compute_dtype(hidden)
     chunk = chunk or chunk_rows(hidden.device.type, weight.shape)
-    # a compiler would unroll the many small blocks of a CPU
+    # torch.compile would unroll the loop over the many small blocks of a CPU
     apply = torch.compiler.disable(_SummedNats.apply) if hidden.device.type == "cpu" else _SummedNats.apply
     return apply(hidden, weight, targets, n_content, dtype, chunk)
 
@@ -107,8 +113,9 @@ def summed_nats(hidden, weight, targets, n_content: int, chunk: int | None = Non
 def token_scores(
     hidden, weight, targets, n_content: int, chunk: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nats of every target (N,), 0 where nothing is scored, and whether it is the most likely id (N,), False there;
-    shapes as in summed_nats."""
+    """Returns the nats of every target (N,), and whether the target is the most likely id (N,).
+
+    Arguments are those of summed_nats. Where nothing is scored, nats are 0 and the second value is False."""
     dtype, nats, hits = _compute_dtype(hidden), [], []
     chunk = chunk or chunk_rows(hidden.device.type, weight.shape)
     block, w = block_rows(hidden.device.type, weight.size(0)), weight.to(dtype)
@@ -121,32 +128,34 @@ def token_scores(
 
 
 def gather_scored(hidden, targets, scored_index) -> tuple[torch.Tensor, torch.Tensor]:
-    """Selects the positions that are scored, so that the head is computed nowhere else.
+    """Selects the scored positions, so that the head is computed only there.
 
-    hidden (B, T, C), targets (B, T) and scored_index (B, S) as in a Batch -> hidden (N, C) and targets (N,), N = B S,
-    in the order of scored_index. If S = T, all positions are returned as they are."""
+    Takes hidden (B, T, C), targets (B, T) and scored_index (B, S), as in a Batch. Returns hidden (N, C) and targets
+    (N,) with N = B * S, in the order of scored_index. If S = T, all positions are returned in their order."""
     if scored_index.size(1) < targets.size(1):
         hidden, targets = gather_rows(hidden, scored_index), F.pad(targets, (0, 1), value=-100).gather(1, scored_index)
     return hidden.flatten(0, 1), targets.flatten()
 
 
 class Objective(nn.Module):
-    """A model and its loss as one module, which DDP and torch.compile wrap: fields of a Batch -> summed nats."""
+    """A model and its loss as one module, for DDP and torch.compile. Maps the fields of a Batch to summed nats."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, tokens, targets, positions, meta_index, scored_index):
+        """Returns the summed nats () of the scored targets."""
         hidden = self.model(tokens, positions, meta_index)
         hidden, targets = gather_scored(hidden, targets, scored_index)
         return summed_nats(hidden, self.model.wte.weight, targets, self.model.cfg.content_vocab_size)
 
 
 class Tally:
-    """Sums of nats that become the reported figures; tallies of batches and processes add up to the same figures.
+    """Running sums of nats from which the reported figures are computed.
 
-    `sums` (5,) float64: nats and count of targets that have bytes, those bytes, nats and count of <|endoftext|>."""
+    The sums of several batches or processes can be added. `sums` (5,) float64 holds, in this order: the nats of targets
+    that are text, their number, their bytes, the nats of <|endoftext|> targets, and their number."""
 
     def __init__(self, token_bytes: torch.Tensor, device: torch.device):
         device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
@@ -154,7 +163,7 @@ class Tally:
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
 
     def add(self, nats: torch.Tensor, targets: torch.Tensor) -> None:
-        """nats and targets of one shape; a negative target is not scored."""
+        """Adds the nats of targets, two tensors of the same shape; negative targets are not scored."""
         nats, targets = nats.flatten().to(self.sums.device).double(), targets.flatten().to(self.sums.device)
         n_bytes = torch.where(targets >= 0, self.token_bytes[targets.clamp(min=0)], 0)
         text, end = n_bytes > 0, (targets >= 0) & (n_bytes == 0)
@@ -162,8 +171,12 @@ class Tally:
             self.sums[i] += part.sum()
 
     def figures(self) -> dict[str, float]:
-        """loss: nats per scored content token; bits_per_byte: nats of targets that have bytes / (ln 2 x exactly those
-        bytes); endoftext_loss: nats per <|endoftext|> (None if there was none); tokens, bytes: what was scored."""
+        """Returns the reported figures.
+
+        loss: nats per scored content token.
+        bits_per_byte: nats of the text targets / (ln 2 * bytes of the same targets); <|endoftext|> is not among them.
+        endoftext_loss: nats per <|endoftext|> target; None if there was none.
+        tokens, bytes: numbers of scored tokens and of their bytes."""
         text_nats, text, n_bytes, end_nats, end = self.sums.tolist()
         return {
             "loss": (text_nats + end_nats) / (text + end),

@@ -1,10 +1,10 @@
-"""Copying: a text with spans in brackets, one of them between marks, to be reproduced.
+"""The copying task: the text has spans in brackets, and the answer repeats the span that stands between two marks.
 
      apple [ tree dog ] river stone<|meta|> [ lamp cup key ]<|meta|> wind
      ? copy: lamp cup key
 
-Words are drawn from the pool of items; one to six stand between spans, and a line ends after every span. Levels: words
-in a span; the length is filled with spans.
+All words are drawn from the pool of items. One to six words precede each span, and a line ends after every span. The
+level sets the number of words in a span. The text is filled with spans up to its length.
 """
 
 from nanometa.common.keyed_random import Draws
@@ -12,15 +12,15 @@ from nanometa.tasks.example import POINT, STOP, Draft, Maker, show
 
 QUESTION_NAMES_PLACE = False
 ANSWER_IN_TEXT = True
-CHANCE = 0.0  # of a whole span; 1/200 for its first word
+CHANCE = 0.0  # chance of guessing a whole span; for its first word it is 1/200
 SIZES = {"easy": (1, 3), "medium": (2, 5), "hard": (4, 8), "extra_hard": (8, 16), "long": (16, 32)}
-BETWEEN = 6
+BETWEEN = 6  # at most this many words stand before a span
 
 
 def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
-    """A text of at most `room` positions, None if these draws come to none."""
+    """Returns a text of at most `room` positions, or None if these draws do not fit into it."""
     least, most = SIZES[level]
-    n = draws.between(least, most)  # words to be copied; they come twice
+    n = draws.between(least, most)  # number of words to copy; they appear in the text and in the answer
     left = room - maker.cost(" ?", " copy", ":", *[" item"] * n, "\n") - 2 * maker.cost(POINT)
     lines: list[tuple[list[str], list[str]]] = []
     while True:

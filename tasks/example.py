@@ -1,21 +1,21 @@
-"""One example of a task: a text with questions and answers, its markers placed, as ids of a given length.
+"""Builds the examples of a task: texts with questions and answers, with markers placed, as token ids.
 
-A text is a list of pieces. Each piece is whole pre-tokens of every tokenizer used here (a word with the space before
-it, a mark of punctuation, a line's end), so the ids of the pieces, joined, are the ids of the text, and a marker
-between two of them splits no token (tests/test_tasks.py).
+A text is a list of pieces: a word with the space before it, a punctuation mark, or a line end. Every tokenizer used
+here splits text at the borders of pieces. The concatenated ids of the pieces are therefore the ids of the text, and a
+marker between two pieces splits no token (tests/test_tasks.py).
 
-Where the markers go is a switch, since it decides what a marker can be good for:
+The placement of the markers decides what they can be used for:
 
-    target      a meta-token at each place that the task points at (the paper's: it shows the answer's place before the
-                question is asked)
-    none        an ordinary word, "mark", at the same places: what pointing alone does
-    every       a meta-token after every list, span or group, and "mark" at the places that the task points at; in list
-                recall nothing points, since its question names the list
-    background  "mark" at the places that the task points at, and meta-tokens at random places all over the text, as in
-                pretraining
+    target      A meta-token stands at each place that the task points at. This is the paper's placement: it shows where
+                the answer is before the question is asked.
+    none        The ordinary word "mark" stands at the same places. This measures the effect of pointing alone.
+    every       A meta-token follows every list, span or group, and "mark" stands at the places that the task points at.
+                In list recall nothing points, because the question names the list.
+    background  "mark" stands at the places that the task points at, and meta-tokens stand at random places throughout
+                the text, as in pretraining.
 
-With one or two meta-tokens in a text, meta-attention is a softmax over one or two keys: `target` says nothing of
-meta-tokens as a memory, `every` and `background` do.
+With one or two meta-tokens in a text, meta-attention is a softmax over one or two keys. Results with `target` therefore
+say nothing about meta-tokens as a memory; results with `every` and `background` do.
 """
 
 import argparse
@@ -41,15 +41,17 @@ from nanometa.data.inject import marker_places
 from nanometa.data.tokenizer import META, Tokenizer, write_tokens
 from nanometa.tasks import words
 
-POINT, STOP = "<point>", "<stop>"  # pieces that become markers, or nothing: where the task points; a list's end
-SPLITS = {"train": range(0, 50), "val": range(50, 75), "test": range(75, 100)}  # of 100 classes of texts
-ATTEMPTS = 3000  # a text of the test split is found in 4 on average
+# Placeholder pieces, which the placement turns into a marker, a word or nothing.
+POINT = "<point>"  # a place that the task points at
+STOP = "<stop>"  # the end of a list, span or group
+SPLITS = {"train": range(0, 50), "val": range(50, 75), "test": range(75, 100)}  # percentiles of the hash of a text
+ATTEMPTS = 3000  # a text of the test split takes 4 attempts on average
 TASK_MODULE = {
     "draft": "writes one text before its markers are placed",
-    "CHANCE": "share of answers that guessing gets right",
+    "CHANCE": "the share of answers that guessing gets right",
     "QUESTION_NAMES_PLACE": "whether the question itself names the place that it asks about",
-    "ANSWER_IN_TEXT": "whether the answer stands, word for word, in the span that the question asks about",
-    "SIZES": "level -> how much the task asks for, for every level",
+    "ANSWER_IN_TEXT": "whether the span that the question asks about contains the answer word for word",
+    "SIZES": "the least and the largest size of the problem, for every level",
 }
 
 
@@ -57,69 +59,83 @@ TASK_MODULE = {
 class Draft:
     """A text before its markers are placed."""
 
-    body: list[str] = field(default_factory=list)  # pieces
-    questions: list[tuple[list[str], list[str]]] = field(default_factory=list)  # pieces of each, and of its answer
-    # what a model that takes a shortcut answers to the first question: the floors that eval.py prints beside a result
+    body: list[str] = field(default_factory=list)
+    """pieces of the text before the questions"""
+    questions: list[tuple[list[str], list[str]]] = field(default_factory=list)
+    """pieces of each question, and pieces of its answer"""
     shortcuts: dict[str, str] = field(default_factory=dict)
+    """answers to the first question by simple heuristics; eval.py prints their accuracy as floors beside each result"""
 
 
 class Example(NamedTuple):
-    ids: np.ndarray  # (length,) int64, markers included, from one <|endoftext|> to another
-    answers: np.ndarray  # (length,) bool: the ids of the answers, each with the line's end that ends it
+    """A finished text of a task."""
+
+    ids: np.ndarray
+    """(length,) int64, markers included; starts and ends with <|endoftext|>"""
+    answers: np.ndarray
+    """(length,) bool: whether an id belongs to an answer; the line end after an answer does"""
     draft: Draft
+    """the text before its markers were placed"""
 
 
 @functools.cache
 def load_task(name: str) -> ModuleType:
-    """Imports the module of a task. Raises TypeError if the module lacks a part that the rest of the code reads."""
+    """Imports the module of a task. Raises TypeError if the module does not define everything in TASK_MODULE."""
     module = importlib.import_module(f"nanometa.tasks.{name}")
     for part, purpose in TASK_MODULE.items():
         if not hasattr(module, part):
-            raise TypeError(f"tasks/{name}.py does not define {part} ({purpose}).")
+            raise TypeError(f"tasks/{name}.py does not define {part} ({purpose}), which every task needs: add it.")
     if set(module.SIZES) != set(LEVELS):
-        raise TypeError(f"SIZES of tasks/{name}.py has the levels {list(module.SIZES)}, and must have {list(LEVELS)}.")
+        raise TypeError(
+            f"SIZES in tasks/{name}.py has the levels {list(module.SIZES)}, but config/tasks.py has {list(LEVELS)}: "
+            f"give a size for each of these levels."
+        )
     return module
 
 
 class Maker:
-    """What one task writes with: words that are tokens, its markers as they are placed, and the positions they take."""
+    """The writer of one task's texts, for one placement and one tokenizer.
+
+    The `draft` function of a task uses the maker's words (`items`, `names`) and its `cost` of pieces in positions."""
 
     def __init__(self, task: str, placement: str, cfg: TaskConfig, tokenizer: Tokenizer):
-        """cfg: its form of the question, number of questions and share of background markers. Raises UserError for a
-        question that this task, so placed, cannot have."""
+        """cfg: gives the form of the question, the number of questions and the share of background markers.
+
+        Raises UserError if this task has no question of that form under this placement."""
         self.name, self.placement, self.cfg, self.tokenizer = task, placement, cfg, tokenizer
         self.markers = PLACEMENTS[placement]
         self.task = load_task(task)
-        # False where the question of a text is all that says which list it is about
+        # False if only the question tells which list it is about
         self.has_pointer = self.markers.points_at_named or not self.task.QUESTION_NAMES_PLACE
         self.items, self.names = words.pools(tokenizer)
         if cfg.question == "misnamed" and not (self.has_pointer and self.task.QUESTION_NAMES_PLACE):
             raise UserError(
-                f"question=misnamed asks list recall for what is pointed at, not for what is named, and {task} with "
-                f"placement {placement} has no such question: take --tasks list_recall --placements target none."
+                f"question=misnamed needs a task that both points at a list and names one, and {task} with placement "
+                f"{placement} does not: use --tasks list_recall --placements target none."
             )
         pointer = {"meta": META, "word": f" {words.DELIMITER}"}[self.markers.pointer]
-        self._signs = {
+        self._placeholders = {
             POINT: [pointer] if self.has_pointer else [],
             STOP: [META] if self.markers.after_lists else [],
         }
         self._ids: dict[str, list[int]] = {META: [tokenizer.meta]}
 
     def ids(self, pieces: list[str]) -> list[int]:
+        """Returns the ids of pieces, with POINT and STOP replaced as the placement demands."""
         out: list[int] = []
         for piece in pieces:
             if piece not in self._ids:
-                signs = self._signs.get(piece)
-                self._ids[piece] = self.tokenizer.encode(piece).tolist() if signs is None else self.ids(signs)
+                replaced = self._placeholders.get(piece)
+                self._ids[piece] = self.tokenizer.encode(piece).tolist() if replaced is None else self.ids(replaced)
             out += self._ids[piece]
         return out
 
     def cost(self, *pieces: str) -> int:
-        """Returns how many positions the pieces take, without scattered meta-tokens, which are added later."""
+        """Returns how many positions the pieces take. Scattered meta-tokens are added later and not counted."""
         return len(self.ids(list(pieces)))
 
     def longer_names(self, draws: Draws) -> Iterator[str]:
-        """All names of two words, none twice, for texts that have used up those of one."""
+        """Yields all names of two words in random order, for texts that need more names than there are single words."""
         seen: set[str] = set()
         while len(seen) < len(self.names) ** 2:
             name = f"{draws.choice(self.names)} {draws.choice(self.names)}"
@@ -128,12 +144,12 @@ class Maker:
                 yield name
 
     def example(self, split: str, index: int, low: int, high: int, levels: tuple[str, ...]) -> Example:
-        """Text number `index` of a split ("train/SEED", "val" or "test"), with low .. high positions and a level, both
-        drawn, the level from those that such a length can have.
+        """Returns text number `index` of a split ("train/SEED", "val" or "test").
 
-        A function of its arguments, the settings and the tokenizer alone. No text is in two of train, val and test: the
-        hash of its pieces says where it belongs, and others are drawn until one does.
-        Raises UserError if there is none of this length."""
+        Its length is drawn from low .. high positions, and its level from `levels`. The text depends only on the
+        arguments, the settings and the tokenizer. No text occurs in two of train, val and test: the hash of a text's
+        pieces decides its split, and texts are drawn until one belongs to the split asked for.
+        Raises UserError if no text of this length and level is found."""
         cfg, kind = self.cfg, split.partition("/")[0]
         key = (self.name, split, index, low, high, levels, self.placement, cfg.question, cfg.questions)
         for attempt in range(ATTEMPTS):
@@ -155,10 +171,12 @@ class Maker:
                 return example
         raise UserError(
             f"{self.name} with placement {self.placement} and questions={cfg.questions} has no text of level "
-            f"{' or '.join(levels)} with {low} to {high} positions: take texts of another length, or another level."
+            f"{' or '.join(levels)} with {low} to {high} positions, as {ATTEMPTS} attempts show: use another length or "
+            f"another level."
         )
 
     def _lay_out(self, draft: Draft, draws: Draws) -> Example:
+        """Returns the example of a draft: its ids, with scattered meta-tokens if the placement has them."""
         ids, answers = [self.tokenizer.eot, *self.ids(draft.body)], []
         for question, answer in draft.questions:
             ids += self.ids(question)
@@ -168,36 +186,36 @@ class Maker:
         is_answer = np.zeros(len(ids), dtype=bool)
         is_answer[answers] = True
         if self.markers.scattered:
-            # anywhere between the first <|endoftext|> and the last answer
+            # scatter meta-tokens anywhere between the first <|endoftext|> and the last answer
             prompt = ids[1 : len(ids) - 1 - self.cost(*draft.questions[-1][1])]
             share = self.cfg.meta_share
             M = round(share / (1 - share) * len(prompt))
             key = stable_key("background", draws.below(2**62))
             places = marker_places("uniform", 0, 1, len(prompt), M, key)[0] if M else np.zeros(len(prompt), dtype=bool)
-            # where each id goes: behind the markers that come before it
-            to = np.concatenate([[0], 1 + np.flatnonzero(~places), np.arange(1 + len(prompt), len(ids)) + M])
-            spread = np.full(len(ids) + M, self.tokenizer.meta)
-            spread[to] = ids
-            is_answer, ids = np.isin(np.arange(len(spread)), to[is_answer]), spread
+            # the new position of each id, shifted by the number of markers before it
+            moved_to = np.concatenate([[0], 1 + np.flatnonzero(~places), np.arange(1 + len(prompt), len(ids)) + M])
+            scattered = np.full(len(ids) + M, self.tokenizer.meta)
+            scattered[moved_to] = ids
+            is_answer, ids = np.isin(np.arange(len(scattered)), moved_to[is_answer]), scattered
         return Example(ids, is_answer, draft)
 
 
 def show(task: str) -> None:
-    """The command line of a task's module: prints examples for a person."""
+    """Runs the command line of a task's module, which prints examples of the task."""
     run_cli(partial(_show, task))
 
 
 def _show(task: str, argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog=f"python -m nanometa.tasks.{task}", description=f"prints texts of {task}")
-    parser.add_argument("--show", type=int, default=1, metavar="N", help="texts for each length and placement (1)")
-    parser.add_argument("--length", type=int, nargs="+", default=[64, 128], help="positions of the longest (64 128)")
-    parser.add_argument(
-        "--placement", nargs="+", choices=PLACEMENTS, default=tuple(PLACEMENTS), help="of the markers (all)"
-    )
-    parser.add_argument("--level", choices=LEVELS, default="medium", help="(medium)")
-    parser.add_argument("--question", choices=QUESTIONS, default="index", help="of list recall (index)")
-    parser.add_argument("--questions", type=int, default=1, help="in a text of list recall (1)")
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or the folder of a dataset or run (gpt2)")
+    name = f"python -m nanometa.tasks.{task}"
+    parser = argparse.ArgumentParser(prog=name, description=f"Prints texts of the task {task}.")
+    add = parser.add_argument
+    add("--show", type=int, default=1, metavar="N", help="number of texts for each length and placement (default: 1)")
+    add("--length", type=int, nargs="+", default=[64, 128], help="maximum positions of a text (default: 64 128)")
+    add("--placement", nargs="+", choices=PLACEMENTS, default=tuple(PLACEMENTS), help="marker placement (default: all)")
+    add("--level", choices=LEVELS, default="medium", help="difficulty of the texts (default: medium)")
+    add("--question", choices=QUESTIONS, default="index", help="form of list recall's question (default: index)")
+    add("--questions", type=int, default=1, help="number of questions in a text of list recall (default: 1)")
+    add("--tokenizer", default="gpt2", help="gpt2, or the folder of a dataset or run (default: gpt2)")
     args = parser.parse_args(argv)
     tokenizer = Tokenizer.gpt2() if args.tokenizer == "gpt2" else Tokenizer.load(Path(args.tokenizer))
     write(f"tokens per item: {words.tokens_per_item(tokenizer):.3f} (tokenizer {tokenizer.name})\n", BOLD)

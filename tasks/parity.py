@@ -1,11 +1,12 @@
-"""Parity: the exclusive or of all bits before the mark.
+"""The parity task: the answer is the exclusive or of all bits before the mark.
 
      one zero zero one one zero one zero
      one zero<|meta|> one one zero zero one one
      ? parity: one
 
-Bits are words, so that each is a token in every tokenizer, in lines of 8. Levels: how many bits stand before the mark;
-the rest of the length is bits behind it, which count for nothing. At level `long` the mark is anywhere.
+Bits are words, so that each is one token in every tokenizer, and stand in lines of 8. The level sets the number of bits
+before the mark. Bits after the mark fill the rest of the length and do not count. At level `long` the mark can be
+anywhere.
 """
 
 from nanometa.common.keyed_random import Draws
@@ -15,12 +16,12 @@ QUESTION_NAMES_PLACE = False
 ANSWER_IN_TEXT = False
 CHANCE = 1 / 2
 SIZES = {"easy": (2, 4), "medium": (2, 8), "hard": (2, 16), "extra_hard": (2, 64), "long": (2, 10**9)}
-LINE = 8
+LINE = 8  # bits in a line
 WORDS = (" zero", " one")
 
 
 def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
-    """A text of at most `room` positions, None if these draws come to none."""
+    """Returns a text of at most `room` positions, or None if these draws do not fit into it."""
     left = room - maker.cost(" ?", " parity", ":", " one", "\n", POINT)
     least, most = SIZES[level]
     bits: list[int] = []

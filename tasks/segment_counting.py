@@ -1,13 +1,14 @@
-"""Segment counting: how often does an item occur between the two marks?
+"""The segment counting task: the answer is how often an item occurs between two marks.
 
      fruit: orange peach hammer plum
      tool:<|meta|> hammer wrench hammer pliers
      color: red hammer<|meta|> green
      ? count hammer:3
 
-Named lists of 6 items. The segment is whole lists, from behind the first one's name to behind the last one's last
-item. The answer is 1, 2, 3 or 4, equally often (the paper's floor of 25 % speaks for four values). Outside the segment
-the item occurs 0 to 12 times, whatever the answer. Levels: lists in the segment; the length is filled with lists.
+The text consists of named lists of 6 items. The segment spans whole lists: it starts after the name of its first list
+and ends after the last item of its last list. The answer is 1, 2, 3 or 4, each equally often; the paper's floor of 25 %
+suggests four values. Outside the segment the item occurs 0 to 12 times, independent of the answer. The level sets the
+number of lists in the segment. The text is filled with lists up to its length.
 """
 
 import itertools
@@ -19,11 +20,13 @@ QUESTION_NAMES_PLACE = False
 ANSWER_IN_TEXT = False
 CHANCE = 1 / 4
 SIZES = {"easy": (1, 1), "medium": (1, 2), "hard": (2, 4), "extra_hard": (4, 8), "long": (8, 16)}
-ITEMS, COUNTS, OUTSIDE = 6, 4, 12
+ITEMS = 6  # items in a list
+COUNTS = 4  # the answer is 1 .. COUNTS
+OUTSIDE = 12  # the item occurs at most this often outside the segment
 
 
 def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
-    """A text of at most `room` positions, None if these draws come to none."""
+    """Returns a text of at most `room` positions, or None if these draws do not fit into it."""
     left = room - maker.cost(" ?", " count", " item", ":", "4", "\n") - 2 * maker.cost(POINT)
     item = draws.choice(maker.items)
     others = [word for word in maker.items if word != item]
@@ -46,7 +49,7 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
     inside, outside = [s for s in slots if s[0] in segment], [s for s in slots if s[0] not in segment]
     count, beside = draws.between(1, COUNTS), draws.between(0, OUTSIDE)
     if beside > len(outside):
-        return None  # not fewer: then their number would tell of the segment's size
+        return None  # placing fewer of them instead would let their number reveal the size of the segment
     for i, j in draws.sample(inside, count) + draws.sample(outside, beside):
         lists[i][1][j] = item
     out = Draft()
@@ -56,7 +59,7 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
     out.questions = [([" ?", " count", f" {item}", ":"], [str(count), "\n"])]
     total = count + beside
     out.shortcuts = {
-        # from the whole text's count every answer that it allows is equally likely
+        # given the count of the whole text, all answers that this count allows are equally likely
         "from the count of the whole text": str(min(COUNTS, total)),
         "the count of the segment's first list": str(max(1, min(COUNTS, lists[first][1].count(item)))),
         "the count of the segment's last list": str(max(1, min(COUNTS, lists[segment[-1]][1].count(item)))),

@@ -1,10 +1,10 @@
-"""Everyday words for the tasks: our own lists, of which each tokenizer gets those that are one token to it."""
+"""The words of the tasks: two lists of everyday words, and the choice of those that are one token in a tokenizer."""
 
 import functools
 
 from nanometa.data.tokenizer import Tokenizer
 
-POOL = 200  # items, and as many names of lists
+POOL = 200  # number of items, and also of names of lists
 
 ITEMS = """
 apple pear plum cherry grape lemon orange banana peach mango melon olive onion carrot potato tomato pepper garlic bean
@@ -74,17 +74,20 @@ between within without through just also now then always never already finally c
 corresponding
 """.split()
 
-DELIMITER = "mark"  # the ordinary word that stands where a meta-token would
-OWN = {DELIMITER, "after", "zero", "one", "two", "three", "four", "copy", "parity", "count"}  # the tasks' own words
+DELIMITER = "mark"  # the ordinary word that takes the place of a meta-token in some placements
+# words that the formats of the tasks use
+OWN = {DELIMITER, "after", "zero", "one", "two", "three", "four", "copy", "parity", "count"}
 
 
 @functools.lru_cache(maxsize=4)
 def pools(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
-    """200 items and 200 names of lists, no word in both: the first of the lists above that are the fewest tokens."""
+    """Returns 200 items and 200 names of lists, with no word in both.
+
+    From each of the lists above it takes the words with the fewest tokens, the earlier ones first."""
 
     def pool(words: list[str], taken: set[str]) -> list[str]:
         free = [word for word in dict.fromkeys(words) if word not in taken]
-        # a stable sort: the fewest tokens first, in the order of the list
+        # the sort is stable: words with equally many tokens stay in the order of the list
         return sorted(free, key=lambda word: len(tokenizer.encode(f" {word}")))[:POOL]
 
     items = pool(ITEMS, OWN)
@@ -92,6 +95,6 @@ def pools(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
 
 
 def tokens_per_item(tokenizer: Tokenizer) -> float:
-    """Mean over the pool of items, to be reported: 1 where every item is a token."""
+    """Returns the mean number of tokens of the items in the pool; it is 1 if every item is one token."""
     items = pools(tokenizer)[0]
     return sum(len(tokenizer.encode(f" {word}")) for word in items) / len(items)

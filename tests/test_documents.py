@@ -16,7 +16,7 @@ from nanometa.data.inject import strip
 from nanometa.evals import perplexity
 from nanometa.evals.common import read_split
 from nanometa.evals.documents import pieces
-from nanometa.evals.perplexity import PerplexityEval, long_pieces, measure, streams, window
+from nanometa.evals.perplexity import PerplexityEval, long_pieces, measure_perplexity, streams, window
 from tests.reference import perplexity as reference
 from tests.runs import run_on, saved
 from tests.test_perplexity import double
@@ -68,7 +68,7 @@ def test_it_is_the_loss_of_every_token_by_itself(workdir, rule, markers, length,
         for source, _, nats in reference.token_nats(run, text.tolist(), length, stride):
             depth = sum(token != run.tokenizer.meta for token in text[: source + 1]) - 1
             slow.setdefault(depth // bucket * bucket, {}).setdefault(owner, []).append(nats)
-    found = measure(run, texts, length, stride, bucket, owners)
+    found = measure_perplexity(run, texts, length, stride, bucket, owners)
     assert [row[0] for row in found["by_depth"]] == sorted(slow) and found["document_pieces"] == [2, 1, 1]
     for number, (depth, n, mean, low, high) in enumerate(found["by_depth"]):
         sums, counts = (np.array([f(slow[depth][owner]) for owner in (0, 1, 2)]) for f in (sum, len))
@@ -95,7 +95,7 @@ def test_pieces_have_their_own_draws_and_the_number_of_markers_of_training(workd
 def test_every_piece_has_its_own_draw_of_random_positions(workdir, second, differ):
     run = run_on(workdir / "data/n", second_attention=second, position="rope")
     (text, *_), _ = cut(run, workdir / "data/n", 56, "none")
-    (_, _, mean, low, high), *_ = measure(run, [text, text], 56, 28, 56, np.array([3, 8]))["by_depth"]
+    (_, _, mean, low, high), *_ = measure_perplexity(run, [text, text], 56, 28, 56, np.array([3, 8]))["by_depth"]
     assert (low == pytest.approx(mean, abs=1e-6)) is not differ and low + high == pytest.approx(2 * mean)
 
 
@@ -141,9 +141,9 @@ def test_all_lengths_conditions_scalings_and_arms_score_the_same_text(runs, caps
 @pytest.mark.parametrize(
     ("run", "given", "sentence"),
     [
-        ("meta", {"stride": 16}, "stride=16 has no use with --documents"),
-        ("meta", {"markers": ("none", "stored")}, "markers=stored has no use with --documents"),
-        ("meta", {"markers": ("none_wide",)}, "markers=none_wide has no use with --documents"),
+        ("meta", {"stride": 16}, "stride=16 has no effect with --documents"),
+        ("meta", {"markers": ("none", "stored")}, "markers=stored cannot be combined with --documents"),
+        ("meta", {"markers": ("none_wide",)}, "markers=none_wide cannot be combined with --documents"),
         ("meta", {"lengths": (16, 40)}, "lengths=40 is not a whole number of the run's chunks of 32 positions"),
         ("meta", {"lengths": (64 * 32,)}, "prepare other text with --min_document_tokens=1792"),
         ("plain", {"lengths": (2000,)}, "prepare other text with --min_document_tokens=2000"),

@@ -124,7 +124,7 @@ def test_any_run_is_read_at_any_length(workdir, rope):
         run = rescaled(run, Rescale(*how) if how else Rescale())
         content = strip(read_split(run, workdir / "data/u", 400), run.tokenizer.meta)
         for length in (32, 96):
-            found[how, length] = perplexity.measure(run, [content], length, length, 64)["loss"]
+            found[how, length] = perplexity.measure_perplexity(run, [content], length, length, 64)["loss"]
     assert found[None, 96] == found[("none", 3.0), 96]
     assert found[None, 32] == pytest.approx(found[("yarn", 1.0, True), 32], abs=1e-6)
     for length, different in ((32, 4), (96, 5)):

@@ -194,9 +194,9 @@ def test_states_that_would_fail_later(world, where, value):
 
 
 def test_prompts_with_half_a_surrogate_pair(world):
-    with pytest.raises(UserError, match="no Unicode at character 1"):
+    with pytest.raises(UserError, match="not valid Unicode at character 1: remove that character"):
         read_prompt(SampleConfig(prompt="a\ud800"))
-    with pytest.raises(UserError, match="not UTF-8 at byte 1"):
+    with pytest.raises(UserError, match="not UTF-8 at byte 1: convert it to UTF-8"):
         read_prompt(SampleConfig(prompt="a\udc80"))  # as Python has a byte of the command line
     with pytest.raises(UserError, match=r"no Unicode at character 3 \('\\udc80'\)"):
         world.run.tokenizer.encode_prompt("abc\udc80<|meta|>")

@@ -127,17 +127,17 @@ def test_score_equals_the_log_probabilities(run, rule):
 
 def test_what_cannot_be_continued(run):
     plan = MarkerPlan.of_run(run)
-    with pytest.raises(UserError, match="the prompt is empty"):
+    with pytest.raises(UserError, match="the prompt is empty, so there is nothing to continue: give some text"):
         next(generate(run, [], plan, 5))
-    with pytest.raises(UserError, match="the prompt has 65 positions .* window has 64"):
+    with pytest.raises(UserError, match="the prompt has 65 positions .*, but the model's window has 64: shorten it"):
         next(generate(run, [1] * 65, plan, 5))
     assert len(list(generate(run, [1] * 64, MarkerPlan.of_run(run, "none"), 5))) == 5
-    with pytest.raises(UserError, match="more than the window"):
+    with pytest.raises(UserError, match="more than the model's window of 64: score it in parts"):
         score(run, "the cat " * 50, plan)
     with torch.no_grad():
         broken = load_run(run.folder)
         broken.model.wte.weight[3] = float("nan")
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="the logits of .* are not finite, .*: use another checkpoint"):
         list(generate(broken, [3], plan, 5))
 
 
@@ -179,7 +179,7 @@ def test_prompts_from_files_and_standard_input(run, workdir, tmp_path):
     ("args", "stdin", "sentence"),
     [
         (["--prompt="], b"", "the prompt is empty"),
-        (["--prompt=<|meta|>"], b"", "the prompt holds markers alone"),
+        (["--prompt=<|meta|>"], b"", "the prompt contains only markers"),
         (["--prompt_file=-"], b"", "the prompt is empty"),
         (["--prompt_file=-"], b"caf\xe9 ", "standard input is not UTF-8 at byte 3"),
         (["--prompt_file=nowhere.txt"], b"", "nowhere.txt cannot be read"),
@@ -209,7 +209,7 @@ def test_markers_need_a_run_that_had_some(workdir):
     args = ("--dataset=data/n", "--block_size=28", "--run_name=plain", "--max_steps=1", "--second_attention=none")
     assert cli("train.py", *TINY, *args, cwd=workdir).returncode == 0
     assert (
-        "needs a run that was trained with markers"
+        "meta=uniform needs a run that was trained with markers, and out/plain/best_00000001 was not: use --meta=none."
         in cli("sample.py", "--run=out/plain", "--meta=uniform", cwd=workdir).stderr.decode()
     )
     assert cli("sample.py", "--run=out/plain", "--max_new_tokens=5", cwd=workdir).returncode == 0

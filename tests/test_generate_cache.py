@@ -10,7 +10,7 @@ import torch
 from nanometa.common.keyed_random import stable_key
 from nanometa.config import GPTConfig, SampleConfig
 from nanometa.inference.cache import Decoder, Store
-from nanometa.inference.generation import MarkerPlan, generate, generate_batch, pick, prepare
+from nanometa.inference.generation import MarkerPlan, generate, generate_batch, pick, prepare_weights
 from nanometa.inference.scoring import hidden_states, text_batch
 from nanometa.model import GPT
 from nanometa.sample import start_samples
@@ -291,7 +291,7 @@ def test_samples_are_read_in_any_order():
 
 def test_prepared_weights_serve_several_calls():
     run, plan = random_run(), PLANS["uniform"]
-    weights, prompt = prepare(run), laid_out(5, plan)
+    weights, prompt = prepare_weights(run), laid_out(5, plan)
     texts = [list(generate(run, prompt, plan, 30, temperature=0, weights=weights)) for _ in range(2)]
     assert texts[0] == texts[1] == list(generate(run, prompt, plan, 30, temperature=0))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nanometa.config import GPTConfig
 from nanometa.data.loader import Windows
-from nanometa.inference.cache import Weights
+from nanometa.inference.cache import DecodingWeights
 from nanometa.layers.loss import Tally, gather_scored, summed_nats, token_scores
 from nanometa.model import GPT
 
@@ -109,7 +109,7 @@ def test_all_agree_on_which_ids_can_be_predicted():
     loss = summed_nats(hidden, model.wte.weight, every.clamp(max=n - 1), n)
     (gradient,) = torch.autograd.grad(loss, model.wte.weight)
     assert ((gradient != 0).any(dim=1) == content).all()
-    decoded = Weights(model, torch.float32, 1).head(hidden)
+    decoded = DecodingWeights(model, torch.float32, 1).head(hidden)
     assert decoded.shape == (V, n)
     torch.testing.assert_close(decoded, logits[:, :n])
 

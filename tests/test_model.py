@@ -290,7 +290,7 @@ def test_dropout_is_dead_in_evaluation():
 
 
 def test_the_vocabulary_must_be_known():
-    with pytest.raises(UserError, match="vocab_size"):
+    with pytest.raises(UserError, match="vocab_size=None .* must both be numbers, .*: take them from the dataset's"):
         GPT(dataclasses.replace(SMALL, vocab_size=None))
-    with pytest.raises(UserError, match="content_vocab_size=70"):
+    with pytest.raises(UserError, match="content_vocab_size=70 must lie in 1 .. vocab_size=64, .*: take both from"):
         GPT(dataclasses.replace(SMALL, content_vocab_size=70))

@@ -1,3 +1,4 @@
+import io
 import json
 import re
 from pathlib import Path
@@ -10,8 +11,9 @@ from nanometa import eval as evaluation
 from nanometa.common.errors import UserError
 from nanometa.data.inject import strip
 from nanometa.data.tokenizer import Tokenizer
-from nanometa.evals import passkey
-from nanometa.evals.passkey import PasskeyEval, Prompts, measure, prompt_text, rank, score
+from nanometa.evals import common, passkey
+from nanometa.evals.common import progress
+from nanometa.evals.passkey import PasskeyEval, Prompts, measure_passkey, prompt_text, rank, score
 from nanometa.inference import scoring
 from nanometa.inference.generation import MarkerPlan, generate
 from tests.runs import saved, small_run
@@ -113,15 +115,15 @@ def test_a_model_that_knows_the_key_is_first_and_exact(tokenizer, monkeypatch, r
     for markers in ("trained", "none"):
         prompts = Prompts(run, markers, 128, 0.5)
         monkeypatch.setattr(scoring, "hidden_states", reader(run))
-        cell = measure(run, prompts, 6, 12)
+        cell = measure_passkey(run, prompts, 6, 12)
         assert cell["exact"] == cell["top1"] == cell["mrr"] == cell["median_rank"] == 1 and cell["outcomes"] == "1" * 6
         monkeypatch.setattr(scoring, "hidden_states", reader(run, shift=11_111))
-        cell = measure(run, prompts, 6, 12)
+        cell = measure_passkey(run, prompts, 6, 12)
         assert cell["exact"] == 0 and cell["outcomes"] == "0" * 6 and cell["top1"] < 1
 
 
 def test_random_weights_are_at_chance(run):
-    cell = measure(run, Prompts(run, "trained", 128, 0.5), 120, 10)
+    cell = measure_passkey(run, Prompts(run, "trained", 128, 0.5), 120, 10)
     low, high = cell["top1_interval"]
     assert low < 0.1 < high and cell["chance"]["top1"] == 0.1 and cell["exact"] == 0
     assert abs(np.mean(cell["ranks"]) - 5.5) < 3 * np.sqrt(99 / 12 / 120)
@@ -182,13 +184,16 @@ def test_the_command(run, tmp_path, capsys):
         (128, 0.5, "none", 2),
     ]  # fmt: skip
     assert all(line["run"] == "small" and line["arm"] == "meta + rope" for line in lines)
-    assert "no text of whole sentences is so long" in lines[0]["impossible"] and len(lines[2]["ranks"]) == 3
+    assert "no number of filler sentences gives this length" in lines[0]["impossible"] and len(lines[2]["ranks"]) == 3
     assert "chance 25.0%" in capsys.readouterr().out
 
 
 def test_learned_positions_end(tokenizer):
     run = small_run(tokenizer, MARKED, block_size=64)
-    assert "table of learned ones has 64" in measure(run, Prompts(run, "trained", 128, 0.5), 3, 4)["impossible"]
+    assert (
+        "128 positions do not fit into the learned position table, which has 64"
+        in measure_passkey(run, Prompts(run, "trained", 128, 0.5), 3, 4)["impossible"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,7 +204,7 @@ def test_learned_positions_end(tokenizer):
         ({"depths": ()}, "depths=() is out of range"),
         ({"n": 0}, "n=0 is out of range"),
         ({"candidates": 1}, "candidates=1 is out of range"),
-        ({"markers": ("trained",)}, "markers=trained needs a run that was trained on text with markers"),
+        ({"markers": ("trained",)}, "markers=trained needs a run that was trained on text with markers, and"),
         ({"run": "nowhere"}, "there is no checkpoint in 'nowhere'"),
     ],
 )
@@ -215,5 +220,25 @@ def test_weights_that_are_no_numbers_are_refused(tokenizer):
     run = small_run(tokenizer, MARKED, block_size=128)
     with torch.no_grad():
         run.model.ln_f.weight[3] = float("nan")
-    with pytest.raises(UserError, match="not finite"):
-        measure(run, Prompts(run, "trained", 128, 0.5), 3, 4)
+    with pytest.raises(UserError, match="the loss of .* is not finite, .*: use another checkpoint"):
+        measure_passkey(run, Prompts(run, "trained", 128, 0.5), 3, 4)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "patience", "shown"), [(Terminal, 0, True), (Terminal, 9, False), (io.StringIO, 0, False)]
+)
+def test_progress_is_shown_on_a_terminal_alone_and_erased(monkeypatch, stream, patience, shown):
+    out = stream()
+    monkeypatch.setattr(common, "PATIENCE", patience)
+    monkeypatch.setattr("sys.stdout", out)
+    with pytest.raises(UserError), progress("256 positions [x]", 2) as advance:
+        advance(1)
+        raise UserError("the bar ends with its cell")
+    assert ("256 positions [x]" in out.getvalue()) == shown
+    assert (out.getvalue() == "") != shown
+    assert not shown or out.getvalue().endswith("\x1b[2K")  # the line is erased

@@ -291,7 +291,7 @@ REFUSED = {
     "one text": (MARKED, {}, ("--n=1",), "a text needs a donor"),
     "sites": (MARKED, {}, ("--sites", "mark", "mark"), "name each once"),
     "margin": (MARKED, {}, ("--margin=1",), "margin=1.0 is out of range"),
-    "too long": (MARKED, {}, ("--lengths=80",), "the table of learned ones"),
+    "too long": (MARKED, {}, ("--lengths=80",), "80 positions do not fit into the learned position table"),
 }  # fmt: skip
 
 

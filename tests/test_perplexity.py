@@ -16,7 +16,7 @@ from nanometa.data.loader import Windows
 from nanometa.data.shards import HEADER
 from nanometa.evals import perplexity
 from nanometa.evals.common import read_split
-from nanometa.evals.perplexity import PerplexityEval, marked, measure, streams, window, windows
+from nanometa.evals.perplexity import PerplexityEval, marked, measure_perplexity, streams, window, windows
 from nanometa.train import evaluate
 from nanometa.training.distributed import Dist
 from tests.reference import perplexity as reference
@@ -37,7 +37,7 @@ def test_windows_of_training_give_the_figures_of_training(workdir, data, second,
     drawn = cfg.model.random_fraction if second == "random" else None
     expected = evaluate(run.model, Windows(folder, "val", length, rule, drawn, cfg.seed), cfg, ALONE)
     run.model.eval()
-    found = measure(run, [read_split(run, folder, None)], length, length, 64)
+    found = measure_perplexity(run, [read_split(run, folder, None)], length, length, 64)
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
     assert found["perplexity"] == math.exp(found["loss"])
 
@@ -79,7 +79,7 @@ def double(run):
 
 
 def compare_with_reference(run, tokens, length, stride):
-    found = measure(run, [tokens], length, stride, bucket=1)
+    found = measure_perplexity(run, [tokens], length, stride, bucket=1)
     slow = reference.token_nats(run, tokens.tolist(), length, stride)
     assert found["tokens"] == len(slow)
     assert found["loss"] == pytest.approx(np.mean([nats for *_, nats in slow]), abs=1e-4)
@@ -117,7 +117,7 @@ def test_a_model_that_sees_what_it_predicts_is_noticed(workdir):
 @pytest.mark.parametrize("bucket", [1, 7, 64])
 def test_the_loss_by_position_adds_up_to_the_loss(workdir, bucket):
     run = run_on(workdir / "data/u")
-    found = measure(run, [read_split(run, workdir / "data/u", 600)], 32, 10, bucket)
+    found = measure_perplexity(run, [read_split(run, workdir / "data/u", 600)], 32, 10, bucket)
     firsts, counts, means = zip(*found["by_position"], strict=True)
     assert all(first % bucket == 0 and first < 32 for first in firsts) and sum(counts) == found["tokens"] == 600
     assert np.dot(counts, means) / 600 == pytest.approx(found["loss"], rel=1e-9)
@@ -161,8 +161,10 @@ def test_markers_are_placed_as_preparation_does(workdir):
 def test_context_is_the_content_before_a_scored_token(workdir):
     run = run_on(workdir / "data/n", second_attention="none")
     tokens = read_split(run, workdir / "data/n", 200)
-    assert measure(run, [tokens], 20, 1, 64)["context"] == pytest.approx((sum(range(1, 21)) + 180 * 20) / 200)
-    assert measure(run, [tokens], 20, 20, 64)["context"] == pytest.approx(10.5)
+    assert measure_perplexity(run, [tokens], 20, 1, 64)["context"] == pytest.approx(
+        (sum(range(1, 21)) + 180 * 20) / 200
+    )
+    assert measure_perplexity(run, [tokens], 20, 20, 64)["context"] == pytest.approx(10.5)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +193,10 @@ def test_the_command(workdir, runs, capsys):
     assert trained == pytest.approx(none, rel=0.05)  # the same content before a scored token, as nearly as can be
     plain = [json.loads(line) for line in (runs["plain"] / "perplexity.jsonl").read_text().splitlines()]
     assert [line["markers"] for line in plain] == ["none", "none"] and plain[0]["tokens"] == 500
-    assert plain[1]["impossible"] == "64 positions, and the table of learned ones has 28" and "loss" not in plain[1]
+    assert (
+        plain[1]["impossible"] == "64 positions do not fit into the learned position table, which has 28"
+        and "loss" not in plain[1]
+    )
     out = capsys.readouterr().out
     losses = [line["loss"] for line in lines[:3]]
     assert f"loss {np.mean(losses):.4f} ({min(losses):.4f} .. {max(losses):.4f}, sd {np.std(losses, ddof=1):.4f}" in out
@@ -202,13 +207,13 @@ def test_the_command(workdir, runs, capsys):
     ("run", "settings", "sentence"),
     [
         ("meta", {"lengths": (4,)}, "lengths=(4,) is out of range"),
-        ("meta", {"lengths": (32,), "stride": 33}, "stride=33 would leave text out between windows of 32"),
-        ("meta", {"stride": 33}, "stride=33 would leave text out between windows of 32"),
+        ("meta", {"lengths": (32,), "stride": 33}, "stride=33 would skip text between windows of 32 positions"),
+        ("meta", {"stride": 33}, "stride=33 would skip text between windows of 32 positions"),
         ("meta", {"stride": 0}, "stride=0 is out of range"),
         ("meta", {"draws": 2}, "draws=2 is out of range"),
         ("meta", {"max_tokens": 5}, "max_tokens=5 is out of range"),
         ("meta", {"bucket": 0}, "bucket=0 is out of range"),
-        ("meta", {"markers": ("stored",), "dataset": "n"}, "n has no markers: take --markers none"),
+        ("meta", {"markers": ("stored",), "dataset": "n"}, "n has no markers: use --markers none"),
         ("meta", {"lengths": (512,), "max_tokens": 300}, "512 positions is longer than the 301 content tokens"),
         ("meta", {"dataset": "nowhere"}, "there is no dataset in"),
         (
@@ -230,8 +235,8 @@ def test_weights_that_are_no_numbers_are_refused(workdir):
     run = run_on(workdir / "data/u")
     with torch.no_grad():
         run.model.ln_f.weight[3] = float("nan")
-    with pytest.raises(UserError, match="not finite"):
-        measure(run, [read_split(run, workdir / "data/u", 100)], 32, 32, 64)
+    with pytest.raises(UserError, match="the loss of .* is not finite, .*: use another checkpoint"):
+        measure_perplexity(run, [read_split(run, workdir / "data/u", 100)], 32, 32, 64)
 
 
 def test_another_tokenizer_and_damaged_text_are_refused(workdir, runs, tmp_path):
@@ -249,6 +254,10 @@ def test_another_tokenizer_and_damaged_text_are_refused(workdir, runs, tmp_path)
                 at = HEADER.size + 2 * int(np.flatnonzero(read_split(run, workdir / "data/u", None) < 256)[5])
                 raw[at : at + 2] = (raw[at] ^ 1, raw[at + 1]) if change == "other text" else (255, 255)
             (folder / path.name).write_bytes(raw)
-        cause = "made with another tokenizer" if change == "other tokenizer" else "not what its manifest says"
+        cause = (
+            r"made with another tokenizer .*: prepare the dataset with --tokenizer="
+            if change == "other tokenizer"
+            else "do not match its manifest, .*: prepare the dataset again"
+        )
         with pytest.raises(UserError, match=cause):
             read_split(run, folder, 300 if change == "no id" else None)  # the sha256 is of the whole

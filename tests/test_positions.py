@@ -302,7 +302,7 @@ def test_a_run_that_has_not_learned_what_is_asked_is_named(tokenizer, monkeypatc
         found = answered(run, maker, "easy", 48, 1000)
         assert found["n"] == 100 and found["better"] == learned and found["floor"] >= 0.5
         said = doubt(run, [(maker, 48, found)])
-        told = f"answers parity target 48 to 50.0% against {found['floor']:.1%} of a shortcut or chance"
+        told = f"answers 50.0% of parity target 48 (shortcut or chance {found['floor']:.1%}) exactly, no better than"
         assert said == "" if learned else told in said
 
 
@@ -418,7 +418,7 @@ REFUSED = {
     "placement none": ({}, {}, ("--placements", "target", "none"), "with placement none and 40 positions"),
     "trained without": ({}, {"placements": ("none",)}, (), "with placement none and 40 positions have no meta-tokens"),
     "few markers": ({}, {"placements": ("background",), "meta_share": 0.001}, (), "placement background and 40"),
-    "too long": ({"position": "learned"}, {}, ("--lengths", "40", "80"), "80 positions, and the table of learned ones"),
+    "too long": ({"position": "learned"}, {}, ("--lengths", "40", "80"), "80 positions do not fit into the learned"),
     "too short": ({}, {}, ("--lengths=8",), "has no text of level easy with 8 to 8 positions"),
     "twice": ({}, {}, ("--tasks", "parity", "parity"), "tasks=('parity', 'parity') is out of range"),
     "n": ({}, {}, ("--n=0",), "n=0 is out of range"),

@@ -360,7 +360,7 @@ REFUSED = {
     "no delimiter": ({}, ("--states=delimiter",), "20 of 20 texts have no 'mark' before the question"),
     "layer": ({}, ("--layers", "1", "3"), "there is no layer 3: this model has states 0"),
     "too far back": ({}, ("--targets=back", "--back=100"), "ask for 100 tokens before the state meta"),
-    "too long": ({"position": "learned"}, ("--lengths=80",), "80 positions, and the table of learned ones"),
+    "too long": ({"position": "learned"}, ("--lengths=80",), "80 positions do not fit into the learned position table"),
     "few texts": ({}, ("--n=19",), "n=19 is out of range"),
     "few training texts": ({}, ("--train_texts=5",), "train_texts=5 is out of range"),
     "twice": ({}, ("--states", "meta", "meta"), "states=('meta', 'meta') is out of range"),

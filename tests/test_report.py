@@ -41,7 +41,12 @@ def line(outcomes: str = HALF, arm="meta + rope", train_length=128, seed=1, **ot
     }  # fmt: skip
     n, right = len(outcomes), outcomes.count("1")
     if not n:
-        return {**facts, "n": 0, "impossible": "512 positions, and the table of learned ones has 128", **other}
+        return {
+            **facts,
+            "n": 0,
+            "impossible": "512 positions do not fit into the learned position table, which has 128",
+            **other,
+        }
     return {
         **facts, "n": n, "correct": right, "exact": right / n, "interval": [0.0, 1.0], "token_accuracy": right / n,
         "token_interval": [0.125, 0.875], "nats": 1.2345, "chance": 0.5,

@@ -14,7 +14,7 @@ from nanometa.config.command_line import load_config
 from nanometa.config.tasks import TASKS
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.evals.common import facts_of
-from nanometa.evals.tasks import measure
+from nanometa.evals.tasks import measure_tasks
 from nanometa.inference.generation import MarkerPlan, generate
 from nanometa.report import sections_of
 from nanometa.reports.files import read
@@ -154,7 +154,7 @@ def test_exact_is_what_greedy_decoding_writes(workdir, bases, rule):
         "--train_length=48", tasks=("parity",),
     )  # fmt: skip
     run = load_run(run_dir)
-    cell = measure(run, "parity", "background", TaskConfig(), "easy", 48, 60)
+    cell = measure_tasks(run, "parity", "background", TaskConfig(), "easy", 48, 60)
     maker, wrote = Maker("parity", "background", TaskConfig(), run.tokenizer), []
     plan = MarkerPlan.of_run(run, "none")
     for i in range(60):
@@ -172,7 +172,9 @@ def test_eval_writes_a_line_a_cell_and_says_what_is_impossible(workdir, bases):
     for _ in range(2):
         result = cli("eval.py", "tasks", *args, cwd=workdir)
         assert result.returncode == 0, result.stderr.decode()
-    assert "impossible: 128 positions, and the table of learned ones has 96" in result.stdout.decode()
+    assert (
+        "impossible: 128 positions do not fit into the learned position table, which has 96" in result.stdout.decode()
+    )
     lines = [json.loads(line) for line in (workdir / "out/tuned_learned/tasks.jsonl").read_text().splitlines()]
     assert len(lines) == 16  # 2 tasks x 2 placements x 2 lengths, appended twice
     timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
@@ -190,7 +192,7 @@ def test_eval_writes_a_line_a_cell_and_says_what_is_impossible(workdir, bases):
 
 def test_rotary_runs_are_measured_beyond_their_window(workdir, bases):
     run = load_run(workdir / bases["meta"])
-    assert measure(run, "parity", "every", TaskConfig(), "easy", 256, 5)["n"] == 5
+    assert measure_tasks(run, "parity", "every", TaskConfig(), "easy", 256, 5)["n"] == 5
 
 
 def test_show_batch_prints_the_texts(workdir, bases):

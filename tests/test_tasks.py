@@ -262,7 +262,7 @@ def test_words_are_single_tokens_where_that_is_possible(gpt2, small):
 
 
 def test_what_cannot_be_written_is_refused_in_a_sentence(gpt2):
-    with pytest.raises(UserError, match="no text of level hard with 29 to 32 positions"):
+    with pytest.raises(UserError, match="no text of level hard with 29 to 32 positions, .*: use another length"):
         draw("segment_counting", gpt2, 0, 32, "hard")
     for wrong in ({"train_length": 8}, {"meta_share": 1.0}, {"tasks": ("parity", "parity")}, {"questions": 0}):
         with pytest.raises(UserError):
@@ -294,7 +294,7 @@ def test_a_misnamed_question_is_answered_from_the_list_that_is_pointed_at(gpt2, 
 def test_what_has_nothing_to_misname_is_refused(gpt2):
     silent = [("list_recall", name) for name, of in PLACEMENTS.items() if not of.points_at_named]
     for task, placement in (*silent, ("parity", "target")):
-        with pytest.raises(UserError, match="question=misnamed asks list recall"):
+        with pytest.raises(UserError, match="question=misnamed needs a task that both points at a list and names one"):
             maker(task, gpt2, question="misnamed", placement=placement)
 
 
@@ -320,7 +320,7 @@ def test_a_task_that_lacks_a_part_is_refused_by_name(monkeypatch):
             load_task.__wrapped__("reversal")
         setattr(whole, part, parts[part])
     whole.SIZES = {"easy": None}
-    with pytest.raises(TypeError, match="must have .*extra_hard"):
+    with pytest.raises(TypeError, match=r"but config/tasks.py has .*extra_hard.*: give a size"):
         load_task.__wrapped__("reversal")
 
 

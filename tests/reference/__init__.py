@@ -1,1 +1,1 @@
-"""Slow, obvious implementations that the fast ones are held to: loops over positions, no tricks."""
+"""Slow reference implementations, written as plain loops, that the tests compare the fast implementations with."""

@@ -1,13 +1,14 @@
-"""A Batch from the words of its docstring: every field by plain loops, on lists."""
+"""Reference for building a Batch: follows the docstring of Batch, with plain loops over lists."""
 
 from tests.reference.targets import IGNORE, stream_targets
 
 
 def batch(texts, marker, rule, T, pad, connected, meta_width, scored_width, counted) -> dict[str, list[list[int]]]:
-    """Fields of the Batch of texts, lists of ids, each of at most T positions and padded with the id `pad`.
+    """Returns the fields of the Batch of texts, which are lists of at most T ids and are padded with the id `pad`.
 
-    connected: for each text, the positions that the second attention connects. meta_width, scored_width: widths of the
-    two indices. counted: for each text, the ids that may be targets."""
+    connected: for each text, the positions that the second attention connects.
+    meta_width, scored_width: the widths of meta_index and scored_index.
+    counted: for each text, the ids that may be targets."""
     fields = {"tokens": [], "targets": [], "positions": [], "meta_index": [], "scored_index": []}
     for text, members, ids in zip(texts, connected, counted, strict=True):
         targets = [target if target in ids else IGNORE for target in stream_targets(text, marker, rule)]

@@ -1,4 +1,4 @@
-"""One bottleneck at a time, text by text in its formulas: what the batched ones of probes/bottleneck.py must be."""
+"""Reference for probes/bottleneck.py, which trains many bottlenecks at once: one bottleneck, computed text by text."""
 
 import math
 
@@ -7,6 +7,9 @@ from torch.nn.functional import gelu
 
 
 def draw(seed: int, C: int, Q: int, Z: int, H: int, gates: float, log_shares: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns the initial weights of a bottleneck with C inputs, Q query ids, Z code dimensions and H hidden units.
+
+    gates: scale of the initial query embeddings. log_shares (K,): logarithms of the shares of the K classes."""
     g, K = torch.Generator().manual_seed(seed), len(log_shares)
     w = {"code": torch.randn(C, 2 * Z, generator=g) / C**0.5, "b_code": torch.tensor([0.0] * Z + [-2.0] * Z)}
     w |= {"out": torch.zeros(Z, K), "b_out": log_shares}
@@ -17,7 +20,7 @@ def draw(seed: int, C: int, Q: int, Z: int, H: int, gates: float, log_shares: to
 
 
 def text_loss(w, h, query, label, noise) -> tuple[torch.Tensor, torch.Tensor]:
-    """h (C,), query (q,), label (n,), noise (Z,) -> distortion and rate of one text."""
+    """Returns the distortion and the rate, in nats, of one text: h (C,), query (q,), label (n,), noise (Z,)."""
     code = h @ w["code"] + w["b_code"]
     mean, sigma = code[: len(code) // 2], torch.exp(code[len(code) // 2 :] / 2)
     posterior, prior = torch.distributions.Normal(mean, sigma), torch.distributions.Normal(0.0, 1.0)
@@ -35,7 +38,9 @@ def text_loss(w, h, query, label, noise) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def trained(train, val, K: int, Q: int, beta: float, seed: int, kind: str, how) -> tuple[dict, int]:
-    """train, val: (states, query, labels) -> the best epoch's weights, and the number of that epoch."""
+    """Trains one bottleneck on train and selects the epoch by its loss on val; both are (states, query, labels).
+
+    Returns the weights of the best epoch, and its number."""
     counts = torch.tensor([1.0 + sum(k == c for c in train[2].flatten().tolist()) / train[2].size(1) for k in range(K)])
     log_shares = torch.log(counts / counts.sum())
     w = draw(seed, train[0].size(1), Q, how.z_dim, how.hidden, how.gates, log_shares)
@@ -44,23 +49,23 @@ def trained(train, val, K: int, Q: int, beta: float, seed: int, kind: str, how) 
     order, val_order = torch.randperm(len(train[0]), generator=g), torch.randperm(len(val[0]), generator=g)
     if kind == "shuffled":
         train, val = (*train[:2], train[2][order]), (*val[:2], val[2][val_order])
-    quiet = 1.0 if kind == "bottleneck" else 0.0
+    noise_scale = 1.0 if kind == "bottleneck" else 0.0
     val_noise = torch.randn(len(val[0]), how.z_dim, generator=g)
 
     def loss(data, texts, noise):
         out = 0.0
         for i, eps in zip(texts, noise, strict=True):
-            D, R = text_loss(w, *(x[i] for x in data), eps * quiet)
+            D, R = text_loss(w, *(x[i] for x in data), eps * noise_scale)
             out = out + (D + beta * R) / len(texts)
         return out
 
-    def judged():
+    def val_loss():
         with torch.no_grad():
             return float(loss(val, range(len(val[0])), val_noise))
 
     decays = ({"params": [p], "weight_decay": 0.0 if name[:2] == "b_" else how.weight_decay} for name, p in w.items())
     optimizer = torch.optim.AdamW(list(decays))
-    least, best, at = judged(), {name: p.detach().clone() for name, p in w.items()}, 0
+    least, best, at = val_loss(), {name: p.detach().clone() for name, p in w.items()}, 0
     steps = len(train[0]) // how.batch
     for epoch in range(1, how.epochs + 1):
         order = torch.randperm(len(train[0]), generator=g).tolist()
@@ -72,7 +77,7 @@ def trained(train, val, K: int, Q: int, beta: float, seed: int, kind: str, how) 
             noise = torch.randn(how.batch, how.z_dim, generator=g)
             loss(train, order[step * how.batch : (step + 1) * how.batch], noise).backward()
             optimizer.step()
-        now = judged()
+        now = val_loss()
         if now < least:
             least, best, at = now, {name: p.detach().clone() for name, p in w.items()}, epoch
         elif epoch - at >= how.patience:
@@ -81,7 +86,7 @@ def trained(train, val, K: int, Q: int, beta: float, seed: int, kind: str, how) 
 
 
 def envelope(points: list[tuple[float, float]], rate: float) -> float:
-    """Least distortion at a rate of all mixtures of two points that need no more of it on average."""
+    """Returns the least distortion at an average rate of at most `rate`, over all mixtures of two of the points."""
     out = math.inf
     for r, d in points:
         out = min(out, d) if r <= rate else out

@@ -1,4 +1,4 @@
-"""The decoding loop from its definition: no cache, everything is computed again for every token."""
+"""Reference for generation: follows the definition without a cache, and computes everything anew for every token."""
 
 import numpy as np
 import torch
@@ -8,8 +8,9 @@ from tests.reference import gpt
 
 
 def next_logits(run, ids: list[int]) -> torch.Tensor:
-    """Logits (n_content,) of the content token that follows `ids`, a window from its first position on. With rope the
-    model must be in double precision, as the reference's angles are."""
+    """Returns the logits (n_content,) of the content token that follows `ids`, the tokens of a window so far.
+
+    With rotary positions the model must be in double precision, since the reference computes its angles so."""
     m, meta, T = run.config.model, run.tokenizer.meta, len(ids)
     if m.second_attention == "random":
         drawn = random_positions(np.array([0]), m.block_size, m.random_fraction, run.config.seed, "generated")[0]
@@ -25,7 +26,9 @@ def next_logits(run, ids: list[int]) -> torch.Tensor:
 
 
 def generate(run, prompt: list[int], plan, max_new_tokens: int, choose):
-    """Yields (id, the logits it is from, None for a marker); choose: logits -> id."""
+    """Yields pairs (id, logits that it was chosen from), with None as the logits of a marker.
+
+    choose: function that picks an id from logits."""
     T, ids, dropped = run.config.model.block_size, list(prompt), 0
     for _ in range(max_new_tokens):
         while dropped + len(ids) in plan:

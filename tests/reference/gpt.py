@@ -1,4 +1,4 @@
-"""The model from its definition: every attention over all T x T pairs under a mask, scores as complex numbers."""
+"""Reference for the model: every attention computes all T x T pairs under a mask, with RoPE as complex numbers."""
 
 import math
 
@@ -8,27 +8,29 @@ import torch.nn.functional as F
 from tests.reference import rope
 
 
-def attention(layer, x, allowed, turn):
-    """x (B, T, C); allowed (B, T, T) bool, may query i see key j; turn (B, T, T, D/2) complex or None: what
-    q_i conj(k_j) is multiplied by -> (B, T, C).
+def attention(layer, x, allowed, rotation):
+    """Returns the attention output (B, T, C) of x (B, T, C); a query that may see no key gets 0.
 
-    A query that may see nothing gets 0."""
+    allowed (B, T, T) bool: whether query i may see key j.
+    rotation (B, T, T, D/2) complex: the factor of q_i conj(k_j); None for no rotary positions."""
     B, T, C = x.shape
     D = C // layer.n_head
     q, k, v = (part.reshape(B, T, layer.n_head, D) for part in layer.c_attn(x).split(C, dim=-1))
-    if turn is None:
+    if rotation is None:
         scores = torch.einsum("bihd,bjhd->bhij", q, k)
-    else:  # dimensions d and d + D/2 are the parts of a complex number
+    else:  # dimensions d and d + D/2 are the real and imaginary part of a complex number
         q, k = (torch.complex(part[..., : D // 2], part[..., D // 2 :]) for part in (q, k))
-        scores = torch.einsum("bihd,bjhd,bijd->bhij", q, k.conj(), turn).real
+        scores = torch.einsum("bihd,bjhd,bijd->bhij", q, k.conj(), rotation).real
     weights = torch.where(allowed[:, None], scores / math.sqrt(D), -math.inf).softmax(-1).nan_to_num(0)
     out = torch.einsum("bhij,bjhd->bihd", weights, v).reshape(B, T, C)
     return torch.where(allowed.any(-1)[..., None], layer.c_proj(out), 0)
 
 
-def turns(cfg, positions, places):
-    """positions, places (B, T), where tokens are and where they are said to be -> (B, T, T, D/2) complex: how far
-    the product of each query and key is turned and stretched, under the scale that the query reads with."""
+def rotations(cfg, positions, places):
+    """Returns the complex factor (B, T, T, D/2) of the product of each query and key.
+
+    positions (B, T): where the tokens stand; the scale of a query depends on it.
+    places (B, T): the positions by which the tokens are rotated."""
     pairs = range(cfg.n_embd // cfg.n_head // 2)
     scales = [[rope.scale(cfg, int(position) + 1) for position in row] for row in positions]
     speeds = [[[rope.speed(cfg, d, s) for d in pairs] for s in row] for row in scales]
@@ -40,33 +42,33 @@ def turns(cfg, positions, places):
 
 
 def hidden_states(model, tokens, positions, members):
-    """model.forward with members (B, T) bool, the positions of the second attention, in place of their list."""
+    """Returns what model.forward returns. members (B, T) bool: the positions that the second attention connects."""
     cfg, T = model.cfg, tokens.size(1)
-    nowhere = torch.where(members, 0, positions)
-    first = positions if cfg.meta_position in ("same", "none_second") else nowhere
-    second = positions if cfg.meta_position in ("same", "none_first") else nowhere
-    x, turn, turn_second = model.wte(tokens), None, None
+    zeroed = torch.where(members, 0, positions)
+    first = positions if cfg.meta_position in ("same", "none_second") else zeroed
+    second = positions if cfg.meta_position in ("same", "none_first") else zeroed
+    x, rotation, rotation_second = model.wte(tokens), None, None
     if cfg.position == "learned":
         placed = ~members if cfg.meta_position == "none" else torch.ones_like(members)
         x = x + model.wpe(positions) * placed[..., None]
     else:
-        turn, turn_second = (turns(cfg, positions, places) for places in (first, second))
-    before = torch.ones(T, T, dtype=torch.bool).tril().expand(len(tokens), T, T)
-    among_members = before & members[:, :, None] & members[:, None, :]
-    pairs = {  # by arm, which pairs of positions its second attention connects
+        rotation, rotation_second = (rotations(cfg, positions, places) for places in (first, second))
+    causal = torch.ones(T, T, dtype=torch.bool).tril().expand(len(tokens), T, T)
+    among_members = causal & members[:, :, None] & members[:, None, :]
+    pairs = {  # for each arm, the pairs of positions that its second attention connects
         "meta": among_members,
         "diagonal": among_members & torch.eye(T, dtype=torch.bool),
         "random": among_members,
-        "causal": before,
+        "causal": causal,
         "none": None,
     }
     if cfg.second_attention not in pairs:
-        raise NotImplementedError(f"define here which pairs second_attention={cfg.second_attention} connects")
+        raise NotImplementedError(f"pairs lacks second_attention={cfg.second_attention}: add what it connects.")
     connected = pairs[cfg.second_attention]
     for block in model.h:
-        x = x + attention(block.attn, block.ln_1(x), before, turn)
+        x = x + attention(block.attn, block.ln_1(x), causal, rotation)
         if connected is not None:
-            x = x + attention(block.second_attn, block.ln_second(x), connected, turn_second)
+            x = x + attention(block.second_attn, block.ln_second(x), connected, rotation_second)
         h = F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh")
         x = x + block.mlp.c_proj(h)
     return model.ln_f(x)

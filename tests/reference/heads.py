@@ -1,10 +1,12 @@
-"""What probe.py attention measures, from its definition: one query at a time, sums in Python."""
+"""Reference for the figures of probe.py attention: follows the definitions, one query at a time, in plain Python."""
 
 import math
 
 
 def sharpness(logits: list[float], marks: list[int]) -> dict[str, float]:
-    """Of one query of one head: the logits of the keys it sees, and which of them are marks."""
+    """Returns the figures of one query of one head.
+
+    logits: of the keys that the query sees. marks: indices of the marks among these keys."""
     most = max(logits)
     weights = [math.exp(x - most) for x in logits]
     p = [w / math.fsum(weights) for w in weights]

@@ -1,4 +1,4 @@
-"""Meta-attention written from the paper's definition, one query and one key at a time."""
+"""Reference for meta-attention: follows the paper's definition, one query and one key at a time."""
 
 import math
 
@@ -6,10 +6,10 @@ import torch
 
 
 def meta_attention(x, is_meta, c_attn, c_proj, n_head, window=None):
-    """x (B, T, C), is_meta (B, T) bool, c_attn and c_proj linear layers -> (B, T, C).
+    """Returns the meta-attention output (B, T, C) of x (B, T, C), with the linear layers c_attn and c_proj.
 
-    Query i attends to key j iff j <= i and both are meta positions, of these to the last `window` (None: to all); a
-    position that is none gets 0."""
+    Query i attends to key j if and only if j <= i and both are meta positions, is_meta (B, T) bool. With a window it
+    attends only to the last `window` of these keys. All other positions get 0."""
     B, T, C = x.shape
     D = C // n_head
     out = torch.zeros_like(x)
@@ -31,7 +31,7 @@ def meta_attention(x, is_meta, c_attn, c_proj, n_head, window=None):
 
 
 def meta_index(is_meta):
-    """is_meta (B, T) bool -> (B, M) increasing positions, padded with T."""
+    """Returns the increasing meta positions (B, M) of is_meta (B, T) bool, padded with T."""
     T = is_meta.shape[1]
     rows = [[j for j in range(T) if row[j]] for row in is_meta]
     M = max(map(len, rows))

@@ -1,12 +1,14 @@
-"""The sliding window from its definition: every token by itself, from what stands before it and nothing else."""
+"""Reference for the sliding window of evals/perplexity.py: scores every token separately from the tokens before it."""
 
 from tests.reference.generate import next_logits
 from tests.reference.targets import IGNORE, stream_targets
 
 
 def token_nats(run, stream: list[int], length: int, stride: int) -> list[tuple[int, int, float]]:
-    """For every scored token (place of what predicts it, in the stream and in the first window that holds it; nats).
-    Windows start at 0, stride, 2 stride, ... The model must be in double precision."""
+    """Returns a tuple (position in the stream, position in the window, nats) for every scored token.
+
+    The positions are those of its predicting token, and the window is the first one that contains this token.
+    Windows start at 0, stride, 2 * stride, ... The model must be in double precision."""
     out = []
     for source, target in enumerate(stream_targets(stream, run.tokenizer.meta, run.config.target_rule)):
         if target != IGNORE:
@@ -19,9 +21,9 @@ def token_nats(run, stream: list[int], length: int, stride: int) -> list[tuple[i
 
 
 def pieces(content: list[int], eot: int, size: int) -> list[tuple[int, list[int]]]:
-    """The pieces of documents, token by token -> (number of the document, ids)."""
+    """Returns the pieces of documents, cut token by token, as pairs (number of the document, ids)."""
     out, document, piece = [], 0, [eot]
-    for token in [*content, None]:  # None: the end
+    for token in [*content, None]:  # None stands for the end
         if len(piece) == size:
             out.append((document, piece))
             piece = []

@@ -1,10 +1,10 @@
-"""Rotary speeds from the papers' formulas, one pair of dimensions at a time, in double precision."""
+"""Reference for layers/rope.py: follows the papers' formulas, one pair of dimensions at a time, in double precision."""
 
 import math
 
 
 def speed(cfg, d: int, s: float) -> float:
-    """Radians a position of pair d = 0 .. D/2 - 1 under scale s."""
+    """Returns the rotation of pair d = 0 .. D/2 - 1 under scale s, in radians per position."""
     D, b, L = cfg.n_embd // cfg.n_head, cfg.rope_theta, cfg.block_size / cfg.rope_factor
     theta = b ** (-2 * d / D)
     if cfg.rope_scaling == "pi":
@@ -18,7 +18,7 @@ def speed(cfg, d: int, s: float) -> float:
 
 
 def kept_share(cfg, d: int, D: int, b: float, L: float) -> float:
-    """gamma of YaRN's equation 18, or what its code has for it."""
+    """Returns gamma of pair d: equation 18 of the YaRN paper, or the ramp of its code, as cfg.yarn_ramp says."""
     alpha, beta = cfg.yarn_beta_slow, cfg.yarn_beta_fast
     if cfg.yarn_ramp == "paper":
         wavelength = 2 * math.pi * b ** (2 * d / D)
@@ -37,7 +37,7 @@ def kept_share(cfg, d: int, D: int, b: float, L: float) -> float:
 
 
 def temperature(cfg, s: float) -> float:
-    """1 / t: what scores are multiplied by."""
+    """Returns 1 / t, the factor that multiplies attention scores."""
     if cfg.rope_scaling != "yarn":
         return 1.0
     root = cfg.yarn_attention_factor or (0.1 * math.log(s) + 1 if s > 1 else 1.0)
@@ -45,7 +45,7 @@ def temperature(cfg, s: float) -> float:
 
 
 def scale(cfg, length: int) -> float:
-    """s for a query that is the last of so many positions."""
+    """Returns the scale s of a query at the end of a text of `length` positions."""
     if cfg.rope_scaling == "none":
         return 1.0
     return max(1.0, length / (cfg.block_size / cfg.rope_factor)) if cfg.rope_dynamic else cfg.rope_factor

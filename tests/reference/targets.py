@@ -1,13 +1,13 @@
-"""The two target rules, one token at a time, on a whole stream instead of windows."""
+"""Reference for the two target rules: one token at a time, on a whole stream instead of windows."""
 
 IGNORE = -100
 
 
 def stream_targets(stream: list[int], meta: int, rule: str) -> list[int]:
-    """The target of every position of a stream.
+    """Returns the target of every position of a stream, IGNORE where there is none.
 
-    ignore: the next token unless it is a marker. skip: at content, the next content token; at a marker, nothing.
-    The stream's first content token is a target nowhere."""
+    ignore: the target is the next token, unless that is a marker. skip: the target at a content token is the next
+    content token, and a marker has none. The first content token of the stream is never a target."""
     first_content = next(i for i, token in enumerate(stream) if token != meta)
     targets = []
     for i, token in enumerate(stream):
