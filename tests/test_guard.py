@@ -16,7 +16,7 @@ from nanometa.config import TrainConfig
 from nanometa.config.command_line import load_config
 from nanometa.data.loader import Windows, window_order
 from nanometa.layers.loss import Objective
-from nanometa.training.bad_steps import WINDOW, Guard
+from nanometa.training.bad_steps import WINDOW, BadStepGuard
 from nanometa.training.distributed import Dist
 from tests.conftest import ROOT, cli, losses, override
 from tests.test_train import BASE, equal, final, metrics, run
@@ -41,10 +41,10 @@ def test_spikes_are_what_the_definition_says_also_after_a_resume(seed, deviation
     generator = torch.Generator().manual_seed(seed)
     norms = (torch.randn(300, generator=generator).exp() + 0.1).tolist()
     cfg = dataclasses.replace(CFG, spike_deviations=deviations)
-    guard, found = Guard(cfg), []
+    guard, found = BadStepGuard(cfg), []
     for i, norm in enumerate(norms):
         if i == cut:
-            guard = Guard(cfg, json.loads(json.dumps(guard.state())))
+            guard = BadStepGuard(cfg, json.loads(json.dumps(guard.state())))
         take, wrong = guard.judge(1.0, norm)
         assert take  # spikes are logged, not skipped, unless asked for
         found.append(bool(wrong))
@@ -52,7 +52,7 @@ def test_spikes_are_what_the_definition_says_also_after_a_resume(seed, deviation
 
 
 def test_what_is_not_finite_is_skipped_and_counted():
-    guard = Guard(dataclasses.replace(CFG, max_skipped=3))
+    guard = BadStepGuard(dataclasses.replace(CFG, max_skipped=3))
     for loss, norm in ((1.0, float("nan")), (float("inf"), 1.0)):
         take, wrong = guard.judge(loss, norm)
         assert not take and "gradient's norm" in wrong
@@ -65,7 +65,7 @@ def test_what_is_not_finite_is_skipped_and_counted():
 
 
 def test_a_spike_is_skipped_if_asked_for():
-    guard = Guard(dataclasses.replace(CFG, skip_spikes=True))
+    guard = BadStepGuard(dataclasses.replace(CFG, skip_spikes=True))
     for i in range(100):
         assert guard.judge(1.0, 1.0 + i % 2 / 10) == (True, "")
     take, wrong = guard.judge(1.0, 9.0)
@@ -74,7 +74,7 @@ def test_a_spike_is_skipped_if_asked_for():
 
 def test_a_skipped_spike_does_not_hide_the_next_one():
     """Norms of about 1, then 1000, which is skipped, then 50: judged by the steps that were taken, also a spike."""
-    guard = Guard(dataclasses.replace(CFG, skip_spikes=True))
+    guard = BadStepGuard(dataclasses.replace(CFG, skip_spikes=True))
     for i in range(WINDOW):
         guard.judge(1.0, 1.0 + i % 2 / 10)
     before = guard.state()["norms"]

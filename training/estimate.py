@@ -253,7 +253,7 @@ def memory(cfg: TrainConfig, M: int, dtype: torch.dtype, device: str, accumulati
 # ----------------------------------------------------------------------------- the report
 
 
-def report(cfg: TrainConfig, accumulation: int) -> str:
+def describe_estimate(cfg: TrainConfig, accumulation: int) -> str:
     """Text for --dry_run; accumulation = micro-batches a step in each of cfg.n_accelerators processes."""
     peak = peak_flops(cfg.accelerator)
     if peak is None:
