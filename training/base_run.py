@@ -79,7 +79,7 @@ def _taken_over(cfg: TrainConfig, base: Checkpoint) -> TrainConfig:
                 f"rope_factor={model.rope_factor:g}: leave --block_size out, or choose another --rope_factor."
             )
         raise UserError(
-            f"{name}={given} differs from {name}={value} of the model in {base.folder}, which this run takes over: leave "
-            f"--{name} out."
+            f"{name}={given} differs from {name}={value} of the model in {base.folder}, which this run takes over: "
+            f"leave --{name} out."
         )
     return dataclasses.replace(cfg, model=model, target_rule=found["target_rule"])

@@ -5,7 +5,7 @@
     out/<run>/latest           one line: the name of the newest step_ folder
 
 A folder is written under a temporary name, synced and renamed, and then `latest` is updated. A folder with its final
-name is therefore complete. Loading takes the newest folder that verifies; `latest` is only for people and their scripts.
+name is therefore complete. Loading takes the newest folder that verifies; `latest` is for people and their scripts.
 """
 
 import dataclasses

@@ -111,7 +111,7 @@ def fresh_store(store, rank: int, world: int, timeout: timedelta) -> torch.distr
     in it: most restarts hang in init_process_group or fail (pytorch issues 135712, 167288). So rank 0 draws a random
     name for the new part. The other ranks ask for it with a random word of their own, and rank 0 answers until all have
     confirmed the name; entries of an earlier start are therefore never taken for new ones. The count of restarts could
-    not serve as the name, because every node has its own count. Raises UserError if a process does not arrive in time."""
+    not serve as the name, because every node has its own count. Raises UserError if a process is not there in time."""
     mine = uuid.uuid4().hex
     store.set_timeout(timeout)
     if rank > 0:

@@ -125,8 +125,8 @@ def files_of(folder: Path) -> tuple[Path, Path]:
             )
         if name == WEIGHTS and (folder / f"{WEIGHTS}.index.json").exists():
             raise UserError(
-                f"{folder} has its weights in several files, but only a single file can be read: join them once, {how}, "
-                f"max_shard_size='100GB'), and give that FOLDER."
+                f"{folder} has its weights in several files, but only a single file can be read: join them once, "
+                f"{how}, max_shard_size='100GB'), and give that FOLDER."
             )
         raise UserError(
             f"init_from={folder} has no {name}: give a folder with {CONFIG} and {WEIGHTS} of a Hugging Face GPT-2, or "

@@ -32,8 +32,9 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
                     for shards in (old["shards"], facts["shards"]))  # fmt: skip
         if not cfg.allow_changed_data:
             raise UserError(
-                f"{cfg.dataset} is not the dataset of {saved.folder}, because the sha256 of {other[0]} was {was} and is "
-                f"{now}: give the run's dataset, {old['dataset']}, or add --allow_changed_data to continue with this one."
+                f"{cfg.dataset} is not the dataset of {saved.folder}, because the sha256 of {other[0]} was {was} and "
+                f"is {now}: give the run's dataset, {old['dataset']}, or add --allow_changed_data to continue with "
+                f"this one."
             )
         changed.append(
             f"changed since the checkpoint (--allow_changed_data): {len(other)} shards of {cfg.dataset}, among them "
@@ -51,8 +52,8 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
             continue
         if rule != "may change":
             raise UserError(
-                f"{name}={value} differs from {name}={was[name]} of {saved.folder}, and a resumed run cannot change it: "
-                f"leave --{name} as it was, or start a run with another --run_name."
+                f"{name}={value} differs from {name}={was[name]} of {saved.folder}, and a resumed run cannot change "
+                f"it: leave --{name} as it was, or start a run with another --run_name."
             )
         changed.append(f"changed since the checkpoint: {name} {was[name]} -> {value}")
     if any(learning_rate(step, cfg) != learning_rate(step, saved.config) for step in range(saved.step)):
@@ -155,8 +156,8 @@ def open_branch(cfg: TrainConfig) -> Checkpoint | None:
     saved = checkpoint.open_checkpoint(Path(cfg.branch_from))
     if not (saved.folder / checkpoint.OPTIMIZER).is_file():
         raise UserError(
-            f"branch_from={cfg.branch_from} contains weights but no optimizer state: give a step_ folder of the run, or "
-            f"start a new run from these weights with --init_from={cfg.branch_from}."
+            f"branch_from={cfg.branch_from} contains weights but no optimizer state: give a step_ folder of the run, "
+            f"or start a new run from these weights with --init_from={cfg.branch_from}."
         )
     saved.state["best"] = None
     return saved
