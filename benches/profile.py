@@ -8,7 +8,7 @@ SHOWN = 12  # how many operators are listed
 
 
 def bench(args, peaks: dict[str, float]) -> list[dict]:
-    """Measures each operator's own time in two eager steps of the arm without markers, for the longest of the shapes."""
+    """Measures each operator's own time in two eager steps of the arm "none", for the widest of the shapes."""
     shape, rows = max(args.shapes, key=lambda name: SHAPES[name][2]), []
     for dtype in args.dtypes:
         step = training_step(Step("none", dtype, False, SHAPES[shape]))

@@ -84,7 +84,7 @@ def training_step(step: Step) -> Callable[[], torch.Tensor]:
 
 
 def windows(step: Step) -> tuple[torch.Tensor, ...]:
-    """Returns random windows as in a Batch: tokens, targets, positions (B, T), meta_index (B, M), scored_index (B, S)."""
+    """Returns random windows as in a Batch: tokens, targets, positions (B, T), meta_index (B, M), scored (B, S)."""
     T, B, meta = step.shape[3], step.shape[4], step.vocabulary[1]
     tokens = torch.randint(0, meta, (B, T))
     index = torch.stack([torch.randperm(T)[: step.markers].sort().values for _ in range(B)])
