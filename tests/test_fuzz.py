@@ -125,7 +125,7 @@ def test_json_of_any_shape(world, text):
         world.restore()
     (world.step / "state.json").write_text(text)
     seal_checkpoint(world.step)
-    with pytest.raises(UserError, match="state.json is not what train.py writes|state.json|manifest.json is damaged"):
+    with pytest.raises(UserError, match="state.json was not written by train.py|state.json|manifest.json is damaged"):
         checkpoint.load_run(world.step)
     Path("rows.jsonl").write_text(text + '\n{"text": "fine"}\n')
     source = open_source(PrepareConfig(source="files", files=("rows.jsonl",)))
@@ -189,7 +189,7 @@ def test_states_that_would_fail_later(world, where, value):
     holder[where[-1]] = value
     path.write_text(json.dumps(state))
     seal_checkpoint(world.step)
-    with pytest.raises(UserError, match="state.json is not what train.py writes"):
+    with pytest.raises(UserError, match="state.json was not written by train.py"):
         checkpoint.load_run(world.step)
 
 

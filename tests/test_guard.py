@@ -60,7 +60,9 @@ def test_what_is_not_finite_is_skipped_and_counted():
     assert guard.judge(1.0, 1.0) == (True, "") and guard.in_a_row == 0 and guard.skipped == 2
     for _ in range(3):
         guard.judge(float("nan"), 1.0)
-    with pytest.raises(UserError, match=r"3 steps in a row up to step 9 were skipped.*resume with it from there"):
+    with pytest.raises(
+        UserError, match=r"the last 3 steps up to step 9 were skipped.*lower --learning_rate.*resume from there"
+    ):
         guard.check(9, "there")
 
 
@@ -119,7 +121,7 @@ def test_a_poisoned_step_changes_no_weight_and_no_moment(workdir, monkeypatch, b
     (line,) = [line for line in metrics(workdir / f"out/poison_{bad}") if line["kind"] == "guard"]
     assert line["step"] == 4 and line["what"] == "skipped"
     assert line["windows"] == window_order(3, 8, subject.train_data.n_windows, 1337).tolist()
-    assert "step       4  skipped: its loss is " in (workdir / f"out/poison_{bad}/train.log").read_text()
+    assert "step       4  update skipped: its loss is " in (workdir / f"out/poison_{bad}/train.log").read_text()
 
 
 POISONED = """
