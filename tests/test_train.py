@@ -16,13 +16,13 @@ import torch
 from nanometa import train
 from nanometa.common.errors import UserError
 from nanometa.common.files import lock_folder
-from nanometa.config import TrainConfig
+from nanometa.config import TaskConfig, TrainConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.command_line import load_config
 from nanometa.data.loader import Windows
 from nanometa.layers.scores import Scorer
 from nanometa.train import evaluate
-from nanometa.training import run_log
+from nanometa.training import evaluation, messages, run_log
 from nanometa.training.checkpoint import load_run
 from nanometa.training.distributed import Dist, accumulation
 from nanometa.training.resume import lock_new, occupied
@@ -495,6 +495,34 @@ def test_a_compiled_run_evaluates_its_compiled_model(workdir, monkeypatch):
         subject.log.close()
     assert isinstance(seen[0], torch._dynamo.OptimizedModule) and seen[0]._orig_mod.model is not None
     assert seen[1] is None
+
+
+@pytest.mark.parametrize(("windows", "calls"), [("None", 2), ("5", 3)])
+def test_the_whole_split_is_evaluated_once_at_the_end(workdir, monkeypatch, capsys, windows, calls):
+    """The records are the same as if it was evaluated twice; its progress is shown, that of a few windows is not."""
+    monkeypatch.chdir(workdir)
+    monkeypatch.setattr(evaluation, "PROGRESS_S", 0)
+    seen = []
+    monkeypatch.setattr(train, "evaluate", lambda *args: seen.append(args[4]) or evaluate(*args))
+    name = f"once_{windows}"
+    train.main(override(BASE, f"--run_name={name}", f"--eval_windows={windows}", "--max_steps=2"))
+    total = Windows(workdir / "data/u", "val", 32, "ignore").n_windows
+    assert seen == ([total] * 2 if windows == "None" else [5, 5, total]) and len(seen) == calls
+    lines = [line for line in metrics(workdir / "out" / name) if line["kind"] != "train"]
+    assert [(line["kind"], line["step"]) for line in lines] == [("val", 0), ("val", 2), ("final", 2)]
+    same = {key for key in lines[1] if lines[1][key] == lines[2][key]}
+    assert ("loss" in same) == (windows == "None") and {*lines[1]} == {*lines[2]}
+    out = capsys.readouterr().out
+    assert f"step       2  validation: 8 of {total} windows after 0:00" in out and "of 5 windows after" not in out
+    assert out.count(f"step       2  validation on all {total} windows: ") == 1
+
+
+def test_a_run_says_which_settings_are_not_the_defaults():
+    line = messages.settings_line(TrainConfig(run_name="x", seed=5, task=TaskConfig(tasks=("parity", "copying"))))
+    assert line.endswith("(config.json lists all): tasks=parity,copying seed=5")
+    assert messages.settings_line(TrainConfig(dataset="data/x")).endswith(": dataset=data/x")
+    assert messages.settings_line(TrainConfig()).endswith(": none")
+    assert [messages.count(n, "process") for n in (1, 2)] == ["1 process", "2 processes"]
 
 
 def test_paths_that_cannot_be_written_get_one_sentence(workdir, tmp_path):

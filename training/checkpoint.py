@@ -173,8 +173,8 @@ class Checkpoint:
             ours, found = (_brief(state.get(name)) for state in (wanted, tensors))
             if ours != found:
                 raise UserError(
-                    f"{self.folder / WEIGHTS} does not fit its config, because {name} is {found} and must be {ours}: "
-                    f"use another checkpoint."
+                    f"{self.folder / WEIGHTS} does not fit its config, because {name} is {found} in the file and "
+                    f"{ours} in the model: use another checkpoint."
                 )
         if device is not None:
             model = model.to_empty(device=device)
