@@ -1,4 +1,4 @@
-# Everything runs in .venv, which the first target makes; Python 3.11 or newer is all that has to be there.
+# All targets run in .venv, which `make install` creates. Only Python 3.11 or newer must be installed before.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Text -> shards -> a trained model -> its loss curve and a sample.
+# Prepares a dataset, trains a small model on it, draws the loss curve and writes a sample.
 quickstart: install data/stdlib_uniform/manifest.json out/quickstart/loss.png
 	$(RUN) sample.py --run=out/quickstart --prompt='def main' --max_new_tokens=200
 	@echo; echo "loss curve: out/quickstart/loss.png    more text: $(RUN) sample.py --run=out/quickstart"
@@ -31,16 +31,16 @@ test: install lint
 test-slow: install
 	$(RUN) -m pytest -q -m slow
 
-# Compares the results of HEAD with those of the commit OLD, bit for bit, in about two minutes.
+# Compares the results of HEAD with those of the commit OLD, bit for bit. This takes about two minutes.
 OLD ?= 8fa93a5
 golden: install
 	$(RUN) -m tests.compare_commits $(OLD)
 
-# Hundreds of kills, signals, full disks and damaged files, each followed by a resume that must be exact.
+# Interrupts runs by hundreds of kills, signals, full disks and damaged files. Each resume after that must be exact.
 faults: install
 	$(RUN) -m tests.faults
 
-# Thousands of damaged files, settings and prompts: each refused in one sentence, or usable.
+# Tries thousands of damaged files, settings and prompts. Each must be refused in one sentence, or work.
 fuzz: install
 	OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz
 

@@ -1,13 +1,14 @@
-"""Measures speed and memory: training, decoding and preparing, beside peers where they are installed.
+"""Measures the speed and memory of training, decoding and preparing, and compares them with other implementations.
 
-    python bench.py                                        # everything: an hour or two on 2 cores
+    python bench.py                                        # all sections: one to two hours on 2 cores
     python bench.py --only=training --shapes tiny --modes eager --dtypes bf16      # minutes
     python bench.py --nanogpt=../nanoGPT --only decoding layer
 
-Contestants take turns within one process, after a warm-up; medians with quartiles are printed, and as ratios within one
-run they mean something on a busy machine, too. Peak memory is that of a fresh process each. Everything is also written
-to --output: results.json, and bench.png to look at. --nanogpt names a checkout, which is imported and not changed;
-Hugging Face's GPT-2 takes part if transformers is installed and --hf is given.
+The implementations take turns within one process, after a warm-up. Medians with quartiles are printed, and the ratios
+within one run are meaningful even on a busy machine. Peak memory is measured in a fresh process for each
+implementation. All results are also written to the folder --output, as results.json and as a picture, bench.png.
+--nanogpt names a checkout of nanoGPT, which is imported and not changed. Hugging Face's GPT-2 takes part in training if
+--hf is given, and in decoding whenever transformers is installed.
 """
 
 import argparse
@@ -27,7 +28,7 @@ SECTIONS = ("training", "profile", "decoding", "preparing", "layer", "lengths")
 
 
 def table(rows: list[dict]) -> str:
-    """Rows of one section -> a Markdown table."""
+    """Returns the rows of a section as a Markdown table."""
 
     def cell(value) -> str:
         if not isinstance(value, float):
@@ -41,37 +42,51 @@ def table(rows: list[dict]) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shapes = "gpt2: 12 layers of 768, T = 1024, 4 windows; small: 6 of 384, 256, 8; tiny: 4 of 192, 512, 8"
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections (all)")
+    shapes = (
+        "gpt2: 12 layers of width 768 and 4 windows of 1024 positions; small: 6 layers of width 384 and 8 windows of "
+        "256; tiny: 4 layers of width 192 and 8 windows of 512"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="the sections to measure (default: all)"
+    )
     parser.add_argument(
         "--shapes", nargs="+", choices=training.SHAPES, default=list(training.SHAPES),
-        help=f"of training and profile (all); {shapes}",
+        help=f"the models of training and profile (default: all); {shapes}",
     )  # fmt: skip
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(all)")
     parser.add_argument(
-        "--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"], help="of training (both)"
+        "--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="the number formats (default: all)"
     )
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="texts decoded at once (1 8)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns that count, after two of warm-up (3)")
-    parser.add_argument("--nanogpt", type=Path, help="folder of a nanoGPT checkout")
-    parser.add_argument("--hf", action="store_true", help="train Hugging Face's GPT-2, too (decoding has it anyway)")
-    parser.add_argument("--output", type=Path, default=Path("out/bench"), help="folder (out/bench)")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=("eager", "compiled"),
+        default=["eager", "compiled"],
+        help="whether training uses torch.compile (default: both)",
+    )
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="texts decoded at once (default: 1 8)")
+    parser.add_argument("--repeats", type=int, default=3, help="measured turns, after two of warm-up (default: 3)")
+    parser.add_argument("--nanogpt", type=Path, help="the folder of a nanoGPT checkout to compare with")
+    parser.add_argument("--hf", action="store_true", help="also train Hugging Face's GPT-2")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/bench"), help="the folder of the results (default: out/bench)"
+    )
     args = parser.parse_args(argv)
     for name, values in (("repeats", [args.repeats]), ("batches", args.batches)):
         if min(values) < 1:
-            raise UserError(f"--{name}={min(values)} leaves nothing to measure: take 1 at least.")
+            raise UserError(f"--{name}={min(values)} leaves nothing to measure: give at least 1.")
     if args.output.exists() and not args.output.is_dir():
-        raise UserError(f"--output={args.output} is a file: name a folder for results.json and bench.png.")
+        raise UserError(f"--output={args.output} is a file: give a folder for results.json and bench.png.")
     if args.nanogpt and not (args.nanogpt / "model.py").is_file():
         raise UserError(f"--nanogpt={args.nanogpt} has no model.py: give the folder of a nanoGPT checkout.")
     device = pick_device("auto")
     if "compiled" in args.modes and (why := why_not_compile(device)):
-        print(f"nothing is compiled: {why}")
+        print(f"the compiled mode is left out: {why}")
         args.modes.remove("compiled")
     facts = environment()
     peaks = {name: matmul_peak(DTYPES[name], device) for name in args.dtypes}
     print(", ".join(f"{key} {facts[key]}" for key in ("command", "processor", "threads", "torch", "commit")))
-    print("matmul, best of a few: " + ", ".join(f"{name} {peak / 1e12:.2f} TFLOP/s" for name, peak in peaks.items()))
+    speeds = ", ".join(f"{name} {peak / 1e12:.2f} TFLOP/s" for name, peak in peaks.items())
+    print(f"fastest of five matrix products: {speeds}")
     args.output.mkdir(parents=True, exist_ok=True)
 
     results: dict[str, list[dict]] = {}
@@ -87,11 +102,11 @@ def main(argv: list[str]) -> None:
         print(table(results[section]), flush=True)
         for sentence in modules[section].ratios(results[section]):
             print(sentence, flush=True)
-        # after every section: what is measured stays if the next one is interrupted
+        # Save after every section, so that its results remain if the next one is interrupted.
         text = json.dumps({"environment": facts, **results}, indent=1) + "\n"
         write_atomically(args.output / "results.json", text.encode())
         bench_picture.draw(results, args.output / "bench.png", f"{facts['processor']}, {facts['threads']} threads")
-    print(f"\n{args.output / 'bench.png'}, {args.output / 'results.json'}")
+    print(f"\nwrote {args.output / 'bench.png'} and {args.output / 'results.json'}")
 
 
 if __name__ == "__main__":

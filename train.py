@@ -2,13 +2,13 @@
 
     python train.py config/tiny_meta.py                                        # minutes on 2 CPU cores
     python train.py config/tiny_meta.py --run_name=try2 --learning_rate=2e-3
-    python train.py config/tiny_meta.py --init_from=resume                     # goes on, exactly
+    python train.py config/tiny_meta.py --init_from=resume                     # continues exactly
     torchrun --standalone --nproc_per_node=8 train.py config/meta_gpt2.py
 
-Initial weights, the order of the data and the places of markers depend on the seed and the step alone. So a run is the
-same after any number of interruptions (to the bit), and for any number of processes and any gradient accumulation (to
-floating-point rounding). Dropout is the exception: its masks depend on the process and the micro-batch, too, so with
-dropout a run repeats, to the bit, only with the same number of processes and the same micro_batch_size.
+The initial weights, the order of the data and the positions of the markers depend only on the seed and the step. A run
+that was interrupted and resumed therefore ends with bit-identical weights, and the number of processes and the gradient
+accumulation change the weights only by floating-point rounding. Dropout masks also depend on the process and the
+micro-batch, so a run with dropout repeats exactly only with the same number of processes and the same micro_batch_size.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import stable_key
 from nanometa.config import TrainConfig
-from nanometa.config.checks import flat, to_dict
+from nanometa.config.checks import to_dict
 from nanometa.config.command_line import load_config, run_cli
 from nanometa.data.layout import Batch
 from nanometa.data.loader import step_windows, window_order
@@ -33,56 +33,50 @@ from nanometa.data.verify import verify
 from nanometa.layers.loss import Objective
 from nanometa.layers.scores import Scorer
 from nanometa.model import GPT
-from nanometa.tasks.words import tokens_per_item
-from nanometa.training import checkpoint, pretrained
-from nanometa.training.bad_steps import Guard
+from nanometa.training import checkpoint, messages, pretrained
+from nanometa.training.bad_steps import BadStepGuard
 from nanometa.training.base_run import base_of, with_base
 from nanometa.training.checkpoint import Checkpoint
 from nanometa.training.clock import Clock, hms
 from nanometa.training.dataset import data_facts, open_windows, with_vocabulary
 from nanometa.training.distributed import Dist, accumulation, autocast, pick_dtype, processes, ranks, why_not_compile
-from nanometa.training.estimate import flops_per_window, peak_flops, report
+from nanometa.training.estimate import describe_estimate, flops_per_window, peak_flops
 from nanometa.training.evaluation import evaluate
 from nanometa.training.optimizer import Optimizer, learning_rate, norms
 from nanometa.training.resume import check_resumable, find_checkpoint, lock_existing, lock_new
-from nanometa.training.run_log import RunLog, environment
+from nanometa.training.run_log import RunLog, environment, finite
 from nanometa.training.show_batch import show_batch
 from nanometa.training.signals import StopFlag
 
 
-def finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None
-
-
-# ----------------------------------------------------------------------------- the run
-
-
 class Trainer:
-    """All that a run holds; `train_step`, `evaluate` and `save` are what its loop does."""
+    """The state of a training run; `run` is its loop."""
 
     def __init__(self, cfg: TrainConfig, dist: Dist):
-        """Whatever can be refused is refused before anything is written, and in all processes together. A folder that
-        exists is locked before anything in it is read; that of a new run is made and locked last."""
+        """Prepares a run. Raises UserError, in all processes, before anything is written if the run cannot start.
+
+        The folder of an existing run is locked before anything in it is read. The folder of a new run is created and
+        locked last, so that a refused start leaves nothing behind."""
         self.dist, self.run_dir = dist, Path(cfg.out_dir) / cfg.run_name
-        self.ahead: list[Batch] = []  # of the next step
-        notes: list[str] = []  # for the log, which is opened last
+        self.ahead: list[Batch] = []  # the micro-batches of the next step
+        self.measured: tuple = ()  # the last evaluation: step, windows, figures, seconds
+        notes: list[str] = []  # kept for the log, which is opened last
         self.lock = dist.agree("lock", lambda: lock_existing(cfg, self.run_dir, dist.is_main))
         saved = dist.agree("data", lambda: self._open_data(cfg, notes))
         dist.agree("weights", lambda: self._make_model(saved))
         verified = dist.agree("shards", self._verify)
         why_dtype, no_compile = dist.agree("device", lambda: self._place(saved))
-        if dist.world > 1:  # here all processes will come: DDP waits for the others
+        if dist.world > 1:  # DDP waits for the other processes, and after `agree` all of them arrive here
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
         dist.agree("folder", self._take_folder)
         self.log = RunLog(self.run_dir, self.cfg, self.facts, self.step if saved else -1, dist.is_main)
-        start = f"goes on from {saved.folder}, step {saved.step:,}; " if self._is_own(saved) else ""
-        for sentence in (*notes, f"{start}started from {self.origin}", verified):
-            self.log.say(sentence)
-        self._introduce(why_dtype, no_compile)
+        start = f"resumed from {saved.folder} at step {saved.step:,}; " if self._is_own(saved) else ""
+        self._introduce([*notes, f"weights: {start}started from {self.origin}", verified], why_dtype, no_compile)
 
     def _open_data(self, cfg: TrainConfig, notes: list[str]) -> Checkpoint | None:
-        """Opens the checkpoint to go on from, if there is one, and the data; settles the settings."""
+        """Opens the data and the checkpoint that the run continues, and completes the settings.
+
+        Returns that checkpoint, or None if the run starts at step 0."""
         self.accumulation = accumulation(cfg, self.dist.world)
         saved = find_checkpoint(cfg, self.run_dir, notes.append)
         base = base_of(cfg, saved)
@@ -91,24 +85,27 @@ class Trainer:
         tokenizer = self.train_data.tokenizer
         self.cfg = with_vocabulary(cfg, tokenizer.n_vocab, tokenizer.n_content)
         self.facts = data_facts(self.train_data, self.cfg, base)
+        self.tokenizer_from = base.folder if base else cfg.dataset
         if saved:
             notes += check_resumable(saved, self.cfg, self.facts)
         return saved
 
     def _is_own(self, saved: Checkpoint | None) -> bool:
-        """Is this a checkpoint of this run, not of one that it branches from?"""
+        """Returns whether the checkpoint belongs to this run, and not to the one that it branches from."""
         return saved is not None and saved.folder.parent.resolve() == self.run_dir.resolve()
 
     def _make_model(self, saved: Checkpoint | None) -> None:
-        """The model with the weights that the run starts from, and what is known of them."""
+        """Builds the model, and loads the weights that the run starts from and the record of how they were trained."""
         cfg = self.cfg
         self.model = GPT(cfg.model, cfg.seed)
-        self.step, self.best, self.evaluated, self.guard = 0, None, None, Guard(cfg)
-        self.origin, self.content_before = "scratch", 0  # content tokens seen before step 0; None = unknown
+        self.step, self.best, self.evaluated, self.guard = 0, None, None, BadStepGuard(cfg)
+        self.origin = "scratch"
+        self.content_before = 0  # content tokens that the weights were trained on before step 0; None = unknown
         if saved:
             saved.load_into(self.model)
             self.step, self.best = saved.step, saved.state["best"]
-            self.evaluated, self.guard = saved.state.get("evaluated", saved.step), Guard(cfg, saved.state.get("guard"))
+            self.evaluated = saved.state.get("evaluated", saved.step)
+            self.guard = BadStepGuard(cfg, saved.state.get("guard"))
             self.origin = saved.state.get("origin", "unknown")
             self.content_before = checkpoint.content_before(saved.state)
             if not self._is_own(saved):
@@ -118,88 +115,73 @@ class Trainer:
             self.origin, self.content_before = pretrained.load_into(self.model, cfg.init_from, tokenizer)
 
     def _verify(self) -> str:
-        """Verifies the bodies of the shards, in one process of each machine -> a sentence on what was done."""
+        """Verifies the contents of the shards in one process per machine. Returns a sentence saying what was done."""
         cfg, data = self.cfg, self.train_data
         if cfg.task.tasks:
-            return "the texts of the tasks are made as they are needed"
+            return "the texts of the tasks are generated during training, so there are no shards to verify"
         if cfg.verify == "full" and self.dist.local_rank == 0:
             say = partial(print, flush=True) if self.dist.is_main else lambda line: None
             return verify(Path(cfg.dataset), data.manifest, data.tokenizer.meta + 1, say)
-        return "the bodies of the shards are not verified, as asked (--verify=header), only headers and sizes"
+        return "only the headers and sizes of the shards were verified, not their contents (--verify=header)"
 
     def _place(self, saved: Checkpoint | None) -> tuple[str, str | None]:
-        """Moves the model to its device, makes the optimizer, and compiles -> why this dtype, why no compilation."""
+        """Moves the model to its device, makes the optimizer, and compiles the model.
+
+        Returns the reason for the dtype, and the reason why nothing is compiled (None if the model is)."""
         cfg, dist = self.cfg, self.dist
         self.dtype, why_dtype = pick_dtype(cfg.dtype, dist.device)
         name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type
-        self.peak = peak_flops(name) if self.dtype == torch.bfloat16 else None  # FLOP/s, for MFU
+        self.peak = peak_flops(name) if self.dtype == torch.bfloat16 else None  # in FLOP/s, for the MFU
         self.model.to(dist.device)
         self.model.recompute = cfg.activation_checkpointing
         self.optimizer = Optimizer(self.model, cfg)
         if saved:
             saved.restore(self.optimizer)
-        no_compile = why_not_compile(dist.device) if cfg.compile else "as asked"
-        self.objective, self.scorer = Objective(self.model), None  # None: the model as it is
+        no_compile = why_not_compile(dist.device) if cfg.compile else "as requested"
+        self.objective, self.scorer = Objective(self.model), None  # None: evaluate the eager model
         if not no_compile:
             self.objective = torch.compile(self.objective, dynamic=False)
             self.scorer = torch.compile(Scorer(self.model), dynamic=False)
         return why_dtype, no_compile
 
     def _take_folder(self) -> None:
-        """Makes the folder of a new run and locks it, or tidies that of a run that goes on."""
+        """Creates and locks the folder of a new run, or tidies the folder of a resumed run."""
         if self.dist.is_main:
             self.lock = self.lock or lock_new(self.run_dir)
             checkpoint.sweep(self.run_dir, self.step, self.cfg.keep)
 
-    def _introduce(self, why_dtype: str, no_compile: str | None) -> None:
-        cfg, data, say = self.cfg, self.train_data, self.log.say
-        say(
-            f"{cfg.run_name}: " + " ".join(f"{name}={value}" for name, value in flat(cfg).items() if name != "run_name")
-        )
-        decayed, rest = (sum(p.numel() for p in group["params"]) for group in self.model.param_groups(0.0))
-        say(
-            f"{self.model.num_params() / 1e6:.2f}M parameters ({self.model.num_params(False) / 1e6:.2f}M without the "
-            f"position table): {decayed:,} with weight decay, {rest:,} without"
-        )
-        split = f"in {self.accumulation} micro-batches of {cfg.micro_batch_size} on each of {self.dist.world} processes"
-        if cfg.task.tasks:
-            say(
-                f"texts of {', '.join(cfg.task.tasks)} of at most {data.T} positions, all of them new; validation on "
-                f"{self.val_data.n_windows:,}; {tokens_per_item(data.tokenizer):.3f} tokens an item"
-            )
-            say(
-                f"a step: {cfg.batch_size} texts, {split}; {cfg.max_steps:,} steps = {cfg.max_steps * cfg.batch_size:,}"
-            )
-        else:
-            content, positions = cfg.batch_size * data.content_per_window, cfg.batch_size * data.T
-            say(
-                f"{data.n_windows:,} train windows and {self.val_data.n_windows:,} validation windows of {data.T} "
-                f"positions, {data.content_per_window} of them content"
-            )
-            say(
-                f"a step: {cfg.batch_size} windows = {content:,} content tokens = {positions:,} positions, "
-                f"{split}; {cfg.max_steps:,} steps = {cfg.max_steps * content:,} content tokens = "
-                f"{cfg.max_steps * cfg.batch_size / data.n_windows:.2f} epochs"
-            )
-        say(
-            f"device {self.dist.device}, {str(self.dtype).removeprefix('torch.')} ({why_dtype}), "
-            f"compile {'off (' + no_compile + ')' if no_compile else 'on (the first step takes a while)'}"
-        )
+    def _introduce(self, notes: list[str], why_dtype: str, no_compile: str | None) -> None:
+        """Prints what is trained, on which data, from which weights and on which device."""
+        cfg, arm = self.cfg, messages.arm_name(self.cfg.model, bool(self.facts["chunk_markers"]))
+        on = f"the tasks {', '.join(cfg.task.tasks)}" if cfg.task.tasks else cfg.dataset
+        for line in (
+            f"{cfg.run_name}: training the {arm} arm on {on}; all files go to {self.run_dir}",
+            messages.settings_line(cfg),
+            *notes,
+            messages.model_line(self.model),
+            *messages.data_lines(
+                cfg, self.train_data, self.val_data, self.dist.world, self.accumulation, self.tokenizer_from
+            ),
+            f"device: {self.dist.device}, {str(self.dtype).removeprefix('torch.')} ({why_dtype}), torch.compile "
+            f"{'off (' + no_compile + ')' if no_compile else 'on (the first step takes a while)'}",
+        ):
+            self.log.say(line)
 
     def read(self, step: int) -> list[Batch]:
-        """The micro-batches of this process in a step."""
+        """Returns the micro-batches that this process trains on in a step."""
         mine = step_windows(step, self.cfg, self.train_data.n_windows, self.dist.rank, self.dist.world)
         return [self.train_data.batch(windows) for windows in mine]
 
     def train_step(self, stop: bool) -> tuple[float, float, bool]:
-        """One update, unless the guard skips it -> (mean nats of the global batch, gradient norm, stop?).
+        """Makes one update, unless the guard skips it.
 
-        The sum of nats is divided by the scored targets of the whole global batch: their number differs between
-        micro-batches and processes, so a mean of means would be another loss."""
+        Returns the mean loss of the global batch in nats, the gradient norm, and whether any process passed stop=True.
+        The summed loss is divided by the number of scored targets in the global batch. That number differs between
+        micro-batches and processes, so averaging their means would give another loss."""
         cfg, dist = self.cfg, self.dist
         batches = self.ahead or self.read(self.step)
         scored = sum(int((batch.targets >= 0).sum()) for batch in batches)
-        # float64 holds any count exactly; MPS has none
+        # float64 holds every count exactly, but MPS does not support it
         exact = torch.float32 if dist.device.type == "mps" else torch.float64
         scored, stops = dist.sum(torch.tensor([scored, stop], dtype=exact, device=dist.device))
 
@@ -209,17 +191,18 @@ class Trainer:
             if cfg.model.dropout:
                 torch.manual_seed(stable_key(cfg.seed, "dropout", self.step, dist.rank, micro) >> 1)
             last = micro == len(batches) - 1
-            # gradients are exchanged once a step; the flag must be set before the forward
-            hold = dist.world > 1 and not last
-            with self.objective.no_sync() if hold else nullcontext():
+            # Exchange gradients once per step. DDP reads the flag in the forward pass, so that must lie inside no_sync.
+            postpone = dist.world > 1 and not last
+            with self.objective.no_sync() if postpone else nullcontext():
                 with autocast(dist.device, self.dtype):
                     nats = self.objective(*batch)
-                (nats * (dist.world / scored).float()).backward()  # DDP takes the mean over processes
+                (nats * (dist.world / scored).float()).backward()  # undoes the mean that DDP takes over processes
             total += nats.detach()
         self.norms = norms(self.model) if self.logs(self.step + 1) else {}
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
-        # while a GPU is still at work; what follows waits for it, and is the one device sync of a step
+        # Read the next batch while the GPU is still computing.
         self.ahead = self.read(self.step + 1) if self.step + 1 < cfg.max_steps else []
+        # This is the only synchronization with the device in a step.
         loss, norm, stops = torch.stack((dist.sum(total / scored), norm.to(scored.dtype), stops)).tolist()
         take, wrong = self.guard.judge(loss, norm)
         if take:
@@ -235,21 +218,32 @@ class Trainer:
         step, cfg = self.step - 1, self.cfg
         windows = window_order(step, cfg.batch_size, self.train_data.n_windows, cfg.seed).tolist()
         self.log.record("guard", self.step, what=what, why=why, windows=windows)
-        self.log.say(
-            f"step {self.step:>7,}  {what}: {why}; windows {' '.join(map(str, windows[:16]))}"
-            f"{' ..' if len(windows) > 16 else ''} (all of it: --show_batch={step})"
-        )
+        self.log.say(messages.bad_step_line(self.step, what, why, windows))
 
     def logs(self, step: int) -> bool:
         return step % self.cfg.log_interval == 0 or step == self.cfg.max_steps
 
     def evaluate(self, n_windows: int | None, stop: StopFlag, kind: str = "val") -> bool:
-        """Records the figures, and saves the weights if they are the best -> False if a signal ended it before."""
-        started = time.perf_counter()
-        figures = evaluate(self.model, self.val_data, self.cfg, self.dist, n_windows, stop, self.scorer)
-        if figures is None:
-            return False
-        took = time.perf_counter() - started
+        """Evaluates, records the figures, and saves the weights if they are the best so far.
+
+        n_windows: validation windows, None = all. kind: "val", or "final" for the end of the run, which takes the
+        result of an evaluation of the same windows after the same step if there was one.
+        Returns False, with nothing recorded, if a signal interrupted the evaluation."""
+        total = self.val_data.n_windows
+        n = min(n_windows or total, total)
+        known = kind == "final" and self.measured[:2] == (self.step, n)
+        if not known:
+            started = time.perf_counter()
+
+            def progress(done: int) -> None:
+                self.log.say(messages.progress_line(self.step, done, n, hms(time.perf_counter() - started)))
+
+            shown = progress if n == total else None
+            figures = evaluate(self.model, self.val_data, self.cfg, self.dist, n, stop, shown, self.scorer)
+            if figures is None:
+                return False
+            self.measured = (self.step, n, figures, time.perf_counter() - started)
+        *_, figures, took = self.measured
         if not math.isfinite(figures["loss"]):
             self._diverged(f"the validation loss is {figures['loss']}")
         counted = self.train_data.counted(self.step * self.cfg.batch_size)
@@ -257,27 +251,20 @@ class Trainer:
         better = kind == "val" and self.step > 0 and (self.best is None or figures["loss"] < self.best["loss"])
         if better:
             self.best = {"step": self.step, "loss": figures["loss"], "bits_per_byte": figures["bits_per_byte"]}
-        end = "" if figures["endoftext_loss"] is None else f", {figures['endoftext_loss']:.2f} an <|endoftext|>"
-        if self.cfg.task.tasks:
-            exact = (f"{task} {figures[f'exact_{task}']:.1%}" for task in self.cfg.task.tasks)
-            what = f"exact answers: {', '.join(exact)}; {figures['loss']:.4f} nats an answer's token"
-        else:
-            packed = self.train_data.manifest["val_text_compressed"]
-            what = (
-                f"{figures['bits_per_byte']:.4f} bits per byte (gzip -9 {packed['gzip_9_bits_per_byte']:.3f}, "
-                f"xz {packed['xz_bits_per_byte']:.3f}), {figures['loss']:.4f} nats a token"
-            )
-        self.log.say(
-            f"step {self.step:>7,}  {'whole ' if n_windows is None else ''}validation: {what}{end}, on "
-            f"{figures['tokens']:,} tokens in {took:.1f} s{'  best' if better else ''}"
-        )
+        if not known:
+            unit, tasks = "text" if self.cfg.task.tasks else "window", self.cfg.task.tasks
+            packed = None if tasks else self.train_data.manifest["val_text_compressed"]
+            scope = f"all {messages.count(n, unit)}" if n == total else f"{n:,} of {messages.count(total, unit)}"
+            self.log.say(messages.evaluation_line(self.step, figures, tasks, packed, scope, took, better))
         self.evaluated = self.step
         if better:
             self.save("best")
         return True
 
     def save(self, kind: str) -> None:
-        """kind: step = everything that a resume needs; best = the weights. Rank 0 writes, the others wait."""
+        """Writes a checkpoint. kind: "step" (everything that a resume needs) or "best" (without the optimizer).
+
+        Rank 0 writes while the other processes wait."""
         if self.dist.is_main:
             state = {
                 "step": self.step,
@@ -303,13 +290,15 @@ class Trainer:
         self.dist.barrier()
 
     def evaluates(self) -> bool:
-        """Is an evaluation due after this step?"""
+        """Returns whether an evaluation is due after this step."""
         return self.step % self.cfg.eval_interval == 0 or self.step == self.cfg.max_steps
 
     def run(self) -> None:
+        """Trains to the last step, or until a signal arrives, with evaluations and checkpoints on the way."""
         cfg, log, stop, clock = self.cfg, self.log, StopFlag(), Clock()
         saved_at, stopping = self.step, False
-        if self.evaluates() and self.evaluated != self.step:  # the start, or what a signal had ended
+        # at the start of a run, or if a signal interrupted the evaluation after this step
+        if self.evaluates() and self.evaluated != self.step:
             stopping = not self.evaluate(cfg.eval_windows, stop)
         clock.look()
         while self.step < cfg.max_steps and not stopping:
@@ -331,15 +320,15 @@ class Trainer:
         if not stopping:
             stopping = not self.evaluate(None, stop, kind="final")
         if stopping:
-            log.say(f"stopped by a signal after step {self.step:,}; it is saved: go on with --init_from=resume")
+            log.say(f"stopped by a signal after step {self.step:,}, which is saved; continue with --init_from=resume")
         else:
-            log.say(f"done in {hms(time.perf_counter() - clock.started)}: {self.run_dir}")
+            log.say(f"done in {hms(time.perf_counter() - clock.started)}; the results are in {self.run_dir}")
         log.close()
 
     def _diverged(self, what: str) -> None:
         raise UserError(
-            f"{what} at step {self.step:,}: training has diverged; lower --learning_rate and start again, or resume "
-            f"with it from the last checkpoint in {self.run_dir}, which is from before."
+            f"{what} at step {self.step:,}, so training has diverged; lower --learning_rate, and start again or resume "
+            f"from the last checkpoint in {self.run_dir}, which is older than this evaluation."
         )
 
     def _log_step(self, loss: float, norm: float, rate: float, seconds: float, clock: Clock) -> None:
@@ -350,7 +339,8 @@ class Trainer:
         if self.peak:
             T = (counted["positions"] - before["positions"]) // cfg.batch_size
             window = dataclasses.replace(cfg.model, block_size=T)
-            markers = 0 if cfg.task.tasks else T - data.content_per_window  # of texts they differ, and are few
+            # The texts of tasks differ in their markers, which are too few to matter here.
+            markers = 0 if cfg.task.tasks else T - data.content_per_window
             flops = cfg.batch_size * flops_per_window(window, markers)
             mfu = {"mfu": flops / seconds / (self.dist.world * self.peak)}
         self.log.record(
@@ -365,12 +355,8 @@ class Trainer:
             **mfu,
             elapsed_s=time.perf_counter() - clock.started,
         )
-        self.log.say(
-            f"step {self.step:>7,}/{cfg.max_steps:,}  loss {loss:.4f}  lr {rate:.2e}  norm {norm:.2f}  "
-            f"{'  '.join(f'{rate:,.0f} {name}/s' for name, rate in rates.items()).replace('_', ' ')}  "
-            f"{'MFU {mfu:.1%}  '.format(**mfu) if mfu else ''}"
-            f"ETA {hms(seconds * (cfg.max_steps - self.step))}"
-        )
+        eta = hms(seconds * (cfg.max_steps - self.step))
+        self.log.say(messages.step_line(self.step, cfg.max_steps, loss, rate, norm, rates, mfu, eta))
 
 
 def main(argv: list[str]) -> None:
@@ -378,16 +364,17 @@ def main(argv: list[str]) -> None:
     if cfg.dry_run:
         if cfg.task.tasks:
             raise UserError(
-                "dry_run estimates training on text: leave --tasks out, or let a few steps be the estimate."
+                "--dry_run estimates training on text, not on tasks: leave --tasks out, or train a few steps and read "
+                "the speed."
             )
-        print(report(cfg, accumulation(cfg, cfg.n_accelerators)))
+        print(describe_estimate(cfg, accumulation(cfg, cfg.n_accelerators)))
         return
     if cfg.show_batch is not None:
         rank, _, world = ranks()
-        accumulation(cfg, world)  # refuses what cannot be split
+        accumulation(cfg, world)  # raises UserError if the batch cannot be split
         return show_batch(cfg, world) if rank == 0 else None
     if not cfg.run_name:
-        raise UserError("the run has no name: give a config file (config/tiny_meta.py) or --run_name=NAME.")
+        raise UserError("the run has no name: give a config file, such as config/tiny_meta.py, or --run_name=NAME.")
     with processes(cfg.device) as dist:
         Trainer(cfg, dist).run()
 

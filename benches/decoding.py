@@ -1,9 +1,9 @@
-"""Decoding, beside Hugging Face's generate and nanoGPT's: 12 layers of 768, random weights, greedy.
+"""Measures the speed of decoding, and compares it with the generate functions of Hugging Face and nanoGPT.
 
-Every contestant has the same shape and its own random weights, a prompt of 32 tokens and 256 to write; they take turns.
-nanoGPT's generate has no cache and would take minutes: it writes 3 tokens after a prompt of 159, which has as many
-before them as the others have on average. Weights are cast before the clock starts, for all but nanoGPT, whose own way
-is autocast.
+All implementations have 12 layers of width 768 with their own random weights, and decode greedily: 256 tokens after a
+prompt of 32. They take turns. nanoGPT's generate has no cache and would take minutes, so it writes only 3 tokens. Its
+prompt has 159 tokens, since on average as many precede each token that the others write. Weights are cast before the
+clock starts, except for nanoGPT, which uses autocast.
 """
 
 import importlib.util
@@ -25,12 +25,15 @@ PROMPT, NEW = 32, 256
 
 
 def prompt_of(n: int, seed: int) -> list[int]:
+    """Returns n random token ids without <|endoftext|>."""
     return torch.randint(0, 50256, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def ours(second_attention: str, cfg: GPTConfig, batch: int, dtype: torch.dtype, alike: bool) -> Callable:
-    """n -> writes n content tokens after each prompt. "meta" has 102 markers in each 1024 positions, at other places in
-    each text unless `alike`; else there are none."""
+    """Returns a function write(n) that writes n content tokens after each prompt with nanoMeta's cached decoding.
+
+    With second_attention="meta" there are 102 markers in every 1024 positions, at the same places in all texts if
+    `alike`; otherwise there are no markers."""
     M = 102 if second_attention == "meta" else 0
     model = GPT(cfg).eval()
     for block in model.h if M else ():
@@ -39,7 +42,7 @@ def ours(second_attention: str, cfg: GPTConfig, batch: int, dtype: torch.dtype, 
     run = SimpleNamespace(model=model, tokenizer=SimpleNamespace(meta=50257, eot=50256), config=config, folder="none")
     seeds = [0 if alike else number for number in range(batch)]
     plans = [MarkerPlan("uniform" if M else "none", 1024 - M, M, stable_key("bench", seed)) for seed in seeds]
-    # with the <|endoftext|> that lay_out begins with, as many as the others have
+    # lay_out begins with <|endoftext|>, so the prompts are as long as those of the others
     prompts = [lay_out(run, prompt_of(PROMPT - 1, number), plan) for number, plan in enumerate(plans)]
 
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -53,7 +56,7 @@ def ours(second_attention: str, cfg: GPTConfig, batch: int, dtype: torch.dtype, 
 
 
 def hugging_face(cfg: GPTConfig, batch: int, dtype: torch.dtype) -> Callable:
-    """GPT2LMHeadModel.generate: its cache, greedy, all weights in dtype."""
+    """Returns write(n) for GPT2LMHeadModel.generate, which uses its own cache, with all weights in dtype."""
     import transformers
 
     shape = transformers.GPT2Config(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd)
@@ -71,7 +74,9 @@ def hugging_face(cfg: GPTConfig, batch: int, dtype: torch.dtype) -> Callable:
 
 
 def nanogpt(folder: str, cfg: GPTConfig, batch: int, dtype: torch.dtype, new: int) -> Callable:
-    """The generate of a nanoGPT checkout, under autocast as its sample.py has it, after a longer prompt."""
+    """Returns write(n) for the generate function of a nanoGPT checkout, with a longer prompt.
+
+    It runs under autocast, as in nanoGPT's sample.py."""
     shape = (cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.block_size, batch)
     model = nanogpt_model(Step("nanogpt", "", False, shape, vocabulary=(cfg.vocab_size, 0), nanogpt=folder)).eval()
     tokens = torch.tensor([prompt_of(PROMPT + new // 2 - 1, number) for number in range(batch)])
@@ -84,7 +89,7 @@ def nanogpt(folder: str, cfg: GPTConfig, batch: int, dtype: torch.dtype, new: in
 
 
 def bench(args, peaks: dict[str, float]) -> list[dict]:
-    """On the CPU: content tokens/s, and the time to the first token."""
+    """Measures content tokens per second and the time to the first token, on the CPU."""
     rows = []
     for dtype, batch in itertools.product(args.dtypes, args.batches):
         rows += contest(batch, dtype, args.repeats, args.nanogpt)
@@ -92,6 +97,7 @@ def bench(args, peaks: dict[str, float]) -> list[dict]:
 
 
 def contest(batch: int, name: str, repeats: int, checkout: Path | None, new: int = NEW) -> list[dict]:
+    """Returns one row per implementation for a batch size and a dtype (fp32 or bf16)."""
     dtype = DTYPES[name]
     shape = {"vocab_size": 50304, "content_vocab_size": 50257}
     plain, meta = (GPTConfig(**shape, second_attention=second) for second in ("none", "meta"))
@@ -116,6 +122,7 @@ def contest(batch: int, name: str, repeats: int, checkout: Path | None, new: int
 
 
 def ratios(rows: list[dict]) -> list[str]:
+    """Returns sentences that compare the speeds within each batch size and dtype."""
     groups: dict[tuple, dict] = {}
     for row in rows:
         groups.setdefault((row["batch"], row["dtype"]), {})[row["who"]] = row["content tokens/s"]

@@ -1,18 +1,20 @@
-"""Time and memory of a training step by length and by share of meta-tokens, beside the arithmetic."""
+"""Measures the time and memory of a training step by window length and share of meta-tokens, next to its FLOPs."""
 
 from nanometa.benches.timing import in_fresh_process, quartiles, say
 from nanometa.benches.training import Step, training_step
 from nanometa.training.estimate import flops_per_window
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-POSITIONS = 8192  # a step, whatever the length
-# arm, share of meta-tokens; "dense": the same model under masks over all rows, as the paper writes it
+POSITIONS = 8192  # per step, for all lengths
+# (arm, share of meta-tokens); "dense" computes "meta" under masks over all rows, as in the paper
 ARMS = (("none", 0.0), ("meta", 0.1), ("meta", 0.2), ("dense", 0.1))
-DENSE_AT_MOST = 4096  # its masks and scores would take most of an hour
+DENSE_AT_MOST = 4096  # with longer windows, the masks and scores of "dense" would take most of an hour
 
 
 def bench(args, peaks: dict[str, float]) -> list[dict]:
-    """In bf16, eager, 6 layers of 384, a small vocabulary lest the head be all of it, each in a fresh process."""
+    """Measures models of 6 layers of width 384 in bf16 and eager mode, each in a fresh process.
+
+    The vocabulary is small, so that the head does not dominate."""
     rows = []
     for T in LENGTHS:
         for arm, share in ARMS:
@@ -33,4 +35,5 @@ def bench(args, peaks: dict[str, float]) -> list[dict]:
 
 
 def ratios(rows: list[dict]) -> list[str]:
+    """Returns no sentences: the table has all that this section measures."""
     return []

@@ -1,4 +1,4 @@
-"""Preparing against the tokenizer alone: tiktoken's own batch rate on the same text and the same cores."""
+"""Compares the speed of prepare.py with that of its tokenizer alone, tiktoken, on the same text and cores."""
 
 import itertools
 import subprocess
@@ -19,30 +19,32 @@ from nanometa.data.staging import BLOCK_TOKENS
 from nanometa.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-CALL_CHARS = 16 * 2**20  # text in one call of tiktoken: the lists of ids of 100 MB would be 2 GB
+CALL_CHARS = 16 * 2**20  # characters per call of tiktoken, whose lists of ids take 2 GB for 100 MB of text
 
 
 def in_calls(texts: list[str]) -> list[list[str]]:
-    """Texts in lists of about CALL_CHARS."""
+    """Splits texts into lists of about CALL_CHARS characters."""
     ends = itertools.accumulate(map(len, texts))
     groups = itertools.groupby(zip(ends, texts, strict=True), key=lambda pair: pair[0] // CALL_CHARS)
     return [[text for _, text in group] for _, group in groups]
 
 
 def prepare(folder: Path, *args: str) -> None:
+    """Runs prepare.py in a folder. Raises UserError if it fails."""
     command = [sys.executable, str(ROOT / "prepare.py"), *args]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if result.returncode:
-        raise UserError(f"prepare.py fails: {result.stderr.strip().removeprefix('error: ')}")
+        raise UserError(f"prepare.py failed: {result.stderr.strip().removeprefix('error: ')}")
 
 
 def prepare_anew(*args: str) -> None:
+    """Runs prepare.py in a new temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), *args, "--name=timed")
 
 
 def inject_all(manifest: dict) -> None:
-    """All markers of a dataset's chunks, in the blocks in which shards are written; the content is zeros."""
+    """Injects the markers of a whole dataset into zeros, in blocks of the size in which shards are written."""
     C, M = manifest["chunk_content"], manifest["chunk_markers"]
     n, marker = BLOCK_TOKENS // C + 1, manifest["tokenizer"]["markers"]["<|meta|>"]
     content = np.zeros((n, C), token_dtype(manifest["tokenizer"]["n_vocab"]))
@@ -53,18 +55,19 @@ def inject_all(manifest: dict) -> None:
 
 
 def bench(args, peaks: dict[str, float]) -> list[dict]:
-    """End to end, from files to a dataset, each time anew; and the parts of it, which are measured one by one."""
+    """Measures prepare.py from the text files to a new dataset, and the parts of that work one by one."""
     rows = []
     for recipe, tokenizer in (("stdlib", "gpt2"), ("stdlib", "bpe"), ("packages", "gpt2")):
         argv = [str(ROOT / f"config/{recipe}.py"), f"--tokenizer={tokenizer}", "--workers=2"]
         try:
             rows += corpus(f"{recipe}, {tokenizer}", argv, args.repeats)
-        except UserError as error:  # the packages are not installed, say
+        except UserError as error:  # for example, because the packages are not installed
             print(f"{recipe} is left out: {error}")
     return rows
 
 
 def corpus(name: str, argv: list[str], repeats: int) -> list[dict]:
+    """Returns one row per way of processing a corpus. argv: the command line of prepare.py for it."""
     cfg = load_config(PrepareConfig, argv, config_file=True)
     source = open_source(cfg)
     items = [item for unit in range(source.n_units) for item in source.read(unit) if isinstance(item, Piece)]
@@ -108,6 +111,7 @@ def corpus(name: str, argv: list[str], repeats: int) -> list[dict]:
 
 
 def ratios(rows: list[dict]) -> list[str]:
+    """Returns sentences that compare prepare.py with tiktoken, and split up its time."""
     out = []
     for name in dict.fromkeys(row["corpus"] for row in rows):
         s = {row["who"]: row["s"] for row in rows if row["corpus"] == name}
@@ -122,7 +126,7 @@ def ratios(rows: list[dict]) -> list[str]:
             "markers, shards, compressing": s["prepare.py --merge"] - start,
         }
         out.append(
-            f"{name}: prepare.py, end to end / tiktoken at its best {best / whole:.3f}; injection "
+            f"{name}: prepare.py, end to end / tiktoken's faster way {best / whole:.3f}; injection "
             f"{s['injection'] / whole:.1%}; " + ", ".join(f"{part} {took / whole:.0%}" for part, took in parts.items())
         )
     return out

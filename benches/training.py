@@ -1,4 +1,6 @@
-"""Training steps: ours in its arms, nanoGPT's and Hugging Face's GPT-2, and meta-attention under a dense mask."""
+"""Measures training steps of nanoMeta's arms, of nanoGPT and of Hugging Face's GPT-2.
+
+It also builds meta-attention under a dense mask, which other sections compare with."""
 
 import dataclasses
 import functools
@@ -23,16 +25,17 @@ from nanometa.training.estimate import flops_per_window
 from nanometa.training.optimizer import Optimizer
 
 VOCABULARY, CONTENT = 50304, 50257
-# layers, heads, width, positions of a window, windows a step
+# layers, heads, width, positions per window, windows per step
 SHAPES = {"gpt2": (12, 12, 768, 1024, 4), "small": (6, 6, 384, 256, 8), "tiny": (4, 3, 192, 512, 8)}
 MARKERS = 0.1  # of the positions, in the arm with meta-tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What is trained: arm is none, meta, dense (meta-attention under the paper's masks over all rows), nanogpt or hf.
+    """What a training step computes.
 
-    markers: meta-tokens of each window; nanogpt: the folder of a checkout, which is read and not changed."""
+    arm: none, meta, dense (meta-attention under the paper's masks over all rows), nanogpt or hf. markers: meta-tokens
+    per window. nanogpt: the folder of a checkout, which is imported and not changed."""
 
     arm: str
     dtype: str  # fp32 | bf16
@@ -62,8 +65,9 @@ class Step:
 
 
 def training_step(step: Step) -> Callable[[], torch.Tensor]:
-    """-> a function that makes one whole update (forward, backward, clipping, AdamW), always on the same windows, and
-    gives the loss before it."""
+    """Returns a function that makes one update (forward, backward, clipping, AdamW) and returns the loss before it.
+
+    The function always trains on the same windows."""
     torch.manual_seed(0)
     device = pick_device(step.device)
     nats, parameters, update = (_ours if step.arm in ("none", "meta", "dense") else _peer)(step, device)
@@ -80,7 +84,7 @@ def training_step(step: Step) -> Callable[[], torch.Tensor]:
 
 
 def windows(step: Step) -> tuple[torch.Tensor, ...]:
-    """Random windows: tokens, targets, positions (B, T), meta_index (B, M), scored_index (B, S), as in a Batch."""
+    """Returns random windows as in a Batch: tokens, targets, positions (B, T), meta_index (B, M), scored (B, S)."""
     T, B, meta = step.shape[3], step.shape[4], step.vocabulary[1]
     tokens = torch.randint(0, meta, (B, T))
     index = torch.stack([torch.randperm(T)[: step.markers].sort().values for _ in range(B)])
@@ -92,6 +96,7 @@ def windows(step: Step) -> tuple[torch.Tensor, ...]:
 
 
 def _ours(step: Step, device: torch.device) -> tuple[Callable, list, Callable]:
+    """Returns the loss, the parameters and the update of a nanoMeta model, for training_step."""
     batch = [tensor.to(device) for tensor in windows(step)]
     model = GPT(step.config())
     model.recompute = step.recompute
@@ -107,14 +112,14 @@ def _ours(step: Step, device: torch.device) -> tuple[Callable, list, Callable]:
 
 
 class DenseMeta(MetaAttention):
-    """The same sub-layer as the paper writes it: attention over all rows under both masks, materialised."""
+    """MetaAttention as the paper writes it: attention over all rows, with both masks as tensors."""
 
     def forward(self, x, meta_index, norm, rotate=None, attend=None, packed=False):
-        assert rotate is None and attend is None, "this one is measured in training, without rotary positions"
+        assert rotate is None and attend is None, "DenseMeta has neither rotary positions nor cached decoding"
         B, T, _ = x.shape
         is_meta = torch.zeros(B, T, dtype=torch.bool, device=x.device).scatter_(1, meta_index, True)
         pairs = is_meta[:, :, None] & is_meta[:, None, :] & torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
-        # a row that is no meta position sees nothing: let it see itself, and drop it afterwards
+        # Rows of content see nothing, which softmax cannot compute. They see themselves and are dropped afterwards.
         mask = (pairs | torch.eye(T, dtype=torch.bool, device=x.device))[:, None]
         q, k, v = rearrange(self.c_attn(norm(x)), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -122,10 +127,11 @@ class DenseMeta(MetaAttention):
 
 
 def _peer(step: Step, device: torch.device) -> tuple[Callable, list, Callable]:
+    """Returns the loss, the parameters and the update of nanoGPT or Hugging Face's GPT-2, for training_step."""
     tokens, targets, *_ = (tensor.to(device) for tensor in windows(step))
     model = (nanogpt_model(step) if step.arm == "nanogpt" else hf_model(step)).to(device)
     parameters = list(model.parameters())
-    if step.arm == "nanogpt":  # as its train.py has it
+    if step.arm == "nanogpt":  # as in nanoGPT's train.py
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
@@ -141,7 +147,7 @@ def _peer(step: Step, device: torch.device) -> tuple[Callable, list, Callable]:
 
 
 def bench(args, peaks: dict[str, float]) -> list[dict]:
-    """A row for each contestant of each shape, dtype and mode; peak memory in eager mode only."""
+    """Returns one row per shape, dtype, mode and implementation. Peak memory is measured in eager mode only."""
     rows = []
     for name in args.shapes:
         shape = SHAPES[name]
@@ -153,7 +159,7 @@ def bench(args, peaks: dict[str, float]) -> list[dict]:
                 arm: Step(arm, dtype, mode == "compiled", shape, markers, vocabulary, str(args.nanogpt))
                 for arm, markers in arms.items()
             }
-            torch._dynamo.reset()  # what is compiled counts by function, over all models, and after eight it gives up
+            torch._dynamo.reset()  # it gives up after compiling a function eight times, counted over all models
             times = alternate({arm: training_step(step) for arm, step in steps.items()}, args.repeats)
             for arm, step in steps.items():
                 low, middle, high = (step.positions / seconds for seconds in quartiles(times[arm])[::-1])
@@ -170,6 +176,7 @@ def bench(args, peaks: dict[str, float]) -> list[dict]:
 
 
 def ratios(rows: list[dict]) -> list[str]:
+    """Returns sentences that compare the speeds and the memory within each shape, dtype and mode."""
     groups = {}
     for row in rows:
         groups.setdefault((row["shape"], row["dtype"], row["mode"]), {})[row["who"]] = row
@@ -191,7 +198,7 @@ def ratios(rows: list[dict]) -> list[str]:
 
 @functools.cache
 def nanogpt_module(folder: str):
-    """model.py of a checkout, whatever we have under that name."""
+    """Imports model.py of a nanoGPT checkout under a name that does not collide with nanoMeta's own model.py."""
     path = Path(folder) / "model.py"
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
@@ -200,6 +207,7 @@ def nanogpt_module(folder: str):
 
 
 def nanogpt_model(step: Step) -> nn.Module:
+    """Returns nanoGPT's model of the step's shape."""
     n_layer, n_head, n_embd, T, _ = step.shape
     module = nanogpt_module(step.nanogpt)
     cfg = module.GPTConfig(T, step.vocabulary[0], n_layer, n_head, n_embd, dropout=0.0, bias=False)
@@ -207,6 +215,7 @@ def nanogpt_model(step: Step) -> nn.Module:
 
 
 def hf_model(step: Step) -> nn.Module:
+    """Returns Hugging Face's GPT-2 of the step's shape, without dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     n_layer, n_head, n_embd, T, _ = step.shape

@@ -101,7 +101,7 @@ def test_a_newer_format_asks_for_an_update_and_nothing_falls_back(tmp_path):
 
 def test_if_all_are_damaged_that_is_an_error(tmp_path):
     (write(tmp_path, 1) / "state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole \(.*state.json is damaged: its sha256 is "):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is intact \(.*state.json is damaged: its sha256 is "):
         newest(tmp_path, warn=lambda sentence: None)
 
 
@@ -337,5 +337,5 @@ def test_a_checkpoint_that_is_gone_is_not_called_damaged(tmp_path):
     found = open_checkpoint(folder)
     shutil.rmtree(folder)
     for use in (found.weights, lambda: open_checkpoint(folder)):
-        with pytest.raises(UserError, match="does not exist, or its run has just deleted it: take another one"):
+        with pytest.raises(UserError, match="does not exist, or its run has just deleted it: use another one"):
             use()

@@ -276,7 +276,9 @@ def test_recipes_have_the_sizes_of_what_they_make():
     assert estimate.data_of("data/c4_none")[:4] == (922, 0, 50304, 50257)
     assert estimate.data_of("elsewhere/stdlib_uniform")[:4] == (461, 51, 4160, 4096)
     long = estimate.data_of("data/stdlib_none_2048plus")
-    assert long[:4] == (461, 0, 4160, 4096) and "config/stdlib.py: data/stdlib_none_2048plus is not" in long.origin
+    assert (
+        long[:4] == (461, 0, 4160, 4096) and "config/stdlib.py, since data/stdlib_none_2048plus is not" in long.origin
+    )
     for name in (
         "c4",
         "c4_random",
@@ -303,7 +305,7 @@ def test_dry_run_needs_nothing_and_leaves_nothing(tmp_path):
     out = result.stdout.decode()
     assert result.returncode == 0 and not result.stderr, result.stderr.decode()
     for line in (
-        "dataset, by recipe, config/c4.py: data/c4_uniform is not prepared yet",
+        "dataset, according to config/c4.py, since data/c4_uniform is not prepared yet",
         "480 windows = 4 processes x 10 micro-batches x 12 windows",
         "a step                          442,560 content tokens in 491,520 positions",
     ):
@@ -323,7 +325,7 @@ def test_dry_run_of_a_prepared_dataset(workdir):
     assert "as prepared in data/n" in text and "float32" in text, text + out.stderr.decode()
     assert "markers  " not in text and "second attention" not in text and "casts" not in text
     assert text.splitlines()[-1].startswith(
-        "hours and cost: not estimated: the peaks known are of GPUs in bfloat16, not cpu, "
+        "hours and cost: not estimated, because peak FLOP/s are known only for GPUs in bfloat16, not for float32 on cpu"
     )
     assert tree(workdir) == before
 
@@ -331,11 +333,20 @@ def test_dry_run_of_a_prepared_dataset(workdir):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (("--accelerator=V100",), "accelerator='V100' is not one whose peak is known: take A100, .*RTX 4090"),
-        (("--dataset=data/books",), "neither a dataset in data/books nor a recipe .*: prepare it first, or name it"),
-        (("--block_size=1000",), "block_size=1000 is not a whole number of the 512-.*--block_size=512 or 1024"),
-        (("--dataset=data/stdlib_none", "--block_size=461"), "second_attention=meta would idle"),
-        (("--vocab_size=99",), "vocab_size=99, but the tokenizer of data/stdlib_uniform has 4160: leave"),
+        (("--accelerator=V100",), "the peak FLOP/s of accelerator='V100' are not known: give one of A100, .*RTX 4090"),
+        (
+            ("--dataset=data/books",),
+            "neither a dataset in data/books nor a recipe .*: prepare it first, or name a dataset",
+        ),
+        (("--block_size=1000",), "block_size=1000 is not a multiple of 512, .*--block_size=512 or 1024"),
+        (
+            ("--dataset=data/stdlib_none", "--block_size=461"),
+            "second_attention=meta has nothing to connect, because data/stdlib_none has no markers",
+        ),
+        (
+            ("--vocab_size=99",),
+            "vocab_size=99 does not match the tokenizer of data/stdlib_uniform, which has 4160: leave",
+        ),
         (("--n_accelerators=3",), "cannot be split over 3 processes"),
         (
             ("--dataset=data/tiny_meta_uniform",),

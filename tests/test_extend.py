@@ -155,18 +155,24 @@ def test_samples_reach_the_longer_window(workdir, rope):
 
 
 REFUSALS = {
-    "dynamic": (("--rope_scaling=yarn", "--rope_dynamic"), "rope_dynamic is for reading"),
-    "part": (("--rope_scaling=pi", "--rope_factor=1.3"), "rope_factor=1.3 makes 41.60 positions of 32"),
+    "dynamic": (("--rope_scaling=yarn", "--rope_dynamic"), "rope_dynamic=True only works for reading a trained run"),
+    "part": (("--rope_scaling=pi", "--rope_factor=1.3"), "rope_factor=1.3 would turn 32 positions into 41.60"),
     "chunks": (
         ("--rope_scaling=pi", "--rope_factor=1.5"),
         "block_size=48 is not a whole number of the 32-position chunks",
     ),
-    "shape": (("--rope_scaling=yarn", "--rope_factor=4", "--n_layer=3"), "n_layer=3, and the model of out/rope"),
+    "shape": (
+        ("--rope_scaling=yarn", "--rope_factor=4", "--n_layer=3"),
+        "n_layer=3 differs from n_layer=2 of the model in out/rope",
+    ),
     "window": (
         ("--rope_scaling=yarn", "--rope_factor=4", "--block_size=64"),
-        "block_size=64, and out/rope",
+        "block_size=64 differs from the 128 positions that out/rope",
     ),
-    "no base": (("--init_from=scratch", "--rope_factor=4"), "extends a trained run: add --init_from=out/NAME"),
+    "no base": (
+        ("--init_from=scratch", "--rope_factor=4"),
+        "extends the window of a trained run, and no run is given: add --init_from=out/NAME",
+    ),
     "other base": (("--init_from=out/learned", "--rope_scaling=yarn", "--rope_factor=4"), "needs position=rope"),
 }
 
@@ -184,5 +190,5 @@ def test_refusals(case, workdir, rope, learned, monkeypatch):
 def test_a_stretched_run_does_not_go_on_as_if_it_were_not(workdir, four, monkeypatch):
     args = override(TEXT, "--position=rope", "--init_from=out/four", "--run_name=refused", "--target_rule=skip")
     monkeypatch.chdir(workdir)
-    with pytest.raises(UserError, match="rope_scaling=none, and out/four"):
+    with pytest.raises(UserError, match="rope_scaling=none, but out/four"):
         train_main(args)

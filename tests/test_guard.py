@@ -16,7 +16,7 @@ from nanometa.config import TrainConfig
 from nanometa.config.command_line import load_config
 from nanometa.data.loader import Windows, window_order
 from nanometa.layers.loss import Objective
-from nanometa.training.bad_steps import WINDOW, Guard
+from nanometa.training.bad_steps import WINDOW, BadStepGuard
 from nanometa.training.distributed import Dist
 from tests.conftest import ROOT, cli, losses, override
 from tests.test_train import BASE, equal, final, metrics, run
@@ -41,10 +41,10 @@ def test_spikes_are_what_the_definition_says_also_after_a_resume(seed, deviation
     generator = torch.Generator().manual_seed(seed)
     norms = (torch.randn(300, generator=generator).exp() + 0.1).tolist()
     cfg = dataclasses.replace(CFG, spike_deviations=deviations)
-    guard, found = Guard(cfg), []
+    guard, found = BadStepGuard(cfg), []
     for i, norm in enumerate(norms):
         if i == cut:
-            guard = Guard(cfg, json.loads(json.dumps(guard.state())))
+            guard = BadStepGuard(cfg, json.loads(json.dumps(guard.state())))
         take, wrong = guard.judge(1.0, norm)
         assert take  # spikes are logged, not skipped, unless asked for
         found.append(bool(wrong))
@@ -52,7 +52,7 @@ def test_spikes_are_what_the_definition_says_also_after_a_resume(seed, deviation
 
 
 def test_what_is_not_finite_is_skipped_and_counted():
-    guard = Guard(dataclasses.replace(CFG, max_skipped=3))
+    guard = BadStepGuard(dataclasses.replace(CFG, max_skipped=3))
     for loss, norm in ((1.0, float("nan")), (float("inf"), 1.0)):
         take, wrong = guard.judge(loss, norm)
         assert not take and "gradient's norm" in wrong
@@ -60,12 +60,14 @@ def test_what_is_not_finite_is_skipped_and_counted():
     assert guard.judge(1.0, 1.0) == (True, "") and guard.in_a_row == 0 and guard.skipped == 2
     for _ in range(3):
         guard.judge(float("nan"), 1.0)
-    with pytest.raises(UserError, match=r"3 steps in a row up to step 9 were skipped.*resume with it from there"):
+    with pytest.raises(
+        UserError, match=r"the last 3 steps up to step 9 were skipped.*lower --learning_rate.*resume from there"
+    ):
         guard.check(9, "there")
 
 
 def test_a_spike_is_skipped_if_asked_for():
-    guard = Guard(dataclasses.replace(CFG, skip_spikes=True))
+    guard = BadStepGuard(dataclasses.replace(CFG, skip_spikes=True))
     for i in range(100):
         assert guard.judge(1.0, 1.0 + i % 2 / 10) == (True, "")
     take, wrong = guard.judge(1.0, 9.0)
@@ -74,7 +76,7 @@ def test_a_spike_is_skipped_if_asked_for():
 
 def test_a_skipped_spike_does_not_hide_the_next_one():
     """Norms of about 1, then 1000, which is skipped, then 50: judged by the steps that were taken, also a spike."""
-    guard = Guard(dataclasses.replace(CFG, skip_spikes=True))
+    guard = BadStepGuard(dataclasses.replace(CFG, skip_spikes=True))
     for i in range(WINDOW):
         guard.judge(1.0, 1.0 + i % 2 / 10)
     before = guard.state()["norms"]
@@ -119,7 +121,7 @@ def test_a_poisoned_step_changes_no_weight_and_no_moment(workdir, monkeypatch, b
     (line,) = [line for line in metrics(workdir / f"out/poison_{bad}") if line["kind"] == "guard"]
     assert line["step"] == 4 and line["what"] == "skipped"
     assert line["windows"] == window_order(3, 8, subject.train_data.n_windows, 1337).tolist()
-    assert "step       4  skipped: its loss is " in (workdir / f"out/poison_{bad}/train.log").read_text()
+    assert "step       4  update skipped: its loss is " in (workdir / f"out/poison_{bad}/train.log").read_text()
 
 
 POISONED = """

@@ -72,7 +72,7 @@ def test_every_start_gets_a_part_of_the_store_of_its_own():
     first = start()
     first[1].set("address", "of the first start")
     assert first[0].get("address") == first[2].get("address") == b"of the first start"
-    with pytest.raises(UserError, match=r"processes \[2\] of 3 did not come"):
+    with pytest.raises(UserError, match=r"processes \[2\] of 3 did not connect"):
         start((0, 1), timedelta(seconds=0.5))
     third = start()
     assert not any(store.check(["address"]) for store in third.values())

@@ -110,7 +110,9 @@ def test_muon_resumes_to_the_bit(workdir):
     assert lines[-1]["bits_per_byte"] < 0.99 * lines[0]["bits_per_byte"]
     assert lines[1]["weight_norm_second_attn"] > 0 and lines[2]["grad_norm_mlp"] > 0
     args = (*BASE, "--run_name=muon2", "--init_from=resume", "--max_steps=15")
-    assert "optimizer=adamw differs from the run's muon" in refusal(cli("train.py", *override(args), cwd=workdir))
+    assert "optimizer=adamw differs from optimizer=muon of out/muon2/" in refusal(
+        cli("train.py", *override(args), cwd=workdir)
+    )
 
 
 def test_one_trunk_branches_into_budgets_and_each_is_as_if_run_alone(workdir):
@@ -132,12 +134,15 @@ def test_one_trunk_branches_into_budgets_and_each_is_as_if_run_alone(workdir):
     ("args", "sentence"),
     [
         (["--branch_from=out/nothing"], "out/nothing does not exist"),
-        (["--branch_from=out/trunk2/BEST"], "holds weights without their optimizer"),
+        (["--branch_from=out/trunk2/BEST"], "contains weights but no optimizer state: give a step_ folder"),
         (
             ["--branch_from=out/trunk2/step_00000003", "--max_steps=2"],
-            "max_steps=2, but out/trunk2/step_00000003 is at",
+            "max_steps=2 is less than the 3 steps that out/trunk2/step_00000003 has done",
         ),
-        (["--branch_from=out/trunk2/step_00000003", "--seed=5"], "seed=5 differs from the run's 1337"),
+        (
+            ["--branch_from=out/trunk2/step_00000003", "--seed=5"],
+            "seed=5 differs from seed=1337 of out/trunk2/step_00000003",
+        ),
         (["--branch_from=out/trunk2/step_00000003", "--init_from=resume"], "both given"),
     ],
 )

@@ -98,13 +98,13 @@ def test_the_log_names_what_was_loaded_and_what_is_new(hf, tokenizer):
     assert "\n" not in said and re.search(
         r"model.safetensors \(sha256 [0-9a-f]{64}\): loaded .*h\.\*\.mlp\.c_proj", said
     )
-    new = said.split("new, as from scratch: ")[1].split(";")[0].split()
+    new = said.split("newly initialized: ")[1].split(";")[0].split()
     assert sorted(new) == sorted(f"h.*.{name}" for name in (
         "ln_second.weight", "ln_second.bias", "second_attn.c_attn.weight", "second_attn.c_attn.bias",
         "second_attn.c_proj.weight", "second_attn.c_proj.bias"))  # fmt: skip
     assert "rows 300 .. 319 of wte.weight" in said and "the first 32 of 64 positions" in said
     assert tokens is None  # nobody says what they were trained on
-    assert "new, as from scratch: none;" in load_into(GPT(CFG), str(hf), tokenizer)[0]
+    assert "newly initialized: none;" in load_into(GPT(CFG), str(hf), tokenizer)[0]
 
 
 def test_names_without_prefix_masks_and_head(hf, tokenizer, tmp_path):
@@ -153,7 +153,7 @@ def test_the_first_loss_is_hugging_faces(workdir, hf, tuned):
         logits = theirs(hf)(batch.tokens).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
     assert losses(tuned)[0] == pytest.approx(expected.item(), rel=1e-5)
-    assert "new, as from scratch: none" in (tuned / "train.log").read_text()
+    assert "newly initialized: none" in (tuned / "train.log").read_text()
 
 
 def test_resumed_equals_uninterrupted_to_the_bit(workdir, hf, tuned):
@@ -168,7 +168,7 @@ def test_a_restart_by_torchrun_resumes(workdir, hf, tuned):
     folder = run(workdir, "restarted", *args, "--max_steps=6", env={"TORCHELASTIC_RESTART_COUNT": "1"})
     assert equal(final(folder), final(tuned))
     newest = folder / (folder / "latest").read_text().strip()
-    assert "new, as from scratch" in json.loads((newest / "state.json").read_text())["origin"]  # after the resume, too
+    assert "newly initialized" in json.loads((newest / "state.json").read_text())["origin"]  # after the resume, too
     # killed before its first checkpoint: the weights are read again
     (workdir / "out/early").mkdir()
     (workdir / "out/early/config.json").write_text("{}")
@@ -206,7 +206,7 @@ def test_a_run_with_markers_gives_all_that_it_has(workdir, tokenizer, meta_run):
     model = GPT(dataclasses.replace(CFG, second_attention="meta", bias=False))
     said, tokens = load_into(model, str(meta_run / "step_00000002"), tokenizer)
     assert equal(model.state_dict(), safetensors.torch.load_file(meta_run / "step_00000002/model.safetensors"))
-    assert "new, as from scratch: none; rows 300 .. 319 of wte.weight, the markers, are as trained" in said
+    assert "newly initialized: none; rows 300 .. 319 of wte.weight, the markers, are as trained" in said
     assert tokens == 2 * 8 * 28  # steps, windows, content tokens
 
 
@@ -223,19 +223,22 @@ def refused(workdir, monkeypatch, *args) -> str:
     return str(caught.value)
 
 
-FIT = "take --n_layer=2 --n_head=2 --n_embd=32 --bias=True --position=learned"
+FIT = "set --n_layer=2 --n_head=2 --n_embd=32 --bias=True --position=learned"
 
 
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (("--n_layer=3",), f"n_layer=3, and the weights of .* have 2: {FIT}"),
-        (("--n_head=4",), f"n_head=4, and the weights of .* have 2: {FIT}"),
-        (("--n_embd=64",), f"n_embd=64, and the weights of .* have 32: {FIT}"),
-        (("--n_inner=64",), "n_inner=64, and the weights .* have 128: take .* --n_inner=128 --bias"),
-        (("--bias=False",), f"bias=False, and the weights of .* have True: {FIT}"),
-        (("--position=rope",), f"position=rope, and the weights of .* have learned: {FIT}"),
-        (("--block_size=84",), "block_size=84, and the weights .* know 64 positions: take a --block_size of at most"),
+        (("--n_layer=3",), f"n_layer=3, but the weights of .* have 2: {FIT}"),
+        (("--n_head=4",), f"n_head=4, but the weights of .* have 2: {FIT}"),
+        (("--n_embd=64",), f"n_embd=64, but the weights of .* have 32: {FIT}"),
+        (("--n_inner=64",), "n_inner=64, but the weights .* have 128: set .* --n_inner=128 --bias"),
+        (("--bias=False",), f"bias=False, but the weights of .* have True: {FIT}"),
+        (("--position=rope",), f"position=rope, but the weights of .* have learned: {FIT}"),
+        (
+            ("--block_size=84",),
+            "block_size=84 is too long, because the weights .* have 64 positions: set --block_size to at most 64",
+        ),
         (("--run_name=tuned",), "the run folder out/tuned exists"),
     ],
 )  # fmt: skip
@@ -249,7 +252,7 @@ def test_settings_that_do_not_fit(workdir, hf, tuned, monkeypatch, args, sentenc
     [
         ("gpt2-medum", "did you mean 'gpt2-medium'"),
         ("resum", "did you mean 'resume'"),
-        ("qqqqqqqq", "init_from='qqqqqqqq' is none of scratch, resume, .*known are auto, gpt2"),
+        ("qqqqqqqq", "init_from='qqqqqqqq' is neither one of scratch, resume, .*known are auto, gpt2"),
         ("out/tund", "did you mean 'out/tuned'"),
         ("texts/doc000.txt", "is a file: give the folder"),
         ("texts", "init_from=texts has no config.json"),
@@ -285,24 +288,30 @@ def drop(name: str):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (set_config(activation_function="relu"), "activation_function=relu, and this model computes gelu_new"),
-        (set_config(layer_norm_epsilon=1e-6), "layer_norm_epsilon=1e-06, and this model computes 1e-05"),
+        (
+            set_config(activation_function="relu"),
+            "activation_function=relu, but this model computes activation_function=gelu_new",
+        ),
+        (
+            set_config(layer_norm_epsilon=1e-6),
+            "layer_norm_epsilon=1e-06, but this model computes layer_norm_epsilon=1e-05",
+        ),
         (set_config(model_type="llama"), "model_type=llama"),
         (set_config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
         (set_config(n_head="two"), "config.json is damaged"),
-        (set_config(vocab_size=310), "predict 310 ids, and the dataset's tokenizer bpe300 has 300"),
-        (set_config(n_positions=40), r"wpe.weight is \(64, 32\) in .* and \(40, 32\) in this model"),
+        (set_config(vocab_size=310), "predict 310 ids, but the dataset's tokenizer bpe300 has 300"),
+        (set_config(n_positions=40), r"wpe.weight is \(64, 32\) in .* but \(40, 32\) in this model"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "config.json does not say 'n_layer'"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "config.json has no entry 'n_layer'"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors is damaged"),
-        (rename_weights("pytorch_model.bin"), "pickled.*save_pretrained"),
+        (rename_weights("pytorch_model.bin"), "pickle.*save_pretrained"),
         (rename_weights("model.safetensors.index.json"), "several files.*max_shard_size"),
-        (set_tensor("lm_head.weight", torch.zeros(300, 32)), "lm_head.weight in .* is not wte.weight.*tied"),
+        (set_tensor("lm_head.weight", torch.zeros(300, 32)), "lm_head.weight in .* differs from wte.weight.*tied"),
         (
             set_tensor("transformer.h.1.mlp.c_fc.weight", torch.zeros(32, 96)),
-            rf"h.1.mlp.c_fc.weight is \(96, 32\) in .* and \(128, 32\) in this model: {FIT}",
+            rf"h.1.mlp.c_fc.weight is \(96, 32\) in .* but \(128, 32\) in this model: {FIT}",
         ),
         (set_tensor("transformer.ln_f.bias", torch.full((32,), torch.nan)), "ln_f.bias in .* not finite"),
         (set_tensor("v_head.weight", torch.zeros(3)), r"v_head.weight \(3,\) of .* has no place in this model"),
@@ -338,15 +347,15 @@ def test_a_refused_model_is_as_it_was(tokenizer, hf, tmp_path):
     ("args", "sentence"),
     [
         (("--second_attention=none",), r"h.0.\S*second\S* \(.* has no place in this .*--second_attention=meta"),
-        (("--second_attention=causal",), "second_attention=causal, and .* was trained with meta: take --second_att"),
-        (("--n_head=4",), "n_head=4, and out/with_meta/.* was trained with 2: take --n_head=2"),
-        (("--n_layer=3",), r"h.2.ln_1.weight \(32,\) of this model is missing in .*: take --n_layer=2 "),
-        (("--n_layer=1",), r"h.1.\S+ \(.*\) of .* has no place in this model: take --n_layer=2 "),
-        (("--n_embd=64",), r"wte.weight is \(320, 32\) in .* and \(320, 64\) in this model: take .*--n_embd=32 "),
-        (("--block_size=64",), r"wpe.weight is \(32, 32\) in .* and \(64, 32\) in this .* --block_size=32 "),
-        (("--position=rope",), "wpe.weight .* has no place in this model: take .* --position=learned"),
+        (("--second_attention=causal",), "second_attention=causal, but .* was trained with meta: set --second_att"),
+        (("--n_head=4",), "n_head=4, but out/with_meta/.* was trained with 2: set --n_head=2"),
+        (("--n_layer=3",), r"h.2.ln_1.weight \(32,\) of this model is missing in .*: set --n_layer=2 "),
+        (("--n_layer=1",), r"h.1.\S+ \(.*\) of .* has no place in this model: set --n_layer=2 "),
+        (("--n_embd=64",), r"wte.weight is \(320, 32\) in .* but \(320, 64\) in this model: set .*--n_embd=32 "),
+        (("--block_size=64",), r"wpe.weight is \(32, 32\) in .* but \(64, 32\) in this .* --block_size=32 "),
+        (("--position=rope",), "wpe.weight .* has no place in this model: set .* --position=learned"),
         (("--bias=True",), "bias .* of this model is missing in .* --bias=False"),
-        (("--init_from=out/nothing",), "init_from='out/nothing' is none of scratch"),
+        (("--init_from=out/nothing",), "init_from='out/nothing' is neither one of scratch"),
     ],
 )
 def test_runs_that_do_not_fit(workdir, meta_run, monkeypatch, args, sentence):

@@ -238,7 +238,7 @@ def test_a_step_has_batch_size_windows_and_what_is_offered_instead_works(batch, 
     try:
         assert accumulation(cfg, world) * micro * world == batch
     except UserError as error:
-        offers = re.findall(r"(\w+_size)=(\d+)(?: or (\d+))?", str(error).split("nearest possible is")[1])
+        offers = re.findall(r"(\w+_size)=(\d+)(?: or (\d+))?", str(error).split(": set ")[1])
         assert offers and batch % (micro * world)
         for name, *sizes in offers:
             for size in filter(None, sizes):

@@ -135,7 +135,10 @@ def test_a_reader_that_leaves_gets_no_traceback(workdir):
     ("args", "sentence"),
     [
         (("--show_batch=-1",), "show_batch=-1 is out of range: it must be at least 0"),
-        (("--show_batch=30", "--max_steps=30"), "show_batch=30, and with max_steps=30 the last step is 29"),
+        (
+            ("--show_batch=30", "--max_steps=30"),
+            "show_batch=30 is beyond the run, whose last step is 29 with max_steps=30: give --show_batch=29",
+        ),
         (("--show_batch=0", "--batch_size=7"), "batch_size=7 windows cannot be split over 1 processes"),
         (("--show_batch=0", "--dataset=data/nothing"), "there is no dataset in data/nothing"),
         (("--show_batch=0", "--block_size=33"), "take --block_size=32 or 64"),
@@ -148,7 +151,7 @@ def test_bad_input(workdir, monkeypatch, args, sentence):
 
 
 def test_bad_input_of_the_command_line(workdir):
-    assert "the last step is 4" in refusal(cli("train.py", *BASE, "--show_batch=9", "--max_steps=5", cwd=workdir))
+    assert "whose last step is 4" in refusal(cli("train.py", *BASE, "--show_batch=9", "--max_steps=5", cwd=workdir))
 
 
 def test_shares_of_a_step_are_the_step():

@@ -205,9 +205,15 @@ def test_show_batch_prints_the_texts(workdir, bases):
 
 
 REFUSED = {
-    "another model": (("--n_layer=3", "parity"), "n_layer=3, and the model of "),
-    "another rule": (("--target_rule=skip", "parity"), "target_rule=skip, and the model of "),
-    "too long": (("--train_length=128", "parity"), "train_length=128, and the model has 96 learned positions"),
+    "another model": (("--n_layer=3", "parity"), "n_layer=3 differs from n_layer=2 of the model in "),
+    "another rule": (
+        ("--target_rule=skip", "parity"),
+        "target_rule=skip differs from target_rule=ignore of the model in ",
+    ),
+    "too long": (
+        ("--train_length=128", "parity"),
+        "train_length=128 is too long, because the model has only 96 learned positions",
+    ),
     "dry run": (("--dry_run=True", "parity"), "dry_run estimates training on text"),
     "no such task": (("--train_length=96", "lists"), "'lists'"),
     "nothing so short": (("--train_length=32", "segment_counting"), "no text of level easy or medium or hard"),
@@ -233,10 +239,11 @@ def test_what_is_typed_must_agree_with_the_run_that_is_taken_over(workdir, tmp_p
     cases += [([str(recipe), "--tasks", "parity"], "position=learned")]
     for argv, said in cases:
         with pytest.raises(
-            UserError, match=f"^{said}, and the model of {base}/best_00000010, which is taken over, has"
+            UserError,
+            match=f"^{said} differs from {said.partition('=')[0]}=.* of the model in {base}/best_00000010, which",
         ):
             train_main([*argv, f"--init_from={base}", "--run_name=refused"])
-    with pytest.raises(UserError, match="^dataset=data/u has no effect: the texts of tasks are made"):
+    with pytest.raises(UserError, match="^dataset=data/u has no effect: because the texts of the tasks are generated"):
         train_main([tiny_tasks, "--dataset=data/u", f"--init_from={base}", "--run_name=refused"])
     # recipes for all arms say nothing of their model
     for name in ("finetune_tasks", "tiny_tasks"):
@@ -257,7 +264,7 @@ def test_bad_input_is_refused_in_a_sentence(workdir, bases, case):
 def test_a_changed_task_cannot_be_resumed(workdir, bases):
     tune(workdir, "fixed", bases["meta"], "--max_steps=2")
     given = [*TUNE, "--init_from=resume", "--run_name=fixed", "--train_length=64", "--level=easy", "--tasks", "parity"]
-    assert "train_length=64 differs from the run's 96" in refusal(cli("train.py", *given, cwd=workdir))
+    assert "train_length=64 differs from train_length=96 of out/fixed/" in refusal(cli("train.py", *given, cwd=workdir))
 
 
 def test_a_new_model_takes_the_tokenizer_of_the_dataset(workdir):

@@ -16,13 +16,13 @@ import torch
 from nanometa import train
 from nanometa.common.errors import UserError
 from nanometa.common.files import lock_folder
-from nanometa.config import TrainConfig
+from nanometa.config import TaskConfig, TrainConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.command_line import load_config
 from nanometa.data.loader import Windows
 from nanometa.layers.scores import Scorer
 from nanometa.train import evaluate
-from nanometa.training import run_log
+from nanometa.training import evaluation, messages, run_log
 from nanometa.training.checkpoint import load_run
 from nanometa.training.distributed import Dist, accumulation
 from nanometa.training.resume import lock_new, occupied
@@ -296,25 +296,35 @@ def test_wandb_offline_writes_into_the_run(workdir):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        ((), "the run folder out/straight exists: go on with --init_from=auto"),
-        (("--run_name=new", "--init_from=resume"), "there is no checkpoint in out/new to resume"),
-        (("--init_from=resume", "--n_layer=3"), "n_layer=3 differs from the run's 2"),
-        (("--init_from=resume", "--batch_size=16"), "batch_size=16 differs from the run's 8"),
-        (("--init_from=resume", "--seed=2"), "seed=2 differs from the run's 1337"),
+        ((), "the run folder out/straight exists: continue that run with --init_from=auto"),
+        (
+            ("--run_name=new", "--init_from=resume"),
+            "there is no checkpoint to resume in out/new: start the run with --init_from=auto",
+        ),
+        (("--init_from=resume", "--n_layer=3"), "n_layer=3 differs from n_layer=2 of out/straight/"),
+        (("--init_from=resume", "--batch_size=16"), "batch_size=16 differs from batch_size=8 of out/straight/"),
+        (("--init_from=resume", "--seed=2"), "seed=2 differs from seed=1337 of out/straight/"),
         (("--init_from=resume", "--dataset=data/p"), "data/p is not the dataset of .*train_000000.bin"),
         (("--run_name=new", "--dataset=data/nothing"), "there is no dataset in data/nothing"),
         (("--run_name=new", "--block_size=33"), "take --block_size=32 or 64"),
         (("--run_name=new", "--block_size=32000"), "fewer than one window"),
-        (("--run_name=new", "--vocab_size=999"), "vocab_size=999, but the tokenizer of data/u has 320"),
+        (
+            ("--run_name=new", "--vocab_size=999"),
+            "vocab_size=999 does not match the tokenizer of data/u, which has 320",
+        ),
         (
             ("--run_name=new", "--batch_size=10"),
-            "micro-batches of 8: nearest possible is --micro_batch_size=10 or --batch_size=16",
+            "micro-batches of 8: set --micro_batch_size=10 or --batch_size=16",
         ),
         (("--run_name=new", "--device=cuda"), "device=cuda is not available"),
-        (("--run_name=new", "--dataset=data/n", "--block_size=28"), "second_attention=meta would idle"),
+        (
+            ("--run_name=new", "--dataset=data/n", "--block_size=28"),
+            "second_attention=meta has nothing to connect, because data/n has no markers",
+        ),
         (
             ("--run_name=new", "--second_attention=random"),
-            "second_attention=random is a control without markers, and data/u has 4 a chunk: take .*--injection=none",
+            "second_attention=random is a control for data without markers, but data/u has 4 markers per chunk: "
+            "give .*--injection=none",
         ),
         (
             (
@@ -324,10 +334,10 @@ def test_wandb_offline_writes_into_the_run(workdir):
                 "--second_attention=none",
                 "--meta_position=none",
             ),
-            "meta_position=none would change nothing, since data/n has no markers: take --meta_position=same",
+            "meta_position=none has no effect, because data/n has no markers: set --meta_position=same",
         ),
         (("--run_name=new", "--second_attention=random", "--meta_position=none"), "random runs without: leave one out"),
-        (("--out_dir=.", "--run_name=texts", "--init_from=auto"), "texts exists and is no run of ours"),
+        (("--out_dir=.", "--run_name=texts", "--init_from=auto"), "texts exists, but train.py did not make it"),
     ],
 )
 def test_bad_input_changes_nothing(workdir, straight, args, sentence):
@@ -351,7 +361,10 @@ def test_a_damaged_dataset_is_refused_before_anything_is_written(workdir, tmp_pa
 def test_a_dataset_of_another_tokenizer_is_refused_by_name(workdir, straight, tmp_path):
     """A tokenizer of another kind, and, trained on other text, one of the same size."""
     (tmp_path / "more.txt").write_text("entirely different words and letters " * 3000)
-    for name, size, sentence in (("size", 290, "was made with another tokenizer"), ("text", 300, "another tokenizer")):
+    for name, size, sentence in (
+        ("size", 290, "was prepared with another tokenizer"),
+        ("text", 300, "another tokenizer"),
+    ):
         files = [str(tmp_path / "more.txt"), str(workdir / "texts/*.txt")]
         result = cli("prepare.py", "--source=files", "--files", *files, f"--bpe_vocab_size={size}", f"--name={name}",
                      "--chunk_content=28", "--chunk_markers=4", "--val_fraction=0.1", cwd=tmp_path)  # fmt: skip
@@ -364,10 +377,10 @@ def test_a_dataset_of_another_tokenizer_is_refused_by_name(workdir, straight, tm
 @pytest.mark.parametrize(
     ("batch", "micro", "world", "offer"),
     [
-        (480, 12, 7, "--batch_size=420 or 504"),
+        (480, 12, 7, ": set --batch_size=420 or 504, which is nearest"),
         (10, 4, 1, "--micro_batch_size=5 or --batch_size=12"),
         (16, 3, 2, "--micro_batch_size=2 or --batch_size=18|--micro_batch_size=4 or --batch_size=18"),
-        (3, 1, 4, "--batch_size=4:?"),
+        (3, 1, 4, "set --batch_size=4, which is nearest"),
     ],
 )
 def test_impossible_batches_offer_the_nearest(batch, micro, world, offer):
@@ -429,7 +442,7 @@ def test_a_new_folder_that_another_process_has_taken_is_refused(tmp_path):
     """Both looked at the folder before it existed."""
     lock_new(tmp_path / "run").release()
     (tmp_path / "run/config.json").write_text("{}")
-    with pytest.raises(UserError, match="another process has begun a run in .*: go on with --init_from=auto"):
+    with pytest.raises(UserError, match="another process has begun a run in .*: continue it with --init_from=auto"):
         lock_new(tmp_path / "run")
 
 
@@ -482,6 +495,34 @@ def test_a_compiled_run_evaluates_its_compiled_model(workdir, monkeypatch):
         subject.log.close()
     assert isinstance(seen[0], torch._dynamo.OptimizedModule) and seen[0]._orig_mod.model is not None
     assert seen[1] is None
+
+
+@pytest.mark.parametrize(("windows", "calls"), [("None", 2), ("5", 3)])
+def test_the_whole_split_is_evaluated_once_at_the_end(workdir, monkeypatch, capsys, windows, calls):
+    """The records are the same as if it was evaluated twice; its progress is shown, that of a few windows is not."""
+    monkeypatch.chdir(workdir)
+    monkeypatch.setattr(evaluation, "PROGRESS_S", 0)
+    seen = []
+    monkeypatch.setattr(train, "evaluate", lambda *args: seen.append(args[4]) or evaluate(*args))
+    name = f"once_{windows}"
+    train.main(override(BASE, f"--run_name={name}", f"--eval_windows={windows}", "--max_steps=2"))
+    total = Windows(workdir / "data/u", "val", 32, "ignore").n_windows
+    assert seen == ([total] * 2 if windows == "None" else [5, 5, total]) and len(seen) == calls
+    lines = [line for line in metrics(workdir / "out" / name) if line["kind"] != "train"]
+    assert [(line["kind"], line["step"]) for line in lines] == [("val", 0), ("val", 2), ("final", 2)]
+    same = {key for key in lines[1] if lines[1][key] == lines[2][key]}
+    assert ("loss" in same) == (windows == "None") and {*lines[1]} == {*lines[2]}
+    out = capsys.readouterr().out
+    assert f"step       2  validation: 8 of {total} windows after 0:00" in out and "of 5 windows after" not in out
+    assert out.count(f"step       2  validation on all {total} windows: ") == 1
+
+
+def test_a_run_says_which_settings_are_not_the_defaults():
+    line = messages.settings_line(TrainConfig(run_name="x", seed=5, task=TaskConfig(tasks=("parity", "copying"))))
+    assert line.endswith("(config.json lists all): tasks=parity,copying seed=5")
+    assert messages.settings_line(TrainConfig(dataset="data/x")).endswith(": dataset=data/x")
+    assert messages.settings_line(TrainConfig()).endswith(": none")
+    assert [messages.count(n, "process") for n in (1, 2)] == ["1 process", "2 processes"]
 
 
 def test_paths_that_cannot_be_written_get_one_sentence(workdir, tmp_path):

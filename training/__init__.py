@@ -1,1 +1,1 @@
-"""What training needs around its loop: checkpoints, resume, optimizer, processes, weights, logs, estimates."""
+"""Everything that training needs around its loop, such as checkpoints, the optimizer, processes and logs."""

@@ -1,4 +1,4 @@
-"""What keeps a bad step out of the weights: non-finite losses or gradients, and spikes of the gradient's norm."""
+"""Keeps bad steps out of the weights: steps with a non-finite loss or gradient, and spikes of the gradient norm."""
 
 import math
 import statistics
@@ -7,16 +7,16 @@ from collections import deque
 from nanometa.common.errors import UserError
 from nanometa.config import TrainConfig
 
-WINDOW = 128  # norms of steps that were taken, by which a spike is judged; there must be half as many
+WINDOW = 128  # a spike is judged by the gradient norms of this many applied updates; judging starts after half of them
 
 
-class Guard:
-    """Judges every step before its update. All processes see the same figures, so they decide alike.
+class BadStepGuard:
+    """Judges every step before its update is applied. All processes see the same figures, so they decide alike.
 
-    A step whose loss or gradient norm is not finite is skipped. One whose norm lies more than cfg.spike_deviations
-    standard deviations above the mean of the last 128 steps that were taken (OLMo's SkipStepOptimizer takes 6) is a
-    spike: logged, and skipped with cfg.skip_spikes. `state` goes into checkpoints, so that a resumed run judges as an
-    uninterrupted one.
+    A step whose loss or gradient norm is not finite is skipped. A step is a spike if its gradient norm lies more than
+    cfg.spike_deviations standard deviations above the mean of the last 128 applied updates (OLMo's SkipStepOptimizer
+    uses 6). Spikes are logged, and skipped if cfg.skip_spikes is set. Checkpoints contain `state`, so a resumed run
+    judges like an uninterrupted one.
     """
 
     def __init__(self, cfg: TrainConfig, state: dict | None = None):
@@ -26,10 +26,11 @@ class Guard:
         self.in_a_row, self.skipped = state["in_a_row"], state["skipped"]
 
     def state(self) -> dict:
+        """Returns the part of the guard that a checkpoint keeps."""
         return {"norms": list(self.norms), "in_a_row": self.in_a_row, "skipped": self.skipped}
 
     def judge(self, loss: float, norm: float) -> tuple[bool, str]:
-        """(take the update?, what is wrong with the step or "")."""
+        """Returns whether to apply the update, and a sentence saying what is wrong with the step, or ""."""
         wrong, take = "", True
         if not (math.isfinite(loss) and math.isfinite(norm)):
             wrong, take = f"its loss is {loss:.4g} and its gradient's norm {norm:.4g}", False
@@ -40,16 +41,16 @@ class Guard:
                     above = (norm - mean) / max(deviation, 1e-30)
                     wrong = f"its gradient's norm {norm:.4g} is {above:.1f} deviations above the mean of {mean:.4g}"
                     take = not self.cfg.skip_spikes
-            if take:  # a spike that was skipped would raise the mean and deviation that the next one is judged by
+            if take:  # the norm of a skipped spike would hide the next spike by raising the mean and the deviation
                 self.norms.append(norm)
         self.in_a_row = 0 if take else self.in_a_row + 1
         self.skipped += not take
         return take, wrong
 
     def check(self, step: int, last_good: str) -> None:
-        """Raises UserError when cfg.max_skipped steps in a row were skipped."""
+        """Raises UserError if cfg.max_skipped steps in a row were skipped. last_good: a checkpoint, in words."""
         if self.in_a_row >= self.cfg.max_skipped:
             raise UserError(
-                f"training has diverged: {self.in_a_row} steps in a row up to step {step:,} were skipped; lower "
-                f"--learning_rate and start again, or resume with it from {last_good}."
+                f"training has diverged: the last {self.in_a_row} steps up to step {step:,} were skipped because their "
+                f"losses or gradients were bad; lower --learning_rate, and start again or resume from {last_good}."
             )

@@ -1,4 +1,4 @@
-"""Finds the run whose model a new run takes over, to learn tasks or to get a longer window, and its settings."""
+"""Finds the base run, whose model a new run takes over to learn tasks or to get a longer window, and its settings."""
 
 import dataclasses
 from pathlib import Path
@@ -12,50 +12,55 @@ from nanometa.training.context_extension import stretched
 
 
 def base_of(cfg: TrainConfig, saved: Checkpoint | None) -> Checkpoint | None:
-    """The run whose model learns the tasks, or gets a longer window: what goes on, or what init_from names; None = a
-    new model."""
+    """Returns the checkpoint whose model learns the tasks or gets a longer window.
+
+    It is `saved` if the run is resumed, else the checkpoint that cfg.init_from names; None means a new model."""
     if saved or not cfg.takes_over or cfg.init_from in pretrained.KEYWORDS or not holds_run(Path(cfg.init_from)):
         return saved
     return checkpoint.read_run(cfg.init_from, _with_tokenizer)
 
 
 def _with_tokenizer(found: Checkpoint) -> Checkpoint:
+    """Returns the checkpoint after reading its tokenizer, which its run could delete later."""
     found.tokenizer()
     return found
 
 
 def with_base(cfg: TrainConfig, base: Checkpoint | None) -> TrainConfig:
-    """cfg with the model and the target rule of the run that learns its tasks, or whose window it stretches, which need
-    not be given again.
+    """Returns cfg with the model and the target rule of the base run, which need not be given again.
 
-    Raises UserError if cfg names another model, texts longer than the model's positions, or a dynamic scale."""
+    Raises UserError if cfg contradicts the base run's model, asks for texts with more positions than the model has, or
+    sets a dynamic scale."""
     if cfg.model.rope_dynamic:
-        raise UserError("rope_dynamic is for reading: train with a fixed --rope_factor, or without.")
+        raise UserError(
+            "rope_dynamic=True only works for reading a trained run, not in training: leave --rope_dynamic out, and "
+            "give a fixed --rope_factor to train with longer windows."
+        )
     if cfg.extends and not base:
         raise UserError(
-            f"rope_scaling={cfg.model.rope_scaling} by {cfg.model.rope_factor:g} extends a trained run: add "
-            f"--init_from=out/NAME, or leave both out."
+            f"rope_scaling={cfg.model.rope_scaling} with rope_factor={cfg.model.rope_factor:g} extends the window of a "
+            f"trained run, and no run is given: add --init_from=out/NAME, or leave both settings out."
         )
     if (cfg.task.tasks or cfg.extends) and base:
         cfg = _taken_over(cfg, base)
     if cfg.task.tasks and base and "dataset" in cfg.typed and cfg.dataset != base.config.dataset:
         raise UserError(
-            f"dataset={cfg.dataset} has no effect: the texts of tasks are made with the tokenizer of {base.folder}; "
-            f"leave --dataset out."
+            f"dataset={cfg.dataset} has no effect, because the texts of the tasks are generated with the tokenizer of "
+            f"{base.folder}: leave --dataset out."
         )
     if cfg.task.tasks and cfg.model.position == "learned" and cfg.task.train_length > cfg.model.block_size:
         raise UserError(
-            f"train_length={cfg.task.train_length}, and the model has {cfg.model.block_size} learned positions: take a "
-            f"--train_length of at most that."
+            f"train_length={cfg.task.train_length} is too long, because the model has only {cfg.model.block_size} "
+            f"learned positions: set --train_length to at most {cfg.model.block_size}."
         )
     return cfg
 
 
 def _taken_over(cfg: TrainConfig, base: Checkpoint) -> TrainConfig:
-    """Returns cfg with the model and target rule of base, whose window is stretched if cfg asks for that.
+    """Returns cfg with the model and the target rule of `base`, whose window is stretched if cfg asks for that.
 
-    Raises UserError if cfg names another value: one that was typed or that its config file gives, or that differs from
-    the default."""
+    Raises UserError if cfg has another value for one of these settings, and the value was typed, stands in the config
+    file, or differs from the default."""
     model, asked = base.config.model, flat(cfg)
     window = {
         name: asked[name] for name in to_dict(model) if name.startswith(("rope_", "yarn_")) and name != "rope_theta"
@@ -65,15 +70,16 @@ def _taken_over(cfg: TrainConfig, base: Checkpoint) -> TrainConfig:
     found, default = {**to_dict(model), "target_rule": base.config.target_rule}, flat(TrainConfig())
     for name, value in found.items():
         given = asked[name]
-        left_open = given is None and name in ("vocab_size", "content_vocab_size")  # for the tokenizer to decide
+        left_open = given is None and name in ("vocab_size", "content_vocab_size")  # the tokenizer decides these
         if given == value or left_open or not (name in cfg.typed or given != default[name]):
             continue
         if name == "block_size" and cfg.extends:
             raise UserError(
-                f"block_size={given}, and {base.folder} stretched by rope_factor={model.rope_factor:g} has "
-                f"{value}: leave --block_size out, or take another factor."
+                f"block_size={given} differs from the {value} positions that {base.folder} has after stretching by "
+                f"rope_factor={model.rope_factor:g}: leave --block_size out, or choose another --rope_factor."
             )
         raise UserError(
-            f"{name}={given}, and the model of {base.folder}, which is taken over, has {value}: leave --{name} out."
+            f"{name}={given} differs from {name}={value} of the model in {base.folder}, which this run takes over: "
+            f"leave --{name} out."
         )
     return dataclasses.replace(cfg, model=model, target_rule=found["target_rule"])

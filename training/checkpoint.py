@@ -1,11 +1,11 @@
-"""Checkpoints that survive a kill at any moment, are verified on loading, and hold nothing pickled.
+"""Writes and reads checkpoints, which survive a kill at any moment, are verified on loading and contain no pickle.
 
     out/<run>/step_00001000/   model.safetensors optimizer.safetensors state.json tokenizer.*, manifest.json (sha256)
-    out/<run>/best_00000800/   the same without the optimizer
-    out/<run>/latest           a line: the newest step_ folder's name
+    out/<run>/best_00000800/   the same files without the optimizer
+    out/<run>/latest           one line: the name of the newest step_ folder
 
-A folder is written under a temporary name, synced, and renamed; then the pointer moves. So a folder with its final name
-is whole, and the newest one that verifies is the one to trust; the pointer is for people and their scripts.
+A folder is written under a temporary name, synced and renamed, and then `latest` is updated. A folder with its final
+name is therefore complete. Loading takes the newest folder that verifies; `latest` is for people and their scripts.
 """
 
 import dataclasses
@@ -42,14 +42,15 @@ from nanometa.training.optimizer import Optimizer
 
 T = TypeVar("T")
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-ABANDONED = "abandoned_"  # prefix of best weights from steps that the run has gone back behind
-DELETING = ".deleting"  # suffix of a hidden folder that is being deleted; like WRITING, a kill may leave one behind
+ABANDONED = "abandoned_"  # prefix of best weights from steps after the checkpoint that the run resumed from
+DELETING = ".deleting"  # suffix of a hidden folder that is being deleted; a kill may leave one behind, as with WRITING
 
 
 def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str, torch.Tensor]], keep: int) -> Path:
-    """Writes run_dir/<kind>_<step> atomically, and keeps the newest `keep` of its kind.
+    """Writes the checkpoint run_dir/<kind>_<step> atomically, and deletes all but the newest `keep` of its kind.
 
-    kind: step | best; files: name -> bytes, or a dict of tensors for a .safetensors file."""
+    kind: "step" or "best". files: contents by name, as bytes, or as a dict of tensors for a .safetensors file.
+    Returns the checkpoint's folder. Raises UserError if a tensor file cannot be written."""
     final = run_dir / f"{kind}_{step:08d}"
     partial = run_dir / f".{final.name}{WRITING}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -58,17 +59,19 @@ def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str,
         if isinstance(content, dict):
             try:
                 safetensors.torch.save_file({k: t.detach().contiguous() for k, t in content.items()}, partial / name)
-            except safetensors.SafetensorError as error:  # a full disk, say
-                raise UserError(f"{partial / name} could not be written ({error}): make room, then resume.") from error
+            except safetensors.SafetensorError as error:  # for example, because the disk is full
+                raise UserError(
+                    f"{partial / name} could not be written ({error}): free some disk space, then resume."
+                ) from error
         else:
             (partial / name).write_bytes(content)
     hashes = {name: file_sha256(partial / name) for name in files}
     (partial / MANIFEST).write_bytes(_manifest(hashes))
     for name in [*files, MANIFEST]:
-        shutil.copymode(partial / MANIFEST, partial / name)  # safetensors writes for the owner alone
+        shutil.copymode(partial / MANIFEST, partial / name)  # safetensors makes files that only their owner can read
         sync(partial / name)
     sync(partial)
-    if final.exists():  # written before, found damaged, and trained again
+    if final.exists():  # an earlier checkpoint of this step was damaged, and the step was trained again
         _delete(final)
     os.rename(partial, final)
     sync(run_dir)
@@ -77,8 +80,9 @@ def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str,
 
 
 def _settle(final: Path, kind: str, keep: int) -> None:
-    """What follows on a new folder: `latest` names it, and of the others of its kind the newest keep - 1 stay. Best
-    weights that were set aside are deleted when the resumed run has come to the best of the same step."""
+    """Finishes a save: points `latest` to the new folder, and deletes all but the newest keep - 1 others of its kind.
+
+    Abandoned best weights of the same step are deleted, too, since the resumed run has replaced them."""
     if kind == "step":
         write_atomically(final.with_name("latest"), f"{final.name}\n".encode())
     shutil.rmtree(final.with_name(f"{ABANDONED}{final.name}"), ignore_errors=True)
@@ -92,19 +96,19 @@ def _manifest(hashes: dict[str, str]) -> bytes:
 
 
 def _folders(run_dir: Path, kind: str) -> list[Path]:
-    """Folders of exactly our naming, oldest first: a user's copies beside them are left alone."""
+    """Returns the folders named exactly <kind>_<8 digits>, oldest first; copies with other names are not ours."""
     folders = (path for path in run_dir.glob(f"{kind}_*") if re.fullmatch(rf"{kind}_\d{{8}}", path.name))
     return sorted(path for path in folders if path.is_dir())
 
 
 def latest(run_dir: Path) -> str:
-    """The name of the newest checkpoint, for a sentence."""
+    """Returns the name of the newest checkpoint, or "none was saved yet", for use in a sentence."""
     folders = _folders(run_dir, "step")
     return folders[-1].name if folders else "none was saved yet"
 
 
 def _delete(folder: Path) -> None:
-    """Takes the name away first: half a folder never looks like a checkpoint."""
+    """Deletes a folder. It is renamed first, so that a folder that is half deleted never looks like a checkpoint."""
     doomed = folder.with_name(f".{folder.name}{DELETING}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
@@ -112,12 +116,12 @@ def _delete(folder: Path) -> None:
 
 
 def sweep(run_dir: Path, step: int, keep: int) -> None:
-    """Tidies the folder of a run that goes on from `step`; the caller holds its lock.
+    """Tidies the folder of a run that resumes from `step`. The caller holds the folder's lock.
 
-    Checkpoints beyond that step did not verify: they are renamed to damaged_step_*. Best weights beyond it belong to
-    steps that this run will train anew, maybe otherwise: they are renamed to abandoned_best_*, so that nothing loads
-    them. What a killed process left half-written or half-deleted is removed, and what the save of the resumed
-    checkpoint left undone is done."""
+    Later checkpoints did not verify, so they are renamed to damaged_step_*. Later best weights belong to steps that
+    this run trains again, maybe with other settings, so they are renamed to abandoned_best_* and nothing loads them.
+    Files that a killed process left half written or half deleted are removed, and an interrupted save of the resumed
+    checkpoint is finished."""
     for kind, prefix in (("step", "damaged_"), ("best", ABANDONED)):
         for folder in _folders(run_dir, kind):
             if int(folder.name.split("_")[1]) > step:
@@ -134,10 +138,10 @@ def sweep(run_dir: Path, step: int, keep: int) -> None:
 
 @dataclass
 class Checkpoint:
-    """A verified folder."""
+    """A checkpoint whose files have been verified."""
 
     folder: Path
-    state: dict  # step, config, data, best, source commit: as train.py wrote it
+    state: dict  # state.json as train.py wrote it: step, config, data, best, source commit
     _tokenizer: Tokenizer | None = None
 
     @property
@@ -155,21 +159,22 @@ class Checkpoint:
         return read_tensors(self.folder / OPTIMIZER)
 
     def tokenizer(self) -> Tokenizer:
-        """Read once: the run may delete the folder while it is trained."""
+        """Returns the tokenizer. It is read only once, because a run that is being trained may delete the folder."""
         self._tokenizer = self._tokenizer or Tokenizer.load(self.folder)
         return self._tokenizer
 
     def load_into(self, model: GPT, device: str | torch.device | None = None) -> GPT:
-        """Gives the model these weights; device: where a model without numbers (on "meta") gets its memory.
+        """Loads these weights into the model and returns it.
 
-        Raises UserError, before there is any, unless names, shapes and types are those of the model."""
+        device: where a model on the "meta" device gets its memory. Raises UserError, before any memory is allocated, if
+        names, shapes or dtypes differ from those of the model."""
         tensors, wanted = self.weights(), model.state_dict()
         for name in sorted(wanted.keys() | tensors.keys()):
             ours, found = (_brief(state.get(name)) for state in (wanted, tensors))
             if ours != found:
                 raise UserError(
-                    f"{self.folder / WEIGHTS} does not fit its config: {name} is {found}, and must be {ours}; take "
-                    f"another checkpoint."
+                    f"{self.folder / WEIGHTS} does not fit its config, because {name} is {found} in the file and "
+                    f"{ours} in the model: use another checkpoint."
                 )
         if device is not None:
             model = model.to_empty(device=device)
@@ -177,12 +182,12 @@ class Checkpoint:
         return model
 
     def restore(self, optimizer: Optimizer) -> None:
-        """Gives the optimizer this state. Raises UserError unless it is one of the same parameters."""
+        """Loads this state into the optimizer. Raises UserError if it is not the state of the same parameters."""
         try:
             optimizer.restore(self.optimizer())
         except ValueError as error:
             raise UserError(
-                f"{self.folder / OPTIMIZER} does not fit the model ({error}): take another checkpoint."
+                f"{self.folder / OPTIMIZER} does not fit the model ({error}): use another checkpoint."
             ) from None
 
 
@@ -191,17 +196,18 @@ def _brief(tensor: torch.Tensor | None) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Raises UserError if it is no safetensors file."""
+    """Returns the tensors of a safetensors file by name. Raises UserError if it is missing or damaged."""
     try:
         return safetensors.torch.load_file(path)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist, or its run has just deleted it: take another one.") from None
+        raise UserError(f"{path} does not exist, or its run has just deleted it: use another one.") from None
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): take another one.") from error
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): use another one.") from error
 
 
 def _check_state(state: dict) -> None:
-    """Raises KeyError, TypeError or ValueError unless it is what train.py writes; `config` checks the settings."""
+    """Raises KeyError, TypeError or ValueError if train.py could not have written this state. Its settings are checked
+    when Checkpoint.config reads them."""
     best, data, config = state["best"], state["data"], state["config"]
     texts = [data["dataset"], data["tokenizer"], state.get("origin", "")]
     for table in (data["shards"], data["content_sha256"]):
@@ -213,24 +219,26 @@ def _check_state(state: dict) -> None:
         losses += state["guard"]["norms"]
     counts += [state[name] for name in ("evaluated", "content_before") if state.get(name) is not None]
     if not (all(type(text) is str for text in texts) and all(map(is_count, counts)) and type(config) is dict):
-        raise TypeError("a value is of another type")
+        raise TypeError("a value has the wrong type")
     if not all(type(loss) is float and math.isfinite(loss) for loss in losses):
-        raise TypeError("a loss or norm is no finite number")
+        raise TypeError("a loss or a norm is not a finite number")
     if not 1 <= data["chunk_content"] <= 2**20 or data["chunk_markers"] > 2**20:
-        raise ValueError("a chunk is out of range")
+        raise ValueError("the size of a chunk is out of range")
     if data["injection"] not in ("uniform", "periodic", "none") or (data["injection"] == "none") != (
         data["chunk_markers"] == 0
     ):
-        raise ValueError(f"injection {data['injection']} with {data['chunk_markers']} markers")
+        raise ValueError(f"injection {data['injection']} does not go with {data['chunk_markers']} markers")
 
 
 def content_before(state: dict) -> int | None:
-    """How many content tokens of text a run's weights had been trained on at step 0; None if nobody kept count."""
+    """Returns how many content tokens a run's weights had been trained on at step 0; None if that is unknown."""
     return state.get("content_before", 0 if state.get("origin") == "scratch" else None)
 
 
 def content_tokens(state: dict, cfg: TrainConfig) -> int | None:
-    """The same of the weights of a checkpoint. Texts of tasks do not count."""
+    """Returns how many content tokens a checkpoint's weights were trained on; None if that is unknown.
+
+    Texts of tasks do not count."""
     before = content_before(state)
     if before is None or cfg.task.tasks:
         return before
@@ -239,52 +247,63 @@ def content_tokens(state: dict, cfg: TrainConfig) -> int | None:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Verifies every file of a checkpoint's folder. Raises UserError naming the file and both hashes."""
+    """Opens a checkpoint after verifying every file in its folder.
+
+    Raises UserError if a file is missing or damaged; the message names the file and both hashes."""
     try:
         manifest = read_json(folder / MANIFEST)
         check_format(folder / MANIFEST, manifest)
         hashes = manifest["sha256"]
-        if read_file(folder / MANIFEST) != _manifest(hashes):  # it has no hash of its own
-            raise ValueError("its text is not as it was written")
+        if read_file(folder / MANIFEST) != _manifest(hashes):  # no hash protects the manifest itself
+            raise ValueError("its text has changed since it was written")
         missing = {WEIGHTS, STATE, SPEC_FILE, RANKS_FILE} - hashes.keys()
         if missing:
             raise ValueError(f"it does not list {min(missing)}")
         for name, expected in hashes.items():
             found = file_sha256(file_inside(folder, name))
             if found != expected:
-                raise UserError(f"{folder / name} is damaged: its sha256 is {found}, the manifest says {expected}.")
+                raise UserError(
+                    f"{folder / name} is damaged: its sha256 is {found}, but the manifest says {expected}; use another "
+                    f"checkpoint."
+                )
         state = read_json(folder / STATE)
     except FileNotFoundError as error:
         if not folder.is_dir():
-            raise UserError(f"{folder} does not exist, or its run has just deleted it: take another one.") from None
-        raise UserError(f"{folder} is no whole checkpoint: {Path(error.filename).name} is missing.") from None
+            raise UserError(f"{folder} does not exist, or its run has just deleted it: use another one.") from None
+        raise UserError(
+            f"{folder} is not a complete checkpoint, because {Path(error.filename).name} is missing: use another one."
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
+        raise UserError(
+            f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}): use another checkpoint."
+        ) from error
     try:
         _check_state(state)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{folder / STATE} is not what train.py writes ({type(error).__name__}: {error}): take another checkpoint."
+            f"{folder / STATE} was not written by train.py ({type(error).__name__}: {error}): use another checkpoint."
         ) from error
     return Checkpoint(folder, state)
 
 
 def newest(run_dir: Path, warn) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None where none was ever written; warn(sentence) for each that does not.
+    """Returns the newest checkpoint that verifies, or None if there are none.
 
-    Raises UserError if there are checkpoints and all are damaged."""
+    Calls warn(sentence) for each damaged checkpoint. Raises UserError if all of them are damaged."""
     return _newest_of(run_dir, "step", lambda error: warn(f"{error} Falling back to the checkpoint before it."))
 
 
 def _newest_of(run_dir: Path, kind: str, warn) -> Checkpoint | None:
-    """newest for one kind of folders. A run that is being trained deletes old ones: if one has vanished while it was
-    read, there are newer ones, and the folder is listed again."""
+    """Returns the newest folder of one kind that verifies, as `newest` does.
+
+    A run that is being trained deletes old folders. If one disappears while it is read, there are newer ones, and the
+    folder is listed again."""
     why: dict[Path, str] = {}
     while True:
         for folder in reversed([folder for folder in _folders(run_dir, kind) if folder not in why]):
             try:
                 return open_checkpoint(folder)
-            except NewerFormatError:  # not damaged: falling back would train steps again that were already taken
+            except NewerFormatError:  # the checkpoint is intact, and falling back would train finished steps again
                 raise
             except UserError as error:
                 if not folder.is_dir():
@@ -294,14 +313,14 @@ def _newest_of(run_dir: Path, kind: str, warn) -> Checkpoint | None:
         else:
             break
     if why and kind == "step":
-        whole = "; ".join(why.values())
-        raise UserError(f"no checkpoint in {run_dir} is whole ({whole}): start again with another --run_name.")
+        reasons = "; ".join(why.values())
+        raise UserError(f"no checkpoint in {run_dir} is intact ({reasons}): start again with another --run_name.")
     return None
 
 
 @dataclass
 class Run:
-    """A trained model with all that it takes to use it."""
+    """A trained model with everything that is needed to use it."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -311,25 +330,29 @@ class Run:
 
 
 def holds_run(path: Path) -> bool:
-    """Is this a run of ours with a checkpoint, or a checkpoint's folder?"""
+    """Returns whether a path is a run that train.py made, with a checkpoint in it, or the folder of a checkpoint."""
     return (path / STATE).is_file() or bool(_folders(path, "step") + _folders(path, "best"))
 
 
 def open_run(path: str | Path = "") -> Checkpoint:
-    """path is out/<run> (its best checkpoint, else its newest) or one checkpoint's folder; "" is the run in out/ that
-    saved last. Raises UserError if there is none, or it is damaged."""
+    """Opens the best checkpoint of a run, or the newest one if no best is intact.
+
+    path: out/<run>, or the folder of one checkpoint; "" means the run in out/ that saved last. Raises UserError if
+    there is no checkpoint, or none that is intact."""
     path = Path(path) if path else _newest_run(Path("out"))
     if (path / STATE).is_file():
         return open_checkpoint(path)
-    best = _newest_of(path, "best", lambda error: _warn(f"{error} Taking the newest checkpoint instead."))
+    best = _newest_of(path, "best", lambda error: _warn(f"{error} Using the newest checkpoint instead."))
     found = best or newest(path, _warn)
     if found is None:
-        raise UserError(f"there is no checkpoint in {str(path)!r}: give a run that train.py made, such as out/NAME.")
+        raise UserError(f"there is no checkpoint in {str(path)!r}: name a run that train.py made, such as out/NAME.")
     return found
 
 
 def read_run(path: str | Path, read: Callable[[Checkpoint], T]) -> T:
-    """Returns read(the checkpoint of open_run(path)); if its run has deleted it meanwhile, that of the next one."""
+    """Returns read(checkpoint) for the checkpoint of open_run(path).
+
+    If the run deletes that checkpoint while it is read, the next one is tried."""
     while True:
         found = open_run(path)
         try:
@@ -340,7 +363,7 @@ def read_run(path: str | Path, read: Callable[[Checkpoint], T]) -> T:
 
 
 def load_run(path: str | Path = "", device: str | torch.device = "cpu") -> Run:
-    """Loads a run for use; path as for open_run. Raises UserError if there is none, or it is damaged."""
+    """Loads a run for use. path: as for open_run. Raises UserError if there is no intact checkpoint."""
     run = read_run(path, _load)
     return dataclasses.replace(run, model=run.model.to(device).eval())
 
@@ -349,10 +372,10 @@ def _load(checkpoint: Checkpoint) -> Run:
     cfg, tokenizer = checkpoint.config, checkpoint.tokenizer()
     if (tokenizer.n_vocab, tokenizer.n_content) != (cfg.model.vocab_size, cfg.model.content_vocab_size):
         raise UserError(
-            f"{checkpoint.folder} does not fit together: its tokenizer has {tokenizer.n_vocab} ids and its model "
-            f"{cfg.model.vocab_size}."
+            f"{checkpoint.folder} is inconsistent: its tokenizer has {tokenizer.n_vocab} ids ({tokenizer.n_content} of "
+            f"content) and its model {cfg.model.vocab_size} ({cfg.model.content_vocab_size}); use another checkpoint."
         )
-    with torch.device("meta"):  # no memory before the shapes are known to be those of the file
+    with torch.device("meta"):  # allocate no memory before the shapes are known to match the file
         model = GPT(cfg.model)
     return Run(checkpoint.load_into(model, "cpu"), tokenizer, cfg, checkpoint.state, checkpoint.folder)
 
@@ -364,5 +387,7 @@ def _warn(sentence: str) -> None:
 def _newest_run(out: Path) -> Path:
     pointers = sorted(out.glob("*/latest"), key=lambda path: path.stat().st_mtime)
     if not pointers:
-        raise UserError(f"there is no trained run in {out}/: train one first, python train.py config/tiny_meta.py.")
+        raise UserError(
+            f"there is no trained run in {out}/: train one first, with python train.py config/tiny_meta.py."
+        )
     return pointers[-1].parent

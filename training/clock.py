@@ -4,7 +4,7 @@ import time
 
 
 class Clock:
-    """Measures seconds a step since the last look; evaluation and saving are not counted as training."""
+    """Measures the seconds per training step. Evaluation and saving do not count."""
 
     def __init__(self):
         self.started = self._since = time.perf_counter()
@@ -12,13 +12,15 @@ class Clock:
         self._paused = 0.0
 
     def step(self) -> None:
+        """Counts a training step."""
         self._steps += 1
 
     def pause(self, seconds: float) -> None:
+        """Excludes a time that was not spent on training."""
         self._paused += seconds
 
     def look(self) -> float:
-        """Returns seconds a step since the last look."""
+        """Returns the seconds per step since the last call."""
         now = time.perf_counter()
         seconds = (now - self._since - self._paused) / max(1, self._steps)
         self._since, self._steps, self._paused = now, 0, 0.0

@@ -1,5 +1,4 @@
-"""Longer windows: what changes in a model's settings, its learned table, and in a run that is read further than it was
-trained."""
+"""Gives models longer windows than they were trained with: new settings, and interpolated learned positions."""
 
 import dataclasses
 
@@ -11,28 +10,30 @@ from nanometa.training.checkpoint import Run
 
 
 def stretched(m: GPTConfig, scaling: str, factor: float, **more) -> GPTConfig:
-    """m with its window `factor` times as long as the one that its positions were trained in, before any extension.
+    """Returns m with a window `factor` times as long as the window in which its positions were first trained.
 
-    more: other settings of the scaling. Raises UserError if the window would not be whole, or a learned table, which
-    is interpolated once, was already."""
+    more: other settings of the scaling. Raises UserError if the new length is no whole number, or if learned positions
+    were interpolated before, which is possible only once."""
     window = m.original_block_size
     if m.position == "learned" and m.rope_factor != 1:
         raise UserError(
-            f"rope_factor={factor}, and the learned positions are interpolated already, by {m.rope_factor:g}: take the "
-            f"run that this one came from."
+            f"rope_factor={factor} cannot be applied, because the learned positions of this run were interpolated "
+            f"before, by a factor of {m.rope_factor:g}: extend the run that this one started from."
         )
     block_size = round(window * factor)
     if abs(block_size - window * factor) > 1e-6:
         raise UserError(
-            f"rope_factor={factor} makes {window * factor:.2f} positions of {window}: take a factor that makes a whole "
-            f"number."
+            f"rope_factor={factor} would turn {window} positions into {window * factor:.2f}, which is not a whole "
+            f"number: choose another --rope_factor."
         )
     return dataclasses.replace(m, rope_scaling=scaling, rope_factor=factor, block_size=block_size, **more)
 
 
 def interpolated(table: torch.Tensor, factor: float, rows: int) -> torch.Tensor:
-    """A table of learned positions (T, C) -> (rows, C): position m reads the old one m / factor, linearly between two
-    rows, as position interpolation has it (arXiv 2306.15595). Beyond the last row it is the last."""
+    """Returns a table of learned positions (T, C) stretched to (rows, C).
+
+    New position m is old position m / factor, interpolated linearly between two rows (position interpolation, arXiv
+    2306.15595). Positions beyond the last row get the last row."""
     at = (torch.arange(rows, device=table.device, dtype=table.dtype) / factor).clamp(max=len(table) - 1)
     below = at.long()
     above = (below + 1).clamp(max=len(table) - 1)
@@ -40,7 +41,9 @@ def interpolated(table: torch.Tensor, factor: float, rows: int) -> torch.Tensor:
 
 
 def rescaled(run: Run, how: Rescale) -> Run:
-    """The run as it is to be read; its model is changed, not copied. Raises UserError if the scaling does not fit."""
+    """Returns the run with its positions rescaled for reading. The model is changed in place, not copied.
+
+    Raises UserError if the scaling does not fit the model."""
     if how.rope_scaling is None:
         return run
     m = stretched(run.config.model, how.rope_scaling, how.rope_factor, rope_dynamic=how.rope_dynamic)
@@ -53,7 +56,7 @@ def rescaled(run: Run, how: Rescale) -> Run:
 
 
 def scaling_of(m: GPTConfig) -> str:
-    """For a person: "" if the window is that of training, else "yarn 4x", "ntk dynamic", "none 4x"."""
+    """Returns a short name of the scaling, such as "yarn 4x", "ntk dynamic" or "none 4x"; "" for the trained window."""
     if m.rope_scaling == "none" and m.rope_factor == 1:
         return ""
     return f"{m.rope_scaling} {'dynamic' if m.rope_dynamic else f'{m.rope_factor:g}x'}"

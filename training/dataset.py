@@ -1,4 +1,4 @@
-"""Opens the windows that a run trains on, and checks that its arm and its vocabulary fit the dataset."""
+"""Opens the dataset that a run trains on, and checks that the run's arm and vocabulary fit it."""
 
 import dataclasses
 import re
@@ -17,29 +17,31 @@ RECIPES = Path(__file__).resolve().parent.parent / "config"
 
 
 def recipe_of(dataset: str) -> PrepareConfig | None:
-    """The recipe of data/RECIPE_INJECTION, which is config/RECIPE.py with that injection, or of
-    data/RECIPE_INJECTION_Nplus, with min_document_tokens=N, too; None if there is none."""
+    """Returns the recipe that prepares a dataset, found by the dataset's name, or None if there is none.
+
+    data/RECIPE_INJECTION is prepared by config/RECIPE.py with --injection=INJECTION; data/RECIPE_INJECTION_Nplus also
+    has --min_document_tokens=N."""
     name = re.fullmatch(r"(.+)_(uniform|periodic|none)(?:_([1-9]\d{0,7})plus)?", Path(dataset).name, re.ASCII)
     path = RECIPES / f"{name[1]}.py" if name else None
     if path not in recipes(RECIPES):
         return None
     recipe, _ = read_config_file(object, str(path))
-    if not isinstance(recipe, PrepareConfig):  # data/gpt2_none is no recipe's, though config/gpt2.py exists
+    if not isinstance(recipe, PrepareConfig):  # config/gpt2.py exists, but it trains and prepares no data/gpt2_none
         return None
     return dataclasses.replace(recipe, injection=name[2], min_document_tokens=int(name[3] or 0))
 
 
 def open_windows(cfg: TrainConfig, split: str, base: Checkpoint | None = None) -> Windows | TaskWindows:
-    """The windows of cfg's dataset, or the texts of its tasks, as cfg's arm sees them. base: as for with_base.
+    """Opens a split of cfg's dataset, or of the texts of its tasks, as windows for cfg's arm. base: as for with_base.
 
-    Raises UserError if there is no dataset, or the arm needs another one."""
+    Raises UserError if the dataset does not exist or does not fit the arm."""
     if cfg.task.tasks:
         return TaskWindows(cfg, split, base.tokenizer() if base else Tokenizer.load(Path(cfg.dataset)))
     recipe = recipe_of(cfg.dataset)
     if recipe and not Path(cfg.dataset).exists():
         length = f" --min_document_tokens={recipe.min_document_tokens}" if recipe.min_document_tokens else ""
         raise UserError(
-            f"there is no dataset in {cfg.dataset}: make it with python prepare.py config/{recipe.recipe}.py "
+            f"there is no dataset in {cfg.dataset}: prepare it with python prepare.py config/{recipe.recipe}.py "
             f"--injection={recipe.injection}{length}."
         )
     check_arm(cfg, read_manifest(Path(cfg.dataset))["chunk_markers"])
@@ -48,38 +50,40 @@ def open_windows(cfg: TrainConfig, split: str, base: Checkpoint | None = None) -
 
 
 def check_arm(cfg: TrainConfig, markers: int) -> None:
-    """Raises UserError if the arm makes no sense on a dataset whose chunks have so many markers."""
+    """Raises UserError if the arm does not fit a dataset with this number of markers per chunk."""
     second = cfg.model.second
     if second.markers == "needed" and not markers:
         raise UserError(
-            f"second_attention={second.name} would idle, since {cfg.dataset} has no markers: take "
-            f"--second_attention=none, or a dataset prepared with --injection=uniform."
+            f"second_attention={second.name} has nothing to connect, because {cfg.dataset} has no markers: set "
+            f"--second_attention=none, or give a dataset prepared with --injection=uniform."
         )
     if second.markers == "refused" and markers:
         raise UserError(
-            f"second_attention={second.name} is a control without markers, and {cfg.dataset} has {markers} a chunk: "
-            f"take a dataset prepared with --injection=none."
+            f"second_attention={second.name} is a control for data without markers, but {cfg.dataset} has {markers} "
+            f"markers per chunk: give a dataset prepared with --injection=none."
         )
     if cfg.model.meta_position == "none" and not markers:
         raise UserError(
-            f"meta_position=none would change nothing, since {cfg.dataset} has no markers: take --meta_position=same, "
-            f"or a dataset prepared with --injection=uniform."
+            f"meta_position=none has no effect, because {cfg.dataset} has no markers: set --meta_position=same, or "
+            f"give a dataset prepared with --injection=uniform."
         )
 
 
 def with_vocabulary(cfg: TrainConfig, n_vocab: int, n_content: int) -> TrainConfig:
-    """cfg with the vocabulary of its dataset. Raises UserError if cfg says another one."""
+    """Returns cfg with the vocabulary of its dataset. Raises UserError if cfg names another vocabulary size."""
     vocabulary = {"vocab_size": n_vocab, "content_vocab_size": n_content}
     for name, found in vocabulary.items():
         wanted = getattr(cfg.model, name)
         if wanted not in (None, found):
-            raise UserError(f"{name}={wanted}, but the tokenizer of {cfg.dataset} has {found}: leave the setting out.")
+            raise UserError(
+                f"{name}={wanted} does not match the tokenizer of {cfg.dataset}, which has {found}: leave --{name} out."
+            )
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **vocabulary))
 
 
 def data_facts(data: Windows | TaskWindows, cfg: TrainConfig, base: Checkpoint | None = None) -> dict:
-    """What a checkpoint keeps of its dataset: enough to insert markers as trained, and to know the data again. Of
-    tasks: what their model was trained on before."""
+    """Returns what a checkpoint records of its dataset: enough to insert markers as in training, and to recognize the
+    data. A task run that takes over a model returns the record of that model's training."""
     if cfg.task.tasks:
         scratch = {
             "dataset": cfg.dataset, "injection": "none", "chunk_content": cfg.task.train_length, "chunk_markers": 0,

@@ -1,5 +1,8 @@
 """Evaluates a model on the validation split during training."""
 
+import time
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -13,6 +16,8 @@ from nanometa.tasks.source import Answers, TaskWindows
 from nanometa.training.distributed import Dist, autocast, pick_dtype
 from nanometa.training.signals import StopFlag
 
+PROGRESS_S = 10  # seconds between reports of progress
+
 
 @torch.no_grad()
 def evaluate(
@@ -22,13 +27,15 @@ def evaluate(
     dist: Dist,
     n_windows: int | None = None,
     stop: StopFlag | None = None,
+    progress: Callable[[int], None] | None = None,
     compiled: nn.Module | None = None,
 ) -> dict | None:
-    """Returns the figures of loss.Tally over n_windows validation windows, evenly spread over the split (None = all),
-    and those of tasks.source.Answers if the windows are texts of tasks; None if `stop` was raised in some process.
+    """Returns the figures of loss.Tally, and of tasks.source.Answers if the windows are texts of tasks.
 
-    compiled: Scorer(model) under torch.compile; None = run the model as it is.
-    Processes take disjoint windows and add up their sums, so the result does not depend on their number."""
+    The windows are n_windows validation windows, evenly spread over the split, or all of them if n_windows is None.
+    Processes evaluate disjoint windows and add up their sums, so the result does not depend on their number.
+    stop: returns None early if it is raised in any process. progress: called every 10 s with the number of windows
+    that are done. compiled: Scorer(model) under torch.compile; None evaluates the eager model."""
     n_windows = min(n_windows or data.n_windows, data.n_windows)
     windows = (np.arange(n_windows) * data.n_windows // n_windows)[dist.rank :: dist.world]
     tally = Tally(torch.from_numpy(data.tokenizer.token_bytes), dist.device)
@@ -36,8 +43,13 @@ def evaluate(
     dtype = pick_dtype(cfg.dtype, dist.device)[0]
     scorer = Scorer(model) if compiled is None else compiled
     model.eval()
-    # all processes come here equally often, though the last may have no window left: they must agree to stop
+    report_at = time.perf_counter() + PROGRESS_S
+    # Every process makes the same number of rounds, even if it has no window left in the last one: stopping is a
+    # collective decision.
     for number, start in enumerate(range(0, -(-n_windows // dist.world), cfg.micro_batch_size)):
+        if progress and time.perf_counter() >= report_at:
+            progress(min(start * dist.world, n_windows))
+            report_at = time.perf_counter() + PROGRESS_S
         if stop and number % 10 == 9 and dist.sum(torch.tensor(float(stop.raised), device=dist.device)) > 0:
             model.train()
             return None
@@ -45,9 +57,8 @@ def evaluate(
         n = len(here)
         if not n:
             continue
-        if (
-            compiled is not None
-        ):  # another shape would be compiled anew: repeat the last window, and drop its rows below
+        if compiled is not None:
+            # Another shape would be compiled anew, so the last window is repeated; its extra rows are dropped below.
             here = np.pad(here, (0, cfg.micro_batch_size - n), mode="edge")
         batch = data.batch(here).to(dist.device)
         with autocast(dist.device, dtype):

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, AdamW and Muon as one optimizer, and the norms that are logged."""
+"""Provides the learning-rate schedules, AdamW and Muon as one optimizer, and the norms that the log records."""
 
 import math
 
@@ -10,11 +10,14 @@ from nanometa.model import GPT
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Rate of update number `step` (from 0).
+    """Returns the learning rate of update number `step`, counted from 0.
 
-    Linear warm-up, then: cosine = half a cosine down to min_lr (GPT-3, nanoGPT); wsd = stable, and over the last
-    decay_fraction of the steps down to min_lr as 1 - sqrt, so that the rate before that does not depend on the budget
-    (Hu et al., arXiv 2404.06395; the form of the decay: Hägele et al., arXiv 2405.18392); constant = no decay."""
+    After a linear warm-up there are three schedules:
+    - cosine: half a cosine down to min_lr (GPT-3, nanoGPT).
+    - wsd: constant, then down to min_lr as 1 - sqrt over the last decay_fraction of the steps. The rate before the
+      decay does not depend on the number of steps (Hu et al., arXiv 2404.06395; the form of the decay is from Hägele
+      et al., arXiv 2405.18392).
+    - constant: no decay."""
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / (cfg.warmup_steps + 1)
     if cfg.schedule == "constant":
@@ -27,15 +30,16 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
 
 
-# what each has for a parameter: "step" is a number, all else has the parameter's shape
+# The state that each optimizer keeps per parameter: "step" is a number, the other tensors have the parameter's shape.
 STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 
 
 class Optimizer:
-    """AdamW on all parameters, or Muon on the matrices inside the blocks and AdamW on the rest.
+    """AdamW for all parameters, or Muon for the matrices inside the blocks and AdamW for the rest.
 
-    Muon (Jordan et al., 2024): momentum, orthogonalised by Newton-Schulz steps; here scaled to the root mean square of
-    AdamW's updates (Liu et al., arXiv 2502.16982), so both share one learning rate and weight decay."""
+    Muon (Jordan et al., 2024) orthogonalizes the momentum by Newton-Schulz steps. Its updates are scaled here to the
+    root mean square of AdamW's updates (Liu et al., arXiv 2502.16982), so both share one learning rate and weight
+    decay."""
 
     def __init__(self, model: GPT, cfg: TrainConfig):
         self.model = model
@@ -48,10 +52,10 @@ class Optimizer:
             self.parts.append(torch.optim.Muon(matrices, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
         self.parts.append(torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=True))
         mine = [p for part in self.parts for group in part.param_groups for p in group["params"]]
-        assert len(mine) == len({id(p) for p in mine}) == len(list(model.parameters())), "a parameter is left out"
+        assert len(mine) == len({id(p) for p in mine}) == len(list(model.parameters())), "a parameter is missing"
 
     def step(self, rate: float) -> None:
-        """One update at this learning rate; the gradients are gone after it."""
+        """Makes one update at this learning rate, and deletes the gradients."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate
@@ -59,17 +63,20 @@ class Optimizer:
         self.forget_gradients()
 
     def forget_gradients(self) -> None:
+        """Deletes the gradients without an update."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The state by parameter name: "h.0.attn.c_attn.weight/exp_avg" and so on."""
+        """Returns the state by parameter name, with keys such as "h.0.attn.c_attn.weight/exp_avg"."""
         names = {id(p): name for name, p in self.model.named_parameters()}
         states = ((p, state) for part in self.parts for p, state in part.state.items())
         return {f"{names[id(p)]}/{key}": tensor for p, state in states for key, tensor in state.items()}
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The inverse of `tensors`. Raises ValueError, before anything has changed, if that is not what they are."""
+        """Takes over a state that `tensors` returned.
+
+        Raises ValueError, before anything has changed, if it is not the state of these parameters."""
         params = dict(self.model.named_parameters())
         owner = {id(p): part for part in self.parts for group in part.param_groups for p in group["params"]}
         for name, p in params.items():
@@ -79,17 +86,17 @@ class Optimizer:
             keys = STATE[type(owner[id(p)])]
             wanted = {key: torch.Size() if key == "step" else p.shape for key in keys}
             if here != wanted:
-                raise ValueError(f"{name} has {sorted(here) or 'nothing'}, and needs {', '.join(keys)} of its shape")
+                raise ValueError(f"{name} has {sorted(here) or 'nothing'} but needs {', '.join(keys)} of its shape")
         for name in tensors:
             if name.rpartition("/")[0] not in params:
-                raise ValueError(f"{name} is of no parameter")
+                raise ValueError(f"{name} belongs to no parameter")
         for name, tensor in tensors.items():
             param, key = name.rsplit("/", 1)
             owner[id(params[param])].state[params[param]][key] = tensor.to(params[param].device)
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to: embeddings, attn, second_attn, mlp or norms."""
+    """Returns the part of the model that a parameter belongs to: embeddings, attn, second_attn, mlp or norms."""
     if name.startswith("h.") and ".ln_" not in name:
         return name.split(".")[2]
     return "embeddings" if name.startswith(("wte", "wpe")) else "norms"
@@ -97,7 +104,9 @@ def part_of(name: str) -> str:
 
 @torch.no_grad()
 def norms(model: GPT) -> dict[str, torch.Tensor]:
-    """L2 norms of weights and gradients: weight_norm of the whole model, weight_norm_PART and grad_norm_PART."""
+    """Returns the L2 norms of weights and gradients by name.
+
+    The names are weight_norm for the whole model, and weight_norm_PART and grad_norm_PART for each part."""
     parts: dict[str, list[torch.Tensor]] = {}
     for name, p in model.named_parameters():
         parts.setdefault(part_of(name), []).append(p)

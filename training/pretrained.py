@@ -1,10 +1,10 @@
-"""Loads weights for step 0: OpenAI's GPT-2 from the Hugging Face hub or a local folder, or those of another run.
+"""Loads the weights that training starts from: a GPT-2 from the Hugging Face hub or a folder, or another run.
 
     python train.py config/meta_gpt2.py --init_from=gpt2 --bias=True --run_name=from_gpt2
     python train.py config/meta_gpt2.py --init_from=out/gpt2_1024 --run_name=from_ours
 
-What the weights lack, a second attention,
-stays as GPT draws it, with an output projection of zero: at step 0 text without markers has the logits of the weights.
+If the weights lack the second attention, it keeps its random initial weights with an output projection of zero. At
+step 0 the model therefore computes the logits of the loaded weights for text without markers.
 """
 
 import re
@@ -31,28 +31,29 @@ from nanometa.training.hugging_face import (
     with_markers,
 )
 
-KEYWORDS = ("scratch", "resume", "auto")  # of init_from; all else is weights
+KEYWORDS = ("scratch", "resume", "auto")  # values of init_from that name no weights
 
 
 def check_name(init_from: str) -> None:
-    """Raises UserError unless init_from is a keyword, a name on the hub, or else a folder."""
+    """Raises UserError unless init_from is a keyword, a name on the hub, or an existing folder."""
     if init_from in KEYWORDS or init_from in HUB or Path(init_from).is_dir():
         return
     if Path(init_from).is_file():
-        raise UserError(f"init_from={init_from} is a file: give the folder that it is in.")
+        raise UserError(f"init_from={init_from} is a file: give the folder that contains it.")
     beside = sorted(map(str, Path(init_from).parent.glob("*/"))) if "/" in init_from else []
     known = [*KEYWORDS, *HUB]
     raise UserError(
-        f"init_from={init_from!r} is none of {', '.join(known)} and no folder: "
+        f"init_from={init_from!r} is neither one of {', '.join(known)} nor a folder: "
         f"{nearest_name(init_from, beside or known)}"
     )
 
 
 def load_into(model: GPT, init_from: str, tokenizer: Tokenizer) -> tuple[str, int | None]:
-    """Overwrites the parameters of a fresh model -> a sentence for the log: what was loaded, and what is new; and how
-    many content tokens of text the weights were trained on, None if nobody says.
+    """Overwrites the parameters of a new model with the weights that init_from names.
 
-    tokenizer: that of the dataset. Raises UserError if anything does not fit; the model is then as it was."""
+    tokenizer: the dataset's. Returns a sentence for the log that says what was loaded and what is new, and the number
+    of content tokens that the weights were trained on (None if unknown). Raises UserError if anything does not fit; the
+    model is then unchanged."""
     check_name(init_from)
     if init_from in HUB:
         weights = read_hugging_face(init_from, *download(f"openai-community/{init_from}"), model.cfg, tokenizer)
@@ -68,11 +69,11 @@ def load_into(model: GPT, init_from: str, tokenizer: Tokenizer) -> tuple[str, in
     for name in [name for name in params if name not in new]:
         check_shape(weights, name, tuple(params[name].shape))
         if not torch.isfinite(weights.tensors[name]).all():
-            raise UserError(f"{name} in {weights.file} has values that are not finite: take other weights.")
+            raise UserError(f"{name} in {weights.file} has values that are not finite: use other weights.")
     for name, tensor in weights.tensors.items():
         if name not in params:
             raise UserError(
-                f"{name} {tuple(tensor.shape)} of {weights.file} has no place in this model: take {weights.fit}."
+                f"{name} {tuple(tensor.shape)} of {weights.file} has no place in this model: set {weights.fit}."
             )
     with torch.no_grad():
         for name, tensor in weights.tensors.items():
@@ -80,19 +81,19 @@ def load_into(model: GPT, init_from: str, tokenizer: Tokenizer) -> tuple[str, in
     sha256 = weights.sha256 or file_sha256(weights.file)
     return (
         f"weights of {weights.file} (sha256 {sha256}): loaded {_brief(weights.tensors)}; "
-        f"new, as from scratch: {_brief(new) or 'none'}; {weights.note}"
+        f"newly initialized: {_brief(new) or 'none'}; {weights.note}"
     ), weights.content_tokens
 
 
 def _brief(names) -> str:
-    """h.0.ln_1.weight, h.1.ln_1.weight -> h.*.ln_1.weight"""
+    """Joins parameter names, with one name for all blocks: h.0.ln_1.weight and h.1.ln_1.weight give h.*.ln_1.weight."""
     return " ".join(dict.fromkeys(re.sub(r"^h\.\d+\.", "h.*.", name) for name in names))
 
 
 def _run_of_ours(saved: Checkpoint, init_from: str, cfg: GPTConfig, tokenizer: Tokenizer) -> StartWeights:
-    """Returns the weights of a checkpoint of ours, as init_from names its run or its folder.
+    """Returns the weights of a checkpoint that train.py wrote. init_from: its run or its folder, for messages.
 
-    Raises UserError for another tokenizer, and for settings that no shape shows but that the weights depend on."""
+    Raises UserError if the tokenizers differ, or settings that the weights depend on although no shape shows them."""
     theirs, data = saved.config.model, saved.state["data"]
     if data["tokenizer"] != tokenizer.fingerprint:
         raise UserError(
@@ -102,14 +103,14 @@ def _run_of_ours(saved: Checkpoint, init_from: str, cfg: GPTConfig, tokenizer: T
     shared = ["n_head"]
     if cfg.position == theirs.position == "rope":
         shared.append("rope_theta")
-        if cfg.rope_scaling == "none":  # else startup has stretched what they have
+        if cfg.rope_scaling == "none":  # otherwise with_base has stretched the base run's window
             shared.append("rope_scaling")
     if cfg.second.has_layer and theirs.second.has_layer:
         shared.append("second_attention")
     for name in shared:
         ours, found = getattr(cfg, name), getattr(theirs, name)
         if ours != found:
-            raise UserError(f"{name}={ours}, and {saved.folder} was trained with {found}: take --{name}={found}.")
+            raise UserError(f"{name}={ours}, but {saved.folder} was trained with {found}: set --{name}={found}.")
 
     names = ["n_layer", "n_head", "n_embd", "block_size", "bias", "position"]
     names += ["n_inner"] if theirs.n_inner != cfg.n_inner else []
@@ -124,7 +125,8 @@ def _run_of_ours(saved: Checkpoint, init_from: str, cfg: GPTConfig, tokenizer: T
     if table is not None and cfg.position == "learned" and cfg.rope_factor != theirs.rope_factor:
         weights.tensors["wpe.weight"] = interpolated(table, cfg.rope_factor, cfg.block_size)
         weights.note += f"; wpe.weight is interpolated from {len(table)} to {cfg.block_size} positions"
-    if not data["chunk_markers"] and not saved.config.task.tasks:  # it never saw a marker: their rows are noise
+    if not data["chunk_markers"] and not saved.config.task.tasks:
+        # The run never saw a marker, so the rows of its markers are still random.
         weights.tensors["wte.weight"] = with_markers(weights.tensors["wte.weight"], tokenizer)
         weights.note = f"{marker_rows(tokenizer)} are the mean of the others"
     return weights

@@ -1,7 +1,8 @@
-"""What a run leaves behind besides checkpoints: config.json, metrics.jsonl, train.log, wandb. Rank 0 writes."""
+"""Writes a run's config.json, metrics.jsonl and train.log, and its wandb log. Only rank 0 writes."""
 
 import functools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -18,9 +19,9 @@ from nanometa.config.checks import to_dict
 
 @functools.cache
 def environment() -> dict:
-    """What a reviewer needs to repeat a run: command, versions, machine, source commit.
+    """Returns what is needed to repeat a run: the command, versions, the machine and the source commit.
 
-    Looked up once, at the start: a commit that is made while the run goes on is not the code that runs."""
+    The values are looked up once, at the start, because a commit made during the run is not the code that runs."""
 
     def git(*args: str) -> str:
         result = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -49,10 +50,16 @@ def _processor() -> str:
         return platform.processor()
 
 
-class RunLog:
-    """Lines for people (screen and train.log) and for programs (metrics.jsonl, wandb).
+def finite(value: float) -> float | None:
+    """Returns the value, or None if it is not finite: JSON has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
 
-    Lines of metrics.jsonl beyond `step` are cut, -1 cuts all: those steps are trained again. Silent unless main."""
+
+class RunLog:
+    """The log of a run: lines for people (screen and train.log) and for programs (metrics.jsonl and wandb).
+
+    Opening it deletes the lines of metrics.jsonl beyond `step` (all lines if `step` is -1), since those steps are
+    trained again. It writes nothing unless `main` is True."""
 
     def __init__(self, run_dir: Path, cfg: TrainConfig, data: dict, step: int, main: bool):
         self.main, self.wandb = main, None
@@ -64,7 +71,8 @@ class RunLog:
             kept = "".join(line + "\n" for line in lines if _is_kept(line, step))
             write_atomically(self.metrics, kept.encode())
         resolved = {"config": to_dict(cfg), "data": data, "environment": environment()}
-        # before any other file that is not hidden: by this one --init_from=auto knows a run that was killed early
+        # Written before any other visible file: it shows --init_from=auto that the folder is a run, even if the run is
+        # killed before its first checkpoint.
         write_atomically(run_dir / "config.json", (json.dumps(resolved, indent=2) + "\n").encode())
         self.text = open(run_dir / "train.log", "a")
         if cfg.wandb != "disabled":
@@ -77,12 +85,14 @@ class RunLog:
             )  # fmt: skip
 
     def say(self, line: str) -> None:
+        """Prints a line and appends it to train.log."""
         if self.main:
             print(line, flush=True)
             print(line, file=self.text, flush=True)
 
     def record(self, kind: str, step: int, **values) -> None:
-        """One line of metrics.jsonl. Names that end in _s, and mfu, are timings; all else repeats bit for bit."""
+        """Appends a line to metrics.jsonl. Values whose names end in _s, and mfu, are timings; all others are
+        reproducible to the last bit."""
         if not self.main:
             return
         with open(self.metrics, "a") as file:
@@ -91,11 +101,12 @@ class RunLog:
             self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def sync(self) -> None:
-        """Metrics that a checkpoint follows on are on disk before it: a resume would not write them again."""
+        """Flushes metrics.jsonl to disk. A checkpoint needs that first: a resume does not write those lines again."""
         if self.main and self.metrics.exists():
             sync(self.metrics)
 
     def close(self) -> None:
+        """Closes train.log and ends the wandb run."""
         if self.main:
             self.text.close()
             if self.wandb:
@@ -103,8 +114,9 @@ class RunLog:
 
 
 def _is_kept(line: str, step: int) -> bool:
+    """Returns whether a run that resumes at `step` keeps this line of metrics.jsonl."""
     try:
         record = json.loads(line)
-        return record["step"] <= step and record["kind"] != "final"  # not the end after all
-    except (ValueError, TypeError, KeyError):  # a kill can cut the last line short
+        return record["step"] <= step and record["kind"] != "final"  # a resumed run writes its own final line
+    except (ValueError, TypeError, KeyError):  # a kill can leave half a line at the end
         return False

@@ -12,17 +12,21 @@ from nanometa.training.dataset import open_windows
 
 
 def show_batch(cfg: TrainConfig, world: int) -> None:
-    """Every window of step cfg.show_batch, in order, with the process (of `world`) and micro-batch that gets it.
+    """Prints every window of step cfg.show_batch with the process (of `world`) and the micro-batch that trains on it.
 
-    A step has the number of updates before it, as in a checkpoint's name: step_00001000 goes on with step 1000."""
+    A step's number counts the updates before it, as in a checkpoint's name: step_00001000 continues with step 1000.
+    Raises UserError if the run has no such step."""
     step, last = cfg.show_batch, cfg.max_steps - 1
     if step > last:
-        raise UserError(f"show_batch={step}, and with max_steps={cfg.max_steps} the last step is {last}: show that.")
+        raise UserError(
+            f"show_batch={step} is beyond the run, whose last step is {last} with max_steps={cfg.max_steps}: give "
+            f"--show_batch={last} or less."
+        )
     cfg = with_base(cfg, base := base_of(cfg, None))
     data = open_windows(cfg, "train", base)
     shares = [step_windows(step, cfg, data.n_windows, rank, world) for rank in range(world)]
-    first = step * cfg.batch_size  # sample number; an epoch is n_windows samples
-    n_windows = data.n_windows or cfg.max_steps * cfg.batch_size  # texts of tasks do not repeat: one epoch
+    first = step * cfg.batch_size  # number of the first sample; an epoch has n_windows samples
+    n_windows = data.n_windows or cfg.max_steps * cfg.batch_size  # texts of tasks never repeat, so there is one epoch
     ends = (first // n_windows, (first + cfg.batch_size - 1) // n_windows)
     epochs = f"epoch {ends[0]}" if ends[0] == ends[1] else f"epochs {ends[0]} .. {ends[1]}"
     write(
@@ -35,7 +39,7 @@ def show_batch(cfg: TrainConfig, world: int) -> None:
     for sample, (rank, micro, window) in enumerate(places, start=first):
         batch = data.batch(np.array([window]))
         tokens = batch.tokens[0].numpy()
-        if cfg.task.tasks:  # without the pads behind the text's second <|endoftext|>
+        if cfg.task.tasks:  # leave out the padding after the text's second <|endoftext|>
             tokens = tokens[: 1 + np.flatnonzero(tokens == data.tokenizer.eot)[1]]
         markers, scored = int((tokens == data.tokenizer.meta).sum()), int((batch.targets >= 0).sum())
         write(
@@ -47,4 +51,4 @@ def show_batch(cfg: TrainConfig, world: int) -> None:
         write_tokens(tokens.tolist(), data.tokenizer)
         write("\n")
         if cfg.model.second.connects == "random":
-            write(f"second attention among positions {' '.join(map(str, batch.meta_index[0].tolist()))}\n", BOLD)
+            write(f"the second attention connects positions {' '.join(map(str, batch.meta_index[0].tolist()))}\n", BOLD)

@@ -6,10 +6,10 @@ import time
 
 
 class StopFlag:
-    """Raised by SIGTERM or SIGINT: the run saves and ends after the step under way. A later signal ends it at once.
+    """A flag that SIGTERM or SIGINT raises, so that the run saves and ends after the current step.
 
-    A second signal within a second is the same request: systemd or a scheduler may signal torchrun and its processes,
-    and torchrun passes on what it gets."""
+    A later signal ends the process at once. A second signal within one second counts as the same request, because a
+    scheduler may signal both torchrun and its processes, and torchrun passes signals on to its processes."""
 
     def __init__(self):
         self.raised, self._when = False, 0.0

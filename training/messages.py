@@ -1,0 +1,118 @@
+"""Composes the lines that a training run prints and writes to train.log."""
+
+from nanometa.config import GPTConfig, TrainConfig
+from nanometa.config.arms import arm_label
+from nanometa.config.checks import flat
+from nanometa.data.loader import Windows
+from nanometa.model import GPT
+from nanometa.tasks.source import TaskWindows
+from nanometa.tasks.words import tokens_per_item
+
+# Not listed among the settings: the first is the line's subject, the tokenizer decides the others.
+UNLISTED = ("run_name", "vocab_size", "content_vocab_size")
+
+
+def arm_name(model: GPTConfig, has_markers: bool) -> str:
+    """Returns the short name of a run's arm; has_markers: whether its dataset has markers."""
+    return arm_label(model.second, model.n_inner not in (None, 4 * model.n_embd), has_markers)
+
+
+def count(n: int, noun: str) -> str:
+    """Returns a number with its noun, such as "1 process" or "2 processes"."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{n:,} {noun if n == 1 else plural}"
+
+
+def settings_line(cfg: TrainConfig) -> str:
+    """Returns the settings that differ from the defaults, without the dataset of a task run, which gives it no text."""
+    defaults, unlisted = flat(TrainConfig()), UNLISTED + (("dataset",) if cfg.task.tasks else ())
+    changed = (
+        f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in flat(cfg).items()
+        if name not in unlisted and value != defaults[name]
+    )
+    return f"settings that differ from the defaults (config.json lists all): {' '.join(changed) or 'none'}"
+
+
+def model_line(model: GPT) -> str:
+    """Returns the number of parameters, and of those that weight decay applies to."""
+    whole, rest = (f"{model.num_params(table) / 1e6:.2f}M" for table in (True, False))
+    decayed, others = (sum(p.numel() for p in group["params"]) for group in model.param_groups(0.0))
+    table = "" if whole == rest else f", {rest} without the table of learned positions"
+    return f"model: {whole} parameters{table}; weight decay applies to {decayed:,} of {decayed + others:,}"
+
+
+def data_lines(
+    cfg: TrainConfig,
+    train: Windows | TaskWindows,
+    val: Windows | TaskWindows,
+    world: int,
+    accumulation: int,
+    source: str,
+) -> list[str]:
+    """Describes the data, one step and the whole run.
+
+    source: where the tokenizer of the tasks comes from; world: processes; accumulation: micro-batches in each."""
+    split = f"{count(world, 'process')} x {count(accumulation, 'micro-batch')} x {cfg.micro_batch_size}"
+    if cfg.task.tasks:
+        return [
+            f"data: new texts of at most {train.T} positions, with the tokenizer of {source} "
+            f"({tokens_per_item(train.tokenizer):.3f} tokens per item); {val.n_windows:,} validation texts",
+            f"each step: {count(cfg.batch_size, 'text')} ({split})",
+            f"whole run: {count(cfg.max_steps, 'step')} = {count(cfg.max_steps * cfg.batch_size, 'text')}",
+        ]
+    content = cfg.batch_size * train.content_per_window
+    return [
+        f"data: {count(train.n_windows, 'training window')} and {count(val.n_windows, 'validation window')} of "
+        f"{train.T} positions, {train.content_per_window} of them content tokens",
+        f"each step: {count(cfg.batch_size, 'window')} ({split}) = {content:,} content tokens = "
+        f"{cfg.batch_size * train.T:,} positions",
+        f"whole run: {count(cfg.max_steps, 'step')} = {cfg.max_steps * content:,} content tokens = "
+        f"{cfg.max_steps * cfg.batch_size / train.n_windows:.2f} epochs",
+    ]
+
+
+def step_line(
+    step: int, max_steps: int, loss: float, rate: float, norm: float, rates: dict, mfu: dict, eta: str
+) -> str:
+    """Describes one training step. rates: counts per second by name; mfu: {"mfu": share} where the peak is known."""
+    speed = "  ".join(f"{value:,.0f} {name}/s".replace("_", " ") for name, value in rates.items())
+    return (
+        f"step {step:>7,}/{max_steps:,}  loss {loss:.4f}  learning rate {rate:.2e}  gradient norm {norm:.2f}  {speed}  "
+        f"{'MFU {mfu:.1%}  '.format(**mfu) if mfu else ''}time left {eta}"
+    )
+
+
+def bad_step_line(step: int, what: str, why: str, windows: list[int]) -> str:
+    """Describes a bad step with its first 16 windows. step: the updates that are done after it, so --show_batch, which
+    counts the updates before a step, takes one less."""
+    title = {"skipped": "update skipped", "spike": "spike, update taken"}[what]
+    shown = " ".join(map(str, windows[:16])) + (" .." if len(windows) > 16 else "")
+    return f"step {step:>7,}  {title}: {why}; windows {shown} (--show_batch={step - 1} prints their text)"
+
+
+def progress_line(step: int, done: int, n_windows: int, elapsed: str) -> str:
+    """Describes how far an evaluation has come."""
+    return f"step {step:>7,}  validation: {done:,} of {n_windows:,} windows after {elapsed}"
+
+
+def evaluation_line(
+    step: int, figures: dict, tasks: tuple[str, ...], packed: dict | None, scope: str, seconds: float, best: bool
+) -> str:
+    """Describes the result of an evaluation.
+
+    packed: the dataset's bits per byte under gzip and xz, None for tasks; scope: what was evaluated, in words."""
+    if tasks:
+        exact = ", ".join(f"{task} {figures[f'exact_{task}']:.1%}" for task in tasks)
+        result = f"exact answers: {exact}; loss {figures['loss']:.4f} nats per token of the answer"
+    else:
+        result = (
+            f"{figures['bits_per_byte']:.4f} bits per byte (gzip -9: {packed['gzip_9_bits_per_byte']:.3f}, "
+            f"xz: {packed['xz_bits_per_byte']:.3f}), loss {figures['loss']:.4f} nats per token"
+        )
+    if figures["endoftext_loss"] is not None:
+        result += f", loss at document ends {figures['endoftext_loss']:.2f} nats"
+    return (
+        f"step {step:>7,}  validation on {scope}: {result}; {figures['tokens']:,} tokens in {seconds:.1f} s"
+        f"{'; the best so far' if best else ''}"
+    )
