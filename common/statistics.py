@@ -58,9 +58,9 @@ def mean_p(values: np.ndarray) -> float:
 def clustered_ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:
     """Returns the 95 % interval of sum(numerators) / sum(denominators) over clusters.
 
-    numerators, denominators: (G,), such as the nats and tokens of each document. The interval uses Student's t with G - 1 degrees of freedom
-    and the standard error of a ratio estimator (Cochran, Sampling Techniques, section 6.4). It is infinite for one
-    cluster. A percentile bootstrap would be too narrow for as few as ten clusters."""
+    numerators, denominators: (G,), such as the nats and tokens of each document. The interval uses Student's t with
+    G - 1 degrees of freedom and the standard error of a ratio estimator (Cochran, Sampling Techniques, section 6.4). It
+    is infinite for one cluster. A percentile bootstrap would be too narrow for as few as ten clusters."""
     numerators, denominators, G = np.asarray(numerators, float), np.asarray(denominators, float), len(numerators)
     ratio = numerators.sum() / denominators.sum()
     if G < 2:

@@ -191,9 +191,9 @@ def test_nothing_left_is_one_sentence_and_harms_nothing(folder):
     before = tree(folder)
     for n, where in ((least + 1, loser), (max(longest.values()) + 1, "train and val")):
         error = refusal(cli("prepare.py", *FILES, "--name=x", f"--min_document_tokens={n}", cwd=folder))
-        assert f"min_document_tokens={n} leaves no document in {where}, the longest has " in error
+        assert f"min_document_tokens={n} leaves no document in {where}, because the longest has " in error
         assert all(f"{longest[split]} tokens in {split}" in error for split in SPLITS)
-        assert error.endswith(f"make it {least} at most, or give longer documents.\n")
+        assert error.endswith(f"lower it to {least} or less, or give longer documents.\n")
     # what is left fills no chunk
     args = override(FILES, "--chunk_content=1000000", "--name=x", LONG)
     error = refusal(cli("prepare.py", *args, cwd=folder))
