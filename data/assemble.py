@@ -27,7 +27,8 @@ COMPRESSOR_BYTES = 8 * 2**20  # gzip and xz are measured on at most this much va
 class LongDocuments:
     """A filter that passes documents with at least `least` tokens, <|endoftext|> included, and counts the others.
 
-    Every document of the stream ends with <|endoftext|>. A text that is divided between the splits is several documents."""
+    Every document of the stream ends with <|endoftext|>. A text that is divided between the splits is
+    several documents."""
 
     def __init__(self, eot: int, least: int):
         self.eot, self.least = eot, least
@@ -37,7 +38,7 @@ class LongDocuments:
         self._length = 0  # tokens of the current document so far
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """Takes the next ids of the stream (N,) and returns those that pass (K,), some of which may come from earlier calls."""
+        """Takes the next ids of the stream (N,) and returns those that pass (K,), also from earlier calls."""
         if not self.least:
             return ids
         out, ends = [], np.flatnonzero(ids == self.eot) + 1
@@ -169,7 +170,7 @@ def assemble(
     UserError for a damaged segment, and if a split has no document that is long enough or no whole chunk."""
     skipped = [item for _, segment in segments for item in segment.skipped_named][:100]
     n_skipped = sum(segment.skipped for _, segment in segments)
-    note = f" ({n_skipped} documents were skipped, {': '.join(skipped[0])})" if skipped else ""
+    note = f" ({n_skipped} documents were skipped, the first is {': '.join(skipped[0])})" if skipped else ""
     if not any(segment.splits[split]["tokens"] for _, segment in segments for split in SPLITS):
         raise UserError(f"there is no text in {description}{note}: give files with text.")
     writers = {split: SplitWriter(folder, split, cfg, tokenizer) for split in SPLITS}

@@ -11,7 +11,7 @@ IN_CACHE = 2**13  # random numbers drawn at a time; they fit in the cache of a c
 
 
 def marker_places(injection: str, first_chunk: int, n_chunks: int, C: int, M: int, key: int) -> np.ndarray:
-    """Returns which positions of the chunks first_chunk .. first_chunk + n_chunks - 1 are markers, (n_chunks, C + M) bool.
+    """Returns which positions of chunks first_chunk .. first_chunk + n_chunks - 1 are markers, (n_chunks, n) bool.
 
     uniform: M of the n positions, drawn without replacement, all sets equally likely (the paper, section 2: k = M / n);
     periodic: evenly spaced, with the last marker at the end of the chunk; none: no markers, and M must be 0.

@@ -53,8 +53,8 @@ def layout_of(tokens: np.ndarray, marker: int, first: int = 0, width: int | None
 def targets_of(layout: Layout, rule: str, counted: np.ndarray | None = None) -> np.ndarray:
     """Returns the id that each position must predict (T,), and IGNORE for positions that are not scored.
 
-    Under the rule `ignore`, every position predicts the next one, except where the next one is a marker. Under `skip`, a
-    content token predicts the next content token, past any markers, and a marker predicts nothing. Content token 0 is
+    Under the rule `ignore`, every position predicts the next one, except where the next one is a marker. Under `skip`,
+    a content token predicts the next content token, past any markers, and a marker predicts nothing. Content token 0 is
     never a target, because no content precedes it. counted: tokens (T,) bool that may be targets; None = all.
     Raises ValueError for another rule."""
     if rule == "ignore":

@@ -75,7 +75,7 @@ class Windows:
         if self.n_windows == 0:
             raise UserError(
                 f"the {split} split of {folder} has {len(self.stream):,} positions, fewer than one window of "
-                f"block_size={block_size}: prepare more text, or raise --val_fraction if the validation split is too short."
+                f"block_size={block_size}: prepare more text, or raise --val_fraction if it is the val split."
             )
 
     def counted(self, n: int) -> dict[str, int]:
@@ -91,5 +91,5 @@ class Windows:
             layouts.append(Layout(*(column[:T] for column in layout)))
             targets.append(targets_of(layout, self.rule)[:T])
         meta_index = connected_positions(layouts, meta, windows, self.draw)
-        # A window scores at most its own content, and one more token if it starts with a marker and the next with content.
+        # at most its own content, and one more token if this window starts with a marker and the next with content
         return batch_of(layouts, targets, meta_index, scored_width=min(T, self.content_per_window + 1))

@@ -26,7 +26,7 @@ def token_dtype(n_vocab: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Writes the ids of a split to folder/<split>_000000.bin, _000001.bin, ... `entries` lists the finished files."""
+    """A writer of a split's ids to folder/<split>_000000.bin, _000001.bin, ... `entries` lists the finished files."""
 
     def __init__(self, folder: Path, split: str, n_vocab: int, shard_tokens: int):
         self.folder, self.split, self.n_vocab, self.shard_tokens = folder, split, n_vocab, shard_tokens
@@ -34,7 +34,7 @@ class ShardWriter:
         self._file = None
 
     def write(self, ids: np.ndarray) -> None:
-        """Appends ids (N,). Raises ValueError if one is not below n_vocab, because uint16 would silently wrap around."""
+        """Appends ids (N,). Raises ValueError unless all are below n_vocab, because uint16 would silently wrap."""
         if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.n_vocab):
             raise ValueError(f"ids {ids.min()}..{ids.max()} do not fit a vocabulary of {self.n_vocab}")
         while ids.size:
@@ -170,7 +170,7 @@ def _open_shard(path: Path, n_tokens: int, n_vocab: int) -> np.memmap:
     expected = HEADER.pack(MAGIC, VERSION, dtype.itemsize, n_tokens)
     if header != expected or size != HEADER.size + n_tokens * dtype.itemsize:
         raise UserError(
-            f"the shard {path} is damaged: its header or its size of {size:,} bytes does not match the manifest, which says "
-            f"{n_tokens:,} tokens of {dtype.itemsize} bytes; prepare the dataset again."
+            f"the shard {path} is damaged: its header or its size of {size:,} bytes does not match the manifest, "
+            f"which says {n_tokens:,} tokens of {dtype.itemsize} bytes; prepare the dataset again."
         )
     return np.memmap(path, dtype=dtype, mode="r", offset=HEADER.size, shape=(n_tokens,))

@@ -148,7 +148,7 @@ def test_command_line_beats_file_beats_default():
         (["--dropout=1"], r"dropout=1.0 is out of range: it must lie in \[0, 1\)"),
         (["--learning_rate=nan"], "learning_rate=nan is out of range"),
         (["--learning_rate=1e-5"], "min_lr=6e-05 is out of range: it must be at most learning_rate=1e-05"),
-        (["--n_embd=100"], r"n_embd=100 cannot be split into n_head=12 heads: take n_embd=96 or 108"),
+        (["--n_embd=100"], r"n_embd=100 cannot be split into n_head=12 heads: use n_embd=96 or 108"),
         (["--n_embd=36", "--position=rope"], "even head size, but n_embd/n_head = 3"),
         (["--keep=1"], "keep=1 is out of range.*damaged"),
         (["--run_name=../x"], "run_name='../x' is out of range.*folder name"),

@@ -90,7 +90,7 @@ def test_unreadable_documents_are_counted_and_named(folder):
     facts = manifest(folder / "data/bad")
     assert facts["documents_skipped"] == 1
     assert facts["skipped"] == [["texts/latin1.txt", "not UTF-8 at byte 3"]]
-    assert "1 documents were skipped" in out and "texts/latin1.txt: not UTF-8 at byte 3" in out
+    assert "1 document was skipped" in out and "texts/latin1.txt: not UTF-8 at byte 3" in out
 
 
 def test_another_datasets_tokenizer(folder):
