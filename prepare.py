@@ -164,7 +164,7 @@ def tokenize(source: Source, work: Path, cfg: PrepareConfig, tokenizer: Tokenize
 
 
 def all_segments(folders: list[Path], n_units: int, token_bytes: int) -> list[tuple[Path, Segment]]:
-    """Returns the (folder, segment) pairs of all units, in order. Raises UserError if a unit is missing or duplicate."""
+    """Returns (folder, segment) of all units, in order. Raises UserError if a unit is missing or duplicate."""
     found = []
     for folder in folders:
         beyond = [path for path in folder.glob("unit_*.json") if int(path.name.split("_")[1]) >= n_units]
@@ -333,8 +333,8 @@ def print_summary(folder: Path, manifest: dict, console: Console) -> None:
         )
     packed = manifest["val_text_compressed"]
     console.print(
-        f"  for comparison, gzip -9 compresses the validation text to {packed['gzip_9_bits_per_byte']:.3f} bits per byte "
-        f"and xz to {packed['xz_bits_per_byte']:.3f} (measured on {packed['bytes']:,} bytes)"
+        f"  for comparison, gzip -9 compresses the validation text to {packed['gzip_9_bits_per_byte']:.3f} bits per "
+        f"byte and xz to {packed['xz_bits_per_byte']:.3f} (measured on {packed['bytes']:,} bytes)"
     )
     if least := manifest["min_document_tokens"]:
         short = manifest["too_short"]

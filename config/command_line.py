@@ -27,7 +27,7 @@ from nanometa.config.settings import Settings, named_settings, refuse_idle
 
 
 def run_cli(main) -> None:
-    """Calls main(argv) of a command and ends the process, after a UserError with its message and status 2."""
+    """Runs main(argv) of a command and exits. A UserError is printed as one line, and the exit status is then 2."""
     status = 0
     try:
         main(sys.argv[1:])

@@ -61,7 +61,7 @@ class LongDocuments:
 
 
 class SplitWriter:
-    """Writes the shards of one split: leaves out short documents, cuts chunks and injects markers."""
+    """A writer of the shards of one split. It leaves out short documents, cuts chunks and injects markers."""
 
     def __init__(self, folder: Path, split: str, cfg: PrepareConfig, tokenizer: Tokenizer):
         self.C, self.M = cfg.chunk_content, cfg.chunk_markers if cfg.injection != "none" else 0

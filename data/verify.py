@@ -68,14 +68,14 @@ def _hash_and_check(path: Path, n_ids: int, progress: "_Progress") -> str:
             progress.add(len(block))
     if bad:
         raise UserError(
-            f"{path} is damaged: position {bad[0]:,} holds the id {bad[1]}, but the tokenizer only has ids below {n_ids}; "
-            f"prepare the dataset again."
+            f"{path} is damaged: position {bad[0]:,} holds the id {bad[1]}, but the tokenizer only has ids below "
+            f"{n_ids}; prepare the dataset again."
         )
     return sha256.hexdigest()
 
 
 class _Progress:
-    """Reports progress about every REPORT_SECONDS: verified and total gigabytes, speed, and remaining time."""
+    """A progress report about every REPORT_SECONDS: verified and total gigabytes, speed, and remaining time."""
 
     def __init__(self, total: int, say: Callable[[str], None]):
         self.total, self.say, self.done = total, say, 0

@@ -142,8 +142,9 @@ def test_parts_merged_equal_one(folder):
 def test_it_is_said_at_the_end_and_by_inspect(folder):
     short = manifest(folder / "data/long")["too_short"]
     sentence = (
-        f"  left out as too short: {short['documents']} of {short['of_documents']} documents, with {short['tokens']:,} of "
-        f"{short['of_tokens']:,} content tokens, because each of them had fewer than {N} tokens (min_document_tokens)\n"
+        f"  left out as too short: {short['documents']} of {short['of_documents']} documents, with {short['tokens']:,} "
+        f"of {short['of_tokens']:,} content tokens, because each of them had fewer than {N} tokens "
+        "(min_document_tokens)\n"
     )
     skipped = "  1 document was skipped:\n"
     assert sentence + skipped in run(folder, "--name=said", LONG)

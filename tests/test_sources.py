@@ -220,7 +220,7 @@ def test_skipped_rows_reach_the_screen_and_the_manifest(tmp_path):
         (["--source=hf", "--hf_dataset=hub", "--text_column=bdy"], ["its columns are id, body"]),
         (["--source=hf", "--hf_dataset=hub", "--hf_split=test"], ["could not be opened", "Bad split: test"]),
         (["--source=hf", "--hf_dataset=allenai/c4", "--hf_config=en"],
-         ["'allenai/c4' (configuration en, split train) could not be opened", "the standard library with python prepare"]),
+         ["'allenai/c4' (configuration en, split train) could not be opened", "library with python prepare.py"]),
         (["--source=hf"], ["source=hf needs hf_dataset"]),
         (["--source=packages"], ["source=packages needs packages"]),
         (["--source=packages", "--packages=numpy==0.1"], ["is installed, but 0.1 is required: pip install numpy==0.1"]),
