@@ -23,7 +23,7 @@ class SecondAttention:
     markers: Literal["needed", "allowed", "refused"]
     """whether the dataset must, may or must not contain markers"""
     window: int | None = None
-    """number of connected positions that each one attends to: itself and those just before it; None = all up to itself"""
+    """number of connected positions that each one attends to: itself and the last ones before; None = all of them"""
 
     @property
     def has_layer(self) -> bool:
