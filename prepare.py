@@ -51,7 +51,7 @@ from nanometa.data.staging import (  # fmt: skip
 )
 from nanometa.data.tokenizer import SPEC_FILE, Tokenizer, write_tokens
 
-TOKENIZER_CHARS = 64 * 2**20  # a BPE is trained on at most this much text
+TOKENIZER_BYTES = 64 * 2**20  # maximum text that a BPE is trained on, counted in characters
 HEARTBEAT_SECONDS = 10
 
 
@@ -70,7 +70,7 @@ def make_tokenizer(cfg: PrepareConfig, source: Source, console: Console) -> Toke
         return Tokenizer.load(checkpoints[-1].parent if checkpoints else folder)
 
     def train_texts() -> Iterator[str]:
-        remaining = TOKENIZER_CHARS
+        remaining = TOKENIZER_BYTES
         for item in itertools.chain.from_iterable(map(source.read, range(source.n_units))):
             if isinstance(item, Piece) and split_of(item.text, cfg) == "train":
                 yield item.text
@@ -357,9 +357,7 @@ def plural(n: int, noun: str) -> str:
 
 def inspect(folder: Path, console: Console, windows: int = 2) -> None:
     """Prints a summary of a dataset and its first windows, with visible markers."""
-    from nanometa.data.loader import (
-        Windows,
-    )  # imports torch, which takes seconds and 200 MB, and which nothing else here needs
+    from nanometa.data.loader import Windows  # imported here, because torch takes seconds and 200 MB to import
 
     manifest = read_manifest(folder)
     print_summary(folder, manifest, console)

@@ -43,6 +43,7 @@ def check_types(config) -> None:
 
 
 def _is_a(value, hint) -> bool:
+    """Returns whether value has the annotated type `hint`, which is not a union."""
     if typing.get_origin(hint) is Literal:
         return any(value == choice and type(value) is type(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
@@ -51,6 +52,7 @@ def _is_a(value, hint) -> bool:
 
 
 def _type_name(hint) -> str:
+    """Returns the name of an annotated type for an error message."""
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     return "None" if hint is types.NoneType else str(getattr(hint, "__name__", hint))

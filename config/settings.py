@@ -76,12 +76,14 @@ def refuse_idle(config, typed: Iterable[str]) -> None:
 
 
 def _fulfils(value, accepted) -> bool:
+    """Returns whether the value of a setting meets a condition of only_with."""
     if accepted == SET:
         return bool(value)
     return value in accepted or (isinstance(value, tuple) and any(item in accepted for item in value))
 
 
 def _describe(other: str, accepted, value) -> str:
+    """Returns a condition as text, such as "with --position=rope". value: the present value of the setting."""
     if accepted == SET:
         return f"with --{other}" + (" above 0" if type(value) in (int, float) else "")
     choices = "|".join(_text(value) for value in accepted if value != ())  # () stands for an unset value
@@ -89,4 +91,5 @@ def _describe(other: str, accepted, value) -> str:
 
 
 def _text(value) -> str:
+    """Returns the value of a setting as text."""
     return " ".join(map(str, value)) or "()" if isinstance(value, tuple) else str(value) or "''"

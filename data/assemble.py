@@ -85,6 +85,7 @@ class SplitWriter:
             self._flush()
 
     def _flush(self) -> None:
+        """Writes all whole chunks of the pending tokens, and keeps the rest."""
         stream = np.concatenate([np.empty(0, self.dtype), *self._pending])
         n = len(stream) // self.C
         content, rest = stream[: n * self.C].reshape(n, self.C), stream[n * self.C :]

@@ -43,6 +43,7 @@ def split_of(text: str, cfg: PrepareConfig) -> str:
 
 
 def _start_worker(tokenizer: Tokenizer, cfg: PrepareConfig) -> None:
+    """Initializes a worker process, and makes it end when its parent ends."""
     global _tokenizer, _cfg
     _tokenizer, _cfg = tokenizer, cfg
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
@@ -52,6 +53,7 @@ def _start_worker(tokenizer: Tokenizer, cfg: PrepareConfig) -> None:
 
 
 def _encode(texts: list[str]) -> list[Encoded]:
+    """Tokenizes texts and assigns them to splits, in a worker process."""
     dtype = token_dtype(_tokenizer.n_vocab)
     return [Encoded(split_of(text, _cfg), _tokenizer.encode(text).astype(dtype), len(text.encode())) for text in texts]
 

@@ -47,6 +47,7 @@ class ShardWriter:
                 self.close()
 
     def _open(self) -> None:
+        """Starts the next shard."""
         self._path = self.folder / shard_name(self.split, len(self.entries))
         self._file, self._count = open(self._path, "wb"), 0
         self._file.write(bytes(HEADER.size))  # the number of tokens is not known yet; zeros are an invalid header
@@ -160,6 +161,7 @@ class TokenStream:
 
 
 def _open_shard(path: Path, n_tokens: int, n_vocab: int) -> np.memmap:
+    """Returns the ids of a shard, memory-mapped. Raises UserError if its header or size does not fit n_tokens."""
     dtype = token_dtype(n_vocab)
     try:
         size = path.stat().st_size

@@ -70,9 +70,7 @@ class Tokenizer:
             ) from None
         parts = text.split(META)
         ids = self.encode("".join(parts))
-        starts = np.concatenate(
-            [[0], np.cumsum(self.token_bytes[ids])]
-        )  # first byte of every token, and the end of the text
+        starts = np.concatenate([[0], np.cumsum(self.token_bytes[ids])])  # first byte of every token, and the end
         out, done, at = [], 0, 0
         for part in parts[:-1]:
             at += len(part.encode())
