@@ -1,26 +1,29 @@
-"""Turns text into token shards with meta-tokens injected.
+"""Turns text into token shards, with meta-tokens injected.
 
-    python prepare.py                                    # the embedded dataset: Python's standard library
+    python prepare.py                                    # a small dataset: Python's standard library
     python prepare.py --injection=none                   # the same content without markers
-    python prepare.py --min_document_tokens=2048         # its long documents alone, with the same tokenizer
+    python prepare.py --min_document_tokens=2048         # only its long documents, with the same tokenizer
     python prepare.py --source=files --files 'texts/**/*.txt' --name=mine \\
         --tokenizer=gpt2 --chunk_content=922 --chunk_markers=102      # the paper's window
-    python prepare.py --inspect data/stdlib_uniform      # what is in there
+    python prepare.py --inspect data/stdlib_uniform      # shows a prepared dataset
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import os
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nanometa.common.errors import UserError
 from nanometa.config import PrepareConfig
@@ -48,15 +51,17 @@ from nanometa.data.staging import (  # fmt: skip
 )
 from nanometa.data.tokenizer import SPEC_FILE, Tokenizer, write_tokens
 
-TOKENIZER_BYTES = 64 * 2**20  # text that a BPE is trained on at most
+TOKENIZER_BYTES = 64 * 2**20  # maximum text that a BPE is trained on, counted in characters
+HEARTBEAT_SECONDS = 10
 
 
-def make_tokenizer(cfg: PrepareConfig, source: Source) -> Tokenizer:
+def make_tokenizer(cfg: PrepareConfig, source: Source, console: Console) -> Tokenizer:
+    """Returns the tokenizer that cfg names: GPT-2's, that of a dataset or a run, or a BPE that is trained here."""
     if cfg.tokenizer == "gpt2":
         return Tokenizer.gpt2()
     if cfg.tokenizer != "bpe":
         folder = Path(cfg.tokenizer)
-        checkpoints = sorted(folder.glob(f"step_*/{SPEC_FILE}"))  # of a run
+        checkpoints = sorted(folder.glob(f"step_*/{SPEC_FILE}"))  # if the folder is that of a run
         if not (folder / SPEC_FILE).is_file() and not checkpoints:
             raise UserError(
                 f"tokenizer={cfg.tokenizer!r} is unknown: it must be bpe, gpt2, or the folder of a prepared dataset "
@@ -65,19 +70,43 @@ def make_tokenizer(cfg: PrepareConfig, source: Source) -> Tokenizer:
         return Tokenizer.load(checkpoints[-1].parent if checkpoints else folder)
 
     def train_texts() -> Iterator[str]:
-        room = TOKENIZER_BYTES
+        remaining = TOKENIZER_BYTES
         for item in itertools.chain.from_iterable(map(source.read, range(source.n_units))):
             if isinstance(item, Piece) and split_of(item.text, cfg) == "train":
                 yield item.text
-                room -= len(item.text)
-                if room <= 0:
+                remaining -= len(item.text)
+                if remaining <= 0:
                     return
 
-    return Tokenizer.train(train_texts(), cfg.bpe_vocab_size)
+    with heartbeat(console, f"training a BPE tokenizer of {cfg.bpe_vocab_size:,} tokens"):
+        return Tokenizer.train(train_texts(), cfg.bpe_vocab_size)
+
+
+@contextlib.contextmanager
+def heartbeat(console: Console, activity: str) -> Iterator[None]:
+    """Shows that a with block is still running: a spinner on a terminal, otherwise a line every HEARTBEAT_SECONDS."""
+    if console.is_terminal:
+        with Progress(SpinnerColumn(), TextColumn(activity), TimeElapsedColumn(), console=console) as progress:
+            progress.add_task("", total=None)
+            yield
+        return
+    started, ended = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        while not ended.wait(HEARTBEAT_SECONDS):
+            console.print(f"{activity}: {time.monotonic() - started:.0f} s so far")
+
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        reporter.join()
 
 
 def new_items(source: Source, work: Path, units: list[int], token_bytes: int) -> Iterator[Item]:
-    """What no finished segment holds yet, as (unit, number in it, piece); None in place of a piece ends a unit."""
+    """Yields the items that no finished segment contains, as (unit, number in the unit, piece or None at its end)."""
     for unit in units:
         done = finished_segments(work, unit, token_bytes)
         if done and done[-1].ends_unit:
@@ -90,13 +119,13 @@ def new_items(source: Source, work: Path, units: list[int], token_bytes: int) ->
 
 
 def tokenize(source: Source, work: Path, cfg: PrepareConfig, tokenizer: Tokenizer, console: Console) -> None:
-    """Fills `work` with the segments of this part that are not there yet."""
+    """Writes the missing segments of this part into the folder `work`."""
     units = units_of(cfg.part, source.n_units)
     token_bytes = token_dtype(tokenizer.n_vocab).itemsize
     finished = [segment for unit in units for segment in finished_segments(work, unit, token_bytes)]
     if finished:
         units_done = sum(segment.ends_unit for segment in finished)
-        console.print(f"going on in {work}: {units_done} of {len(units)} units are tokenized")
+        console.print(f"continuing the preparation in {work}: {units_done} of {len(units)} units are already tokenized")
     bytes_done = sum(segment.splits[split]["bytes"] for segment in finished for split in SPLITS)
     total = source.total_bytes * len(units) // source.n_units or None
     columns = (
@@ -105,7 +134,7 @@ def tokenize(source: Source, work: Path, cfg: PrepareConfig, tokenizer: Tokenize
         TextColumn("{task.percentage:>3.0f}%  {task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    writer, run = None, None  # run = the split that the current document's last piece went to
+    writer, open_split = None, None  # open_split = split of the last piece, while its document has not ended
     with Encoders(tokenizer, cfg) as encoders, Progress(*columns, console=console) as progress:
         bar, tokens = progress.add_task("", total=total, completed=bytes_done, rate=""), 0
         for task in encoders.in_order(new_items(source, work, units, token_bytes)):
@@ -114,19 +143,19 @@ def tokenize(source: Source, work: Path, cfg: PrepareConfig, tokenizer: Tokenize
                 if writer is None:
                     writer = SegmentWriter(work, unit, len(finished_segments(work, unit, token_bytes)), tokenizer)
                 split = encoded.split if encoded else None
-                if run not in (None, split):  # the document goes on in the other split, or its rest cannot be read
-                    writer.end_document(run)
-                    run = None
+                if open_split not in (None, split):  # the document continues in the other split, or cannot be read on
+                    writer.end_document(open_split)
+                    open_split = None
                 if isinstance(item, Skipped):
                     writer.skip(item)
                 elif encoded:
                     writer.add(*encoded)
                     tokens, n_bytes = tokens + len(encoded.ids), n_bytes + encoded.n_bytes
-                    run = split
+                    open_split = split
                     if item.last:
                         writer.end_document(split)
-                        run = None
-                if item is None or (run is None and writer.tokens >= SEGMENT_TOKENS):
+                        open_split = None
+                if item is None or (open_split is None and writer.tokens >= SEGMENT_TOKENS):
                     writer.close(number, ends_unit=item is None)
                     writer = None
             units_text = "" if total else f", unit {units.index(unit) + 1:,} of {len(units):,}"
@@ -135,7 +164,7 @@ def tokenize(source: Source, work: Path, cfg: PrepareConfig, tokenizer: Tokenize
 
 
 def all_segments(folders: list[Path], n_units: int, token_bytes: int) -> list[tuple[Path, Segment]]:
-    """(folder, segment) of every unit in order. Raises UserError for a unit that is not whole, or there twice."""
+    """Returns (folder, segment) of all units, in order. Raises UserError if a unit is missing or duplicate."""
     found = []
     for folder in folders:
         beyond = [path for path in folder.glob("unit_*.json") if int(path.name.split("_")[1]) >= n_units]
@@ -146,7 +175,7 @@ def all_segments(folders: list[Path], n_units: int, token_bytes: int) -> list[tu
         if len(here) > 1:
             raise UserError(f"unit {unit} is in {here[0][0]} and in {here[1][0]}: give every part once.")
         if not here or not here[0][1][-1].ends_unit:
-            raise UserError(f"unit {unit} of {n_units} is in none of the parts: give all of them, each prepared whole.")
+            raise UserError(f"unit {unit} of {n_units} is in none of the parts: give all parts, each of them finished.")
         found += [(here[0][0], segment) for segment in here[0][1]]
     return found
 
@@ -155,7 +184,7 @@ def write_dataset(
     folder: Path, segments: list[tuple[Path, Segment]], cfg: PrepareConfig, tokenizer: Tokenizer, source: str,
     command: str, console: Console,
 ) -> dict:  # fmt: skip
-    """Assembles `folder` beside itself and renames it when all is written -> manifest."""
+    """Assembles a dataset in a temporary folder, renames that to `folder`, and returns the manifest."""
     writing = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
@@ -173,21 +202,23 @@ def write_dataset(
 
 
 def dataset_folder(cfg: PrepareConfig, root: Path) -> Path:
+    """Returns the folder of the dataset: the setting name, or by default <recipe>_<injection>, inside root."""
     length = f"_{cfg.min_document_tokens}plus" if cfg.min_document_tokens else ""
     return root / (cfg.name or f"{cfg.recipe or cfg.source}_{cfg.injection}{length}")
 
 
 def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Path("data")) -> Path:
-    """Prepares a dataset, or with cfg.part a part of one -> its folder.
+    """Prepares a dataset, or with cfg.part a part of one, and returns its folder.
 
-    What is tokenized lies in a hidden folder beside it, from which the same command goes on after an interruption."""
+    Tokenized text is kept in a hidden folder beside it, so that the same command continues after an interruption.
+    Raises UserError if the folder exists, the source cannot be read, or another preparation is in progress."""
     folder = dataset_folder(cfg, root)
     if cfg.part:
         folder = folder.with_name(f"{folder.name}.part{cfg.part.replace('/', 'of')}")
     if folder.exists():
         raise UserError(f"{folder} exists: choose another --name, or delete it first.")
     source = open_source(cfg)
-    units_of(cfg.part, source.n_units)  # refuses too many parts
+    units_of(cfg.part, source.n_units)  # raises UserError if there are too many parts
     size = f", {source.total_bytes:,} bytes" if source.total_bytes else ""
     console.print(f"{source.description}: {source.n_units:,} units{size}")
 
@@ -196,7 +227,7 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
     work.mkdir(parents=True, exist_ok=True)
     held = lock(work)
     try:
-        tokenizer = make_tokenizer(cfg, source) if fresh else Tokenizer.load(work)
+        tokenizer = make_tokenizer(cfg, source, console) if fresh else Tokenizer.load(work)
         plan = make_plan(cfg, source, tokenizer)
         if fresh:
             for name, content in tokenizer.files().items():
@@ -204,17 +235,17 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
             write_plan(work, plan)
         elif conflict := plan_conflict(plan, read_plan(work), part=True):
             raise UserError(
-                f"{work} is an unfinished preparation that differs from this one ({conflict}): finish it with its own "
-                f"command, choose another --name, or delete it."
+                f"{work} is an unfinished preparation that differs from this one ({conflict}): finish it with its "
+                f"original command, choose another --name, or delete it."
             )
         console.print(
-            f"tokenizer {tokenizer.name}: {tokenizer.n_content:,} tokens, embedding of {tokenizer.n_vocab:,} rows"
+            f"tokenizer {tokenizer.name}: {tokenizer.n_content:,} tokens, {tokenizer.n_vocab:,} rows in the embedding"
         )
         tokenize(source, work, cfg, tokenizer, console)
         if cfg.part:
             os.replace(work, folder)
             all_parts = f"{dataset_folder(cfg, root)}.part*of{cfg.part.split('/')[1]}"
-            console.print(f"{folder} is done; with all parts in one place: python prepare.py --merge {all_parts}")
+            console.print(f"{folder} is finished. To merge all parts, run: python prepare.py --merge {all_parts}")
             return folder
         token_bytes = token_dtype(tokenizer.n_vocab).itemsize
         segments = all_segments([work], source.n_units, token_bytes)
@@ -226,17 +257,17 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
         raise
     except BrokenProcessPool:
         raise UserError(
-            f"a worker process was ended from outside (is memory short?): what is tokenized is kept, give the same "
-            f"command with fewer --workers than {cfg.workers}."
+            f"a worker process was killed, perhaps because memory ran out: the tokenized text is kept; give the same "
+            f"command with fewer --workers than {cfg.workers} to continue."
         ) from None
     except OSError as error:
         raise UserError(
-            f"{folder} is not finished ({error}): what is tokenized is kept, see to the cause (space? network?) and "
-            f"give the same command again."
+            f"{folder} is not finished ({error}): the tokenized text is kept; remove the cause (full disk? network?) "
+            f"and give the same command again to continue."
         ) from error
     except KeyboardInterrupt:
         if (work / PLAN).exists():
-            console.print(f"what is tokenized is kept in {work}: the same command goes on from there")
+            console.print(f"the tokenized text is kept in {work}: give the same command again to continue")
         else:
             shutil.rmtree(work)
         raise
@@ -247,12 +278,16 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
 
 
 def merge(cfg: PrepareConfig, command: str, console: Console, root: Path = Path("data")) -> Path:
-    """Checks that the parts fit together and writes their dataset; the parts stay -> its folder."""
+    """Merges the parts in cfg.merge into one dataset, and returns its folder. The parts are kept.
+
+    Raises UserError if the parts do not fit together or are not complete."""
     parts = [Path(name) for name in cfg.merge]
     plans = [read_plan(part) for part in parts]
     for part, plan in zip(parts, plans, strict=True):
         if conflict := plan_conflict(plan, plans[0]):
-            raise UserError(f"{part} and {parts[0]} do not fit together ({conflict}): prepare both with one command.")
+            raise UserError(
+                f"{part} and {parts[0]} do not fit together ({conflict}): prepare both with the same settings."
+            )
     folder = dataset_folder(cfg, root)
     if folder.exists():
         raise UserError(f"{folder} exists: choose another --name, or delete it first.")
@@ -264,53 +299,65 @@ def merge(cfg: PrepareConfig, command: str, console: Console, root: Path = Path(
 
 
 def merge_config(argv: list[str]) -> PrepareConfig:
-    """The settings of a merge: those of its parts, but for what argv says of lengths, chunks, markers and shards."""
+    """Returns the settings of a merge: those of the parts, changed by argv.
+
+    Raises UserError if argv changes a setting that the tokenized text depends on."""
     asked = load_config(PrepareConfig, argv)
     plan = read_plan(Path(asked.merge[0]))
     whole = dataclasses.replace(plan_config(plan), part="")
     cfg = load_config(PrepareConfig, argv, default=whole)
     for name, value in to_dict(cfg).items():
         if name not in FREE and value != getattr(whole, name):
-            raise UserError(f"{name}={value} comes too late: the parts were prepared with {getattr(whole, name)}.")
+            raise UserError(
+                f"{name}={value} cannot be set when merging, because the parts were prepared with "
+                f"{name}={getattr(whole, name)}: leave it out, or prepare the parts again."
+            )
     return cfg
 
 
 def print_summary(folder: Path, manifest: dict, console: Console) -> None:
+    """Prints the sizes of a dataset, how it was made, and what was left out."""
     C, M = manifest["chunk_content"], manifest["chunk_markers"]
     console.print(f"\n{folder}: {manifest['source']}")
-    console.print(f"made by: {manifest['command']}")
+    console.print(f"command: {manifest['command']}")
     console.print(
-        f"chunks of {C} content tokens + {M} markers ({manifest['injection']}, k = {M / (C + M):.4f}), "
-        f"seed {manifest['seed']}, tokenizer {manifest['tokenizer']['name']}"
+        f"each chunk has {C} content tokens and {M} markers (injection {manifest['injection']}, share of markers k = "
+        f"{M / (C + M):.4f}); seed {manifest['seed']}; tokenizer {manifest['tokenizer']['name']}"
     )
     for name, split in manifest["splits"].items():
         console.print(
-            f"  {name:5} {split['content_tokens']:>14,} content tokens + {split['markers']:,} markers, "
-            f"{split['documents']:,} documents, {split['bytes']:,} bytes "
-            f"({split['bytes'] / split['content_tokens']:.2f} a token), {len(split['shards'])} shards, "
-            f"content sha256 {split['content_sha256'][:12]}"
+            f"  {name:5} {split['content_tokens']:>14,} content tokens and {split['markers']:,} markers, from "
+            f"{plural(split['documents'], 'document')} with {split['bytes']:,} bytes "
+            f"({split['bytes'] / split['content_tokens']:.2f} bytes per content token), in "
+            f"{plural(len(split['shards']), 'shard')}; SHA-256 of the content {split['content_sha256'][:12]}"
         )
     packed = manifest["val_text_compressed"]
     console.print(
-        f"  validation text: gzip -9 reaches {packed['gzip_9_bits_per_byte']:.3f} bits per byte, "
-        f"xz {packed['xz_bits_per_byte']:.3f} (on {packed['bytes']:,} bytes)"
+        f"  for comparison, gzip -9 compresses the validation text to {packed['gzip_9_bits_per_byte']:.3f} bits per "
+        f"byte and xz to {packed['xz_bits_per_byte']:.3f} (measured on {packed['bytes']:,} bytes)"
     )
     if least := manifest["min_document_tokens"]:
         short = manifest["too_short"]
         console.print(
-            f"  {short['documents']:,} of {short['of_documents']:,} documents, {short['tokens']:,} of "
-            f"{short['of_tokens']:,} content tokens, were left out as too short: each had fewer than {least:,} tokens "
-            f"(min_document_tokens)"
+            f"  left out as too short: {short['documents']:,} of {short['of_documents']:,} documents, with "
+            f"{short['tokens']:,} of {short['of_tokens']:,} content tokens, because each of them had fewer than "
+            f"{least:,} tokens (min_document_tokens)"
         )
-    if manifest["documents_skipped"]:
-        console.print(f"  {manifest['documents_skipped']} documents were skipped:", style="yellow")
+    if skipped := manifest["documents_skipped"]:
+        verb = "was" if skipped == 1 else "were"
+        console.print(f"  {plural(skipped, 'document')} {verb} skipped:", style="yellow")
         for path, reason in manifest["skipped"][:10]:
             console.print(f"    {path}: {reason}", style="yellow")
 
 
+def plural(n: int, noun: str) -> str:
+    """Returns a number and its noun: "1 shard", "2,000 shards"."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def inspect(folder: Path, console: Console, windows: int = 2) -> None:
-    """Prints a dataset's manifest and its first windows with the markers made visible."""
-    from nanometa.data.loader import Windows  # brings torch, which nothing else here needs: seconds, and 200 MB
+    """Prints a summary of a dataset and its first windows, with visible markers."""
+    from nanometa.data.loader import Windows  # imported here, because torch takes seconds and 200 MB to import
 
     manifest = read_manifest(folder)
     print_summary(folder, manifest, console)
@@ -325,15 +372,18 @@ def inspect(folder: Path, console: Console, windows: int = 2) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Prepares, merges or inspects a dataset, as argv says."""
     cfg = load_config(PrepareConfig, argv, config_file=True)
     console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     command = " ".join(["python prepare.py", *argv])
     if cfg.inspect:
         inspect(Path(cfg.inspect), console)
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up like Ctrl-C
     if not cfg.merge and any(arg.split("=")[0] == "--merge" for arg in argv):
-        raise UserError("merge has no folder: give those of all parts, --merge data/NAME.part*of3.")
+        raise UserError(
+            "--merge names no folder: give the folders of all parts, for example --merge data/NAME.part*of3."
+        )
     if cfg.merge:
         merge(merge_config(argv), command, console)
     else:

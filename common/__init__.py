@@ -1,1 +1,3 @@
-"""What every folder uses: errors, keyed random numbers, files, the terminal, statistics. Imports nothing of ours."""
+"""Helpers that every folder may import: errors, keyed random numbers, files, the terminal and statistics.
+
+This package imports no other folder of the repository."""

@@ -1,13 +1,13 @@
-"""The exception for bad input: one sentence, shown without a traceback."""
+"""Defines UserError, the exception for bad input, which commands show as one sentence without a traceback."""
 
 
 class UserError(Exception):
-    """Bad input. The message is one sentence that names the value, the cause and the cure, on one printable line."""
+    """An error in the input. Its message is one sentence on one line: the wrong value, the reason and what to do."""
 
     def __init__(self, sentence: str):
         super().__init__(printable(sentence))
 
 
 def printable(text: str) -> str:
-    """Escapes what would break a line of the screen or steer the terminal, in text from outside."""
+    """Returns text with unprintable characters escaped, so that it cannot break a line or steer the terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

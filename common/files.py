@@ -1,4 +1,4 @@
-"""Reads files that may be damaged, writes files atomically, hashes them, and locks folders."""
+"""Reads files that may be damaged, writes files atomically, computes their hashes, and locks folders."""
 
 import hashlib
 import json
@@ -9,52 +9,57 @@ from pathlib import Path
 
 import filelock
 
-WRITING = ".writing"  # suffix of a file or folder that is not whole yet
+WRITING = ".writing"  # suffix of a file or folder that is still being written
 
 
 def parse_json(raw: bytes):
-    """As json.loads, but nesting too deep for the parser is a ValueError, too."""
+    """Parses JSON like json.loads, but raises ValueError, not RecursionError, for JSON that is nested too deeply."""
     try:
         return json.loads(raw)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_json(path: Path):
-    """Raises OSError or ValueError."""
+    """Returns the parsed content of a JSON file. Raises OSError or ValueError."""
     return parse_json(read_file(path))
 
 
 def read_file(path: Path) -> bytes:
-    """Raises OSError; also for a link to a device or a pipe, which would never end."""
+    """Returns the content of a regular file.
+
+    Raises OSError, also for a link to a device or a pipe, because reading one might never end."""
     if path.exists() and not path.is_file():
-        raise OSError(f"{path.name} is no regular file")
+        raise OSError(f"{path.name} is not a regular file")
     return path.read_bytes()
 
 
 def is_count(value) -> bool:
-    """An int that a file can count (True is none)."""
+    """Returns whether value is an int in [0, 2^63). A bool does not qualify."""
     return type(value) is int and 0 <= value < 2**63
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """folder/name, for a name that a file brought. Raises ValueError unless it is a plain name that, after symbolic
-    links, is a file of this folder: whoever sent a dataset or a checkpoint does not choose what else is read."""
+    """Returns folder/name, for a name that was read from a manifest.
+
+    Raises ValueError unless `name` is a plain file name and the path, with symbolic links resolved, lies in `folder`.
+    The author of a dataset or a checkpoint thus cannot make this program read other files."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
-        raise ValueError(f"{name[:100]!r} is no plain file name")
+        raise ValueError(f"{name[:100]!r} is not a plain file name")
     path = Path(folder) / name
     if path.is_symlink() and Path(os.path.realpath(path)).parent != Path(os.path.realpath(folder)):
-        raise ValueError(f"{name} is a link out of its folder: put the file itself there")
+        raise ValueError(f"{name} is a link out of its folder: replace the link with the file itself")
     return path
 
 
 def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the list of a folder's entries, is on disk. Windows cannot sync a folder."""
+    """Waits until a file or the entries of a folder are on disk. Does nothing for a folder on Windows."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -65,10 +70,10 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that other processes may be reading: they see the old content or the new one, never a part of it.
+    """Writes a file so that other processes see either its old or its new content, never a part.
 
-    The content goes to a hidden file of this process in the same folder, which replaces `path` when it is on disk. If
-    anything fails, that file is removed and `path` is as it was."""
+    The content first goes to a hidden temporary file in the same folder. Once it is on disk, that file replaces
+    `path`. If anything fails, the temporary file is removed and `path` stays unchanged."""
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{WRITING}")
     try:
         with open(partial, "wb") as file:
@@ -83,10 +88,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def lock_folder(folder: Path) -> filelock.BaseFileLock | None:
-    """Takes the lock of an existing folder; None if another process holds it.
+    """Locks an existing folder and returns the lock, or None if another process holds it.
 
-    It is held until it is released or the process ends. The file .lock stays: removing it would let two processes
-    lock two files of the same name."""
+    The lock is held until it is released or the process ends. The file .lock is never removed: otherwise two processes
+    could lock two different files of that name."""
     lock = filelock.FileLock(folder / ".lock", thread_local=False)
     try:
         lock.acquire(blocking=False)

@@ -1,7 +1,7 @@
-"""Counter-based random numbers: every draw is a pure function of a key and an index.
+"""Generates random numbers without hidden state: every draw is a pure function of a key and an index.
 
-Nothing here has state, so nothing has to be saved: the order of the data, the places of the markers and the
-initial weights are the same for any number of processes, after any resume, and for any version of numpy.
+A checkpoint therefore stores no state of a random generator. The order of the data, the marker positions and the
+initial weights are the same for any number of processes, after every resume, and with every version of numpy.
 """
 
 import hashlib
@@ -12,17 +12,17 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def stable_key(*parts) -> int:
-    """A 64-bit key from ints, strings, and lists and tuples of them; the same on every machine (unlike `hash`)."""
+    """Returns a 64-bit key for ints, strings, lists and tuples. Unlike `hash`, it is the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 def uniform_bits(key: int, counter: np.ndarray) -> np.ndarray:
-    """64 random bits for every counter: output number `counter` of the generator SplitMix64 seeded with `key`
+    """Returns 64 random bits for every counter: output number `counter` of SplitMix64 seeded with `key`
     (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 
     counter: integers of any shape -> uint64 of the same shape."""
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        z = np.array(counter, dtype=np.uint64)  # all in two buffers: fresh ones cost more than the arithmetic
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is intended
+        z = np.array(counter, dtype=np.uint64)  # two buffers only: allocating more would cost more than the arithmetic
         high = np.empty_like(z)
         z *= _GOLDEN
         z += np.uint64(key) + _GOLDEN
@@ -35,10 +35,10 @@ def uniform_bits(key: int, counter: np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """The images of `index` (integers in [0, n)) under a keyed pseudo-random permutation of [0, n).
+    """Returns the images of `index` (integers in [0, n)) under a keyed pseudo-random permutation of [0, n).
 
-    A six-round Feistel network over the next even power of two with cycle-walking (Black & Rogaway, "Ciphers
-    with arbitrary finite domains", 2002): any element in O(1) time and memory, however large n is."""
+    The permutation is a six-round Feistel network over the next power of four, with cycle-walking (Black & Rogaway,
+    "Ciphers with arbitrary finite domains", 2002). Each element takes O(1) time and memory, however large n is."""
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64(2**half_bits - 1), np.uint64(half_bits)
     out = np.asarray(index).astype(np.uint64)
@@ -53,13 +53,13 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 class Draws:
-    """Random choices one after another, all a function of a key: for texts that are written piece by piece."""
+    """A sequence of random choices that depends on its key alone, for texts that are generated piece by piece."""
 
     def __init__(self, key: int):
         self._key, self._done, self._bits = key, 0, iter(())
 
     def below(self, n: int) -> int:
-        """An integer in [0, n). The remainder's bias, n / 2^64, is not felt."""
+        """Returns an integer in [0, n). The bias of taking the remainder is below n / 2^64, which is negligible."""
         bits = next(self._bits, None)
         if bits is None:
             self._bits = iter(uniform_bits(self._key, np.arange(self._done, self._done + 256)).tolist())
@@ -68,16 +68,17 @@ class Draws:
         return bits % n
 
     def between(self, low: int, high: int) -> int:
-        """An integer in [low, high]."""
+        """Returns an integer in [low, high]."""
         return low + self.below(high - low + 1)
 
     def choice(self, options):
+        """Returns one of the options."""
         return options[self.below(len(options))]
 
     def sample(self, options, k: int) -> list:
-        """k of the options without replacement, in random order; ValueError if there are fewer."""
+        """Returns k of the options in random order, without replacement. Raises ValueError if there are fewer."""
         if k > len(options):
-            raise ValueError(f"{k} of {len(options)} options cannot be drawn")
+            raise ValueError(f"cannot draw {k} of {len(options)} options without replacement")
         options = list(options)
         for i in range(k):
             j = i + self.below(len(options) - i)

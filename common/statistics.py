@@ -1,15 +1,17 @@
-"""Intervals and tests. An accuracy without its interval says little: the paper's cells rest on 18 to 114 examples."""
+"""Computes confidence intervals and significance tests for the results of evaluations and probes.
+
+The paper reports accuracies from 18 to 114 examples, which mean little without an interval."""
 
 import math
 
 import numpy as np
 from scipy import stats
 
-DECIDES = 1000  # texts; with fewer nothing is decided
+DECIDES = 1000  # with fewer texts no verdict is given
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
-    """95 % interval for a share of `right` out of n (Wilson, JASA 22, 1927); (0, 1) for n = 0."""
+    """Returns the 95 % interval of a proportion, `right` out of n (Wilson, JASA 22, 1927), or (0, 1) if n = 0."""
     if n == 0:
         return 0.0, 1.0
     interval = stats.binomtest(right, n).proportion_ci(method="wilson")
@@ -19,8 +21,10 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 def bootstrap_ratio(
     numerators: np.ndarray, denominators: np.ndarray, seed: int = 0, draws: int = 2000
 ) -> tuple[float, float]:
-    """95 % percentile interval of sum(numerators) / sum(denominators), resampling examples: (N,) each, such as the
-    right ids and all ids of an answer, which are not independent of one another."""
+    """Returns the 95 % percentile bootstrap interval of sum(numerators) / sum(denominators), resampling examples.
+
+    numerators, denominators: (N,), one entry per example, such as the correct tokens and all tokens of its answer.
+    The tokens of one answer are not independent, therefore whole examples are resampled."""
     pick = np.random.default_rng(seed).integers(len(numerators), size=(draws, len(numerators)))
     ratios = np.asarray(numerators)[pick].sum(axis=1) / np.asarray(denominators)[pick].sum(axis=1)
     low, high = np.quantile(ratios, [0.025, 0.975]).tolist()
@@ -28,31 +32,35 @@ def bootstrap_ratio(
 
 
 def bootstrap_means(values: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[np.ndarray, np.ndarray]:
-    """95 % percentile intervals of the columns' means, resampling rows, the examples: (N, K), NaN where an example has
-    no value -> low, high (K,)."""
+    """Returns the 95 % percentile bootstrap intervals of the column means, low and high (K,), resampling rows.
+
+    values: (N, K), one row per example, NaN where an example has no value."""
     N, rng = len(values), np.random.default_rng(seed)
     there = ~np.isnan(values)
     filled, counted, means = np.where(there, values, 0), there.astype(float), np.empty((draws, values.shape[1]))
     for draw in range(draws):
         times = np.bincount(rng.integers(N, size=N), minlength=N).astype(float)  # how often each example is drawn
-        with np.errstate(invalid="ignore"):  # a draw without a value has no mean
+        with np.errstate(invalid="ignore"):  # a resample without any value has no mean
             means[draw] = (times @ filled) / (times @ counted)
     low, high = np.nanquantile(means, [0.025, 0.975], axis=0)
     return low, high
 
 
 def mean_p(values: np.ndarray) -> float:
-    """Two-sided p of Student's t-test of "their mean is 0": (N,), one value an example. Of values that are all the
-    same it is 1 if they are 0, else 0."""
+    """Returns the two-sided p value of Student's t-test that the mean of values (N,) is 0.
+
+    If all values are equal, p is 1 if they are 0, and otherwise 0."""
     if np.ptp(values) == 0:
         return float(values[0] == 0)
     return float(stats.ttest_1samp(values, 0).pvalue)
 
 
 def clustered_ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:
-    """95 % interval of sum(numerators) / sum(denominators) over clusters (G,), such as nats and tokens of documents: by
-    Student's t with G - 1 degrees of freedom and the error of a ratio estimator (Cochran, Sampling Techniques, section
-    6.4). With one cluster it is infinite. Clusters are few: a percentile bootstrap of ten would be too narrow."""
+    """Returns the 95 % interval of sum(numerators) / sum(denominators) over clusters.
+
+    numerators, denominators: (G,), such as the nats and tokens of each document. The interval uses Student's t with
+    G - 1 degrees of freedom and the standard error of a ratio estimator (Cochran, Sampling Techniques, section 6.4). It
+    is infinite for one cluster. A percentile bootstrap would be too narrow for as few as ten clusters."""
     numerators, denominators, G = np.asarray(numerators, float), np.asarray(denominators, float), len(numerators)
     ratio = numerators.sum() / denominators.sum()
     if G < 2:
@@ -63,15 +71,17 @@ def clustered_ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[f
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
-    """Two-sided p of McNemar's exact test, for two conditions on the same examples (N,) bool: of the examples that only
-    one gets right, is either's share 1/2?"""
+    """Returns the two-sided p value of McNemar's exact test of two conditions on the same examples, (N,) bool each.
+
+    The null hypothesis: among the examples that exactly one condition gets right, each condition has a share of 1/2."""
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
     return float(stats.binomtest(only_first, only_first + only_second).pvalue) if only_first + only_second else 1.0
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
-    """share(first) - share(second) over the same examples (N,) bool -> difference and its 95 % interval (Newcombe,
-    Statistics in Medicine 17, 1998, method 10, which behaves at 0 and 1)."""
+    """Returns the difference of two proportions over the same examples, (N,) bool each, and its 95 % interval.
+
+    The interval is method 10 of Newcombe, Statistics in Medicine 17, 1998, which is also sound near 0 and 1."""
     n = len(first)
     both, only_first, only_second = (int(x.sum()) for x in (first & second, first & ~second, ~first & second))
     neither = n - both - only_first - only_second
@@ -89,7 +99,9 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, flo
 
 
 def seed_difference(first: list[float], second: list[float]) -> tuple[float, float, float]:
-    """Mean of first - second over paired seeds, and its 95 % interval by Student's t; with one pair it is infinite."""
+    """Returns the mean of first - second over paired seeds and its 95 % interval by Student's t.
+
+    The interval is infinite for one pair."""
     differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     mean, n = float(differences.mean()), len(differences)
     if n < 2:
@@ -99,7 +111,7 @@ def seed_difference(first: list[float], second: list[float]) -> tuple[float, flo
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Adjusted p values of a family of tests (Holm, Scandinavian Journal of Statistics 6, 1979), in their order."""
+    """Returns p values adjusted for multiple tests (Holm, Scandinavian Journal of Statistics 6, 1979), in order."""
     order, out, most = sorted(range(len(p_values)), key=p_values.__getitem__), [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):
         most = max(most, min(1.0, (len(p_values) - rank) * p_values[i]))
@@ -108,28 +120,30 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def bits(outcomes: str) -> np.ndarray:
-    """Outcomes by text as lines of JSON have them, 0110.. -> (N,) bool."""
+    """Returns the outcomes of N texts as (N,) bool, from the form of the JSON lines, a string such as 0110."""
     return np.frombuffer(outcomes.encode(), np.uint8) == ord("1")
 
 
 def brief(verdict: str) -> str:
-    """A verdict in a row of a table, below which `too_few` says once why few texts decide nothing."""
+    """Returns a verdict without its reason, for a table row. `too_few` states the reason once, below the table."""
     return verdict.partition(":")[0]
 
 
 def too_few(lines: list[dict]) -> str:
-    """Which lines decide nothing because of their n, for below a table, "" if none does."""
+    """Returns the note below a table that names the n of lines without a verdict, or "" if there are none."""
     few = sorted({line["n"] for line in lines if line["n"] < DECIDES})
     if not few:
         return ""
     told = f"{few[0]} to {few[-1]}" if len(few) > 1 else f"{few[0]}"
-    return f"Of n = {told} texts nothing is decided: {DECIDES} decide."
+    return f"There is no verdict for n = {told} texts: at least {DECIDES} are needed."
 
 
 def decide(low: float, high: float, holm_p: float, effect: float, margin: float, n: int | None = None) -> str:
-    """On "the first is better than the second by more than `effect`", from the interval of first - second: holds if it
-    lies above that, also after Holm, the reverse if below -`effect`; does not hold if all of it lies inside +-margin;
-    else undecided, and so it is of n texts where more decide."""
+    """Returns the verdict on the claim "the first is better than the second by more than `effect`".
+
+    low, high: the interval of first - second; holm_p: the p value after Holm's correction. The claim holds if
+    low > effect, its reverse holds if high < -effect, both only if holm_p < 0.05. It does not hold if the interval
+    lies within +-margin. Otherwise, and with n below DECIDES texts, it is undecided."""
     if n is not None and n < DECIDES:
         return f"undecided: n = {n}, {DECIDES} decide"
     inside = -margin <= low and high <= margin

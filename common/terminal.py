@@ -1,4 +1,4 @@
-"""Model text on a terminal: exactly as it is (rich would expand tabs and drop control characters), styles on top."""
+"""Prints text of a model unchanged, optionally colored. rich would expand tabs and drop control characters."""
 
 import sys
 
@@ -6,7 +6,7 @@ BOLD, DIM_MAGENTA, MAGENTA = "1", "2;35", "1;35"
 
 
 def write(text: str, style: str = "") -> None:
-    """Writes text to standard output and flushes; `style`, an ANSI code, only where that is a terminal."""
+    """Writes text to standard output and flushes. `style`, an ANSI code, is applied only if that is a terminal."""
     if style and sys.stdout.isatty():
         text = f"\x1b[{style}m{text}\x1b[0m"
     sys.stdout.write(text)

@@ -1,6 +1,7 @@
-"""The settings of every command: frozen dataclasses with their checks, a file for each.
+"""Holds the settings of the commands, as frozen dataclasses that check their values, and the config files.
 
-command_line.py fills them from config files and command lines; the config files are the recipes beside this one.
+command_line.py fills the dataclasses from a config file and the command line. A config file, such as meta_gpt2.py, is
+a short recipe for one experiment.
 """
 
 from nanometa.config.model_settings import GPTConfig, Rescale

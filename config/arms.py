@@ -1,10 +1,10 @@
-"""The registry of arms: what the second attention of a block connects, and what an arm is called.
+"""Registers the arms of the experiment: what the second attention of a block connects, and the name of each arm.
 
-A new second attention is an entry here, a value in the documented table of settings and, for the tests, its definition
-in tests/reference/gpt.py and a run in tests/test_controls.py. Tests fail until these exist. Everything else reads the
-entry: the model, cached decoding, settings, checks of the dataset, --dry_run, labels, probes and reports. The tests run
-for every entry. Another value of `connects` also needs a layer in model.py (SECOND_LAYERS). A pattern that `connects`
-and `window` do not describe has to be built wherever attention is computed: meta_attention.py, the dynamic scale of
+To add a second attention, add an entry here, a value to the documented table of settings and, for the tests, its
+definition in tests/reference/gpt.py and a run in tests/test_controls.py. Tests fail until these exist. Everything else
+reads the entry: the model, cached decoding, settings, dataset checks, --dry_run, labels, probes and reports. The tests
+run for every entry. A new value of `connects` also needs a layer in model.py (SECOND_LAYERS). A pattern that `connects`
+and `window` cannot describe must be implemented wherever attention is computed: meta_attention.py, the dynamic scale of
 layers/rope.py, inference/cache.py, probes/heads.py, and training/estimate.py for its memory.
 """
 
@@ -14,29 +14,30 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class SecondAttention:
-    """One value of the setting second_attention."""
+    """An option of the setting second_attention."""
 
     name: str
     label: str | None
-    """the arm's short name in lines, reports and figures; None where other settings decide it (see arm_label)"""
+    """short name of the arm in JSON lines, reports and figures; None if it depends on other settings (see arm_label)"""
     connects: Literal["markers", "random", "all", "nothing"]
-    """the positions of a window that attend to each other: its markers, some drawn at random, all, or none"""
+    """positions of a window that attend to each other: the markers, randomly drawn positions, all positions, or none"""
     markers: Literal["needed", "allowed", "refused"]
-    """in the dataset"""
+    """whether the dataset must, may or must not contain markers"""
     window: int | None = None
-    """how many of the connected positions each one reads, the last ones, its own included; None: all up to its own"""
+    """number of connected positions that each one attends to: itself and the last ones before; None = all of them"""
 
     @property
     def has_layer(self) -> bool:
+        """Whether a block has a second attention layer at all."""
         return self.connects != "nothing"
 
     @property
     def gathers(self) -> bool:
-        """Returns whether the layer works on a few rows of the window, named by meta_index, and not on all."""
+        """Whether the layer computes only the positions in meta_index instead of all positions of the window."""
         return self.connects in ("markers", "random")
 
     def rows(self, T: int, M: int, random_fraction: float) -> int:
-        """Returns how many of T positions, M of them markers, the layer connects."""
+        """Returns how many positions the layer connects in a window of T positions, M of which are markers."""
         return {"markers": M, "random": round(random_fraction * T), "all": T, "nothing": 0}[self.connects]
 
 
@@ -55,10 +56,10 @@ SecondAttentionName = Literal[tuple(SECOND_ATTENTIONS)]
 
 
 def arm_label(second: SecondAttention, wide_mlp: bool, has_markers: bool) -> str:
-    """Returns the short name of an arm, as in config/ and records/: meta, causal2, random, widemlp, pause or gpt2.
+    """Returns the short name of an arm, as used in config/ and records/: meta, causal2, random, widemlp, pause or gpt2.
 
-    An arm that differs from these has another name, so that lines of two arms are never taken for one: "causal2 with
-    markers", "meta, wide mlp". wide_mlp: the MLP's width is not 4 n_embd; has_markers: the dataset has markers."""
+    Other combinations get a longer name, such as "causal2 with markers" or "meta, wide mlp", so that no two arms share
+    a name. wide_mlp: the MLP's width is not 4 n_embd; has_markers: the dataset has markers."""
     name = second.label or ("pause" if has_markers else "widemlp" if wide_mlp else "gpt2")
     if second.label and second.markers == "allowed" and has_markers:
         name += " with markers"

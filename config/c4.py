@@ -1,4 +1,6 @@
-"""C4, English, the paper's corpus (Raffel et al., arXiv 1910.10683), in windows of 922 content tokens and 102 markers.
+"""Prepares English C4 (Raffel et al., arXiv 1910.10683), the paper's corpus, in windows of 1024 positions.
+
+Each window has 922 content tokens and 102 markers.
 
 python prepare.py config/c4.py"""
 
@@ -10,6 +12,6 @@ config = PrepareConfig(
     hf_config="en",
     tokenizer="gpt2",
     chunk_content=922,
-    chunk_markers=102,  # k = 0.0996, as near to the paper's 0.1 as a window of 1024 allows
+    chunk_markers=102,  # k = 0.0996, as close to the paper's 0.1 as a window of 1024 allows
     val_fraction=0.0005,  # 0.15 GB of text
 )

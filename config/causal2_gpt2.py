@@ -1,6 +1,7 @@
-"""The control with equal parameters, 151.9M: a second causal attention where meta_gpt2.py has meta-attention.
+"""Trains a control with equally many parameters, 151.9M: its second attention is causal, over all positions.
 
-On the data of gpt2.py, without markers: does the gain come from the meta-tokens or from the weights?"""
+It uses the data of gpt2.py, without markers, and shows whether the gain of meta_gpt2.py comes from the meta-tokens or
+from the additional weights."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What settings are checked with: one sentence for bad input, types, and names that are nearly right."""
+"""Checks the values and types of settings, and suggests the nearest known name for a misspelled one."""
 
 import dataclasses
 import difflib
@@ -14,24 +14,26 @@ FOLDER_NAME = "be a folder name of at most 100 letters, digits, '.', '_' and '-'
 
 
 def is_folder_name(name: str) -> bool:
+    """Returns whether name satisfies FOLDER_NAME."""
     return re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name) is not None
 
 
 def check(config, name: str, holds: bool, must: str) -> None:
+    """Raises UserError unless `holds`: the setting `name` has a value that is out of range, and it must `must`."""
     if not holds:
         raise UserError(f"{name}={getattr(config, name)!r} is out of range: it must {must}.")
 
 
 def check_types(config) -> None:
-    """Every field holds a value of its annotated type (an int is taken for a float).
+    """Raises UserError unless every field has a value of its annotated type. Converts an int to float where needed.
 
-    Dataclasses do not look at types, and a config file could say n_layer="6"."""
+    Dataclasses do not check types, and a config file may contain, for example, n_layer="6"."""
     hints = typing.get_type_hints(type(config))
     for name, hint in hints.items():
         value = getattr(config, name)
-        is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)  # Literal[..] | None is the second
+        is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)  # Literal[..] | None is a typing.Union
         options = typing.get_args(hint) if is_union else (hint,)
-        if float in options and type(value) is int and abs(value) < 2**1000:  # float() takes no more than 1e308
+        if float in options and type(value) is int and abs(value) < 2**1000:  # float() overflows above 1e308
             object.__setattr__(config, name, float(value))
         elif type(value) is float and not math.isfinite(value):
             raise UserError(f"{name}={value} is out of range: it must be finite.")
@@ -41,36 +43,40 @@ def check_types(config) -> None:
 
 
 def _is_a(value, hint) -> bool:
+    """Returns whether value has the annotated type `hint`, which is not a union."""
     if typing.get_origin(hint) is Literal:
         return any(value == choice and type(value) is type(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_is_a(item, typing.get_args(hint)[0]) for item in value)
-    return type(value) is hint  # not isinstance: True is no int here
+    return type(value) is hint  # not isinstance, because True must not count as an int
 
 
 def _type_name(hint) -> str:
+    """Returns the name of an annotated type for an error message."""
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     return "None" if hint is types.NoneType else str(getattr(hint, "__name__", hint))
 
 
 def nearest_multiples(value: int, step: int) -> str:
+    """Returns the positive multiples of step below and above value, as text: "96 or 108"."""
     below = value // step * step
     return f"{below} or {below + step}" if below else f"{step}"
 
 
 def nearest_name(name: str, known: list[str]) -> str:
+    """Returns the end of an error message: the known name that is most similar, or else all known names."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}."
 
 
 def hidden_fields(cls) -> set[str]:
-    """Returns the names of the fields that are no settings: no command line sets them and no file keeps them."""
+    """Returns the names of the fields that are not settings: they are neither on the command line nor saved."""
     return {field.name for field in dataclasses.fields(cls) if field.metadata.get("hidden")}
 
 
 def flat_fields(cls) -> dict[str, dataclasses.Field]:
-    """Returns all settings of a class by their flat names, those of nested dataclasses included."""
+    """Returns the fields of all settings by flat name, including those of nested dataclasses."""
     hints, found = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
@@ -84,17 +90,17 @@ def field_names(cls) -> list[str]:
 
 
 def bool_names(cls) -> list[str]:
-    """Returns the flat names of the settings that are True or False."""
+    """Returns the flat names of the bool settings."""
     return [name for name, field in flat_fields(cls).items() if field.type is bool]
 
 
 def to_dict(config) -> dict:
-    """Returns the settings as nested dictionaries, as they are saved."""
+    """Returns the settings as nested dictionaries, in the form in which they are saved."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in hidden_fields(config)}
 
 
 def flat(config) -> dict:
-    """Returns all settings by their flat names, those of nested dataclasses first."""
+    """Returns the values of all settings by flat name, those of nested dataclasses first."""
     settings = to_dict(config)
     nested = {name: value for part in settings.values() if isinstance(part, dict) for name, value in part.items()}
     return nested | {name: value for name, value in settings.items() if not isinstance(value, dict)}

@@ -1,9 +1,9 @@
-"""Command lines: how a config file and --name=value settings fill a dataclass of config, and how a program ends.
+"""Reads the settings of a command from a config file and its --name=value arguments, and handles its errors.
 
     python train.py config/tiny_meta.py --n_layer=6 --learning_rate=3e-4 --compile=False
 
-A config file is Python that defines `config = TrainConfig(...)` or PrepareConfig: running a config is running code.
-Overrides are flat: a field's name is unique over the nested dataclasses (tests/test_config.py).
+A config file is Python code that defines `config = TrainConfig(...)` or PrepareConfig, and that code is executed.
+The arguments need no prefix, because field names are unique over the nested dataclasses (tests/test_config.py).
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import os
 import re
 import runpy
 import sys
+import typing
 from pathlib import Path
 
 import tyro
@@ -26,26 +27,26 @@ from nanometa.config.settings import Settings, named_settings, refuse_idle
 
 
 def run_cli(main) -> None:
-    """Calls main(argv) of a command-line program and ends the process; a UserError: its sentence and status 2."""
+    """Runs main(argv) of a command and exits. A UserError is printed as one line, and the exit status is then 2."""
     status = 0
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process per machine prints it
             print(f"error: {error}", file=sys.stderr)
         status = 2
     except (OSError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output (head, say) has gone
+        if isinstance(error, BrokenPipeError):  # the reader of the output, such as head, has ended
             os._exit(1)
         reason = str(error) or "there is not enough memory"
-        print(f"error: {reason}: check the path, its permissions and the space that is left.", file=sys.stderr)
+        print(f"error: {reason}: check the path, its permissions and the free space.", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # DDP keeps gloo's threads alive beyond destroy_process_group, and one that frees a tensor while the interpreter
-        # shuts down aborts the process (seen in 4 of 99 runs of two processes): leave without that shutdown.
+        # DDP keeps gloo's threads alive beyond destroy_process_group. If one of them frees a tensor during the shutdown
+        # of the interpreter, the process aborts (seen in 4 of 99 runs of two processes): exit without that shutdown.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -53,10 +54,12 @@ def run_cli(main) -> None:
 
 
 def run_named(argv: list[str], kinds: dict[str, tuple], kind: str, about: str) -> None:
-    """Calls what the first of argv names, of kinds name -> (class of its settings, function), with the settings that
-    follow it; without a name shows `about`."""
+    """Calls the function that argv[0] names, with the settings that the rest of argv gives.
+
+    kinds: {name: (class of settings, function)}. kind: the noun for error messages. about: the help text, which is
+    printed if argv is empty or asks for help. Raises UserError for an unknown name."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(about.strip() + f"\n\neach of {', '.join(kinds)} has its own --help")
+        print(about.strip() + f"\n\nEach of {', '.join(kinds)} has its own --help.")
         return
     name, *rest = argv
     if name not in kinds:
@@ -66,12 +69,12 @@ def run_named(argv: list[str], kinds: dict[str, tuple], kind: str, about: str) -
 
 
 def load_config(cls, argv: list[str], config_file: bool = False, default=None, prog: str | None = None):
-    """Returns an instance of cls for argv = --name=value ..., after a FILE.py if config_file.
+    """Returns an instance of cls with the settings that argv gives as --name=value.
 
-    Raises UserError for a setting on the command line that is unknown, is no value of its type, or has no effect with
-    the others. A config file may hold settings that the command line makes idle.
-    default: the values of settings that neither names; None = the defaults of cls. prog: what --help calls the
-    program; None = the file that was started."""
+    If config_file, argv may begin with the path of a config file. default: an instance with the values of all settings
+    that are not given; None = the defaults of cls. prog: name of the program in --help; None = the file that was
+    started. Raises UserError if a setting of the command line is unknown, has a value of the wrong type, or has no
+    effect. Settings of the config file may lose their effect through the command line."""
     named: set[str] = set()
     if config_file and argv and not argv[0].startswith("-"):
         default, named = read_config_file(cls, argv[0])
@@ -83,7 +86,9 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None, p
         if name not in known + ["help"]:
             raise UserError(f"unknown setting --{name}: {nearest_name(name, known)}")
         if given.count(name) > 1:
-            raise UserError(f"--{name} is given {given.count(name)} times: leave one.")
+            raise UserError(f"--{name} is given {given.count(name)} times: give it once.")
+    if "--help" in argv or "-h" in argv:
+        join_help_lines(cls)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -99,15 +104,15 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None, p
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        # tyro draws a box, or where there is no UTF-8 rules of "-"; its first paragraph after the title is the reason
+        # tyro prints a box, drawn with "-" where UTF-8 is missing; the first paragraph after its title is the reason
         lines = [line.strip("│╭╮╰╯ ") for line in complaint.getvalue().splitlines()[1:]]
         paragraphs = itertools.groupby(lines, key=lambda line: bool(line.strip("─-")))
         sentence = next((" ".join(text) for is_text, text in paragraphs if is_text), "").rstrip(" .")
         raise UserError(f"{sentence}; --help lists all settings.") from None
     if unknown:
-        raise UserError(f"unexpected argument {unknown[0]!r}: settings are given as --name=value.")
+        raise UserError(f"unexpected argument {unknown[0]!r}: give settings as --name=value.")
     if isinstance(config, TrainConfig):
-        # the model of a run that is taken over is not known yet: base_run.py compares what was typed with it
+        # the model settings of the base run are not known yet; base_run.py later compares them with the given ones
         from_base = set(field_names(GPTConfig)) if config.takes_over else set()
         refuse_idle(config, [name for name in given if name not in from_base])
         return dataclasses.replace(config, typed=tuple(sorted(named.union(given))))
@@ -115,8 +120,20 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None, p
     return config
 
 
+def join_help_lines(cls) -> None:
+    """Joins the lines of the docstring of every setting of cls, because tyro would print them with line breaks."""
+    from docstring_parser import parse_from_object  # installed with tyro, and only needed here
+
+    hints, docs = typing.get_type_hints(cls), {doc.args[1]: doc.description for doc in parse_from_object(cls).params}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            join_help_lines(hints[field.name])
+        elif docs.get(field.name):
+            field.metadata = {**field.metadata, "help": " ".join(docs[field.name].split())}
+
+
 def spell_out_flags(argv: list[str], cls) -> list[str]:
-    """argv with --name=True for a bare --name of a bool: one that no value follows."""
+    """Returns argv with every bool setting that has no value, --name, spelled out as --name=True."""
     bools, out = bool_names(cls), []
     for arg, following in itertools.pairwise([*argv, "--"]):
         bare = arg.startswith("--") and arg[2:].replace("-", "_") in bools and following.startswith("--")
@@ -125,15 +142,15 @@ def spell_out_flags(argv: list[str], cls) -> list[str]:
 
 
 def recipes(folder: Path) -> list[Path]:
-    """Returns the config files of a folder, sorted: the Python files that define `config`."""
+    """Returns the sorted config files of a folder, which are the Python files that define `config`."""
     return sorted(path for path in folder.glob("*.py") if "\nconfig = " in path.read_text(errors="replace"))
 
 
 @contextlib.contextmanager
 def _importable_as_config():
-    """While a config file is read, `from config import TrainConfig` means nanometa.config, whatever else is called so.
+    """Makes nanometa.config importable as `config` within a with block, hiding any other module of that name.
 
-    Config files of users say it. Afterwards no module of ours is left under that name."""
+    Config files of users contain `from config import TrainConfig`. Afterwards `config` means what it meant before."""
 
     def named_config() -> dict:
         return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "config"}
@@ -151,10 +168,10 @@ def _importable_as_config():
 
 
 def read_config_file(cls, path: str) -> tuple:
-    """Returns the `config` that a file defines, and the names of the settings that the file named.
+    """Returns the `config` that a file defines, and the names of the settings that the file sets.
 
-    Raises UserError unless it is one of cls."""
-    if not os.path.isfile(path):  # False, too, for what can be no path
+    Raises UserError if the file is missing, fails, or does not define a `config` of class cls."""
+    if not os.path.isfile(path):  # also False for text that cannot be a path
         here = [str(config) for config in recipes(Path("config"))]
         raise UserError(f"there is no config file {path!r}: {nearest_name(path, here)}")
     try:
@@ -163,7 +180,7 @@ def read_config_file(cls, path: str) -> tuple:
     except TypeError as error:  # TrainConfig(learing_rate=...)
         found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
         if not found:
-            raise UserError(f"{path} fails: {error}.") from error
+            raise UserError(f"{path} fails with TypeError: {error}; correct the file.") from error
         owner, name = found.groups()
         owner_class = {c.__name__: c for c in (GPTConfig, TaskConfig, TrainConfig, PrepareConfig, SampleConfig)}.get(
             owner
@@ -175,7 +192,9 @@ def read_config_file(cls, path: str) -> tuple:
     except (Exception, SystemExit) as error:
         raise UserError(f"{path} fails with {type(error).__name__}: {error}; correct the file.") from error
     if not isinstance(config, cls):
-        raise UserError(f"{path} must define `config = {cls.__name__}(...)`, and defines {type(config).__name__}.")
+        raise UserError(
+            f"{path} must define `config = {cls.__name__}(...)`, but its config is of type {type(config).__name__}."
+        )
     named = named_settings(config) if isinstance(config, Settings) else set()
     if isinstance(config, TrainConfig) and not config.run_name:
         config = dataclasses.replace(config, run_name=Path(path).stem)

@@ -1,12 +1,12 @@
-"""A run of GPT-2's size at four times its window: 1024 -> 4096 positions, with YaRN (arXiv 2309.00071).
+"""Extends the context window of a GPT-2-sized run from 1024 to 4096 positions, with YaRN (arXiv 2309.00071).
 
 python train.py config/extend_4x.py --init_from=out/meta_gpt2 --dataset=data/pg19_uniform --run_name=meta_4096
 
-Model and target rule are the run's, which must have rotary positions (a learned table is interpolated with
---rope_scaling=pi, without this file). The paper of meta-tokens (App. C) gives the factors, and not how long it
-trained. Steps, warm-up, batch and weight decay are those of YaRN's paper; its rate, 2e-5, was for 7 billion parameters:
-ours is higher, and was not tuned. Documents must be as long as the window: python prepare.py --min_document_tokens
-leaves out those that are not."""
+The model and the target rule are those of the run, which must have rotary positions. For learned positions, use
+--rope_scaling=pi without this file. The paper on meta-tokens (App. C) gives the factors, but not how long it trained.
+Steps, warm-up, batch size and weight decay are those of the YaRN paper. Its learning rate of 2e-5 was for 7 billion
+parameters; the one here is higher and was not tuned. Documents must be as long as the window: the setting
+--min_document_tokens of prepare.py leaves out shorter ones."""
 
 from nanometa.config import GPTConfig, TrainConfig
 

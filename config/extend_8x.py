@@ -1,4 +1,4 @@
-"""As extend_4x.py, to eight times the window: 1024 -> 8192 positions.
+"""Extends the context window of a GPT-2-sized run from 1024 to 8192 positions, like extend_4x.py.
 
 python train.py config/extend_8x.py --init_from=out/meta_gpt2 --dataset=data/pg19_uniform --run_name=meta_8192"""
 

@@ -1,9 +1,9 @@
-"""All four tasks at once, learned by a run of GPT-2's size (App. D.1 of the paper: 90,000 texts of each).
+"""Fine-tunes a GPT-2-sized run on all four synthetic tasks at once (App. D.1 of the paper: 90,000 texts of each).
 
 python train.py config/finetune_tasks.py --init_from=out/meta_gpt2 --train_length=256 --run_name=meta_256
 
-Model, tokenizer and target rule are the run's. The paper gives no rate, batch or placement for the controls: these are
-ours, the same for every arm."""
+The model, the tokenizer and the target rule are those of the run. The paper does not state the learning rate, the batch
+size or the placements for its controls. Those chosen here are the same for every arm."""
 
 from nanometa.config import TaskConfig, TrainConfig
 
@@ -12,7 +12,7 @@ config = TrainConfig(
         tasks=("list_recall", "segment_counting", "parity", "copying"),
         placements=("target", "every", "none", "background"),
         train_length=256,
-        questions=4,  # of list recall where nothing points, or several items of the list that is pointed at
+        questions=4,  # only for list recall
         curriculum_steps=2800,
     ),
     batch_size=64,

@@ -1,4 +1,6 @@
-"""FineWeb-Edu's sample of 10 billion tokens (Penedo et al., arXiv 2406.17557); --hf_config=default is all of it.
+"""Prepares the 10-billion-token sample of FineWeb-Edu (Penedo et al., arXiv 2406.17557).
+
+With --hf_config=default, it prepares the whole corpus.
 
 python prepare.py config/fineweb_edu.py"""
 

@@ -1,4 +1,4 @@
-"""Plain GPT-2, 123.6M parameters, on the same content windows as meta_gpt2.py: 922 positions, no markers.
+"""Trains plain GPT-2, 123.6M parameters, on the same content as meta_gpt2.py: windows of 922 positions, no markers.
 
 python prepare.py config/c4.py --injection=none"""
 

@@ -1,9 +1,11 @@
-"""The paper's recipe (arXiv 2509.16278, appendix B): GPT-2 with meta-attention, 151.9M parameters, 98B positions.
+"""Trains GPT-2 with meta-attention by the paper's recipe (arXiv 2509.16278, appendix B).
 
-    python train.py config/meta_gpt2.py --dry_run       # what it takes, without data or GPU
+The model has 151.9M parameters and sees 98B positions.
+
+    python train.py config/meta_gpt2.py --dry_run       # estimates time and cost, without data or GPU
     python prepare.py config/c4.py
     torchrun --standalone --nproc_per_node=8 train.py config/meta_gpt2.py
-The paper trains learned and rotary positions: --position=rope is the other one.
+The paper trains with learned and with rotary positions. For rotary ones, add --position=rope.
 """
 
 from nanometa.config import GPTConfig, TrainConfig

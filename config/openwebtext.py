@@ -1,6 +1,6 @@
-"""OpenWebText, nanoGPT's corpus (Gokaslan & Cohen, 2019): 8 million documents.
+"""Prepares OpenWebText (Gokaslan & Cohen, 2019), nanoGPT's corpus of 8 million documents.
 
-Where the hub has it as a loading script still, which `datasets` no longer runs, --hf_dataset names a mirror in parquet.
+If the hub offers it only as a loading script, which `datasets` no longer runs, name a parquet mirror in --hf_dataset.
 
 python prepare.py config/openwebtext.py"""
 

@@ -1,5 +1,6 @@
-"""129 MB of Python source from six pinned packages, the same bytes on every machine: the corpus for what is too large
-for the embedded one and has to be repeatable. The packages come with pip install -e '.[corpus]'.
+"""Prepares a repeatable corpus that is larger than stdlib.py's: 129 MB of Python source from six pinned packages.
+
+The text is the same on every machine. Install the packages with pip install -e '.[corpus]'.
 
 python prepare.py config/packages.py"""
 

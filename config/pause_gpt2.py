@@ -1,6 +1,6 @@
-"""Pause tokens (arXiv 2310.02226), 123.6M: the data of meta_gpt2.py, markers included, and no second attention.
+"""Trains with pause tokens (arXiv 2310.02226), 123.6M parameters: the data of meta_gpt2.py, but no second attention.
 
-Does the gain come from the second attention or from positions without text, where a model can compute?"""
+It shows whether the gain comes from the second attention or from extra positions in which the model can compute."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""PG-19, books of Project Gutenberg from before 1919 (Rae et al., arXiv 1911.05507): long documents.
+"""Prepares PG-19 (Rae et al., arXiv 1911.05507), long documents: Project Gutenberg's books from before 1919.
 
 python prepare.py config/pg19.py"""
 

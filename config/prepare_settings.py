@@ -1,4 +1,4 @@
-"""Settings of preparation: how text becomes token shards."""
+"""Defines PrepareConfig, the settings of prepare.py, which turns text into token shards."""
 
 import os
 import re
@@ -12,66 +12,74 @@ from nanometa.config.settings import EMPTY, Settings, setting
 
 @dataclass(frozen=True)
 class PrepareConfig(Settings):
-    """How text becomes token shards with meta-tokens. The defaults make the embedded dataset."""
+    """Turns text into token shards with meta-tokens. The defaults prepare Python's standard library."""
 
-    name: str = ""
-    """the dataset's folder inside data/; by default <recipe>_<injection>, and _<N>plus with min_document_tokens=N"""
-    recipe: str = ""
-    """by default the name of the config file, or the source"""
+    # the text
     source: Literal["stdlib", "files", "packages", "hf"] = "stdlib"
-    """stdlib: source and documentation of the running Python's standard library; files: your files; packages: the
-    Python source of installed packages; hf: a Hugging Face dataset"""
+    """where the text comes from. stdlib: source code and documentation of the running Python's standard library; files:
+    your own files; packages: Python source of installed packages; hf: a Hugging Face dataset"""
     files: tuple[str, ...] = setting((), only_with={"source": ("files",)})
-    """glob patterns for --source=files, ** crosses folders: UTF-8 text (a file is a document), .jsonl, .jsonl.gz or
-    .parquet (a row is a document)"""
+    """for source=files: glob patterns, where ** also matches folders. UTF-8 text files (each file is a document), or
+    .jsonl, .jsonl.gz and .parquet files (each row is a document)"""
     text_column: str = setting("text", only_with={"source": ("files", "hf")})
-    """field or column that holds the text, for .jsonl, .parquet and --source=hf"""
-    packages: tuple[str, ...] = setting((), only_with={"source": ("packages",)})
-    """packages for --source=packages, each NAME or NAME==VERSION"""
+    """field or column that holds the text, for .jsonl, .parquet and source=hf"""
     hf_dataset: str = setting("", only_with={"source": ("hf",)})
-    """name on the hub (allenai/c4) or local folder for --source=hf"""
+    """for source=hf: name on the Hugging Face hub (allenai/c4), or a local folder"""
     hf_config: str = setting("", only_with={"source": ("hf",)})
-    """its configuration (en), if it has several"""
+    """for source=hf: configuration of the dataset (en), if it has several"""
     hf_split: str = setting("train", only_with={"source": ("hf",)})
-    """its split; validation is cut from it by val_fraction"""
+    """for source=hf: split to read; the validation split is taken from it, see val_fraction"""
     hf_revision: str = setting("", only_with={"source": ("hf",)})
-    """commit or tag of the dataset; by default the newest"""
+    """for source=hf: commit or tag of the dataset; by default the newest"""
     streaming: bool = setting(True, only_with={"source": ("hf",)})
-    """read a Hugging Face dataset while it downloads, or download all of it first"""
-    tokenizer: str = "bpe"
-    """bpe: a byte-level BPE trained on this train split; gpt2; or the folder of a prepared dataset or run
-    whose tokenizer is taken over"""
-    bpe_vocab_size: int = setting(4096, only_with={"tokenizer": ("bpe",)})
-    """tokens of the trained BPE, <|endoftext|> included"""
+    """for source=hf: True reads the dataset while it downloads, False downloads all of it first"""
+    packages: tuple[str, ...] = setting((), only_with={"source": ("packages",)})
+    """for source=packages: installed packages, each as NAME or NAME==VERSION"""
+
+    # the dataset
+    name: str = ""
+    """folder of the dataset inside data/; by default <recipe>_<injection>, followed by _<N>plus with
+    min_document_tokens=N"""
     injection: Literal["uniform", "periodic", "none"] = "uniform"
-    """places of the markers in a chunk: drawn without replacement, evenly spaced, or no markers"""
+    """where markers go in each chunk. uniform: random positions, drawn without replacement; periodic: evenly spaced;
+    none: no markers"""
+    tokenizer: str = "bpe"
+    """bpe: a byte-level BPE trained on the train split; gpt2: GPT-2's tokenizer; or the folder of a prepared dataset or
+    a run, to reuse its tokenizer"""
+    bpe_vocab_size: int = setting(4096, only_with={"tokenizer": ("bpe",)})
+    """for tokenizer=bpe: vocabulary size, including <|endoftext|>"""
     chunk_content: int = 461
-    """content tokens in a chunk (922 for the paper's window of 1024)"""
+    """content tokens per chunk (922 for the paper's window of 1024)"""
     chunk_markers: int = setting(51, only_with={"injection": ("uniform", "periodic")})
-    """markers in a chunk (102 for the paper's window: k = 0.1)"""
-    min_document_tokens: int = 0
-    """leave documents of fewer content tokens out of both splits, for long windows. The <|endoftext|> that ends a
-    document counts; one that is cut between the splits is as long as each stretch. The tokenizer stays that of all"""
+    """markers per chunk (102 for the paper's window of 1024, k = 0.1)"""
     val_fraction: float = 0.05
-    """share of the text that goes to validation, by a hash of the text itself"""
+    """share of the text in the validation split; each text is assigned by a hash of its content"""
+    min_document_tokens: int = 0
+    """for long windows: leave documents with fewer content tokens (<|endoftext|> counts) out of both splits. The parts
+    of a document that is divided between the splits count separately. The tokenizer is trained on all documents"""
     seed: int = 1337
-    """keys the places of the markers and the split"""
-    workers: int = setting(os.cpu_count() or 1, only_with={"merge": EMPTY})
-    """processes that tokenize; the result does not depend on their number"""
-    shard_tokens: int = 100_000_000
-    """positions in a shard file"""
-    part: str = ""
-    """2/3 = prepare the second of three parts, on a machine of its own, into data/NAME.part2of3"""
-    merge: tuple[str, ...] = ()
-    """folders of all parts (data/NAME.part*of3): check them and write one dataset"""
+    """seed of the marker positions and of the split"""
+
+    # computation, and preparation on several machines
     inspect: str = setting("", alone=True)
-    """print this prepared dataset, with windows decoded, and prepare nothing"""
+    """show this prepared dataset, with some decoded windows, and prepare nothing"""
+    workers: int = setting(os.cpu_count() or 1, only_with={"merge": EMPTY})
+    """number of processes that tokenize; the result does not depend on it"""
+    shard_tokens: int = 100_000_000
+    """positions per shard file"""
+    part: str = ""
+    """prepare only a part of the dataset, to share the work among machines: 2/3 writes the second of three parts to
+    data/NAME.part2of3"""
+    merge: tuple[str, ...] = ()
+    """folders of all parts (data/NAME.part*of3), to merge into one dataset"""
+    recipe: str = ""
+    """first part of the default name; by default the name of the config file, else the source"""
 
     def __post_init__(self):
         check_types(self)
         check(self, "chunk_content", 1 <= self.chunk_content <= 2**20, "lie in 1 .. 1048576")
         check(self, "chunk_markers", 0 <= self.chunk_markers <= 2**20, "lie in 0 .. 1048576")
-        # so many tokens are held in memory until their document is known to stay
+        # up to this many tokens are held in memory until it is known whether their document is kept
         check(self, "min_document_tokens", 0 <= self.min_document_tokens <= 2**24, "lie in 0 .. 16777216")
         check(self, "workers", 1 <= self.workers <= 1024, "lie in 1 .. 1024")
         check(self, "shard_tokens", self.shard_tokens >= 1, "be at least 1")
@@ -81,14 +89,16 @@ class PrepareConfig(Settings):
         for name in ("name", "recipe"):
             check(self, name, is_folder_name(getattr(self, name)) or not getattr(self, name), FOLDER_NAME)
         if self.injection != "none" and self.chunk_markers == 0:
-            raise UserError(f"injection={self.injection} with chunk_markers=0 places nothing: take --injection=none.")
+            raise UserError(
+                f"injection={self.injection} with chunk_markers=0 places no markers: use --injection=none instead."
+            )
         for source, name, example in (
             ("files", "files", "--files 'texts/**/*.txt'"),
             ("packages", "packages", "--packages numpy==2.4.6"),
             ("hf", "hf_dataset", "--hf_dataset=allenai/c4 --hf_config=en"),
         ):
             if self.source == source and not getattr(self, name):
-                raise UserError(f"source={source} needs {name}: for example --source={source} {example}.")
+                raise UserError(f"source={source} needs {name}: give, for example, --source={source} {example}.")
         if self.part:
             found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.part)
             check(self, "part", found is not None and 1 <= int(found[1]) <= int(found[2]), "be i/n with 1 <= i <= n")

@@ -1,6 +1,7 @@
-"""The control for sparsity, 151.9M: the layer of meta_gpt2.py among a random tenth of each window's positions.
+"""Trains the control for sparsity, 151.9M parameters: the second attention connects a random tenth of the positions.
 
-On the data of gpt2.py, without markers: does the gain come from the meta-tokens or from a sparse second attention?"""
+It uses the data of gpt2.py, without markers, and shows whether the gain of meta_gpt2.py comes from the meta-tokens or
+from a sparse second attention."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Settings of sampling."""
+"""Defines SampleConfig, the settings of sample.py, which generates text."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,35 +11,38 @@ from nanometa.config.settings import SET, Settings, setting
 
 @dataclass(frozen=True)
 class SampleConfig(Settings):
-    """What to write with a trained model."""
+    """Generates text with a trained model."""
 
     run: str = ""
-    """a run's folder (out/NAME) or one of its checkpoints; by default the newest run in out/"""
+    """folder of a run (out/NAME) or of one of its checkpoints; by default the newest run in out/"""
     prompt: str | None = None
-    """text to continue; may contain <|meta|>; by default the start of a document"""
+    """text to continue, which may contain <|meta|>; by default the start of a document"""
     prompt_file: str = ""
-    """read the prompt from this UTF-8 file; - is standard input"""
+    """UTF-8 file to read the prompt from; - reads standard input"""
     max_new_tokens: int = 300
-    """content tokens to write; markers come on top"""
+    """content tokens to generate; markers are not counted"""
     count: int = 1
-    """samples"""
+    """number of samples"""
     temperature: float = 0.8
-    """0 = always the most likely token"""
+    """sampling temperature; 0 = always take the most likely token"""
     top_k: int | None = setting(200, only_with={"temperature": SET})
-    """draw from the k most likely tokens; None = from all"""
+    """sample from the k most likely tokens; None = from all tokens"""
     top_p: float = setting(1.0, only_with={"temperature": SET})
-    """draw from the smallest set of tokens with this much probability"""
+    """sample from the smallest set of most likely tokens that has at least this total probability"""
     seed: int = 1337
-    """keys the draws and the places of the markers"""
-    meta: Literal["trained", "none", "periodic", "uniform"] = "trained"
-    """where markers are inserted: as the run's data had them, nowhere, or by another rule"""
+    """seed of the sampled tokens and of the marker positions"""
     stop_at_endoftext: bool = False
     """end a sample at <|endoftext|>"""
+    meta: Literal["trained", "none", "periodic", "uniform"] = "trained"
+    """where to insert markers. trained: as in the training data of the run; none: nowhere; periodic, uniform: by that
+    rule of prepare.py"""
     show_markers: Literal["auto", "yes", "no"] = "auto"
-    """print the markers, dim; auto = only on a terminal"""
-    rescale: Rescale = field(default_factory=Rescale)
+    """print the markers, dimmed; auto = only on a terminal"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """device to run on; auto = cuda, else mps, else cpu"""
     dtype: Literal["auto", "bfloat16", "float32"] = "float32"
+    """precision of the forward pass; auto = bfloat16 autocast where the hardware supports it, else float32"""
+    rescale: Rescale = field(default_factory=Rescale)
 
     def __post_init__(self):
         check_types(self)
@@ -50,4 +53,4 @@ class SampleConfig(Settings):
         check(self, "top_p", 0 < self.top_p <= 1, "lie in (0, 1]")
         check(self, "seed", self.seed >= 0, "be at least 0")
         if self.prompt is not None and self.prompt_file:
-            raise UserError("prompt and prompt_file are both given: leave one out.")
+            raise UserError("prompt and prompt_file are both given: give only one of them.")

@@ -1,4 +1,4 @@
-"""Settings of the synthetic tasks that a run trains on."""
+"""Defines TaskConfig, the settings of a run that trains on the synthetic tasks."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,32 +12,33 @@ SCATTERED_PLACEMENTS = tuple(name for name, placement in PLACEMENTS.items() if p
 
 @dataclass(frozen=True)
 class TaskConfig(Settings):
-    """Synthetic tasks to train on, in place of a dataset's text."""
+    """Synthetic tasks to train on instead of the text of a dataset."""
 
     tasks: tuple[Task, ...] = ()
-    """list_recall, segment_counting, parity, copying: texts are made of these in turn; the model and its tokenizer are
-    those of the run that init_from names, or from scratch with the tokenizer of the dataset; none = train on text"""
+    """tasks to train on, in turn; by default the run trains on the text of the dataset. Model and tokenizer are those
+    of the run that init_from names, or with scratch a new model and the dataset's tokenizer"""
     train_length: int = setting(256, only_with={"tasks": SET})
-    """positions of the longest texts, markers, question and answer included; the shortest have 32"""
+    """positions of the longest texts, including markers, question and answer; the shortest texts have 32"""
     level: Level = setting("hard", only_with={"tasks": SET})  # noqa: RUF009
-    """difficulty (the size of lists, segments, spans); training also draws the levels below"""
+    """highest difficulty (the sizes of lists, segments and spans); training also includes all lower levels"""
     placements: tuple[Placement, ...] = setting(("target",), only_with={"tasks": SET})
-    """where meta-tokens go, texts taking these in turn: target, where the task points (the paper's); every, after
-    every list or span; none, an ordinary word pointing instead; background, that word pointing, and meta-tokens at
-    random"""
-    meta_share: float = setting(0.1, only_with={"placements": SCATTERED_PLACEMENTS})
-    """share of a text's positions that background gives to meta-tokens"""
-    question: Question = setting("index", only_with={"tasks": ("list_recall",)})  # noqa: RUF009
-    """what list recall asks for: item j of a list (the paper's); the item that follows another one in it (after); or
-    item j under the name of another list than the one that is pointed at (misnamed, a control)"""
-    questions: int = setting(1, only_with={"tasks": ("list_recall",)})
-    """in a training text of list recall; the other tasks have one, and so has every text that is evaluated"""
-    loss_on: Literal["answer", "all"] = setting("answer", only_with={"tasks": SET})
-    """train on the answers alone, or on all content"""
+    """where meta-tokens go; several placements are used in turn. target: at the places that the task points at, as in
+    the paper; every: after every list or span; none: nowhere, an ordinary word points instead; background: at random
+    positions, and an ordinary word points"""
     curriculum_steps: int = setting(0, only_with={"tasks": SET})
-    """in so many first steps longest length and level grow, in five phases, from 32 positions and easy"""
+    """number of first steps in which the maximum length and the level grow, in five phases, from 32 positions and easy;
+    0 = no curriculum"""
+    loss_on: Literal["answer", "all"] = setting("answer", only_with={"tasks": SET})
+    """tokens to train on: only the answers, or all content tokens"""
+    meta_share: float = setting(0.1, only_with={"placements": SCATTERED_PLACEMENTS})
+    """for placement background: share of a text's positions that are meta-tokens"""
+    question: Question = setting("index", only_with={"tasks": ("list_recall",)})  # noqa: RUF009
+    """what list recall asks for. index: item j of a list, as in the paper; after: the item that follows a given item;
+    misnamed (a control): item j of the list that the pointer marks, while the question names another list"""
+    questions: int = setting(1, only_with={"tasks": ("list_recall",)})
+    """questions per training text of list recall; other tasks and all evaluation texts have one"""
     shuffle_answers: bool = setting(False, only_with={"tasks": SET})
-    """give every training text the answer of another one: a control that must stay at chance"""
+    """give every training text the answer of another text: a control whose accuracy must stay at chance"""
 
     def __post_init__(self):
         check_types(self)

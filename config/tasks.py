@@ -1,6 +1,6 @@
-"""Registers the synthetic tasks, the placements of their markers, their levels and the forms of their question.
+"""Registers the names of the synthetic tasks, of their difficulty levels, marker placements and forms of question.
 
-Every list of these names, in settings, reports and tests, comes from here. A task is also a module, tasks/NAME.py.
+Settings, reports and tests take all lists of these names from here. Each task is implemented in tasks/NAME.py.
 """
 
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ QUESTIONS: tuple[str, ...] = get_args(Question)
 
 @dataclass(frozen=True)
 class MarkerPlacement:
-    """Describes what a placement puts into a task's text, and where."""
+    """Where a placement puts meta-tokens and pointer words into the text of a task."""
 
     pointer: Literal["meta", "word"]
-    """What stands at the places that the task points at: a meta-token, or the ordinary word "mark"."""
+    """What marks the places that the task points at: a meta-token, or the ordinary word "mark"."""
     points_at_named: bool = True
-    """Whether the pointer also stands in tasks whose question names the place (QUESTION_NAMES_PLACE)."""
+    """Whether the pointer also occurs in tasks whose question names the place (QUESTION_NAMES_PLACE)."""
     after_lists: bool = False
     """Whether a meta-token follows every list, span or group."""
     scattered: bool = False
-    """Whether meta-tokens stand at random positions throughout the text, as in pretraining."""
+    """Whether meta-tokens are at random positions throughout the text, as in pretraining."""
 
     @property
     def has_meta(self) -> bool:

@@ -1,4 +1,4 @@
-"""The laptop's twin of causal2_gpt2.py: the parameters of tiny_meta.py in a second causal attention, no markers.
+"""Trains the control of causal2_gpt2.py at the size of tiny_meta.py: equal parameters, no markers.
 
 python prepare.py --injection=none"""
 

@@ -1,4 +1,4 @@
-"""The laptop's twin of extend_4x.py, for runs of tiny_meta.py and its controls: 512 -> 2048 positions.
+"""Extends the context window of tiny_meta.py or its controls from 512 to 2048 positions.
 
 python prepare.py --min_document_tokens=2048
 python train.py config/tiny_extend_4x.py --init_from=out/tiny_meta --run_name=meta_2048"""

@@ -1,4 +1,4 @@
-"""The laptop's twin of extend_8x.py: 512 -> 4096 positions.
+"""Extends the context window of tiny_meta.py or its controls from 512 to 4096 positions.
 
 python prepare.py --min_document_tokens=4096
 python train.py config/tiny_extend_8x.py --init_from=out/tiny_meta --run_name=meta_4096"""

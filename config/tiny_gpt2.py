@@ -1,4 +1,4 @@
-"""The laptop's twin of gpt2.py: no markers, no second attention, the same content windows as tiny_meta.py.
+"""Trains the baseline of gpt2.py at the size of tiny_meta.py: no markers, no second attention, the same content.
 
 python prepare.py --injection=none"""
 

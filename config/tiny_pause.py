@@ -1,4 +1,4 @@
-"""The laptop's twin of pause_gpt2.py: the data of tiny_meta.py, markers included, without its second attention.
+"""Trains the control of pause_gpt2.py at the size of tiny_meta.py: its data with markers, no second attention.
 
 python prepare.py"""
 

@@ -1,4 +1,4 @@
-"""The laptop's twin of random_gpt2.py: the layer of tiny_meta.py among a random tenth of the positions.
+"""Trains the control of random_gpt2.py at the size of tiny_meta.py: a second attention among random positions.
 
 python prepare.py --injection=none"""
 

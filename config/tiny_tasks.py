@@ -1,4 +1,4 @@
-"""The laptop's twin of finetune_tasks.py, for runs of tiny_meta.py and its controls.
+"""Fine-tunes a run of tiny_meta.py or of its controls on the synthetic tasks, like finetune_tasks.py.
 
 python train.py config/tiny_tasks.py --init_from=out/tiny_meta --train_length=128 --run_name=meta_128"""
 

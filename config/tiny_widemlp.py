@@ -1,4 +1,4 @@
-"""The laptop's twin of widemlp_gpt2.py: the parameters of tiny_meta.py in an MLP of 6 instead of 4 widths.
+"""Trains the control of widemlp_gpt2.py at the size of tiny_meta.py: equal parameters in an MLP of 6 n_embd.
 
 python prepare.py --injection=none"""
 

@@ -1,6 +1,7 @@
-"""The widened MLP, 151.9M: 12 C^2 weights a block, the 8 C^2 of GPT-2's and the 4 C^2 of a second attention.
+"""Trains a control with equally many parameters, 151.9M, in a wider MLP instead of a second attention.
 
-On the data of gpt2.py, without markers: does the gain come from the attention or from the weights?"""
+The MLP has 12 C^2 weights per block: GPT-2's 8 C^2, and the 4 C^2 of a second attention (C = n_embd). It uses the data
+of gpt2.py, without markers, and shows whether the gain comes from the second attention or from additional weights."""
 
 from dataclasses import replace
 

@@ -1,3 +1,3 @@
-"""Text to token shards and back: sources -> tokenizer -> inject -> shards -> loader.
+"""Turns text into token shards (sources, tokenizer, inject, shards) and shards into batches (loader).
 
-Prepared datasets lie beside this code in data/<name>/ and are not in git."""
+Prepared datasets are stored beside this code, in data/<name>/, and are not in git."""

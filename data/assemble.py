@@ -1,5 +1,6 @@
-"""Segments into a dataset: documents that are too short are left out, the content stream is cut into chunks, markers
-are injected, shards and manifest written."""
+"""Builds a dataset from tokenized segments: cuts them into chunks, injects markers, writes shards and the manifest.
+
+Documents that are too short are left out first."""
 
 import hashlib
 import json
@@ -20,23 +21,24 @@ from nanometa.data.shards import MANIFEST, ShardWriter, token_dtype
 from nanometa.data.staging import BLOCK_TOKENS, SPLITS, Segment, read_segment
 from nanometa.data.tokenizer import Tokenizer
 
-COMPRESSOR_BYTES = 8 * 2**20  # validation text that gzip and xz are measured on at most
+COMPRESSOR_BYTES = 8 * 2**20  # gzip and xz are measured on at most this much validation text
 
 
 class LongDocuments:
-    """Lets the documents of a stream pass that have `least` tokens or more, <|endoftext|> included; counts the others.
+    """A filter that passes documents with at least `least` tokens, <|endoftext|> included, and counts the others.
 
-    A document of the stream ends with <|endoftext|>: a text that is cut between the splits is several."""
+    Every document of the stream ends with <|endoftext|>. A text that is divided between the splits is
+    several documents."""
 
     def __init__(self, eot: int, least: int):
         self.eot, self.least = eot, least
         self.too_short = self.tokens_too_short = 0  # documents left out, and their tokens
         self.longest = 0  # tokens of the longest document, left out or not
-        self._held: list[np.ndarray] = []  # of the document under way, as long as it may be too short
-        self._length = 0  # tokens of it so far
+        self._held: list[np.ndarray] = []  # parts of the current document while it may still be too short
+        self._length = 0  # tokens of the current document so far
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """ids (N,), what comes next -> (K,) what passes: not always all of it yet, and some that was held back."""
+        """Takes the next ids of the stream (N,) and returns those that pass (K,), also from earlier calls."""
         if not self.least:
             return ids
         out, ends = [], np.flatnonzero(ids == self.eot) + 1
@@ -59,13 +61,12 @@ class LongDocuments:
 
 
 class SplitWriter:
-    """Takes the content stream of one split, leaves out what is too short, injects markers chunk by chunk, and writes
-    shards."""
+    """A writer of the shards of one split. It leaves out short documents, cuts chunks and injects markers."""
 
     def __init__(self, folder: Path, split: str, cfg: PrepareConfig, tokenizer: Tokenizer):
         self.C, self.M = cfg.chunk_content, cfg.chunk_markers if cfg.injection != "none" else 0
         self.cfg, self.tokenizer, self.split = cfg, tokenizer, split
-        chunk = self.C + self.M  # whole chunks in a shard
+        chunk = self.C + self.M  # a shard holds whole chunks
         self.shards = ShardWriter(folder, split, tokenizer.n_vocab, -(-cfg.shard_tokens // chunk) * chunk)
         self.dtype = token_dtype(tokenizer.n_vocab)
         self.key = stable_key(cfg.seed, "marker places", split)
@@ -76,7 +77,7 @@ class SplitWriter:
         self._pending_tokens = 0
 
     def add(self, ids: np.ndarray) -> None:
-        """ids (N,) of the dtype of shards."""
+        """Adds the next ids (N,) of the content stream, in the dtype of the shards."""
         if len(ids := self.long.take(ids)):
             self._pending.append(ids)
             self._pending_tokens += len(ids)
@@ -84,6 +85,7 @@ class SplitWriter:
             self._flush()
 
     def _flush(self) -> None:
+        """Writes all whole chunks of the pending tokens, and keeps the rest."""
         stream = np.concatenate([np.empty(0, self.dtype), *self._pending])
         n = len(stream) // self.C
         content, rest = stream[: n * self.C].reshape(n, self.C), stream[n * self.C :]
@@ -96,8 +98,9 @@ class SplitWriter:
         self._pending, self._pending_tokens = [rest], len(rest)
 
     def finish(self, documents: int, skipped: str) -> dict:
-        """documents: those of its segments -> the split's part of the manifest. Raises UserError if there is not one
-        whole chunk."""
+        """Writes the rest and returns the split's part of the manifest. Raises UserError if it has no whole chunk.
+
+        documents: number of documents in the segments. skipped: note about skipped documents, for the error message."""
         self._flush()
         self.shards.close()
         documents -= self.long.too_short
@@ -117,16 +120,16 @@ class SplitWriter:
             "chunks": self.chunks,
             "documents": documents,
             "bytes": self.bytes,
-            "content_tokens_dropped_at_end": self._pending_tokens,  # they do not fill a chunk
-            "content_sha256": self.content_hash.hexdigest(),  # equal in all arms
+            "content_tokens_dropped_at_end": self._pending_tokens,  # too few for another chunk
+            "content_sha256": self.content_hash.hexdigest(),  # the same in all arms
             "shards": self.shards.entries,
         }
 
 
 def compressed(segments: list[tuple[Path, Segment]], tokenizer: Tokenizer, least: int) -> dict:
-    """Bits per byte of gzip -9 and xz on (the first 8 MiB of) the validation text: what a model has to beat.
+    """Returns the bits per byte of gzip -9 and xz on at most 8 MiB of validation text, a baseline for models.
 
-    least: min_document_tokens"""
+    segments: (folder, segment) of the whole source. least: the setting min_document_tokens."""
     dtype, text, long = token_dtype(tokenizer.n_vocab), bytearray(), LongDocuments(tokenizer.eot, least)
     for ids in (ids for where, segment in segments for ids in read_segment(where, segment, "val", dtype)):
         text += tokenizer.text_bytes(long.take(ids))
@@ -142,14 +145,14 @@ def compressed(segments: list[tuple[Path, Segment]], tokenizer: Tokenizer, least
 
 
 def check_length(longest: dict[str, int], least: int) -> None:
-    """Raises UserError if a split had documents, and all of them are too short. longest: tokens, by split."""
+    """Raises UserError if all documents of a split are too short. longest: tokens of the longest document, by split."""
     there = {split: tokens for split, tokens in longest.items() if tokens}
     empty = [split for split, tokens in there.items() if tokens < least]
     if empty:
         raise UserError(
-            f"min_document_tokens={least} leaves no document in {' and '.join(empty)}, the longest has "
-            f"{', '.join(f'{tokens} tokens in {split}' for split, tokens in there.items())}: make it "
-            f"{min(there.values())} at most, or give longer documents."
+            f"min_document_tokens={least} leaves no document in {' and '.join(empty)}, because the longest has "
+            f"{', '.join(f'{tokens} tokens in {split}' for split, tokens in there.items())}: lower it to "
+            f"{min(there.values())} or less, or give longer documents."
         )
 
 
@@ -162,13 +165,13 @@ def assemble(
     command: str,
     advance: Callable[[int], None],
 ) -> dict:
-    """Writes shards, tokenizer and manifest into the existing, empty `folder` -> manifest.
+    """Writes shards, tokenizer and manifest into the existing, empty `folder`, and returns the manifest.
 
-    segments: (where it lies, it), all of the source, in order; advance(tokens): progress. Raises UserError for a
-    damaged segment, and for a split that has no document long enough or not one whole chunk."""
+    segments: (folder, segment) of the whole source, in order. advance(tokens): called to report progress. Raises
+    UserError for a damaged segment, and if a split has no document that is long enough or no whole chunk."""
     skipped = [item for _, segment in segments for item in segment.skipped_named][:100]
     n_skipped = sum(segment.skipped for _, segment in segments)
-    note = f" ({n_skipped} documents were skipped, {': '.join(skipped[0])})" if skipped else ""
+    note = f" ({n_skipped} documents were skipped, the first is {': '.join(skipped[0])})" if skipped else ""
     if not any(segment.splits[split]["tokens"] for _, segment in segments for split in SPLITS):
         raise UserError(f"there is no text in {description}{note}: give files with text.")
     writers = {split: SplitWriter(folder, split, cfg, tokenizer) for split in SPLITS}
@@ -176,7 +179,7 @@ def assemble(
         {split: sum(segment.splits[split][key] for _, segment in segments) for split in SPLITS}
         for key in ("documents", "tokens")
     )
-    with ThreadPoolExecutor(1) as beside:  # compressing takes seconds, without the interpreter
+    with ThreadPoolExecutor(1) as beside:  # compressing takes seconds, in which it releases the interpreter lock
         compressing = beside.submit(compressed, segments, tokenizer, cfg.min_document_tokens)
         for split, writer in writers.items():
             for where, segment in segments:
@@ -215,6 +218,6 @@ def assemble(
     }
     for name, content in tokenizer.files().items():
         (folder / name).write_bytes(content)
-    # last: a folder without it is no dataset
+    # the manifest is written last, because it is what makes the folder a dataset
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     return manifest

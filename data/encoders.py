@@ -1,4 +1,4 @@
-"""Worker processes that tokenize and draw the split, in order and in bounded memory."""
+"""Tokenizes texts in worker processes and assigns them to splits, in order and with bounded memory."""
 
 import hashlib
 import multiprocessing
@@ -17,63 +17,67 @@ from nanometa.data.shards import token_dtype
 from nanometa.data.sources import Piece, Skipped
 from nanometa.data.tokenizer import Tokenizer
 
-BATCH_CHARS = 2**20  # text in one task of a worker
-# (unit, number of the piece in it, the piece; None ends the unit)
+BATCH_CHARS = 2**20  # characters of text in one task of a worker
+# (unit, number of the piece in the unit, the piece); None instead of a piece ends the unit
 Item = tuple[int, int, Piece | Skipped | None]
 
-_tokenizer: Tokenizer  # of a worker process
+_tokenizer: Tokenizer  # both set in a worker process only
 _cfg: PrepareConfig
 
 
 class Encoded(NamedTuple):
-    """What a worker makes of a piece's text."""
+    """The tokenized text of a piece."""
 
     split: str
-    ids: np.ndarray  # (N,) of the dtype of shards
+    ids: np.ndarray  # (N,), in the dtype of the shards
     n_bytes: int
 
 
 def split_of(text: str, cfg: PrepareConfig) -> str:
-    """train or val, by a hash of the text: it never depends on other documents, and equal texts share a side.
+    """Returns the split of a text, train or val, by a hash of the text.
 
-    A long document is hashed piece by piece (64 KiB), so it cannot dominate validation."""
+    The split does not depend on other documents, and equal texts are in the same split. A long document is assigned in
+    pieces of 64 KiB, so that it cannot dominate the validation split."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=b"split %d" % cfg.seed).digest()
     return "val" if int.from_bytes(digest, "little") < cfg.val_fraction * 2**64 else "train"
 
 
 def _start_worker(tokenizer: Tokenizer, cfg: PrepareConfig) -> None:
+    """Initializes a worker process, and makes it end when its parent ends."""
     global _tokenizer, _cfg
     _tokenizer, _cfg = tokenizer, cfg
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()  # if that is killed, nobody would tell us to end
+    parent = multiprocessing.parent_process()  # if it is killed, this worker must end by itself
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _encode(texts: list[str]) -> list[Encoded]:
+    """Tokenizes texts and assigns them to splits, in a worker process."""
     dtype = token_dtype(_tokenizer.n_vocab)
     return [Encoded(split_of(text, _cfg), _tokenizer.encode(text).astype(dtype), len(text.encode())) for text in texts]
 
 
 class Encoders:
-    """Worker processes that tokenize; the result does not depend on how many there are."""
+    """A pool of worker processes that tokenize. The result does not depend on their number."""
 
     def __init__(self, tokenizer: Tokenizer, cfg: PrepareConfig):
         self.workers = cfg.workers
         self.pool = ProcessPoolExecutor(cfg.workers, initializer=_start_worker, initargs=(tokenizer, cfg))
-        self.pool.submit(_encode, []).result()  # starts the processes now, before the progress bar starts a thread
+        self.pool.submit(_encode, []).result()  # starts the processes before the progress bar starts a thread
 
     def __enter__(self) -> "Encoders":
         return self
 
     def __exit__(self, *error) -> None:
-        # a Ctrl-C in the middle of submit leaves an item that no worker is ever given: unless it is cancelled, it would
-        # be waited for without end
+        # Ctrl-C in the middle of submit can leave an item that no worker ever receives. Without cancelling it, shutdown
+        # would wait for it forever.
         self.pool.shutdown(cancel_futures=True)
 
     def in_order(self, items: Iterable[Item]) -> Iterator[list[tuple[Item, Encoded | None]]]:
-        """Tasks of (item, what became of its text, if it has any) in the order of the items. At most a few megabytes of
-        text are under way, so memory does not grow with the corpus."""
+        """Yields lists of (item, its tokenized text, or None if it has no text), in the order of the items.
+
+        At most a few megabytes of text are in progress, so memory does not grow with the corpus."""
         waiting: deque = deque()
         for task in tasks(items):
             texts = [piece.text for *_, piece in task if type(piece) is Piece]
@@ -85,12 +89,13 @@ class Encoders:
 
 
 def _joined(task: list[Item], future: Future) -> list[tuple[Item, Encoded | None]]:
+    """Waits for the result of a task and pairs it with the task's items."""
     encoded = iter(future.result())
     return [(item, next(encoded) if type(item[2]) is Piece else None) for item in task]
 
 
 def tasks(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Items in lists of about BATCH_CHARS of text."""
+    """Groups items into lists that hold about BATCH_CHARS characters of text each."""
     task, size = [], 0
     for item in items:
         task.append(item)

@@ -1,4 +1,4 @@
-"""Lays out texts position by position, and builds the batches that a model reads from them."""
+"""Computes the positions and targets of texts, and builds the batches that the model reads."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,32 +14,34 @@ IGNORE = -100  # the target of a position that is not scored
 
 
 class Layout(NamedTuple):
-    """A text as a model reads it, with one entry per position: (T,) each, int64."""
+    """A text as the model reads it: one entry per position, arrays (T,) of int64."""
 
     tokens: np.ndarray  # ids, markers included
-    content: np.ndarray  # number of the content token in its text or stream, -1 for a marker or a pad
-    positions: np.ndarray  # what the positional encoding sees
+    content: np.ndarray  # index among the content tokens of its text or stream, -1 for a marker or a pad
+    positions: np.ndarray  # positions for the positional encoding
 
 
 class Batch(NamedTuple):
-    """Stacked layouts and their targets. Everything positional is explicit: the model never searches for ids."""
+    """Stacked layouts and their targets. The model takes all positions from here and never searches for marker ids."""
 
     tokens: torch.Tensor  # (B, T) int64
     targets: torch.Tensor  # (B, T) int64, IGNORE where nothing is scored
-    positions: torch.Tensor  # (B, T) int64, what the positional encoding sees
+    positions: torch.Tensor  # (B, T) int64, positions for the positional encoding
     meta_index: torch.Tensor  # (B, M) int64, positions that the second attention connects, increasing, then pads (= T)
     scored_index: torch.Tensor  # (B, S) int64, positions that are scored, increasing, then pads (= T)
 
     def to(self, device: torch.device) -> "Batch":
+        """Returns the batch on another device. The copy to a GPU is asynchronous."""
         if device.type != "cuda":
             return Batch(*(tensor.to(device) for tensor in self))
         return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
 
 
 def layout_of(tokens: np.ndarray, marker: int, first: int = 0, width: int | None = None, pad: int = 0) -> Layout:
-    """Lays out tokens (N,) that already contain their markers.
+    """Returns the layout of tokens (N,) that already contain their markers.
 
-    first: the number of the first content token. Pads with the id `pad` to `width` positions (None: no padding)."""
+    first: index of the first content token. The layout is padded with the id `pad` to `width` positions; None = no
+    padding."""
     T = len(tokens) if width is None else width
     padded, content = np.full(T, pad, dtype=np.int64), np.full(T, -1)
     padded[: len(tokens)] = tokens
@@ -49,11 +51,12 @@ def layout_of(tokens: np.ndarray, marker: int, first: int = 0, width: int | None
 
 
 def targets_of(layout: Layout, rule: str, counted: np.ndarray | None = None) -> np.ndarray:
-    """Returns the id that each position has to predict (T,), IGNORE where nothing is scored.
+    """Returns the id that each position must predict (T,), and IGNORE for positions that are not scored.
 
-    Under the rule `ignore` a position predicts the next one, unless a marker stands there. Under `skip` a content token
-    predicts the next content token past any markers, and a marker predicts nothing. Content token 0 is no target under
-    either rule, because no content precedes it. counted (T,) bool: tokens that may be targets; None = all."""
+    Under the rule `ignore`, every position predicts the next one, except where the next one is a marker. Under `skip`,
+    a content token predicts the next content token, past any markers, and a marker predicts nothing. Content token 0 is
+    never a target, because no content precedes it. counted: tokens (T,) bool that may be targets; None = all.
+    Raises ValueError for another rule."""
     if rule == "ignore":
         goals = np.arange(1, len(layout.tokens))
         sources = goals - 1
@@ -73,15 +76,15 @@ def targets_of(layout: Layout, rule: str, counted: np.ndarray | None = None) -> 
 def random_positions(windows: np.ndarray, T: int, fraction: float, seed: int, split: str) -> np.ndarray:
     """Draws the positions that second_attention=random connects in each of the windows (B,) of a split.
 
-    Returns (B, R), increasing in each row, with R = round(fraction T) but at least 1. Each row is drawn without
-    replacement, as the markers of a chunk are, and depends on (seed, split, window, T, R) alone."""
+    Returns (B, R), increasing in each row, with R = round(fraction T), but at least 1. Each row is drawn without
+    replacement, like the markers of a chunk, and depends only on (seed, split, window, T, R)."""
     R, key = max(1, round(fraction * T)), stable_key(seed, "random positions", split)
     draws = [np.flatnonzero(marker_places("uniform", int(window), 1, T - R, R, key)) for window in windows]
     return np.array(draws, dtype=np.int64).reshape(len(windows), R)
 
 
 class Draw(NamedTuple):
-    """How second_attention=random draws the positions of a split: the last arguments of random_positions."""
+    """The last arguments of random_positions: how second_attention=random draws the positions of a split."""
 
     fraction: float
     seed: int
@@ -89,7 +92,7 @@ class Draw(NamedTuple):
 
 
 def draw_of(cfg: TrainConfig, split: str) -> Draw | None:
-    """Returns the draw of a run with second_attention=random, None for other runs, which connect the markers."""
+    """Returns the Draw of a run with second_attention=random, and None for other runs, which connect the markers."""
     m = cfg.model
     return Draw(m.random_fraction, cfg.seed, split) if m.second.connects == "random" else None
 
@@ -97,10 +100,10 @@ def draw_of(cfg: TrainConfig, split: str) -> Draw | None:
 def connected_positions(
     layouts: Sequence[Layout], marker: int, numbers: np.ndarray, draw: Draw | None, multiple: int = 1
 ) -> np.ndarray:
-    """Returns the positions that the second attention connects, as Batch.meta_index (B, M).
+    """Returns the positions that the second attention connects, in the form of Batch.meta_index (B, M).
 
-    draw None: the positions of the markers, with M rounded up to a multiple of `multiple`. Otherwise those drawn for
-    the texts with these numbers (B,)."""
+    draw None: the positions of the markers, with M rounded up to a multiple of `multiple`. Otherwise the randomly drawn
+    positions of the texts with these `numbers` (B,)."""
     if draw:
         return random_positions(numbers, len(layouts[0].tokens), *draw)
     return places_of(np.stack([layout.tokens for layout in layouts]) == marker, multiple=multiple)
@@ -116,7 +119,7 @@ def places_of(there: np.ndarray, width: int | None = None, multiple: int = 1) ->
     if width is None:
         width = min(T, -(-most // multiple) * multiple)
     if most > width:
-        raise ValueError(f"a row has {most} positions, more than the {width} that the index holds")
+        raise ValueError(f"a row has {most} positions, more than the {width} that the index can hold")
     order = np.argsort(~there, axis=1, kind="stable")[:, :width]
     return np.where(np.arange(width) < counts[:, None], order, T)
 
@@ -130,7 +133,7 @@ def batch_of(
 ) -> Batch:
     """Builds a Batch on the CPU from layouts of one length, their targets (T,) each and meta_index (B, M).
 
-    scored_width, multiple: the width of scored_index, as for places_of."""
+    scored_width, multiple: width of scored_index, as in places_of."""
     targets = np.stack(targets)
     scored_index = places_of(targets != IGNORE, scored_width, multiple)
     tokens, positions = (np.stack(columns) for columns in zip(*((x.tokens, x.positions) for x in layouts), strict=True))

@@ -1,4 +1,4 @@
-"""Windows of a prepared split as batches, in an order that is a pure function of (seed, sample index)."""
+"""Reads batches of windows from a prepared split, in an order that depends only on the seed and the step."""
 
 from pathlib import Path
 
@@ -14,8 +14,10 @@ from nanometa.data.tokenizer import Tokenizer
 
 
 def window_order(step: int, batch_size: int, n_windows: int | None, seed: int) -> np.ndarray:
-    """The windows of a step (batch_size,), over all processes: a permutation of all windows each epoch; of a source
-    that has no end (None), which draws each window anyway, just the next ones."""
+    """Returns the windows of a step (batch_size,), for all processes together.
+
+    Every epoch is another permutation of all windows. n_windows None: the source is endless and its windows are random
+    anyway, so they are taken in order."""
     sample = np.arange(step * batch_size, (step + 1) * batch_size)
     if n_windows is None:
         return sample
@@ -27,20 +29,21 @@ def window_order(step: int, batch_size: int, n_windows: int | None, seed: int) -
 
 
 def step_windows(step: int, cfg: TrainConfig, n_windows: int | None, rank: int, world: int) -> np.ndarray:
-    """The windows of a step in process `rank` of `world`: (micro-batches, micro_batch_size), in order."""
+    """Returns the windows of a step for process `rank` of `world`: (micro-batches, micro_batch_size), in order."""
     share = cfg.batch_size // world
     order = window_order(step, cfg.batch_size, n_windows, cfg.seed)
     return order[rank * share : (rank + 1) * share].reshape(-1, cfg.micro_batch_size)
 
 
 class Windows:
-    """The windows of one split: window i is positions [i T, (i + 1) T) of the stream, T = block_size, a whole
-    number of chunks. Under both target rules every content token of the stream is scored exactly once per epoch,
-    but for the first, before which there may be nothing.
-    random_fraction, seed: of the draw of second_attention=random; random_fraction None: the markers are connected.
+    """The windows of one split. Window i is the positions [i T, (i + 1) T) of the stream, with T = block_size.
 
-    Raises UserError for a missing or damaged dataset, a block_size that is not whole chunks, a split shorter
-    than one window."""
+    Under both target rules, every content token of the stream is scored exactly once per epoch, except the first one,
+    which no content precedes. random_fraction, seed: how second_attention=random draws its positions; with
+    random_fraction None, the second attention connects the markers.
+
+    Raises UserError if the dataset is missing or damaged, if block_size is not a multiple of the chunk size, or if the
+    split is shorter than one window."""
 
     def __init__(
         self,
@@ -61,22 +64,22 @@ class Windows:
         if block_size % chunk:
             raise UserError(
                 f"block_size={block_size} is not a whole number of the {chunk}-position chunks of {folder}: "
-                f"take --block_size={nearest_multiples(block_size, chunk)}."
+                f"use --block_size={nearest_multiples(block_size, chunk)}."
             )
         self.stream = TokenStream(Path(folder), self.manifest["splits"][split]["shards"], self.tokenizer.n_vocab)
         self.T, self.rule = block_size, target_rule
-        # under "skip" the last target may lie behind all markers of the next chunk
+        # under "skip", the last target may come after all markers of the next chunk
         self.lookahead = 1 + self.manifest["chunk_markers"]
         self.content_per_window = block_size // chunk * self.manifest["chunk_content"]
         self.n_windows = len(self.stream) // block_size
         if self.n_windows == 0:
             raise UserError(
                 f"the {split} split of {folder} has {len(self.stream):,} positions, fewer than one window of "
-                f"block_size={block_size}: prepare more text, or raise --val_fraction if validation is too short."
+                f"block_size={block_size}: prepare more text, or raise --val_fraction if it is the val split."
             )
 
     def counted(self, n: int) -> dict[str, int]:
-        """What the first n windows of training hold."""
+        """Returns the numbers of content tokens and positions in the first n windows of training."""
         return {"content_tokens": n * self.content_per_window, "positions": n * self.T}
 
     def batch(self, windows: np.ndarray) -> Batch:
@@ -88,5 +91,5 @@ class Windows:
             layouts.append(Layout(*(column[:T] for column in layout)))
             targets.append(targets_of(layout, self.rule)[:T])
         meta_index = connected_positions(layouts, meta, windows, self.draw)
-        # at most its own content, and one more if the next window starts with content and this one with a marker
+        # at most its own content, and one more token if this window starts with a marker and the next with content
         return batch_of(layouts, targets, meta_index, scored_width=min(T, self.content_per_window + 1))

@@ -1,6 +1,7 @@
-"""Token shards: a 32-byte header and raw ids; a manifest that describes and hashes a dataset's files.
+"""Writes and reads token shards, and reads the manifest, which lists the files of a dataset and their hashes.
 
-magic "NANOMETA" | version uint32 | bytes a token uint32 | tokens uint64 | 8 zero bytes | ids, little-endian
+A shard is a 32-byte header followed by raw ids:
+magic "NANOMETA" | version uint32 | bytes per token uint32 | tokens uint64 | 8 zero bytes | ids, little-endian
 """
 
 import math
@@ -20,11 +21,12 @@ SPLITS = ("train", "val")
 
 
 def token_dtype(n_vocab: int) -> np.dtype:
+    """Returns the dtype of the ids in shards: uint16 if all n_vocab ids fit, else uint32."""
     return np.dtype("<u2" if n_vocab <= 2**16 else "<u4")
 
 
 class ShardWriter:
-    """Writes a split's ids to folder/<split>_000000.bin, _000001.bin, ...; `entries` describes what was written."""
+    """A writer of a split's ids to folder/<split>_000000.bin, _000001.bin, ... `entries` lists the finished files."""
 
     def __init__(self, folder: Path, split: str, n_vocab: int, shard_tokens: int):
         self.folder, self.split, self.n_vocab, self.shard_tokens = folder, split, n_vocab, shard_tokens
@@ -32,7 +34,7 @@ class ShardWriter:
         self._file = None
 
     def write(self, ids: np.ndarray) -> None:
-        """ids (N,): all below n_vocab, else ValueError (uint16 would wrap round in silence)."""
+        """Appends ids (N,). Raises ValueError unless all are below n_vocab, because uint16 would silently wrap."""
         if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.n_vocab):
             raise ValueError(f"ids {ids.min()}..{ids.max()} do not fit a vocabulary of {self.n_vocab}")
         while ids.size:
@@ -45,11 +47,13 @@ class ShardWriter:
                 self.close()
 
     def _open(self) -> None:
+        """Starts the next shard."""
         self._path = self.folder / shard_name(self.split, len(self.entries))
         self._file, self._count = open(self._path, "wb"), 0
-        self._file.write(bytes(HEADER.size))  # the count is not known yet; zeros are no valid header
+        self._file.write(bytes(HEADER.size))  # the number of tokens is not known yet; zeros are an invalid header
 
     def close(self) -> None:
+        """Writes the header of the current shard and closes it."""
         if self._file is None:
             return
         self._file.seek(0)
@@ -62,24 +66,28 @@ class ShardWriter:
 def read_manifest(folder: Path) -> dict:
     """Returns the manifest of a prepared dataset.
 
-    Raises UserError if there is none, it is damaged, or a newer version of nanoMeta wrote it."""
+    Raises UserError if it is missing or damaged, or if a newer version of nanoMeta wrote it."""
     path = Path(folder) / MANIFEST
     try:
         manifest = read_json(path)
         check_format(path, manifest)
-        manifest.setdefault("min_document_tokens", 0)  # there was no such setting: nothing was left out
+        manifest.setdefault("min_document_tokens", 0)  # older versions left out no documents
         _check_manifest(manifest)
         return manifest
     except (FileNotFoundError, NotADirectoryError):
         if (Path(folder) / "plan.json").exists():
-            raise UserError(f"{folder} is a part of a dataset: merge all parts first, prepare.py --merge.") from None
-        raise UserError(f"there is no dataset in {folder} ({MANIFEST} is missing): make it with prepare.py.") from None
+            raise UserError(
+                f"{folder} is only a part of a dataset: merge all parts first, with prepare.py --merge."
+            ) from None
+        raise UserError(
+            f"there is no dataset in {folder} ({MANIFEST} is missing): create it with prepare.py."
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the dataset again.") from error
 
 
 def _check_manifest(manifest: dict) -> None:
-    """Raises KeyError, TypeError or ValueError if a part is missing, of another type, or contradicts another."""
+    """Raises KeyError, TypeError or ValueError if a value is missing, has the wrong type, or contradicts another."""
     C, M = manifest["chunk_content"], manifest["chunk_markers"]
     texts = [manifest[key] for key in ("command", "source", "injection")]
     texts += [manifest["tokenizer"][key] for key in ("name", "fingerprint")]
@@ -96,9 +104,9 @@ def _check_manifest(manifest: dict) -> None:
         counts += [split[key] for key in ("chunks", "content_tokens", "markers", "documents", "bytes")]
         counts += [entry["tokens"] for entry in split["shards"]]
     if not (all(type(text) is str for text in texts) and all(map(is_count, counts))):
-        raise TypeError("a value is of another type")
+        raise TypeError("a value has the wrong type")
     if not all(type(rate) in (int, float) and math.isfinite(rate) for rate in rates):
-        raise TypeError("a rate is no number")
+        raise TypeError("a compression rate is not a number")
     if not 1 <= C <= 2**20 or M > 2**20 or any(len(pair) != 2 for pair in manifest["skipped"]):
         raise ValueError("a value is out of range")
     if manifest["splits"].keys() != set(SPLITS):
@@ -119,11 +127,12 @@ def _check_manifest(manifest: dict) -> None:
 
 
 def shard_name(split: str, number: int) -> str:
+    """Returns the file name of a shard."""
     return f"{split}_{number:06d}.bin"
 
 
 def shard_path(folder: Path, name: str) -> Path:
-    """The path of a shard that a manifest names. Raises UserError if it lies elsewhere."""
+    """Returns the path of a shard that a manifest names. Raises UserError if it is outside of the folder."""
     try:
         return file_inside(folder, name)
     except ValueError as error:
@@ -131,7 +140,7 @@ def shard_path(folder: Path, name: str) -> Path:
 
 
 class TokenStream:
-    """All shards of a split as one sequence of ids, memory-mapped. Headers and sizes are checked on opening."""
+    """All shards of a split as one memory-mapped sequence of ids. Headers and sizes are checked when it is opened."""
 
     def __init__(self, folder: Path, shards: list[dict], n_vocab: int):
         self._maps = [_open_shard(shard_path(folder, entry["file"]), entry["tokens"], n_vocab) for entry in shards]
@@ -141,7 +150,7 @@ class TokenStream:
         return int(self._ends[-1]) if len(self._maps) else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """ids [start, stop) as int64, clipped to the stream's end."""
+        """Returns the ids [start, stop) as int64, clipped to the end of the stream."""
         stop, parts = min(stop, len(self)), []
         while start < stop:
             shard = int(np.searchsorted(self._ends, start, side="right"))
@@ -152,6 +161,7 @@ class TokenStream:
 
 
 def _open_shard(path: Path, n_tokens: int, n_vocab: int) -> np.memmap:
+    """Returns the ids of a shard, memory-mapped. Raises UserError if its header or size does not fit n_tokens."""
     dtype = token_dtype(n_vocab)
     try:
         size = path.stat().st_size
@@ -162,7 +172,7 @@ def _open_shard(path: Path, n_tokens: int, n_vocab: int) -> np.memmap:
     expected = HEADER.pack(MAGIC, VERSION, dtype.itemsize, n_tokens)
     if header != expected or size != HEADER.size + n_tokens * dtype.itemsize:
         raise UserError(
-            f"the shard {path} is damaged: header or size ({size:,} bytes) do not fit the manifest's "
-            f"{n_tokens:,} tokens of {dtype.itemsize} bytes; prepare the dataset again."
+            f"the shard {path} is damaged: its header or its size of {size:,} bytes does not match the manifest, "
+            f"which says {n_tokens:,} tokens of {dtype.itemsize} bytes; prepare the dataset again."
         )
     return np.memmap(path, dtype=dtype, mode="r", offset=HEADER.size, shape=(n_tokens,))

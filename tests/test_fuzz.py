@@ -200,7 +200,7 @@ def test_prompts_with_half_a_surrogate_pair(world):
         read_prompt(SampleConfig(prompt="a\ud800"))
     with pytest.raises(UserError, match="not UTF-8 at byte 1: convert it to UTF-8"):
         read_prompt(SampleConfig(prompt="a\udc80"))  # as Python has a byte of the command line
-    with pytest.raises(UserError, match=r"no Unicode at character 3 \('\\udc80'\)"):
+    with pytest.raises(UserError, match=r"not valid Unicode at character 3 \('\\udc80'\)"):
         world.run.tokenizer.encode_prompt("abc\udc80<|meta|>")
 
 
@@ -242,6 +242,6 @@ def test_a_spare_row_is_no_token(world):
     """Ids between the markers and n_vocab have a row of the embedding and no text: decoding one ended in KeyError."""
     tokenizer = world.run.tokenizer
     for token in (tokenizer.meta + 1, tokenizer.n_vocab, -1):
-        with pytest.raises(UserError, match=f"{token} is no id of the tokenizer"):
+        with pytest.raises(UserError, match=f"{token} is not an id of the tokenizer"):
             tokenizer.decode([5, token])
     assert tokenizer.decode([tokenizer.meta, tokenizer.eot]) == "<|meta|><|endoftext|>"

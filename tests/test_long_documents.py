@@ -142,10 +142,11 @@ def test_parts_merged_equal_one(folder):
 def test_it_is_said_at_the_end_and_by_inspect(folder):
     short = manifest(folder / "data/long")["too_short"]
     sentence = (
-        f"  {short['documents']} of {short['of_documents']} documents, {short['tokens']:,} of {short['of_tokens']:,} "
-        f"content tokens, were left out as too short: each had fewer than {N} tokens (min_document_tokens)\n"
+        f"  left out as too short: {short['documents']} of {short['of_documents']} documents, with {short['tokens']:,} "
+        f"of {short['of_tokens']:,} content tokens, because each of them had fewer than {N} tokens "
+        "(min_document_tokens)\n"
     )
-    skipped = "  1 documents were skipped:\n"
+    skipped = "  1 document was skipped:\n"
     assert sentence + skipped in run(folder, "--name=said", LONG)
     for name, said in (("long", sentence + skipped), ("all", skipped)):
         out = io.StringIO()
@@ -191,9 +192,9 @@ def test_nothing_left_is_one_sentence_and_harms_nothing(folder):
     before = tree(folder)
     for n, where in ((least + 1, loser), (max(longest.values()) + 1, "train and val")):
         error = refusal(cli("prepare.py", *FILES, "--name=x", f"--min_document_tokens={n}", cwd=folder))
-        assert f"min_document_tokens={n} leaves no document in {where}, the longest has " in error
+        assert f"min_document_tokens={n} leaves no document in {where}, because the longest has " in error
         assert all(f"{longest[split]} tokens in {split}" in error for split in SPLITS)
-        assert error.endswith(f"make it {least} at most, or give longer documents.\n")
+        assert error.endswith(f"lower it to {least} or less, or give longer documents.\n")
     # what is left fills no chunk
     args = override(FILES, "--chunk_content=1000000", "--name=x", LONG)
     error = refusal(cli("prepare.py", *args, cwd=folder))

@@ -76,19 +76,25 @@ def test_parts_that_do_not_fit_together_are_refused(whole):
     before = tree(whole)
     a1, a2 = "data/a.part1of2", "data/a.part2of2"
     for parts, sentence in (
-        ((a1, "data/b.part2of2"), "do not fit together (seed=5 against seed=1337): prepare both with one command"),
+        (
+            (a1, "data/b.part2of2"),
+            "do not fit together (seed=5 against seed=1337): prepare both with the same settings",
+        ),
         ((a1, "data/c.part2of3"), "do not fit together (one of 3 parts against one of 2 parts)"),
         ((a1,), "unit 1 of 29 is in none of the parts"),
-        ((a1, "data/cut"), "is in none of the parts: give all of them"),
+        ((a1, "data/cut"), "is in none of the parts: give all parts"),
         ((a1, "data/flipped"), f"data/flipped/{victim.name} is damaged (its sha256 is "),
         ((a1, a1), "give every part once"),
-        ((a1, "data/whole"), "data/whole is no part of a dataset (plan.json is missing)"),
-        ((a1, a2, "--seed=2"), "seed=2 comes too late: the parts were prepared with 1337"),
+        ((a1, "data/whole"), "data/whole is not a part of a dataset (plan.json is missing)"),
+        (
+            (a1, a2, "--seed=2"),
+            "seed=2 cannot be set when merging, because the parts were prepared with seed=1337: leave it out",
+        ),
         ((a1, a2, "--name=whole"), "data/whole exists"),
     ):
         assert sentence in refusal(cli("prepare.py", "--merge", *parts, cwd=whole))
     for args, sentence in (
-        (("--part=1/31",), "the source has 29 units to share"),
+        (("--part=1/31",), "part=1/31 asks for more parts than the source has units: use 29 parts or fewer"),
         (("--part=3/2",), "part='3/2' is out of range"),
         (("--part=1",), "part='1' is out of range"),
     ):
@@ -169,13 +175,13 @@ def test_killed_and_started_again(slow_folder, number):
         assert process.returncode == -signal.SIGKILL
     else:
         assert process.returncode == 130 and error == "interrupted\n"
-        assert "what is tokenized is kept in data/.cut.partial" in out
+        assert "the tokenized text is kept in data/.cut.partial: give the same command again to continue" in out
     assert not (slow_folder / "data/cut").exists()
     assert "differs from this one (seed=7 against seed=1337)" in refusal(
         cli("prepare.py", *FILES, "--name=cut", "--seed=7", cwd=slow_folder)
     )
     out = run(slow_folder, "--name=cut")
-    assert "going on in data/.cut.partial: " in out
+    assert "continuing the preparation in data/.cut.partial: " in out
     assert content(slow_folder / "data/cut") == content(slow_folder / "data/straight")
     assert not list((slow_folder / "data").glob(".cut*"))
     shutil.rmtree(slow_folder / "data/cut")

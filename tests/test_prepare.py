@@ -1,8 +1,12 @@
+import io
 import json
 import re
+import time
 
 import pytest
+from rich.console import Console
 
+from nanometa import prepare as module
 from nanometa.common.files import file_sha256
 from nanometa.config import PrepareConfig
 from nanometa.data.tokenizer import Tokenizer
@@ -83,6 +87,15 @@ def test_a_bpe_is_trained_on_the_train_split_alone(folder):
     assert manifest(folder / "data/b")["splits"]["val"]["bytes"] > manifest(folder / "data/a")["splits"]["val"]["bytes"]
 
 
+def test_training_a_bpe_says_that_it_goes_on(monkeypatch):
+    monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.01)
+    for terminal, said in ((False, r"(training: 0 s so far\n){2,}"), (True, r"(?s).*training.*0:00:00.*")):
+        out = io.StringIO()
+        with module.heartbeat(Console(file=out, force_terminal=terminal), "training"):
+            time.sleep(0.2)
+        assert re.fullmatch(said, out.getvalue())
+
+
 def test_unreadable_documents_are_counted_and_named(folder):
     (folder / "texts/latin1.txt").write_bytes("caf\xe9 ".encode("latin-1") * 10)
     (folder / "texts/empty.txt").write_bytes(b"")
@@ -90,7 +103,7 @@ def test_unreadable_documents_are_counted_and_named(folder):
     facts = manifest(folder / "data/bad")
     assert facts["documents_skipped"] == 1
     assert facts["skipped"] == [["texts/latin1.txt", "not UTF-8 at byte 3"]]
-    assert "1 documents were skipped" in out and "texts/latin1.txt: not UTF-8 at byte 3" in out
+    assert "1 document was skipped" in out and "texts/latin1.txt: not UTF-8 at byte 3" in out
 
 
 def test_another_datasets_tokenizer(folder):

@@ -228,7 +228,7 @@ def test_windows_are_stretched_from_the_first_one():
 @pytest.mark.parametrize(
     ("settings_", "sentence"),
     [
-        ({"rope_dynamic": True}, "does nothing with rope_scaling=none"),
+        ({"rope_dynamic": True}, "rope_dynamic has no effect with rope_scaling=none: add --rope_scaling=yarn"),
         ({"rope_factor": 4.0, "position": "learned"}, "rope_scaling=none by 4 needs position=rope"),
         ({"rope_scaling": "yarn", "rope_factor": 0.5}, "rope_factor=0.5 is out of range"),
         ({"rope_scaling": "yarn", "yarn_beta_slow": 40.0}, "yarn_beta_slow=40.0 is out of range"),

@@ -168,8 +168,10 @@ def test_broken_lines_are_counted_by_file_and_line(tmp_path):
     skipped = [(int(item.where.rsplit(":", 1)[1]), item.reason) for item in items if isinstance(item, Skipped)]
     assert [line for line, _ in skipped] == [3, 4, 5, 6, 7, 8, 10]
     reasons = [reason for _, reason in skipped]
-    assert "no JSON" in reasons[0] and "no 'text'" in reasons[1] and "NoneType" in reasons[2] and "int" in reasons[3]
-    assert "no 'text'" in reasons[4] and "no Unicode" in reasons[5] and "no JSON" in reasons[6]
+    assert (
+        "invalid JSON" in reasons[0] and "no 'text'" in reasons[1] and "NoneType" in reasons[2] and "int" in reasons[3]
+    )
+    assert "no 'text'" in reasons[4] and "invalid Unicode" in reasons[5] and "invalid JSON" in reasons[6]
 
 
 def damaged(formats, tmp_path, name: str, cut: int | None = None, flip: bool = False) -> list:
@@ -203,8 +205,8 @@ def test_skipped_rows_reach_the_screen_and_the_manifest(tmp_path):
     result = cli("prepare.py", "--source=files", "--files=a.jsonl", "--name=a", *SMALL, cwd=tmp_path)
     assert (
         result.returncode == 0
-        and b"1 documents were skipped" in result.stdout
-        and b"a.jsonl:8: no JSON" in result.stdout
+        and b"1 document was skipped" in result.stdout
+        and b"a.jsonl:8: invalid JSON" in result.stdout
     )
     facts = manifest(tmp_path / "data/a")
     assert facts["documents_skipped"] == 1 and facts["skipped"][0][0] == "a.jsonl:8"
@@ -218,10 +220,10 @@ def test_skipped_rows_reach_the_screen_and_the_manifest(tmp_path):
         (["--source=hf", "--hf_dataset=hub", "--text_column=bdy"], ["its columns are id, body"]),
         (["--source=hf", "--hf_dataset=hub", "--hf_split=test"], ["could not be opened", "Bad split: test"]),
         (["--source=hf", "--hf_dataset=allenai/c4", "--hf_config=en"],
-         ["'allenai/c4' (configuration en, split train) could not be opened", "python prepare.py takes the standard"]),
+         ["'allenai/c4' (configuration en, split train) could not be opened", "library with python prepare.py"]),
         (["--source=hf"], ["source=hf needs hf_dataset"]),
         (["--source=packages"], ["source=packages needs packages"]),
-        (["--source=packages", "--packages=numpy==0.1"], ["0.1 is asked for: pip install numpy==0.1"]),
+        (["--source=packages", "--packages=numpy==0.1"], ["is installed, but 0.1 is required: pip install numpy==0.1"]),
         (["--packages=numpy"], ["--packages has no effect: it is only used with --source=packages"]),
         (["--files=empty/*.jsonl"], ["there is no text in files empty/*.jsonl: give files"]),
     ],

@@ -336,7 +336,10 @@ def test_wandb_offline_writes_into_the_run(workdir):
             ),
             "meta_position=none has no effect, because data/n has no markers: set --meta_position=same",
         ),
-        (("--run_name=new", "--second_attention=random", "--meta_position=none"), "random runs without: leave one out"),
+        (
+            ("--run_name=new", "--second_attention=random", "--meta_position=none"),
+            "random has none: leave one of them out",
+        ),
         (("--out_dir=.", "--run_name=texts", "--init_from=auto"), "texts exists, but train.py did not make it"),
     ],
 )
