@@ -71,7 +71,7 @@ class Trainer:
         dist.agree("folder", self._take_folder)
         self.log = RunLog(self.run_dir, self.cfg, self.facts, self.step if saved else -1, dist.is_main)
         start = f"resumed from {saved.folder} at step {saved.step:,}; " if self._is_own(saved) else ""
-        self._introduce([*notes, f"weights: {start}started from {self.origin}", verified], why_dtype, no_compile)
+        self._introduce([*notes, f"{start}started from {self.origin}", verified], why_dtype, no_compile)
 
     def _open_data(self, cfg: TrainConfig, notes: list[str]) -> Checkpoint | None:
         """Opens the data and the checkpoint that the run continues, and completes the settings.
@@ -153,7 +153,7 @@ class Trainer:
     def _introduce(self, notes: list[str], why_dtype: str, no_compile: str | None) -> None:
         """Prints what is trained, on which data, from which weights and on which device."""
         cfg, arm = self.cfg, messages.arm_name(self.cfg.model, bool(self.facts["chunk_markers"]))
-        on = f"the tasks {', '.join(cfg.task.tasks)}" if cfg.task.tasks else cfg.dataset
+        on = f"texts of {', '.join(cfg.task.tasks)}" if cfg.task.tasks else cfg.dataset
         for line in (
             f"{cfg.run_name}: training the {arm} arm on {on}; all files go to {self.run_dir}",
             messages.settings_line(cfg),
