@@ -141,7 +141,7 @@ def test_a_reader_that_leaves_gets_no_traceback(workdir):
         ),
         (("--show_batch=0", "--batch_size=7"), "batch_size=7 windows cannot be split over 1 processes"),
         (("--show_batch=0", "--dataset=data/nothing"), "there is no dataset in data/nothing"),
-        (("--show_batch=0", "--block_size=33"), "take --block_size=32 or 64"),
+        (("--show_batch=0", "--block_size=33"), "use --block_size=32 or 64"),
     ],
 )
 def test_bad_input(workdir, monkeypatch, args, sentence):

@@ -306,7 +306,7 @@ def test_wandb_offline_writes_into_the_run(workdir):
         (("--init_from=resume", "--seed=2"), "seed=2 differs from seed=1337 of out/straight/"),
         (("--init_from=resume", "--dataset=data/p"), "data/p is not the dataset of .*train_000000.bin"),
         (("--run_name=new", "--dataset=data/nothing"), "there is no dataset in data/nothing"),
-        (("--run_name=new", "--block_size=33"), "take --block_size=32 or 64"),
+        (("--run_name=new", "--block_size=33"), "use --block_size=32 or 64"),
         (("--run_name=new", "--block_size=32000"), "fewer than one window"),
         (
             ("--run_name=new", "--vocab_size=999"),
