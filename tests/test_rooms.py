@@ -23,7 +23,7 @@ ORDER = (
 )  # fmt: skip
 COMMANDS = ("prepare", "train", "sample", "eval", "probe", "report", "bench")
 FILES = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in (".venv", "records", "out")]
-PRODUCT = [path for path in FILES if path.relative_to(ROOT).parts[0] not in ("tests", "nanometa")]
+PRODUCT = [path for path in FILES if path.relative_to(ROOT).parts[0] not in ("tests", "nanometa", "docs")]
 
 
 def room_of(path: Path) -> str:
