@@ -243,7 +243,7 @@ def test_what_is_typed_must_agree_with_the_run_that_is_taken_over(workdir, tmp_p
             match=f"^{said} differs from {said.partition('=')[0]}=.* of the model in {base}/best_00000010, which",
         ):
             train_main([*argv, f"--init_from={base}", "--run_name=refused"])
-    with pytest.raises(UserError, match="^dataset=data/u has no effect: because the texts of the tasks are generated"):
+    with pytest.raises(UserError, match="^dataset=data/u has no effect, because the texts of the tasks are generated"):
         train_main([tiny_tasks, "--dataset=data/u", f"--init_from={base}", "--run_name=refused"])
     # recipes for all arms say nothing of their model
     for name in ("finetune_tasks", "tiny_tasks"):
