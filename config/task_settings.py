@@ -26,8 +26,8 @@ class TaskConfig(Settings):
     the paper; every: after every list or span; none: nowhere, an ordinary word points instead; background: at random
     positions, and an ordinary word points"""
     curriculum_steps: int = setting(0, only_with={"tasks": SET})
-    """number of first steps in which the maximum length and the level grow, in five phases, from 32 positions and easy;
-    0 = no curriculum"""
+    """number of initial steps with a curriculum: the maximum length and the level grow in five phases, starting at 32
+    positions and level easy; 0 = no curriculum"""
     loss_on: Literal["answer", "all"] = setting("answer", only_with={"tasks": SET})
     """tokens to train on: only the answers, or all content tokens"""
     meta_share: float = setting(0.1, only_with={"placements": SCATTERED_PLACEMENTS})

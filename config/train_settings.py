@@ -52,7 +52,7 @@ class TrainConfig(Settings):
     lr_decay_steps: int | None = setting(None, only_with={"schedule": ("cosine", "wsd")}, on_resume="may change")
     """step at which the schedule reaches min_lr; None = max_steps"""
     decay_fraction: float = setting(0.2, only_with={"schedule": ("wsd",)}, on_resume="may change")
-    """share of lr_decay_steps, at their end, in which wsd decays"""
+    """the wsd schedule decays during this last share of lr_decay_steps"""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the weight matrices of the blocks and AdamW for all other parameters; Muon's updates are scaled to
     the size of AdamW's, so learning_rate has the same meaning"""
