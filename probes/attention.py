@@ -36,10 +36,19 @@ from nanometa.config.checks import check
 from nanometa.evals.common import check_finite
 from nanometa.evals.tasks import about, texts
 from nanometa.inference.scoring import hidden_states
-from nanometa.probes.calls import SMALL, call, in_row
-from nanometa.probes.heads import FIRST, SECOND, Rows, seen
-from nanometa.probes.marks import MarksProbe, answer_in_text, asked_at, batches, mark_name, mark_of, marks, name_of
+from nanometa.probes.heads import FIRST, SECOND, HeadInputs, observe_heads
+from nanometa.probes.marked_texts import (
+    MarkedTextsProbe,
+    answer_position,
+    answer_query_position,
+    batches,
+    cell_name,
+    mark_id,
+    mark_name,
+    marks,
+)
 from nanometa.probes.positions import under
+from nanometa.probes.probe_command import SMALL, run_probe, short_verdict
 from nanometa.reports.inside_pictures import attention_picture
 from nanometa.reports.theorem import boosted_entropy
 from nanometa.tasks.example import Example, Maker
@@ -50,7 +59,7 @@ SCORES = 2**23  # logits of one attention at once: 32 MB in fp32, and some copie
 
 
 @dataclass(frozen=True)
-class AttentionProbe(MarksProbe):
+class AttentionProbe(MarkedTextsProbe):
     """Logit boost and entropy drop of every head, meta-tokens as trained against zeroed."""
 
     margin: float = 0.1
@@ -64,18 +73,18 @@ class AttentionProbe(MarksProbe):
         check(self, "effect", 0 <= self.effect < 100, "be at least 0 and below 100")
 
     def makers(self, run: Run, placements: tuple[str, ...] = ()) -> list[tuple[Maker, str, int]]:
-        with seen(run.model, lambda *_: None):  # a model whose heads cannot be read is refused with the rest
+        with observe_heads(run.model, lambda *_: None):  # a model whose heads cannot be read is refused with the rest
             return super().makers(run, placements)
 
 
 def main(cfg: AttentionProbe) -> None:
-    call(cfg, "attention", (), CLAIMS, lambda *cell: measure(*cell, cfg.n), table, attention_picture)
+    run_probe(cfg, "attention", (), CLAIMS, lambda *cell: measure_attention(*cell, cfg.n), table, attention_picture)
 
 
 # ----------------------------------------------------------------------------- what is measured
 
 
-def measure(run: Run, maker: Maker, level: str, length: int, n: int) -> list[dict]:
+def measure_attention(run: Run, maker: Maker, level: str, length: int, n: int) -> list[dict]:
     """One cell -> a line a head, and before those of an attention one of all its heads (layer and head None); says the
     latter as soon as they are measured."""
     started = time.perf_counter()
@@ -126,18 +135,18 @@ def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, 
     m, parts = run.model.cfg, []
     longest = max(len(example.ids) for example in examples)
     for rows, batch in batches(run, examples, SCORES // (m.n_head * longest**2)):
-        places = Places(run, maker, examples[rows], batch.tokens.size(1), batch.tokens.device)
+        places = QueryPositions(run, maker, examples[rows], batch.tokens.size(1), batch.tokens.device)
         looks: dict[str, dict[tuple[int, str], dict[str, torch.Tensor]]] = {}
         for condition in ("full", "no_embedding"):
             look = looks[condition] = {}
 
-            def see(layer: int, which: str, of: Rows, look=look, places=places):
+            def see(layer: int, which: str, of: HeadInputs, look=look, places=places):
                 # what random connects is no mark; and there may be none, with placement none
                 if which == FIRST or (m.second.connects != "random" and of.at.size(1)):
                     gathered = which == SECOND and m.second.gathers
                     look[layer, which] = (among_marks if gathered else after_marks)(of, places)
 
-            with under(run.model, mark_of(maker), condition), seen(run.model, see):
+            with under(run.model, mark_id(maker), condition), observe_heads(run.model, see):
                 hidden = hidden_states(run.model, batch)
             check_finite(run, hidden.sum().float().cpu().numpy())
         parts.append({key: paired(full, looks["no_embedding"][key]) for key, full in looks["full"].items()})
@@ -146,14 +155,15 @@ def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, 
     }
 
 
-class Places:
+class QueryPositions:
     """Of a batch of texts (B, T): which positions are asked, and where what they look at stands."""
 
     def __init__(self, run: Run, maker: Maker, examples: list[Example], T: int, device: torch.device):
         last = [int(marks(maker, example)[-1]) for example in examples]
-        answers = [answer_in_text(maker, example) for example in examples]
-        self.last, self.asked = (
-            torch.tensor(of, device=device) for of in (last, [asked_at(run, example) for example in examples])
+        answers = [answer_position(maker, example) for example in examples]
+        self.last, self.answer_query = (
+            torch.tensor(of, device=device)
+            for of in (last, [answer_query_position(run, example) for example in examples])
         )
         self.answer = torch.tensor([-1 if at is None else at for at in answers], device=device)
         self.is_mark = torch.zeros(len(examples), T, dtype=torch.bool, device=device)
@@ -165,32 +175,35 @@ class Places:
         self.queries = (at > self.last[:, None]) & (at < ends[:, None])
 
 
-def after_marks(rows: Rows, places: Places) -> dict[str, torch.Tensor]:
+def after_marks(rows: HeadInputs, places: QueryPositions) -> dict[str, torch.Tensor]:
     """Of an attention over all positions: what is measured (B, H, T) under one condition, NaN where nothing is."""
     logits = rows.logits()
     B, H, T, _ = logits.shape
     out, p = sharpness(logits, rows, places.queries)
-    asked, queries = places.queries[:, None], torch.arange(T, device=logits.device)
+    is_query, queries = places.queries[:, None], torch.arange(T, device=logits.device)
     column = places.last[:, None, None, None].expand(B, H, T, 1)
     # only where it is seen: a logit of -inf has no difference
-    out["logit_mark"] = logits.gather(3, column)[..., 0].masked_fill(~asked, math.nan)
-    out["p_mark"] = p.gather(3, column)[..., 0].masked_fill(~asked, math.nan)
-    out["on_marks"] = (p @ places.is_mark[:, None, :, None].to(p)).squeeze(-1).masked_fill(~asked, math.nan)
+    out["logit_mark"] = logits.gather(3, column)[..., 0].masked_fill(~is_query, math.nan)
+    out["p_mark"] = p.gather(3, column)[..., 0].masked_fill(~is_query, math.nan)
+    out["on_marks"] = (p @ places.is_mark[:, None, :, None].to(p)).squeeze(-1).masked_fill(~is_query, math.nan)
     column = places.answer.clamp(min=0)[:, None, None, None].expand(B, H, T, 1)
-    predicts = (queries == places.asked[:, None]) & (places.answer >= 0)[:, None]
+    predicts = (queries == places.answer_query[:, None]) & (places.answer >= 0)[:, None]
     out["logit_answer"] = logits.gather(3, column)[..., 0].masked_fill(~predicts[:, None], math.nan)
     return out
 
 
-def among_marks(rows: Rows, places: Places) -> dict[str, torch.Tensor]:
+def among_marks(rows: HeadInputs, places: QueryPositions) -> dict[str, torch.Tensor]:
     """The same of an attention that connects marks alone, of those that see another one: (B, H, M)."""
     T, order = places.is_mark.size(1), torch.arange(rows.at.size(1), device=rows.at.device)
     return sharpness(rows.logits(), rows, (rows.at < T) & (order > 0))[0]
 
 
-def sharpness(logits: torch.Tensor, rows: Rows, asked: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """logits (B, H, N, N), asked (B, N) bool -> (B, H, N) largest logit, entropy, the same over the log of the number
-    of keys, weight on the first key, number of keys, NaN where nothing is asked; and all weights (B, H, N, N)."""
+def sharpness(
+    logits: torch.Tensor, rows: HeadInputs, is_query: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Returns, for logits (B, H, N, N) and is_query (B, N), figures (B, H, N) of each query: largest logit, entropy,
+    entropy over the log of the number of keys, weight on the first key and number of keys, NaN where a position is no
+    query; and all weights (B, H, N, N)."""
     logp = logits.log_softmax(-1)
     p = logp.exp()
     H = -(p * logp.masked_fill_(logp == -math.inf, 0)).sum(-1)
@@ -200,7 +213,7 @@ def sharpness(logits: torch.Tensor, rows: Rows, asked: torch.Tensor) -> tuple[di
         "max": logits.amax(-1), "entropy": H, "normalised": H / keys.clamp(min=2).log(), "sink": p[..., 0],
         "keys": keys.to(H),
     }  # fmt: skip
-    return {name: value.masked_fill(~asked[:, None], math.nan) for name, value in out.items()}, p
+    return {name: value.masked_fill(~is_query[:, None], math.nan) for name, value in out.items()}, p
 
 
 def paired(full: dict[str, torch.Tensor], zeroed: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -226,7 +239,7 @@ def progress(cell: list[dict]) -> str:
     """A cell for a person, as soon as it is measured."""
     pooled = [line for line in cell if line["layer"] is None]
     said = "  ".join(f"{line['attention']}: boost {line['boost']:+.2f} drop {line['drop']:+.2f}" for line in pooled)
-    return f"{name_of(cell[0])}  {said}  {cell[0]['seconds']:.1f} s"
+    return f"{cell_name(cell[0])}  {said}  {cell[0]['seconds']:.1f} s"
 
 
 def table(lines: list[dict]) -> str:
@@ -237,7 +250,7 @@ def table(lines: list[dict]) -> str:
         if now != cell:
             cell = now
             few = ", a softmax over few keys" if line["keys"] < 8 else ""
-            out.append(f"{name_of(line)}  {line['attention']} attention, {line['keys']:.1f} keys a query{few}; mark: "
+            out.append(f"{cell_name(line)}  {line['attention']} attention, {line['keys']:.1f} keys a query{few}; mark: "
                        f"{line['mark']}; n = {line['n']}")  # fmt: skip
             weights = "sink         marks        applies" if "on_marks" in line else "sink"
             out.append(f"  head       {'boost':<50}{'drop':<50}{weights}")
@@ -257,7 +270,7 @@ def table(lines: list[dict]) -> str:
 
 def _claim(line: dict, claim: str) -> str:
     low, high = line[f"{claim}_interval"]
-    return f"{line[claim]:+.2f} ({low:+.2f} .. {high:+.2f}) {in_row(line[f'{claim}_verdict'])}".ljust(50)
+    return f"{line[claim]:+.2f} ({low:+.2f} .. {high:+.2f}) {short_verdict(line[f'{claim}_verdict'])}".ljust(50)
 
 
 def _weights(line: dict) -> str:

@@ -20,7 +20,7 @@ NARROW = -2.0  # ln sigma^2 at first: codes tell something before they pay; from
 
 
 class Source(NamedTuple):
-    """N texts: what is known of each, and what is asked."""
+    """N texts: the state of each, its question and its labels."""
 
     states: torch.Tensor  # (N, C)
     query: torch.Tensor  # (N, q) int64: what the question says, as q numbers below some Q; q may be 0
@@ -69,10 +69,10 @@ def drawn(seed: int, C: int, Q: int, K: int, how: Training, bias: torch.Tensor) 
         "out": torch.zeros(Z, K), "out_bias": bias,
     }  # fmt: skip
     if not H:
-        return weights | {"asked": torch.zeros(Q, K)}
-    asked = how.gates * torch.randn(Q, 2 * H, generator=generator)
+        return weights | {"question": torch.zeros(Q, K)}
+    question = how.gates * torch.randn(Q, 2 * H, generator=generator)
     return weights | {
-        "asked": asked, "inner": matrix(Z, H), "inner_bias": torch.zeros(H), "inner_out": torch.zeros(H, K),
+        "question": question, "inner": matrix(Z, H), "inner_bias": torch.zeros(H), "inner_out": torch.zeros(H, K),
     }  # fmt: skip
 
 
@@ -86,13 +86,13 @@ def forward(weights: dict, states, query, noise) -> tuple[torch.Tensor, torch.Te
     rates = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=-1)
     z = mean + noise * (0.5 * log_variance).exp()
     # each probe has its own vector for what is said: the tables, one below the other
-    tables, first = weights["asked"], torch.arange(len(query), device=query.device) * weights["asked"].size(1)
-    asked = F.embedding(query + first[:, None, None], tables.flatten(0, 1)).sum(dim=2)  # (P, B, K or 2H)
+    tables, first = weights["question"], torch.arange(len(query), device=query.device) * weights["question"].size(1)
+    question = F.embedding(query + first[:, None, None], tables.flatten(0, 1)).sum(dim=2)  # (P, B, K or 2H)
     outputs = affine(z, "out")
     if "inner" not in weights:
-        return outputs + asked, rates
-    # it gates: to look up what is asked for is a product of question and code
-    gate, shift = asked.chunk(2, dim=-1)
+        return outputs + question, rates
+    # the question gates, since a lookup is a product of question and code
+    gate, shift = question.chunk(2, dim=-1)
     return outputs + F.gelu(affine(z, "inner") * (1 + gate) + shift) @ weights["inner_out"], rates
 
 
@@ -181,7 +181,9 @@ def fit(train: Source, val: Source, K: int, Q: int, members: list[Member], how: 
 
 
 @torch.no_grad()
-def measure(weights: dict, source: Source, members: list[Member], how: Training) -> tuple[torch.Tensor, torch.Tensor]:
+def measure_bottlenecks(
+    weights: dict, source: Source, members: list[Member], how: Training
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Distortion and rate of every text -> (P, N) each, the distortion as a mean over draws of z."""
     P, N = len(members), len(source.states)
     generator = torch.Generator().manual_seed(0)

@@ -16,7 +16,7 @@ from nanometa.model import GPT
 FIRST, SECOND = "causal", "second"  # the attentions of a block, as lines name them
 
 
-class Rows(NamedTuple):
+class HeadInputs(NamedTuple):
     """What one attention compares: N rows of each of B texts, all T positions or those that a second attention
     gathers, in increasing order."""
 
@@ -36,8 +36,8 @@ class Rows(NamedTuple):
 
 
 @contextlib.contextmanager
-def seen(model: GPT, see: Callable[[int, str, Rows], None]) -> Iterator[None]:
-    """In `with`: every forward calls see(layer, FIRST or SECOND, Rows) for each attention, in the model's order.
+def observe_heads(model: GPT, see: Callable[[int, str, HeadInputs], None]) -> Iterator[None]:
+    """In `with`: every forward calls see(layer, FIRST or SECOND, HeadInputs) for each attention, in the model's order.
     Raises UserError for a dynamic scale, under which a key has no one angle."""
     if model.cfg.rope_dynamic:
         raise UserError("rope_dynamic turns every key anew for each query, and heads are read with one angle a key: "
@@ -46,19 +46,19 @@ def seen(model: GPT, see: Callable[[int, str, Rows], None]) -> Iterator[None]:
         for layer, block in enumerate(model.h):
             for which, attention in ((FIRST, block.attn), (SECOND, getattr(block, "second_attn", None))):
                 if attention is not None:
-                    one = _Look(see, layer, which, attention.n_head)
-                    hooks.enter_context(attention.register_forward_pre_hook(one.asked))
-                    hooks.enter_context(attention.c_attn.register_forward_hook(one.projected))
+                    one = _HeadHooks(see, layer, which, attention.n_head)
+                    hooks.enter_context(attention.register_forward_pre_hook(one.before_attention))
+                    hooks.enter_context(attention.c_attn.register_forward_hook(one.after_projection))
         yield
 
 
-class _Look:
+class _HeadHooks:
     """Two hooks on one attention: the first hears how q and k are to be turned, the second sees them."""
 
     def __init__(self, see: Callable, layer: int, which: str, n_head: int):
         self.see, self.n_head = functools.partial(see, layer, which), n_head
 
-    def asked(self, attention, inputs: tuple) -> None:
+    def before_attention(self, attention, inputs: tuple) -> None:
         x, *rest = inputs
         self.window = attention.window
         self.T, self.index = x.size(1), None
@@ -67,11 +67,11 @@ class _Look:
         self.rotate = rest[0]
 
     @torch.no_grad()
-    def projected(self, c_attn, inputs: tuple, qkv: torch.Tensor) -> None:  # (B, N, 3C)
+    def after_projection(self, c_attn, inputs: tuple, qkv: torch.Tensor) -> None:  # (B, N, 3C)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.n_head)
         if self.rotate is not None:
             q, k = self.rotate(q), self.rotate(k)
         at = self.index
         if at is None:
             at = torch.arange(self.T, device=qkv.device).expand(len(qkv), -1)
-        self.see(Rows(q.float(), k.float(), v.float(), at, self.window))
+        self.see(HeadInputs(q.float(), k.float(), v.float(), at, self.window))

@@ -1,8 +1,9 @@
 """python probe.py patching: is what the answer needs read from the meta-token?
 
-A run reads a text, and at one place the state that enters a block (probes/trace.py) is replaced by the one that another
-text, the donor, has at its place of the same kind. The position stays the text's own: only the vector is the donor's,
-and the donor is a text with another answer whose mark stands at the same position, or if there is none, the nearest.
+The run reads a text, and at one position the state that enters a block (probes/residual_stream.py) is replaced by the
+state of another text, the donor, at its position of the same kind. The position stays the text's own: only the vector
+comes from the donor. The donor is a text with another answer whose mark stands at the same position, or else the
+nearest such text.
 
     mark      the mark that ends the span that is asked about: with placement target and background a meta-token (with
               background, where none points, the last one), with none the word "mark", with every the meta-token at the
@@ -37,19 +38,19 @@ from nanometa.config.checks import check
 from nanometa.evals.common import check_finite
 from nanometa.evals.tasks import about, texts
 from nanometa.inference.scoring import hidden_states
-from nanometa.probes.calls import SMALL, call, in_row
-from nanometa.probes.marks import (
-    MarksProbe,
-    answer_in_text,
-    asked_at,
+from nanometa.probes.marked_texts import (
+    MarkedTextsProbe,
+    answer_position,
+    answer_query_position,
     batches,
+    cell_name,
     mark_name,
     marks,
-    name_of,
-    ordinary_at,
-    target_mark,
+    random_ordinary_position,
+    span_end_mark,
 )
-from nanometa.probes.trace import replaced, states
+from nanometa.probes.probe_command import SMALL, run_probe, short_verdict
+from nanometa.probes.residual_stream import record_states, replace_state
 from nanometa.reports.inside_pictures import patching_picture
 from nanometa.reports.markup import percent, points, span
 from nanometa.tasks.example import Example, Maker
@@ -60,7 +61,7 @@ CLAIMS = {"needed": "kept", "carried": "donor"}  # claim -> the share that it is
 
 
 @dataclass(frozen=True)
-class PatchingProbe(MarksProbe):
+class PatchingProbe(MarkedTextsProbe):
     """What answers become where a state is replaced by another text's."""
 
     sites: tuple[Literal["mark", "marks", "after", "ordinary", "answer", "asked"], ...] = ()
@@ -80,15 +81,17 @@ class PatchingProbe(MarksProbe):
 
 def main(cfg: PatchingProbe) -> None:
     def of_cell(*cell) -> list[dict]:
-        return measure(*cell, cfg.n, cfg.sites or SITES)
+        return measure_patching(*cell, cfg.n, cfg.sites or SITES)
 
-    call(cfg, "patching", ("target", "none"), tuple(CLAIMS), of_cell, table, patching_picture)
+    run_probe(cfg, "patching", ("target", "none"), tuple(CLAIMS), of_cell, table, patching_picture)
 
 
 # ----------------------------------------------------------------------------- what is measured
 
 
-def measure(run: Run, maker: Maker, level: str, length: int, n: int, names: tuple[str, ...] = SITES) -> list[dict]:
+def measure_patching(
+    run: Run, maker: Maker, level: str, length: int, n: int, names: tuple[str, ...] = SITES
+) -> list[dict]:
     """One cell -> a line for each site and layer; says each site as soon as it is measured."""
     examples = [example for example in texts(maker, level, length, n) if len(marks(maker, example))]
     firsts = np.array([example.ids[example.answers][0] for example in examples])  # first ids of the answers
@@ -122,14 +125,14 @@ def sites_of(run: Run, maker: Maker, examples: list[Example]) -> dict[str, np.nd
     """Site -> (N, k) positions; of `marks` the last one again and again in texts that have fewer than others."""
     found = [marks(maker, example).tolist() for example in examples]
     most = max(map(len, found))
-    mark = [target_mark(maker, example) for example in examples]
+    mark = [span_end_mark(maker, example) for example in examples]
     one = {
         "mark": mark,
         "after": [at + 1 for at in mark],
-        "ordinary": [ordinary_at(maker, example, i) for i, example in enumerate(examples)],
-        "asked": [asked_at(run, example) for example in examples],
+        "ordinary": [random_ordinary_position(maker, example, i) for i, example in enumerate(examples)],
+        "asked": [answer_query_position(run, example) for example in examples],
     }
-    answers = [answer_in_text(maker, example) for example in examples]
+    answers = [answer_position(maker, example) for example in examples]
     if None not in answers:
         one["answer"] = answers
     sites = {name: np.array(at)[:, None] for name, at in one.items()}
@@ -159,7 +162,7 @@ def read(run: Run, examples: list[Example], sites: dict[str, np.ndarray]):
     """Without a patch: the logits that predict the answer (N, content), and of each site what enters the blocks there
     (n_layer, N, k, C)."""
     logits, found = [], {site: [] for site in sites}
-    with states(run.model) as entering:
+    with record_states(run.model) as entering:
         for rows, batch in batches(run, examples):
             logits.append(answer_logits(run, hidden_states(run.model, batch), sites["asked"][rows, 0]))
             text = torch.arange(len(batch.tokens), device=batch.tokens.device)[:, None]
@@ -169,22 +172,24 @@ def read(run: Run, examples: list[Example], sites: dict[str, np.ndarray]):
     return torch.cat(logits), {site: torch.cat(of, dim=1) for site, of in found.items()}
 
 
-def patched(run: Run, examples: list[Example], layer: int, places, values, asked) -> torch.Tensor:
-    """The logits (N, content) with `values` (N, k, C) as what enters block `layer` at `places` (N, k); asked (N, 1)."""
+def patched(run: Run, examples: list[Example], layer: int, places, values, query_positions) -> torch.Tensor:
+    """Returns the logits (N, content) at query_positions (N, 1) when `values` (N, k, C) enter block `layer` at `places`
+    (N, k)."""
     out = []
     for rows, batch in batches(run, examples):
         with contextlib.ExitStack() as patches:
             for k in range(places.shape[1]):
                 at = torch.from_numpy(places[rows, k])
-                patches.enter_context(replaced(run.model, layer, at, values[rows, k]))
-            out.append(answer_logits(run, hidden_states(run.model, batch), asked[rows, 0]))
+                patches.enter_context(replace_state(run.model, layer, at, values[rows, k]))
+            out.append(answer_logits(run, hidden_states(run.model, batch), query_positions[rows, 0]))
     return torch.cat(out)
 
 
 @torch.no_grad()
-def answer_logits(run: Run, hidden: torch.Tensor, asked: np.ndarray) -> torch.Tensor:
-    """hidden (B, T, C), asked (B,) -> (B, content) on the CPU. Raises UserError for a model that gives no numbers."""
-    rows = hidden[torch.arange(len(hidden), device=hidden.device), torch.from_numpy(asked).to(hidden.device)]
+def answer_logits(run: Run, hidden: torch.Tensor, query_positions: np.ndarray) -> torch.Tensor:
+    """Returns the logits (B, content), on the CPU, of hidden (B, T, C) at query_positions (B,). Raises UserError if
+    they are not finite."""
+    rows = hidden[torch.arange(len(hidden), device=hidden.device), torch.from_numpy(query_positions).to(hidden.device)]
     logits = run.model.logits(rows)[:, : run.tokenizer.n_content].cpu()
     check_finite(run, logits.numpy())
     return logits
@@ -192,10 +197,10 @@ def answer_logits(run: Run, hidden: torch.Tensor, asked: np.ndarray) -> torch.Te
 
 def check_own(run: Run, examples: list[Example], places: np.ndarray) -> None:
     """A text's own state in its own place changes no bit, in any layer."""
-    asked = np.array([[asked_at(run, example)] for example in examples])
-    base, entering = read(run, examples, {"mark": places, "asked": asked})
+    query_positions = np.array([[answer_query_position(run, example)] for example in examples])
+    base, entering = read(run, examples, {"mark": places, "asked": query_positions})
     for layer in range(run.model.cfg.n_layer):
-        same = patched(run, examples, layer, places, entering["mark"][layer], asked)
+        same = patched(run, examples, layer, places, entering["mark"][layer], query_positions)
         assert torch.equal(same, base), f"layer {layer}: a text's own state in its own place changed the answer"
 
 
@@ -235,7 +240,7 @@ def progress(lines: list[dict]) -> str:
     """A site for a person, as soon as it is measured."""
     shares = "  ".join(f"{line['kept']:.1%} / {line['donor']:.1%}" for line in lines)
     seconds = sum(line["seconds"] for line in lines)
-    return f"{name_of(lines[0])}  {lines[0]['site']:<9} kept / donor by layer: {shares}  {seconds:.1f} s"
+    return f"{cell_name(lines[0])}  {lines[0]['site']:<9} kept / donor by layer: {shares}  {seconds:.1f} s"
 
 
 def table(lines: list[dict]) -> str:
@@ -246,7 +251,7 @@ def table(lines: list[dict]) -> str:
         if now != cell:
             cell = now
             out.append(
-                f"{name_of(line)}  mark: {line['mark']}; n = {line['n']}; without a patch "
+                f"{cell_name(line)}  mark: {line['mark']}; n = {line['n']}; without a patch "
                 f"{percent(line['kept_unpatched'])} % right; {percent(line['same_place'])} % of donors have the mark "
                 f"at the same position"
             )
@@ -263,7 +268,7 @@ def table(lines: list[dict]) -> str:
         f"Verdicts: by more than {percent(last['effect'])} points? {SMALL}: within the margin of "
         f"{percent(last['margin'])}. Holm over {last['comparisons']} comparisons, all of this checkpoint.",
         *filter(None, [too_few(lines)]),
-        *(said(lines, cell) for cell in dict.fromkeys(map(_cell, lines))),
+        *(conclusion(lines, cell) for cell in dict.fromkeys(map(_cell, lines))),
     ])  # fmt: skip
 
 
@@ -271,7 +276,7 @@ def _cell(line: dict) -> tuple:
     return line["task"], line["placement"], line["length"]
 
 
-def said(lines: list[dict], cell: tuple) -> str:
+def conclusion(lines: list[dict], cell: tuple) -> str:
     """Is it read from the mark? By the verdicts of one cell."""
     of = [line for line in lines if _cell(line) == cell and line["site"] in ("mark", "marks")]
     name = f"{cell[0]}, {cell[1]}, {cell[2]}: "
@@ -306,5 +311,5 @@ def said(lines: list[dict], cell: tuple) -> str:
 def _claim(line: dict, claim: str) -> str:
     share, (low, high) = CLAIMS[claim], line[f"{claim}_interval"]
     now = f"{percent(line[share])} ({span(*line[f'{share}_interval'])})"
-    change = f"{points(line[claim])} ({points(low)} .. {points(high)}) {in_row(line[f'{claim}_verdict'])}"
+    change = f"{points(line[claim])} ({points(low)} .. {points(high)}) {short_verdict(line[f'{claim}_verdict'])}"
     return f"{now:<23}{change:<50}"

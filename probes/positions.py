@@ -30,8 +30,14 @@ from nanometa.config.checks import check
 from nanometa.config.tasks import PLACEMENTS
 from nanometa.evals.tasks import about, read, texts
 from nanometa.model import GPT
-from nanometa.probes.calls import SMALL, earlier, in_row, keep, warned
-from nanometa.probes.marks import MarksProbe, knows_meta
+from nanometa.probes.marked_texts import MarkedTextsProbe, knows_meta
+from nanometa.probes.probe_command import (
+    SMALL,
+    read_earlier_lines,
+    save_lines_and_picture,
+    short_verdict,
+    warn_if_unlearned,
+)
 from nanometa.reports.markup import p_value, percent, points, span
 from nanometa.reports.position_pictures import positions_picture
 from nanometa.tasks.example import Example, Maker
@@ -49,7 +55,7 @@ CONDITIONS = {
 
 
 @dataclass(frozen=True)
-class PositionsProbe(MarksProbe):
+class PositionsProbe(MarkedTextsProbe):
     """Exact answers to texts of the synthetic tasks, with meta-tokens that have lost position or embedding."""
 
     conditions: tuple[
@@ -70,23 +76,23 @@ class PositionsProbe(MarksProbe):
 
 def main(cfg: PositionsProbe) -> None:
     run, facts = cfg.open()
-    names, unasked = conditions_of(cfg, run)
+    names, unavailable = conditions_of(cfg, run)
     cells = cells_of(cfg, run)  # what cannot be asked is refused by here
     output = cfg.lines(run, "positions")
-    before = earlier(output, "positions", facts)
+    before = read_earlier_lines(output, "positions", facts)
     write(f"{facts['arm']}, {run.folder}\n", BOLD)
-    for why, left_out in unasked.items():
+    for why, left_out in unavailable.items():
         write(f"without {', '.join(left_out)}, for a run {why}\n")
     without = [name for name in run.config.task.placements if not PLACEMENTS[name].has_meta]
     if without and not cfg.placements:
         write(f"without placement {', '.join(without)}, whose texts have no meta-tokens\n")
     measured = []
     with cfg.autocast(run):
-        for cell, of in zip(cells, warned(run, cells, cfg.n), strict=True):
-            measured.append([{**line, "answered": of} for line in measure(run, *cell, cfg.n, names)])
+        for cell, of in zip(cells, warn_if_unlearned(run, cells, cfg.n), strict=True):
+            measured.append([{**line, "answered": of} for line in measure_positions(run, *cell, cfg.n, names)])
             write(progress(measured[-1]) + "\n")
     lines = [{**facts, **line} for line in compared(measured, cfg.effect, cfg.margin)]
-    write(f"\n{table(lines)}\n{keep(output, 'positions', before, lines, positions_picture)}")
+    write(f"\n{table(lines)}\n{save_lines_and_picture(output, 'positions', before, lines, positions_picture)}")
 
 
 def conditions_of(cfg: PositionsProbe, run: Run) -> tuple[list[str], dict[str, list[str]]]:
@@ -95,18 +101,18 @@ def conditions_of(cfg: PositionsProbe, run: Run) -> tuple[list[str], dict[str, l
     m = run.model.cfg
     if m.second.markers == "refused" or not knows_meta(run):
         raise UserError(f"{run.folder} was trained without meta-tokens: take a run that knows them.")
-    unasked: dict[str, list[str]] = {}
+    unavailable: dict[str, list[str]] = {}
     for name in CONDITIONS:
         if why := useless(name, m):
-            unasked.setdefault(why, []).append(name)
+            unavailable.setdefault(why, []).append(name)
             if name in cfg.conditions:
                 raise UserError(f"conditions={name} cannot be asked of {run.folder}, {why}: leave it out.")
-    left_out = [name for of in unasked.values() for name in of]
+    left_out = [name for of in unavailable.values() for name in of]
     names = [name for name in CONDITIONS if name in (cfg.conditions or CONDITIONS) or name == "full"]
     names = [name for name in names if name not in left_out]
     if names == ["full"]:
         raise UserError("conditions=full leaves nothing to compare it with: name another one, or none for all.")
-    return names, {} if cfg.conditions else unasked
+    return names, {} if cfg.conditions else unavailable
 
 
 def useless(condition: str, m: GPTConfig) -> str:
@@ -165,7 +171,7 @@ def under(model: GPT, meta: int, condition: str) -> Iterator[None]:
             model.cfg = trained
 
 
-def measure(run: Run, maker: Maker, level: str, length: int, n: int, names: list[str]) -> list[dict]:
+def measure_positions(run: Run, maker: Maker, level: str, length: int, n: int, names: list[str]) -> list[dict]:
     """One cell: n texts of the test split, those of eval.py tasks, made once and read under each condition -> lines."""
     examples: list[Example] = texts(maker, level, length, n)
     lines = []
@@ -220,7 +226,7 @@ def table(lines: list[dict]) -> str:
         low, high = map(points, line["difference_interval"])
         out.append(
             f"{exact:<46} {points(line['difference']):>6} ({low} .. {high})".ljust(72)
-            + f"  p {p_value(line['p'])}  Holm {p_value(line['holm'])}  {in_row(line['verdict'])}"
+            + f"  p {p_value(line['p'])}  Holm {p_value(line['holm'])}  {short_verdict(line['verdict'])}"
         )
     last = lines[-1]
     return "\n".join([

@@ -3,9 +3,9 @@
 The paper argues that a meta-token compresses what stands before it, and shows bottlenecks trained on 50 texts, whose
 distortion of 10.0 to 10.8 nats is close to ln 50257 = 10.8: guessing. Here the run is frozen, states of thousands of
 texts are read, and a variational bottleneck (probes/bottleneck.py) is trained on each at ten weights beta of its rate,
-with early stopping on other texts, and measured on texts that no probe has seen, those of eval.py tasks. States
-(probes/places.py): meta, delimiter, last, random, mean precede the question, and their decoder is told it; question
-follows it.
+with early stopping on other texts, and measured on texts that no probe has seen, those of eval.py tasks. The states
+meta, delimiter, last, random and mean (probes/text_positions.py) precede the question, so their decoder is given it;
+the state question follows it.
 
 Targets, over the ids that occur as one in the texts, in nats:
     answer    the first id of the answer
@@ -49,14 +49,14 @@ from nanometa.config import Placement, Task
 from nanometa.config.checks import check
 from nanometa.config.settings import SET, setting
 from nanometa.evals.tasks import about, texts
-from nanometa.probes import known
-from nanometa.probes.bottleneck import Member, Source, Training, fit, measure
-from nanometa.probes.calls import earlier, keep, warned
-from nanometa.probes.curves import Points, baselines, compared, constant_distortion, converse, found, intervals
-from nanometa.probes.marks import MarksProbe
-from nanometa.probes.places import STATES, Spot, labels_of, missing, queries_of, read_states, spots
+from nanometa.probes import self_check
+from nanometa.probes.bottleneck import Member, Source, Training, fit, measure_bottlenecks
+from nanometa.probes.marked_texts import MarkedTextsProbe
+from nanometa.probes.probe_command import read_earlier_lines, save_lines_and_picture, warn_if_unlearned
+from nanometa.probes.rate_curves import Points, baselines, compared, constant_distortion, converse, found, intervals
 from nanometa.probes.rate_table import progress, table, ticking
-from nanometa.probes.trace import check_layer
+from nanometa.probes.residual_stream import check_layer
+from nanometa.probes.text_positions import STATES, LocatedText, labels_of, locate_all, missing, queries_of, read_states
 from nanometa.reports.rate_pictures import rate_picture
 from nanometa.tasks.example import Maker
 from nanometa.training.checkpoint import Run
@@ -65,7 +65,7 @@ SPLITS = ("train/rate_distortion", "val", "test")  # no text is in two: tasks/ex
 
 
 @dataclass(frozen=True)
-class RateDistortionProbe(MarksProbe):
+class RateDistortionProbe(MarkedTextsProbe):
     """Rate and distortion of bottlenecks on frozen hidden states, in nats."""
 
     known: bool = False
@@ -151,7 +151,7 @@ class RateDistortionProbe(MarksProbe):
         return np.geomspace(self.beta_max, self.beta_min, self.betas).tolist()
 
     @property
-    def asked(self) -> list[str]:
+    def target_names(self) -> list[str]:
         """Targets by name."""
         names = {"answer": ["answer"], "back": [f"back_{d}" for d in self.back], "bag": [f"bag_{self.bag}"]}
         return [name for target in self.targets for name in names[target]]
@@ -159,16 +159,16 @@ class RateDistortionProbe(MarksProbe):
     @property
     def reach(self) -> int:
         """Tokens that are asked for before a state's position."""
-        return max([0, *(int(name.partition("_")[2]) for name in self.asked if name != "answer")])
+        return max([0, *(int(name.partition("_")[2]) for name in self.target_names if name != "answer")])
 
 
 def main(cfg: RateDistortionProbe) -> None:
     if cfg.known:
-        write(known.report() + "\n")
-        for items, times in known.PLANTED:
-            sources = known.lookups(items, (times * cfg.train_texts, cfg.val_texts, cfg.n))
-            line, _ = curve(dataclasses.replace(cfg, seeds=1), sources, known.POOL, items)
-            write(known.said(items, line) + "\n")
+        write(self_check.report() + "\n")
+        for items, times in self_check.PLANTED:
+            sources = self_check.lookups(items, (times * cfg.train_texts, cfg.val_texts, cfg.n))
+            line, _ = curve(dataclasses.replace(cfg, seeds=1), sources, self_check.POOL, items)
+            write(self_check.lookup_report(items, line) + "\n")
         return
     run, facts = cfg.open()
     layers = list(cfg.layers or (run.model.cfg.n_layer,))
@@ -179,14 +179,14 @@ def main(cfg: RateDistortionProbe) -> None:
     how = dataclasses.asdict(cfg.training)  # curves of other probes belong into another picture
     before = [
         line
-        for line in earlier(output, "rate_distortion", facts)
+        for line in read_earlier_lines(output, "rate_distortion", facts)
         if line["kind"] == "curve" and all(line.get(name) == value for name, value in how.items())
     ]
     write(f"{facts['arm']}, {run.folder}\n", BOLD)
     curves, comparisons = [], []
     with cfg.autocast(run):
-        asked = warned(run, cells, cfg.n)
-    for (maker, level, length), answered in zip(cells, asked, strict=True):
+        answered_by_cell = warn_if_unlearned(run, cells, cfg.n)
+    for (maker, level, length), answered in zip(cells, answered_by_cell, strict=True):
         cell = measure_cell(cfg, run, maker, level, length, layers)
         curves += [{**line, "answered": answered} for line, _ in cell]
         comparisons += compare_cell(cfg, cell)
@@ -197,7 +197,7 @@ def main(cfg: RateDistortionProbe) -> None:
         )
     judge(cfg, comparisons)
     lines = [{**facts, **line} for line in curves + comparisons]
-    write(f"\n{table(lines)}\n{keep(output, 'rate_distortion', before, lines, rate_picture)}")
+    write(f"\n{table(lines)}\n{save_lines_and_picture(output, 'rate_distortion', before, lines, rate_picture)}")
 
 
 def cells_of(cfg: RateDistortionProbe, run: Run) -> list[tuple[Maker, str, int]]:
@@ -206,12 +206,12 @@ def cells_of(cfg: RateDistortionProbe, run: Run) -> list[tuple[Maker, str, int]]
     out = []
     for maker, level, length in cfg.readable(run):
         first = texts(maker, level, length, 20)
-        states_of(cfg, maker, spots(maker, first, run.config.target_rule, cfg.reach, "test"))
+        states_of(cfg, maker, locate_all(maker, first, run.config.target_rule, cfg.reach, "test"))
         out.append((maker, level, length))
     return out
 
 
-def states_of(cfg: RateDistortionProbe, maker: Maker, of: list[Spot]) -> list[str]:
+def states_of(cfg: RateDistortionProbe, maker: Maker, of: list[LocatedText]) -> list[str]:
     """The states to look at. Raises UserError for one that was named and not all texts have."""
     where = f"{maker.name} with placement {maker.placement}"
     for name in cfg.states:
@@ -223,8 +223,8 @@ def states_of(cfg: RateDistortionProbe, maker: Maker, of: list[Spot]) -> list[st
         least = min(text.at[name] for text in of)
         if least < cfg.reach:
             raise UserError(
-                f"targets={cfg.asked} ask for {cfg.reach} tokens before the state {name}, and a text of {where} has "
-                f"{least}: lower --back and --bag, or take other --states."
+                f"targets={cfg.target_names} ask for {cfg.reach} tokens before the state {name}, and a text of {where} "
+                f"has {least}: lower --back and --bag, or take other --states."
             )
     return names
 
@@ -235,7 +235,7 @@ def measure_cell(cfg: RateDistortionProbe, run: Run, maker: Maker, level: str, l
     sizes = (cfg.train_texts, cfg.val_texts, cfg.n)
     examples = [texts(maker, level, length, n, split) for split, n in zip(SPLITS, sizes, strict=True)]
     rule = run.config.target_rule
-    splits = [spots(maker, of, rule, cfg.reach, split) for of, split in zip(examples, SPLITS, strict=True)]
+    splits = [locate_all(maker, of, rule, cfg.reach, split) for of, split in zip(examples, SPLITS, strict=True)]
     names = states_of(cfg, maker, [text for of in splits for text in of])
     with cfg.autocast(run):
         read = [read_states(run, of, at, names, layers) for of, at in zip(examples, splits, strict=True)]
@@ -246,7 +246,7 @@ def measure_cell(cfg: RateDistortionProbe, run: Run, maker: Maker, level: str, l
         f"{', '.join(names)}\n"
     )
     out = []
-    for target, (i, layer), (j, name) in itertools.product(cfg.asked, enumerate(layers), enumerate(names)):
+    for target, (i, layer), (j, name) in itertools.product(cfg.target_names, enumerate(layers), enumerate(names)):
         if name == "mean" and target != "answer":  # it has no position
             continue
         labels, K = labels_of(target, name, splits)
@@ -255,10 +255,10 @@ def measure_cell(cfg: RateDistortionProbe, run: Run, maker: Maker, level: str, l
             continue
         here = [part[i, j] for part in read]
         mean, deviation = here[0].mean(dim=0), here[0].std(dim=0).clamp(min=1e-6)
-        told = queries if target == "answer" else [query[:, :0] for query in queries]
+        source_queries = queries if target == "answer" else [query[:, :0] for query in queries]
         sources = [
             Source((x - mean) / deviation, q.to(x.device), torch.from_numpy(y).to(x.device))
-            for x, q, y in zip(here, told, labels, strict=True)
+            for x, q, y in zip(here, source_queries, labels, strict=True)
         ]
         line = {
             "probe": "rate_distortion", "kind": "curve", **about(maker, level, length), "layer": layer, "state": name,
@@ -279,7 +279,7 @@ def curve(cfg: RateDistortionProbe, sources: list[Source], K: int, Q: int) -> tu
     weights = fit(sources[0], sources[1], K, Q, members, cfg.training, ticking)
     D, R = (
         x.double().numpy().reshape(len(kinds), cfg.seeds, -1)
-        for x in measure(weights, sources[2], members, cfg.training)
+        for x in measure_bottlenecks(weights, sources[2], members, cfg.training)
     )
     facts = baselines(train, val, test, K)
     points = Points(D[: cfg.betas], R[: cfg.betas], constant_distortion(train, test, K))

@@ -2,7 +2,7 @@
 
 The paper calls meta-tokens summaries of what comes before them, and shows cosine similarities of a meta-token's states
 with those of past tokens that differ by some hundredths. Here, of the residual stream that enters every block and the
-last LayerNorm (probes/trace.py), at one place of each text:
+last LayerNorm (probes/residual_stream.py), at one place of each text:
 
     mark      the mark that ends the span that is asked about, as in probe.py patching: a meta-token, or with placement
               none the word "mark"
@@ -38,12 +38,20 @@ from nanometa.config.checks import check
 from nanometa.evals.common import check_finite
 from nanometa.evals.tasks import about
 from nanometa.inference.scoring import hidden_states
-from nanometa.probes.calls import call
-from nanometa.probes.marks import MarksProbe, batches, mark_name, marks, name_of, ordinary_at, target_mark
-from nanometa.probes.trace import states
+from nanometa.probes.marked_texts import (
+    MarkedTextsProbe,
+    batches,
+    cell_name,
+    mark_name,
+    marks,
+    random_ordinary_position,
+    span_end_mark,
+)
+from nanometa.probes.probe_command import run_probe
+from nanometa.probes.residual_stream import record_states
 from nanometa.reports.inside_pictures import residual_picture
 from nanometa.reports.markup import percent
-from nanometa.reports.probes import layers_where
+from nanometa.reports.table_sections import layers_where
 from nanometa.tasks.example import Example, Maker
 from nanometa.tasks.words import DELIMITER
 from nanometa.training.checkpoint import Run
@@ -54,7 +62,7 @@ CLAIMS = ("nearer", "more")
 
 
 @dataclass(frozen=True)
-class ResidualProbe(MarksProbe):
+class ResidualProbe(MarkedTextsProbe):
     """Similarity of a meta-token's states to those of the tokens before it, and what can be decoded from them."""
 
     distances: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
@@ -78,7 +86,7 @@ class ResidualProbe(MarksProbe):
 
 
 def main(cfg: ResidualProbe) -> None:
-    call(cfg, "residual", ("target",), CLAIMS, lambda *cell: measure(*cell, cfg), table, residual_picture)
+    run_probe(cfg, "residual", ("target",), CLAIMS, lambda *cell: measure_residual(*cell, cfg), table, residual_picture)
 
 
 # ----------------------------------------------------------------------------- what is read
@@ -101,14 +109,14 @@ def texts_of(maker: Maker, split: str, n: int, level: str, length: int) -> list[
 
 def places_of(maker: Maker, examples: list[Example]) -> dict[str, tuple[list[Example], list[int]]]:
     """Name of a place -> the texts as they are read for it, and where it is in each."""
-    at = [target_mark(maker, example) for example in examples]
+    at = [span_end_mark(maker, example) for example in examples]
     out = {"mark": (examples, at)}
     word = maker.tokenizer.encode(f" {DELIMITER}").tolist()
     if maker.markers.has_meta and len(word) == 1:
         meta = maker.tokenizer.meta
         replaced = [e._replace(ids=np.where(e.ids == meta, word[0], e.ids)) for e in examples]
         out["word"] = (replaced, at)
-    out["ordinary"] = (examples, [ordinary_at(maker, example, i) for i, example in enumerate(examples)])
+    out["ordinary"] = (examples, [random_ordinary_position(maker, example, i) for i, example in enumerate(examples)])
     return out
 
 
@@ -119,7 +127,7 @@ def read(run: Run, examples: list[Example], at: list[list[int]], distances: tupl
     back, where = np.array((0, *distances)), np.array(at)[..., None]
     where = where - back  # (places, N, 1 + D)
     there = where >= 1  # the first token, <|endoftext|>, is in every text
-    with states(run.model) as entering:
+    with record_states(run.model) as entering:
         for rows, batch in batches(run, examples):
             check_finite(run, hidden_states(run.model, batch).sum().float().cpu().numpy())
             read_states = torch.stack(entering).float()  # (L, B, T, C)
@@ -156,7 +164,7 @@ def read_all(
 # ----------------------------------------------------------------------------- what is measured
 
 
-def measure(run: Run, maker: Maker, level: str, length: int, cfg: ResidualProbe) -> list[dict]:
+def measure_residual(run: Run, maker: Maker, level: str, length: int, cfg: ResidualProbe) -> list[dict]:
     """One cell -> a line for each place, layer and distance; says each layer as soon as it is measured."""
     sizes = {"train/probe": cfg.train, "val": max(4, cfg.train // 4), "test": cfg.n}
     made = {split: texts_of(maker, split, n, level, length) for split, n in sizes.items()}
@@ -281,7 +289,7 @@ def table(lines: list[dict]) -> str:
     in the lines and the picture."""
     groups: dict[tuple, list[dict]] = {}
     for line in lines:
-        groups.setdefault((name_of(line), line["distance"], line["place"]), []).append(line)
+        groups.setdefault((cell_name(line), line["distance"], line["place"]), []).append(line)
     layers, last = sorted({line["layer"] for line in lines}), lines[-1]
     out, cell = [], ""
     for (name, distance, place), of in groups.items():

@@ -52,9 +52,9 @@ def body(page: Page, lines: list[dict]) -> str:
     arms = list(dict.fromkeys(arm for of in panels.values() for arm in of))
     for number, ((panel, row), of) in enumerate(panels.items(), 1):
         used = [line for cells in of.values() for by_seed in cells.values() for line in by_seed.values()]
-        what = f"{told(row)}: token accuracy and exact answers by length, as in the table below"
+        what = f"{row_name(row)}: token accuracy and exact answers by length, as in the table below"
         content = png(picture, row, of, arms, footer(used))
-        figures.append(page.picture(f"extension_{number}.png", what, content, used, note=told(row)))
+        figures.append(page.picture(f"extension_{number}.png", what, content, used, note=row_name(row)))
         name = f"level {panel.level}, question {panel.question}"
         groups.setdefault(name, []).extend(rows(page, row, of))
     head = ["extension", "by", "fine-tuned at", "asked at", "arm", "seed", "tokens, %", "95 %", "exact, %", "95 %", "n",
@@ -106,7 +106,7 @@ def arm_of(line: dict) -> str:
     return name.replace(f", {line['trained_scaling']}", "", 1)
 
 
-def told(row: Row) -> str:
+def row_name(row: Row) -> str:
     extension = "window as it was" if row.scaling == "none" else f"{row.scaling}, {row.how}"
     return f"{extension}; fine-tuned at {row.tuned}x"
 
@@ -156,7 +156,7 @@ def picture(figure: Figure, row: Row, of: dict[str, Cells], arms: list[str], abo
     ]
     axes.set_ylim(-4, 104)
     axes.set_xlim(left=0)
-    axes.set(title=wrapped(told(row)), ylabel="%")
+    axes.set(title=wrapped(row_name(row)), ylabel="%")
     axes.set_xlabel(f"asked at, in windows of the model\n{about}")
     legend(figure, handles)
 

@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 
 from nanometa.reports.drawing import COLOURS, GREY, LIGHT, MARKERS, legend, png, wrapped
 from nanometa.reports.paper import FIGURE_2
-from nanometa.reports.position_pictures import texts_of, told
+from nanometa.reports.position_pictures import run_title, text_count
 from nanometa.reports.theorem import theorem_curves
 
 LOOKS = {"causal": "o", "second": "D"}  # of attentions
@@ -52,8 +52,8 @@ def _attention(figure, lines: list[dict]) -> None:
     panels[0].set_ylim(len(cells) - 0.5, -0.5)
     ours.legend(handles=_head_handles(lines, colour), loc="outside lower center", ncols=5)
     marks = " and ".join(dict.fromkeys(line["mark"] for line in lines))
-    read = f"{marks} as trained, against an embedding of zeros; queries behind the last one; {texts_of(lines)}"
-    ours.suptitle(f"{told(lines)}\n{read}", fontsize=9)
+    read = f"{marks} as trained, against an embedding of zeros; queries behind the last one; {text_count(lines)}"
+    ours.suptitle(f"{run_title(lines)}\n{read}", fontsize=9)
     why, theory = below.subfigures(1, 2, width_ratios=(1.7, 1))
     _explained(why.subplots(), lines, colour)
     theory.set_facecolor(LIGHT)
@@ -82,7 +82,7 @@ def _attention_panel(figure, lines: list[dict]) -> None:
         axes.set_ylim(len(cells) - 0.5, -0.5)
     _explained(why, lines, colour)
     why.set_title("is it the boost of the mark?\nOn the line: yes; a dot a head")
-    why.set_xlabel(f"drop if only the mark's own logit\nchanged, nats\n{texts_of(lines)}")
+    why.set_xlabel(f"drop if only the mark's own logit\nchanged, nats\n{text_count(lines)}")
     task, _, length, level, _ = cells[0]
     figure.suptitle(f"{task.replace('_', ' ')}, {level}, {length} positions", fontsize=10)
     legend(figure, _head_handles(lines, colour))
@@ -198,8 +198,8 @@ def _patching(figure, lines: list[dict]) -> None:
         column[1].set_xlabel("layer that the replaced state enters")
     panels[0, 0].set_ylabel("its own answer, % of texts")
     panels[1, 0].set_ylabel("the donor's answer, % of texts")
-    read = f"what a text answers when its state at one place is another text's; {texts_of(lines)}, 95 % intervals"
-    figure.suptitle(f"{told(lines)}\n{wrapped(read, 100)}", fontsize=9)
+    read = f"what a text answers when its state at one place is another text's; {text_count(lines)}, 95 % intervals"
+    figure.suptitle(f"{run_title(lines)}\n{wrapped(read, 100)}", fontsize=9)
     legend(figure, _site_handles(lines), columns=3)
 
 
@@ -214,7 +214,7 @@ def _patching_panel(figure, lines: list[dict]) -> None:
     _by_site(panels, lines)
     panels[0].set(title=_title(lines), ylabel="its own answer, %")
     panels[1].set(
-        xlabel=f"layer that the replaced state enters\n{wrapped(f'{texts_of(lines)}, 95 % intervals')}",
+        xlabel=f"layer that the replaced state enters\n{wrapped(f'{text_count(lines)}, 95 % intervals')}",
         ylabel="the donor's answer, %",
     )
     legend(figure, _site_handles(lines))
@@ -284,8 +284,8 @@ def _residual(figure, lines: list[dict]) -> None:
         below[0].set_ylabel("token named by a\nlinear classifier, %")
     for axes in panels[-1]:
         axes.set_xlabel("layer")
-    read = f"what a state has of the token d positions back; {texts_of(lines)}, 95 % intervals"
-    figure.suptitle(f"{told(lines)}\n{wrapped(read, 100)}", fontsize=9)
+    read = f"what a state has of the token d positions back; {text_count(lines)}, 95 % intervals"
+    figure.suptitle(f"{run_title(lines)}\n{wrapped(read, 100)}", fontsize=9)
     legend(figure, _place_handles(lines), columns=3)
 
 
@@ -305,7 +305,7 @@ def _residual_panel(figure, lines: list[dict]) -> None:
     panels[0, 1].set_title("named by a linear\nclassifier, %")
     for axes in panels[-1]:
         axes.set_xlabel("layer")
-    figure.suptitle(f"{_title(lines)}\n{wrapped(f'{texts_of(lines)}, 95 % intervals')}", fontsize=10)
+    figure.suptitle(f"{_title(lines)}\n{wrapped(f'{text_count(lines)}, 95 % intervals')}", fontsize=10)
     legend(figure, _place_handles(lines), columns=1)
 
 

@@ -5,10 +5,10 @@ from matplotlib.lines import Line2D
 from nanometa.common.statistics import DECIDES, wilson
 from nanometa.reports.drawing import COLOURS, GREY, LIGHT, MARKERS, legend, png, wrapped
 from nanometa.reports.paper import TABLE_2, TABLE_2_N
-from nanometa.reports.probes import has_learned
+from nanometa.reports.table_sections import has_learned
 
 
-def told(lines: list[dict]) -> str:
+def run_title(lines: list[dict]) -> str:
     """Which run this is of, for the top of a picture, and whether it has learned what it is asked."""
     first = lines[0]
     doubt = (
@@ -19,7 +19,7 @@ def told(lines: list[dict]) -> str:
     return wrapped(f"{first['arm']}; {first['run']}, step {first['step']}, seed {first['seed']}", 100) + doubt
 
 
-def texts_of(lines: list[dict]) -> str:
+def text_count(lines: list[dict]) -> str:
     """n, and whether it decides anything."""
     n = sorted({line["n"] for line in lines})
     many = f"n = {n[0]} to {n[-1]}" if len(n) > 1 else f"n = {n[0]}"
@@ -51,8 +51,8 @@ def _positions(figure, lines: list[dict]) -> None:
                 axes.set_axis_off()
     for axes in panels[-1]:
         axes.set_xlabel("exact answers, %")
-    read = f"{texts_of(lines)}, 95 % intervals; line: full, dotted: chance"
-    ours.suptitle(f"{told(lines)}\n{read}", fontsize=9)
+    read = f"{text_count(lines)}, 95 % intervals; line: full, dotted: chance"
+    ours.suptitle(f"{run_title(lines)}\n{read}", fontsize=9)
     if len(placements) > 1:
         handles = [Line2D([], [], **_look(i), linestyle="", label=name) for i, name in enumerate(placements)]
         ours.legend(handles=handles, loc="outside lower center", ncols=len(placements), title="placement")

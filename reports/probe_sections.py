@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from nanometa.reports import rates
+from nanometa.reports import rate_distortion
 from nanometa.reports.inside_pictures import (
     LOOKS,
     PLACE_NAMES,
@@ -16,7 +16,7 @@ from nanometa.reports.lines import CELL, NUMBER
 from nanometa.reports.markup import percent, points, span
 from nanometa.reports.paper import FIGURE_2
 from nanometa.reports.position_pictures import positions_panel, table_2
-from nanometa.reports.probes import WHERE, Column, claim, layers_where, probe
+from nanometa.reports.table_sections import WHERE, Column, claim, layers_where, probe
 
 CHECKPOINT = "Verdicts and Holm's p are of this checkpoint, not of its arm."
 TEXTS = ("task", "placement", "level", "question", "length")  # tell cells apart
@@ -163,4 +163,4 @@ RESIDUAL = probe(
 )
 
 # name of a probe -> its section, in the order of the page; probe.py refuses to start if one lacks the other
-SECTIONS = {section.kind: section for section in (POSITIONS, ATTENTION, PATCHING, RESIDUAL, rates.SECTION)}
+SECTIONS = {section.kind: section for section in (POSITIONS, ATTENTION, PATCHING, RESIDUAL, rate_distortion.SECTION)}

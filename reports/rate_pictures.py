@@ -3,7 +3,7 @@
 from matplotlib.lines import Line2D
 
 from nanometa.reports.drawing import COLOURS, GREY, MARKERS, legend, png, wrapped
-from nanometa.reports.position_pictures import texts_of, told
+from nanometa.reports.position_pictures import run_title, text_count
 
 LOOKS = {name: {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4.5}
          for i, name in enumerate(("meta", "last", "question", "random", "mean", "delimiter"))}  # fmt: skip
@@ -36,7 +36,7 @@ def _rates(figure, lines: list[dict]) -> None:
     for axes in panels[-1]:
         axes.set_xlabel(f"rate R, nats: at most what the code tells\n{SCALE}")
     sizes = f"trained on {_spread(lines, 'train_texts')}; probe seeds: {_spread(lines, 'probe_seeds')}; bars: 95 %"
-    figure.suptitle(f"{told(lines)}\n{texts_of(lines)}, {sizes}", fontsize=9)
+    figure.suptitle(f"{run_title(lines)}\n{text_count(lines)}, {sizes}", fontsize=9)
     figure.legend(handles=_handles(lines), loc="outside lower center", ncols=2 if len(layers) == 1 else 3)
 
 
@@ -52,7 +52,7 @@ def _rate_panel(figure, lines: list[dict]) -> None:
     name = f"{target} of {task} ({level}), {placement}, {length} positions"
     title = wrapped(f"{name}, layer {first['layer']}")
     axes.set_title(f"{title}\n{_levels(lines)}")
-    n = f"{texts_of(lines)}, trained on {first['train_texts']}; probe seeds: {first['probe_seeds']}; bars: 95 %"
+    n = f"{text_count(lines)}, trained on {first['train_texts']}; probe seeds: {first['probe_seeds']}; bars: 95 %"
     axes.set(xlabel=f"rate R, nats {SCALE}\n{wrapped(n)}", ylabel="distortion D, nats")
     legend(figure, _handles(lines))
 

@@ -20,9 +20,18 @@ from nanometa.config.tasks import PLACEMENTS, TASKS
 from nanometa.evals.tasks import texts
 from nanometa.inference.scoring import hidden_states
 from nanometa.probes import attention
-from nanometa.probes.attention import CLAIMS, by_text, measure, paired, summarise, table
-from nanometa.probes.heads import FIRST, SECOND, seen
-from nanometa.probes.marks import MarksProbe, answer_in_text, asked_at, batches, judged, mark_of, marks, target_mark
+from nanometa.probes.attention import CLAIMS, by_text, measure_attention, paired, summarise, table
+from nanometa.probes.heads import FIRST, SECOND, observe_heads
+from nanometa.probes.marked_texts import (
+    MarkedTextsProbe,
+    answer_position,
+    answer_query_position,
+    batches,
+    judged,
+    mark_id,
+    marks,
+    span_end_mark,
+)
 from nanometa.probes.positions import under
 from nanometa.reports import inside_pictures
 from nanometa.reports.theorem import boosted_entropy, entropy, entropy_slope, theorem_curves
@@ -71,7 +80,7 @@ def test_weights_computed_again_give_what_the_attention_gave(second, position, p
             module.register_forward_hook(
                 lambda module, inputs, output, key=(layer, which): gave.update({key: (module, inputs, output)})
             )
-    with seen(model, lambda layer, which, rows: found.update({(layer, which): rows})):
+    with observe_heads(model, lambda layer, which, rows: found.update({(layer, which): rows})):
         assert torch.equal(model(tokens, positions, index), plain)
     assert hooks(model) == len(gave) == len(found) == 2 * (1 + (second != "none"))  # those of this test
     for key, rows in found.items():
@@ -90,12 +99,12 @@ def test_weights_computed_again_give_what_the_attention_gave(second, position, p
 
 def test_no_hook_is_left_and_a_dynamic_scale_is_refused():
     model = restless("meta", "rope").float()
-    with pytest.raises(KeyboardInterrupt), seen(model, lambda *_: None):
+    with pytest.raises(KeyboardInterrupt), observe_heads(model, lambda *_: None):
         assert hooks(model) == 8
         raise KeyboardInterrupt
     assert hooks(model) == 0
     model.cfg = dataclasses.replace(model.cfg, rope_scaling="ntk", rope_dynamic=True)
-    with pytest.raises(UserError, match="leave --rope_dynamic out"), seen(model, lambda *_: None):
+    with pytest.raises(UserError, match="leave --rope_dynamic out"), observe_heads(model, lambda *_: None):
         pass
     assert hooks(model) == 0
 
@@ -147,14 +156,14 @@ def test_places_are_those_that_a_reader_finds(tokenizer, task, placement):
     for example in texts(maker, "easy", 90, 8):
         spelt = ["<m>" if id == tokenizer.meta else tokenizer.decode([id]) for id in example.ids.tolist()]
         text, starts = "".join(spelt), np.cumsum([0, *map(len, spelt)]).tolist()
-        found, end = marks(maker, example), target_mark(maker, example)
+        found, end = marks(maker, example), span_end_mark(maker, example)
         assert end in found and len(found) == len(re.findall(mark, text))
         assert all(re.match(mark, text[starts[i] :]) for i in found)
-        asked = [asked_at(small_run(tokenizer, MARKED, rule), example) + 1 for rule in ("ignore", "skip")]
+        asked = [answer_query_position(small_run(tokenizer, MARKED, rule), example) + 1 for rule in ("ignore", "skip")]
         assert clean(text[: starts[asked[0]]]).endswith(":") and example.answers[asked[0]]
         assert text[: starts[asked[1]]].endswith(":") and asked[1] <= asked[0]
         answer = text[starts[asked[0]] :].split("\n")[0]
-        at = answer_in_text(maker, example)
+        at = answer_position(maker, example)
         in_text = {"list_recall": True, "segment_counting": False, "parity": False, "copying": True}
         if not in_text[task]:
             assert at is None
@@ -184,7 +193,7 @@ def test_by_default_list_recall_is_asked(tokenizer):
         run.config = dataclasses.replace(
             run.config, task=TaskConfig(tasks=tasks, placements=("every", "none", "target"), level="easy")
         )
-        probed = MarksProbe(lengths=(60,))
+        probed = MarkedTextsProbe(lengths=(60,))
         assert [maker.name for maker, _, _ in probed.makers(run, ("target", "background"))] == asked
         assert [maker.placement for maker, _, _ in probed.makers(run)][:3] == ["every", "none", "target"]
         assert {maker.placement for maker, _, _ in probed.makers(run, ("background",))} == {"every", "none", "target"}
@@ -206,8 +215,8 @@ def test_measures_are_their_definition(tokenizer, second, placement):
     for condition in ("full", "no_embedding"):
         for _, batch in batches(run, examples, 3):
             with (
-                under(run.model, mark_of(maker), condition),
-                seen(run.model, lambda layer, which, of, c=condition: rows.update({(c, layer, which): of})),
+                under(run.model, mark_id(maker), condition),
+                observe_heads(run.model, lambda layer, which, of, c=condition: rows.update({(c, layer, which): of})),
             ):
                 hidden_states(run.model, batch)
     for (layer, which), measured in found.items():
@@ -236,7 +245,7 @@ def test_measures_are_their_definition(tokenizer, second, placement):
                         ]
                         one[c] = reference.sharpness(logits, known)
                         one[c]["sink"] *= keys[0] == 0  # the first of all, if it is seen
-                        if (position := answer_in_text(maker, example)) in keys:
+                        if (position := answer_position(maker, example)) in keys:
                             one[c]["logit_answer"] = logits[position]
                     full, zeroed = one["full"], one["no_embedding"]
                     values = {"boost": full["max"] - zeroed["max"], "drop": zeroed["entropy"] - full["entropy"]}
@@ -245,7 +254,7 @@ def test_measures_are_their_definition(tokenizer, second, placement):
                         values |= {name: full[name], f"{name}_zeroed": zeroed[name]}
                     values["boost_mark"] = full["logit_mark"] - zeroed["logit_mark"]
                     values["applies"] = float(math.log(zeroed["p_mark"]) > -zeroed["entropy"])
-                    if not gathered and query == asked_at(run, example):
+                    if not gathered and query == answer_query_position(run, example):
                         values["boost_answer"] = full["logit_answer"] - zeroed["logit_answer"]
                     for name, value in values.items():
                         sums.setdefault(name, []).append(value)
@@ -376,7 +385,7 @@ def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, s
 def test_a_head_that_reads_itself_by_a_hand_gives_the_same_lines_twice(tokenizer):
     run = small_run(tokenizer, MARKED, position="learned")
     maker = Maker("list_recall", "every", TaskConfig(), tokenizer)
-    first, again = (measure(run, maker, "easy", 60, 5) for _ in range(2))
+    first, again = (measure_attention(run, maker, "easy", 60, 5) for _ in range(2))
     drop = [{name: value for name, value in one.items() if name != "seconds"} for one in first]
     assert drop == [{name: value for name, value in one.items() if name != "seconds"} for one in again]
 

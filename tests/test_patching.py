@@ -15,17 +15,17 @@ from nanometa.config import TaskConfig
 from nanometa.config.tasks import PLACEMENTS
 from nanometa.evals.tasks import texts
 from nanometa.probes import patching
-from nanometa.probes.marks import answer_in_text, judged, marks, ordinary_at
+from nanometa.probes.marked_texts import answer_position, judged, marks, random_ordinary_position
 from nanometa.probes.patching import (
     CLAIMS,
     SITES,
     check_own,
     compare,
+    conclusion,
     donors_of,
-    measure,
+    measure_patching,
     patched,
     read,
-    said,
     sites_of,
     table,
 )
@@ -71,7 +71,7 @@ def test_the_answers_token_replaced_as_it_is_embedded_is_another_text(tokenizer,
     for i, example in enumerate(examples):
         ids = example.ids.copy()
         donor = examples[donors[i]]
-        ids[answer_in_text(maker, example)] = donor.ids[answer_in_text(maker, donor)]
+        ids[answer_position(maker, example)] = donor.ids[answer_position(maker, donor)]
         others.append(example._replace(ids=ids))
     expected, _ = read(run, others, {"asked": sites["asked"]})
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -90,9 +90,9 @@ def test_a_texts_own_state_changes_no_bit(tokenizer, monkeypatch, placement):
     for site, places in sites.items():  # several marks, and some again and again, too
         assert torch.equal(patched(run, examples, 1, places, entering[site][1], sites["asked"]), base), site
     assert sites["marks"].shape[1] == max(len(marks(maker, example)) for example in examples)
-    real = patching.replaced
+    real = patching.replace_state
     monkeypatch.setattr(
-        patching, "replaced", lambda model, layer, rows, values: real(model, layer, rows, values + 1e-3)
+        patching, "replace_state", lambda model, layer, rows, values: real(model, layer, rows, values + 1e-3)
     )
     with pytest.raises(AssertionError, match="layer 0: a text's own state"):
         check_own(run, examples, sites["mark"])
@@ -104,7 +104,7 @@ def test_ordinary_places_are_in_the_body_and_no_marks(tokenizer):
         maker = Maker("parity", placement, TaskConfig(), tokenizer)
         places = []
         for i, example in enumerate(texts(maker, "easy", 40, 30)):
-            at = ordinary_at(maker, example, i)
+            at = random_ordinary_position(maker, example, i)
             assert 0 < at < np.flatnonzero(example.answers)[0] and at not in marks(maker, example)
             places.append(at)
         assert len(set(places)) > 8
@@ -141,7 +141,7 @@ def by_hand(tokenizer, monkeypatch, position: str, looks: list, brings: dict, ta
         ids[place] = tokenizer.meta
         examples.append(Example(ids, np.isin(np.arange(15), (12, 13)), Draft()))
     monkeypatch.setattr(patching, "texts", lambda *_: examples)
-    lines = measure(run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 15, 40)
+    lines = measure_patching(run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 15, 40)
     assert [line["site"] for line in lines] == ["mark", "marks", "after", "ordinary", "asked"]
     return {line["site"]: line for line in lines}
 
@@ -221,13 +221,13 @@ def line(kept: float, donor: float, site="mark", layer=0, n=1000) -> dict:
 def test_verdicts(shares, needed, carried, sentence):
     lines = judged([line(*shares), line(0.9, 0.0, "ordinary")], tuple(CLAIMS), 0.0, 0.05)
     assert (lines[0]["needed_verdict"], lines[0]["carried_verdict"]) == (needed, carried)
-    assert sentence in said(lines, ("parity", "target", 48)) and sentence in table(lines)
+    assert sentence in conclusion(lines, ("parity", "target", 48)) and sentence in table(lines)
     assert lines[0]["comparisons"] == 4
     guessing = [{**one, "chance": 0.89} for one in lines]
-    assert "no more than chance is right (90.0 %)" in said(guessing, ("parity", "target", 48))
+    assert "no more than chance is right (90.0 %)" in conclusion(guessing, ("parity", "target", 48))
     few = judged([line(*shares, n=500)], tuple(CLAIMS), 0.0, 0.05)
     assert few[0]["needed_verdict"] == "undecided: n = 500, 1000 decide"
-    assert "undecided, with 500 texts" in said(few, ("parity", "target", 48))
+    assert "undecided, with 500 texts" in conclusion(few, ("parity", "target", 48))
 
 
 def test_the_picture_shows_every_line():

@@ -21,7 +21,7 @@ from nanometa.data.tokenizer import Tokenizer
 from nanometa.evals import tasks as tasks_eval
 from nanometa.evals.tasks import answered, doubt, read
 from nanometa.probes import positions
-from nanometa.probes.positions import CONDITIONS, compared, measure, table, under, useless
+from nanometa.probes.positions import CONDITIONS, compared, measure_positions, table, under, useless
 from nanometa.reports import position_pictures
 from nanometa.reports.paper import TABLE_2
 from nanometa.tasks.example import Draft, Example, Maker
@@ -130,7 +130,7 @@ def test_a_reading_that_fails_leaves_the_model_as_it_was(tokenizer):
     maker = Maker("parity", "target", TaskConfig(), tokenizer)
     for name in ("neither", "full"):
         with pytest.raises(UserError, match="not finite"):
-            measure(run, maker, "easy", 32, 3, [name])
+            measure_positions(run, maker, "easy", 32, 3, [name])
         assert run.model.cfg is trained and not run.model.wte._forward_hooks
 
 
@@ -378,7 +378,7 @@ def test_texts_of_a_cell_are_made_once(tokenizer, monkeypatch):
     monkeypatch.setattr(Maker, "example", counted)
     maker = Maker("parity", "every", TaskConfig(), tokenizer)
     run = small_run(tokenizer, MARKED, position="rope")
-    assert [one["condition"] for one in measure(run, maker, "easy", 40, 7, list(CONDITIONS))] == list(MEANING)
+    assert [one["condition"] for one in measure_positions(run, maker, "easy", 40, 7, list(CONDITIONS))] == list(MEANING)
     assert made == [("test", i) for i in range(7)]
 
 

@@ -14,10 +14,10 @@ import nanometa.probe
 from nanometa.common.errors import UserError
 from nanometa.probe import PROBES
 from nanometa.report import sections_of
-from nanometa.reports import inside_pictures, rate_pictures, rates
+from nanometa.reports import inside_pictures, rate_distortion, rate_pictures
 from nanometa.reports.files import read
 from nanometa.reports.probe_sections import SECTIONS
-from nanometa.reports.probes import unlearned
+from nanometa.reports.table_sections import unlearned
 from tests.test_report import line as task_line
 from tests.test_report import write
 from tests.test_report_sections import cells_of, rendered
@@ -224,7 +224,7 @@ def test_small_pictures_show_the_figures():
     figure = Figure()
     rate_pictures._rate_panel(figure, LINES["rate_distortion"][:1])
     assert drawn(figure.axes[0]) == [([2, 4], [4, 2])]
-    assert rates.best(LINES["rate_distortion"][0])["rate"] == 4
+    assert rate_distortion.best(LINES["rate_distortion"][0])["rate"] == 4
 
 
 def test_heads_without_a_prediction_and_means_alone_can_be_drawn():

@@ -11,14 +11,14 @@ from nanometa.common.errors import UserError
 from nanometa.common.statistics import mcnemar, paired_difference
 from nanometa.config import TaskConfig
 from nanometa.probes import residual
-from nanometa.probes.marks import judged
+from nanometa.probes.marked_texts import judged
 from nanometa.probes.residual import (
     CLAIMS,
     STRENGTHS,
     ResidualProbe,
     classify,
     decoded,
-    measure,
+    measure_residual,
     places_of,
     read_all,
     similarity,
@@ -177,7 +177,7 @@ def test_a_mark_that_looks_at_the_word_before_it_holds_it(tokenizer, monkeypatch
 
     monkeypatch.setattr(residual, "texts_of", made)
     cfg = ResidualProbe(n=80, train=60, distances=(1, 2))
-    lines = measure(run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 8, cfg)
+    lines = measure_residual(run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 8, cfg)
     by = {(one["place"], one["layer"], one["distance"]): one for one in lines}
     majority = by["mark", 1, 2]["majority"]
     assert by["mark", 1, 2]["decoded"] == 1 and 0.4 < majority < 0.75 and by["mark", 1, 2]["shuffled"] < 0.8

@@ -26,7 +26,7 @@ READ = 2048  # positions in one forward on a CPU, whose cache they stay in
 
 
 @dataclass(frozen=True)
-class MarksProbe(TasksEval):
+class MarkedTextsProbe(TasksEval):
     """What probes of marks ask for: texts of the tasks in which something marks a place."""
 
     tasks: tuple[Task, ...] = ()
@@ -62,9 +62,9 @@ class MarksProbe(TasksEval):
         not fit, have no mark, or have meta-tokens and the run knows none."""
         trained = run.config.task.placements if run.config.task.tasks else ()
         mine = tuple(placement for placement in placements if placement in trained)
-        asked = self if self.placements or not mine else dataclasses.replace(self, placements=mine)
+        settings = self if self.placements or not mine else dataclasses.replace(self, placements=mine)
         out = []
-        for maker, level, length in asked.readable(run):
+        for maker, level, length in settings.readable(run):
             if maker.markers.has_meta and not knows_meta(run):
                 others = " or ".join(name for name, of in PLACEMENTS.items() if not of.has_meta)
                 raise UserError(
@@ -89,7 +89,7 @@ def knows_meta(run: Run) -> bool:
     return bool(placed or run.state["data"]["chunk_markers"])
 
 
-def mark_of(maker: Maker) -> int:
+def mark_id(maker: Maker) -> int:
     """The id of what marks: <|meta|>, or in texts without meta-tokens the word "mark", which stands in its place.
     Raises UserError if that is several tokens."""
     if maker.markers.has_meta:
@@ -111,12 +111,12 @@ def marks(maker: Maker, example: Example) -> np.ndarray:
     """(M,) positions of what marks, in increasing order."""
     if maker.markers.has_meta:
         return np.flatnonzero(example.ids == maker.tokenizer.meta)
-    mark_of(maker)  # raises
+    mark_id(maker)  # raises
     body = example.draft.body  # not by its id, which may be a part of another word ("market")
     return np.array([1 + len(maker.ids(body[:i])) for i, piece in enumerate(body) if piece == POINT])
 
 
-def asked_at(run: Run, example: Example) -> int:
+def answer_query_position(run: Run, example: Example) -> int:
     """The position that predicts the answer's first id: the one before it, which may be a mark, or under target_rule
     skip the last one before it that is none."""
     before = int(np.flatnonzero(example.answers)[0])
@@ -124,7 +124,7 @@ def asked_at(run: Run, example: Example) -> int:
     return int(np.flatnonzero(example.ids[:before] != run.tokenizer.meta)[-1]) if skips else before - 1
 
 
-def answer_in_text(maker: Maker, example: Example) -> int | None:
+def answer_position(maker: Maker, example: Example) -> int | None:
     """The position, in the body, of the first id of the answer, if it stands in the span that is asked about, else
     None."""
     if not maker.task.ANSWER_IN_TEXT:
@@ -145,7 +145,7 @@ def span(maker: Maker, example: Example) -> tuple[int, int]:
     return (0, *points)[-2:]
 
 
-def target_mark(maker: Maker, example: Example) -> int:
+def span_end_mark(maker: Maker, example: Example) -> int:
     """The position of the mark that ends the span that is asked about. Where meta-tokens follow every list, it is the
     one behind the list, span or group in which the span ends; otherwise it is the last mark of the text."""
     found = marks(maker, example)
@@ -155,7 +155,7 @@ def target_mark(maker: Maker, example: Example) -> int:
     return int(found[found >= end - 1][0])
 
 
-def ordinary_at(maker: Maker, example: Example, number: int) -> int:
+def random_ordinary_position(maker: Maker, example: Example, number: int) -> int:
     """A position of the body that is no mark, drawn for text `number`."""
     body = np.arange(1, int(np.flatnonzero(example.answers)[0]))
     free = np.setdiff1d(body, marks(maker, example))
@@ -175,14 +175,14 @@ def batches(run: Run, examples: list[Example], most: int | None = None) -> Itera
 def judged(lines: list[dict], claims: tuple[str, ...], effect: float, margin: float) -> list[dict]:
     """The lines with Holm's p and a verdict on each claim that they have, more than `effect` above 0. Holm's family:
     all of them."""
-    asked = [(line, claim) for line in lines for claim in claims if claim in line]
-    adjusted = holm([line[f"{claim}_p"] for line, claim in asked])
-    for (line, claim), p in zip(asked, adjusted, strict=True):
+    pairs = [(line, claim) for line in lines for claim in claims if claim in line]
+    adjusted = holm([line[f"{claim}_p"] for line, claim in pairs])
+    for (line, claim), p in zip(pairs, adjusted, strict=True):
         verdict = decide(*line[f"{claim}_interval"], p, effect, margin, line["n"])
         line |= {f"{claim}_holm": p, f"{claim}_verdict": verdict}
-        line |= {"comparisons": len(asked), "effect": effect, "margin": margin}
+        line |= {"comparisons": len(pairs), "effect": effect, "margin": margin}
     return lines
 
 
-def name_of(line: dict) -> str:
+def cell_name(line: dict) -> str:
     return f"{line['task']:<16} {line['placement']:<10} {line['level']:<10} {line['length']:>5}"

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from nanometa.probes.bottleneck import Member, Source, Training, fit, measure
+from nanometa.probes.bottleneck import Member, Source, Training, fit, measure_bottlenecks
 
 VARIANCE = 4.0
 GAUSSIAN_BETAS = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # at 8, twice the variance, the rate is 0
@@ -45,7 +45,7 @@ def points(make, K: int, betas: tuple[float, ...], how: Training, n: int) -> lis
     """(beta, R, D) of bottlenecks trained on n texts of a source, measured on other n."""
     members = [Member(beta, 0, "bottleneck") for beta in betas]
     weights = fit(make(n, 1), make(n // 4, 2), K, 0, members, how)
-    D, R = (x.mean(dim=1).tolist() for x in measure(weights, make(n, 3), members, how))
+    D, R = (x.mean(dim=1).tolist() for x in measure_bottlenecks(weights, make(n, 3), members, how))
     return list(zip(betas, R, D, strict=True))
 
 
@@ -82,7 +82,7 @@ def report() -> str:
     return "\n".join(out)
 
 
-def said(items: int, line: dict) -> str:
+def lookup_report(items: int, line: dict) -> str:
     """A lookup's curve for a person."""
     told = "  ".join(f"({point['rate']:.2f}, {point['distortion']:.3f})" for point in line["points"])
     return (

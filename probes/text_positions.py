@@ -18,8 +18,8 @@ import torch
 from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import Draws, stable_key
 from nanometa.evals.common import place_of
-from nanometa.probes.marks import batches
-from nanometa.probes.trace import states
+from nanometa.probes.marked_texts import batches
+from nanometa.probes.residual_stream import record_states
 from nanometa.tasks.example import POINT, Example, Maker
 from nanometa.tasks.words import DELIMITER
 from nanometa.training.checkpoint import Run
@@ -28,7 +28,7 @@ STATES = ("meta", "delimiter", "last", "random", "mean", "question")
 MISSING = {"meta": "no meta-token before the question", "delimiter": f"no {DELIMITER!r} before the question"}
 
 
-class Spot(NamedTuple):
+class LocatedText(NamedTuple):
     """One text: its ids, where its question starts and its answer, and the position of each state that it has."""
 
     ids: np.ndarray
@@ -38,7 +38,7 @@ class Spot(NamedTuple):
     at: dict[str, int]  # of mean, `start`: the positions before it
 
 
-def spot(maker: Maker, example: Example, rule: str, reach: int, key: int) -> Spot:
+def locate(maker: Maker, example: Example, rule: str, reach: int, key: int) -> LocatedText:
     """rule: target_rule. reach: tokens that a random one has before it, at least; it is drawn by `key`."""
     tokenizer, ids, (question, _) = maker.tokenizer, example.ids, example.draft.questions[0]
     answer = int(np.flatnonzero(example.answers)[0])
@@ -57,7 +57,7 @@ def spot(maker: Maker, example: Example, rule: str, reach: int, key: int) -> Spo
         at["delimiter"] = end
     if len(far := before[before >= reach]):
         at["random"] = int(Draws(key).choice(far))
-    return Spot(ids, start, answer, tuple(question), at)
+    return LocatedText(ids, start, answer, tuple(question), at)
 
 
 def delimiter_end(maker: Maker, example: Example) -> int | None:
@@ -70,23 +70,24 @@ def delimiter_end(maker: Maker, example: Example) -> int | None:
     return place_of(example.ids, meta, len(content))  # behind <|endoftext|>
 
 
-def spots(maker: Maker, examples: list[Example], rule: str, reach: int, split: str) -> list[Spot]:
+def locate_all(maker: Maker, examples: list[Example], rule: str, reach: int, split: str) -> list[LocatedText]:
     return [
-        spot(maker, example, rule, reach, stable_key("rate distortion", split, i)) for i, example in enumerate(examples)
+        locate(maker, example, rule, reach, stable_key("rate distortion", split, i))
+        for i, example in enumerate(examples)
     ]
 
 
-def missing(name: str, of: list[Spot]) -> str:
+def missing(name: str, of: list[LocatedText]) -> str:
     """Why not all texts have a state, "" if they have."""
     n = sum(name not in text.at for text in of)
     return f"{n} of {len(of)} texts have {MISSING.get(name, 'too few tokens before the question')}" if n else ""
 
 
 @torch.no_grad()
-def read_states(run: Run, examples: list[Example], of: list[Spot], names: list[str], layers) -> torch.Tensor:
+def read_states(run: Run, examples: list[Example], of: list[LocatedText], names: list[str], layers) -> torch.Tensor:
     """(layers, names, N, C) float32 on the model's device: states of texts."""
     out = []
-    with states(run.model) as read:
+    with record_states(run.model) as read:
         for which, batch in batches(run, examples):
             run.model(batch.tokens, batch.positions, batch.meta_index)
             stream = torch.stack([read[layer].float() for layer in layers])  # (layers, B, T, C)
@@ -106,7 +107,7 @@ def read_states(run: Run, examples: list[Example], of: list[Spot], names: list[s
     return found
 
 
-def queries_of(splits: list[list[Spot]]) -> tuple[list[torch.Tensor], int]:
+def queries_of(splits: list[list[LocatedText]]) -> tuple[list[torch.Tensor], int]:
     """(N, q) of each split: of the q pieces of a question that are not the same in all training texts, which they are,
     as numbers below Q, 0 for one that no training text has; and Q."""
     seen = [dict.fromkeys(pieces) for pieces in zip(*(text.query for text in splits[0]), strict=True)]
@@ -117,10 +118,10 @@ def queries_of(splits: list[list[Spot]]) -> tuple[list[torch.Tensor], int]:
     return [torch.tensor(rows, dtype=torch.long).view(len(rows), len(differ)) for rows in out], 1 + len(number)
 
 
-def labels_of(target: str, state: str, splits: list[list[Spot]]) -> tuple[list[np.ndarray], int]:
+def labels_of(target: str, state: str, splits: list[list[LocatedText]]) -> tuple[list[np.ndarray], int]:
     """The labels (N, n) of each split as numbers of classes, and how many classes there are: the ids that occur."""
 
-    def ids(text: Spot) -> np.ndarray:
+    def ids(text: LocatedText) -> np.ndarray:
         kind, _, number = target.partition("_")
         if kind == "answer":
             return text.ids[[text.answer]]

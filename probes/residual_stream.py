@@ -13,39 +13,39 @@ from nanometa.common.errors import UserError
 from nanometa.model import GPT
 
 
-def sites(model: GPT) -> list[torch.nn.Module]:
+def stream_modules(model: GPT) -> list[torch.nn.Module]:
     """The n_layer + 1 modules that the residual stream enters, in order."""
     return [*model.h, model.ln_f]
 
 
 @contextlib.contextmanager
-def states(model: GPT) -> Iterator[list[torch.Tensor]]:
+def record_states(model: GPT) -> Iterator[list[torch.Tensor]]:
     """In `with`: a list that holds the n_layer + 1 states (B, T, C) of the model's last forward, detached.
 
-    A state that `replaced` changes is seen changed if that `with` is the outer one."""
-    read: list[torch.Tensor] = []
+    A state that `replace_state` changes is seen changed if that `with` is the outer one."""
+    recorded: list[torch.Tensor] = []
 
-    def keep(number: int, site: torch.nn.Module, inputs: tuple) -> None:
-        read[number:] = [inputs[0].detach()]  # a forward starts at 0, and so forgets the one before it
+    def record(number: int, site: torch.nn.Module, inputs: tuple) -> None:
+        recorded[number:] = [inputs[0].detach()]  # a forward starts at 0, and so forgets the one before it
 
     with contextlib.ExitStack() as hooks:
-        for number, site in enumerate(sites(model)):
-            hooks.enter_context(site.register_forward_pre_hook(functools.partial(keep, number)))
-        yield read
+        for number, site in enumerate(stream_modules(model)):
+            hooks.enter_context(site.register_forward_pre_hook(functools.partial(record, number)))
+        yield recorded
 
 
 @contextlib.contextmanager
-def replaced(model: GPT, layer: int, rows: torch.Tensor, values: torch.Tensor) -> Iterator[None]:
+def replace_state(model: GPT, layer: int, rows: torch.Tensor, values: torch.Tensor) -> Iterator[None]:
     """In `with`: state `layer` of every forward has `values` (B, C) at the positions `rows` (B,), one in each text; all
     else is as it was. Raises UserError for a layer that the model does not have."""
     check_layer(model, layer)
 
-    def put(module, inputs):
+    def substitute(module, inputs):
         x, *rest = inputs  # (B, T, C)
         at = torch.arange(len(x), device=x.device), rows.to(x.device)
         return x.index_put(at, values.to(x)), *rest
 
-    with sites(model)[layer].register_forward_pre_hook(put):
+    with stream_modules(model)[layer].register_forward_pre_hook(substitute):
         yield
 
 

@@ -4,8 +4,18 @@ from nanometa.reports.lines import CELL, NUMBER, check_facts, check_fields
 from nanometa.reports.markup import escaped
 from nanometa.reports.page import Page, Section
 from nanometa.reports.paper import DISTORTION, GUESSING
-from nanometa.reports.probes import WHERE, Column, by_call, check_choices, claim, figures, rows, run_key, unlearned
 from nanometa.reports.rate_pictures import LOOKS, rate_panel
+from nanometa.reports.table_sections import (
+    WHERE,
+    Column,
+    by_call,
+    check_choices,
+    claim,
+    figures,
+    rows,
+    run_key,
+    unlearned,
+)
 
 TITLE = "Rate and distortion of hidden states"
 ABOUT = (
