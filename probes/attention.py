@@ -30,9 +30,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanometa.common.statistics import bootstrap_means, mean_p, too_few
+from nanometa.common.statistics import bootstrap_means, mean_p
 from nanometa.common.terminal import write
-from nanometa.config.checks import check
 from nanometa.evals.common import check_finite
 from nanometa.evals.tasks import about, texts
 from nanometa.inference.scoring import hidden_states
@@ -48,8 +47,7 @@ from nanometa.probes.marked_texts import (
     marks,
 )
 from nanometa.probes.positions import under
-from nanometa.probes.probe_command import SMALL, run_probe, short_verdict
-from nanometa.reports.inside_pictures import attention_picture
+from nanometa.probes.probe_command import run_probe
 from nanometa.reports.theorem import boosted_entropy
 from nanometa.tasks.example import Example, Maker
 from nanometa.training.checkpoint import Run
@@ -64,13 +62,8 @@ class AttentionProbe(MarkedTextsProbe):
 
     margin: float = 0.1
     """a boost or drop "does not hold" if its whole interval lies within +- this, in logits or nats"""
-    effect: float = 0.0
-    """it "holds" if the interval lies above this; fix both before you look"""
 
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "margin", 0 < self.margin < 100, "lie strictly between 0 and 100")
-        check(self, "effect", 0 <= self.effect < 100, "be at least 0 and below 100")
+    BELOW = 100.0
 
     def makers(self, run: Run, placements: tuple[str, ...] = ()) -> list[tuple[Maker, str, int]]:
         with observe_heads(run.model, lambda *_: None):  # a model whose heads cannot be read is refused with the rest
@@ -78,7 +71,12 @@ class AttentionProbe(MarkedTextsProbe):
 
 
 def main(cfg: AttentionProbe) -> None:
-    run_probe(cfg, "attention", (), CLAIMS, lambda *cell: measure_attention(*cell, cfg.n), table, attention_picture)
+    run_probe(cfg, "attention", (), CLAIMS, lambda *cell: measure_attention(*cell, cfg.n), notes)
+
+
+def notes(lines: list[dict]) -> list[str]:
+    few = any(line["keys"] < 8 for line in lines)
+    return ["(few): a softmax over few keys has little entropy to lose."] if few else []
 
 
 # ----------------------------------------------------------------------------- what is measured
@@ -240,41 +238,3 @@ def progress(cell: list[dict]) -> str:
     pooled = [line for line in cell if line["layer"] is None]
     said = "  ".join(f"{line['attention']}: boost {line['boost']:+.2f} drop {line['drop']:+.2f}" for line in pooled)
     return f"{cell_name(cell[0])}  {said}  {cell[0]['seconds']:.1f} s"
-
-
-def table(lines: list[dict]) -> str:
-    """All lines for a person."""
-    out, cell, last = [], (), lines[-1]
-    for line in lines:
-        now = (line["task"], line["placement"], line["level"], line["length"], line["attention"])
-        if now != cell:
-            cell = now
-            few = ", a softmax over few keys" if line["keys"] < 8 else ""
-            out.append(f"{cell_name(line)}  {line['attention']} attention, {line['keys']:.1f} keys a query{few}; mark: "
-                       f"{line['mark']}; n = {line['n']}")  # fmt: skip
-            weights = "sink         marks        applies" if "on_marks" in line else "sink"
-            out.append(f"  head       {'boost':<50}{'drop':<50}{weights}")
-        name = "all" if line["layer"] is None else f"{line['layer']}.{line['head']}"
-        out.append(f"  {name:<9}  {''.join(_claim(line, claim) for claim in CLAIMS)}{_weights(line)}".rstrip())
-    return "\n".join([
-        *out,
-        "head: layer.head. boost: of its largest logit; drop: of its entropy, nats; as trained against a mark "
-        "of zeros, mean and 95 % over texts.",
-        "sink, marks: weight on the first token, on all marks, of zeros -> as trained. applies: share of queries in "
-        "which boosting the last mark lowers entropy, by the theorem.",
-        f"Verdicts: above {last['effect']:g}? {SMALL}: within the margin of {last['margin']:g}. Holm over "
-        f"{last['comparisons']} comparisons, all of this checkpoint. The paper: boost 1.26, drop 1.40.",
-        *filter(None, [too_few(lines)]),
-    ])  # fmt: skip
-
-
-def _claim(line: dict, claim: str) -> str:
-    low, high = line[f"{claim}_interval"]
-    return f"{line[claim]:+.2f} ({low:+.2f} .. {high:+.2f}) {short_verdict(line[f'{claim}_verdict'])}".ljust(50)
-
-
-def _weights(line: dict) -> str:
-    sink = f"{line['sink_zeroed']:.0%} -> {line['sink']:.0%}"
-    if "on_marks" not in line:
-        return sink
-    return f"{sink:<13}{line['on_marks_zeroed']:>3.0%} -> {line['on_marks']:.0%}".ljust(26) + f"{line['applies']:.0%}"

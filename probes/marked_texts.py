@@ -37,11 +37,21 @@ class MarkedTextsProbe(TasksEval):
     placements: tuple[Placement, ...] = ()
     """by default, of the placements that the run was trained with: positions all that have meta-tokens, attention all,
     patching target and none, residual target"""
+    margin: float = 0.05
+    """a difference "does not hold" if its whole interval lies within +- this share"""
+    effect: float = 0.0
+    """a difference "holds" if its interval lies above this share; fix both before you look"""
+
+    BELOW = 1.0  # bound of margin and effect
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("tasks", "placements", "lengths"):
-            check(self, name, len(set(getattr(self, name))) == len(getattr(self, name)), "name each once")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                check(self, field.name, len(set(value)) == len(value), "name each once")
+        check(self, "margin", 0 < self.margin < self.BELOW, f"lie strictly between 0 and {self.BELOW:g}")
+        check(self, "effect", 0 <= self.effect < self.BELOW, f"be at least 0 and below {self.BELOW:g}")
         check(self, "output", not self.output.endswith(".png"), "be a file of JSON lines; the picture lies beside it")
 
     def cells(self, run: Run):

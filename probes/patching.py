@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from nanometa.common.errors import UserError
-from nanometa.common.statistics import DECIDES, bootstrap_means, mcnemar, paired_difference, too_few, wilson
+from nanometa.common.statistics import DECIDES, bootstrap_means, mcnemar, paired_difference, wilson
 from nanometa.common.terminal import write
 from nanometa.config.checks import check
 from nanometa.evals.common import check_finite
@@ -49,10 +49,9 @@ from nanometa.probes.marked_texts import (
     random_ordinary_position,
     span_end_mark,
 )
-from nanometa.probes.probe_command import SMALL, run_probe, short_verdict
+from nanometa.probes.probe_command import run_probe
 from nanometa.probes.residual_stream import record_states, replace_state
-from nanometa.reports.inside_pictures import patching_picture
-from nanometa.reports.markup import percent, points, span
+from nanometa.reports.markup import percent
 from nanometa.tasks.example import Example, Maker
 from nanometa.training.checkpoint import Run
 
@@ -66,24 +65,17 @@ class PatchingProbe(MarkedTextsProbe):
 
     sites: tuple[Literal["mark", "marks", "after", "ordinary", "answer", "asked"], ...] = ()
     """where states are replaced; by default everywhere"""
-    margin: float = 0.05
-    """a change "does not hold" if its whole interval lies within +- this share"""
-    effect: float = 0.0
-    """it "holds" if the interval lies above this share; fix both before you look"""
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, "sites", len(set(self.sites)) == len(self.sites), "name each once")
         check(self, "n", self.n >= 2, "be at least 2: a text needs a donor")
-        check(self, "margin", 0 < self.margin < 1, "lie strictly between 0 and 1")
-        check(self, "effect", 0 <= self.effect < 1, "be at least 0 and below 1")
 
 
 def main(cfg: PatchingProbe) -> None:
     def of_cell(*cell) -> list[dict]:
         return measure_patching(*cell, cfg.n, cfg.sites or SITES)
 
-    run_probe(cfg, "patching", ("target", "none"), tuple(CLAIMS), of_cell, table, patching_picture)
+    run_probe(cfg, "patching", ("target", "none"), tuple(CLAIMS), of_cell, conclusions)
 
 
 # ----------------------------------------------------------------------------- what is measured
@@ -243,33 +235,9 @@ def progress(lines: list[dict]) -> str:
     return f"{cell_name(lines[0])}  {lines[0]['site']:<9} kept / donor by layer: {shares}  {seconds:.1f} s"
 
 
-def table(lines: list[dict]) -> str:
-    """All lines for a person, in percent and points, and what they say of the mark."""
-    out, cell, last = [], (), lines[-1]
-    for line in lines:
-        now = (line["task"], line["placement"], line["level"], line["length"])
-        if now != cell:
-            cell = now
-            out.append(
-                f"{cell_name(line)}  mark: {line['mark']}; n = {line['n']}; without a patch "
-                f"{percent(line['kept_unpatched'])} % right; {percent(line['same_place'])} % of donors have the mark "
-                f"at the same position"
-            )
-            out.append(f"  {'place':<9} layer  {'kept, %':<23}{'needed':<50}{'donor, %':<23}carried")
-        out.append(
-            f"  {line['site']:<9} {line['layer']:>5}  " + "".join(_claim(line, claim) for claim in CLAIMS).rstrip()
-        )
-    return "\n".join([
-        *out,
-        "Replaced is what enters the layer at: mark, the one that ends the span; marks, all; after, behind it; "
-        "ordinary, no mark; answer, in the text; asked, which predicts the answer.",
-        "kept: texts that keep their own answer; needed: by how many points fewer than without a patch. donor: that "
-        "take the other text's; carried: by how many points more.",
-        f"Verdicts: by more than {percent(last['effect'])} points? {SMALL}: within the margin of "
-        f"{percent(last['margin'])}. Holm over {last['comparisons']} comparisons, all of this checkpoint.",
-        *filter(None, [too_few(lines)]),
-        *(conclusion(lines, cell) for cell in dict.fromkeys(map(_cell, lines))),
-    ])  # fmt: skip
+def conclusions(lines: list[dict]) -> list[str]:
+    """Returns, for each cell, whether the answer is read from the mark."""
+    return [conclusion(lines, cell) for cell in dict.fromkeys(map(_cell, lines))]
 
 
 def _cell(line: dict) -> tuple:
@@ -306,10 +274,3 @@ def conclusion(lines: list[dict], cell: tuple) -> str:
             f"anything is read there, it is the same in both texts, such as that it is a mark."
         )
     return f"{name}undecided."
-
-
-def _claim(line: dict, claim: str) -> str:
-    share, (low, high) = CLAIMS[claim], line[f"{claim}_interval"]
-    now = f"{percent(line[share])} ({span(*line[f'{share}_interval'])})"
-    change = f"{points(line[claim])} ({points(low)} .. {points(high)}) {short_verdict(line[f'{claim}_verdict'])}"
-    return f"{now:<23}{change:<50}"

@@ -23,23 +23,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanometa.common.errors import UserError
-from nanometa.common.statistics import bits, decide, holm, mcnemar, paired_difference, too_few
-from nanometa.common.terminal import BOLD, write
+from nanometa.common.statistics import bits, decide, holm, mcnemar, paired_difference
+from nanometa.common.terminal import write
 from nanometa.config import GPTConfig
-from nanometa.config.checks import check
 from nanometa.config.tasks import PLACEMENTS
 from nanometa.evals.tasks import about, read, texts
 from nanometa.model import GPT
 from nanometa.probes.marked_texts import MarkedTextsProbe, knows_meta
-from nanometa.probes.probe_command import (
-    SMALL,
-    read_earlier_lines,
-    save_lines_and_picture,
-    short_verdict,
-    warn_if_unlearned,
-)
-from nanometa.reports.markup import p_value, percent, points, span
-from nanometa.reports.position_pictures import positions_picture
+from nanometa.probes.probe_command import measure_cells
 from nanometa.tasks.example import Example, Maker
 from nanometa.training.checkpoint import Run
 
@@ -62,37 +53,26 @@ class PositionsProbe(MarkedTextsProbe):
         Literal["full", "no_position", "no_position_first", "no_position_second", "no_embedding", "neither"], ...
     ] = ()
     """by default all that the run allows; full is always read"""
-    margin: float = 0.05
-    """a difference from full "does not hold" if its whole interval lies within +- this share"""
-    effect: float = 0.0
-    """it "holds" if the interval lies above this share; fix both before you look"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "conditions", len(set(self.conditions)) == len(self.conditions), "name each once")
-        check(self, "margin", 0 < self.margin < 1, "lie strictly between 0 and 1")
-        check(self, "effect", 0 <= self.effect < 1, "be at least 0 and below 1")
 
 
 def main(cfg: PositionsProbe) -> None:
     run, facts = cfg.open()
     names, unavailable = conditions_of(cfg, run)
     cells = cells_of(cfg, run)  # what cannot be asked is refused by here
-    output = cfg.lines(run, "positions")
-    before = read_earlier_lines(output, "positions", facts)
-    write(f"{facts['arm']}, {run.folder}\n", BOLD)
-    for why, left_out in unavailable.items():
-        write(f"without {', '.join(left_out)}, for a run {why}\n")
+    left_out = [f"without {', '.join(of)}, for a run {why}\n" for why, of in unavailable.items()]
     without = [name for name in run.config.task.placements if not PLACEMENTS[name].has_meta]
     if without and not cfg.placements:
-        write(f"without placement {', '.join(without)}, whose texts have no meta-tokens\n")
-    measured = []
-    with cfg.autocast(run):
-        for cell, of in zip(cells, warn_if_unlearned(run, cells, cfg.n), strict=True):
-            measured.append([{**line, "answered": of} for line in measure_positions(run, *cell, cfg.n, names)])
-            write(progress(measured[-1]) + "\n")
-    lines = [{**facts, **line} for line in compared(measured, cfg.effect, cfg.margin)]
-    write(f"\n{table(lines)}\n{save_lines_and_picture(output, 'positions', before, lines, positions_picture)}")
+        left_out.append(f"without placement {', '.join(without)}, whose texts have no meta-tokens\n")
+
+    def measure(*cell) -> list[dict]:
+        lines = measure_positions(*cell, cfg.n, names)
+        write(progress(lines) + "\n")
+        return lines
+
+    def judge(measured: list[list[dict]]) -> list[dict]:
+        return compared(measured, cfg.effect, cfg.margin)
+
+    measure_cells(cfg, "positions", run, facts, cells, measure, judge, preface="".join(left_out))
 
 
 def conditions_of(cfg: PositionsProbe, run: Run) -> tuple[list[str], dict[str, list[str]]]:
@@ -209,32 +189,3 @@ def progress(cell: list[dict]) -> str:
     name = f"{first['task']:<16} {first['placement']:<10} {first['level']:<10} {first['length']:>5}"
     exact = "  ".join(f"{line['condition']} {line['exact']:.1%}" for line in cell)
     return f"{name}  {exact}  {sum(line['seconds'] for line in cell):.1f} s"
-
-
-def table(lines: list[dict]) -> str:
-    """All lines for a person, differences in points."""
-    out = []
-    for line in lines:
-        exact = f"  {line['condition']:<19} {percent(line['exact']):>5} % ({span(*line['interval'])})"
-        if line["condition"] == "full":
-            out.append(
-                f"{line['task']}, {line['placement']}, {line['level']}, {line['length']} positions, n = {line['n']}, "
-                f"chance {percent(line['chance'])} %"
-            )
-            out.append(exact)
-            continue
-        low, high = map(points, line["difference_interval"])
-        out.append(
-            f"{exact:<46} {points(line['difference']):>6} ({low} .. {high})".ljust(72)
-            + f"  p {p_value(line['p'])}  Holm {p_value(line['holm'])}  {short_verdict(line['verdict'])}"
-        )
-    last = lines[-1]
-    return "\n".join([
-        *out,
-        "Meta-tokens: no_position, without a position (_first: in causal attention alone; _second: in the second "
-        "alone); no_embedding, with zeros for theirs; neither, without both.",
-        f"Exact answers; differences from full, in points. Verdict: better than full by more than "
-        f"{percent(last['effect'])} points? {SMALL}: within the margin of {percent(last['margin'])}. Holm over "
-        f"{last['comparisons']} comparisons, all of this checkpoint.",
-        *filter(None, [too_few(lines)]),
-    ])  # fmt: skip

@@ -1,13 +1,13 @@
 """What a call of probe.py does, whatever it looks at: warns, measures cell by cell, appends lines, and draws a picture
 of all that the file holds of the same weights."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from nanometa.common.errors import UserError
 from nanometa.common.files import write_atomically
-from nanometa.common.statistics import brief
 from nanometa.common.terminal import BOLD, write
 from nanometa.evals.common import write_lines
 from nanometa.evals.tasks import answered, doubt
@@ -17,8 +17,6 @@ from nanometa.reports.table_sections import latest
 from nanometa.tasks.example import Maker
 from nanometa.training.checkpoint import Run
 
-SMALL = "(small)"
-
 
 def run_probe(
     cfg: MarkedTextsProbe,
@@ -26,23 +24,44 @@ def run_probe(
     placements: tuple[str, ...],
     claims: tuple[str, ...],
     measure: Callable[[Run, Maker, str, int], list[dict]],
-    table: Callable[[list[dict]], str],
-    picture: Callable[[list[dict]], bytes],
+    notes: Callable[[list[dict]], list[str]] = lambda lines: [],
 ) -> None:
-    """Runs a probe of marked texts from its settings to its picture. placements: those asked by default if the run was
-    trained with them; measure: returns the lines of a cell."""
+    """Runs a probe whose lines have claims. placements: those asked by default if the run was trained with them;
+    measure: returns the lines of a cell; notes: sentences for below the table."""
     run, facts = cfg.open()
-    cells = cfg.makers(run, placements)  # what cannot be answered_by_cell is refused by here
+    cells = cfg.makers(run, placements)
+
+    def judge(measured: list[list[dict]]) -> list[dict]:
+        return judged(list(itertools.chain(*measured)), claims, cfg.effect, cfg.margin)
+
+    measure_cells(cfg, name, run, facts, cells, measure, judge, notes)
+
+
+def measure_cells(
+    cfg: MarkedTextsProbe,
+    name: str,
+    run: Run,
+    facts: dict,
+    cells: list[tuple[Maker, str, int]],
+    measure: Callable[[Run, Maker, str, int], list[dict]],
+    judge: Callable[[list[list[dict]]], list[dict]],
+    notes: Callable[[list[dict]], list[str]] = lambda lines: [],
+    preface: str = "",
+) -> None:
+    """Measures all cells, judges them together, and saves and prints the lines. Whatever is refused has been refused
+    by now, but for a damaged output file, which is refused before anything is measured."""
     output = cfg.lines(run, name)
     before = read_earlier_lines(output, name, facts)
     write(f"{facts['arm']}, {run.folder}\n", BOLD)
-    lines: list[dict] = []
+    write(preface)
     with cfg.autocast(run):
-        answered_by_cell = warn_if_unlearned(run, cells, cfg.n)
-        for cell, of in zip(cells, answered_by_cell, strict=True):
-            lines += [{**line, "answered": of} for line in measure(run, *cell)]
-    lines = [{**facts, **line} for line in judged(lines, claims, cfg.effect, cfg.margin)]
-    write(f"\n{table(lines)}\n{save_lines_and_picture(output, name, before, lines, picture)}")
+        answers = warn_if_unlearned(run, cells, cfg.n)
+        measured = [
+            [{**line, "answered": answer} for line in measure(run, *cell)]
+            for cell, answer in zip(cells, answers, strict=True)
+        ]
+    lines = [{**facts, **line} for line in judge(measured)]
+    save(output, name, before, lines, notes(lines))
 
 
 def warn_if_unlearned(run: Run, cells: list[tuple[Maker, str, int]], n: int) -> list[dict]:
@@ -75,17 +94,15 @@ def read_earlier_lines(path: Path, name: str, facts: dict) -> list[dict]:
     return out
 
 
-def short_verdict(verdict: str) -> str:
-    """A verdict in a table on a terminal."""
-    return brief(verdict).replace(", within the margin", f" {SMALL}")
+def draw_picture(name: str, lines: list[dict]) -> bytes:
+    return SECTIONS[name].picture(lines)
 
 
-def save_lines_and_picture(
-    output: Path, name: str, before: list[dict], lines: list[dict], picture: Callable[[list[dict]], bytes]
-) -> str:
-    """Appends the lines, at the end, since Holm's p needs all of them, and draws them with those from `before` -> the
-    names of both files, for a person."""
+def save(output: Path, name: str, before: list[dict], lines: list[dict], notes: list[str]) -> None:
+    """Prints the table, appends the lines to the file, and draws them together with those from `before`. Lines are
+    written last of all because Holm's p needs all of them."""
+    write("\n".join(["", SECTIONS[name].table(lines), *notes, ""]))
     write_lines(output, lines)
     drawn = output.with_suffix(".png")
-    write_atomically(drawn, picture(latest(SECTIONS[name], before + lines)))
-    return f"{output}\n{drawn}\n"
+    write_atomically(drawn, draw_picture(name, latest(SECTIONS[name], before + lines)))
+    write(f"{output}\n{drawn}\n")

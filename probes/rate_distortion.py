@@ -35,6 +35,8 @@ found from either: that tells nothing of arms, which are compared over five or m
 
 import dataclasses
 import itertools
+import math
+import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -52,12 +54,10 @@ from nanometa.evals.tasks import about, texts
 from nanometa.probes import self_check
 from nanometa.probes.bottleneck import Member, Source, Training, fit, measure_bottlenecks
 from nanometa.probes.marked_texts import MarkedTextsProbe
-from nanometa.probes.probe_command import read_earlier_lines, save_lines_and_picture, warn_if_unlearned
+from nanometa.probes.probe_command import read_earlier_lines, save, warn_if_unlearned
 from nanometa.probes.rate_curves import Points, baselines, compared, constant_distortion, converse, found, intervals
-from nanometa.probes.rate_table import progress, table, ticking
 from nanometa.probes.residual_stream import check_layer
 from nanometa.probes.text_positions import STATES, LocatedText, labels_of, locate_all, missing, queries_of, read_states
-from nanometa.reports.rate_pictures import rate_picture
 from nanometa.tasks.example import Maker
 from nanometa.training.checkpoint import Run
 
@@ -111,10 +111,10 @@ class RateDistortionProbe(MarkedTextsProbe):
     margin: float = 0.05
     """nats; a verdict is on "less distortion by more than effect", and "does not hold" inside +- margin"""
 
+    BELOW = math.inf
+
     def __post_init__(self):
         super().__post_init__()
-        for name in ("states", "layers", "targets", "back", "rates"):
-            check(self, name, len(set(getattr(self, name))) == len(getattr(self, name)), "name each once")
         for name in ("n", "train_texts", "val_texts"):
             check(self, name, 20 <= getattr(self, name) <= 10**6, "be 20 texts or more, and 1000000 at most")
         for name, most in (
@@ -135,8 +135,6 @@ class RateDistortionProbe(MarkedTextsProbe):
         check(self, "rates", self.rates and min(self.rates) >= 0, "be 0 nats or more")
         check(self, "learning_rate", 0 < self.learning_rate <= 1, "lie above 0, and be 1 at most")
         check(self, "weight_decay", 0 <= self.weight_decay <= 100, "lie in 0 .. 100")
-        check(self, "margin", self.margin > 0, "be above 0 nats")
-        check(self, "effect", self.effect >= 0, "be 0 nats or more")
 
     @property
     def training(self) -> Training:
@@ -197,7 +195,24 @@ def main(cfg: RateDistortionProbe) -> None:
         )
     judge(cfg, comparisons)
     lines = [{**facts, **line} for line in curves + comparisons]
-    write(f"\n{table(lines)}\n{save_lines_and_picture(output, 'rate_distortion', before, lines, rate_picture)}")
+    save(output, "rate_distortion", before, lines, [])
+
+
+def print_epoch(epoch: int, training: int) -> None:
+    """Shows how far the training of a curve's probes is, on a terminal only."""
+    if sys.stdout.isatty():
+        write(f"\repoch {epoch}, {training} probes go on \r")
+
+
+def progress(line: dict) -> str:
+    """Returns a curve as one line of text, shown as soon as it is measured."""
+    ends = " .. ".join(f"({line['points'][k]['rate']:.2f}, {line['points'][k]['distortion']:.3f})" for k in (0, -1))
+    flag = f"  BELOW THE CONVERSE at {line['violations']} points" if line["violations"] else ""
+    return (
+        f"{line['target']:<8} layer {line['layer']:<2} {line['state']:<10} (R, D) {ends}  no bottleneck "
+        f"{line['ceiling']['distortion']:.3f}  shuffled {line['shuffled']['distortion']:.3f}  H {line['entropy']:.3f}"
+        f"  {'found' if line['found'] else 'nothing found'}  {line['seconds']:.0f} s{flag}"
+    )
 
 
 def cells_of(cfg: RateDistortionProbe, run: Run) -> list[tuple[Maker, str, int]]:
@@ -276,7 +291,7 @@ def curve(cfg: RateDistortionProbe, sources: list[Source], K: int, Q: int) -> tu
     train, val, test = (source.labels.cpu().numpy() for source in sources)
     kinds = [(beta, "bottleneck") for beta in cfg.grid] + [(0.0, "ceiling"), (0.0, "shuffled")]
     members = [Member(beta, seed, kind) for beta, kind in kinds for seed in range(cfg.seeds)]
-    weights = fit(sources[0], sources[1], K, Q, members, cfg.training, ticking)
+    weights = fit(sources[0], sources[1], K, Q, members, cfg.training, print_epoch)
     D, R = (
         x.double().numpy().reshape(len(kinds), cfg.seeds, -1)
         for x in measure_bottlenecks(weights, sources[2], members, cfg.training)

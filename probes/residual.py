@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from nanometa.common.errors import UserError
-from nanometa.common.statistics import bootstrap_means, mcnemar, mean_p, paired_difference, too_few, wilson
+from nanometa.common.statistics import bootstrap_means, mcnemar, mean_p, paired_difference, wilson
 from nanometa.common.terminal import write
 from nanometa.config.checks import check
 from nanometa.evals.common import check_finite
@@ -41,7 +41,6 @@ from nanometa.inference.scoring import hidden_states
 from nanometa.probes.marked_texts import (
     MarkedTextsProbe,
     batches,
-    cell_name,
     mark_name,
     marks,
     random_ordinary_position,
@@ -49,9 +48,6 @@ from nanometa.probes.marked_texts import (
 )
 from nanometa.probes.probe_command import run_probe
 from nanometa.probes.residual_stream import record_states
-from nanometa.reports.inside_pictures import residual_picture
-from nanometa.reports.markup import percent
-from nanometa.reports.table_sections import layers_where
 from nanometa.tasks.example import Example, Maker
 from nanometa.tasks.words import DELIMITER
 from nanometa.training.checkpoint import Run
@@ -69,24 +65,17 @@ class ResidualProbe(MarkedTextsProbe):
     """positions back"""
     train: int = 2000
     """texts that classifiers are trained on, and a quarter as many to choose the L2; n is that of the test texts"""
-    margin: float = 0.05
-    """a difference "does not hold" if its whole interval lies within +- this: a cosine, or a share of texts"""
-    effect: float = 0.0
-    """it "holds" if the interval lies above this; fix both before you look"""
 
     def __post_init__(self):
         super().__post_init__()
         distances = self.distances
         check(self, "distances", distances and all(1 <= d < 2**20 for d in distances), "be at least 1")
-        check(self, "distances", len(set(distances)) == len(distances), "name each once")
         check(self, "train", 8 <= self.train <= 10**6, "lie in 8 .. 1000000")
         check(self, "n", self.n >= 2, "be at least 2: a text needs another one")
-        check(self, "margin", 0 < self.margin < 1, "lie strictly between 0 and 1")
-        check(self, "effect", 0 <= self.effect < 1, "be at least 0 and below 1")
 
 
 def main(cfg: ResidualProbe) -> None:
-    run_probe(cfg, "residual", ("target",), CLAIMS, lambda *cell: measure_residual(*cell, cfg), table, residual_picture)
+    run_probe(cfg, "residual", ("target",), CLAIMS, lambda *cell: measure_residual(*cell, cfg))
 
 
 # ----------------------------------------------------------------------------- what is read
@@ -282,37 +271,3 @@ def progress(lines: list[dict], seconds: float) -> str:
     )
     cell = f"{first['task']} {first['placement']} {first['length']}"
     return f"{cell}  layer {first['layer']}  decoded {shares}  {seconds:.1f} s"
-
-
-def table(lines: list[dict]) -> str:
-    """What is decoded, by place, distance and layer, for a person, and the layers in which claims hold; the cosines are
-    in the lines and the picture."""
-    groups: dict[tuple, list[dict]] = {}
-    for line in lines:
-        groups.setdefault((cell_name(line), line["distance"], line["place"]), []).append(line)
-    layers, last = sorted({line["layer"] for line in lines}), lines[-1]
-    out, cell = [], ""
-    for (name, distance, place), of in groups.items():
-        if name != cell:
-            cell = name
-            out.append(f"{name}  mark: {of[0]['mark']}; n = {of[0]['n']} test texts")
-            numbers = "".join(f"{layer:>6}" for layer in layers)
-            out.append(
-                f"  back  {'state of':<9} decoded, %, layer{numbers}  commonest  shuffled  more than the word    nearer"
-            )
-        shares = {line["layer"]: percent(line["decoded"]) for line in of}
-        out.append(
-            f"  {distance:>4}  {place:<27}" + "".join(f"{shares.get(layer, ''):>6}" for layer in layers)
-            + f"{percent(of[0]['majority']):>11}{percent(max(line['shuffled'] for line in of)):>10}  "
-            + f"{layers_where(of, 'more'):<20}  {layers_where(of, 'nearer')}".rstrip()
-        )  # fmt: skip
-    return "\n".join([
-        *out,
-        "decoded: texts in which a linear classifier names the token so far back, from the state that enters the layer "
-        "(the last: the final norm). Its floors: the commonest token; shuffled labels, the most of any layer.",
-        "more than the word: the layers in which more is decoded than from the word in the mark's place. nearer: in "
-        "which the cosine, the layer's mean taken off (centred), is above that with another text's token (floor).",
-        f"By more than {last['effect']:g}? Margin {last['margin']:g}. Holm over {last['comparisons']} comparisons, all "
-        f"of this checkpoint. By layer, with intervals: the picture and the lines.",
-        *filter(None, [too_few(lines)]),
-    ])  # fmt: skip

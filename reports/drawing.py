@@ -5,12 +5,15 @@ import textwrap
 from io import BytesIO
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.image import imread, imsave
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from nanometa.common.statistics import DECIDES
 from nanometa.reports.compare import Difference
-from nanometa.reports.lines import Arm, Panel, impossible, share_interval, summary
+from nanometa.reports.lines import Arm, Panel, has_learned, impossible, share_interval, summary
 from nanometa.reports.paper import FIGURE_1, LENGTH
 
 # told apart by the colour-blind (Okabe and Ito), and by their markers in grey
@@ -35,20 +38,72 @@ def png(draw, *args, width: float = WIDTH) -> bytes:
     return out.getvalue()
 
 
+def tiled(heading: str, pictures: list[bytes], columns: int = 3) -> bytes:
+    """Returns PNGs of the same width side by side, row by row below a heading, as one PNG."""
+    columns = min(columns, len(pictures))
+    images = [_pixels(png(_draw_heading, wrapped(heading, 50 * columns), width=columns * WIDTH))]
+    tiles = [_pixels(picture) for picture in pictures]
+    for row in (tiles[i : i + columns] for i in range(0, len(tiles), columns)):
+        height = max(len(tile) for tile in row)
+        images.append(np.concatenate([_padded(tile, height, tile.shape[1]) for tile in row], axis=1))
+    width, out = max(image.shape[1] for image in images), BytesIO()
+    rows = [_padded(image, len(image), width) for image in images]
+    imsave(out, np.concatenate(rows), format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _draw_heading(figure: Figure, text: str) -> None:
+    figure.set_figheight(0.2 + 0.18 * (1 + text.count("\n")))
+    figure.suptitle(text, fontsize=10)
+
+
+def _pixels(picture: bytes) -> np.ndarray:
+    return imread(BytesIO(picture))[..., :3]
+
+
+def _padded(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Returns the image with white below and to the right of it."""
+    return np.pad(image, ((0, height - len(image)), (0, width - image.shape[1]), (0, 0)), constant_values=1.0)
+
+
+def run_title(lines: list[dict]) -> str:
+    """Names the run of the lines, and warns if it has not learned the task."""
+    first = lines[0]
+    weak = (
+        ""
+        if all(map(has_learned, lines))
+        else ("; NOT LEARNED: in some cells its answers are no better than chance or a shortcut")
+    )
+    return f"{first['arm']}; {first['run']}, step {first['step']}, seed {first['seed']}{weak}"
+
+
+def text_count(lines: list[dict]) -> str:
+    """Returns the number of texts behind the lines, and whether it is too small to decide anything."""
+    n = sorted({line["n"] for line in lines})
+    many = f"n = {n[0]} to {n[-1]}" if len(n) > 1 else f"n = {n[0]}"
+    return f"{many} texts{' (too few to decide)' if n[-1] < DECIDES else ''}"
+
+
+def key(label: str, **look) -> Line2D:
+    """Returns the entry of a legend, grey unless `look` has a color."""
+    return Line2D([], [], label=label, **{"color": GREY, **look})
+
+
 def styles(arms: list[Arm]) -> dict[tuple, dict]:
     """Name of an arm -> how it is drawn in every picture: colour and marker by label, dashes by train length."""
     labels = list(dict.fromkeys(arm.label for arm in arms))
     lengths = sorted({arm.training.length for arm in arms}, reverse=True)  # the longest is solid
     return {
         arm.name: {
-            **_look(labels.index(arm.label)),
+            **look(labels.index(arm.label)),
             "linestyle": DASHES[lengths.index(arm.training.length) % len(DASHES)],
         }
         for arm in arms
     }
 
 
-def _look(number: int) -> dict:
+def look(number: int) -> dict:
+    """Returns the color and marker of the series with this number."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4.5}
 
 
@@ -117,9 +172,8 @@ def _by_length(axes, looks: dict, mine: list[Arm], panel: Panel) -> bool:
 
 
 def _accuracy_handles(arms: list[Arm], looks: dict, barred: bool) -> list[Line2D]:
-    floor = [Line2D([], [], color=GREY, linewidth=0.8, marker="_", label="best shortcut")]
-    chance = [Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label="chance")]
-    return _arm_handles(arms, looks) + _length_handles(arms, looks) + floor + chance + _cross(barred)
+    baselines = [key("best shortcut", linewidth=0.8, marker="_"), key("chance", linestyle=":", linewidth=1.2)]
+    return _arm_handles(arms, looks) + _length_handles(arms, looks) + baselines + _cross(barred)
 
 
 def _points(axes, cells: dict[int, dict], dodge: float, look: dict) -> bool:
@@ -172,22 +226,16 @@ def _floors(arms: list[Arm], panel: Panel) -> dict[int, tuple[float, int]]:
 
 def _arm_handles(arms: list[Arm], looks: dict) -> list[Line2D]:
     first = {arm.label: looks[arm.name] for arm in reversed(arms)}
-    return [
-        Line2D([], [], **{**first[label], "linestyle": "-"}, label=label)
-        for label in dict.fromkeys(arm.label for arm in arms)
-    ]
+    return [key(label, **{**first[label], "linestyle": "-"}) for label in dict.fromkeys(arm.label for arm in arms)]
 
 
 def _cross(barred: bool) -> list[Line2D]:
-    return [Line2D([], [], color=GREY, marker="x", linestyle="", label="impossible")] if barred else []
+    return [key("impossible", marker="x", linestyle="")] if barred else []
 
 
 def _length_handles(arms: list[Arm], looks: dict) -> list[Line2D]:
     dashes = {arm.training.length: looks[arm.name]["linestyle"] for arm in arms}
-    return [
-        Line2D([], [], color=GREY, linestyle=dashes[length], linewidth=1.4, label=f"train length {length}")
-        for length in sorted(dashes)
-    ]
+    return [key(f"train length {length}", linestyle=dashes[length], linewidth=1.4) for length in sorted(dashes)]
 
 
 def legend(figure: Figure, handles: list, columns: int = 2) -> None:
@@ -220,20 +268,17 @@ def differences(figure: Figure, rows: list[Difference], panel: Panel, margin: fl
     axes.axhspan(-100 * margin, 100 * margin, color=LIGHT, zorder=0)
     axes.axhline(0, color=GREY, linewidth=1, zorder=1)
     for number, ((name, training, _), of) in enumerate(series.items()):
-        look = {**_look(-1 - names.index(name)), "linestyle": DASHES[trained.index(training.length) % len(DASHES)]}
+        style = {**look(-1 - names.index(name)), "linestyle": DASHES[trained.index(training.length) % len(DASHES)]}
         of = sorted(of, key=lambda row: row.length)
         x = [row.length * 2 ** (0.035 * (number - (len(series) - 1) / 2)) for row in of]
-        axes.plot(x, [100 * row.mean for row in of], linewidth=1.2, **look)
+        axes.plot(x, [100 * row.mean for row in of], linewidth=1.2, **style)
         axes.vlines(x, [100 * max(-1, row.low) for row in of], [100 * min(1, row.high) for row in of],
-                    color=look["color"], linewidth=1.4)  # fmt: skip
+                    color=style["color"], linewidth=1.4)  # fmt: skip
     _lengths(axes, {row.length for row in rows})
     unit = "arms, over seeds" if any(len(row.seeds) > 1 for row in rows) else "single checkpoints, not arms"
     axes.set(title=wrapped(title(panel)), xlabel=f"positions of a text\n{footer}\n{unit}", ylabel="difference, points")
-    arms = [Line2D([], [], **_look(-1 - i), label=name) for i, name in enumerate(names)]
-    dashes = [
-        Line2D([], [], color=GREY, linestyle=DASHES[trained.index(n) % len(DASHES)], label=f"train length {n}")
-        for n in sorted(trained)
-    ]
+    arms = [key(name, **look(-1 - i)) for i, name in enumerate(names)]
+    dashes = [key(f"train length {n}", linestyle=DASHES[trained.index(n) % len(DASHES)]) for n in sorted(trained)]
     band = Patch(color=LIGHT, label=f"margin, ±{100 * margin:g} points")
     legend(figure, [*arms, *dashes, band])
 
@@ -244,9 +289,9 @@ def beside_paper(figure: Figure, arms: list[Arm], mine: list[Arm], panel: Panel,
     left, right = figure.subplots(1, 2, sharey=True)
     handles = []
     for number, (model, by_length) in enumerate(FIGURE_1[panel.task].items()):
-        look = {**_look(number), "color": ("#999999", "#000000", "#555555", "#BBBBBB")[number]}
-        left.plot(list(by_length), list(by_length.values()), linewidth=1.2, **look)
-        handles.append(Line2D([], [], **look, label=model))
+        style = {**look(number), "color": ("#999999", "#000000", "#555555", "#BBBBBB")[number]}
+        left.plot(list(by_length), list(by_length.values()), linewidth=1.2, **style)
+        handles.append(key(model, **style))
     looks, labels = styles(arms), list(dict.fromkeys(arm.label for arm in mine))
     barred, lengths = False, set(FIGURE_1[panel.task]["GPT-2 APE"])
     for number, label in enumerate(labels):

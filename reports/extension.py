@@ -4,13 +4,11 @@ all in multiples of the window that the model had before."""
 from fractions import Fraction
 from typing import NamedTuple
 
-import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from nanometa.common.statistics import wilson
-from nanometa.reports.drawing import COLOURS, GREY, MARKERS, legend, png, wrapped
-from nanometa.reports.lines import Panel, cell_of, impossible
+from nanometa.reports.drawing import key, legend, look, png, wrapped
+from nanometa.reports.lines import Panel, cell_of, impossible, summary
 from nanometa.reports.markup import escaped, percent, span, table
 from nanometa.reports.page import Page, footer
 from nanometa.reports.paper import TABLE_1, TABLE_1_SOURCE, WINDOW
@@ -43,7 +41,7 @@ def body(page: Page, lines: list[dict]) -> str:
     mine = [line for line in lines if belongs(line)]
     if not any(line["scaling"] != "none" for line in mine):
         return ""
-    figures, groups = [page.picture("extension_paper.png", "Table 1 of the paper", png(paper_picture))], {}
+    figures, groups = [], {}
     panels: dict[tuple[Panel, Row], dict[str, Cells]] = {}
     for line in sorted(mine, key=lambda line: (row_of(line).factor, row_of(line))):
         panel, length = cell_of(line)
@@ -135,57 +133,31 @@ def picture(figure: Figure, row: Row, of: dict[str, Cells], arms: list[str], abo
     """One row of the table: accuracy by evaluation length, an arm a colour."""
     axes, handles = figure.subplots(), []
     for number, (arm, cells) in enumerate(of.items()):
-        look = {"color": COLOURS[arms.index(arm) % len(COLOURS)], "marker": MARKERS[arms.index(arm) % len(MARKERS)]}
-        handles.append(Line2D([], [], label=arm, markersize=4.5, **look))
+        style = look(arms.index(arm))
+        handles.append(key(arm, linestyle="", **style))
         possible = {length: by_seed for length, by_seed in sorted(cells.items()) if not impossible(by_seed)}
-        for share, interval, style in (("token_accuracy", "token_interval", "-"), ("exact", "interval", (0, (4, 2)))):
+        for share, interval, dash in (("token_accuracy", "token_interval", "-"), ("exact", "interval", (0, (4, 2)))):
             dodge = 1 + 0.03 * (number - (len(of) - 1) / 2) + (0.015 if share == "exact" else 0)
             x = [dodge * length / window_of(by_seed) for length, by_seed in possible.items()]
             ends = [summary(by_seed, share, interval) for by_seed in possible.values()]
-            axes.plot(x, [100 * mean for mean, _, _ in ends], linestyle=style, linewidth=1.3, markersize=4.5, **look)
+            axes.plot(x, [100 * mean for mean, _, _ in ends], linestyle=dash, linewidth=1.3, **style)
             axes.vlines(x, [100 * low for _, low, _ in ends], [100 * high for _, _, high in ends],
-                        color=look["color"], linewidth=1.3)  # fmt: skip
+                        color=style["color"], linewidth=1.3)  # fmt: skip
     if row.paper:
         axes.plot(list(row.paper), list(row.paper.values()), color="#999999", marker=".", linewidth=1.2)
-        handles.append(Line2D([], [], color="#999999", marker=".", label="paper, n unknown"))
-    axes.axvline(row.factor, color=GREY, linestyle=":", linewidth=1.2)
+        handles.append(key("paper, n unknown", color="#999999", marker="."))
+    axes.axvline(row.factor, linestyle=":", linewidth=1.2, color="#555555")
     handles += [
-        Line2D([], [], color=GREY, label="token accuracy"),
-        Line2D([], [], color=GREY, linestyle=(0, (4, 2)), label="exact answers"),
-        Line2D([], [], color=GREY, linestyle=":", label="end of the window"),
+        key("token accuracy"),
+        key("exact answers", linestyle=(0, (4, 2))),
+        key("end of the window", linestyle=":"),
     ]
     axes.set_ylim(-4, 104)
     axes.set_xlim(left=0)
-    axes.set(title=wrapped(row_name(row)), ylabel="%")
-    axes.set_xlabel(f"asked at, in windows of the model\n{about}")
+    axes.set(title=wrapped(row_name(row)), ylabel="%", xlabel=f"asked at, in windows of the model\n{about}")
     legend(figure, handles)
 
 
 def window_of(of: dict[int, dict]) -> int:
     """Before any extension: of a cell's lines by seed."""
     return next(iter(of.values()))["original_block_size"]
-
-
-def summary(of: dict[int, dict], share: str, interval: str) -> tuple[float, float, float]:
-    """A cell's lines by seed -> a share and its ends: with one seed over texts, with several the lowest and highest."""
-    if len(of) == 1:
-        (line,) = of.values()
-        ends = line[interval] if interval in line else wilson(line["correct"], line["n"])
-        return line[share], *ends
-    shares = [line[share] for line in of.values()]
-    return float(np.mean(shares)), min(shares), max(shares)
-
-
-def paper_picture(figure: Figure) -> None:
-    axes, handles = figure.subplots(), []
-    for number, ((extended, tuned), of) in enumerate(TABLE_1.items()):
-        look = {"color": ("#999999", "#000000", "#555555", "#BBBBBB")[number], "linestyle": "-",
-                "marker": MARKERS[number], "markersize": 4.5}  # fmt: skip
-        axes.plot(list(of), list(of.values()), linewidth=1.2, **look)
-        handles.append(Line2D([], [], **look, label=f"{extended}x, fine-tuned at {tuned}x"))
-    axes.set_ylim(-4, 104)
-    axes.set_xlim(left=0)
-    axes.set(
-        title="the paper's Table 1, n unknown", ylabel="token accuracy, %", xlabel=f"asked at, in windows of {WINDOW}"
-    )
-    legend(figure, handles)

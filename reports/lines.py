@@ -180,6 +180,11 @@ def _labels(found: list[tuple[str, Training, list]]) -> list[str]:
     return labels
 
 
+def has_learned(line: dict) -> bool:
+    """Returns whether the run of a probe's line has learned the task; True if the line does not say it."""
+    return (line.get("answered") or {}).get("better", True)
+
+
 def panels_of(arms: list[Arm]) -> list[Panel]:
     """All panels, in the order of the settings' choices."""
     return sorted({panel for arm in arms for panel, _ in arm.lines}, key=order)
@@ -194,13 +199,14 @@ def impossible(of: dict[int, dict]) -> str:
     return next((line["impossible"] for line in of.values() if "impossible" in line), "")
 
 
-def summary(of: dict[int, dict]) -> tuple[float, float, float]:
-    """A cell's lines by seed -> share of exact answers and its ends: with one seed Wilson's interval over texts, with
-    several the mean, the lowest and the highest seed."""
+def summary(of: dict[int, dict], share: str = "exact", interval: str = "") -> tuple[float, float, float]:
+    """Returns a share of a cell and the ends of its bar, from the cell's lines by seed. With one seed the ends are the
+    line's `interval` over texts, or else Wilson's of the exact answers; with several they are the lowest and the
+    highest seed, and the share is the mean."""
     if len(of) == 1:
         (line,) = of.values()
-        return line["exact"], *wilson(line["correct"], line["n"])
-    shares = [line["exact"] for line in of.values()]
+        return line[share], *(line.get(interval) or wilson(line["correct"], line["n"]))
+    shares = [line[share] for line in of.values()]
     return float(np.mean(shares)), min(shares), max(shares)
 
 

@@ -2,6 +2,7 @@
 
 import html
 import math
+import textwrap
 
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 920px; margin: 0 auto;
@@ -91,6 +92,22 @@ def table(head: list[str], groups: dict[str, list[list]], text: tuple[int, ...],
     many = " class=many" if len(head) > 14 else ""
     return Markup(
         f'<div class="scroll"><table{many}><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
+    )
+
+
+def text_table(head: list[str], rows: list[list], text: tuple[int, ...]) -> str:
+    """Returns a table for a terminal, without the columns that are empty. `text`: the columns aligned to the left."""
+    cells = [[str(value) for value in row] for row in rows]
+    shown = [i for i in range(len(head)) if any(row[i] for row in cells)]
+    wide = {i: max(8, *(len(row[i]) for row in cells)) for i in shown}
+    names = {i: textwrap.wrap(head[i], wide[i], break_long_words=False) for i in shown}
+    height = max(map(len, names.values()))
+    top = [[([""] * (height - len(names[i])) + names[i])[k] if i in names else "" for i in range(len(head))]
+           for k in range(height)]  # fmt: skip
+    wide = {i: max(len(row[i]) for row in [*top, *cells]) for i in shown}
+    return "\n".join(
+        "  ".join(row[i].ljust(wide[i]) if i in text else row[i].rjust(wide[i]) for i in shown).rstrip()
+        for row in [*top, *cells]
     )
 
 

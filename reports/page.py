@@ -21,6 +21,8 @@ class Section(NamedTuple):
     check: Callable[[dict], None]  # raises ValueError if a line is not what the section draws
     key: Callable[[dict], tuple]  # of lines with the same, the last one counts
     body: Callable[["Page", list[dict]], str]  # its HTML, with headings <h2 id=..>
+    picture: Callable[[list[dict]], bytes] | None = None  # one PNG of all lines of a checkpoint, for probe.py
+    table: Callable[[list[dict]], str] | None = None  # the table of these lines for a terminal
 
 
 class Page:

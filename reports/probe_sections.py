@@ -3,19 +3,20 @@
 from collections.abc import Callable
 
 from nanometa.reports import rate_distortion
-from nanometa.reports.inside_pictures import (
-    LOOKS,
+from nanometa.reports.lines import CELL, NUMBER
+from nanometa.reports.markup import percent, points, span
+from nanometa.reports.paper import FIGURE_2
+from nanometa.reports.probe_pictures import (
+    ATTENTION_MARKERS,
     PLACE_NAMES,
     SITE_NAMES,
     attention_panel,
     patching_panel,
+    positions_panel,
     residual_panel,
+    table_2,
     theorem_picture,
 )
-from nanometa.reports.lines import CELL, NUMBER
-from nanometa.reports.markup import percent, points, span
-from nanometa.reports.paper import FIGURE_2
-from nanometa.reports.position_pictures import positions_panel, table_2
 from nanometa.reports.table_sections import WHERE, Column, claim, layers_where, probe
 
 CHECKPOINT = "Verdicts and Holm's p are of this checkpoint, not of its arm."
@@ -41,6 +42,10 @@ def judged(*claims: str) -> dict[str, tuple]:
 
 def share(name: str) -> Callable[[dict], str]:
     return lambda line: percent(line[name]) if name in line else ""
+
+
+def few_keys(keys: float) -> str:
+    return f"{keys:.1f}{' (few)' if keys < 8 else ''}"
 
 
 POSITIONS = probe(
@@ -91,11 +96,12 @@ ATTENTION = probe(
         Column("applies, %", share("applies")),
         Column("on marks, %", share("on_marks")),
         Column("zeroed, %", share("on_marks_zeroed")),
+        Column("keys a query", lambda line: few_keys(line["keys"]) if "keys" in line else ""),
         N,
     ),
     panel=("task", "level", "question", "length"),
     paper=theorem_picture,
-    choices={"attention": LOOKS},
+    choices={"attention": ATTENTION_MARKERS},
     first=lambda line: line["layer"] is None,
 )
 
@@ -116,6 +122,7 @@ PATCHING = probe(
     (
         *WHERE,
         Column("replaced at", lambda line: SITE_NAMES[line["site"]], text=True),
+        Column("donors with the mark at the same position, %", share("same_place")),
         Column("own answer, no patch, %", share("kept_unpatched")),
         Column("own answer, %, by layer", lambda line: by_layer(line, share("kept"))),
         Column("needed, in layers", lambda line: layers_where(line["lines"], "needed")),

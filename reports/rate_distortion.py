@@ -10,10 +10,12 @@ from nanometa.reports.table_sections import (
     Column,
     by_call,
     check_choices,
+    checkpoint_picture,
     claim,
     figures,
     rows,
     run_key,
+    terminal_table,
     unlearned,
 )
 
@@ -117,7 +119,7 @@ COMPARISONS = (
 
 
 def body(page: Page, lines: list[dict]) -> str:
-    curves, comparisons = ([line for line in lines if line["kind"] == kind] for kind in KINDS)
+    curves, comparisons = (of_kind(lines, kind) for kind in KINDS)
     shown = figures(page, "rate_distortion", TITLE, by_call(curves), TEXTS, rate_panel)
     tables = rows(page, by_call(curves), CURVES)
     if comparisons:
@@ -128,4 +130,51 @@ def body(page: Page, lines: list[dict]) -> str:
 {tables}"""
 
 
-SECTION = Section("rate_distortion", check, key, body)
+def of_kind(lines: list[dict], kind: str) -> list[dict]:
+    return [line for line in lines if line["kind"] == kind]
+
+
+def picture(lines: list[dict]) -> bytes:
+    return checkpoint_picture(of_kind(lines, "curve"), TEXTS, rate_panel)
+
+
+def terminal(lines: list[dict]) -> str:
+    """Returns the curves as a table, the points that no probe can reach, and the comparisons, for a terminal."""
+    curves = of_kind(lines, "curve")
+    below = [
+        f"{line['target']} from {line['state']}, layer {line['layer']}, beta {point['beta']:.4g}: BELOW THE CONVERSE "
+        f"by more than {point['converse_tolerance']:.3f}"
+        for line in curves for point in line["points"] if point["violates_converse"]
+    ]  # fmt: skip
+    tables = [terminal_table(curves, CURVES)] if curves else []
+    return "\n".join([*tables, *below, *map(compared, of_kind(lines, "comparison")), KEY])
+
+
+KEY = (
+    "All in nats. Rate R is at most what the code tells about the state; distortion D is the cross-entropy of the "
+    "target. constant: by the frequencies of the training texts; shuffled: trained on other texts' targets; no "
+    "bottleneck: the same probe without a price, which is no bound. Intervals are 95 % over texts and probe seeds, and "
+    "are about this run, not its arm."
+)
+
+
+def compared(line: dict) -> str:
+    """Returns what two curves differ by, for a terminal."""
+    first, second = line["states"]
+    where = f"{line['task']}, {line['placement']}, {line['length']} positions, layer {line['layer']}"
+    head = f"{where}: D of {first} less D of {second} at equal R"
+    if not any(line["found"]):
+        return f"{head}\n  {line['verdict']}"
+    at = "  ".join(
+        f"{rate:g}: not reached" if of is None else "{:g}: {:+.3f} ({:+.3f} .. {:+.3f})".format(rate, *of)
+        for rate, of in zip(line["rates"], line["differences"], strict=True)
+    )
+    low, high = line["difference_interval"]
+    return (
+        f"{head}\n  {at}\n  mean up to R = {line['up_to']:.2f} of H = {line['entropy']:.2f}: {line['difference']:+.3f} "
+        f"({low:+.3f} .. {high:+.3f}), p {line['p']:.3g}, Holm {line['holm']:.3g}; {first} has less distortion by more "
+        f"than {line['effect']:g}: {line['verdict']}"
+    )
+
+
+SECTION = Section("rate_distortion", check, key, body, picture, terminal)

@@ -1,12 +1,13 @@
-"""Sections that are a picture, or a few, and a table: what probe.py looked at."""
+"""Builds the sections of probes: some pictures and a table for the page, one picture and a table for probe.py."""
 
 import itertools
 from collections.abc import Callable, Container
 from typing import NamedTuple
 
 from nanometa.common.statistics import DECIDES, brief, too_few
-from nanometa.reports.lines import check_facts
-from nanometa.reports.markup import Markup, escaped, p_value, table
+from nanometa.reports.drawing import run_title, tiled
+from nanometa.reports.lines import check_facts, has_learned
+from nanometa.reports.markup import Markup, escaped, p_value, table, text_table
 from nanometa.reports.page import Page, Section
 
 
@@ -68,20 +69,45 @@ def probe(
     def body(page: Page, lines: list[dict]) -> str:
         theirs = page.picture(f"{kind}_paper.png", f"{title}: what the paper says", paper()) if paper else ""
         calls = by_call(lines)
-        shown = [sorted(call, key=lambda line: not first(line)) for call in calls]
-        if row:
-            shown = [[{**of[0], "lines": of} for of in apart(call, fields_of(row))] for call in shown]
+        shown = [merged(sorted(call, key=lambda line: not first(line)), row) for call in calls]
         return f"""<h2 id="{kind}">{escaped(title)}</h2>
 <p>{escaped(about)}</p>
 {unlearned(lines)}<div>{theirs}{"".join(figures(page, kind, title, calls, panel, picture))}</div>
 {rows(page, shown, columns)}"""
 
-    return Section(kind, check, key, body)
+    return Section(
+        kind, check, key, body,
+        picture=lambda lines: checkpoint_picture(lines, panel, picture, paper),
+        table=lambda lines: terminal_table(merged(lines, row), columns),
+    )  # fmt: skip
 
 
-def has_learned(line: dict) -> bool:
-    """As far as the line says it."""
-    return (line.get("answered") or {}).get("better", True)
+def merged(lines: list[dict], row: tuple[str, ...]) -> list[dict]:
+    """Returns one line for each group with equal `row` fields, which has the group as `lines`; all lines if row is
+    empty."""
+    return [{**of[0], "lines": of} for of in apart(lines, fields_of(row))] if row else lines
+
+
+def checkpoint_picture(
+    lines: list[dict], panel: tuple[str, ...], picture: Callable, paper: Callable[[], bytes] | None = None
+) -> bytes:
+    """Returns one PNG of the lines of a checkpoint: all its panels, and the paper's figure."""
+    panels = [picture(of) for of in apart(lines, fields_of(panel))]
+    return tiled(run_title(lines), [*panels, paper()] if paper else panels)
+
+
+def terminal_table(lines: list[dict], columns: tuple[Column, ...]) -> str:
+    """Returns the table of the lines for a terminal: a block for each level and mark, and what the verdicts mean."""
+    texts, out = tuple(i for i, column in enumerate(columns) if column.text), []
+    for of in apart(lines, lambda line: (line["level"], line.get("mark"))):
+        mark = f", mark: {of[0]['mark']}" if "mark" in of[0] else ""
+        rows = [[column.value(line) for column in columns] for line in of]
+        out += [f"level {of[0]['level']}{mark}", text_table([column.name for column in columns], rows, texts)]
+    last = lines[-1]
+    if "comparisons" in last:
+        out.append(f"Verdicts: is it above {last['effect']:g}? The margin is {last['margin']:g}. Holm over "
+                   f"{last['comparisons']} comparisons, all of this checkpoint.")  # fmt: skip
+    return "\n".join(filter(None, [*out, too_few(lines)]))
 
 
 def unlearned(lines: list[dict]) -> Markup:

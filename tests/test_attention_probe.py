@@ -19,8 +19,8 @@ from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.tasks import PLACEMENTS, TASKS
 from nanometa.evals.tasks import texts
 from nanometa.inference.scoring import hidden_states
-from nanometa.probes import attention
-from nanometa.probes.attention import CLAIMS, by_text, measure_attention, paired, summarise, table
+from nanometa.probes import probe_command
+from nanometa.probes.attention import CLAIMS, by_text, measure_attention, paired, summarise
 from nanometa.probes.heads import FIRST, SECOND, observe_heads
 from nanometa.probes.marked_texts import (
     MarkedTextsProbe,
@@ -33,7 +33,8 @@ from nanometa.probes.marked_texts import (
     span_end_mark,
 )
 from nanometa.probes.positions import under
-from nanometa.reports import inside_pictures
+from nanometa.reports import probe_pictures
+from nanometa.reports.probe_sections import SECTIONS
 from nanometa.reports.theorem import boosted_entropy, entropy, entropy_slope, theorem_curves
 from nanometa.tasks.example import Draft, Example, Maker
 from tests.conftest import tree
@@ -332,7 +333,8 @@ def test_verdicts_and_their_family():
     assert judged([line(p=0.02)], CLAIMS, 0.0, 0.1)[0]["boost_verdict"] == "holds"
     many = judged([line(p=0.02) for _ in range(3)], CLAIMS, 0.0, 0.1)
     assert many[0]["boost_verdict"] == "undecided after Holm" and many[0]["comparisons"] == 6
-    assert "0.1" in table(many) and "Holm over 6 comparisons" in table(many)
+    said = SECTIONS["attention"].table(many)
+    assert "0.1" in said and "Holm over 6 comparisons" in said
 
 
 # ----------------------------------------------------------------------------- the command
@@ -342,7 +344,7 @@ def test_verdicts_and_their_family():
 def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, second):
     among_marks = SECOND_ATTENTIONS[second].connects == "markers"
     if second != "meta":  # one picture is enough
-        monkeypatch.setattr(attention, "attention_picture", lambda lines: b"\x89PNG")
+        monkeypatch.setattr(probe_command, "draw_picture", lambda name, lines: b"\x89PNG")
     data = MARKED if among_marks or second == "none" else PLAIN
     run = small_run(tokenizer, data, position="rope", second_attention=second)
     folder = kept(run, tmp_path / "out/small", tasks=("parity", "copying"), placements=("target", "none"))
@@ -375,11 +377,13 @@ def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, s
         assert len(same) == 4 and one["drop"] == pytest.approx(np.mean(same))
     if second == "meta":
         assert "a softmax over few keys" in said
-        figure = Figure(layout="constrained")
-        inside_pictures._attention(figure, lines)
-        boost = figure.subfigs[0].axes[0]
-        drawn = [mark for mark in boost.lines if mark.get_marker() in "oD" and len(mark.get_xdata()) == 1]
-        assert sorted(float(mark.get_xdata()[0]) for mark in drawn) == sorted(one["boost"] for one in heads)
+        for task in ("parity", "copying"):
+            figure = Figure(layout="constrained")
+            probe_pictures.draw_attention(figure, [one for one in lines if one["task"] == task])
+            boost = figure.axes[0]
+            drawn = [mark for mark in boost.lines if mark.get_marker() in "oD" and len(mark.get_xdata()) == 1]
+            expected = sorted(one["boost"] for one in heads if one["task"] == task)
+            assert sorted(float(mark.get_xdata()[0]) for mark in drawn) == expected
 
 
 def test_a_head_that_reads_itself_by_a_hand_gives_the_same_lines_twice(tokenizer):

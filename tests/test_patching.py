@@ -14,7 +14,7 @@ from nanometa.common.statistics import mcnemar, paired_difference
 from nanometa.config import TaskConfig
 from nanometa.config.tasks import PLACEMENTS
 from nanometa.evals.tasks import texts
-from nanometa.probes import patching
+from nanometa.probes import patching, probe_command
 from nanometa.probes.marked_texts import answer_position, judged, marks, random_ordinary_position
 from nanometa.probes.patching import (
     CLAIMS,
@@ -22,14 +22,14 @@ from nanometa.probes.patching import (
     check_own,
     compare,
     conclusion,
+    conclusions,
     donors_of,
     measure_patching,
     patched,
     read,
     sites_of,
-    table,
 )
-from nanometa.reports import inside_pictures
+from nanometa.reports import probe_pictures
 from nanometa.tasks.example import Draft, Example, Maker
 from tests.conftest import tree
 from tests.runs import small_run
@@ -221,7 +221,7 @@ def line(kept: float, donor: float, site="mark", layer=0, n=1000) -> dict:
 def test_verdicts(shares, needed, carried, sentence):
     lines = judged([line(*shares), line(0.9, 0.0, "ordinary")], tuple(CLAIMS), 0.0, 0.05)
     assert (lines[0]["needed_verdict"], lines[0]["carried_verdict"]) == (needed, carried)
-    assert sentence in conclusion(lines, ("parity", "target", 48)) and sentence in table(lines)
+    assert sentence in conclusion(lines, ("parity", "target", 48)) and sentence in "".join(conclusions(lines))
     assert lines[0]["comparisons"] == 4
     guessing = [{**one, "chance": 0.89} for one in lines]
     assert "no more than chance is right (90.0 %)" in conclusion(guessing, ("parity", "target", 48))
@@ -237,7 +237,7 @@ def test_the_picture_shows_every_line():
         for i, site in enumerate(SITES) for layer in range(3)
     ]  # fmt: skip
     figure = Figure(layout="constrained")
-    inside_pictures._patching(figure, lines)
+    probe_pictures.draw_patching(figure, lines)
     for axes, share in zip(figure.axes, ("kept", "donor"), strict=True):
         curves = [list(of.get_ydata()) for of in axes.lines if len(of.get_xdata()) == 3]
         assert curves == [[100 * one[share] for one in lines if one["site"] == site] for site in SITES]
@@ -250,7 +250,7 @@ def test_the_picture_shows_every_line():
 def test_the_command(tokenizer, tmp_path, monkeypatch, capsys, second, data):
     drawn: list[list[dict]] = []
     if second == "none":
-        monkeypatch.setattr(patching, "patching_picture", lambda lines: drawn.append(lines) or b"\x89PNG")
+        monkeypatch.setattr(probe_command, "draw_picture", lambda name, lines: drawn.append(lines) or b"\x89PNG")
     run = small_run(tokenizer, data, position="rope", second_attention=second)
     placements = ("background", "target", "none") if second == "meta" else ("none",)
     folder = kept(run, tmp_path / "out/small", tasks=("copying", "parity"), placements=placements)
