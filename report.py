@@ -18,7 +18,7 @@ from nanometa.common.files import write_atomically
 from nanometa.common.terminal import write
 from nanometa.config.checks import check, check_types
 from nanometa.config.command_line import load_config, run_cli
-from nanometa.reports import cost, curves, eval_sections, extension, training
+from nanometa.reports import cost, curves, eval_sections, extension, summary, training
 from nanometa.reports.files import Found, read
 from nanometa.reports.page import Page, Section
 from nanometa.reports.probe_sections import SECTIONS
@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
     if not cfg.runs:
         raise UserError("runs is empty: name folders of runs, such as out/meta_128.")
     sections = sections_of(cfg.effect, cfg.margin)
-    files = render(read(cfg.runs, sections), sections, " ".join(["report.py", *argv]))
+    found = read(cfg.runs, sections)
+    files = render(found, sections, " ".join(["report.py", *argv]), cfg.effect, cfg.margin)
     output = Path(cfg.output)
     output.mkdir(parents=True, exist_ok=True)
     for old in pictures_of(output / "report.html") - files.keys():
@@ -65,8 +66,10 @@ def sections_of(effect: float, margin: float) -> list[Section]:
     return [*eval_sections.sections(effect, margin), *SECTIONS.values()]
 
 
-def render(found: Found, sections: list[Section], command: str) -> dict[str, bytes]:
-    """File name -> bytes: report.html and the pictures."""
+def render(
+    found: Found, sections: list[Section], command: str, effect: float = 0.0, margin: float = 0.05
+) -> dict[str, bytes]:
+    """Returns the bytes of report.html and of its pictures by file name."""
     parts = [functools.partial(training.body, runs=found.runs)] if found.runs else []
     for section in sections:
         if lines := found.lines.get(section.kind):
@@ -74,7 +77,9 @@ def render(found: Found, sections: list[Section], command: str) -> dict[str, byt
         if lines and section.kind == "tasks":
             parts.append(functools.partial(extension.body, lines=lines))
     parts += [functools.partial(cost.body, runs=found.runs)] if found.runs else []
-    return Page(command, found.repeated).render([line for of in found.lines.values() for line in of], parts)
+    lines = [line for of in found.lines.values() for line in of]
+    first = functools.partial(summary.body, lines=found.lines, runs=found.runs, effect=effect, margin=margin)
+    return Page(command, found.repeated).render(lines, parts, first)
 
 
 def pictures_of(page: Path) -> set[str]:

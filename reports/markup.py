@@ -27,7 +27,11 @@ th, td { padding: .2em .55em; text-align: right; border-bottom: 1px solid #ddd; 
 td { white-space: nowrap }
 th { background: #f4f4f4; vertical-align: bottom }
 th[scope=rowgroup] { white-space: nowrap }
-thead th { position: sticky; top: 0 }
+thead th { position: sticky; top: 0; z-index: 1 }
+tbody td:first-child { position: sticky; left: 0; background: #fff }
+thead th:first-child { left: 0; z-index: 2 }
+details { margin: .6em 0 }
+summary { cursor: pointer; color: #0b57a4 }
 .text, .long { text-align: left }
 td.long { white-space: normal; min-width: 14em; max-width: 30em; overflow-wrap: anywhere }
 .warn { border-left: 4px solid #d55e00; padding: .1em .8em; background: #fff6f0 }
@@ -109,6 +113,11 @@ def text_table(head: list[str], rows: list[list], text: tuple[int, ...]) -> str:
         "  ".join(row[i].ljust(wide[i]) if i in text else row[i].rjust(wide[i]) for i in shown).rstrip()
         for row in [*top, *cells]
     )
+
+
+def details(name: str, content: str) -> Markup:
+    """Returns content that is folded below its name until a reader opens it."""
+    return Markup(f"<details><summary>{escaped(name)}</summary>\n{content}</details>\n")
 
 
 def percent(share: float) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from nanometa.reports import drawing
-from nanometa.reports.markup import Markup, document, escaped, table
+from nanometa.reports.markup import Markup, details, document, escaped, table
 
 HASH = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")
 
@@ -33,10 +33,14 @@ class Page:
         self.files: dict[str, bytes] = {}
         self.numbers: dict[str, int] = {}  # of commands, in the order in which they are first spoken of
 
-    def render(self, lines: list[dict], parts: list[Callable[["Page"], str]]) -> dict[str, bytes]:
-        """File name -> bytes: report.html and the pictures. The same lines give the same bytes.
+    def render(
+        self, lines: list[dict], parts: list[Callable[["Page"], str]], summary: Callable[["Page"], str] | None = None
+    ) -> dict[str, bytes]:
+        """Returns the bytes of report.html and of its pictures by file name. The same lines give the same bytes.
 
-        lines: all of them, for the table of runs; parts: what makes the sections, in their order."""
+        lines: all lines, for the table of runs; parts: build the sections, in their order; summary: builds the first
+        screen."""
+        first = summary(self) if summary else ""
         body = "".join(part(self) for part in parts)
         contents = re.findall(r'<h2 id="(\w+)">(.*?)</h2>', body)
         links = " · ".join(f'<a href="#{name}">{title}</a>' for name, title in [*contents, ("commands", "Commands")])
@@ -47,7 +51,7 @@ class Page:
         top = f"""<h1>What the runs came to</h1>
 <p><code>{escaped(self.command)}</code></p>
 <p class="contents">{links}</p>
-{again if self.repeated else ""}{self.runs(lines) if lines else ""}"""
+{again if self.repeated else ""}{first}{details("All facts of the runs", self.runs(lines)) if lines else ""}"""
         return {"report.html": document("nanoMeta report", top + body + self.commands()).encode(), **self.files}
 
     def runs(self, lines: list[dict]) -> str:

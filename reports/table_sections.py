@@ -7,7 +7,7 @@ from typing import NamedTuple
 from nanometa.common.statistics import DECIDES, brief, too_few
 from nanometa.reports.drawing import run_title, tiled
 from nanometa.reports.lines import check_facts, has_learned
-from nanometa.reports.markup import Markup, escaped, p_value, table, text_table
+from nanometa.reports.markup import Markup, details, escaped, p_value, table, text_table
 from nanometa.reports.page import Page, Section
 
 
@@ -72,8 +72,8 @@ def probe(
         shown = [merged(sorted(call, key=lambda line: not first(line)), row) for call in calls]
         return f"""<h2 id="{kind}">{escaped(title)}</h2>
 <p>{escaped(about)}</p>
-{unlearned(lines)}<div>{theirs}{"".join(figures(page, kind, title, calls, panel, picture))}</div>
-{rows(page, shown, columns)}"""
+{unlearned(lines)}<div>{"".join(figures(page, kind, title, calls, panel, picture))}{theirs}</div>
+{details("All lines", rows(page, shown, columns))}"""
 
     return Section(
         kind, check, key, body,

@@ -15,7 +15,7 @@ from nanometa.reports.lines import (
     share_interval,
     summary,
 )
-from nanometa.reports.markup import escaped, p_value, percent, points, span, table
+from nanometa.reports.markup import details, escaped, p_value, percent, points, span, table
 from nanometa.reports.page import Page, Section, footer
 from nanometa.reports.paper import FIGURE_1, LENGTH, NOTES, SOURCE
 
@@ -34,7 +34,7 @@ class Tasks:
         self.checkpoints, self.by_seed = between_checkpoints(self.arms), between_arms(self.arms, effect, margin)
 
     def render(self) -> str:
-        return "".join([self.paper(), self.accuracy(), self.differences(), self.cells()])
+        return "".join([self.accuracy(), self.differences(), self.paper(), self.cells()])
 
     def picture(self, name: str, what: str, used: list[dict], draw, *args) -> str:
         return self.page.picture(name, what, drawing.png(draw, *args, footer(used)), used)
@@ -58,7 +58,9 @@ class Tasks:
                     row = [length, *given, *(told.get(label, "–") for label in labels)]
                     groups.setdefault(name, []).append(row)
         head = ["train length", *(f"paper: {model}" for model in FIGURE_1["parity"])]
-        notes = "".join(f"<li>{escaped(note)}</li>\n" for note in NOTES)
+        items = "".join(f"<li>{escaped(note)}</li>\n" for note in NOTES)
+        notes = details("What is known of the paper's figures", f'<ul class="small">{items}</ul>\n')
+        ours = [f"ours: {label}" for label in labels]
         return f"""<h2 id="paper">Tasks: the paper's Figure 1, and ours</h2>
 <p class="warn">The paper's n is unknown, probably 28 to 84; ours has n and interval. Model sizes and budgets differ:
 compare the order of the arms, not the heights.</p>
@@ -67,7 +69,7 @@ fine-tuned on the task, and asked, with markers where the task points ("target")
 interval over texts; with several seeds they reach from the lowest to the highest, and the line is the mean.
 Source: {escaped(SOURCE)}.</p>
 <div>{"".join(figures)}</div>
-{table(head + [f"ours: {label}" for label in labels], groups, ())}<ul class="small">{notes}</ul>
+{table(head + ours, groups, ())}{notes}
 """
 
     def accuracy(self) -> str:
@@ -82,7 +84,6 @@ Source: {escaped(SOURCE)}.</p>
                 figures.append(self.picture(name, what, used, drawing.accuracy, self.arms, panel))
             if figures:
                 out.append(f"<h3>{task.replace('_', ' ')}</h3>\n<div>{''.join(figures)}</div>\n")
-        args = ("overview.png", "all panels below, small", self.lines, drawing.overview, self.arms, self.panels)
         arms = []
         for arm in self.arms:
             runs = dict.fromkeys(line["run"] for of in arm.lines.values() for line in of.values())
@@ -94,8 +95,7 @@ small dots are the seeds. Dashes tell train lengths apart. Thin and grey: the be
 reading all, on the same texts, with Wilson's interval; dotted: chance. A cross in the strip below 0: the model cannot
 read texts of that length at all. Runs of the same arm and settings count as seeds of one arm; two of them with the same
 seed are arms of their own.</p>
-{table(["arm", "train length", "runs"], {"": arms}, (0, 2), (2,))}<div class="overview">{self.picture(*args)}</div>
-{"".join(out)}"""
+{table(["arm", "train length", "runs"], {"": arms}, (0, 2), (2,))}{"".join(out)}"""
 
     def differences(self) -> str:
         if not self.checkpoints:
@@ -133,7 +133,7 @@ Student's interval over seeds; else bars are intervals over texts.</p>
 <p class="warn">These two checkpoints, not the arms: undecided with fewer than {SEEDS} seeds. Trained again with another
 seed, they would differ otherwise.</p>
 <p>Newcombe's interval for the same texts, McNemar's exact test, and its p after Holm over all rows of this table.</p>
-{self.difference_table(self.checkpoints)}"""
+{details("All differences between checkpoints", self.difference_table(self.checkpoints))}"""
 
     # ------------------------------------------------------------------------- tables
 
@@ -168,7 +168,7 @@ seed, they would differ otherwise.</p>
         return f"""<h2 id="cells">Tasks: all cells</h2>
 <p>Exact answers with Wilson's interval; tokens of the answers with a bootstrap interval over texts; nats of a whole
 answer; what each shortcut gets right, with Wilson's interval.</p>
-{table(head, groups, (1, 11, 13))}"""
+{details("All cells", table(head, groups, (1, 11, 13)))}"""
 
     def cell(self, line: dict) -> list:
         who = [line["weights_sha256"][:8], self.page.links([line["command"]])]

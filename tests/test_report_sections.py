@@ -87,7 +87,7 @@ def test_a_folder_shows_what_it_has_and_a_bare_one_is_refused(tmp_path):
     found = read((str(run),), sections_of(0.0, 0.05))
     page = render(found, sections_of(0.0, 0.05), "")["report.html"].decode()
     ids = re.findall(r'<h2 id="(\w+)"', page)
-    assert ids == ["training", "paper", "accuracy", "differences", "cells", "lengths", "positions", "cost", "commands"]
+    assert ids == ["training", "accuracy", "differences", "paper", "cells", "lengths", "positions", "cost", "commands"]
     assert re.findall(r'<a href="#([a-z]+)">', page)[: len(ids)] == ids  # the contents
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="bare has none of metrics.jsonl, tasks.jsonl, .*: give folders of runs"):
