@@ -1,5 +1,5 @@
-"""Puts all that runs have left on one page: how they were trained, what eval.py and probe.py measured of them beside
-the paper's figures, and what they cost. Each section is there where its lines are.
+"""Puts everything that runs have left on one page: their training, what eval.py and probe.py measured beside the
+paper's figures, and their cost. A section appears if its lines exist.
 
 python report.py out/meta_128 out/meta_256 out/pause_128 --output=out/report
 python report.py records/2026-11-22_three_arms/tasks.jsonl --margin=0.05 --effect=0.02
@@ -26,12 +26,12 @@ from nanometa.reports.probe_sections import SECTIONS
 
 @dataclass(frozen=True)
 class Report:
-    """Run folders -> one self-contained HTML page with plots."""
+    """Turns run folders into one self-contained HTML page with plots."""
 
     runs: Positional[tuple[str, ...]] = ()
-    """folders of runs, or .jsonl files of eval.py and probe.py; the first arm named is the first of a difference"""
+    """folders of runs, or .jsonl files of eval.py and probe.py; differences subtract later arms from earlier ones"""
     output: str = "out/report"
-    """folder for report.html and its pictures; those of an earlier report there are removed"""
+    """folder for report.html and its pictures; pictures of an earlier report there are removed"""
     margin: float = 0.05
     """a difference between arms "does not hold" if its whole interval over seeds lies within +- this share"""
     effect: float = 0.0
@@ -83,7 +83,7 @@ def render(
 
 
 def pictures_of(page: Path) -> set[str]:
-    """The names of the pictures that a page, if there is one, was written with."""
+    """Returns the names of the pictures that belong to a page, none if there is no page."""
     text = page.read_text(errors="replace") if page.is_file() else ""
     return set(re.findall(r'data-file="([\w-]+\.png)"', text))
 

@@ -1,27 +1,27 @@
-"""python probe.py attention: does a meta-token boost logits and sharpen attention, and where?
+"""python probe.py attention: does a meta-token boost logits and sharpen attention, and in which heads?
 
 The paper (theorem 4.1, figure 2) says that meta-tokens boost the logits of a head and lower its entropy: by 1.26 in the
-largest logit and by 1.40 nats, "meta against token-embedding-zeroed"; over which layers, heads and queries is not
-known. Here the same weights read the same texts twice, as trained and with zeros for the embedding of <|meta|> (which
-is not to be without the token: a key of zeros has the logit 0, and is seen). Of each head, over the queries that come
-after the last meta-token of a text:
+largest logit and by 1.40 nats, "meta against token-embedding-zeroed". It does not name layers, heads or queries. Here
+the same weights read the same texts twice: as trained, and with zeros in place of the embedding of <|meta|>. (This does
+not remove the token: a key of zeros has the logit 0 and is still seen.) Every head is measured over the queries behind
+the last meta-token of a text:
 
-    boost         largest logit as trained, minus with zeros
-    boost_mark    the same of the logit on the last meta-token
-    boost_answer  the same of the logit on the answer in the text, of the query that predicts it (list recall, copying)
-    drop          entropy with zeros, minus as trained, nats
-    entropy, normalised, sink, on_marks   as trained and with zeros (.._zeroed): entropy, the same over the log of the
+    boost         largest logit as trained, minus the largest logit with zeros
+    boost_mark    the same for the logit of the last meta-token
+    boost_answer  the same for the logit of the answer in the text, of the query that predicts it (list recall, copying)
+    drop          entropy with zeros, minus entropy as trained, in nats
+    entropy, normalised, sink, on_marks   as trained and with zeros (.._zeroed): entropy, entropy over the log of the
                   number of keys, weight on the first token, weight on all meta-tokens
-    applies       share of queries for which the theorem's condition holds: with zeros, the last meta-token has a weight
-                  p with ln p > -H. Boosting a key that is less likely makes entropy rise at first
-    predicted     drop if nothing but the logit on the last meta-token had changed, by its boost
+    applies       share of queries that fulfill the theorem's condition: with zeros, the last meta-token has a weight p
+                  with ln p > -H. Boosting a less likely key makes entropy rise at first
+    predicted     the drop if only the logit of the last meta-token had changed, by its boost
 
-The second attention of arm meta connects meta-tokens alone: its queries are the second one and those behind it, its
-keys are few (`keys`), its sink is the first meta-token, and it has no boost_mark, boost_answer, on_marks, applies.
+The second attention of arm meta connects meta-tokens only. Its queries are the meta-tokens from the second one on, its
+keys are few (`keys`), its sink is the first meta-token, and it lacks boost_mark, boost_answer, on_marks and applies.
 
-With placement none the word "mark" stands for the meta-token, and what is zeroed is its embedding: what an ordinary
-word does. Queries are averaged within a text, and the unit of every interval and test is the text. That tells of this
-checkpoint; of its arm only other seeds can."""
+With placement none the word "mark" takes the place of the meta-token and its embedding is zeroed, which shows the
+effect of an ordinary word. Queries are averaged within a text, and the text is the unit of every interval and test. The
+verdicts are about this checkpoint; verdicts about its arm need several seeds."""
 
 import math
 import time
@@ -53,12 +53,12 @@ from nanometa.tasks.example import Example, Maker
 from nanometa.training.checkpoint import Run
 
 CLAIMS = ("boost", "drop")
-SCORES = 2**23  # logits of one attention at once: 32 MB in fp32, and some copies
+SCORES = 2**23  # logits of one attention in a batch: 32 MB in fp32, and some copies
 
 
 @dataclass(frozen=True)
 class AttentionProbe(MarkedTextsProbe):
-    """Logit boost and entropy drop of every head, meta-tokens as trained against zeroed."""
+    """Measures logit boost and entropy drop of every head, with meta-tokens as trained against zeroed ones."""
 
     margin: float = 0.1
     """a boost or drop "does not hold" if its whole interval lies within +- this, in logits or nats"""
@@ -79,12 +79,12 @@ def notes(lines: list[dict]) -> list[str]:
     return ["(few): a softmax over few keys has little entropy to lose."] if few else []
 
 
-# ----------------------------------------------------------------------------- what is measured
+# ----------------------------------------------------------------------------- measuring
 
 
 def measure_attention(run: Run, maker: Maker, level: str, length: int, n: int) -> list[dict]:
-    """One cell -> a line a head, and before those of an attention one of all its heads (layer and head None); says the
-    latter as soon as they are measured."""
+    """Returns the lines of a cell: for each attention one line about all its heads (layer and head are None), then one
+    for each head. Prints the lines about all heads as soon as they are measured."""
     started = time.perf_counter()
     examples = [example for example in texts(maker, level, length, n) if len(marks(maker, example))]
     found = by_text(run, maker, examples)
@@ -111,7 +111,8 @@ def measure_attention(run: Run, maker: Maker, level: str, length: int, n: int) -
 
 
 def summarise(lines: list[dict]) -> None:
-    """In place of each line's values by text: their means, intervals by text, and p of "the mean is 0" of claims."""
+    """Replaces the values by text of each line by their mean, its interval over texts, and for claims the p of "the
+    mean is 0"."""
     columns = np.stack([value for line in lines for value in line["values"].values()], axis=1)  # (texts, K)
     there = ~np.isnan(columns).all(axis=0)
     low, high = np.full((2, columns.shape[1]), np.nan)
@@ -129,7 +130,8 @@ def summarise(lines: list[dict]) -> None:
 
 
 def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, str], dict[str, np.ndarray]]:
-    """(layer, attention) -> measure -> (texts, H), NaN where a text has no such query."""
+    """Returns, for each (layer, attention) and each figure, its values (texts, H), NaN where a text has no such
+    query."""
     m, parts = run.model.cfg, []
     longest = max(len(example.ids) for example in examples)
     for rows, batch in batches(run, examples, SCORES // (m.n_head * longest**2)):
@@ -139,7 +141,7 @@ def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, 
             look = looks[condition] = {}
 
             def see(layer: int, which: str, of: HeadInputs, look=look, places=places):
-                # what random connects is no mark; and there may be none, with placement none
+                # the random attention connects tokens that are no marks; with placement none there may be none at all
                 if which == FIRST or (m.second.connects != "random" and of.at.size(1)):
                     gathered = which == SECOND and m.second.gathers
                     look[layer, which] = (among_marks if gathered else after_marks)(of, places)
@@ -154,7 +156,7 @@ def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, 
 
 
 class QueryPositions:
-    """Of a batch of texts (B, T): which positions are asked, and where what they look at stands."""
+    """The positions of a batch of texts (B, T) that are queries, and those of the marks and answers they look at."""
 
     def __init__(self, run: Run, maker: Maker, examples: list[Example], T: int, device: torch.device):
         last = [int(marks(maker, example)[-1]) for example in examples]
@@ -169,18 +171,19 @@ class QueryPositions:
             self.is_mark[row, marks(maker, example).tolist()] = True
         ends = torch.tensor([len(example.ids) - 1 for example in examples], device=device)
         at = torch.arange(T, device=device)
-        # behind the last mark; not the end of the text, which predicts nothing
+        # queries stand behind the last mark; the end of the text is none, because it predicts nothing
         self.queries = (at > self.last[:, None]) & (at < ends[:, None])
 
 
 def after_marks(rows: HeadInputs, places: QueryPositions) -> dict[str, torch.Tensor]:
-    """Of an attention over all positions: what is measured (B, H, T) under one condition, NaN where nothing is."""
+    """Returns the figures (B, H, T) of an attention over all positions under one condition, NaN where there is no
+    query."""
     logits = rows.logits()
     B, H, T, _ = logits.shape
     out, p = sharpness(logits, rows, places.queries)
     is_query, queries = places.queries[:, None], torch.arange(T, device=logits.device)
     column = places.last[:, None, None, None].expand(B, H, T, 1)
-    # only where it is seen: a logit of -inf has no difference
+    # queries before the mark do not see it: their logit is -inf, and has no difference
     out["logit_mark"] = logits.gather(3, column)[..., 0].masked_fill(~is_query, math.nan)
     out["p_mark"] = p.gather(3, column)[..., 0].masked_fill(~is_query, math.nan)
     out["on_marks"] = (p @ places.is_mark[:, None, :, None].to(p)).squeeze(-1).masked_fill(~is_query, math.nan)
@@ -191,7 +194,7 @@ def after_marks(rows: HeadInputs, places: QueryPositions) -> dict[str, torch.Ten
 
 
 def among_marks(rows: HeadInputs, places: QueryPositions) -> dict[str, torch.Tensor]:
-    """The same of an attention that connects marks alone, of those that see another one: (B, H, M)."""
+    """Returns the same figures (B, H, M) of an attention that connects only marks, for marks that see another one."""
     T, order = places.is_mark.size(1), torch.arange(rows.at.size(1), device=rows.at.device)
     return sharpness(rows.logits(), rows, (rows.at < T) & (order > 0))[0]
 
@@ -215,7 +218,8 @@ def sharpness(
 
 
 def paired(full: dict[str, torch.Tensor], zeroed: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """What is measured under both conditions (B, H, N) -> what is compared, averaged over a text's queries (B, H)."""
+    """Returns what is compared (B, H), averaged over the queries of each text, from the figures (B, H, N) under both
+    conditions."""
     full, zeroed = ({name: value.cpu() for name, value in of.items()} for of in (full, zeroed))
     out = {"boost": full["max"] - zeroed["max"], "drop": zeroed["entropy"] - full["entropy"], "keys": full["keys"]}
     for name in ("entropy", "normalised", "sink", "on_marks"):
@@ -230,11 +234,11 @@ def paired(full: dict[str, torch.Tensor], zeroed: dict[str, torch.Tensor]) -> di
     return {name: value.double().nanmean(-1).numpy() for name, value in out.items()}
 
 
-# ----------------------------------------------------------------------------- what is said of it
+# ----------------------------------------------------------------------------- progress
 
 
 def progress(cell: list[dict]) -> str:
-    """A cell for a person, as soon as it is measured."""
+    """Returns a cell as one line of text, shown as soon as it is measured."""
     pooled = [line for line in cell if line["layer"] is None]
-    said = "  ".join(f"{line['attention']}: boost {line['boost']:+.2f} drop {line['drop']:+.2f}" for line in pooled)
-    return f"{cell_name(cell[0])}  {said}  {cell[0]['seconds']:.1f} s"
+    figures = "  ".join(f"{line['attention']}: boost {line['boost']:+.2f} drop {line['drop']:+.2f}" for line in pooled)
+    return f"{cell_name(cell[0])}  {figures}  {cell[0]['seconds']:.1f} s"

@@ -1,5 +1,5 @@
-"""The heads of a model as it reads: what they compare is looked at through hooks, and their weights are computed again
-beside the model, in fp32, while it runs as always (its own kernel never shows them)."""
+"""Observes the attention heads of a model while it runs: hooks capture queries and keys, and the weights are computed
+again beside the model in fp32, because its own attention kernel never exposes them."""
 
 import contextlib
 import functools
@@ -17,17 +17,17 @@ FIRST, SECOND = "causal", "second"  # the attentions of a block, as lines name t
 
 
 class HeadInputs(NamedTuple):
-    """What one attention compares: N rows of each of B texts, all T positions or those that a second attention
-    gathers, in increasing order."""
+    """Queries, keys and values of one attention: N rows of each of B texts, either all T positions or, in increasing
+    order, those that a second attention gathers."""
 
-    q: torch.Tensor  # (B, H, N, D) fp32, turned as the model turns it; k too
+    q: torch.Tensor  # (B, H, N, D) fp32, rotated as in the model; k too
     k: torch.Tensor
     v: torch.Tensor  # (B, H, N, D) fp32
-    at: torch.Tensor  # (B, N): position in the text; of a pad, which comes last, T
-    window: int | None = None  # how many keys a query sees, the last ones; None: all up to its own
+    at: torch.Tensor  # (B, N): position in the text; T for padding, which comes last
+    window: int | None = None  # a query sees this many keys, the last ones; None: all up to its own position
 
     def logits(self) -> torch.Tensor:
-        """(B, H, N, N): q . k / sqrt(D), the softmax's input; -inf where the query does not see the key."""
+        """Returns the logits (B, H, N, N), q . k / sqrt(D), with -inf where the query does not see the key."""
         N = self.at.size(1)
         unseen = torch.ones(N, N, dtype=torch.bool, device=self.q.device).triu(1)
         if self.window is not None:
@@ -37,11 +37,11 @@ class HeadInputs(NamedTuple):
 
 @contextlib.contextmanager
 def observe_heads(model: GPT, see: Callable[[int, str, HeadInputs], None]) -> Iterator[None]:
-    """In `with`: every forward calls see(layer, FIRST or SECOND, HeadInputs) for each attention, in the model's order.
-    Raises UserError for a dynamic scale, under which a key has no one angle."""
+    """Within the context, every forward calls see(layer, FIRST or SECOND, HeadInputs) for each attention, in the order
+    of the model. Raises UserError for a dynamic scale, which gives a key several angles."""
     if model.cfg.rope_dynamic:
-        raise UserError("rope_dynamic turns every key anew for each query, and heads are read with one angle a key: "
-                        "leave --rope_dynamic out.")  # fmt: skip
+        raise UserError("rope_dynamic rotates every key differently for each query, but this probe reads heads with "
+                        "one angle for each key: leave --rope_dynamic out.")  # fmt: skip
     with contextlib.ExitStack() as hooks:
         for layer, block in enumerate(model.h):
             for which, attention in ((FIRST, block.attn), (SECOND, getattr(block, "second_attn", None))):
@@ -53,7 +53,7 @@ def observe_heads(model: GPT, see: Callable[[int, str, HeadInputs], None]) -> It
 
 
 class _HeadHooks:
-    """Two hooks on one attention: the first hears how q and k are to be turned, the second sees them."""
+    """Two hooks on one attention: the first captures how q and k are rotated, the second captures q, k and v."""
 
     def __init__(self, see: Callable, layer: int, which: str, n_head: int):
         self.see, self.n_head = functools.partial(see, layer, which), n_head

@@ -1,26 +1,26 @@
-"""python probe.py patching: is what the answer needs read from the meta-token?
+"""python probe.py patching: is the information that the answer needs read from the meta-token?
 
 The run reads a text, and at one position the state that enters a block (probes/residual_stream.py) is replaced by the
 state of another text, the donor, at its position of the same kind. The position stays the text's own: only the vector
 comes from the donor. The donor is a text with another answer whose mark stands at the same position, or else the
 nearest such text.
 
-    mark      the mark that ends the span that is asked about: with placement target and background a meta-token (with
-              background, where none points, the last one), with none the word "mark", with every the meta-token at the
+    mark      the mark that ends the span of the question: with placement target and background a meta-token (with
+              background the last one where none points), with none the word "mark", with every the meta-token at the
               end of the list
     marks     all marks at once, if the donor has as many
     after     the token right behind the mark
-    ordinary  a token of the body, drawn at random, that is no mark
-    answer    the answer's first id where it stands in the text (list recall, copying): known to be read from
-    asked     the token that predicts the answer, where all that it takes comes together in the end
+    ordinary  a random token of the body that is no mark
+    answer    the first id of the answer in the text (list recall, copying), which is known to be read
+    asked     the token that predicts the answer, where everything the answer needs comes together
 
-With its own state at the mark no text may change by a bit: that is checked first.
+Replacing the state at the mark by itself must not change any text by a bit, which is checked first.
 
-What is looked at is the most likely first id of the answer: the text's own (`kept`), the donor's (`donor`), or another
-one. "needed" holds where `kept` falls, "carried" where `donor` rises, both against the same texts without a patch.
-Carried says that the state has what tells the answer; needed alone that the answer depends on it, and that the other
-text's does not fit; neither that whatever is read there is the same in both texts: that it is a mark, say, and no
-summary. That tells of this checkpoint; of its arm only other seeds can."""
+The figure is the most likely first id of the answer: the text's own (`kept`), the donor's (`donor`), or another one.
+"needed" holds where `kept` falls, "carried" where `donor` rises, both against the same texts without a patch. Carried
+means that the state contains the answer. Needed alone means that the answer depends on the state and that the other
+text's does not fit. If neither holds, whatever is read there is the same in both texts, such as that it is a mark, and
+no summary. The verdicts are about this checkpoint; verdicts about its arm need several seeds."""
 
 import contextlib
 import itertools
@@ -56,19 +56,19 @@ from nanometa.tasks.example import Example, Maker
 from nanometa.training.checkpoint import Run
 
 SITES = ("mark", "marks", "after", "ordinary", "answer", "asked")
-CLAIMS = {"needed": "kept", "carried": "donor"}  # claim -> the share that it is about
+CLAIMS = {"needed": "kept", "carried": "donor"}  # claim -> share that it is about
 
 
 @dataclass(frozen=True)
 class PatchingProbe(MarkedTextsProbe):
-    """What answers become where a state is replaced by another text's."""
+    """Measures how answers change where a state is replaced by that of another text."""
 
     sites: tuple[Literal["mark", "marks", "after", "ordinary", "answer", "asked"], ...] = ()
-    """where states are replaced; by default everywhere"""
+    """sites where states are replaced; by default all"""
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, "n", self.n >= 2, "be at least 2: a text needs a donor")
+        check(self, "n", self.n >= 2, "be at least 2, because a text needs a donor")
 
 
 def main(cfg: PatchingProbe) -> None:
@@ -78,13 +78,13 @@ def main(cfg: PatchingProbe) -> None:
     run_probe(cfg, "patching", ("target", "none"), tuple(CLAIMS), of_cell, conclusions)
 
 
-# ----------------------------------------------------------------------------- what is measured
+# ----------------------------------------------------------------------------- measuring
 
 
 def measure_patching(
     run: Run, maker: Maker, level: str, length: int, n: int, names: tuple[str, ...] = SITES
 ) -> list[dict]:
-    """One cell -> a line for each site and layer; says each site as soon as it is measured."""
+    """Returns one line for each site and layer of a cell. Prints each site as soon as it is measured."""
     examples = [example for example in texts(maker, level, length, n) if len(marks(maker, example))]
     firsts = np.array([example.ids[example.answers][0] for example in examples])  # first ids of the answers
     counts = np.array([len(marks(maker, example)) for example in examples])
@@ -114,7 +114,8 @@ def measure_patching(
 
 
 def sites_of(run: Run, maker: Maker, examples: list[Example]) -> dict[str, np.ndarray]:
-    """Site -> (N, k) positions; of `marks` the last one again and again in texts that have fewer than others."""
+    """Returns the positions (N, k) of each site. For `marks`, texts with fewer marks than others repeat their last
+    one."""
     found = [marks(maker, example).tolist() for example in examples]
     most = max(map(len, found))
     mark = [span_end_mark(maker, example) for example in examples]
@@ -132,12 +133,12 @@ def sites_of(run: Run, maker: Maker, examples: list[Example]) -> dict[str, np.nd
 
 
 def donors_of(firsts: np.ndarray, places: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(N,) for each text the number of another one whose answer begins with another id: the next one of those that have
-    as many marks, and the mark at the same position; if there is none, the next one by these.
+    """Returns, for each text, the number (N,) of a donor, whose answer begins with another id: the next text with as
+    many marks and the mark at the same position, or else the next one in the order of these.
 
-    Raises UserError if all texts have one answer."""
+    Raises UserError if all texts have the same answer."""
     if (firsts == firsts[0]).all():
-        raise UserError(f"the {len(firsts)} texts all have one answer, so that none is a donor: take a larger --n.")
+        raise UserError(f"all {len(firsts)} texts have the same answer, so none can be a donor: take a larger --n.")
     keys = list(zip(counts.tolist(), places.tolist(), strict=True))
     order = sorted(range(len(keys)), key=keys.__getitem__)
     groups = [list(group) for _, group in itertools.groupby(order, key=keys.__getitem__)]
@@ -151,8 +152,8 @@ def donors_of(firsts: np.ndarray, places: np.ndarray, counts: np.ndarray) -> np.
 
 
 def read(run: Run, examples: list[Example], sites: dict[str, np.ndarray]):
-    """Without a patch: the logits that predict the answer (N, content), and of each site what enters the blocks there
-    (n_layer, N, k, C)."""
+    """Returns, without a patch, the logits that predict the answer (N, content), and for each site the states that
+    enter the blocks there (n_layer, N, k, C)."""
     logits, found = [], {site: [] for site in sites}
     with record_states(run.model) as entering:
         for rows, batch in batches(run, examples):
@@ -188,7 +189,7 @@ def answer_logits(run: Run, hidden: torch.Tensor, query_positions: np.ndarray) -
 
 
 def check_own(run: Run, examples: list[Example], places: np.ndarray) -> None:
-    """A text's own state in its own place changes no bit, in any layer."""
+    """Asserts that replacing a text's state by itself changes no bit in any layer."""
     query_positions = np.array([[answer_query_position(run, example)] for example in examples])
     base, entering = read(run, examples, {"mark": places, "asked": query_positions})
     for layer in range(run.model.cfg.n_layer):
@@ -197,7 +198,8 @@ def check_own(run: Run, examples: list[Example], places: np.ndarray) -> None:
 
 
 def compare(base: torch.Tensor, logits: torch.Tensor, own: np.ndarray, donor: np.ndarray) -> dict:
-    """What answers become: logits (N, content) without and with the patch, first ids of the answers (N,)."""
+    """Returns the figures of answers without (`base`) and with the patch, from logits (N, content) and the first ids
+    (N,) of the own and the donors' answers."""
     before, after = (x.argmax(1).numpy() for x in (base, logits))
     n, figures = len(own), {"n": len(own)}
     for name, first in (("kept", own), ("donor", donor)):
@@ -225,11 +227,11 @@ def compare(base: torch.Tensor, logits: torch.Tensor, own: np.ndarray, donor: np
     return figures
 
 
-# ----------------------------------------------------------------------------- what is said of it
+# ----------------------------------------------------------------------------- conclusions
 
 
 def progress(lines: list[dict]) -> str:
-    """A site for a person, as soon as it is measured."""
+    """Returns a site as one line of text, shown as soon as it is measured."""
     shares = "  ".join(f"{line['kept']:.1%} / {line['donor']:.1%}" for line in lines)
     seconds = sum(line["seconds"] for line in lines)
     return f"{cell_name(lines[0])}  {lines[0]['site']:<9} kept / donor by layer: {shares}  {seconds:.1f} s"
@@ -245,7 +247,7 @@ def _cell(line: dict) -> tuple:
 
 
 def conclusion(lines: list[dict], cell: tuple) -> str:
-    """Is it read from the mark? By the verdicts of one cell."""
+    """Returns a sentence that says whether the answer is read from the mark, by the verdicts of one cell."""
     of = [line for line in lines if _cell(line) == cell and line["site"] in ("mark", "marks")]
     name = f"{cell[0]}, {cell[1]}, {cell[2]}: "
     if not of:

@@ -1,5 +1,5 @@
-"""What a call of probe.py does, whatever it looks at: warns, measures cell by cell, appends lines, and draws a picture
-of all that the file holds of the same weights."""
+"""Runs a probe from its settings to its picture: measures cell by cell, prints a table, appends lines to a file, and
+draws all lines of the file that are about the same weights."""
 
 import itertools
 import json
@@ -74,8 +74,8 @@ def warn_if_unlearned(run: Run, cells: list[tuple[Maker, str, int]], n: int) -> 
 
 
 def read_earlier_lines(path: Path, name: str, facts: dict) -> list[dict]:
-    """The lines of a file that calls of the same probe wrote of the same weights, read in the same way. Raises
-    UserError, naming the line, if one cannot be drawn: better now than when all is measured."""
+    """Returns the lines in a file from earlier calls of the same probe on the same weights, read in the same way.
+    Raises UserError, naming the line, if one cannot be drawn, so that this is known before anything is measured."""
     out, rows = [], path.read_text(errors="replace").splitlines() if path.exists() else []
     for number, row in enumerate(rows, 1):
         if not row.strip():

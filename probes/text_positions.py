@@ -1,14 +1,14 @@
-"""Places of a task's text, the states there, and what is asked of them.
+"""Finds positions in a task's text, reads the states there, and builds the questions and labels of a bottleneck.
 
     meta       the last meta-token before the question
     delimiter  the ordinary word that stands where meta-tokens could ("mark": placement none, or where others point)
-    last       the last ordinary token before the question, of every task a line's end
+    last       the last ordinary token before the question, which in every task is the end of a line
     random     an ordinary token before the question
     mean       the mean state of all positions before the question
     question   the last position that predicts the answer
 
-All but `question` precede the question. They cannot know what will be asked, so whoever is to answer from one of them
-is told the question, too."""
+All but `question` precede the question. They cannot know what will be asked, so a decoder that answers from one of them
+is given the question, too."""
 
 from typing import NamedTuple
 
@@ -29,20 +29,21 @@ MISSING = {"meta": "no meta-token before the question", "delimiter": f"no {DELIM
 
 
 class LocatedText(NamedTuple):
-    """One text: its ids, where its question starts and its answer, and the position of each state that it has."""
+    """One text: its ids, the starts of its question and its answer, and the position of each state that it has."""
 
     ids: np.ndarray
     start: int
     answer: int
     query: tuple[str, ...]  # the question's pieces
-    at: dict[str, int]  # of mean, `start`: the positions before it
+    at: dict[str, int]  # for mean, `start`: all positions before it
 
 
 def locate(maker: Maker, example: Example, rule: str, reach: int, key: int) -> LocatedText:
-    """rule: target_rule. reach: tokens that a random one has before it, at least; it is drawn by `key`."""
+    """Returns the located text. rule: target_rule; reach: least number of tokens before the random position, which is
+    drawn by `key`."""
     tokenizer, ids, (question, _) = maker.tokenizer, example.ids, example.draft.questions[0]
     answer = int(np.flatnonzero(example.answers)[0])
-    content = np.flatnonzero(ids != tokenizer.meta)  # meta-tokens of placement background are between any of them
+    content = np.flatnonzero(ids != tokenizer.meta)  # with placement background, meta-tokens stand between any of them
     before = content[: int((content < answer).sum()) - len(maker.ids(question))]  # the question
     start = int(before[-1]) + 1
     at = {
@@ -61,9 +62,10 @@ def locate(maker: Maker, example: Example, rule: str, reach: int, key: int) -> L
 
 
 def delimiter_end(maker: Maker, example: Example) -> int | None:
-    """The position where the last ordinary delimiter ends, as it was drafted: its ids may be part of other words."""
+    """Returns the position where the last ordinary delimiter ends, found in the draft, because its ids may be part of
+    other words; None without one."""
     meta, body = maker.tokenizer.meta, example.draft.body
-    if POINT not in body or maker.ids([POINT]) in ([], [meta]):  # nothing points, or a meta-token
+    if POINT not in body or maker.ids([POINT]) in ([], [meta]):  # no piece points, or a meta-token does
         return None
     last = len(body) - 1 - body[::-1].index(POINT)
     content = [id for id in maker.ids(body[: last + 1]) if id != meta]
@@ -78,14 +80,15 @@ def locate_all(maker: Maker, examples: list[Example], rule: str, reach: int, spl
 
 
 def missing(name: str, of: list[LocatedText]) -> str:
-    """Why not all texts have a state, "" if they have."""
+    """Returns why some texts lack a state, "" if none does."""
     n = sum(name not in text.at for text in of)
     return f"{n} of {len(of)} texts have {MISSING.get(name, 'too few tokens before the question')}" if n else ""
 
 
 @torch.no_grad()
 def read_states(run: Run, examples: list[Example], of: list[LocatedText], names: list[str], layers) -> torch.Tensor:
-    """(layers, names, N, C) float32 on the model's device: states of texts."""
+    """Returns the states (layers, names, N, C) of the texts in float32, on the model's device. Raises UserError if they
+    are not finite."""
     out = []
     with record_states(run.model) as read:
         for which, batch in batches(run, examples):
@@ -103,13 +106,13 @@ def read_states(run: Run, examples: list[Example], of: list[LocatedText], names:
             out.append(torch.stack(found, dim=1))
     found = torch.cat(out, dim=2)
     if not found.isfinite().all():
-        raise UserError(f"the weights in {run.folder} give states that are not finite: take another checkpoint.")
+        raise UserError(f"the weights in {run.folder} produce states that are not finite: take another checkpoint.")
     return found
 
 
 def queries_of(splits: list[list[LocatedText]]) -> tuple[list[torch.Tensor], int]:
-    """(N, q) of each split: of the q pieces of a question that are not the same in all training texts, which they are,
-    as numbers below Q, 0 for one that no training text has; and Q."""
+    """Returns the questions (N, q) of each split as numbers below Q, and Q. The q pieces are those that differ between
+    training texts; 0 stands for a piece that no training text has."""
     seen = [dict.fromkeys(pieces) for pieces in zip(*(text.query for text in splits[0]), strict=True)]
     differ = [slot for slot, pieces in enumerate(seen) if len(pieces) > 1]
     entries = [(slot, piece) for slot in differ for piece in sorted(seen[slot])]
@@ -119,7 +122,8 @@ def queries_of(splits: list[list[LocatedText]]) -> tuple[list[torch.Tensor], int
 
 
 def labels_of(target: str, state: str, splits: list[list[LocatedText]]) -> tuple[list[np.ndarray], int]:
-    """The labels (N, n) of each split as numbers of classes, and how many classes there are: the ids that occur."""
+    """Returns the labels (N, n) of each split as class numbers, and the number of classes, which are the ids that
+    occur."""
 
     def ids(text: LocatedText) -> np.ndarray:
         kind, _, number = target.partition("_")

@@ -1,4 +1,5 @@
-"""The pictures of a report: one small panel each, since a page can set them side by side or below one another."""
+"""Holds the style and helpers of all pictures, and draws those of the tasks: one small panel each, which fits a
+phone."""
 
 import re
 import textwrap
@@ -16,21 +17,27 @@ from nanometa.reports.compare import Difference
 from nanometa.reports.lines import Arm, Panel, has_learned, impossible, share_interval, summary
 from nanometa.reports.paper import FIGURE_1, LENGTH
 
-# told apart by the colour-blind (Okabe and Ito), and by their markers in grey
+# colors that the color-blind can tell apart (Okabe and Ito)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 MARKERS = "osD^vPX*"
-DASHES = ("-", (0, (5, 2)), (0, (3, 1.5, 1, 1.5)), (0, (7, 1.5, 1, 1.5, 1, 1.5)))  # dotted is chance
+DASHES = (
+    "-",
+    (0, (5, 2)),
+    (0, (3, 1.5, 1, 1.5)),
+    (0, (7, 1.5, 1, 1.5, 1, 1.5)),
+)  # dotted lines are reserved for chance
 GREY, LIGHT = "#555555", "#E8E8E8"
 STYLE = {
     "font.size": 10, "axes.titlesize": 10, "legend.fontsize": 10, "xtick.labelsize": 10, "ytick.labelsize": 10,
     "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False, "axes.grid": True,
     "grid.color": LIGHT, "axes.axisbelow": True, "legend.frameon": False,
 }  # fmt: skip
-WIDTH, DPI = 3.6, 180  # inches; a phone's 360 pixels, where 10 points are 14 of them
+WIDTH, DPI = 3.6, 180  # width in inches: the 360 pixels of a phone, on which 10 points are 14 pixels
 
 
 def png(draw, *args, width: float = WIDTH) -> bytes:
-    """What draw(figure, *args) draws on a figure of so many inches, as PNG: equal bytes for equal arguments."""
+    """Returns as PNG what draw(figure, *args) draws on a figure of this width in inches. Equal arguments give equal
+    bytes."""
     with matplotlib.rc_context(STYLE):
         figure, out = Figure(figsize=(width, 3.0), dpi=DPI, layout="constrained"), BytesIO()
         draw(figure, *args)
@@ -90,7 +97,8 @@ def key(label: str, **look) -> Line2D:
 
 
 def styles(arms: list[Arm]) -> dict[tuple, dict]:
-    """Name of an arm -> how it is drawn in every picture: colour and marker by label, dashes by train length."""
+    """Returns the look of each arm, by its name, in every picture: color and marker by label, dashes by train
+    length."""
     labels = list(dict.fromkeys(arm.label for arm in arms))
     lengths = sorted({arm.training.length for arm in arms}, reverse=True)  # the longest is solid
     return {
@@ -108,19 +116,20 @@ def look(number: int) -> dict:
 
 
 def wrapped(text: str, width: int = 40) -> str:
-    """In lines that fit a small picture, none of which ends inside brackets that fit one."""
+    """Returns the text in lines that fit a small picture. Brackets that fit in one line are not broken."""
     whole = re.sub(r"\([^()]*\)", lambda of: of[0].replace(" ", "\xa0") if len(of[0]) <= width else of[0], text)
     return textwrap.fill(whole, width, break_long_words=True).replace("\xa0", " ")
 
 
 def title(panel: Panel) -> str:
-    """No two panels have the same. To tasks other than list recall, `question` is but a part of the seed."""
+    """Returns the unique title of a panel. `question` matters only to list recall; for other tasks it only changes the
+    seed."""
     question = f", question {panel.question}" if panel.task == "list_recall" or panel.question != "index" else ""
     return f"{panel.task.replace('_', ' ')}: {panel.placement} ({panel.level}{question})"
 
 
 def accuracy(figure: Figure, arms: list[Arm], panel: Panel, footer: str) -> None:
-    """Exact answers by evaluation length."""
+    """Draws exact answers by evaluation length."""
     axes, mine = figure.subplots(), [arm for arm in arms if any(at == panel for at, _ in arm.lines)]
     barred = _by_length(axes, styles(arms), mine, panel)
     _percent(axes, barred)
@@ -129,7 +138,7 @@ def accuracy(figure: Figure, arms: list[Arm], panel: Panel, footer: str) -> None
 
 
 def overview(figure: Figure, arms: list[Arm], panels: list[Panel], footer: str) -> None:
-    """All panels of `accuracy` at once, small: a row is a task, a column a placement."""
+    """Draws all panels of `accuracy` in small: a row for each task, a column for each placement."""
     rows = list(dict.fromkeys(panel._replace(placement="") for panel in panels))
     columns = list(dict.fromkeys(panel.placement for panel in panels))
     figure.set_size_inches(1 + 2.1 * len(columns), 0.9 + 1.75 * len(rows))
@@ -154,7 +163,7 @@ def overview(figure: Figure, arms: list[Arm], panels: list[Panel], footer: str) 
 
 
 def _by_length(axes, looks: dict, mine: list[Arm], panel: Panel) -> bool:
-    """The arms' points, chance and the best shortcut -> is a cell impossible?"""
+    """Draws the arms' points, chance and the best shortcut. Returns whether a cell is impossible."""
     barred = False
     for number, arm in enumerate(mine):
         cells = {length: of for (at, length), of in sorted(arm.lines.items()) if at == panel}
@@ -177,7 +186,7 @@ def _accuracy_handles(arms: list[Arm], looks: dict, barred: bool) -> list[Line2D
 
 
 def _points(axes, cells: dict[int, dict], dodge: float, look: dict) -> bool:
-    """A line with intervals; cells that are impossible in the strip below 0 -> was there one?"""
+    """Draws a line with intervals, and impossible cells in the strip below 0. Returns whether there was one."""
     possible = {length: summary(of) for length, of in cells.items() if not impossible(of)}
     x = [length * dodge for length in possible]
     mean, low, high = ([100 * row[i] for row in possible.values()] for i in range(3))
@@ -192,7 +201,7 @@ def _points(axes, cells: dict[int, dict], dodge: float, look: dict) -> bool:
     return bool(barred)
 
 
-IMPOSSIBLE = -9  # height of the strip's middle
+IMPOSSIBLE = -9  # y of crosses in the strip below 0
 
 
 def _percent(axes, barred: bool) -> None:
@@ -217,7 +226,8 @@ def _measured(arms: list[Arm], panel: Panel) -> list[dict]:
 
 
 def _floors(arms: list[Arm], panel: Panel) -> dict[int, tuple[float, int]]:
-    """The best shortcut's share by length, and of how many texts: of the lines with the most."""
+    """Returns, by length, the share of the best shortcut and its number of texts, from the lines with the most
+    texts."""
     out: dict[int, tuple[float, int]] = {}
     for line in sorted(_measured(arms, panel), key=lambda line: (line["length"], line["n"])):
         out[line["length"]] = (max(line["floors"].values()), line["n"])
@@ -239,7 +249,7 @@ def _length_handles(arms: list[Arm], looks: dict) -> list[Line2D]:
 
 
 def legend(figure: Figure, handles: list, columns: int = 2) -> None:
-    """Below all, in as many columns as the labels allow; the figure grows by as much."""
+    """Puts a legend below the figure, in as many columns as the labels allow, and makes the figure taller for it."""
     longest = max(len(handle.get_label()) for handle in handles)
     while columns > 1 and longest > _letters(figure, columns):
         columns -= 1
@@ -252,12 +262,12 @@ def legend(figure: Figure, handles: list, columns: int = 2) -> None:
 
 
 def _letters(figure: Figure, columns: int) -> int:
-    """How many fit into a legend's label."""
+    """Returns how many letters fit in the label of a legend."""
     return int(figure.get_figwidth() * 72 / columns / 5.6) - 7
 
 
 def differences(figure: Figure, rows: list[Difference], panel: Panel, margin: float, footer: str) -> None:
-    """First minus second by evaluation length, in points."""
+    """Draws first minus second by evaluation length, in points."""
     axes, rows = figure.subplots(), [row for row in rows if row.panel == panel and not row.refused]
     names = list(dict.fromkeys(f"{row.first.label} − {row.second.label}" for row in rows))
     trained = sorted({row.first.training.length for row in rows}, reverse=True)
@@ -284,8 +294,8 @@ def differences(figure: Figure, rows: list[Difference], panel: Panel, margin: fl
 
 
 def beside_paper(figure: Figure, arms: list[Arm], mine: list[Arm], panel: Panel, footer: str) -> None:
-    """The paper's Figure 1 for a task and, on the same scale, those of all arms that are like it: by the longest texts
-    that a run was fine-tuned on."""
+    """Draws the paper's Figure 1 for a task and, on the same scale, the comparable arms, by the longest texts that a
+    run was fine-tuned on."""
     left, right = figure.subplots(1, 2, sharey=True)
     handles = []
     for number, (model, by_length) in enumerate(FIGURE_1[panel.task].items()):

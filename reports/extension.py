@@ -1,5 +1,5 @@
-"""The section in the shape of the paper's Table 1: list recall by extension, fine-tuning length and evaluation length,
-all in multiples of the window that the model had before."""
+"""Builds the section in the shape of the paper's Table 1: list recall by window extension, fine-tuning length and
+evaluation length, all in multiples of the window before extension."""
 
 from fractions import Fraction
 from typing import NamedTuple
@@ -15,12 +15,12 @@ from nanometa.reports.paper import TABLE_1, TABLE_1_SOURCE, WINDOW
 
 
 class Row(NamedTuple):
-    """Of the table. Lengths are to the nearest multiple of the window or part of it: arms without markers have shorter
-    windows, of the same content, and belong beside those with."""
+    """A row of the table. Lengths are rounded to the nearest multiple or fraction of the window, because arms without
+    markers have shorter windows of the same content and belong in the same row as arms with markers."""
 
-    scaling: str  # "yarn 4x"; "none": the window as it was
-    how: str  # "trained" with it, or only "read" with it
-    tuned: Fraction  # length of the texts in fine-tuning, in windows
+    scaling: str  # such as "yarn 4x", or "none" for the original window
+    how: str  # "trained" with the scaling, or only "read" with it
+    tuned: Fraction  # length of the fine-tuning texts, in windows
 
     @property
     def factor(self) -> float:
@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
     @property
     def paper(self) -> dict[int, float]:
-        """The paper's row, if it has one."""
+        """Returns the paper's row, empty if it has none."""
         return TABLE_1.get((self.factor, self.tuned), {})
 
 
@@ -37,7 +37,7 @@ Cells = dict[int, dict[int, dict]]  # length -> seed -> line
 
 
 def body(page: Page, lines: list[dict]) -> str:
-    """Of the lines of eval.py tasks; "" if none was read beyond its window of training by a scale."""
+    """Returns the section for lines of eval.py tasks, "" if no line was read with a scaled window."""
     mine = [line for line in lines if belongs(line)]
     if not any(line["scaling"] != "none" for line in mine):
         return ""
@@ -58,13 +58,16 @@ def body(page: Page, lines: list[dict]) -> str:
     head = ["extension", "by", "fine-tuned at", "asked at", "arm", "seed", "tokens, %", "95 %", "exact, %", "95 %", "n",
             "paper, tokens %", "command"]  # fmt: skip
     return f"""<h2 id="extension">List recall in longer windows: the paper's Table 1, and ours</h2>
-<p>Fine-tuned and asked with markers where the task points. Lengths are multiples (x) of the window before extension, so
-that ours can be set beside the paper's, whose window was {WINDOW}: asked at 2x, a model of {WINDOW} reads {2 * WINDOW}
-positions. Arms without markers have shorter windows, of the same content; panels and the paper's figures go by the
-nearest multiple. "trained": the longer window was trained before fine-tuning, as the paper's; "read": the
-positions were scaled when it was asked, and never before. Solid: token accuracy with a bootstrap interval over texts,
-as the paper's; dashed: exact answers with Wilson's. With several seeds both reach from the lowest to the highest. Where
-items are single tokens the two are the same. Grey: the paper's row of the same extension and fine-tuning.</p>
+<p>Models were fine-tuned and evaluated with markers where the task points. Lengths are multiples (x) of the window
+before extension, so that ours can be compared with the paper's, whose window was {WINDOW}: at 2x, a model of {
+        WINDOW
+    } reads
+{2 * WINDOW} positions. Arms without markers have shorter windows of the same content and are shown at the nearest
+multiple. "trained" means that the longer window was trained before fine-tuning, as in the paper; "read" means that
+positions were scaled only for the evaluation. Solid lines are token accuracy with a bootstrap interval over texts, the
+paper's measure; dashed lines are exact answers with Wilson's interval. With several seeds both reach from the lowest to
+the highest. The two are equal where items are single tokens. Grey is the paper's row of the same extension and
+fine-tuning.</p>
 <p class="small">{escaped(TABLE_1_SOURCE)}.</p>
 <div>{"".join(figures)}</div>
 {
@@ -78,7 +81,8 @@ items are single tokens the two are the same. Grey: the paper's row of the same 
 
 
 def belongs(line: dict) -> bool:
-    """Is it of list recall as the paper's Table 1 has it? Lines of the first versions do not say their window."""
+    """Returns whether a line is comparable with the paper's Table 1. Lines of the first versions do not record their
+    window and are left out."""
     return (
         line["task"] == "list_recall"
         and line["placement"] == "target"
@@ -94,12 +98,12 @@ def row_of(line: dict) -> Row:
 
 
 def nearest(length: int, window: int) -> Fraction:
-    """The multiple of a window, or the part of it, that a length is next to."""
+    """Returns the multiple or fraction of a window nearest to a length."""
     return Fraction(round(length / window)) if length >= window else Fraction(1, round(window / length))
 
 
 def arm_of(line: dict) -> str:
-    """The arm without its scaling, which a row has."""
+    """Returns the arm without its scaling, which the row names."""
     name = line["arm"].removesuffix(f", read with {line['scaling']}")
     return name.replace(f", {line['trained_scaling']}", "", 1)
 
@@ -130,7 +134,7 @@ def rows(page: Page, row: Row, of: dict[str, Cells]) -> list[list]:
 
 
 def picture(figure: Figure, row: Row, of: dict[str, Cells], arms: list[str], about: str) -> None:
-    """One row of the table: accuracy by evaluation length, an arm a colour."""
+    """Draws one row of the table: accuracy by evaluation length, one color for each arm."""
     axes, handles = figure.subplots(), []
     for number, (arm, cells) in enumerate(of.items()):
         style = look(arms.index(arm))
@@ -159,5 +163,5 @@ def picture(figure: Figure, row: Row, of: dict[str, Cells], arms: list[str], abo
 
 
 def window_of(of: dict[int, dict]) -> int:
-    """Before any extension: of a cell's lines by seed."""
+    """Returns the window before any extension, from a cell's lines by seed."""
     return next(iter(of.values()))["original_block_size"]

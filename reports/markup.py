@@ -1,4 +1,4 @@
-"""Pieces of HTML, and figures as text. Every string that is not Markup is escaped."""
+"""Builds HTML and text: tables, folded parts, formatted figures. Every string that is not Markup is escaped."""
 
 import html
 import math
@@ -48,6 +48,8 @@ td.long { white-space: normal; min-width: 14em; max-width: 30em; overflow-wrap: 
   figure { margin-right: 0; width: 100% }
   .wide img { max-width: none }
   .overview { display: none }
+  /* the first column stays in view and must leave room for the others */
+  tbody td:first-child { white-space: normal; min-width: 5em; max-width: 9em }
 }
 @media print {
   @page { margin: 14mm }
@@ -55,6 +57,7 @@ td.long { white-space: normal; min-width: 14em; max-width: 30em; overflow-wrap: 
   h2, h3 { break-after: avoid }
   tr { break-inside: avoid }
   .scroll { overflow: visible; max-height: none }
+  tbody td:first-child, thead th { position: static }
   .small, figcaption { font-size: 8pt }
   table { font-size: 7pt; max-width: 100% }
   th, td { padding: .15em .3em; white-space: normal }
@@ -66,7 +69,7 @@ td.long { white-space: normal; min-width: 14em; max-width: 30em; overflow-wrap: 
 
 
 class Markup(str):
-    """HTML that is ours, and not escaped again."""
+    """HTML written by this program, which is not escaped again."""
 
 
 def escaped(value) -> Markup:
@@ -82,8 +85,8 @@ def document(title: str, body: str) -> str:
 
 
 def table(head: list[str], groups: dict[str, list[list]], text: tuple[int, ...], long: tuple[int, ...] = ()) -> Markup:
-    """groups: rows below a heading of theirs, "" for none. `text`, `long`: the columns that are no numbers, and those
-    whose lines break."""
+    """Returns a table that scrolls in its box. groups: rows by the heading above them, "" for none; `text`: columns
+    that are no numbers; `long`: columns whose lines may break."""
     kinds = [" class=long" if i in long else " class=text" if i in text else "" for i in range(len(head))]
     top = "".join(f'<th scope="col"{kind}>{escaped(name)}</th>' for kind, name in zip(kinds, head, strict=True))
     body = ""

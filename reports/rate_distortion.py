@@ -1,4 +1,4 @@
-"""The section of probe.py rate_distortion, whose lines are curves and comparisons of two of them."""
+"""Builds the section of probe.py rate_distortion, whose lines are curves and comparisons of two curves."""
 
 from nanometa.reports.lines import CELL, NUMBER, check_facts, check_fields
 from nanometa.reports.markup import escaped
@@ -21,17 +21,18 @@ from nanometa.reports.table_sections import (
 
 TITLE = "Rate and distortion of hidden states"
 ABOUT = (
-    "How much of what a text says can be read from one hidden state, at which rate? A variational bottleneck is "
-    "trained on each state at several prices of its rate, and measured in nats on texts that no probe has seen: rate R "
-    "is at most what its code tells of the state, distortion D the cross-entropy of what is asked for. "
-    "Guessing has ln K of K classes, and H(Y) if it knows how frequent they are; no code of rate R can have a "
-    "distortion below H(Y) − R, the converse. The paper's bottlenecks, trained on 50 texts, have distortions of "
-    f"{DISTORTION[0]:.1f} to {DISTORTION[1]:.2f} nats, where guessing among all ids has ln 50257 = {GUESSING:.2f}. "
-    "What decides is the state of the meta-token against others of the same texts at equal rates, up to H(Y) or what "
-    "both reach: first minus second; the verdict is on whether the first has less, a difference below 0. No bottleneck "
-    "is the same probe at no price, and no bound: one at a price may do better. A high curve says that this probe did "
-    "not find the target, not that it is not there; where none has less than H(Y) and a constant, nothing was found. "
-    "Intervals are over texts and the probes' seeds; verdicts are of this checkpoint, not of its arm."
+    "How much of a text can be read from one hidden state, at which rate? A variational bottleneck is trained on "
+    "each state at several prices of its rate, and measured in nats on texts that no probe has seen. The rate R "
+    "is at most what the code tells about the state, and the distortion D is the cross-entropy of the target. "
+    "Guessing among K classes has a distortion of ln K, and of H(Y) with their frequencies. By the converse no "
+    "code of rate R has a distortion below H(Y) − R. The paper's bottlenecks, trained on 50 texts, have "
+    f"distortions of {DISTORTION[0]:.1f} to {DISTORTION[1]:.2f} nats, where guessing among all ids has ln 50257 = "
+    f"{GUESSING:.2f}. The decisive figure is the state of the meta-token against other states of the same texts at"
+    " equal rates, up to H(Y) or the rate that both reach: a difference (first minus second) below 0 means that "
+    'the first has less distortion. "No bottleneck" is the same probe without a price; it is no bound, because a '
+    "bottleneck may do better. A high curve means that this probe did not find the target, not that the state "
+    'lacks it; "nothing found" means that no point is below both H(Y) and a constant. Intervals are over texts '
+    "and probe seeds. Verdicts are about this checkpoint, not about its arm."
 )
 TEXTS = ("task", "placement", "level", "question", "length", "layer", "target")
 SHARED = {name: CELL[name] for name in ("task", "placement", "level", "question", "length", "n")} | {
@@ -54,7 +55,7 @@ KINDS = {"curve": CURVE, "comparison": COMPARISON}
 
 
 def check(line: dict) -> None:
-    """Raises ValueError that says what is wrong with a line."""
+    """Raises ValueError, with the reason, for a damaged line."""
     check_choices(line, {"kind": KINDS})
     check_facts(line, KINDS[line["kind"]])
     if line["kind"] == "comparison":
@@ -75,7 +76,7 @@ def key(line: dict) -> tuple:
 
 
 def best(line: dict) -> dict:
-    """The point with the least distortion."""
+    """Returns the point with the least distortion."""
     return min(line["points"], key=lambda point: point["distortion"])
 
 

@@ -12,7 +12,7 @@ from nanometa.reports.training import Metrics
 
 
 def body(page: Page, lines: dict[str, list[dict]], runs: list[Metrics], effect: float, margin: float) -> str:
-    """lines: those of each kind of section."""
+    """Returns the summary of the lines of each kind and of the runs; effect and margin are those of the verdicts."""
     return "".join([trained(lines, runs), answered(page, lines.get("tasks", [])), verdicts(lines, effect, margin)])
 
 
@@ -52,8 +52,8 @@ def _exact(arm: Arm, panel: Panel) -> str:
     """Returns the share at the length of training and at the longest length, "–" where it was not measured."""
     longest = max((length for at, length in arm.lines if at == panel), default=0)
     ends = (arm.lines.get((panel, length)) for length in (arm.training.length, longest))
-    told = ["–" if not of else "impossible" if impossible(of) else percent(summary(of)[0]) for of in ends]
-    return f"{told[0]} → {told[1]} at {longest}" if longest else "–"
+    shares = ["–" if not of else "impossible" if impossible(of) else percent(summary(of)[0]) for of in ends]
+    return f"{shares[0]} → {shares[1]} at {longest}" if longest else "–"
 
 
 def verdicts(lines: dict[str, list[dict]], effect: float, margin: float) -> Markup:
@@ -70,8 +70,8 @@ def verdicts(lines: dict[str, list[dict]], effect: float, margin: float) -> Mark
                 if field.endswith("verdict") and kind != "tasks":
                     claim = field.removesuffix("verdict").strip("_") or line.get("claim", "difference")
                     counts.setdefault(f"{kind.replace('_', ' ')}: {claim}", Counter())[brief(str(line[field]))] += 1
-    told = "".join(
+    items = "".join(
         f"<li>{escaped(name)}: {escaped(', '.join(f'{verdict} ({n})' for verdict, n in of.most_common()))}</li>\n"
         for name, of in counts.items()
     )
-    return Markup(f"<p>Verdicts, and in how many cells each was reached:</p>\n<ul>{told}</ul>\n" if told else "")
+    return Markup(f"<p>Verdicts, and in how many cells each was reached:</p>\n<ul>{items}</ul>\n" if items else "")
