@@ -1,5 +1,5 @@
-"""Puts all that runs have left on one page: how they were trained, what eval.py and probe.py measured of them beside
-the paper's figures, and what they cost. Each section is there where its lines are.
+"""Puts everything that runs have left on one page: their training, what eval.py and probe.py measured beside the
+paper's figures, and their cost. A section appears if its lines exist.
 
 python report.py out/meta_128 out/meta_256 out/pause_128 --output=out/report
 python report.py records/2026-11-22_three_arms/tasks.jsonl --margin=0.05 --effect=0.02
@@ -18,7 +18,7 @@ from nanometa.common.files import write_atomically
 from nanometa.common.terminal import write
 from nanometa.config.checks import check, check_types
 from nanometa.config.command_line import load_config, run_cli
-from nanometa.reports import cost, curves, eval_sections, extension, training
+from nanometa.reports import cost, curves, eval_sections, extension, summary, training
 from nanometa.reports.files import Found, read
 from nanometa.reports.page import Page, Section
 from nanometa.reports.probe_sections import SECTIONS
@@ -26,12 +26,12 @@ from nanometa.reports.probe_sections import SECTIONS
 
 @dataclass(frozen=True)
 class Report:
-    """Run folders -> one self-contained HTML page with plots."""
+    """Turns run folders into one self-contained HTML page with plots."""
 
     runs: Positional[tuple[str, ...]] = ()
-    """folders of runs, or .jsonl files of eval.py and probe.py; the first arm named is the first of a difference"""
+    """folders of runs, or .jsonl files of eval.py and probe.py; differences subtract later arms from earlier ones"""
     output: str = "out/report"
-    """folder for report.html and its pictures; those of an earlier report there are removed"""
+    """folder for report.html and its pictures; pictures of an earlier report there are removed"""
     margin: float = 0.05
     """a difference between arms "does not hold" if its whole interval over seeds lies within +- this share"""
     effect: float = 0.0
@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
     if not cfg.runs:
         raise UserError("runs is empty: name folders of runs, such as out/meta_128.")
     sections = sections_of(cfg.effect, cfg.margin)
-    files = render(read(cfg.runs, sections), sections, " ".join(["report.py", *argv]))
+    found = read(cfg.runs, sections)
+    files = render(found, sections, " ".join(["report.py", *argv]), cfg.effect, cfg.margin)
     output = Path(cfg.output)
     output.mkdir(parents=True, exist_ok=True)
     for old in pictures_of(output / "report.html") - files.keys():
@@ -65,8 +66,10 @@ def sections_of(effect: float, margin: float) -> list[Section]:
     return [*eval_sections.sections(effect, margin), *SECTIONS.values()]
 
 
-def render(found: Found, sections: list[Section], command: str) -> dict[str, bytes]:
-    """File name -> bytes: report.html and the pictures."""
+def render(
+    found: Found, sections: list[Section], command: str, effect: float = 0.0, margin: float = 0.05
+) -> dict[str, bytes]:
+    """Returns the bytes of report.html and of its pictures by file name."""
     parts = [functools.partial(training.body, runs=found.runs)] if found.runs else []
     for section in sections:
         if lines := found.lines.get(section.kind):
@@ -74,11 +77,13 @@ def render(found: Found, sections: list[Section], command: str) -> dict[str, byt
         if lines and section.kind == "tasks":
             parts.append(functools.partial(extension.body, lines=lines))
     parts += [functools.partial(cost.body, runs=found.runs)] if found.runs else []
-    return Page(command, found.repeated).render([line for of in found.lines.values() for line in of], parts)
+    lines = [line for of in found.lines.values() for line in of]
+    first = functools.partial(summary.body, lines=found.lines, runs=found.runs, effect=effect, margin=margin)
+    return Page(command, found.repeated).render(lines, parts, first)
 
 
 def pictures_of(page: Path) -> set[str]:
-    """The names of the pictures that a page, if there is one, was written with."""
+    """Returns the names of the pictures that belong to a page, none if there is no page."""
     text = page.read_text(errors="replace") if page.is_file() else ""
     return set(re.findall(r'data-file="([\w-]+\.png)"', text))
 

@@ -1,1 +1,1 @@
-"""What probe.py looks into, a file each, and its pictures."""
+"""Implements the commands of probe.py, one file each."""

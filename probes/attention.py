@@ -1,27 +1,27 @@
-"""python probe.py attention: does a meta-token boost logits and sharpen attention, and where?
+"""python probe.py attention: does a meta-token boost logits and sharpen attention, and in which heads?
 
 The paper (theorem 4.1, figure 2) says that meta-tokens boost the logits of a head and lower its entropy: by 1.26 in the
-largest logit and by 1.40 nats, "meta against token-embedding-zeroed"; over which layers, heads and queries is not
-known. Here the same weights read the same texts twice, as trained and with zeros for the embedding of <|meta|> (which
-is not to be without the token: a key of zeros has the logit 0, and is seen). Of each head, over the queries that come
-after the last meta-token of a text:
+largest logit and by 1.40 nats, "meta against token-embedding-zeroed". It does not name layers, heads or queries. Here
+the same weights read the same texts twice: as trained, and with zeros in place of the embedding of <|meta|>. (This does
+not remove the token: a key of zeros has the logit 0 and is still seen.) Every head is measured over the queries behind
+the last meta-token of a text:
 
-    boost         largest logit as trained, minus with zeros
-    boost_mark    the same of the logit on the last meta-token
-    boost_answer  the same of the logit on the answer in the text, of the query that predicts it (list recall, copying)
-    drop          entropy with zeros, minus as trained, nats
-    entropy, normalised, sink, on_marks   as trained and with zeros (.._zeroed): entropy, the same over the log of the
+    boost         largest logit as trained, minus the largest logit with zeros
+    boost_mark    the same for the logit of the last meta-token
+    boost_answer  the same for the logit of the answer in the text, of the query that predicts it (list recall, copying)
+    drop          entropy with zeros, minus entropy as trained, in nats
+    entropy, normalised, sink, on_marks   as trained and with zeros (.._zeroed): entropy, entropy over the log of the
                   number of keys, weight on the first token, weight on all meta-tokens
-    applies       share of queries for which the theorem's condition holds: with zeros, the last meta-token has a weight
-                  p with ln p > -H. Boosting a key that is less likely makes entropy rise at first
-    predicted     drop if nothing but the logit on the last meta-token had changed, by its boost
+    applies       share of queries that fulfill the theorem's condition: with zeros, the last meta-token has a weight p
+                  with ln p > -H. Boosting a less likely key makes entropy rise at first
+    predicted     the drop if only the logit of the last meta-token had changed, by its boost
 
-The second attention of arm meta connects meta-tokens alone: its queries are the second one and those behind it, its
-keys are few (`keys`), its sink is the first meta-token, and it has no boost_mark, boost_answer, on_marks, applies.
+The second attention of arm meta connects meta-tokens only. Its queries are the meta-tokens from the second one on, its
+keys are few (`keys`), its sink is the first meta-token, and it lacks boost_mark, boost_answer, on_marks and applies.
 
-With placement none the word "mark" stands for the meta-token, and what is zeroed is its embedding: what an ordinary
-word does. Queries are averaged within a text, and the unit of every interval and test is the text. That tells of this
-checkpoint; of its arm only other seeds can."""
+With placement none the word "mark" takes the place of the meta-token and its embedding is zeroed, which shows the
+effect of an ordinary word. Queries are averaged within a text, and the text is the unit of every interval and test. The
+verdicts are about this checkpoint; verdicts about its arm need several seeds."""
 
 import math
 import time
@@ -30,54 +30,61 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanometa.common.statistics import bootstrap_means, mean_p, too_few
+from nanometa.common.statistics import bootstrap_means, mean_p
 from nanometa.common.terminal import write
-from nanometa.config.checks import check
 from nanometa.evals.common import check_finite
 from nanometa.evals.tasks import about, texts
 from nanometa.inference.scoring import hidden_states
-from nanometa.probes.calls import SMALL, call, in_row
-from nanometa.probes.heads import FIRST, SECOND, Rows, seen
-from nanometa.probes.marks import MarksProbe, answer_in_text, asked_at, batches, mark_name, mark_of, marks, name_of
+from nanometa.probes.heads import FIRST, SECOND, HeadInputs, observe_heads
+from nanometa.probes.marked_texts import (
+    MarkedTextsProbe,
+    answer_position,
+    answer_query_position,
+    batches,
+    cell_name,
+    mark_id,
+    mark_name,
+    marks,
+)
 from nanometa.probes.positions import under
-from nanometa.reports.inside_pictures import attention_picture
+from nanometa.probes.probe_command import run_probe
 from nanometa.reports.theorem import boosted_entropy
 from nanometa.tasks.example import Example, Maker
 from nanometa.training.checkpoint import Run
 
 CLAIMS = ("boost", "drop")
-SCORES = 2**23  # logits of one attention at once: 32 MB in fp32, and some copies
+SCORES = 2**23  # logits of one attention in a batch: 32 MB in fp32, and some copies
 
 
 @dataclass(frozen=True)
-class AttentionProbe(MarksProbe):
-    """Logit boost and entropy drop of every head, meta-tokens as trained against zeroed."""
+class AttentionProbe(MarkedTextsProbe):
+    """Measures logit boost and entropy drop of every head, with meta-tokens as trained against zeroed ones."""
 
     margin: float = 0.1
     """a boost or drop "does not hold" if its whole interval lies within +- this, in logits or nats"""
-    effect: float = 0.0
-    """it "holds" if the interval lies above this; fix both before you look"""
 
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "margin", 0 < self.margin < 100, "lie strictly between 0 and 100")
-        check(self, "effect", 0 <= self.effect < 100, "be at least 0 and below 100")
+    BELOW = 100.0
 
     def makers(self, run: Run, placements: tuple[str, ...] = ()) -> list[tuple[Maker, str, int]]:
-        with seen(run.model, lambda *_: None):  # a model whose heads cannot be read is refused with the rest
+        with observe_heads(run.model, lambda *_: None):  # a model whose heads cannot be read is refused with the rest
             return super().makers(run, placements)
 
 
 def main(cfg: AttentionProbe) -> None:
-    call(cfg, "attention", (), CLAIMS, lambda *cell: measure(*cell, cfg.n), table, attention_picture)
+    run_probe(cfg, "attention", (), CLAIMS, lambda *cell: measure_attention(*cell, cfg.n), notes)
 
 
-# ----------------------------------------------------------------------------- what is measured
+def notes(lines: list[dict]) -> list[str]:
+    few = any(line["keys"] < 8 for line in lines)
+    return ["(few): a softmax over few keys has little entropy to lose."] if few else []
 
 
-def measure(run: Run, maker: Maker, level: str, length: int, n: int) -> list[dict]:
-    """One cell -> a line a head, and before those of an attention one of all its heads (layer and head None); says the
-    latter as soon as they are measured."""
+# ----------------------------------------------------------------------------- measuring
+
+
+def measure_attention(run: Run, maker: Maker, level: str, length: int, n: int) -> list[dict]:
+    """Returns the lines of a cell: for each attention one line about all its heads (layer and head are None), then one
+    for each head. Prints the lines about all heads as soon as they are measured."""
     started = time.perf_counter()
     examples = [example for example in texts(maker, level, length, n) if len(marks(maker, example))]
     found = by_text(run, maker, examples)
@@ -104,7 +111,8 @@ def measure(run: Run, maker: Maker, level: str, length: int, n: int) -> list[dic
 
 
 def summarise(lines: list[dict]) -> None:
-    """In place of each line's values by text: their means, intervals by text, and p of "the mean is 0" of claims."""
+    """Replaces the values by text of each line by their mean, its interval over texts, and for claims the p of "the
+    mean is 0"."""
     columns = np.stack([value for line in lines for value in line["values"].values()], axis=1)  # (texts, K)
     there = ~np.isnan(columns).all(axis=0)
     low, high = np.full((2, columns.shape[1]), np.nan)
@@ -122,22 +130,23 @@ def summarise(lines: list[dict]) -> None:
 
 
 def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, str], dict[str, np.ndarray]]:
-    """(layer, attention) -> measure -> (texts, H), NaN where a text has no such query."""
+    """Returns, for each (layer, attention) and each figure, its values (texts, H), NaN where a text has no such
+    query."""
     m, parts = run.model.cfg, []
     longest = max(len(example.ids) for example in examples)
     for rows, batch in batches(run, examples, SCORES // (m.n_head * longest**2)):
-        places = Places(run, maker, examples[rows], batch.tokens.size(1), batch.tokens.device)
+        places = QueryPositions(run, maker, examples[rows], batch.tokens.size(1), batch.tokens.device)
         looks: dict[str, dict[tuple[int, str], dict[str, torch.Tensor]]] = {}
         for condition in ("full", "no_embedding"):
             look = looks[condition] = {}
 
-            def see(layer: int, which: str, of: Rows, look=look, places=places):
-                # what random connects is no mark; and there may be none, with placement none
+            def see(layer: int, which: str, of: HeadInputs, look=look, places=places):
+                # the random attention connects tokens that are no marks; with placement none there may be none at all
                 if which == FIRST or (m.second.connects != "random" and of.at.size(1)):
                     gathered = which == SECOND and m.second.gathers
                     look[layer, which] = (among_marks if gathered else after_marks)(of, places)
 
-            with under(run.model, mark_of(maker), condition), seen(run.model, see):
+            with under(run.model, mark_id(maker), condition), observe_heads(run.model, see):
                 hidden = hidden_states(run.model, batch)
             check_finite(run, hidden.sum().float().cpu().numpy())
         parts.append({key: paired(full, looks["no_embedding"][key]) for key, full in looks["full"].items()})
@@ -146,14 +155,15 @@ def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, 
     }
 
 
-class Places:
-    """Of a batch of texts (B, T): which positions are asked, and where what they look at stands."""
+class QueryPositions:
+    """The positions of a batch of texts (B, T) that are queries, and those of the marks and answers they look at."""
 
     def __init__(self, run: Run, maker: Maker, examples: list[Example], T: int, device: torch.device):
         last = [int(marks(maker, example)[-1]) for example in examples]
-        answers = [answer_in_text(maker, example) for example in examples]
-        self.last, self.asked = (
-            torch.tensor(of, device=device) for of in (last, [asked_at(run, example) for example in examples])
+        answers = [answer_position(maker, example) for example in examples]
+        self.last, self.answer_query = (
+            torch.tensor(of, device=device)
+            for of in (last, [answer_query_position(run, example) for example in examples])
         )
         self.answer = torch.tensor([-1 if at is None else at for at in answers], device=device)
         self.is_mark = torch.zeros(len(examples), T, dtype=torch.bool, device=device)
@@ -161,36 +171,40 @@ class Places:
             self.is_mark[row, marks(maker, example).tolist()] = True
         ends = torch.tensor([len(example.ids) - 1 for example in examples], device=device)
         at = torch.arange(T, device=device)
-        # behind the last mark; not the end of the text, which predicts nothing
+        # queries stand behind the last mark; the end of the text is none, because it predicts nothing
         self.queries = (at > self.last[:, None]) & (at < ends[:, None])
 
 
-def after_marks(rows: Rows, places: Places) -> dict[str, torch.Tensor]:
-    """Of an attention over all positions: what is measured (B, H, T) under one condition, NaN where nothing is."""
+def after_marks(rows: HeadInputs, places: QueryPositions) -> dict[str, torch.Tensor]:
+    """Returns the figures (B, H, T) of an attention over all positions under one condition, NaN where there is no
+    query."""
     logits = rows.logits()
     B, H, T, _ = logits.shape
     out, p = sharpness(logits, rows, places.queries)
-    asked, queries = places.queries[:, None], torch.arange(T, device=logits.device)
+    is_query, queries = places.queries[:, None], torch.arange(T, device=logits.device)
     column = places.last[:, None, None, None].expand(B, H, T, 1)
-    # only where it is seen: a logit of -inf has no difference
-    out["logit_mark"] = logits.gather(3, column)[..., 0].masked_fill(~asked, math.nan)
-    out["p_mark"] = p.gather(3, column)[..., 0].masked_fill(~asked, math.nan)
-    out["on_marks"] = (p @ places.is_mark[:, None, :, None].to(p)).squeeze(-1).masked_fill(~asked, math.nan)
+    # queries before the mark do not see it: their logit is -inf, and has no difference
+    out["logit_mark"] = logits.gather(3, column)[..., 0].masked_fill(~is_query, math.nan)
+    out["p_mark"] = p.gather(3, column)[..., 0].masked_fill(~is_query, math.nan)
+    out["on_marks"] = (p @ places.is_mark[:, None, :, None].to(p)).squeeze(-1).masked_fill(~is_query, math.nan)
     column = places.answer.clamp(min=0)[:, None, None, None].expand(B, H, T, 1)
-    predicts = (queries == places.asked[:, None]) & (places.answer >= 0)[:, None]
+    predicts = (queries == places.answer_query[:, None]) & (places.answer >= 0)[:, None]
     out["logit_answer"] = logits.gather(3, column)[..., 0].masked_fill(~predicts[:, None], math.nan)
     return out
 
 
-def among_marks(rows: Rows, places: Places) -> dict[str, torch.Tensor]:
-    """The same of an attention that connects marks alone, of those that see another one: (B, H, M)."""
+def among_marks(rows: HeadInputs, places: QueryPositions) -> dict[str, torch.Tensor]:
+    """Returns the same figures (B, H, M) of an attention that connects only marks, for marks that see another one."""
     T, order = places.is_mark.size(1), torch.arange(rows.at.size(1), device=rows.at.device)
     return sharpness(rows.logits(), rows, (rows.at < T) & (order > 0))[0]
 
 
-def sharpness(logits: torch.Tensor, rows: Rows, asked: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """logits (B, H, N, N), asked (B, N) bool -> (B, H, N) largest logit, entropy, the same over the log of the number
-    of keys, weight on the first key, number of keys, NaN where nothing is asked; and all weights (B, H, N, N)."""
+def sharpness(
+    logits: torch.Tensor, rows: HeadInputs, is_query: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Returns, for logits (B, H, N, N) and is_query (B, N), figures (B, H, N) of each query: largest logit, entropy,
+    entropy over the log of the number of keys, weight on the first key and number of keys, NaN where a position is no
+    query; and all weights (B, H, N, N)."""
     logp = logits.log_softmax(-1)
     p = logp.exp()
     H = -(p * logp.masked_fill_(logp == -math.inf, 0)).sum(-1)
@@ -200,11 +214,12 @@ def sharpness(logits: torch.Tensor, rows: Rows, asked: torch.Tensor) -> tuple[di
         "max": logits.amax(-1), "entropy": H, "normalised": H / keys.clamp(min=2).log(), "sink": p[..., 0],
         "keys": keys.to(H),
     }  # fmt: skip
-    return {name: value.masked_fill(~asked[:, None], math.nan) for name, value in out.items()}, p
+    return {name: value.masked_fill(~is_query[:, None], math.nan) for name, value in out.items()}, p
 
 
 def paired(full: dict[str, torch.Tensor], zeroed: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """What is measured under both conditions (B, H, N) -> what is compared, averaged over a text's queries (B, H)."""
+    """Returns what is compared (B, H), averaged over the queries of each text, from the figures (B, H, N) under both
+    conditions."""
     full, zeroed = ({name: value.cpu() for name, value in of.items()} for of in (full, zeroed))
     out = {"boost": full["max"] - zeroed["max"], "drop": zeroed["entropy"] - full["entropy"], "keys": full["keys"]}
     for name in ("entropy", "normalised", "sink", "on_marks"):
@@ -219,49 +234,11 @@ def paired(full: dict[str, torch.Tensor], zeroed: dict[str, torch.Tensor]) -> di
     return {name: value.double().nanmean(-1).numpy() for name, value in out.items()}
 
 
-# ----------------------------------------------------------------------------- what is said of it
+# ----------------------------------------------------------------------------- progress
 
 
 def progress(cell: list[dict]) -> str:
-    """A cell for a person, as soon as it is measured."""
+    """Returns a cell as one line of text, shown as soon as it is measured."""
     pooled = [line for line in cell if line["layer"] is None]
-    said = "  ".join(f"{line['attention']}: boost {line['boost']:+.2f} drop {line['drop']:+.2f}" for line in pooled)
-    return f"{name_of(cell[0])}  {said}  {cell[0]['seconds']:.1f} s"
-
-
-def table(lines: list[dict]) -> str:
-    """All lines for a person."""
-    out, cell, last = [], (), lines[-1]
-    for line in lines:
-        now = (line["task"], line["placement"], line["level"], line["length"], line["attention"])
-        if now != cell:
-            cell = now
-            few = ", a softmax over few keys" if line["keys"] < 8 else ""
-            out.append(f"{name_of(line)}  {line['attention']} attention, {line['keys']:.1f} keys a query{few}; mark: "
-                       f"{line['mark']}; n = {line['n']}")  # fmt: skip
-            weights = "sink         marks        applies" if "on_marks" in line else "sink"
-            out.append(f"  head       {'boost':<50}{'drop':<50}{weights}")
-        name = "all" if line["layer"] is None else f"{line['layer']}.{line['head']}"
-        out.append(f"  {name:<9}  {''.join(_claim(line, claim) for claim in CLAIMS)}{_weights(line)}".rstrip())
-    return "\n".join([
-        *out,
-        "head: layer.head. boost: of its largest logit; drop: of its entropy, nats; as trained against a mark "
-        "of zeros, mean and 95 % over texts.",
-        "sink, marks: weight on the first token, on all marks, of zeros -> as trained. applies: share of queries in "
-        "which boosting the last mark lowers entropy, by the theorem.",
-        f"Verdicts: above {last['effect']:g}? {SMALL}: within the margin of {last['margin']:g}. Holm over "
-        f"{last['comparisons']} comparisons, all of this checkpoint. The paper: boost 1.26, drop 1.40.",
-        *filter(None, [too_few(lines)]),
-    ])  # fmt: skip
-
-
-def _claim(line: dict, claim: str) -> str:
-    low, high = line[f"{claim}_interval"]
-    return f"{line[claim]:+.2f} ({low:+.2f} .. {high:+.2f}) {in_row(line[f'{claim}_verdict'])}".ljust(50)
-
-
-def _weights(line: dict) -> str:
-    sink = f"{line['sink_zeroed']:.0%} -> {line['sink']:.0%}"
-    if "on_marks" not in line:
-        return sink
-    return f"{sink:<13}{line['on_marks_zeroed']:>3.0%} -> {line['on_marks']:.0%}".ljust(26) + f"{line['applies']:.0%}"
+    figures = "  ".join(f"{line['attention']}: boost {line['boost']:+.2f} drop {line['drop']:+.2f}" for line in pooled)
+    return f"{cell_name(cell[0])}  {figures}  {cell[0]['seconds']:.1f} s"

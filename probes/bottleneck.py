@@ -1,13 +1,13 @@
-"""The variational information bottleneck (Alemi et al., ICLR 2017), many of them trained at once.
+"""Trains variational information bottlenecks (Alemi et al., ICLR 2017), many of them at once.
 
     q(z|h) = N(mu(h), diag sigma^2(h))      prior N(0, I)      q(y | z, query)
-    minimised: D + beta R      D = E[-ln q(y | z, query)]      R = E[KL(q(z|h) | prior)], both in nats
+    minimizes D + beta R      D = E[-ln q(y | z, query)]      R = E[KL(q(z|h) | prior)], both in nats
 
-R bounds what z tells of h from above, so (R, D) lies on or above the rate-distortion curve of the best encoder and
-decoder, and D + R >= H(Y | query) whatever h is. The query reaches the decoder alone.
+R is an upper bound of what z tells about h, so (R, D) lies on or above the rate-distortion curve of the best encoder
+and decoder, and D + R >= H(Y | query) for every h. Only the decoder sees the query.
 
-Probes are independent of one another: all that differ in beta or seed are rows (P, ...) of the same tensors, and one
-batched product serves them all. A row is what it would be alone (tests/reference/bottleneck.py)."""
+Probes do not depend on one another. All that differ in beta or seed are rows (P, ...) of the same tensors, so that one
+batched product serves them all. A row equals a probe trained alone (tests/reference/bottleneck.py)."""
 
 import math
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-NARROW = -2.0  # ln sigma^2 at first: codes tell something before they pay; from sigma = 1 many never begin to
+NARROW = -2.0  # initial ln sigma^2: codes are informative from the start; from sigma = 1 many stay at rate 0
 
 
 class Source(NamedTuple):
-    """N texts: what is known of each, and what is asked."""
+    """N texts: the state of each, its question and its labels."""
 
     states: torch.Tensor  # (N, C)
-    query: torch.Tensor  # (N, q) int64: what the question says, as q numbers below some Q; q may be 0
-    # (N, n): classes, int64, of which D is the mean of n; or values, float, of which D is the sum of squared errors
+    query: torch.Tensor  # (N, q) int64: the question as q numbers below some Q; q may be 0
+    # (N, n): int64 classes, D is the mean over the n; or float values, D is the sum of squared errors
     labels: torch.Tensor
 
 
@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
     beta: float
     seed: int
-    kind: str  # bottleneck; ceiling: z = mu(h), at no price; shuffled: a ceiling whose labels are other texts'
+    kind: str  # bottleneck; ceiling: z = mu(h), at no price; shuffled: a ceiling with labels of other texts
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class Training:
     batch: int
     learning_rate: float
     weight_decay: float  # AdamW's, of matrices
-    draws: int = 8  # of z, for each text that is measured
-    gates: float = 0.5  # deviation of what a question says at first, beside the 1 of a code
+    draws: int = 8  # of z for each measured text
+    gates: float = 0.5  # initial standard deviation of a question's weights; that of a code is 1
 
 
 def frequencies(labels: torch.Tensor, K: int) -> torch.Tensor:
-    """(K,) shares of the classes, one text added to each, so that none is 0."""
+    """Returns the shares (K,) of the classes, with one text added to each so that none is 0."""
     counts = torch.bincount(labels.flatten(), minlength=K) + labels.size(1)
     return counts / counts.sum()
 
 
 def drawn(seed: int, C: int, Q: int, K: int, how: Training, bias: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The weights of one probe before training: it knows the classes' frequencies (their logarithms are `bias`, (K,))
-    and nothing else, since the last matrix is zero."""
+    """Returns the initial weights of one probe. Since its last matrix is zero, it starts with the logarithms of the
+    class frequencies as output, which are `bias` (K,)."""
     generator = torch.Generator().manual_seed(seed)
     Z, H = how.z_dim, how.hidden
 
@@ -69,15 +69,16 @@ def drawn(seed: int, C: int, Q: int, K: int, how: Training, bias: torch.Tensor) 
         "out": torch.zeros(Z, K), "out_bias": bias,
     }  # fmt: skip
     if not H:
-        return weights | {"asked": torch.zeros(Q, K)}
-    asked = how.gates * torch.randn(Q, 2 * H, generator=generator)
+        return weights | {"question": torch.zeros(Q, K)}
+    question = how.gates * torch.randn(Q, 2 * H, generator=generator)
     return weights | {
-        "asked": asked, "inner": matrix(Z, H), "inner_bias": torch.zeros(H), "inner_out": torch.zeros(H, K),
+        "question": question, "inner": matrix(Z, H), "inner_bias": torch.zeros(H), "inner_out": torch.zeros(H, K),
     }  # fmt: skip
 
 
 def forward(weights: dict, states, query, noise) -> tuple[torch.Tensor, torch.Tensor]:
-    """states (P, B, C), query (P, B, q), noise (P, B, Z), 0 where z = mu -> outputs (P, B, K), rates (P, B)."""
+    """Returns outputs (P, B, K) and rates (P, B) for states (P, B, C), query (P, B, q) and noise (P, B, Z), which is 0
+    where z = mu."""
 
     def affine(x, name):  # a matrix for each probe
         return torch.baddbmm(weights[f"{name}_bias"][:, None], x, weights[name])
@@ -85,30 +86,30 @@ def forward(weights: dict, states, query, noise) -> tuple[torch.Tensor, torch.Te
     mean, log_variance = affine(states, "code").chunk(2, dim=-1)
     rates = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=-1)
     z = mean + noise * (0.5 * log_variance).exp()
-    # each probe has its own vector for what is said: the tables, one below the other
-    tables, first = weights["asked"], torch.arange(len(query), device=query.device) * weights["asked"].size(1)
-    asked = F.embedding(query + first[:, None, None], tables.flatten(0, 1)).sum(dim=2)  # (P, B, K or 2H)
+    # each probe has its own table of query vectors; the tables are stacked and indexed as one
+    tables, first = weights["question"], torch.arange(len(query), device=query.device) * weights["question"].size(1)
+    question = F.embedding(query + first[:, None, None], tables.flatten(0, 1)).sum(dim=2)  # (P, B, K or 2H)
     outputs = affine(z, "out")
     if "inner" not in weights:
-        return outputs + asked, rates
-    # it gates: to look up what is asked for is a product of question and code
-    gate, shift = asked.chunk(2, dim=-1)
+        return outputs + question, rates
+    # the question gates, since a lookup is a product of question and code
+    gate, shift = question.chunk(2, dim=-1)
     return outputs + F.gelu(affine(z, "inner") * (1 + gate) + shift) @ weights["inner_out"], rates
 
 
 def distortions(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """outputs (P, B, K), labels (P, B, n) -> (P, B)."""
+    """Returns the distortions (P, B) of outputs (P, B, K) and labels (P, B, n)."""
     if labels.is_floating_point():
         return (outputs - labels).square().sum(dim=-1)
     return outputs.logsumexp(dim=-1) - outputs.gather(-1, labels).mean(dim=-1)
 
 
 def fit(train: Source, val: Source, K: int, Q: int, members: list[Member], how: Training, progress=None) -> dict:
-    """Trains all members -> their weights, name -> (P, ...), each of the epoch with the least D + beta R on `val`; it
-    is done with once that has not fallen for `patience` epochs. K: classes, or values of a text; Q: how many numbers
-    queries are made of.
+    """Trains all members and returns their weights by name (P, ...), each from its epoch with the least D + beta R on
+    `val`. A member stops once that has not fallen for `patience` epochs. K: number of classes, or of values of a text;
+    Q: size of the queries' vocabulary.
 
-    progress(epoch, members that go on) is called after each epoch."""
+    Calls progress(epoch, number of members still training) after each epoch."""
     device, (N, C) = train.states.device, train.states.shape
     bias = torch.zeros(K) if train.labels.is_floating_point() else frequencies(train.labels, K).log().cpu()
     alone = {seed: drawn(seed, C, Q, K, how, bias) for seed in sorted({member.seed for member in members})}
@@ -131,11 +132,11 @@ def fit(train: Source, val: Source, K: int, Q: int, members: list[Member], how: 
     def noise(n: int) -> torch.Tensor:
         return each(lambda g: torch.randn(n, how.z_dim, generator=g))
 
-    others = orders(N), orders(len(val.states))  # whose label a text has, if they are shuffled
+    others = orders(N), orders(len(val.states))  # the text that each shuffled label comes from
     val_noise = noise(len(val.states))[row] * noisy
 
     def objective(source: Source, picked: torch.Tensor, other: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """picked (seeds, B) texts -> D + beta R (P,)."""
+        """Returns D + beta R (P,) of the picked texts (seeds, B)."""
         picked = picked[row]
         labels = source.labels[torch.where(shuffled, other[row].gather(1, picked), picked)]
         outputs, rates = forward(weights, source.states[picked], source.query[picked], noise)
@@ -181,8 +182,10 @@ def fit(train: Source, val: Source, K: int, Q: int, members: list[Member], how: 
 
 
 @torch.no_grad()
-def measure(weights: dict, source: Source, members: list[Member], how: Training) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distortion and rate of every text -> (P, N) each, the distortion as a mean over draws of z."""
+def measure_bottlenecks(
+    weights: dict, source: Source, members: list[Member], how: Training
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns distortion and rate of every text, (P, N) each; the distortion is a mean over draws of z."""
     P, N = len(members), len(source.states)
     generator = torch.Generator().manual_seed(0)
     noisy = torch.tensor([member.kind == "bottleneck" for member in members], device=source.states.device)

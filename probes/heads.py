@@ -1,5 +1,5 @@
-"""The heads of a model as it reads: what they compare is looked at through hooks, and their weights are computed again
-beside the model, in fp32, while it runs as always (its own kernel never shows them)."""
+"""Observes the attention heads of a model while it runs: hooks capture queries and keys, and the weights are computed
+again beside the model in fp32, because its own attention kernel never exposes them."""
 
 import contextlib
 import functools
@@ -16,18 +16,18 @@ from nanometa.model import GPT
 FIRST, SECOND = "causal", "second"  # the attentions of a block, as lines name them
 
 
-class Rows(NamedTuple):
-    """What one attention compares: N rows of each of B texts, all T positions or those that a second attention
-    gathers, in increasing order."""
+class HeadInputs(NamedTuple):
+    """Queries, keys and values of one attention: N rows of each of B texts, either all T positions or, in increasing
+    order, those that a second attention gathers."""
 
-    q: torch.Tensor  # (B, H, N, D) fp32, turned as the model turns it; k too
+    q: torch.Tensor  # (B, H, N, D) fp32, rotated as in the model; k too
     k: torch.Tensor
     v: torch.Tensor  # (B, H, N, D) fp32
-    at: torch.Tensor  # (B, N): position in the text; of a pad, which comes last, T
-    window: int | None = None  # how many keys a query sees, the last ones; None: all up to its own
+    at: torch.Tensor  # (B, N): position in the text; T for padding, which comes last
+    window: int | None = None  # a query sees this many keys, the last ones; None: all up to its own position
 
     def logits(self) -> torch.Tensor:
-        """(B, H, N, N): q . k / sqrt(D), the softmax's input; -inf where the query does not see the key."""
+        """Returns the logits (B, H, N, N), q . k / sqrt(D), with -inf where the query does not see the key."""
         N = self.at.size(1)
         unseen = torch.ones(N, N, dtype=torch.bool, device=self.q.device).triu(1)
         if self.window is not None:
@@ -36,29 +36,29 @@ class Rows(NamedTuple):
 
 
 @contextlib.contextmanager
-def seen(model: GPT, see: Callable[[int, str, Rows], None]) -> Iterator[None]:
-    """In `with`: every forward calls see(layer, FIRST or SECOND, Rows) for each attention, in the model's order.
-    Raises UserError for a dynamic scale, under which a key has no one angle."""
+def observe_heads(model: GPT, see: Callable[[int, str, HeadInputs], None]) -> Iterator[None]:
+    """Within the context, every forward calls see(layer, FIRST or SECOND, HeadInputs) for each attention, in the order
+    of the model. Raises UserError for a dynamic scale, which gives a key several angles."""
     if model.cfg.rope_dynamic:
-        raise UserError("rope_dynamic turns every key anew for each query, and heads are read with one angle a key: "
-                        "leave --rope_dynamic out.")  # fmt: skip
+        raise UserError("rope_dynamic rotates every key differently for each query, but this probe reads heads with "
+                        "one angle for each key: leave --rope_dynamic out.")  # fmt: skip
     with contextlib.ExitStack() as hooks:
         for layer, block in enumerate(model.h):
             for which, attention in ((FIRST, block.attn), (SECOND, getattr(block, "second_attn", None))):
                 if attention is not None:
-                    one = _Look(see, layer, which, attention.n_head)
-                    hooks.enter_context(attention.register_forward_pre_hook(one.asked))
-                    hooks.enter_context(attention.c_attn.register_forward_hook(one.projected))
+                    one = _HeadHooks(see, layer, which, attention.n_head)
+                    hooks.enter_context(attention.register_forward_pre_hook(one.before_attention))
+                    hooks.enter_context(attention.c_attn.register_forward_hook(one.after_projection))
         yield
 
 
-class _Look:
-    """Two hooks on one attention: the first hears how q and k are to be turned, the second sees them."""
+class _HeadHooks:
+    """Two hooks on one attention: the first captures how q and k are rotated, the second captures q, k and v."""
 
     def __init__(self, see: Callable, layer: int, which: str, n_head: int):
         self.see, self.n_head = functools.partial(see, layer, which), n_head
 
-    def asked(self, attention, inputs: tuple) -> None:
+    def before_attention(self, attention, inputs: tuple) -> None:
         x, *rest = inputs
         self.window = attention.window
         self.T, self.index = x.size(1), None
@@ -67,11 +67,11 @@ class _Look:
         self.rotate = rest[0]
 
     @torch.no_grad()
-    def projected(self, c_attn, inputs: tuple, qkv: torch.Tensor) -> None:  # (B, N, 3C)
+    def after_projection(self, c_attn, inputs: tuple, qkv: torch.Tensor) -> None:  # (B, N, 3C)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.n_head)
         if self.rotate is not None:
             q, k = self.rotate(q), self.rotate(k)
         at = self.index
         if at is None:
             at = torch.arange(self.T, device=qkv.device).expand(len(qkv), -1)
-        self.see(Rows(q.float(), k.float(), v.float(), at, self.window))
+        self.see(HeadInputs(q.float(), k.float(), v.float(), at, self.window))

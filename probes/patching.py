@@ -1,25 +1,26 @@
-"""python probe.py patching: is what the answer needs read from the meta-token?
+"""python probe.py patching: is the information that the answer needs read from the meta-token?
 
-A run reads a text, and at one place the state that enters a block (probes/trace.py) is replaced by the one that another
-text, the donor, has at its place of the same kind. The position stays the text's own: only the vector is the donor's,
-and the donor is a text with another answer whose mark stands at the same position, or if there is none, the nearest.
+The run reads a text, and at one position the state that enters a block (probes/residual_stream.py) is replaced by the
+state of another text, the donor, at its position of the same kind. The position stays the text's own: only the vector
+comes from the donor. The donor is a text with another answer whose mark stands at the same position, or else the
+nearest such text.
 
-    mark      the mark that ends the span that is asked about: with placement target and background a meta-token (with
-              background, where none points, the last one), with none the word "mark", with every the meta-token at the
+    mark      the mark that ends the span of the question: with placement target and background a meta-token (with
+              background the last one where none points), with none the word "mark", with every the meta-token at the
               end of the list
     marks     all marks at once, if the donor has as many
     after     the token right behind the mark
-    ordinary  a token of the body, drawn at random, that is no mark
-    answer    the answer's first id where it stands in the text (list recall, copying): known to be read from
-    asked     the token that predicts the answer, where all that it takes comes together in the end
+    ordinary  a random token of the body that is no mark
+    answer    the first id of the answer in the text (list recall, copying), which is known to be read
+    asked     the token that predicts the answer, where everything the answer needs comes together
 
-With its own state at the mark no text may change by a bit: that is checked first.
+Replacing the state at the mark by itself must not change any text by a bit, which is checked first.
 
-What is looked at is the most likely first id of the answer: the text's own (`kept`), the donor's (`donor`), or another
-one. "needed" holds where `kept` falls, "carried" where `donor` rises, both against the same texts without a patch.
-Carried says that the state has what tells the answer; needed alone that the answer depends on it, and that the other
-text's does not fit; neither that whatever is read there is the same in both texts: that it is a mark, say, and no
-summary. That tells of this checkpoint; of its arm only other seeds can."""
+The figure is the most likely first id of the answer: the text's own (`kept`), the donor's (`donor`), or another one.
+"needed" holds where `kept` falls, "carried" where `donor` rises, both against the same texts without a patch. Carried
+means that the state contains the answer. Needed alone means that the answer depends on the state and that the other
+text's does not fit. If neither holds, whatever is read there is the same in both texts, such as that it is a mark, and
+no summary. The verdicts are about this checkpoint; verdicts about its arm need several seeds."""
 
 import contextlib
 import itertools
@@ -31,65 +32,59 @@ import numpy as np
 import torch
 
 from nanometa.common.errors import UserError
-from nanometa.common.statistics import DECIDES, bootstrap_means, mcnemar, paired_difference, too_few, wilson
+from nanometa.common.statistics import DECIDES, bootstrap_means, mcnemar, paired_difference, wilson
 from nanometa.common.terminal import write
 from nanometa.config.checks import check
 from nanometa.evals.common import check_finite
 from nanometa.evals.tasks import about, texts
 from nanometa.inference.scoring import hidden_states
-from nanometa.probes.calls import SMALL, call, in_row
-from nanometa.probes.marks import (
-    MarksProbe,
-    answer_in_text,
-    asked_at,
+from nanometa.probes.marked_texts import (
+    MarkedTextsProbe,
+    answer_position,
+    answer_query_position,
     batches,
+    cell_name,
     mark_name,
     marks,
-    name_of,
-    ordinary_at,
-    target_mark,
+    random_ordinary_position,
+    span_end_mark,
 )
-from nanometa.probes.trace import replaced, states
-from nanometa.reports.inside_pictures import patching_picture
-from nanometa.reports.markup import percent, points, span
+from nanometa.probes.probe_command import run_probe
+from nanometa.probes.residual_stream import record_states, replace_state
+from nanometa.reports.markup import percent
 from nanometa.tasks.example import Example, Maker
 from nanometa.training.checkpoint import Run
 
 SITES = ("mark", "marks", "after", "ordinary", "answer", "asked")
-CLAIMS = {"needed": "kept", "carried": "donor"}  # claim -> the share that it is about
+CLAIMS = {"needed": "kept", "carried": "donor"}  # claim -> share that it is about
 
 
 @dataclass(frozen=True)
-class PatchingProbe(MarksProbe):
-    """What answers become where a state is replaced by another text's."""
+class PatchingProbe(MarkedTextsProbe):
+    """Measures how answers change where a state is replaced by that of another text."""
 
     sites: tuple[Literal["mark", "marks", "after", "ordinary", "answer", "asked"], ...] = ()
-    """where states are replaced; by default everywhere"""
-    margin: float = 0.05
-    """a change "does not hold" if its whole interval lies within +- this share"""
-    effect: float = 0.0
-    """it "holds" if the interval lies above this share; fix both before you look"""
+    """sites where states are replaced; by default all"""
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, "sites", len(set(self.sites)) == len(self.sites), "name each once")
-        check(self, "n", self.n >= 2, "be at least 2: a text needs a donor")
-        check(self, "margin", 0 < self.margin < 1, "lie strictly between 0 and 1")
-        check(self, "effect", 0 <= self.effect < 1, "be at least 0 and below 1")
+        check(self, "n", self.n >= 2, "be at least 2, because a text needs a donor")
 
 
 def main(cfg: PatchingProbe) -> None:
     def of_cell(*cell) -> list[dict]:
-        return measure(*cell, cfg.n, cfg.sites or SITES)
+        return measure_patching(*cell, cfg.n, cfg.sites or SITES)
 
-    call(cfg, "patching", ("target", "none"), tuple(CLAIMS), of_cell, table, patching_picture)
-
-
-# ----------------------------------------------------------------------------- what is measured
+    run_probe(cfg, "patching", ("target", "none"), tuple(CLAIMS), of_cell, conclusions)
 
 
-def measure(run: Run, maker: Maker, level: str, length: int, n: int, names: tuple[str, ...] = SITES) -> list[dict]:
-    """One cell -> a line for each site and layer; says each site as soon as it is measured."""
+# ----------------------------------------------------------------------------- measuring
+
+
+def measure_patching(
+    run: Run, maker: Maker, level: str, length: int, n: int, names: tuple[str, ...] = SITES
+) -> list[dict]:
+    """Returns one line for each site and layer of a cell. Prints each site as soon as it is measured."""
     examples = [example for example in texts(maker, level, length, n) if len(marks(maker, example))]
     firsts = np.array([example.ids[example.answers][0] for example in examples])  # first ids of the answers
     counts = np.array([len(marks(maker, example)) for example in examples])
@@ -119,17 +114,18 @@ def measure(run: Run, maker: Maker, level: str, length: int, n: int, names: tupl
 
 
 def sites_of(run: Run, maker: Maker, examples: list[Example]) -> dict[str, np.ndarray]:
-    """Site -> (N, k) positions; of `marks` the last one again and again in texts that have fewer than others."""
+    """Returns the positions (N, k) of each site. For `marks`, texts with fewer marks than others repeat their last
+    one."""
     found = [marks(maker, example).tolist() for example in examples]
     most = max(map(len, found))
-    mark = [target_mark(maker, example) for example in examples]
+    mark = [span_end_mark(maker, example) for example in examples]
     one = {
         "mark": mark,
         "after": [at + 1 for at in mark],
-        "ordinary": [ordinary_at(maker, example, i) for i, example in enumerate(examples)],
-        "asked": [asked_at(run, example) for example in examples],
+        "ordinary": [random_ordinary_position(maker, example, i) for i, example in enumerate(examples)],
+        "asked": [answer_query_position(run, example) for example in examples],
     }
-    answers = [answer_in_text(maker, example) for example in examples]
+    answers = [answer_position(maker, example) for example in examples]
     if None not in answers:
         one["answer"] = answers
     sites = {name: np.array(at)[:, None] for name, at in one.items()}
@@ -137,12 +133,12 @@ def sites_of(run: Run, maker: Maker, examples: list[Example]) -> dict[str, np.nd
 
 
 def donors_of(firsts: np.ndarray, places: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(N,) for each text the number of another one whose answer begins with another id: the next one of those that have
-    as many marks, and the mark at the same position; if there is none, the next one by these.
+    """Returns, for each text, the number (N,) of a donor, whose answer begins with another id: the next text with as
+    many marks and the mark at the same position, or else the next one in the order of these.
 
-    Raises UserError if all texts have one answer."""
+    Raises UserError if all texts have the same answer."""
     if (firsts == firsts[0]).all():
-        raise UserError(f"the {len(firsts)} texts all have one answer, so that none is a donor: take a larger --n.")
+        raise UserError(f"all {len(firsts)} texts have the same answer, so none can be a donor: take a larger --n.")
     keys = list(zip(counts.tolist(), places.tolist(), strict=True))
     order = sorted(range(len(keys)), key=keys.__getitem__)
     groups = [list(group) for _, group in itertools.groupby(order, key=keys.__getitem__)]
@@ -156,10 +152,10 @@ def donors_of(firsts: np.ndarray, places: np.ndarray, counts: np.ndarray) -> np.
 
 
 def read(run: Run, examples: list[Example], sites: dict[str, np.ndarray]):
-    """Without a patch: the logits that predict the answer (N, content), and of each site what enters the blocks there
-    (n_layer, N, k, C)."""
+    """Returns, without a patch, the logits that predict the answer (N, content), and for each site the states that
+    enter the blocks there (n_layer, N, k, C)."""
     logits, found = [], {site: [] for site in sites}
-    with states(run.model) as entering:
+    with record_states(run.model) as entering:
         for rows, batch in batches(run, examples):
             logits.append(answer_logits(run, hidden_states(run.model, batch), sites["asked"][rows, 0]))
             text = torch.arange(len(batch.tokens), device=batch.tokens.device)[:, None]
@@ -169,38 +165,41 @@ def read(run: Run, examples: list[Example], sites: dict[str, np.ndarray]):
     return torch.cat(logits), {site: torch.cat(of, dim=1) for site, of in found.items()}
 
 
-def patched(run: Run, examples: list[Example], layer: int, places, values, asked) -> torch.Tensor:
-    """The logits (N, content) with `values` (N, k, C) as what enters block `layer` at `places` (N, k); asked (N, 1)."""
+def patched(run: Run, examples: list[Example], layer: int, places, values, query_positions) -> torch.Tensor:
+    """Returns the logits (N, content) at query_positions (N, 1) when `values` (N, k, C) enter block `layer` at `places`
+    (N, k)."""
     out = []
     for rows, batch in batches(run, examples):
         with contextlib.ExitStack() as patches:
             for k in range(places.shape[1]):
                 at = torch.from_numpy(places[rows, k])
-                patches.enter_context(replaced(run.model, layer, at, values[rows, k]))
-            out.append(answer_logits(run, hidden_states(run.model, batch), asked[rows, 0]))
+                patches.enter_context(replace_state(run.model, layer, at, values[rows, k]))
+            out.append(answer_logits(run, hidden_states(run.model, batch), query_positions[rows, 0]))
     return torch.cat(out)
 
 
 @torch.no_grad()
-def answer_logits(run: Run, hidden: torch.Tensor, asked: np.ndarray) -> torch.Tensor:
-    """hidden (B, T, C), asked (B,) -> (B, content) on the CPU. Raises UserError for a model that gives no numbers."""
-    rows = hidden[torch.arange(len(hidden), device=hidden.device), torch.from_numpy(asked).to(hidden.device)]
+def answer_logits(run: Run, hidden: torch.Tensor, query_positions: np.ndarray) -> torch.Tensor:
+    """Returns the logits (B, content), on the CPU, of hidden (B, T, C) at query_positions (B,). Raises UserError if
+    they are not finite."""
+    rows = hidden[torch.arange(len(hidden), device=hidden.device), torch.from_numpy(query_positions).to(hidden.device)]
     logits = run.model.logits(rows)[:, : run.tokenizer.n_content].cpu()
     check_finite(run, logits.numpy())
     return logits
 
 
 def check_own(run: Run, examples: list[Example], places: np.ndarray) -> None:
-    """A text's own state in its own place changes no bit, in any layer."""
-    asked = np.array([[asked_at(run, example)] for example in examples])
-    base, entering = read(run, examples, {"mark": places, "asked": asked})
+    """Asserts that replacing a text's state by itself changes no bit in any layer."""
+    query_positions = np.array([[answer_query_position(run, example)] for example in examples])
+    base, entering = read(run, examples, {"mark": places, "asked": query_positions})
     for layer in range(run.model.cfg.n_layer):
-        same = patched(run, examples, layer, places, entering["mark"][layer], asked)
+        same = patched(run, examples, layer, places, entering["mark"][layer], query_positions)
         assert torch.equal(same, base), f"layer {layer}: a text's own state in its own place changed the answer"
 
 
 def compare(base: torch.Tensor, logits: torch.Tensor, own: np.ndarray, donor: np.ndarray) -> dict:
-    """What answers become: logits (N, content) without and with the patch, first ids of the answers (N,)."""
+    """Returns the figures of answers without (`base`) and with the patch, from logits (N, content) and the first ids
+    (N,) of the own and the donors' answers."""
     before, after = (x.argmax(1).numpy() for x in (base, logits))
     n, figures = len(own), {"n": len(own)}
     for name, first in (("kept", own), ("donor", donor)):
@@ -228,51 +227,27 @@ def compare(base: torch.Tensor, logits: torch.Tensor, own: np.ndarray, donor: np
     return figures
 
 
-# ----------------------------------------------------------------------------- what is said of it
+# ----------------------------------------------------------------------------- conclusions
 
 
 def progress(lines: list[dict]) -> str:
-    """A site for a person, as soon as it is measured."""
+    """Returns a site as one line of text, shown as soon as it is measured."""
     shares = "  ".join(f"{line['kept']:.1%} / {line['donor']:.1%}" for line in lines)
     seconds = sum(line["seconds"] for line in lines)
-    return f"{name_of(lines[0])}  {lines[0]['site']:<9} kept / donor by layer: {shares}  {seconds:.1f} s"
+    return f"{cell_name(lines[0])}  {lines[0]['site']:<9} kept / donor by layer: {shares}  {seconds:.1f} s"
 
 
-def table(lines: list[dict]) -> str:
-    """All lines for a person, in percent and points, and what they say of the mark."""
-    out, cell, last = [], (), lines[-1]
-    for line in lines:
-        now = (line["task"], line["placement"], line["level"], line["length"])
-        if now != cell:
-            cell = now
-            out.append(
-                f"{name_of(line)}  mark: {line['mark']}; n = {line['n']}; without a patch "
-                f"{percent(line['kept_unpatched'])} % right; {percent(line['same_place'])} % of donors have the mark "
-                f"at the same position"
-            )
-            out.append(f"  {'place':<9} layer  {'kept, %':<23}{'needed':<50}{'donor, %':<23}carried")
-        out.append(
-            f"  {line['site']:<9} {line['layer']:>5}  " + "".join(_claim(line, claim) for claim in CLAIMS).rstrip()
-        )
-    return "\n".join([
-        *out,
-        "Replaced is what enters the layer at: mark, the one that ends the span; marks, all; after, behind it; "
-        "ordinary, no mark; answer, in the text; asked, which predicts the answer.",
-        "kept: texts that keep their own answer; needed: by how many points fewer than without a patch. donor: that "
-        "take the other text's; carried: by how many points more.",
-        f"Verdicts: by more than {percent(last['effect'])} points? {SMALL}: within the margin of "
-        f"{percent(last['margin'])}. Holm over {last['comparisons']} comparisons, all of this checkpoint.",
-        *filter(None, [too_few(lines)]),
-        *(said(lines, cell) for cell in dict.fromkeys(map(_cell, lines))),
-    ])  # fmt: skip
+def conclusions(lines: list[dict]) -> list[str]:
+    """Returns, for each cell, whether the answer is read from the mark."""
+    return [conclusion(lines, cell) for cell in dict.fromkeys(map(_cell, lines))]
 
 
 def _cell(line: dict) -> tuple:
     return line["task"], line["placement"], line["length"]
 
 
-def said(lines: list[dict], cell: tuple) -> str:
-    """Is it read from the mark? By the verdicts of one cell."""
+def conclusion(lines: list[dict], cell: tuple) -> str:
+    """Returns a sentence that says whether the answer is read from the mark, by the verdicts of one cell."""
     of = [line for line in lines if _cell(line) == cell and line["site"] in ("mark", "marks")]
     name = f"{cell[0]}, {cell[1]}, {cell[2]}: "
     if not of:
@@ -301,10 +276,3 @@ def said(lines: list[dict], cell: tuple) -> str:
             f"anything is read there, it is the same in both texts, such as that it is a mark."
         )
     return f"{name}undecided."
-
-
-def _claim(line: dict, claim: str) -> str:
-    share, (low, high) = CLAIMS[claim], line[f"{claim}_interval"]
-    now = f"{percent(line[share])} ({span(*line[f'{share}_interval'])})"
-    change = f"{points(line[claim])} ({points(low)} .. {points(high)}) {in_row(line[f'{claim}_verdict'])}"
-    return f"{now:<23}{change:<50}"

@@ -1,19 +1,20 @@
-"""python probe.py positions: what are the place and the embedding of meta-tokens good for, to a trained run?
+"""python probe.py positions: does a trained run need the position and the embedding of its meta-tokens?
 
-The paper's Table 2 zeroes the position encoding at meta-tokens, at inference alone, and more answers are right, in
-cells of about 18 texts; zeroing their token embedding instead, it says, hurts. Here the same weights read the same
-texts
+The paper's Table 2 zeroes the position encoding at meta-tokens, only at inference, and more answers are right, in cells
+of about 18 texts. Zeroing their token embedding instead, it says, hurts. Here the same weights read the same texts
+under these conditions:
 
     full                as the run was trained
     no_position         with no position at meta-tokens: no row of the learned table, or with rope an angle of 0 for
                         their q and k, in both attentions
-    no_position_first   with rope: in causal attention alone
-    no_position_second  with rope: in the second attention alone (with one meta-token in a text that changes nothing)
-    no_embedding        with zeros for the row of the token embedding where the input is <|meta|>, position kept; the
-                        head, which shares the table, is as it was
+    no_position_first   with rope: in causal attention only
+    no_position_second  with rope: in the second attention only (which changes nothing with one meta-token in a text)
+    no_embedding        with zeros for the token embedding where the input is <|meta|>, but with its position; the
+                        output head, which shares the table, is unchanged
     neither             with no position and no embedding
 
-and each is compared with `full`, text by text. That tells of this checkpoint; of its arm only other seeds can."""
+Each is compared with `full`, text by text. The verdicts are about this checkpoint; verdicts about its arm need several
+seeds."""
 
 import contextlib
 import dataclasses
@@ -23,21 +24,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanometa.common.errors import UserError
-from nanometa.common.statistics import bits, decide, holm, mcnemar, paired_difference, too_few
-from nanometa.common.terminal import BOLD, write
+from nanometa.common.statistics import bits, decide, holm, mcnemar, paired_difference
+from nanometa.common.terminal import write
 from nanometa.config import GPTConfig
-from nanometa.config.checks import check
 from nanometa.config.tasks import PLACEMENTS
 from nanometa.evals.tasks import about, read, texts
 from nanometa.model import GPT
-from nanometa.probes.calls import SMALL, earlier, in_row, keep, warned
-from nanometa.probes.marks import MarksProbe, knows_meta
-from nanometa.reports.markup import p_value, percent, points, span
-from nanometa.reports.position_pictures import positions_picture
+from nanometa.probes.marked_texts import MarkedTextsProbe, knows_meta
+from nanometa.probes.probe_command import measure_cells
 from nanometa.tasks.example import Example, Maker
 from nanometa.training.checkpoint import Run
 
-# name -> meta_position, None = as trained; is the embedding kept?
+# name -> (meta_position or None for as trained, whether the embedding is kept)
 CONDITIONS = {
     "full": (None, True),
     "no_position": ("none", True),
@@ -49,68 +47,57 @@ CONDITIONS = {
 
 
 @dataclass(frozen=True)
-class PositionsProbe(MarksProbe):
-    """Exact answers to texts of the synthetic tasks, with meta-tokens that have lost position or embedding."""
+class PositionsProbe(MarkedTextsProbe):
+    """Measures exact answers to texts of the synthetic tasks whose meta-tokens lost their position or embedding."""
 
     conditions: tuple[
         Literal["full", "no_position", "no_position_first", "no_position_second", "no_embedding", "neither"], ...
     ] = ()
-    """by default all that the run allows; full is always read"""
-    margin: float = 0.05
-    """a difference from full "does not hold" if its whole interval lies within +- this share"""
-    effect: float = 0.0
-    """it "holds" if the interval lies above this share; fix both before you look"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "conditions", len(set(self.conditions)) == len(self.conditions), "name each once")
-        check(self, "margin", 0 < self.margin < 1, "lie strictly between 0 and 1")
-        check(self, "effect", 0 <= self.effect < 1, "be at least 0 and below 1")
+    """conditions to read under, by default all that the run allows; full is always included"""
 
 
 def main(cfg: PositionsProbe) -> None:
     run, facts = cfg.open()
-    names, unasked = conditions_of(cfg, run)
-    cells = cells_of(cfg, run)  # what cannot be asked is refused by here
-    output = cfg.lines(run, "positions")
-    before = earlier(output, "positions", facts)
-    write(f"{facts['arm']}, {run.folder}\n", BOLD)
-    for why, left_out in unasked.items():
-        write(f"without {', '.join(left_out)}, for a run {why}\n")
+    names, unavailable = conditions_of(cfg, run)
+    cells = cells_of(cfg, run)  # refuses texts that the run cannot read
+    left_out = [f"without {', '.join(of)}, for a run {why}\n" for why, of in unavailable.items()]
     without = [name for name in run.config.task.placements if not PLACEMENTS[name].has_meta]
     if without and not cfg.placements:
-        write(f"without placement {', '.join(without)}, whose texts have no meta-tokens\n")
-    measured = []
-    with cfg.autocast(run):
-        for cell, of in zip(cells, warned(run, cells, cfg.n), strict=True):
-            measured.append([{**line, "answered": of} for line in measure(run, *cell, cfg.n, names)])
-            write(progress(measured[-1]) + "\n")
-    lines = [{**facts, **line} for line in compared(measured, cfg.effect, cfg.margin)]
-    write(f"\n{table(lines)}\n{keep(output, 'positions', before, lines, positions_picture)}")
+        left_out.append(f"without placement {', '.join(without)}, whose texts have no meta-tokens\n")
+
+    def measure(*cell) -> list[dict]:
+        lines = measure_positions(*cell, cfg.n, names)
+        write(progress(lines) + "\n")
+        return lines
+
+    def judge(measured: list[list[dict]]) -> list[dict]:
+        return compared(measured, cfg.effect, cfg.margin)
+
+    measure_cells(cfg, "positions", run, facts, cells, measure, judge, preface="".join(left_out))
 
 
 def conditions_of(cfg: PositionsProbe, run: Run) -> tuple[list[str], dict[str, list[str]]]:
-    """The conditions to read under, and by reason those that the run does not allow. Raises UserError for one that was
-    named, and for a run that knows no meta-tokens."""
+    """Returns the conditions to read under, and, by reason, those that the run does not allow. Raises UserError if one
+    of the latter was named, or if the run was trained without meta-tokens."""
     m = run.model.cfg
     if m.second.markers == "refused" or not knows_meta(run):
         raise UserError(f"{run.folder} was trained without meta-tokens: take a run that knows them.")
-    unasked: dict[str, list[str]] = {}
+    unavailable: dict[str, list[str]] = {}
     for name in CONDITIONS:
         if why := useless(name, m):
-            unasked.setdefault(why, []).append(name)
+            unavailable.setdefault(why, []).append(name)
             if name in cfg.conditions:
                 raise UserError(f"conditions={name} cannot be asked of {run.folder}, {why}: leave it out.")
-    left_out = [name for of in unasked.values() for name in of]
+    left_out = [name for of in unavailable.values() for name in of]
     names = [name for name in CONDITIONS if name in (cfg.conditions or CONDITIONS) or name == "full"]
     names = [name for name in names if name not in left_out]
     if names == ["full"]:
         raise UserError("conditions=full leaves nothing to compare it with: name another one, or none for all.")
-    return names, {} if cfg.conditions else unasked
+    return names, {} if cfg.conditions else unavailable
 
 
 def useless(condition: str, m: GPTConfig) -> str:
-    """Why a condition is none of its own for a model, "" if it is one."""
+    """Returns why a condition would change nothing of its own in a model, "" if it does."""
     place, _ = CONDITIONS[condition]
     if place is not None and m.meta_position != "same":
         return f"whose meta-tokens had no position in training (meta_position={m.meta_position})"
@@ -124,8 +111,8 @@ def useless(condition: str, m: GPTConfig) -> str:
 
 
 def cells_of(cfg: PositionsProbe, run: Run) -> list[tuple[Maker, str, int]]:
-    """Who writes the texts of a cell, their level and length. Raises UserError if there are no such texts, they do not
-    fit, or have no meta-tokens."""
+    """Returns the Maker of each cell's texts, their level and length. Raises UserError if there are no such texts, if
+    they are too long for the model, or if they have no meta-tokens."""
     out = []
     for maker, level, length in cfg.readable(run):
         if not (cfg.placements or maker.markers.has_meta) and with_meta(run.config.task.placements):
@@ -147,8 +134,8 @@ def with_meta(placements: Iterable[str]) -> list[str]:
 
 @contextlib.contextmanager
 def under(model: GPT, meta: int, condition: str) -> Iterator[None]:
-    """In `with`: the model reads under a condition, where `meta` is the id of <|meta|>. Afterwards it is as before,
-    whatever happened. Raises UserError for a condition that the model's positions do not have."""
+    """Lets the model read under a condition within the context, and restores it afterwards, also after an error. `meta`
+    is the id of <|meta|>. Raises UserError for a condition that the model's positions do not have."""
     place, embedded = CONDITIONS[condition]
     trained = model.cfg
     changed = dataclasses.replace(trained, meta_position=place or trained.meta_position)
@@ -165,8 +152,9 @@ def under(model: GPT, meta: int, condition: str) -> Iterator[None]:
             model.cfg = trained
 
 
-def measure(run: Run, maker: Maker, level: str, length: int, n: int, names: list[str]) -> list[dict]:
-    """One cell: n texts of the test split, those of eval.py tasks, made once and read under each condition -> lines."""
+def measure_positions(run: Run, maker: Maker, level: str, length: int, n: int, names: list[str]) -> list[dict]:
+    """Returns one line for each condition, of n texts of the test split. They are the texts of eval.py tasks, and are
+    made once."""
     examples: list[Example] = texts(maker, level, length, n)
     lines = []
     for name in names:
@@ -181,8 +169,9 @@ def measure(run: Run, maker: Maker, level: str, length: int, n: int, names: list
 
 
 def compared(cells: list[list[dict]], effect: float, margin: float) -> list[dict]:
-    """The lines of all cells, of each `full` first; the others say how they differ from it. A verdict is on "better
-    than full by more than `effect`"; Holm's family are all of them (its p is McNemar's, of no difference at all)."""
+    """Returns the lines of all cells, with the difference from `full`, the first line of a cell, in all its other
+    lines. Verdicts are about "better than full by more than `effect`". Holm's family is all comparisons; its p is
+    McNemar's, of no difference at all."""
     pairs = [(line, cell[0]) for cell in cells for line in cell[1:]]
     rights = [(bits(line["outcomes"]), bits(full["outcomes"])) for line, full in pairs]
     ps = [mcnemar(*right) for right in rights]
@@ -198,37 +187,8 @@ def compared(cells: list[list[dict]], effect: float, margin: float) -> list[dict
 
 
 def progress(cell: list[dict]) -> str:
-    """A cell for a person, as soon as it is measured."""
+    """Returns a cell as one line of text, shown as soon as it is measured."""
     first = cell[0]
     name = f"{first['task']:<16} {first['placement']:<10} {first['level']:<10} {first['length']:>5}"
     exact = "  ".join(f"{line['condition']} {line['exact']:.1%}" for line in cell)
     return f"{name}  {exact}  {sum(line['seconds'] for line in cell):.1f} s"
-
-
-def table(lines: list[dict]) -> str:
-    """All lines for a person, differences in points."""
-    out = []
-    for line in lines:
-        exact = f"  {line['condition']:<19} {percent(line['exact']):>5} % ({span(*line['interval'])})"
-        if line["condition"] == "full":
-            out.append(
-                f"{line['task']}, {line['placement']}, {line['level']}, {line['length']} positions, n = {line['n']}, "
-                f"chance {percent(line['chance'])} %"
-            )
-            out.append(exact)
-            continue
-        low, high = map(points, line["difference_interval"])
-        out.append(
-            f"{exact:<46} {points(line['difference']):>6} ({low} .. {high})".ljust(72)
-            + f"  p {p_value(line['p'])}  Holm {p_value(line['holm'])}  {in_row(line['verdict'])}"
-        )
-    last = lines[-1]
-    return "\n".join([
-        *out,
-        "Meta-tokens: no_position, without a position (_first: in causal attention alone; _second: in the second "
-        "alone); no_embedding, with zeros for theirs; neither, without both.",
-        f"Exact answers; differences from full, in points. Verdict: better than full by more than "
-        f"{percent(last['effect'])} points? {SMALL}: within the margin of {percent(last['margin'])}. Holm over "
-        f"{last['comparisons']} comparisons, all of this checkpoint.",
-        *filter(None, [too_few(lines)]),
-    ])  # fmt: skip

@@ -1,40 +1,42 @@
-"""python probe.py rate_distortion: how much of what a text says can be read from one hidden state, at which rate?
+"""python probe.py rate_distortion: how much of a text can be read from one hidden state, at which rate?
 
-The paper argues that a meta-token compresses what stands before it, and shows bottlenecks trained on 50 texts, whose
-distortion of 10.0 to 10.8 nats is close to ln 50257 = 10.8: guessing. Here the run is frozen, states of thousands of
-texts are read, and a variational bottleneck (probes/bottleneck.py) is trained on each at ten weights beta of its rate,
-with early stopping on other texts, and measured on texts that no probe has seen, those of eval.py tasks. States
-(probes/places.py): meta, delimiter, last, random, mean precede the question, and their decoder is told it; question
-follows it.
+The paper argues that a meta-token compresses what stands before it, and shows bottlenecks trained on 50 texts with a
+distortion of 10.0 to 10.8 nats, close to ln 50257 = 10.8, which is guessing. Here the run is frozen and the states of
+thousands of texts are read. On each state a variational bottleneck (probes/bottleneck.py) is trained at ten weights
+beta of its rate, with early stopping on other texts. It is measured on texts that no probe has seen, those of eval.py
+tasks. The states meta, delimiter, last, random and mean (probes/text_positions.py) precede the question, so their
+decoder is given it; the state question follows it.
 
 Targets, over the ids that occur as one in the texts, in nats:
     answer    the first id of the answer
     back_D    the id D positions before the state's (--targets back --back D ..)
-    bag_N     the N ids before the state's position, whatever their order (--targets bag --bag N): one softmax over the
-              classes, whose cross-entropy with the N is divided by N. That is the distortion of an id that is drawn
-              from the N at random, so all that is said of one label holds for it; but what cannot be avoided is the
-              mean entropy of the N themselves, the `floor`.
+    bag_N     the N ids before the state's position in any order (--targets bag --bag N): one softmax over the classes,
+              whose cross-entropy with the N is divided by N. This is the distortion of an id drawn at random from the
+              N, so everything said about one label holds for it. The mean entropy of the N themselves, the `floor`, is
+              unavoidable.
 
-Beside each curve: ln K; the entropy of the labels, with the correction of Miller and Madow, of all texts, and as it is
-in the test texts; the cross-entropy of the test texts by the frequencies of the training texts, which is what a
-constant has; the same probe with no bottleneck, neither noise nor price (`ceiling` in the lines: it is no bound, since
-noise keeps a probe from learning texts by heart, and a bottleneck may do better); the same with shuffled labels. And
-the converse: D + R >= H(Y) at every point, by three standard errors; a point below it is flagged. (H is taken as that
-of Y given the question; they are independent in every task, but for --question=after, whose question excludes one of
-200 answers.) Something is found if a point has less than both H(Y) and the constant.
+Beside each curve stand ln K; the entropy of the labels, of all texts with the correction of Miller and Madow, and of
+the test texts as they are; the cross-entropy of the test texts by the frequencies of the training texts, which a
+constant reaches; the same probe without noise or price (`ceiling` in the lines: it is no bound, because noise keeps a
+probe from memorizing texts, and a bottleneck may do better); and the same with shuffled labels. The converse D + R >=
+H(Y) must hold at every point within three standard errors, and a point below it is flagged. (H is the entropy of Y
+given the question. They are independent in every task but for --question=after, whose question excludes one of 200
+answers.) Something is found if a point has less distortion than both H(Y) and the constant.
 
-A rate is an upper bound of what the code tells, a distortion one of what this decoder can read from it after so many
-texts: a high curve says that it was not found, not that it is not there. What can be found, by planted states of width
-192 (--known; 1000 texts, one seed): of the one item of 200 that a state holds all but 0.04 of 5.30 nats after 4000 +
-1000 texts, but of seven, of which the question names one, all but 5.23, after 16000 + 1000 all but 5.17. Of a lookup
-among several, "nothing found" says next to nothing. With --z_dim 192 --hidden 512 --gates 8 --learning_rate 0.001 it is
-all but 4.52 and 3.97, but no probe gets to a rate below 17 nats.
+A rate is an upper bound of what the code tells, and a distortion is an upper bound that depends on this decoder and the
+number of texts: a high curve means that the probe did not find the target, not that the state lacks it. Planted states
+of width 192 show what can be found (--known; 1000 texts, one seed). If a state holds one item of 200, 0.04 of 5.30 nats
+are left after 4000 + 1000 texts. If it holds seven and the question names one, 5.23 nats are left, and 5.17 after 16000
++ 1000. So "nothing found" says next to nothing about a lookup among several items. With --z_dim 192 --hidden 512
+--gates 8 --learning_rate 0.001 4.52 and 3.97 nats are left, but no probe reaches a rate below 17 nats.
 
-Compared are states of one checkpoint on the same texts, at equal rates, as far as both reach, and not where nothing was
-found from either: that tells nothing of arms, which are compared over five or more seeds of training."""
+States of one checkpoint are compared on the same texts, at equal rates, as far as both reach, unless nothing was found
+from either. This says nothing about arms, which need five or more seeds of training."""
 
 import dataclasses
 import itertools
+import math
+import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -49,15 +51,13 @@ from nanometa.config import Placement, Task
 from nanometa.config.checks import check
 from nanometa.config.settings import SET, setting
 from nanometa.evals.tasks import about, texts
-from nanometa.probes import known
-from nanometa.probes.bottleneck import Member, Source, Training, fit, measure
-from nanometa.probes.calls import earlier, keep, warned
-from nanometa.probes.curves import Points, baselines, compared, constant_distortion, converse, found, intervals
-from nanometa.probes.marks import MarksProbe
-from nanometa.probes.places import STATES, Spot, labels_of, missing, queries_of, read_states, spots
-from nanometa.probes.rate_table import progress, table, ticking
-from nanometa.probes.trace import check_layer
-from nanometa.reports.rate_pictures import rate_picture
+from nanometa.probes import self_check
+from nanometa.probes.bottleneck import Member, Source, Training, fit, measure_bottlenecks
+from nanometa.probes.marked_texts import MarkedTextsProbe
+from nanometa.probes.probe_command import read_earlier_lines, save, warn_if_unlearned
+from nanometa.probes.rate_curves import Points, baselines, compared, constant_distortion, converse, found, intervals
+from nanometa.probes.residual_stream import check_layer
+from nanometa.probes.text_positions import STATES, LocatedText, labels_of, locate_all, missing, queries_of, read_states
 from nanometa.tasks.example import Maker
 from nanometa.training.checkpoint import Run
 
@@ -65,56 +65,57 @@ SPLITS = ("train/rate_distortion", "val", "test")  # no text is in two: tasks/ex
 
 
 @dataclass(frozen=True)
-class RateDistortionProbe(MarksProbe):
-    """Rate and distortion of bottlenecks on frozen hidden states, in nats."""
+class RateDistortionProbe(MarkedTextsProbe):
+    """Measures rate and distortion of bottlenecks on frozen hidden states, in nats."""
 
     known: bool = False
-    """instead of a run, sources of which it is known what can be read from them"""
+    """check the probe on sources whose answer is known, instead of reading a run"""
     tasks: tuple[Task, ...] = ("list_recall",)
-    """a cell each"""
+    """tasks, each a cell"""
     placements: tuple[Placement, ...] = ("target",)
-    """where meta-tokens stand; a cell each"""
+    """placements of meta-tokens, each a cell"""
     n: int = 1000
     """test texts of a cell"""
     train_texts: int = 4000
     val_texts: int = 1000
     states: tuple[Literal["meta", "delimiter", "last", "random", "mean", "question"], ...] = ()
-    """by default what the texts have of meta, delimiter, last and question"""
+    """states to read; by default those of meta, delimiter, last and question that the texts have"""
     layers: tuple[int, ...] = ()
-    """0: the embedding, i: what block i puts out; by default the last"""
+    """layers to read, 0 for the embedding and i for the output of block i; by default the last"""
     targets: tuple[Literal["answer", "back", "bag"], ...] = ("answer",)
     back: tuple[int, ...] = setting((1,), only_with={"targets": ("back",)})
     bag: int = setting(8, only_with={"targets": ("bag",)})
     betas: int = 10
-    """from beta_min to beta_max by equal factors; above 1 a rate can only cost"""
+    """number of weights of the rate, from beta_min to beta_max by equal factors; above 1 a rate only costs"""
     beta_min: float = 0.003
     beta_max: float = 2.0
     seeds: int = 3
-    """probes of each kind: other weights, noise and order of texts"""
+    """probes of each kind, which differ in weights, noise and order of texts"""
     rates: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
-    """nats at which curves are compared that both reach, beside their mean difference up to H(Y), or what both reach"""
+    """rates in nats at which two curves are compared if both reach them, beside their mean difference"""
     z_dim: int = 32
-    """of the code; several items of 5 nats each fit into it at low noise"""
+    """dimensions of the code; several items of 5 nats each fit into 32 at low noise"""
     hidden: int = 64
-    """width of the decoder's part that the question gates; 0 = all of it linear, as the paper's"""
+    """width of the decoder's layer that the question gates; 0 for a linear decoder, as in the paper"""
     gates: float = setting(0.5, only_with={"hidden": SET})
-    """deviation of what a question says to the decoder at first, beside 1 of what all questions have in common"""
+    """initial standard deviation of the question's gates, beside the 1 that all questions share"""
     epochs: int = 30
     patience: int = 10
-    """epochs without a better validation after which a probe is done"""
+    """epochs without a better validation after which a probe stops"""
     batch: int = 200
     learning_rate: float = 0.01
-    """falling to 0 at the last epoch"""
+    """initial learning rate, which falls to 0 at the last epoch"""
     weight_decay: float = 3.0
-    """of AdamW: with less, 20 texts a class are learned by heart, and D at a rate of 0 is far above a constant's"""
+    """weight decay of AdamW; with less, 20 texts a class are memorized, and D at a rate of 0 is far above a
+    constant's"""
     effect: float = 0.0
     margin: float = 0.05
     """nats; a verdict is on "less distortion by more than effect", and "does not hold" inside +- margin"""
 
+    BELOW = math.inf
+
     def __post_init__(self):
         super().__post_init__()
-        for name in ("states", "layers", "targets", "back", "rates"):
-            check(self, name, len(set(getattr(self, name))) == len(getattr(self, name)), "name each once")
         for name in ("n", "train_texts", "val_texts"):
             check(self, name, 20 <= getattr(self, name) <= 10**6, "be 20 texts or more, and 1000000 at most")
         for name, most in (
@@ -135,8 +136,6 @@ class RateDistortionProbe(MarksProbe):
         check(self, "rates", self.rates and min(self.rates) >= 0, "be 0 nats or more")
         check(self, "learning_rate", 0 < self.learning_rate <= 1, "lie above 0, and be 1 at most")
         check(self, "weight_decay", 0 <= self.weight_decay <= 100, "lie in 0 .. 100")
-        check(self, "margin", self.margin > 0, "be above 0 nats")
-        check(self, "effect", self.effect >= 0, "be 0 nats or more")
 
     @property
     def training(self) -> Training:
@@ -147,95 +146,114 @@ class RateDistortionProbe(MarksProbe):
 
     @property
     def grid(self) -> list[float]:
-        """The betas, the largest first."""
+        """Returns the betas, the largest first."""
         return np.geomspace(self.beta_max, self.beta_min, self.betas).tolist()
 
     @property
-    def asked(self) -> list[str]:
-        """Targets by name."""
+    def target_names(self) -> list[str]:
+        """Returns the names of the targets, such as back_1."""
         names = {"answer": ["answer"], "back": [f"back_{d}" for d in self.back], "bag": [f"bag_{self.bag}"]}
         return [name for target in self.targets for name in names[target]]
 
     @property
     def reach(self) -> int:
-        """Tokens that are asked for before a state's position."""
-        return max([0, *(int(name.partition("_")[2]) for name in self.asked if name != "answer")])
+        """Returns the number of tokens that the targets need before a state's position."""
+        return max([0, *(int(name.partition("_")[2]) for name in self.target_names if name != "answer")])
 
 
 def main(cfg: RateDistortionProbe) -> None:
     if cfg.known:
-        write(known.report() + "\n")
-        for items, times in known.PLANTED:
-            sources = known.lookups(items, (times * cfg.train_texts, cfg.val_texts, cfg.n))
-            line, _ = curve(dataclasses.replace(cfg, seeds=1), sources, known.POOL, items)
-            write(known.said(items, line) + "\n")
+        write(self_check.report() + "\n")
+        for items, times in self_check.PLANTED:
+            sources = self_check.lookups(items, (times * cfg.train_texts, cfg.val_texts, cfg.n))
+            line, _ = curve(dataclasses.replace(cfg, seeds=1), sources, self_check.POOL, items)
+            write(self_check.lookup_report(items, line) + "\n")
         return
     run, facts = cfg.open()
     layers = list(cfg.layers or (run.model.cfg.n_layer,))
     for layer in layers:
         check_layer(run.model, layer)
-    cells = cells_of(cfg, run)  # what cannot be asked is refused by here
+    cells = cells_of(cfg, run)  # refuses texts, states and targets that the run lacks
     output = cfg.lines(run, "rate_distortion")
-    how = dataclasses.asdict(cfg.training)  # curves of other probes belong into another picture
+    how = dataclasses.asdict(cfg.training)  # curves of probes trained otherwise belong in another picture
     before = [
         line
-        for line in earlier(output, "rate_distortion", facts)
+        for line in read_earlier_lines(output, "rate_distortion", facts)
         if line["kind"] == "curve" and all(line.get(name) == value for name, value in how.items())
     ]
     write(f"{facts['arm']}, {run.folder}\n", BOLD)
     curves, comparisons = [], []
     with cfg.autocast(run):
-        asked = warned(run, cells, cfg.n)
-    for (maker, level, length), answered in zip(cells, asked, strict=True):
+        answered_by_cell = warn_if_unlearned(run, cells, cfg.n)
+    for (maker, level, length), answered in zip(cells, answered_by_cell, strict=True):
         cell = measure_cell(cfg, run, maker, level, length, layers)
         curves += [{**line, "answered": answered} for line, _ in cell]
         comparisons += compare_cell(cfg, cell)
     if not curves:
         raise UserError(
-            f"targets={cfg.targets} leave nothing to measure at the states asked for: mean has no place, and "
-            f"of others the target is always the same id; ask for others."
+            f"targets={cfg.targets} leave nothing to measure at the states asked for, because mean has no position and "
+            f"at the others the target is always the same id: ask for other targets or states."
         )
     judge(cfg, comparisons)
     lines = [{**facts, **line} for line in curves + comparisons]
-    write(f"\n{table(lines)}\n{keep(output, 'rate_distortion', before, lines, rate_picture)}")
+    save(output, "rate_distortion", before, lines, [])
+
+
+def print_epoch(epoch: int, training: int) -> None:
+    """Shows how far the training of a curve's probes is, on a terminal only."""
+    if sys.stdout.isatty():
+        write(f"\repoch {epoch}, {training} probes go on \r")
+
+
+def progress(line: dict) -> str:
+    """Returns a curve as one line of text, shown as soon as it is measured."""
+    ends = " .. ".join(f"({line['points'][k]['rate']:.2f}, {line['points'][k]['distortion']:.3f})" for k in (0, -1))
+    flag = f"  BELOW THE CONVERSE at {line['violations']} points" if line["violations"] else ""
+    return (
+        f"{line['target']:<8} layer {line['layer']:<2} {line['state']:<10} (R, D) {ends}  no bottleneck "
+        f"{line['ceiling']['distortion']:.3f}  shuffled {line['shuffled']['distortion']:.3f}  H {line['entropy']:.3f}"
+        f"  {'found' if line['found'] else 'nothing found'}  {line['seconds']:.0f} s{flag}"
+    )
 
 
 def cells_of(cfg: RateDistortionProbe, run: Run) -> list[tuple[Maker, str, int]]:
-    """Who writes the texts of a cell, their level and length. Raises UserError if there are no such texts, they do not
-    fit, or their first ones lack a state or target that is named."""
+    """Returns the Maker of each cell's texts, their level and length. Raises UserError if there are no such texts, if
+    they are too long for the model, or if the first ones lack a named state or target."""
     out = []
     for maker, level, length in cfg.readable(run):
         first = texts(maker, level, length, 20)
-        states_of(cfg, maker, spots(maker, first, run.config.target_rule, cfg.reach, "test"))
+        states_of(cfg, maker, locate_all(maker, first, run.config.target_rule, cfg.reach, "test"))
         out.append((maker, level, length))
     return out
 
 
-def states_of(cfg: RateDistortionProbe, maker: Maker, of: list[Spot]) -> list[str]:
-    """The states to look at. Raises UserError for one that was named and not all texts have."""
+def states_of(cfg: RateDistortionProbe, maker: Maker, of: list[LocatedText]) -> list[str]:
+    """Returns the states to read. Raises UserError if some texts lack a state that was named."""
     where = f"{maker.name} with placement {maker.placement}"
     for name in cfg.states:
         if why := missing(name, of):
-            raise UserError(f"states={name} is not there in {where}: {why}; leave it out, or take other --placements.")
+            raise UserError(
+                f"states={name} is not there in {where}, because {why}: leave it out, or take other --placements."
+            )
     names = [name for name in STATES if name in (cfg.states or ("meta", "delimiter", "last", "question"))]
     names = [name for name in names if not missing(name, of)]
     for name in names if cfg.reach else ():
         least = min(text.at[name] for text in of)
         if least < cfg.reach:
             raise UserError(
-                f"targets={cfg.asked} ask for {cfg.reach} tokens before the state {name}, and a text of {where} has "
-                f"{least}: lower --back and --bag, or take other --states."
+                f"targets={cfg.target_names} ask for {cfg.reach} tokens before the state {name}, and a text of {where} "
+                f"has {least}: lower --back and --bag, or take other --states."
             )
     return names
 
 
 def measure_cell(cfg: RateDistortionProbe, run: Run, maker: Maker, level: str, length: int, layers: list[int]):
-    """All curves of a cell -> their lines, each with its Points."""
+    """Returns all curves of a cell: their lines, each with its Points."""
     started = time.perf_counter()
     sizes = (cfg.train_texts, cfg.val_texts, cfg.n)
     examples = [texts(maker, level, length, n, split) for split, n in zip(SPLITS, sizes, strict=True)]
     rule = run.config.target_rule
-    splits = [spots(maker, of, rule, cfg.reach, split) for of, split in zip(examples, SPLITS, strict=True)]
+    splits = [locate_all(maker, of, rule, cfg.reach, split) for of, split in zip(examples, SPLITS, strict=True)]
     names = states_of(cfg, maker, [text for of in splits for text in of])
     with cfg.autocast(run):
         read = [read_states(run, of, at, names, layers) for of, at in zip(examples, splits, strict=True)]
@@ -246,8 +264,8 @@ def measure_cell(cfg: RateDistortionProbe, run: Run, maker: Maker, level: str, l
         f"{', '.join(names)}\n"
     )
     out = []
-    for target, (i, layer), (j, name) in itertools.product(cfg.asked, enumerate(layers), enumerate(names)):
-        if name == "mean" and target != "answer":  # it has no position
+    for target, (i, layer), (j, name) in itertools.product(cfg.target_names, enumerate(layers), enumerate(names)):
+        if name == "mean" and target != "answer":  # a mean has no position
             continue
         labels, K = labels_of(target, name, splits)
         if K < 2:
@@ -255,10 +273,10 @@ def measure_cell(cfg: RateDistortionProbe, run: Run, maker: Maker, level: str, l
             continue
         here = [part[i, j] for part in read]
         mean, deviation = here[0].mean(dim=0), here[0].std(dim=0).clamp(min=1e-6)
-        told = queries if target == "answer" else [query[:, :0] for query in queries]
+        source_queries = queries if target == "answer" else [query[:, :0] for query in queries]
         sources = [
             Source((x - mean) / deviation, q.to(x.device), torch.from_numpy(y).to(x.device))
-            for x, q, y in zip(here, told, labels, strict=True)
+            for x, q, y in zip(here, source_queries, labels, strict=True)
         ]
         line = {
             "probe": "rate_distortion", "kind": "curve", **about(maker, level, length), "layer": layer, "state": name,
@@ -271,15 +289,15 @@ def measure_cell(cfg: RateDistortionProbe, run: Run, maker: Maker, level: str, l
 
 
 def curve(cfg: RateDistortionProbe, sources: list[Source], K: int, Q: int) -> tuple[dict, Points]:
-    """Probes trained on the first source, stopped by the second, measured on the third."""
+    """Trains probes on the first source, stops them by the second, and returns their figures on the third."""
     started = time.perf_counter()
     train, val, test = (source.labels.cpu().numpy() for source in sources)
     kinds = [(beta, "bottleneck") for beta in cfg.grid] + [(0.0, "ceiling"), (0.0, "shuffled")]
     members = [Member(beta, seed, kind) for beta, kind in kinds for seed in range(cfg.seeds)]
-    weights = fit(sources[0], sources[1], K, Q, members, cfg.training, ticking)
+    weights = fit(sources[0], sources[1], K, Q, members, cfg.training, print_epoch)
     D, R = (
         x.double().numpy().reshape(len(kinds), cfg.seeds, -1)
-        for x in measure(weights, sources[2], members, cfg.training)
+        for x in measure_bottlenecks(weights, sources[2], members, cfg.training)
     )
     facts = baselines(train, val, test, K)
     points = Points(D[: cfg.betas], R[: cfg.betas], constant_distortion(train, test, K))
@@ -311,13 +329,13 @@ def curve(cfg: RateDistortionProbe, sources: list[Source], K: int, Q: int) -> tu
 
 
 def over_seeds(values: np.ndarray) -> tuple[float, float] | None:
-    """95 % interval of a mean over probe seeds by Student's t, None for one."""
+    """Returns the 95 % interval of a mean over probe seeds by Student's t, None for one seed."""
     return seed_difference(values, np.zeros(len(values)))[1:] if len(values) > 1 else None
 
 
 def compare_cell(cfg: RateDistortionProbe, cell: list[tuple[dict, Points]]) -> list[dict]:
-    """Lines that compare the first state with each other one, at every layer, where both are asked for the answer: of
-    other targets each state has its own."""
+    """Returns lines that compare the first state with each other one, at every layer, for the target answer; other
+    targets differ between states."""
     out = []
     for layer in dict.fromkeys(line["layer"] for line, _ in cell):
         here = [(line, points) for line, points in cell if line["target"] == "answer" and line["layer"] == layer]
@@ -332,7 +350,8 @@ def compare_cell(cfg: RateDistortionProbe, cell: list[tuple[dict, Points]]) -> l
 
 
 def judge(cfg: RateDistortionProbe, comparisons: list[dict]) -> None:
-    """Adds verdicts on "the first has less distortion at equal rates by more than `effect`"; Holm's family are all."""
+    """Adds verdicts on "the first has less distortion at equal rates by more than `effect`". Holm's family is all
+    lines."""
     for line, adjusted in zip(comparisons, holm([line["p"] for line in comparisons]), strict=True):
         low, high = line["difference_interval"]
         verdict = decide(-high, -low, adjusted, cfg.effect, cfg.margin, line["n"])
@@ -345,8 +364,8 @@ def judge(cfg: RateDistortionProbe, comparisons: list[dict]) -> None:
 
 
 def within_reach(line: dict, verdict: str) -> str:
-    """What a verdict on a difference is worth: none where there is nothing to differ, and no more than the rates that
-    were compared."""
+    """Restricts a verdict to the rates that were compared, and withdraws it where nothing was found from either
+    state."""
     nothing = [name for name, something in zip(line["states"], line["found"], strict=True) if not something]
     if len(nothing) == 2:
         return "nothing found from either"

@@ -1,27 +1,29 @@
-"""python probe.py residual: does the state of a meta-token hold the tokens before it?
+"""python probe.py residual: does the state of a meta-token contain the tokens before it?
 
 The paper calls meta-tokens summaries of what comes before them, and shows cosine similarities of a meta-token's states
-with those of past tokens that differ by some hundredths. Here, of the residual stream that enters every block and the
-last LayerNorm (probes/trace.py), at one place of each text:
+with those of past tokens that differ by some hundredths. Here the residual stream that enters every block and the last
+LayerNorm (probes/residual_stream.py) is read at one place of each text:
 
-    mark      the mark that ends the span that is asked about, as in probe.py patching: a meta-token, or with placement
+    mark      the mark that ends the span of the question, as in probe.py patching: a meta-token, or with placement
               none the word "mark"
-    word      the same texts and place, each meta-token replaced by the word "mark": what an ordinary token has there
-              (with placement target that is a text of placement none; of others no run has seen the like)
-    ordinary  a token of the body, drawn at random, that is no mark
+    word      the same texts and place with each meta-token replaced by the word "mark", which shows what an ordinary
+              token has there (with placement target this is a text of placement none; of others no run has seen the
+              like)
+    ordinary  a random token of the body that is no mark
 
-and for d positions back:
+and compared with the token d positions back:
 
-    cosine    between the state at the place and that of the token d back; `floor`: of the token d back from the place
-              of another text. `centred`: the mean state of the layer over all texts and positions taken off first
-    decoded   share of texts in which a linear classifier (multinomial logistic regression, trained on other texts, its
-              L2 chosen on yet others) names the token d back from the state alone; `majority`: if it always named the
-              commonest of its training; `shuffled`: trained on labels in a random order
+    cosine    between the state at the place and that of the token d back; `floor`: the same with the token d back from
+              the place of another text; `centred`: after subtracting the layer's mean state over all texts and
+              positions
+    decoded   share of texts in which a linear classifier (multinomial logistic regression, trained on other texts, with
+              L2 chosen on yet others) names the token d back from the state alone; `majority`: share if it always named
+              the commonest token of its training; `shuffled`: trained on labels in random order
 
-"nearer" holds where the centred cosine is above its floor; "holds more" where more is decoded from the mark than from
-the word in its place, on the same test texts. With placement none the word is the mark, and nothing is compared. What
-can be decoded is there, and need not be used: probe.py patching asks for that. All of this checkpoint; of its arm only
-other seeds can tell."""
+"nearer" holds where the centred cosine is above its floor, "more" where more is decoded from the mark than from the
+word in its place, on the same test texts. With placement none the word is the mark, and nothing is compared. Decodable
+information need not be used by the model; probe.py patching tests that. The verdicts are about this checkpoint;
+verdicts about its arm need several seeds."""
 
 import math
 import time
@@ -32,94 +34,91 @@ import torch
 import torch.nn.functional as F
 
 from nanometa.common.errors import UserError
-from nanometa.common.statistics import bootstrap_means, mcnemar, mean_p, paired_difference, too_few, wilson
+from nanometa.common.statistics import bootstrap_means, mcnemar, mean_p, paired_difference, wilson
 from nanometa.common.terminal import write
 from nanometa.config.checks import check
 from nanometa.evals.common import check_finite
 from nanometa.evals.tasks import about
 from nanometa.inference.scoring import hidden_states
-from nanometa.probes.calls import call
-from nanometa.probes.marks import MarksProbe, batches, mark_name, marks, name_of, ordinary_at, target_mark
-from nanometa.probes.trace import states
-from nanometa.reports.inside_pictures import residual_picture
-from nanometa.reports.markup import percent
-from nanometa.reports.probes import layers_where
+from nanometa.probes.marked_texts import (
+    MarkedTextsProbe,
+    batches,
+    mark_name,
+    marks,
+    random_ordinary_position,
+    span_end_mark,
+)
+from nanometa.probes.probe_command import run_probe
+from nanometa.probes.residual_stream import record_states
 from nanometa.tasks.example import Example, Maker
 from nanometa.tasks.words import DELIMITER
 from nanometa.training.checkpoint import Run
 
-STRENGTHS = (1e-1, 1e-2, 1e-3)  # of L2, from strong to weak, each starting from the one before it
-STEPS = 20  # of L-BFGS for each
+STRENGTHS = (1e-1, 1e-2, 1e-3)  # of L2, from strong to weak; each fit starts from the one before it
+STEPS = 20  # of L-BFGS for each strength
 CLAIMS = ("nearer", "more")
 
 
 @dataclass(frozen=True)
-class ResidualProbe(MarksProbe):
-    """Similarity of a meta-token's states to those of the tokens before it, and what can be decoded from them."""
+class ResidualProbe(MarkedTextsProbe):
+    """Measures how similar a meta-token's states are to those of the tokens before it, and what they let decode."""
 
     distances: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """positions back"""
     train: int = 2000
-    """texts that classifiers are trained on, and a quarter as many to choose the L2; n is that of the test texts"""
-    margin: float = 0.05
-    """a difference "does not hold" if its whole interval lies within +- this: a cosine, or a share of texts"""
-    effect: float = 0.0
-    """it "holds" if the interval lies above this; fix both before you look"""
+    """texts that classifiers are trained on; a quarter as many choose the L2, and n is the number of test texts"""
 
     def __post_init__(self):
         super().__post_init__()
         distances = self.distances
         check(self, "distances", distances and all(1 <= d < 2**20 for d in distances), "be at least 1")
-        check(self, "distances", len(set(distances)) == len(distances), "name each once")
         check(self, "train", 8 <= self.train <= 10**6, "lie in 8 .. 1000000")
-        check(self, "n", self.n >= 2, "be at least 2: a text needs another one")
-        check(self, "margin", 0 < self.margin < 1, "lie strictly between 0 and 1")
-        check(self, "effect", 0 <= self.effect < 1, "be at least 0 and below 1")
+        check(self, "n", self.n >= 2, "be at least 2, because a text needs another one")
 
 
 def main(cfg: ResidualProbe) -> None:
-    call(cfg, "residual", ("target",), CLAIMS, lambda *cell: measure(*cell, cfg), table, residual_picture)
+    run_probe(cfg, "residual", ("target",), CLAIMS, lambda *cell: measure_residual(*cell, cfg))
 
 
-# ----------------------------------------------------------------------------- what is read
+# ----------------------------------------------------------------------------- reading
 
 
 @dataclass
 class Place:
-    """The states at one place of N texts, and before it: L = n_layer + 1 layers."""
+    """States at one place of N texts and before it, in L = n_layer + 1 layers."""
 
     here: torch.Tensor  # (L, N, C)
-    past: torch.Tensor  # (L, N, D, C), of the tokens at each of D distances; D = 0 where it is not asked for
-    tokens: np.ndarray  # (N, D) their ids; -1 where a text has none, since it begins later
+    past: torch.Tensor  # (L, N, D, C): states of the tokens at each of D distances; D = 0 if they are not needed
+    tokens: np.ndarray  # (N, D): ids of these tokens; -1 where the text starts later
 
 
 def texts_of(maker: Maker, split: str, n: int, level: str, length: int) -> list[Example]:
-    """n texts of a split, those that have a mark. Texts of two splits are never the same."""
+    """Returns those of n texts of a split that have a mark. No text is in two splits."""
     made = (maker.example(split, i, math.ceil(0.9 * length), length, (level,)) for i in range(n))
     return [example for example in made if len(marks(maker, example))]
 
 
 def places_of(maker: Maker, examples: list[Example]) -> dict[str, tuple[list[Example], list[int]]]:
-    """Name of a place -> the texts as they are read for it, and where it is in each."""
-    at = [target_mark(maker, example) for example in examples]
+    """Returns, for each place, the texts as they are read for it, and its position in each."""
+    at = [span_end_mark(maker, example) for example in examples]
     out = {"mark": (examples, at)}
     word = maker.tokenizer.encode(f" {DELIMITER}").tolist()
     if maker.markers.has_meta and len(word) == 1:
         meta = maker.tokenizer.meta
         replaced = [e._replace(ids=np.where(e.ids == meta, word[0], e.ids)) for e in examples]
         out["word"] = (replaced, at)
-    out["ordinary"] = (examples, [ordinary_at(maker, example, i) for i, example in enumerate(examples)])
+    out["ordinary"] = (examples, [random_ordinary_position(maker, example, i) for i, example in enumerate(examples)])
     return out
 
 
 @torch.no_grad()
 def read(run: Run, examples: list[Example], at: list[list[int]], distances: tuple[int, ...], past_too: bool):
-    """A Place for each list of `at`, with N positions each, and the mean state of all positions (L, C)."""
+    """Returns a Place for each list of N positions in `at`, and the mean state (L, C) of all positions."""
     here, past, total, count = [[] for _ in at], [[] for _ in at], 0, 0
     back, where = np.array((0, *distances)), np.array(at)[..., None]
     where = where - back  # (places, N, 1 + D)
-    there = where >= 1  # the first token, <|endoftext|>, is in every text
-    with states(run.model) as entering:
+    there = where >= 1  # position 0 is <|endoftext|> in every text
+    with record_states(run.model) as entering:
         for rows, batch in batches(run, examples):
             check_finite(run, hidden_states(run.model, batch).sum().float().cpu().numpy())
             read_states = torch.stack(entering).float()  # (L, B, T, C)
@@ -142,7 +141,7 @@ def read(run: Run, examples: list[Example], at: list[list[int]], distances: tupl
 def read_all(
     run: Run, maker: Maker, examples: list[Example], distances: tuple[int, ...], past_too: bool = True
 ) -> dict[str, tuple[Place, torch.Tensor]]:
-    """Name of a place -> its states, and the mean state of the texts it was read in."""
+    """Returns, for each place, its states and the mean state of the texts it was read in."""
     out, places = {}, places_of(maker, examples)
     for names in (("mark", "ordinary"), ("word",)):
         asked = {name: places[name] for name in names if name in places}
@@ -153,11 +152,11 @@ def read_all(
     return out
 
 
-# ----------------------------------------------------------------------------- what is measured
+# ----------------------------------------------------------------------------- measuring
 
 
-def measure(run: Run, maker: Maker, level: str, length: int, cfg: ResidualProbe) -> list[dict]:
-    """One cell -> a line for each place, layer and distance; says each layer as soon as it is measured."""
+def measure_residual(run: Run, maker: Maker, level: str, length: int, cfg: ResidualProbe) -> list[dict]:
+    """Returns one line for each place, layer and distance of a cell. Prints each layer as soon as it is measured."""
     sizes = {"train/probe": cfg.train, "val": max(4, cfg.train // 4), "test": cfg.n}
     made = {split: texts_of(maker, split, n, level, length) for split, n in sizes.items()}
     places = [places_of(maker, examples) for examples in made.values()]
@@ -189,7 +188,8 @@ def measure(run: Run, maker: Maker, level: str, length: int, cfg: ResidualProbe)
 
 
 def similarity(here: torch.Tensor, past: torch.Tensor, mean: torch.Tensor) -> dict:
-    """here, past (N, C), mean (C,) -> cosines and their floors: text i with the past of text i + 1."""
+    """Returns cosines of here and past (N, C), with and without the mean (C,), and their floors, which pair text i with
+    the past of text i + 1."""
     values = {}
     for name, shift in (("", torch.zeros_like(mean)), ("_centred", mean)):
         a, b = here - shift, past - shift
@@ -204,8 +204,8 @@ def similarity(here: torch.Tensor, past: torch.Tensor, mean: torch.Tensor) -> di
 
 
 def decoded(sets: list[tuple], hits: dict[str, np.ndarray], name: str) -> dict:
-    """sets: states (N, C) and ids (N,), -1 where there is none, of train, val and test -> shares, and in hits[name]
-    which test texts are right (N,), NaN where there is no token."""
+    """Returns the decoded shares. sets: states (N, C) and ids (N,) of train, val and test, with -1 for a missing token.
+    Stores in hits[name] which test texts (N,) are right, NaN where there is no token."""
     (x, y), (x_val, y_val), (x_test, y_test) = ((x[y >= 0], y[y >= 0]) for x, y in sets)
     classes, y = np.unique(y, return_inverse=True)
     n, common = len(y_test), classes[np.bincount(y).argmax()]
@@ -224,9 +224,9 @@ def decoded(sets: list[tuple], hits: dict[str, np.ndarray], name: str) -> dict:
 
 
 def classify(x, y, K: int, others: list, score=None, strengths: tuple[float, ...] = STRENGTHS):
-    """Multinomial logistic regression of y (N,) in 0 .. K - 1 on x (N, C), each dimension standardised: the most
-    likely classes of each x of `others` under the L2 with the best score of the first, and that L2. Without a score
-    the last one."""
+    """Fits multinomial logistic regressions of y (N,) in 0 .. K - 1 on standardized x (N, C). Returns the most likely
+    classes for each x of `others` under the L2 with the best score on the first of them, and that L2; without a score
+    those of the last L2."""
     mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
     x, y = (x - mean) / deviation, torch.from_numpy(y)
     others = [(other - mean) / deviation for other in others]
@@ -252,7 +252,8 @@ def classify(x, y, K: int, others: list, score=None, strengths: tuple[float, ...
 
 
 def compare(lines: list[dict], hits: dict[str, np.ndarray], distance: int) -> None:
-    """Adds to the line of the mark what is decoded more than from the word in its place, on the same texts."""
+    """Adds to the line of the mark how much more is decoded from it than from the word in its place, on the same
+    texts."""
     if not {"mark", "word"} <= hits.keys():
         return
     there = ~np.isnan(hits["mark"])
@@ -262,11 +263,11 @@ def compare(lines: list[dict], hits: dict[str, np.ndarray], distance: int) -> No
     line |= {"more": difference, "more_interval": (low, high), "more_p": mcnemar(mark, word)}
 
 
-# ----------------------------------------------------------------------------- what is said of it
+# ----------------------------------------------------------------------------- progress
 
 
 def progress(lines: list[dict], seconds: float) -> str:
-    """A layer for a person, as soon as it is measured."""
+    """Returns a layer as one line of text, shown as soon as it is measured."""
     first = lines[0]
     shares = "  ".join(
         f"{name}: " + " ".join(f"{line['decoded']:.0%}" for line in lines if line["place"] == name)
@@ -274,37 +275,3 @@ def progress(lines: list[dict], seconds: float) -> str:
     )
     cell = f"{first['task']} {first['placement']} {first['length']}"
     return f"{cell}  layer {first['layer']}  decoded {shares}  {seconds:.1f} s"
-
-
-def table(lines: list[dict]) -> str:
-    """What is decoded, by place, distance and layer, for a person, and the layers in which claims hold; the cosines are
-    in the lines and the picture."""
-    groups: dict[tuple, list[dict]] = {}
-    for line in lines:
-        groups.setdefault((name_of(line), line["distance"], line["place"]), []).append(line)
-    layers, last = sorted({line["layer"] for line in lines}), lines[-1]
-    out, cell = [], ""
-    for (name, distance, place), of in groups.items():
-        if name != cell:
-            cell = name
-            out.append(f"{name}  mark: {of[0]['mark']}; n = {of[0]['n']} test texts")
-            numbers = "".join(f"{layer:>6}" for layer in layers)
-            out.append(
-                f"  back  {'state of':<9} decoded, %, layer{numbers}  commonest  shuffled  more than the word    nearer"
-            )
-        shares = {line["layer"]: percent(line["decoded"]) for line in of}
-        out.append(
-            f"  {distance:>4}  {place:<27}" + "".join(f"{shares.get(layer, ''):>6}" for layer in layers)
-            + f"{percent(of[0]['majority']):>11}{percent(max(line['shuffled'] for line in of)):>10}  "
-            + f"{layers_where(of, 'more'):<20}  {layers_where(of, 'nearer')}".rstrip()
-        )  # fmt: skip
-    return "\n".join([
-        *out,
-        "decoded: texts in which a linear classifier names the token so far back, from the state that enters the layer "
-        "(the last: the final norm). Its floors: the commonest token; shuffled labels, the most of any layer.",
-        "more than the word: the layers in which more is decoded than from the word in the mark's place. nearer: in "
-        "which the cosine, the layer's mean taken off (centred), is above that with another text's token (floor).",
-        f"By more than {last['effect']:g}? Margin {last['margin']:g}. Holm over {last['comparisons']} comparisons, all "
-        f"of this checkpoint. By layer, with intervals: the picture and the lines.",
-        *filter(None, [too_few(lines)]),
-    ])  # fmt: skip

@@ -1,1 +1,1 @@
-"""What report.py is made of: lines of eval.py, comparisons, pictures, the page."""
+"""Builds the pages and pictures of report.py, and all other pictures."""

@@ -1,4 +1,4 @@
-"""The figure of bench.py: bars of rates with their quartiles, lines by length."""
+"""Draws the figure of bench.py: bars of rates with their quartiles, and lines by window length."""
 
 from pathlib import Path
 
@@ -49,8 +49,8 @@ def draw(results: dict[str, list[dict]], path: Path, machine: str = "") -> None:
 
 
 def bars(ax, rows: list[dict], keys: tuple[str, ...], value: str, title: str) -> None:
-    """Groups of bars from 0, relative to the group's first contestant; the numbers on them are absolute. Lines span the
-    quartiles, where a row has them."""
+    """Draws groups of bars relative to the first contestant of each group, labeled with the absolute numbers. Lines
+    span the quartiles if a row has them."""
     groups = list(dict.fromkeys(tuple(str(row[key]) for key in keys) for row in rows))
     contestants = list(dict.fromkeys(row["who"] for row in rows))
     first = {}

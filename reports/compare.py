@@ -1,4 +1,4 @@
-"""Arms against each other on the same texts. Two checkpoints can be told apart by texts, two arms by seeds alone."""
+"""Compares arms on the same texts. Texts can tell two checkpoints apart, but only seeds can tell two arms apart."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -8,12 +8,12 @@ from scipy import stats as distributions
 from nanometa.common.statistics import bits, decide, holm, mcnemar, paired_difference, seed_difference
 from nanometa.reports.lines import Arm, Panel, order
 
-SEEDS = 5  # with fewer nothing is decided between arms
+SEEDS = 5  # fewer seeds decide nothing between arms
 
 
 @dataclass(frozen=True)
 class Difference:
-    """First minus second in one cell, as a share; or why there is none."""
+    """First minus second arm in one cell, as a share, or the reason why they were not compared."""
 
     first: Arm
     second: Arm
@@ -30,7 +30,7 @@ class Difference:
 
 
 def pairs(arms: list[Arm]) -> list[tuple[Arm, Arm, Panel, int]]:
-    """Arms of equal training, two by two, with each cell that both have; in the order of the cells."""
+    """Returns pairs of arms of equal training with each cell that both have, in the order of the cells."""
     found = [
         (first, second, panel, length)
         for first, second in itertools.combinations(arms, 2)
@@ -42,16 +42,16 @@ def pairs(arms: list[Arm]) -> list[tuple[Arm, Arm, Panel, int]]:
 
 
 def unequal(first: dict, second: dict) -> str:
-    """Why two lines do not tell of the same texts, "" if they do."""
+    """Returns why two lines are not about the same texts, "" if they are."""
     for name in ("n", "tokens_per_item"):
         if first[name] != second[name]:
             return f"{name} {first[name]:g} against {second[name]:g}"
-    # what a shortcut answers is a function of the texts alone
+    # the shares of shortcuts depend on the texts alone
     return "" if first["floors"] == second["floors"] else "other texts: the shortcuts' shares differ"
 
 
 def between_checkpoints(arms: list[Arm]) -> list[Difference]:
-    """Runs of the same seed on the same texts: McNemar's test, Newcombe's interval, Holm over all of them."""
+    """Compares runs of the same seed on the same texts: McNemar's test, Newcombe's interval, Holm over all of them."""
     rows = []
     for first, second, panel, length in pairs(arms):
         mine, yours = first.lines[panel, length], second.lines[panel, length]
@@ -65,14 +65,14 @@ def between_checkpoints(arms: list[Arm]) -> list[Difference]:
                 continue
             right = [bits(line["outcomes"]) for line in (mine[seed], yours[seed])]
             mean, low, high = paired_difference(*right)
-            said = "undecided: 1 seed"  # whatever McNemar says of these two
-            rows.append(replace(row, mean=mean, low=low, high=high, p=mcnemar(*right), verdict=said))
+            undecided = "undecided: 1 seed"  # McNemar's test is about these two checkpoints only
+            rows.append(replace(row, mean=mean, low=low, high=high, p=mcnemar(*right), verdict=undecided))
     return _adjusted(rows)
 
 
 def between_arms(arms: list[Arm], effect: float, margin: float) -> list[Difference]:
-    """Cells with two seeds or more in common: Student's t over the seeds, and the verdict; Holm over those with enough
-    seeds to decide."""
+    """Compares arms in cells with two or more shared seeds: Student's t over the seeds, and a verdict. Holm's family is
+    the cells with enough seeds to decide."""
     rows = []
     for first, second, panel, length in pairs(arms):
         mine, yours = first.lines[panel, length], second.lines[panel, length]
@@ -96,13 +96,14 @@ def _refusal(first: Arm, second: Arm, mine: dict, yours: dict) -> str:
 
 
 def _adjusted(rows: list[Difference]) -> list[Difference]:
-    """With Holm's p: the family is all rows that have a p."""
+    """Returns the rows with Holm's p, whose family is all rows that have a p."""
     adjusted = iter(holm([row.p for row in rows if row.p is not None]))
     return [row if row.p is None else replace(row, holm=next(adjusted)) for row in rows]
 
 
 def beyond(mean: float, half: float, effect: float, seeds: int) -> float:
-    """p that belongs to the interval mean +- half over seeds: below 0.05 if and only if it lies beyond +-effect."""
+    """Returns the p that belongs to the interval mean +- half over seeds. It is below 0.05 if and only if the interval
+    lies beyond +-effect."""
     if abs(mean) <= effect:
         return 1.0
     if half == 0:
@@ -112,7 +113,7 @@ def beyond(mean: float, half: float, effect: float, seeds: int) -> float:
 
 
 def verdict(row: Difference, effect: float, margin: float) -> str:
-    """What stats.decide says, if there are seeds enough."""
+    """Returns the verdict of common.statistics.decide if there are enough seeds."""
     if row.refused:
         return "not compared"
     if row.holm is None:

@@ -1,4 +1,4 @@
-"""The section of what runs cost: parameters, rates, time."""
+"""Builds the section about the cost of runs: parameters, rates, time."""
 
 import json
 import math
@@ -27,14 +27,14 @@ def body(page, runs: list[Metrics]) -> str:
     head = ["run", "parameters", "steps", "content", "of", "positions", "content/s", "positions/s", "wall time",
             "of it evaluation", "MFU", "machine", "threads", "torch", "command"]  # fmt: skip
     return f"""<h2 id="cost">Cost</h2>
-<p>Rates are medians over the log, of training alone; wall time is from the first step to the end, evaluations and saves
-included, without the time between a stop and what went on from it. What else the machine did meanwhile is not known.
-MFU is given where the peak of the accelerator is known.</p>
+<p>Rates are medians over the log and cover training only. Wall time runs from the first step to the end, with
+evaluations and saves but without the time between a stop and a resume. Other load on the machine is not known. MFU is
+given where the peak of the accelerator is known.</p>
 {table(head, {"": rows}, (0, 4, 11, 13, 14))}"""
 
 
 def parameters(run: Metrics) -> str:
-    """Counted in the newest weights, position table included; "" if there are none."""
+    """Returns the number of parameters in the newest weights, with the position table; "" if there are no weights."""
     found = sorted(run.folder.glob("*_*/model.safetensors"))
     if not found:
         return ""

@@ -1,5 +1,5 @@
-"""Draws the loss curves of runs from their metrics.jsonl; beside them bits per byte, or of runs on tasks exact answers.
-Of files that eval.py perplexity --documents wrote: the loss by depth in documents.
+"""Draws the loss curves of runs from their metrics.jsonl, with bits per byte beside them, or exact answers for runs on
+tasks. For files of eval.py perplexity --documents it draws the loss by depth in documents.
 
 python report.py curves                                # the newest run -> out/<run>/loss.png
 python report.py curves out/tiny_meta out/tiny_gpt2 --output=compare.png
@@ -24,12 +24,14 @@ from nanometa.reports.training import draw_losses, draw_packed, draw_values, rea
 def plot(folders: list[Path], output: Path) -> None:
     runs = [read_run(folder) for folder in folders]
     if early := [run.folder for run in runs if not run.val]:
-        raise UserError(f"{early[0]} has no evaluation yet: wait for the run's first.")
+        raise UserError(f"{early[0]} has no evaluation yet: wait for the first evaluation of the run.")
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
     texts = [run.folder for run in runs if not run.tasks]
     if tasks and texts:
-        raise UserError(f"{texts[0]} was trained on text and others on tasks: draw them apart.")
-    # a token of a task's text may be padding: steps it is
+        raise UserError(
+            f"{texts[0]} was trained on text and others on tasks, which have no common axis: draw them separately."
+        )
+    # runs on tasks are drawn by steps because tokens of their texts may be padding
     axis, label = ("step", "steps") if tasks else ("content_tokens", "content tokens")
     panels = [(f"exact_{task}", "share of exact answers", task.replace("_", " ")) for task in tasks] or [
         ("bits_per_byte", "bits per byte", "validation")
@@ -64,7 +66,7 @@ def plot(folders: list[Path], output: Path) -> None:
 
 def plot_depth(files: list[Path], output: Path) -> None:
     if output.suffix != ".png":
-        raise UserError(f"{output} would not be a PNG: take a name that ends in .png.")
+        raise UserError(f"{output} does not end in .png, but the picture is a PNG: take a name that does.")
     write_atomically(output, png(depth.loss_by_depth, *depth.read(files), width=7.5))
 
 
@@ -73,17 +75,19 @@ def main(argv: list[str]) -> None:
         prog="report.py curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "runs", nargs="*", type=Path, help="folders of runs, by default the one that logged last; or .jsonl files"
+        "runs", nargs="*", type=Path, help="folders of runs, by default the one that logged last, or .jsonl files"
     )
-    parser.add_argument("--output", type=Path, help="the PNG; by default loss.png or depth.png in the first's folder")
+    parser.add_argument(
+        "--output", type=Path, help="name of the PNG; by default loss.png or depth.png in the folder of the first run"
+    )
     args = parser.parse_args(argv)
     runs = args.runs or sorted(Path("out").glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)[-1:]
     if not runs:
-        raise UserError("there is no run in out/: train one first, python train.py config/tiny_meta.py.")
+        raise UserError("there is no run in out/: train one first, for example python train.py config/tiny_meta.py.")
     runs = [path.parent if path.name == "metrics.jsonl" else path for path in runs]
     files = [path for path in runs if path.suffix == ".jsonl"]
     if 0 < len(files) < len(runs):
-        raise UserError(f"{files[0]} is a file of an evaluation and others are folders of runs: draw them apart.")
+        raise UserError(f"{files[0]} is a file of an evaluation, but others are folders of runs: draw them separately.")
     output = args.output or (runs[0].parent / "depth.png" if files else runs[0] / "loss.png")
     (plot_depth if files else plot)(runs, output)
     print(output)

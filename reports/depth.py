@@ -1,4 +1,4 @@
-"""The loss by depth in documents, from lines of eval.py perplexity --documents."""
+"""Draws the loss by depth in documents, from lines of eval.py perplexity --documents."""
 
 import json
 from collections import Counter
@@ -21,20 +21,20 @@ COLOUR = dict(zip(("yarn", "pi", "ntk", "pi dynamic", "none", "yarn dynamic", "n
 
 
 class Curve(NamedTuple):
-    """A run, read in one way, in windows of one length."""
+    """The loss of a run, read in one way in windows of one length."""
 
     label: str
-    method: str  # of scaling, as COLOUR has it
-    trained: bool  # with this scaling, or only read with it
+    method: str  # scaling method, a key of COLOUR
+    trained: bool  # whether the run was trained with this scaling, or only read with it
     length: int  # positions of a window
-    window: int  # content tokens in a window of the training before any extension
-    depth: np.ndarray  # (N,) middles of the buckets
-    nats: np.ndarray  # (G, N) a token, of every document: means over the draws of markers
+    window: int  # content tokens in a training window before any extension
+    depth: np.ndarray  # (N,) centers of the buckets
+    nats: np.ndarray  # (G, N) per token of every document, averaged over the draws of markers
 
 
 def read(files: list[Path]) -> tuple[list[Curve], np.ndarray, str]:
-    """What curves() makes of files of JSON lines. Raises UserError for what is no such file, and for lines of several
-    texts, which cannot be compared."""
+    """Returns curves() of the JSON lines in the files. Raises UserError if a file cannot be read, and for lines about
+    several texts, which cannot be compared."""
     names = ", ".join(map(str, files))
     try:
         lines = [line for path in files for line in map(json.loads, path.read_text().splitlines())]
@@ -47,21 +47,21 @@ def read(files: list[Path]) -> tuple[list[Curve], np.ndarray, str]:
             f"{names} cannot be read ({type(error).__name__}: {error}): give files that eval.py perplexity wrote."
         ) from error
     if not texts:
-        raise UserError(f"{names}: no line is of documents, make some with eval.py perplexity --documents.")
+        raise UserError(f"{names} have no line about documents: measure some with eval.py perplexity --documents.")
     raise UserError(
-        f"{names}: lines are of {len(texts)} texts or buckets, and only the same tokens can be compared: measure all "
-        f"with the same dataset, longest length and --bucket, into a new file, --output=FILE.jsonl."
+        f"{names} have lines about {len(texts)} texts or buckets, but only the same tokens can be compared: measure "
+        f"all with the same dataset, longest length and --bucket, into a new file, --output=FILE.jsonl."
     )
 
 
 def text_of(line: dict) -> tuple[str, int]:
-    """Lines with the same score the same tokens, and count them in the same buckets."""
+    """Returns a key that is equal for lines that score the same tokens in the same buckets."""
     return line["content_sha256"], line["bucket"]
 
 
 def curves(lines: list[dict]) -> tuple[list[Curve], np.ndarray, str]:
-    """Lines of documents, all of one text -> curves in their order, the pieces of every document (G,), and what text it
-    is, for a person. Of repeated lines the last counts. Raises ValueError, KeyError or TypeError for damaged ones."""
+    """Returns the curves of lines about one text, the pieces of every document (G,), and a description of the text. If
+    lines repeat, the last one counts. Raises ValueError, KeyError or TypeError for damaged lines."""
     found: dict[tuple, dict[int, dict]] = {}
     for line in lines:
         key = tuple(line[name] for name in ("arm", "weights_sha256", "length", "markers"))
@@ -84,7 +84,7 @@ def _curve(label: str, draws: list[dict]) -> Curve:
 
 
 def _labels(lines: list[dict]) -> list[str]:
-    """The arm, and as much as tells a line from others of the same arm."""
+    """Returns the arm of each line, with the details that tell it from others of the same arm."""
     labels = [line["arm"] for line in lines]
     for detail in ("windows of {length}", "markers {markers}", "{run}", "step {step}", "weights {weights_sha256:.8}"):
         details = [detail.format_map(line) for line in lines]
@@ -95,10 +95,12 @@ def _labels(lines: list[dict]) -> list[str]:
 
 
 def loss_by_depth(figure, curves: list[Curve], pieces: np.ndarray, text: str) -> None:
-    """All curves, and below what each has above the first one: documents differ much in their loss, less in that.
+    """Draws all curves, and below them their differences from the first one, in which documents vary much less than in
+    their loss.
 
-    Colour by scaling, the lighter the shorter the window; solid if trained with it, dashed if read with it; a second
-    curve of the same look has marks. Depth is linear: its buckets are, and what is beyond the window is most of it."""
+    The color is the scaling, lighter for shorter windows; a solid line was trained with it, a dashed one only read with
+    it; a second curve of the same look has markers. The depth axis is linear because most of it lies beyond the
+    window."""
     first, panels = curves[0], 2 if len(curves) > 1 else 1
     figure.set_figheight(0.7 + 2.7 * panels)
     level, *below = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
@@ -119,7 +121,7 @@ def loss_by_depth(figure, curves: list[Curve], pieces: np.ndarray, text: str) ->
     for axes in (level, *below):
         for window in windows:
             axes.axvline(window, color=GREY, linestyle=":", linewidth=1.2)
-    name = f"window of training, {' and '.join(map(str, windows))} content tokens"
+    name = f"training window, {' and '.join(map(str, windows))} content tokens"
     handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label=name))
     narrow = figure.get_figwidth() < 6
     level.set_ylabel("nats a token")
@@ -129,18 +131,18 @@ def loss_by_depth(figure, curves: list[Curve], pieces: np.ndarray, text: str) ->
         below[0].set_title(wrapped(f"loss above that of: {first.label}; bands: 95 %", 40 if narrow else 90))
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", nbins=5 if narrow else 10)
-    before = "content tokens of the document, or its piece, that stand before"
+    before = "content tokens that precede in the document, or in its piece"
     axes.set_xlabel(wrapped(before, 40 if narrow else 90) + "\n" + wrapped(text, 40 if narrow else 90))
     legend(figure, handles)
 
 
 def lighter(colour: str, share: float) -> tuple[float, float, float]:
-    """A colour, mixed with so much white."""
+    """Returns a color mixed with this share of white."""
     return tuple(1 - (1 - part) * (1 - share) for part in to_rgb(colour))
 
 
 def _draw(axes, depth: np.ndarray, nats: np.ndarray, pieces: np.ndarray, style: dict, band: bool) -> None:
-    """nats (G, N) as a mean over the pieces of documents (G,), and its 95 % interval over documents."""
+    """Draws nats (G, N) as a mean over the pieces of documents (G,), and if `band` its 95 % interval over documents."""
     if band and len(pieces) > 1:
         low, high = np.array([clustered_ratio(pieces * column, pieces) for column in nats.T]).T
         axes.fill_between(depth, low, high, color=style["color"], alpha=0.12, linewidth=0)
@@ -176,7 +178,7 @@ def _key(line: dict) -> tuple:
 
 
 def body(page, lines: list[dict]) -> str:
-    """A picture of each text of documents, and the loss of every condition."""
+    """Returns a picture for each text of documents, and a table with the loss of every condition."""
     texts: dict[tuple, list[dict]] = {}
     for line in lines:
         if "document_nats" in line:
@@ -204,9 +206,9 @@ def body(page, lines: list[dict]) -> str:
     head = ["arm", "run", "window", "markers", "nats a token", "over draws", "perplexity", "bits per byte", "draws",
             "seed", "command"]  # fmt: skip
     return f"""<h2 id="lengths">Longer windows: validation text</h2>
-<p>The loss of windows of several lengths, read as trained or with another scale of the positions. Where documents were
-cut into pieces of the longest window, all conditions score the same tokens, and the picture has their loss by depth:
-by how much of the document stands before. Documents differ more in their loss than conditions do, so compare in its
-lower half. Bands are 95 % over documents. Rows below one heading are of the same text.</p>
+<p>The loss in windows of several lengths, read as trained or with another scale of the positions. Where documents were
+cut into pieces of the longest window, all conditions score the same tokens, and the picture shows their loss by depth,
+the number of tokens that precede in the document. Documents differ more in their loss than conditions do, so compare
+the differences in the lower half. Bands are 95 % over documents. Rows below one heading are about the same text.</p>
 <div>{"".join(figures)}</div>
 {table(head, groups, (0, 1, 3, 10))}"""

@@ -1,33 +1,43 @@
-"""The pictures of a report: one small panel each, since a page can set them side by side or below one another."""
+"""Holds the style and helpers of all pictures, and draws those of the tasks: one small panel each, which fits a
+phone."""
 
 import re
 import textwrap
 from io import BytesIO
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.image import imread, imsave
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from nanometa.common.statistics import DECIDES
 from nanometa.reports.compare import Difference
-from nanometa.reports.lines import Arm, Panel, impossible, share_interval, summary
+from nanometa.reports.lines import Arm, Panel, has_learned, impossible, share_interval, summary
 from nanometa.reports.paper import FIGURE_1, LENGTH
 
-# told apart by the colour-blind (Okabe and Ito), and by their markers in grey
+# colors that the color-blind can tell apart (Okabe and Ito)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 MARKERS = "osD^vPX*"
-DASHES = ("-", (0, (5, 2)), (0, (3, 1.5, 1, 1.5)), (0, (7, 1.5, 1, 1.5, 1, 1.5)))  # dotted is chance
+DASHES = (
+    "-",
+    (0, (5, 2)),
+    (0, (3, 1.5, 1, 1.5)),
+    (0, (7, 1.5, 1, 1.5, 1, 1.5)),
+)  # dotted lines are reserved for chance
 GREY, LIGHT = "#555555", "#E8E8E8"
 STYLE = {
     "font.size": 10, "axes.titlesize": 10, "legend.fontsize": 10, "xtick.labelsize": 10, "ytick.labelsize": 10,
     "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False, "axes.grid": True,
     "grid.color": LIGHT, "axes.axisbelow": True, "legend.frameon": False,
 }  # fmt: skip
-WIDTH, DPI = 3.6, 180  # inches; a phone's 360 pixels, where 10 points are 14 of them
+WIDTH, DPI = 3.6, 180  # width in inches: the 360 pixels of a phone, on which 10 points are 14 pixels
 
 
 def png(draw, *args, width: float = WIDTH) -> bytes:
-    """What draw(figure, *args) draws on a figure of so many inches, as PNG: equal bytes for equal arguments."""
+    """Returns as PNG what draw(figure, *args) draws on a figure of this width in inches. Equal arguments give equal
+    bytes."""
     with matplotlib.rc_context(STYLE):
         figure, out = Figure(figsize=(width, 3.0), dpi=DPI, layout="constrained"), BytesIO()
         draw(figure, *args)
@@ -35,37 +45,91 @@ def png(draw, *args, width: float = WIDTH) -> bytes:
     return out.getvalue()
 
 
+def tiled(heading: str, pictures: list[bytes], columns: int = 3) -> bytes:
+    """Returns PNGs of the same width side by side, row by row below a heading, as one PNG."""
+    columns = min(columns, len(pictures))
+    images = [_pixels(png(_draw_heading, wrapped(heading, 50 * columns), width=columns * WIDTH))]
+    tiles = [_pixels(picture) for picture in pictures]
+    for row in (tiles[i : i + columns] for i in range(0, len(tiles), columns)):
+        height = max(len(tile) for tile in row)
+        images.append(np.concatenate([_padded(tile, height, tile.shape[1]) for tile in row], axis=1))
+    width, out = max(image.shape[1] for image in images), BytesIO()
+    rows = [_padded(image, len(image), width) for image in images]
+    imsave(out, np.concatenate(rows), format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _draw_heading(figure: Figure, text: str) -> None:
+    figure.set_figheight(0.2 + 0.18 * (1 + text.count("\n")))
+    figure.suptitle(text, fontsize=10)
+
+
+def _pixels(picture: bytes) -> np.ndarray:
+    return imread(BytesIO(picture))[..., :3]
+
+
+def _padded(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Returns the image with white below and to the right of it."""
+    return np.pad(image, ((0, height - len(image)), (0, width - image.shape[1]), (0, 0)), constant_values=1.0)
+
+
+def run_title(lines: list[dict]) -> str:
+    """Names the run of the lines, and warns if it has not learned the task."""
+    first = lines[0]
+    weak = (
+        ""
+        if all(map(has_learned, lines))
+        else ("; NOT LEARNED: in some cells its answers are no better than chance or a shortcut")
+    )
+    return f"{first['arm']}; {first['run']}, step {first['step']}, seed {first['seed']}{weak}"
+
+
+def text_count(lines: list[dict]) -> str:
+    """Returns the number of texts behind the lines, and whether it is too small to decide anything."""
+    n = sorted({line["n"] for line in lines})
+    many = f"n = {n[0]} to {n[-1]}" if len(n) > 1 else f"n = {n[0]}"
+    return f"{many} texts{' (too few to decide)' if n[-1] < DECIDES else ''}"
+
+
+def key(label: str, **look) -> Line2D:
+    """Returns the entry of a legend, grey unless `look` has a color."""
+    return Line2D([], [], label=label, **{"color": GREY, **look})
+
+
 def styles(arms: list[Arm]) -> dict[tuple, dict]:
-    """Name of an arm -> how it is drawn in every picture: colour and marker by label, dashes by train length."""
+    """Returns the look of each arm, by its name, in every picture: color and marker by label, dashes by train
+    length."""
     labels = list(dict.fromkeys(arm.label for arm in arms))
     lengths = sorted({arm.training.length for arm in arms}, reverse=True)  # the longest is solid
     return {
         arm.name: {
-            **_look(labels.index(arm.label)),
+            **look(labels.index(arm.label)),
             "linestyle": DASHES[lengths.index(arm.training.length) % len(DASHES)],
         }
         for arm in arms
     }
 
 
-def _look(number: int) -> dict:
+def look(number: int) -> dict:
+    """Returns the color and marker of the series with this number."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4.5}
 
 
 def wrapped(text: str, width: int = 40) -> str:
-    """In lines that fit a small picture, none of which ends inside brackets that fit one."""
+    """Returns the text in lines that fit a small picture. Brackets that fit in one line are not broken."""
     whole = re.sub(r"\([^()]*\)", lambda of: of[0].replace(" ", "\xa0") if len(of[0]) <= width else of[0], text)
     return textwrap.fill(whole, width, break_long_words=True).replace("\xa0", " ")
 
 
 def title(panel: Panel) -> str:
-    """No two panels have the same. To tasks other than list recall, `question` is but a part of the seed."""
+    """Returns the unique title of a panel. `question` matters only to list recall; for other tasks it only changes the
+    seed."""
     question = f", question {panel.question}" if panel.task == "list_recall" or panel.question != "index" else ""
     return f"{panel.task.replace('_', ' ')}: {panel.placement} ({panel.level}{question})"
 
 
 def accuracy(figure: Figure, arms: list[Arm], panel: Panel, footer: str) -> None:
-    """Exact answers by evaluation length."""
+    """Draws exact answers by evaluation length."""
     axes, mine = figure.subplots(), [arm for arm in arms if any(at == panel for at, _ in arm.lines)]
     barred = _by_length(axes, styles(arms), mine, panel)
     _percent(axes, barred)
@@ -74,7 +138,7 @@ def accuracy(figure: Figure, arms: list[Arm], panel: Panel, footer: str) -> None
 
 
 def overview(figure: Figure, arms: list[Arm], panels: list[Panel], footer: str) -> None:
-    """All panels of `accuracy` at once, small: a row is a task, a column a placement."""
+    """Draws all panels of `accuracy` in small: a row for each task, a column for each placement."""
     rows = list(dict.fromkeys(panel._replace(placement="") for panel in panels))
     columns = list(dict.fromkeys(panel.placement for panel in panels))
     figure.set_size_inches(1 + 2.1 * len(columns), 0.9 + 1.75 * len(rows))
@@ -99,7 +163,7 @@ def overview(figure: Figure, arms: list[Arm], panels: list[Panel], footer: str) 
 
 
 def _by_length(axes, looks: dict, mine: list[Arm], panel: Panel) -> bool:
-    """The arms' points, chance and the best shortcut -> is a cell impossible?"""
+    """Draws the arms' points, chance and the best shortcut. Returns whether a cell is impossible."""
     barred = False
     for number, arm in enumerate(mine):
         cells = {length: of for (at, length), of in sorted(arm.lines.items()) if at == panel}
@@ -117,13 +181,12 @@ def _by_length(axes, looks: dict, mine: list[Arm], panel: Panel) -> bool:
 
 
 def _accuracy_handles(arms: list[Arm], looks: dict, barred: bool) -> list[Line2D]:
-    floor = [Line2D([], [], color=GREY, linewidth=0.8, marker="_", label="best shortcut")]
-    chance = [Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label="chance")]
-    return _arm_handles(arms, looks) + _length_handles(arms, looks) + floor + chance + _cross(barred)
+    baselines = [key("best shortcut", linewidth=0.8, marker="_"), key("chance", linestyle=":", linewidth=1.2)]
+    return _arm_handles(arms, looks) + _length_handles(arms, looks) + baselines + _cross(barred)
 
 
 def _points(axes, cells: dict[int, dict], dodge: float, look: dict) -> bool:
-    """A line with intervals; cells that are impossible in the strip below 0 -> was there one?"""
+    """Draws a line with intervals, and impossible cells in the strip below 0. Returns whether there was one."""
     possible = {length: summary(of) for length, of in cells.items() if not impossible(of)}
     x = [length * dodge for length in possible]
     mean, low, high = ([100 * row[i] for row in possible.values()] for i in range(3))
@@ -138,7 +201,7 @@ def _points(axes, cells: dict[int, dict], dodge: float, look: dict) -> bool:
     return bool(barred)
 
 
-IMPOSSIBLE = -9  # height of the strip's middle
+IMPOSSIBLE = -9  # y of crosses in the strip below 0
 
 
 def _percent(axes, barred: bool) -> None:
@@ -163,7 +226,8 @@ def _measured(arms: list[Arm], panel: Panel) -> list[dict]:
 
 
 def _floors(arms: list[Arm], panel: Panel) -> dict[int, tuple[float, int]]:
-    """The best shortcut's share by length, and of how many texts: of the lines with the most."""
+    """Returns, by length, the share of the best shortcut and its number of texts, from the lines with the most
+    texts."""
     out: dict[int, tuple[float, int]] = {}
     for line in sorted(_measured(arms, panel), key=lambda line: (line["length"], line["n"])):
         out[line["length"]] = (max(line["floors"].values()), line["n"])
@@ -172,26 +236,20 @@ def _floors(arms: list[Arm], panel: Panel) -> dict[int, tuple[float, int]]:
 
 def _arm_handles(arms: list[Arm], looks: dict) -> list[Line2D]:
     first = {arm.label: looks[arm.name] for arm in reversed(arms)}
-    return [
-        Line2D([], [], **{**first[label], "linestyle": "-"}, label=label)
-        for label in dict.fromkeys(arm.label for arm in arms)
-    ]
+    return [key(label, **{**first[label], "linestyle": "-"}) for label in dict.fromkeys(arm.label for arm in arms)]
 
 
 def _cross(barred: bool) -> list[Line2D]:
-    return [Line2D([], [], color=GREY, marker="x", linestyle="", label="impossible")] if barred else []
+    return [key("impossible", marker="x", linestyle="")] if barred else []
 
 
 def _length_handles(arms: list[Arm], looks: dict) -> list[Line2D]:
     dashes = {arm.training.length: looks[arm.name]["linestyle"] for arm in arms}
-    return [
-        Line2D([], [], color=GREY, linestyle=dashes[length], linewidth=1.4, label=f"train length {length}")
-        for length in sorted(dashes)
-    ]
+    return [key(f"train length {length}", linestyle=dashes[length], linewidth=1.4) for length in sorted(dashes)]
 
 
 def legend(figure: Figure, handles: list, columns: int = 2) -> None:
-    """Below all, in as many columns as the labels allow; the figure grows by as much."""
+    """Puts a legend below the figure, in as many columns as the labels allow, and makes the figure taller for it."""
     longest = max(len(handle.get_label()) for handle in handles)
     while columns > 1 and longest > _letters(figure, columns):
         columns -= 1
@@ -204,12 +262,12 @@ def legend(figure: Figure, handles: list, columns: int = 2) -> None:
 
 
 def _letters(figure: Figure, columns: int) -> int:
-    """How many fit into a legend's label."""
+    """Returns how many letters fit in the label of a legend."""
     return int(figure.get_figwidth() * 72 / columns / 5.6) - 7
 
 
 def differences(figure: Figure, rows: list[Difference], panel: Panel, margin: float, footer: str) -> None:
-    """First minus second by evaluation length, in points."""
+    """Draws first minus second by evaluation length, in points."""
     axes, rows = figure.subplots(), [row for row in rows if row.panel == panel and not row.refused]
     names = list(dict.fromkeys(f"{row.first.label} − {row.second.label}" for row in rows))
     trained = sorted({row.first.training.length for row in rows}, reverse=True)
@@ -220,33 +278,30 @@ def differences(figure: Figure, rows: list[Difference], panel: Panel, margin: fl
     axes.axhspan(-100 * margin, 100 * margin, color=LIGHT, zorder=0)
     axes.axhline(0, color=GREY, linewidth=1, zorder=1)
     for number, ((name, training, _), of) in enumerate(series.items()):
-        look = {**_look(-1 - names.index(name)), "linestyle": DASHES[trained.index(training.length) % len(DASHES)]}
+        style = {**look(-1 - names.index(name)), "linestyle": DASHES[trained.index(training.length) % len(DASHES)]}
         of = sorted(of, key=lambda row: row.length)
         x = [row.length * 2 ** (0.035 * (number - (len(series) - 1) / 2)) for row in of]
-        axes.plot(x, [100 * row.mean for row in of], linewidth=1.2, **look)
+        axes.plot(x, [100 * row.mean for row in of], linewidth=1.2, **style)
         axes.vlines(x, [100 * max(-1, row.low) for row in of], [100 * min(1, row.high) for row in of],
-                    color=look["color"], linewidth=1.4)  # fmt: skip
+                    color=style["color"], linewidth=1.4)  # fmt: skip
     _lengths(axes, {row.length for row in rows})
     unit = "arms, over seeds" if any(len(row.seeds) > 1 for row in rows) else "single checkpoints, not arms"
     axes.set(title=wrapped(title(panel)), xlabel=f"positions of a text\n{footer}\n{unit}", ylabel="difference, points")
-    arms = [Line2D([], [], **_look(-1 - i), label=name) for i, name in enumerate(names)]
-    dashes = [
-        Line2D([], [], color=GREY, linestyle=DASHES[trained.index(n) % len(DASHES)], label=f"train length {n}")
-        for n in sorted(trained)
-    ]
+    arms = [key(name, **look(-1 - i)) for i, name in enumerate(names)]
+    dashes = [key(f"train length {n}", linestyle=DASHES[trained.index(n) % len(DASHES)]) for n in sorted(trained)]
     band = Patch(color=LIGHT, label=f"margin, ±{100 * margin:g} points")
     legend(figure, [*arms, *dashes, band])
 
 
 def beside_paper(figure: Figure, arms: list[Arm], mine: list[Arm], panel: Panel, footer: str) -> None:
-    """The paper's Figure 1 for a task and, on the same scale, those of all arms that are like it: by the longest texts
-    that a run was fine-tuned on."""
+    """Draws the paper's Figure 1 for a task and, on the same scale, the comparable arms, by the longest texts that a
+    run was fine-tuned on."""
     left, right = figure.subplots(1, 2, sharey=True)
     handles = []
     for number, (model, by_length) in enumerate(FIGURE_1[panel.task].items()):
-        look = {**_look(number), "color": ("#999999", "#000000", "#555555", "#BBBBBB")[number]}
-        left.plot(list(by_length), list(by_length.values()), linewidth=1.2, **look)
-        handles.append(Line2D([], [], **look, label=model))
+        style = {**look(number), "color": ("#999999", "#000000", "#555555", "#BBBBBB")[number]}
+        left.plot(list(by_length), list(by_length.values()), linewidth=1.2, **style)
+        handles.append(key(model, **style))
     looks, labels = styles(arms), list(dict.fromkeys(arm.label for arm in mine))
     barred, lengths = False, set(FIGURE_1[panel.task]["GPT-2 APE"])
     for number, label in enumerate(labels):

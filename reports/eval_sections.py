@@ -1,4 +1,4 @@
-"""The sections that the page shows of each evaluation of eval.py."""
+"""Lists the sections of the page for the evaluations of eval.py."""
 
 from nanometa.reports import depth, tasks
 from nanometa.reports.page import Section

@@ -1,28 +1,26 @@
-"""The section in the shape of the paper's Table 1: list recall by extension, fine-tuning length and evaluation length,
-all in multiples of the window that the model had before."""
+"""Builds the section in the shape of the paper's Table 1: list recall by window extension, fine-tuning length and
+evaluation length, all in multiples of the window before extension."""
 
 from fractions import Fraction
 from typing import NamedTuple
 
-import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from nanometa.common.statistics import wilson
-from nanometa.reports.drawing import COLOURS, GREY, MARKERS, legend, png, wrapped
-from nanometa.reports.lines import Panel, cell_of, impossible
+from nanometa.reports.drawing import key, legend, look, png, wrapped
+from nanometa.reports.lines import Panel, cell_of, impossible, summary
 from nanometa.reports.markup import escaped, percent, span, table
 from nanometa.reports.page import Page, footer
 from nanometa.reports.paper import TABLE_1, TABLE_1_SOURCE, WINDOW
 
 
 class Row(NamedTuple):
-    """Of the table. Lengths are to the nearest multiple of the window or part of it: arms without markers have shorter
-    windows, of the same content, and belong beside those with."""
+    """A row of the table. Lengths are rounded to the nearest multiple or fraction of the window, because arms without
+    markers have shorter windows of the same content and belong in the same row as arms with markers."""
 
-    scaling: str  # "yarn 4x"; "none": the window as it was
-    how: str  # "trained" with it, or only "read" with it
-    tuned: Fraction  # length of the texts in fine-tuning, in windows
+    scaling: str  # such as "yarn 4x", or "none" for the original window
+    how: str  # "trained" with the scaling, or only "read" with it
+    tuned: Fraction  # length of the fine-tuning texts, in windows
 
     @property
     def factor(self) -> float:
@@ -31,7 +29,7 @@ class Row(NamedTuple):
 
     @property
     def paper(self) -> dict[int, float]:
-        """The paper's row, if it has one."""
+        """Returns the paper's row, empty if it has none."""
         return TABLE_1.get((self.factor, self.tuned), {})
 
 
@@ -39,11 +37,11 @@ Cells = dict[int, dict[int, dict]]  # length -> seed -> line
 
 
 def body(page: Page, lines: list[dict]) -> str:
-    """Of the lines of eval.py tasks; "" if none was read beyond its window of training by a scale."""
+    """Returns the section for lines of eval.py tasks, "" if no line was read with a scaled window."""
     mine = [line for line in lines if belongs(line)]
     if not any(line["scaling"] != "none" for line in mine):
         return ""
-    figures, groups = [page.picture("extension_paper.png", "Table 1 of the paper", png(paper_picture))], {}
+    figures, groups = [], {}
     panels: dict[tuple[Panel, Row], dict[str, Cells]] = {}
     for line in sorted(mine, key=lambda line: (row_of(line).factor, row_of(line))):
         panel, length = cell_of(line)
@@ -52,21 +50,24 @@ def body(page: Page, lines: list[dict]) -> str:
     arms = list(dict.fromkeys(arm for of in panels.values() for arm in of))
     for number, ((panel, row), of) in enumerate(panels.items(), 1):
         used = [line for cells in of.values() for by_seed in cells.values() for line in by_seed.values()]
-        what = f"{told(row)}: token accuracy and exact answers by length, as in the table below"
+        what = f"{row_name(row)}: token accuracy and exact answers by length, as in the table below"
         content = png(picture, row, of, arms, footer(used))
-        figures.append(page.picture(f"extension_{number}.png", what, content, used, note=told(row)))
+        figures.append(page.picture(f"extension_{number}.png", what, content, used, note=row_name(row)))
         name = f"level {panel.level}, question {panel.question}"
         groups.setdefault(name, []).extend(rows(page, row, of))
     head = ["extension", "by", "fine-tuned at", "asked at", "arm", "seed", "tokens, %", "95 %", "exact, %", "95 %", "n",
             "paper, tokens %", "command"]  # fmt: skip
     return f"""<h2 id="extension">List recall in longer windows: the paper's Table 1, and ours</h2>
-<p>Fine-tuned and asked with markers where the task points. Lengths are multiples (x) of the window before extension, so
-that ours can be set beside the paper's, whose window was {WINDOW}: asked at 2x, a model of {WINDOW} reads {2 * WINDOW}
-positions. Arms without markers have shorter windows, of the same content; panels and the paper's figures go by the
-nearest multiple. "trained": the longer window was trained before fine-tuning, as the paper's; "read": the
-positions were scaled when it was asked, and never before. Solid: token accuracy with a bootstrap interval over texts,
-as the paper's; dashed: exact answers with Wilson's. With several seeds both reach from the lowest to the highest. Where
-items are single tokens the two are the same. Grey: the paper's row of the same extension and fine-tuning.</p>
+<p>Models were fine-tuned and evaluated with markers where the task points. Lengths are multiples (x) of the window
+before extension, so that ours can be compared with the paper's, whose window was {WINDOW}: at 2x, a model of {
+        WINDOW
+    } reads
+{2 * WINDOW} positions. Arms without markers have shorter windows of the same content and are shown at the nearest
+multiple. "trained" means that the longer window was trained before fine-tuning, as in the paper; "read" means that
+positions were scaled only for the evaluation. Solid lines are token accuracy with a bootstrap interval over texts, the
+paper's measure; dashed lines are exact answers with Wilson's interval. With several seeds both reach from the lowest to
+the highest. The two are equal where items are single tokens. Grey is the paper's row of the same extension and
+fine-tuning.</p>
 <p class="small">{escaped(TABLE_1_SOURCE)}.</p>
 <div>{"".join(figures)}</div>
 {
@@ -80,7 +81,8 @@ items are single tokens the two are the same. Grey: the paper's row of the same 
 
 
 def belongs(line: dict) -> bool:
-    """Is it of list recall as the paper's Table 1 has it? Lines of the first versions do not say their window."""
+    """Returns whether a line is comparable with the paper's Table 1. Lines of the first versions do not record their
+    window and are left out."""
     return (
         line["task"] == "list_recall"
         and line["placement"] == "target"
@@ -96,17 +98,17 @@ def row_of(line: dict) -> Row:
 
 
 def nearest(length: int, window: int) -> Fraction:
-    """The multiple of a window, or the part of it, that a length is next to."""
+    """Returns the multiple or fraction of a window nearest to a length."""
     return Fraction(round(length / window)) if length >= window else Fraction(1, round(window / length))
 
 
 def arm_of(line: dict) -> str:
-    """The arm without its scaling, which a row has."""
+    """Returns the arm without its scaling, which the row names."""
     name = line["arm"].removesuffix(f", read with {line['scaling']}")
     return name.replace(f", {line['trained_scaling']}", "", 1)
 
 
-def told(row: Row) -> str:
+def row_name(row: Row) -> str:
     extension = "window as it was" if row.scaling == "none" else f"{row.scaling}, {row.how}"
     return f"{extension}; fine-tuned at {row.tuned}x"
 
@@ -132,60 +134,34 @@ def rows(page: Page, row: Row, of: dict[str, Cells]) -> list[list]:
 
 
 def picture(figure: Figure, row: Row, of: dict[str, Cells], arms: list[str], about: str) -> None:
-    """One row of the table: accuracy by evaluation length, an arm a colour."""
+    """Draws one row of the table: accuracy by evaluation length, one color for each arm."""
     axes, handles = figure.subplots(), []
     for number, (arm, cells) in enumerate(of.items()):
-        look = {"color": COLOURS[arms.index(arm) % len(COLOURS)], "marker": MARKERS[arms.index(arm) % len(MARKERS)]}
-        handles.append(Line2D([], [], label=arm, markersize=4.5, **look))
+        style = look(arms.index(arm))
+        handles.append(key(arm, linestyle="", **style))
         possible = {length: by_seed for length, by_seed in sorted(cells.items()) if not impossible(by_seed)}
-        for share, interval, style in (("token_accuracy", "token_interval", "-"), ("exact", "interval", (0, (4, 2)))):
+        for share, interval, dash in (("token_accuracy", "token_interval", "-"), ("exact", "interval", (0, (4, 2)))):
             dodge = 1 + 0.03 * (number - (len(of) - 1) / 2) + (0.015 if share == "exact" else 0)
             x = [dodge * length / window_of(by_seed) for length, by_seed in possible.items()]
             ends = [summary(by_seed, share, interval) for by_seed in possible.values()]
-            axes.plot(x, [100 * mean for mean, _, _ in ends], linestyle=style, linewidth=1.3, markersize=4.5, **look)
+            axes.plot(x, [100 * mean for mean, _, _ in ends], linestyle=dash, linewidth=1.3, **style)
             axes.vlines(x, [100 * low for _, low, _ in ends], [100 * high for _, _, high in ends],
-                        color=look["color"], linewidth=1.3)  # fmt: skip
+                        color=style["color"], linewidth=1.3)  # fmt: skip
     if row.paper:
         axes.plot(list(row.paper), list(row.paper.values()), color="#999999", marker=".", linewidth=1.2)
-        handles.append(Line2D([], [], color="#999999", marker=".", label="paper, n unknown"))
-    axes.axvline(row.factor, color=GREY, linestyle=":", linewidth=1.2)
+        handles.append(key("paper, n unknown", color="#999999", marker="."))
+    axes.axvline(row.factor, linestyle=":", linewidth=1.2, color="#555555")
     handles += [
-        Line2D([], [], color=GREY, label="token accuracy"),
-        Line2D([], [], color=GREY, linestyle=(0, (4, 2)), label="exact answers"),
-        Line2D([], [], color=GREY, linestyle=":", label="end of the window"),
+        key("token accuracy"),
+        key("exact answers", linestyle=(0, (4, 2))),
+        key("end of the window", linestyle=":"),
     ]
     axes.set_ylim(-4, 104)
     axes.set_xlim(left=0)
-    axes.set(title=wrapped(told(row)), ylabel="%")
-    axes.set_xlabel(f"asked at, in windows of the model\n{about}")
+    axes.set(title=wrapped(row_name(row)), ylabel="%", xlabel=f"asked at, in windows of the model\n{about}")
     legend(figure, handles)
 
 
 def window_of(of: dict[int, dict]) -> int:
-    """Before any extension: of a cell's lines by seed."""
+    """Returns the window before any extension, from a cell's lines by seed."""
     return next(iter(of.values()))["original_block_size"]
-
-
-def summary(of: dict[int, dict], share: str, interval: str) -> tuple[float, float, float]:
-    """A cell's lines by seed -> a share and its ends: with one seed over texts, with several the lowest and highest."""
-    if len(of) == 1:
-        (line,) = of.values()
-        ends = line[interval] if interval in line else wilson(line["correct"], line["n"])
-        return line[share], *ends
-    shares = [line[share] for line in of.values()]
-    return float(np.mean(shares)), min(shares), max(shares)
-
-
-def paper_picture(figure: Figure) -> None:
-    axes, handles = figure.subplots(), []
-    for number, ((extended, tuned), of) in enumerate(TABLE_1.items()):
-        look = {"color": ("#999999", "#000000", "#555555", "#BBBBBB")[number], "linestyle": "-",
-                "marker": MARKERS[number], "markersize": 4.5}  # fmt: skip
-        axes.plot(list(of), list(of.values()), linewidth=1.2, **look)
-        handles.append(Line2D([], [], **look, label=f"{extended}x, fine-tuned at {tuned}x"))
-    axes.set_ylim(-4, 104)
-    axes.set_xlim(left=0)
-    axes.set(
-        title="the paper's Table 1, n unknown", ylabel="token accuracy, %", xlabel=f"asked at, in windows of {WINDOW}"
-    )
-    legend(figure, handles)

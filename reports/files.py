@@ -1,4 +1,4 @@
-"""Run folders and .jsonl files -> what a report shows of them, checked, and each run's record of its training."""
+"""Reads run folders and .jsonl files for a report, and checks their lines."""
 
 import json
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from nanometa.reports.training import METRICS, Metrics, read_run
 
 @dataclass(frozen=True)
 class Found:
-    """What a report is of."""
+    """The lines and runs that a report shows."""
 
-    lines: dict[str, list[dict]]  # kind of a section -> its lines, each once
+    lines: dict[str, list[dict]]  # lines by the kind of their section, without repetitions
     runs: list[Metrics]
-    repeated: int  # lines that gave way to another of the same cell
+    repeated: int  # number of lines replaced by another of the same cell
 
 
 def read(sources: tuple[str, ...], sections: list[Section]) -> Found:
-    """Lines of run folders and .jsonl files; of repeated ones that of the most texts, else the last. A folder may
-    lack most of the files.
+    """Returns the lines of run folders and .jsonl files. If lines repeat, the one with the most texts counts, and the
+    last among equals. A folder may lack most of the files.
 
-    Raises UserError, naming file and line."""
+    Raises UserError, naming file and line, for a line that cannot be shown."""
     kinds = {section.kind: section for section in sections}
     kept: dict[str, dict[tuple, dict]] = {kind: {} for kind in kinds}
     runs, repeated = [], 0
@@ -46,7 +46,9 @@ def read(sources: tuple[str, ...], sections: list[Section]) -> Found:
                 key = kinds[kind].key(line)
                 earlier = kept[kind].get(key)
                 repeated += earlier is not None
-                if earlier is None or line.get("n", 0) >= earlier.get("n", 0):  # a quick look replaces no figure
+                if earlier is None or line.get("n", 0) >= earlier.get(
+                    "n", 0
+                ):  # a measurement on fewer texts does not replace one on more
                     kept[kind][key] = line
     lines = {kind: list(of.values()) for kind, of in kept.items() if of}
     if not lines and not runs:
@@ -55,12 +57,12 @@ def read(sources: tuple[str, ...], sections: list[Section]) -> Found:
 
 
 def kind_of(line: dict) -> str:
-    """The evaluation or the probe that a line is of; its file in a run's folder has this name."""
+    """Returns the evaluation or probe that wrote a line, which is also the name of its file in a run's folder."""
     return line.get("eval", line.get("probe", ""))
 
 
 def _lines(path: Path, kinds: dict[str, Section]):
-    """The lines of a file, checked."""
+    """Yields the checked lines of a file."""
     try:
         rows = path.read_text().splitlines()
     except (OSError, ValueError) as error:
@@ -74,7 +76,7 @@ def _lines(path: Path, kinds: dict[str, Section]):
             line = json.loads(row, parse_constant=_refuse)
             if not isinstance(line, dict) or kind_of(line) not in kinds:
                 raise ValueError(f'it does not say "eval" or "probe": one of {", ".join(kinds)}')
-            json.dumps(line, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            json.dumps(line, ensure_ascii=False).encode()  # raises for half a surrogate pair, which is no text
             kinds[kind_of(line)].check(line)
         except (ValueError, OverflowError, RecursionError) as error:
             raise UserError(

@@ -1,4 +1,4 @@
-"""The lines of eval.py tasks: checked, and sorted into arms; what all lines have in common."""
+"""Checks lines of eval.py tasks, groups them into arms, and checks the facts that all lines share."""
 
 import math
 from collections import Counter
@@ -11,20 +11,20 @@ from nanometa.common.statistics import wilson
 from nanometa.config.tasks import LEVELS, PLACEMENTS, QUESTIONS, TASKS
 
 NUMBER = (int, float)
-# what every line of an evaluation or a probe says of its run (evals/common.facts_of)
+# facts about its run that every line of an evaluation or probe has (evals/common.facts_of)
 FACTS = {
     "arm": (str,), "run": (str,), "checkpoint": (str,), "weights_sha256": (str,), "step": (int,), "seed": (int,),
     "trained_on": (list, str), "train_length": (int,), "train_placements": (list, type(None)), "command": (str,),
     "commit": (str,), "settings": (str,), "parameters": (int,),
 }  # fmt: skip
-# and what lines of the first versions do not say
+# facts that lines of the first versions lack
 LATER = {
     "scaling": (str,),
     "trained_scaling": (str,),
     "original_block_size": (int,),
     "origin": (dict,),
     "machine": (str,),
-    "answered": (dict,),  # of a probe: has the run learned what it is asked?
+    "answered": (dict,),  # of probes: whether the run has learned the task
 }
 ORIGIN = {
     "weights": (str,), "dataset": (str, type(None)), "train_sha256": (str, type(None)),
@@ -47,7 +47,7 @@ CHOICES = {
 
 
 class Panel(NamedTuple):
-    """What a picture shows by length."""
+    """A task with its settings, which a picture shows by length."""
 
     task: str
     placement: str
@@ -56,25 +56,25 @@ class Panel(NamedTuple):
 
 
 class Training(NamedTuple):
-    """What a run was trained on, as far as its lines say it; only equal ones are compared."""
+    """What a run was trained on, as recorded in its lines. Only arms of equal training are compared."""
 
     on: tuple[str, ...]  # tasks, or the dataset's folder
     length: int
-    placements: tuple[str, ...]  # (): on text
-    settings: str  # a hash of all others: rate, steps, batch and so on
+    placements: tuple[str, ...]  # empty if trained on text
+    settings: str  # a hash of all other settings: learning rate, steps, batch and so on
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs whose lines differ in nothing but the seed."""
+    """Runs whose lines differ only in the seed."""
 
     label: str
     training: Training
-    lines: dict[tuple[Panel, int], dict[int, dict]]  # (panel, length) -> seed -> line
+    lines: dict[tuple[Panel, int], dict[int, dict]]  # by (panel, length) and then by seed
 
     @property
     def name(self) -> tuple[str, int]:
-        """No two arms of a report have the same."""
+        """Returns the unique name of the arm in a report."""
         return self.label, self.training.length
 
 
@@ -83,8 +83,8 @@ def cell_of(line: dict) -> tuple[Panel, int]:
 
 
 def check_facts(line: dict, fields: dict[str, tuple]) -> None:
-    """Raises ValueError if a line lacks what every line says of its run, or one of `fields` (name -> types), or has it
-    in another type."""
+    """Raises ValueError if a line lacks a fact about its run or one of `fields` (types by name), or has it in another
+    type."""
     check_fields(line, FACTS | fields)
     for name, kinds in LATER.items():
         if type(line.get(name)) not in (*kinds, type(None)):
@@ -101,7 +101,8 @@ def check_facts(line: dict, fields: dict[str, tuple]) -> None:
 
 
 def check_fields(of: dict, fields: dict[str, tuple]) -> None:
-    """Raises ValueError if one of `fields` (name -> types) is missing or of another type, or an interval no pair."""
+    """Raises ValueError if one of `fields` (types by name) is missing or of another type, or if an interval is no
+    pair."""
     for name, kinds in fields.items():
         if name not in of:
             raise ValueError(f"{name} is missing")
@@ -112,7 +113,7 @@ def check_fields(of: dict, fields: dict[str, tuple]) -> None:
 
 
 def check(line: dict) -> None:
-    """Raises ValueError that says what is wrong with a line of eval.py tasks."""
+    """Raises ValueError, with the reason, for a damaged line of eval.py tasks."""
     check_facts(line, CELL if "impossible" in line else CELL | MEASURED)
     if not 0 < line["length"] <= 2**30:
         raise ValueError(f"its lengths are {line['length']} and {line['train_length']}")
@@ -133,13 +134,13 @@ def check(line: dict) -> None:
 
 
 def key(line: dict) -> tuple:
-    """Lines with the same are of the same figure: of one run, read in one way, in one cell."""
+    """Returns a key that is equal for lines of one run, read in one way, in one cell."""
     return line["run"], line["weights_sha256"], line["arm"], cell_of(line)
 
 
 def arms_of(lines: list[dict]) -> list[Arm]:
-    """Arms in the order in which they first appear. Runs with the same arm and training are its seeds; where two of
-    them have the same seed, the lines do not say what tells them apart, and each is an arm of its own."""
+    """Returns the arms in the order in which they first appear. Runs with the same arm and training are its seeds. If
+    two of them have the same seed, the lines do not record how they differ, and each becomes an arm of its own."""
     groups: dict[tuple, dict[tuple, list[dict]]] = {}
     for line in lines:
         on = (line["trained_on"],) if isinstance(line["trained_on"], str) else tuple(map(str, line["trained_on"]))
@@ -162,7 +163,8 @@ def arms_of(lines: list[dict]) -> list[Arm]:
 
 
 def _labels(found: list[tuple[str, Training, list]]) -> list[str]:
-    """The arm, and as much of its training as tells it from the others, whatever their length; last of all its run."""
+    """Returns labels of arms: the arm and those details of its training that tell it from others of any length, and if
+    these do not suffice its run."""
     runs = [(of[0][0], f" and {len(of) - 1} more" if len(of) > 1 else "") for _, _, of in found]
     details = (
         [(0, f"trained with {', '.join(training.placements) or 'text'}") for _, training, _ in found],
@@ -180,8 +182,13 @@ def _labels(found: list[tuple[str, Training, list]]) -> list[str]:
     return labels
 
 
+def has_learned(line: dict) -> bool:
+    """Returns whether the run of a probe's line has learned the task; True if the line does not say it."""
+    return (line.get("answered") or {}).get("better", True)
+
+
 def panels_of(arms: list[Arm]) -> list[Panel]:
-    """All panels, in the order of the settings' choices."""
+    """Returns all panels, in the order of the settings' choices."""
     return sorted({panel for arm in arms for panel, _ in arm.lines}, key=order)
 
 
@@ -190,20 +197,21 @@ def order(panel: Panel) -> list[int]:
 
 
 def impossible(of: dict[int, dict]) -> str:
-    """Why a cell cannot be measured, "" if it could: of its lines by seed."""
+    """Returns why a cell cannot be measured, from its lines by seed, "" if it can."""
     return next((line["impossible"] for line in of.values() if "impossible" in line), "")
 
 
-def summary(of: dict[int, dict]) -> tuple[float, float, float]:
-    """A cell's lines by seed -> share of exact answers and its ends: with one seed Wilson's interval over texts, with
-    several the mean, the lowest and the highest seed."""
+def summary(of: dict[int, dict], share: str = "exact", interval: str = "") -> tuple[float, float, float]:
+    """Returns a share of a cell and the ends of its bar, from the cell's lines by seed. With one seed the ends are the
+    line's `interval` over texts, or else Wilson's of the exact answers; with several they are the lowest and the
+    highest seed, and the share is the mean."""
     if len(of) == 1:
         (line,) = of.values()
-        return line["exact"], *wilson(line["correct"], line["n"])
-    shares = [line["exact"] for line in of.values()]
+        return line[share], *(line.get(interval) or wilson(line["correct"], line["n"]))
+    shares = [line[share] for line in of.values()]
     return float(np.mean(shares)), min(shares), max(shares)
 
 
 def share_interval(share: float, n: int) -> tuple[float, float]:
-    """Wilson's interval of a share of n texts whose count a line does not have."""
+    """Returns Wilson's interval of a share of n texts, for shares whose count is not recorded."""
     return wilson(round(share * n), n)

@@ -1,7 +1,8 @@
-"""Pieces of HTML, and figures as text. Every string that is not Markup is escaped."""
+"""Builds HTML and text: tables, folded parts, formatted figures. Every string that is not Markup is escaped."""
 
 import html
 import math
+import textwrap
 
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 920px; margin: 0 auto;
@@ -26,7 +27,11 @@ th, td { padding: .2em .55em; text-align: right; border-bottom: 1px solid #ddd; 
 td { white-space: nowrap }
 th { background: #f4f4f4; vertical-align: bottom }
 th[scope=rowgroup] { white-space: nowrap }
-thead th { position: sticky; top: 0 }
+thead th { position: sticky; top: 0; z-index: 1 }
+tbody td:first-child { position: sticky; left: 0; background: #fff }
+thead th:first-child { left: 0; z-index: 2 }
+details { margin: .6em 0 }
+summary { cursor: pointer; color: #0b57a4 }
 .text, .long { text-align: left }
 td.long { white-space: normal; min-width: 14em; max-width: 30em; overflow-wrap: anywhere }
 .warn { border-left: 4px solid #d55e00; padding: .1em .8em; background: #fff6f0 }
@@ -43,6 +48,8 @@ td.long { white-space: normal; min-width: 14em; max-width: 30em; overflow-wrap: 
   figure { margin-right: 0; width: 100% }
   .wide img { max-width: none }
   .overview { display: none }
+  /* the first column stays in view and must leave room for the others */
+  tbody td:first-child { white-space: normal; min-width: 5em; max-width: 9em }
 }
 @media print {
   @page { margin: 14mm }
@@ -50,6 +57,7 @@ td.long { white-space: normal; min-width: 14em; max-width: 30em; overflow-wrap: 
   h2, h3 { break-after: avoid }
   tr { break-inside: avoid }
   .scroll { overflow: visible; max-height: none }
+  tbody td:first-child, thead th { position: static }
   .small, figcaption { font-size: 8pt }
   table { font-size: 7pt; max-width: 100% }
   th, td { padding: .15em .3em; white-space: normal }
@@ -61,7 +69,7 @@ td.long { white-space: normal; min-width: 14em; max-width: 30em; overflow-wrap: 
 
 
 class Markup(str):
-    """HTML that is ours, and not escaped again."""
+    """HTML written by this program, which is not escaped again."""
 
 
 def escaped(value) -> Markup:
@@ -77,8 +85,8 @@ def document(title: str, body: str) -> str:
 
 
 def table(head: list[str], groups: dict[str, list[list]], text: tuple[int, ...], long: tuple[int, ...] = ()) -> Markup:
-    """groups: rows below a heading of theirs, "" for none. `text`, `long`: the columns that are no numbers, and those
-    whose lines break."""
+    """Returns a table that scrolls in its box. groups: rows by the heading above them, "" for none; `text`: columns
+    that are no numbers; `long`: columns whose lines may break."""
     kinds = [" class=long" if i in long else " class=text" if i in text else "" for i in range(len(head))]
     top = "".join(f'<th scope="col"{kind}>{escaped(name)}</th>' for kind, name in zip(kinds, head, strict=True))
     body = ""
@@ -92,6 +100,27 @@ def table(head: list[str], groups: dict[str, list[list]], text: tuple[int, ...],
     return Markup(
         f'<div class="scroll"><table{many}><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
     )
+
+
+def text_table(head: list[str], rows: list[list], text: tuple[int, ...]) -> str:
+    """Returns a table for a terminal, without the columns that are empty. `text`: the columns aligned to the left."""
+    cells = [[str(value) for value in row] for row in rows]
+    shown = [i for i in range(len(head)) if any(row[i] for row in cells)]
+    wide = {i: max(8, *(len(row[i]) for row in cells)) for i in shown}
+    names = {i: textwrap.wrap(head[i], wide[i], break_long_words=False) for i in shown}
+    height = max(map(len, names.values()))
+    top = [[([""] * (height - len(names[i])) + names[i])[k] if i in names else "" for i in range(len(head))]
+           for k in range(height)]  # fmt: skip
+    wide = {i: max(len(row[i]) for row in [*top, *cells]) for i in shown}
+    return "\n".join(
+        "  ".join(row[i].ljust(wide[i]) if i in text else row[i].rjust(wide[i]) for i in shown).rstrip()
+        for row in [*top, *cells]
+    )
+
+
+def details(name: str, content: str) -> Markup:
+    """Returns content that is folded below its name until a reader opens it."""
+    return Markup(f"<details><summary>{escaped(name)}</summary>\n{content}</details>\n")
 
 
 def percent(share: float) -> str:

@@ -1,6 +1,7 @@
-"""The page of a report: one HTML file without scripts or network, its pictures inline and as PNG files beside it.
+"""Assembles the page of a report: one HTML file without scripts or network, with its pictures inline and beside it as
+PNG.
 
-What it shows of one kind of lines is a section, made in a file of its own; report.py has the list of them."""
+A section shows the lines of one kind and is built in a file of its own; report.py lists the sections."""
 
 import base64
 import re
@@ -9,47 +10,53 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from nanometa.reports import drawing
-from nanometa.reports.markup import Markup, document, escaped, table
+from nanometa.reports.markup import Markup, details, document, escaped, table
 
 HASH = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")
 
 
 class Section(NamedTuple):
-    """What the page shows of lines of one kind."""
+    """The part of the page about lines of one kind."""
 
-    kind: str  # what a line says it is of ("eval" or "probe"): in a run's folder they are in <kind>.jsonl
-    check: Callable[[dict], None]  # raises ValueError if a line is not what the section draws
-    key: Callable[[dict], tuple]  # of lines with the same, the last one counts
+    kind: str  # value of "eval" or "probe" in the lines; in a run's folder they are in <kind>.jsonl
+    check: Callable[[dict], None]  # raises ValueError for a line that the section cannot draw
+    key: Callable[[dict], tuple]  # equal for lines of the same figure, of which the last one counts
     body: Callable[["Page", list[dict]], str]  # its HTML, with headings <h2 id=..>
+    picture: Callable[[list[dict]], bytes] | None = None  # one PNG of all lines of a checkpoint, for probe.py
+    table: Callable[[list[dict]], str] | None = None  # the table of these lines for a terminal
 
 
 class Page:
-    """Sections put together; what they share are pictures, files and the numbers of commands."""
+    """The page under construction, with the pictures, files and numbered commands that its sections share."""
 
     def __init__(self, command: str, repeated: int = 0):
         self.command, self.repeated = command, repeated
         self.files: dict[str, bytes] = {}
-        self.numbers: dict[str, int] = {}  # of commands, in the order in which they are first spoken of
+        self.numbers: dict[str, int] = {}  # numbers of commands, in the order of their first mention
 
-    def render(self, lines: list[dict], parts: list[Callable[["Page"], str]]) -> dict[str, bytes]:
-        """File name -> bytes: report.html and the pictures. The same lines give the same bytes.
+    def render(
+        self, lines: list[dict], parts: list[Callable[["Page"], str]], summary: Callable[["Page"], str] | None = None
+    ) -> dict[str, bytes]:
+        """Returns the bytes of report.html and of its pictures by file name. The same lines give the same bytes.
 
-        lines: all of them, for the table of runs; parts: what makes the sections, in their order."""
+        lines: all lines, for the table of runs; parts: build the sections, in their order; summary: builds the first
+        screen."""
+        first = summary(self) if summary else ""
         body = "".join(part(self) for part in parts)
         contents = re.findall(r'<h2 id="(\w+)">(.*?)</h2>', body)
         links = " · ".join(f'<a href="#{name}">{title}</a>' for name, title in [*contents, ("commands", "Commands")])
         again = (
-            f"<p>Lines that repeat a figure of the same run and weights: {self.repeated}. The one of the most texts "
-            f"counts, among equals the last.</p>\n"
+            f"<p>Lines that repeat a figure of the same run and weights: {self.repeated}. The line with the most texts "
+            f"counts, and the last among equals.</p>\n"
         )
-        top = f"""<h1>What the runs came to</h1>
+        top = f"""<h1>Results of the runs</h1>
 <p><code>{escaped(self.command)}</code></p>
 <p class="contents">{links}</p>
-{again if self.repeated else ""}{self.runs(lines) if lines else ""}"""
+{again if self.repeated else ""}{first}{details("All facts of the runs", self.runs(lines)) if lines else ""}"""
         return {"report.html": document("nanoMeta report", top + body + self.commands()).encode(), **self.files}
 
     def runs(self, lines: list[dict]) -> str:
-        """Which runs the lines are of; arms are named in full by the sections."""
+        """Returns a table of the runs that the lines are about."""
         rows = {}
         for line in lines:
             on = [line["trained_on"]] if isinstance(line["trained_on"], str) else line["trained_on"]
@@ -61,28 +68,28 @@ class Page:
             ]  # fmt: skip
         head = ["run", "arm", "parameters", "seed", "train length", "trained with", "settings", "step", "on", "origin",
                 "weights", "commit", "checkpoint"]  # fmt: skip
-        return f"""<p class="small">Settings: a hash of how a run was trained, but for model, seed and folders. Origin:
-the weights that it started from, and the text that these and the run itself have seen. Intervals are 95 %.</p>
+        return f"""<p class="small">Settings is a hash of all training settings except model, seed and folders. Origin
+names the weights that a run started from and the text that these and the run itself have seen. Intervals are 95 %.</p>
 {table(head, {"": list(rows.values())}, (0, 1, 5, 6, 8, 9, 10, 11, 12))}"""
 
     def picture(self, name: str, what: str, content: bytes, used: list[dict] = (), note: str = "") -> str:
-        """A <figure> of a PNG, which is kept as a file, too; what: its text for who does not see it; its caption has
-        n, seeds, commands and machine of the lines used, as far as they say them."""
+        """Returns a <figure> of a PNG, and keeps the PNG as a file. what: alternative text; used: lines whose n, seeds,
+        commands and machines the caption names."""
         self.files[name] = content
         machines = list(dict.fromkeys(line["machine"] for line in used if line.get("machine")))
         links = self.links([line["command"] for line in used])
-        told = [note, footer(used) if used else "", Markup(f"commands {links}") if links else "", *machines, name]
-        caption = "; ".join(escaped(text) for text in told if text)
+        facts = [note, footer(used) if used else "", Markup(f"commands {links}") if links else "", *machines, name]
+        caption = "; ".join(escaped(text) for text in facts if text)
         inches = struct.unpack(">I", content[16:20])[0] / drawing.DPI  # a PNG's width
         wide = inches > 1.3 * drawing.WIDTH
         image = f'<img alt="{escaped(what)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
-        # a wide picture has its natural size where the page is narrow, and scrolls in its box as a table does
+        # on a narrow page a wide picture keeps its natural size and scrolls in its box, as tables do
         start = f'<figure class="wide" style="--natural:{110 * inches:.0f}px">' if wide else "<figure>"
         inner = f'<div class="scroll">{image}</div>' if wide else image
         return f'{start}{inner}<figcaption data-file="{escaped(name)}">{caption}</figcaption></figure>\n'
 
     def links(self, commands: list[str]) -> Markup:
-        """Links to commands, 1 2 3 5 as [1]–[3] [5]."""
+        """Returns links to the commands, such as [1]–[3] [5]."""
         for command in commands:
             self.numbers.setdefault(command, len(self.numbers) + 1)
         return spans(sorted({self.numbers[command] for command in commands}))
@@ -93,7 +100,7 @@ the weights that it started from, and the text that these and the run itself hav
 
 
 def origin(line: dict) -> str:
-    """Where a line's weights come from, in words."""
+    """Returns where a line's weights come from, in words."""
     if not (known := line.get("origin")):
         return "the line does not say"
     tokens, weights = known["content_tokens"], HASH.sub(r"\1", known["weights"])
@@ -104,7 +111,7 @@ def origin(line: dict) -> str:
 
 
 def footer(lines: list[dict]) -> str:
-    """n and seeds of the lines behind a picture or a figure."""
+    """Returns n and the seeds of the lines behind a picture or figure."""
     n, seeds = sorted({line["n"] for line in lines if line.get("n")}), sorted({line["seed"] for line in lines})
     few = ", ".join(map(str, seeds)) if len(seeds) < 6 else f"{len(seeds)} from {seeds[0]} to {seeds[-1]}"
     if not n:
@@ -113,7 +120,7 @@ def footer(lines: list[dict]) -> str:
 
 
 def spans(numbers: list[int]) -> Markup:
-    """Links to commands, 1 2 3 5 as [1]–[3] [5]."""
+    """Returns links to commands; 1 2 3 5 become [1]–[3] [5]."""
     links = {n: f'<a href="#command{n}">[{n}]</a>' for n in numbers}
     out = ""
     for n in numbers:

@@ -1,7 +1,7 @@
-"""Figures of the paper (Shah et al., arXiv 2509.16278v1) that reports and probes set ours beside.
+"""Figures of the paper (Shah et al., arXiv 2509.16278v1) with which reports and probes compare ours.
 
-Second-hand: machine readings of the printed labels of its bar charts, three to five of them, which agree on every cell
-but for what NOTES says."""
+They are second-hand: three to five machine readings of the printed labels of its bar charts, which agree on every cell
+except those in NOTES."""
 
 import math
 
@@ -34,7 +34,7 @@ FIGURE_1 = {
         "GPT-Neo-125M": {512: 16.9},
     },
 }
-LENGTH = 512  # of the texts that it evaluates on
+LENGTH = 512  # evaluation length of Figure 1
 
 # Table 1, list recall, from a digest of the ICLR version that calls it an excerpt: token accuracy in %. Lengths are
 # multiples of the window before extension: (extended to, fine-tuned at) -> {evaluated at: accuracy}
@@ -50,12 +50,12 @@ TABLE_1_SOURCE = (
     "quotes it: an excerpt; its n is unknown, and the fractions fit 55 to 114 texts a cell"
 )
 
-# Figure 2: what meta-tokens do to attention as trained, against with an embedding of zeros, in a mean over heads and
-# queries that it does not name: the largest logit grows, entropy falls (nats)
+# Figure 2: the change of attention from meta-tokens with an embedding of zeros to meta-tokens as trained, a mean over
+# heads and queries that the paper does not name: growth of the largest logit, drop of entropy (nats)
 FIGURE_2 = {"boost": 1.26, "drop": 1.40}
 
-# its picture of rate and distortion: distortion of bottlenecks trained on 50 texts, in nats, and what guessing among
-# all ids of GPT-2 has
+# the paper's picture of rate and distortion: distortion of bottlenecks trained on 50 texts, in nats, and the distortion
+# of guessing among all ids of GPT-2
 DISTORTION = (10.0, 10.75)
 GUESSING = math.log(50257)
 

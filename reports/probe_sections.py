@@ -1,40 +1,41 @@
-"""What the page shows of each probe: what it decides, which lines it takes, its pictures and its table."""
+"""Defines the section of each probe: its question, the fields of its lines, its pictures and its table."""
 
 from collections.abc import Callable
 
-from nanometa.reports import rates
-from nanometa.reports.inside_pictures import (
-    LOOKS,
+from nanometa.reports import rate_distortion
+from nanometa.reports.lines import CELL, NUMBER
+from nanometa.reports.markup import percent, points, span
+from nanometa.reports.paper import FIGURE_2
+from nanometa.reports.probe_pictures import (
+    ATTENTION_MARKERS,
     PLACE_NAMES,
     SITE_NAMES,
     attention_panel,
     patching_panel,
+    positions_panel,
     residual_panel,
+    table_2,
     theorem_picture,
 )
-from nanometa.reports.lines import CELL, NUMBER
-from nanometa.reports.markup import percent, points, span
-from nanometa.reports.paper import FIGURE_2
-from nanometa.reports.position_pictures import positions_panel, table_2
-from nanometa.reports.probes import WHERE, Column, claim, layers_where, probe
+from nanometa.reports.table_sections import WHERE, Column, claim, layers_where, probe
 
-CHECKPOINT = "Verdicts and Holm's p are of this checkpoint, not of its arm."
+CHECKPOINT = "Verdicts and Holm's p are about this checkpoint, not about its arm."
 TEXTS = ("task", "placement", "level", "question", "length")  # tell cells apart
 N = Column("n", lambda line: line["n"])
 
 
 def by_layer(row: dict, show) -> str:
-    """What the lines of one row say, layer after layer from 0."""
+    """Returns a figure of the lines of one row, layer by layer from 0."""
     return " ".join(map(show, sorted(row["lines"], key=lambda line: line["layer"])))
 
 
 def known(*names: str, **kinds: tuple) -> dict[str, tuple]:
-    """Fields of a cell, with their types: those that are named are numbers."""
+    """Returns the types of a cell's fields; `names` are further fields that hold numbers."""
     return {**CELL, "mark": (str,), **dict.fromkeys(names, NUMBER), **kinds}
 
 
 def judged(*claims: str) -> dict[str, tuple]:
-    """What a line has of a claim."""
+    """Returns the types of the fields that claims add to a line."""
     of = {"": NUMBER, "_interval": (list,), "_holm": NUMBER, "_verdict": (str,)}
     return {f"{claim}{end}": kinds for claim in claims for end, kinds in of.items()}
 
@@ -43,14 +44,18 @@ def share(name: str) -> Callable[[dict], str]:
     return lambda line: percent(line[name]) if name in line else ""
 
 
+def few_keys(keys: float) -> str:
+    return f"{keys:.1f}{' (few)' if keys < 8 else ''}"
+
+
 POSITIONS = probe(
     "positions",
     "Meta-tokens without a position, without an embedding",
-    "The same weights read the same texts of the tasks: as trained (full), with no position at meta-tokens, with "
-    "no embedding at them, with neither. If position or embedding of the meta-tokens carry what the answer needs, "
-    'the answers go with them. A verdict is on "more answers are right than in full": the reverse holds where fewer '
-    "are. Differences are from full, in points, with Newcombe's interval over texts; verdicts "
-    "and Holm's p are of this checkpoint, not of its arm. The paper's Table 2 has some cells of about 18 texts.",
+    "The same weights read the same texts of the tasks under several conditions: as trained (full), without a "
+    "position at meta-tokens, without their embedding, and with neither. If the position or the embedding "
+    'carries what the answer needs, fewer answers are right without it. Verdicts are about "more answers are '
+    'right than in full"; the reverse holds where fewer are. Differences from full are in points, with '
+    f"Newcombe's interval over texts. {CHECKPOINT} The paper's Table 2 has cells of about 18 texts.",
     {**CELL, "condition": (str,), "exact": NUMBER, "interval": (list,), "chance": NUMBER},
     (*TEXTS, "condition"),
     positions_panel,
@@ -70,14 +75,15 @@ POSITIONS = probe(
 ATTENTION = probe(
     "attention",
     "Logit boost and entropy drop of every head",
-    "Do meta-tokens sharpen attention, and where? The same weights read the same texts as trained and with zeros for "
-    "the embedding of the mark; boost is by how much a head's largest logit grows, drop by how much its entropy falls, "
-    "over the queries behind the last mark, with intervals over texts. The paper's Figure 2 has a boost of "
-    f"{FIGURE_2['boost']:.2f} and a drop of {FIGURE_2['drop']:.2f} nats, of heads and queries that it does not name. "
-    "By its theorem the boost of a key makes entropy fall; that is true only of a key that is likely without it, and "
-    '"applies" is the share of queries where the last mark is such a key. "Explained" is the drop if nothing but the '
-    'mark\'s own logit had changed: it decides whether the theorem is why. With placement none the word "mark" stands '
-    f"for the meta-token: what an ordinary word does. {CHECKPOINT}",
+    "Do meta-tokens sharpen attention, and in which heads? The same weights read the same texts as trained and "
+    "with zeros for the embedding of the mark. Boost is the growth of a head's largest logit and drop is the "
+    "fall of its entropy, over the queries behind the last mark, with intervals over texts. The paper's Figure "
+    f"2 has a boost of {FIGURE_2['boost']:.2f} and a drop of {FIGURE_2['drop']:.2f} nats, of heads and queries "
+    "that it does not name. By its theorem the boost of a key lowers entropy. This is true only for a key that "
+    'is likely without the boost, and "applies" is the share of queries for which the last mark is such a key. '
+    '"Explained" is the drop if only the logit of the mark had changed, so it shows whether the theorem is the '
+    'reason. With placement none the word "mark" takes the place of the meta-token and shows the effect of an '
+    f"ordinary word. {CHECKPOINT}",
     known(attention=(str,), layer=(int, type(None)), head=(int, type(None))) | judged("boost", "drop"),
     (*TEXTS, "attention", "layer", "head"),
     attention_panel,
@@ -91,23 +97,25 @@ ATTENTION = probe(
         Column("applies, %", share("applies")),
         Column("on marks, %", share("on_marks")),
         Column("zeroed, %", share("on_marks_zeroed")),
+        Column("keys a query", lambda line: few_keys(line["keys"]) if "keys" in line else ""),
         N,
     ),
     panel=("task", "level", "question", "length"),
     paper=theorem_picture,
-    choices={"attention": LOOKS},
+    choices={"attention": ATTENTION_MARKERS},
     first=lambda line: line["layer"] is None,
 )
 
 PATCHING = probe(
     "patching",
     "States replaced by another text's",
-    "Is what the answer needs read from the meta-token? At one place of a text the state that enters a layer is "
-    "replaced by that of a donor, a text with another answer. Where the text's own answer goes, the state is needed; "
-    "where the donor's comes, the state carries it. If neither moves at the mark, the answer is not read there, or "
-    "only what is the same in both texts, such as that it is a mark; the answer itself in the text, and the token that "
-    "predicts it, show what it looks like where it is read. Shares are of texts, by the layer that the state enters; "
-    f"intervals are in the figures and in the run's lines. {CHECKPOINT}",
+    "Is the information that the answer needs read from the meta-token? At one place of a text, the state that "
+    "enters a layer is replaced by that of a donor, a text with another answer. If the text's own answer "
+    "disappears, the state is needed; if the donor's answer appears, the state carries it. If neither changes "
+    "at the mark, the answer is not read there, or only what both texts share, such as that it is a mark. The "
+    "answer itself in the text and the token that predicts it show the effect at places that are read. Shares "
+    "are of texts, by the layer that the state enters. The figures and the run's lines have the intervals. "
+    f"{CHECKPOINT}",
     known("kept", "kept_unpatched", "donor", "donor_unpatched", site=(str,), layer=(int,))
     | {"kept_interval": (list,), "donor_interval": (list,)}
     | judged("needed", "carried"),
@@ -116,6 +124,7 @@ PATCHING = probe(
     (
         *WHERE,
         Column("replaced at", lambda line: SITE_NAMES[line["site"]], text=True),
+        Column("donors with the mark at the same position, %", share("same_place")),
         Column("own answer, no patch, %", share("kept_unpatched")),
         Column("own answer, %, by layer", lambda line: by_layer(line, share("kept"))),
         Column("needed, in layers", lambda line: layers_where(line["lines"], "needed")),
@@ -131,14 +140,14 @@ PATCHING = probe(
 RESIDUAL = probe(
     "residual",
     "What the states of marks hold of the tokens before them",
-    "Is a meta-token's state a summary of what comes before it? Of the state that enters a layer (the last: the final "
-    "norm) and the token some positions back: their cosine with the layer's mean state taken off, beside that with "
-    'another text\'s token (floor); "nearer" is the difference. And how often a linear classifier, trained on other '
-    "texts, names that token from the state, beside always naming the commonest and beside training on shuffled "
-    'labels (the most of any layer); "more than the word" are the layers in which it names more than from the word '
-    "\"mark\" in the meta-token's place. Intervals are in the figures and in the run's lines. "
-    "The paper shows cosines that differ by some hundredths, without a floor. What can be decoded need not be used: "
-    f"patching asks for that. {CHECKPOINT}",
+    "Is a meta-token's state a summary of what comes before it? The state that enters a layer (the last is the "
+    'final norm) is compared with the token some positions back. "Nearer" is their cosine, with the layer\'s '
+    'mean state subtracted, minus the cosine with the token of another text (floor). "Decoded" is how often a '
+    "linear classifier, trained on other texts, names that token from the state. Its floors are naming the "
+    'commonest token and training on shuffled labels (the most of any layer). "More than the word" lists the '
+    'layers in which more is named from the mark than from the word "mark" in its place. The figures and the '
+    "run's lines have the intervals. The paper shows cosines that differ by some hundredths, without a floor. "
+    f"Decodable information need not be used: patching tests that. {CHECKPOINT}",
     known("cosine_centred", "floor_centred", "decoded", "majority", "shuffled")
     | {"place": (str,), "layer": (int,), "distance": (int,), "cosine_centred_interval": (list,)}
     | {"decoded_interval": (list,)}
@@ -162,5 +171,5 @@ RESIDUAL = probe(
     choices={"place": PLACE_NAMES},
 )
 
-# name of a probe -> its section, in the order of the page; probe.py refuses to start if one lacks the other
-SECTIONS = {section.kind: section for section in (POSITIONS, ATTENTION, PATCHING, RESIDUAL, rates.SECTION)}
+# sections by probe, in the order of the page; probe.py refuses to start if a probe lacks its section or the reverse
+SECTIONS = {section.kind: section for section in (POSITIONS, ATTENTION, PATCHING, RESIDUAL, rate_distortion.SECTION)}

@@ -1,4 +1,5 @@
-"""The section of eval.py tasks: the paper's Figure 1 and ours, accuracy by length, differences of arms, every cell."""
+"""Builds the section of eval.py tasks: accuracy by length, differences between arms, the paper's Figure 1, all
+cells."""
 
 from nanometa.common.statistics import wilson
 from nanometa.reports import drawing
@@ -15,7 +16,7 @@ from nanometa.reports.lines import (
     share_interval,
     summary,
 )
-from nanometa.reports.markup import escaped, p_value, percent, points, span, table
+from nanometa.reports.markup import details, escaped, p_value, percent, points, span, table
 from nanometa.reports.page import Page, Section, footer
 from nanometa.reports.paper import FIGURE_1, LENGTH, NOTES, SOURCE
 
@@ -25,7 +26,7 @@ def section(effect: float, margin: float) -> Section:
 
 
 class Tasks:
-    """Its HTML, by subsections."""
+    """The HTML of the section, by subsections."""
 
     def __init__(self, page: Page, lines: list[dict], effect: float, margin: float):
         self.page, self.lines, self.effect, self.margin = page, lines, effect, margin
@@ -34,7 +35,7 @@ class Tasks:
         self.checkpoints, self.by_seed = between_checkpoints(self.arms), between_arms(self.arms, effect, margin)
 
     def render(self) -> str:
-        return "".join([self.paper(), self.accuracy(), self.differences(), self.cells()])
+        return "".join([self.accuracy(), self.differences(), self.paper(), self.cells()])
 
     def picture(self, name: str, what: str, used: list[dict], draw, *args) -> str:
         return self.page.picture(name, what, drawing.png(draw, *args, footer(used)), used)
@@ -43,9 +44,9 @@ class Tasks:
         figures, groups = [], {}
         labels = list(dict.fromkeys(arm.label for arm in self.arms))
         for task, theirs in FIGURE_1.items():
-            ours = {panel: like_paper(self.arms, panel) for panel in self.panels if panel.task == task}
-            ours = {panel: arms for panel, arms in ours.items() if arms}
-            for panel, arms in (ours or {Panel(task, "target", "hard", "index"): []}).items():
+            comparable = {panel: like_paper(self.arms, panel) for panel in self.panels if panel.task == task}
+            comparable = {panel: arms for panel, arms in comparable.items() if arms}
+            for panel, arms in (comparable or {Panel(task, "target", "hard", "index"): []}).items():
                 name = drawing.title(panel)
                 used = [line for arm in arms for line in arm.lines[panel, LENGTH].values()]
                 what = f"{name}: accuracy by train length, the paper's and ours, as in the table below"
@@ -53,21 +54,25 @@ class Tasks:
                 figures.append(self.picture(f"paper_{file_name(panel)}.png", what, used, *args))
                 lengths = {n for model in theirs.values() for n in model} | {arm.training.length for arm in arms}
                 for length in sorted(lengths):
-                    told = {arm.label: tell(arm.lines[panel, LENGTH]) for arm in arms if arm.training.length == length}
+                    ours = {
+                        arm.label: cell_text(arm.lines[panel, LENGTH]) for arm in arms if arm.training.length == length
+                    }
                     given = [model.get(length, "–") for model in theirs.values()]
-                    row = [length, *given, *(told.get(label, "–") for label in labels)]
+                    row = [length, *given, *(ours.get(label, "–") for label in labels)]
                     groups.setdefault(name, []).append(row)
         head = ["train length", *(f"paper: {model}" for model in FIGURE_1["parity"])]
-        notes = "".join(f"<li>{escaped(note)}</li>\n" for note in NOTES)
+        items = "".join(f"<li>{escaped(note)}</li>\n" for note in NOTES)
+        notes = details("What is known of the paper's figures", f'<ul class="small">{items}</ul>\n')
+        ours = [f"ours: {label}" for label in labels]
         return f"""<h2 id="paper">Tasks: the paper's Figure 1, and ours</h2>
-<p class="warn">The paper's n is unknown, probably 28 to 84; ours has n and interval. Model sizes and budgets differ:
-compare the order of the arms, not the heights.</p>
-<p>Accuracy in % at evaluation length {LENGTH}, by the longest texts in fine-tuning (train length). Ours: runs that were
-fine-tuned on the task, and asked, with markers where the task points ("target"), as the paper's. Bars are Wilson's
-interval over texts; with several seeds they reach from the lowest to the highest, and the line is the mean.
+<p class="warn">The paper's n is unknown, probably 28 to 84. Model sizes and budgets differ, so compare the order of
+the arms, not the heights.</p>
+<p>Accuracy in % at evaluation length {LENGTH}, by the longest texts in fine-tuning (train length). Our runs were
+fine-tuned on the task and evaluated with markers where the task points ("target"), like the paper's. Bars are Wilson's
+interval over texts; with several seeds they reach from the lowest to the highest seed, and the line is the mean.
 Source: {escaped(SOURCE)}.</p>
 <div>{"".join(figures)}</div>
-{table(head + [f"ours: {label}" for label in labels], groups, ())}<ul class="small">{notes}</ul>
+{table(head + ours, groups, ())}{notes}
 """
 
     def accuracy(self) -> str:
@@ -82,20 +87,18 @@ Source: {escaped(SOURCE)}.</p>
                 figures.append(self.picture(name, what, used, drawing.accuracy, self.arms, panel))
             if figures:
                 out.append(f"<h3>{task.replace('_', ' ')}</h3>\n<div>{''.join(figures)}</div>\n")
-        args = ("overview.png", "all panels below, small", self.lines, drawing.overview, self.arms, self.panels)
         arms = []
         for arm in self.arms:
             runs = dict.fromkeys(line["run"] for of in arm.lines.values() for line in of.values())
             arms.append([arm.label, arm.training.length, ", ".join(runs)])
         return f"""<h2 id="accuracy">Tasks: accuracy by evaluation length</h2>
-<p>An answer is exact if greedy decoding writes all of it. A panel is a task and a placement of its markers. Bars are
-Wilson's interval over texts; with several seeds they reach from the lowest to the highest, the line is the mean and the
-small dots are the seeds. Dashes tell train lengths apart. Thin and grey: the best of the shortcuts that do without
-reading all, on the same texts, with Wilson's interval; dotted: chance. A cross in the strip below 0: the model cannot
-read texts of that length at all. Runs of the same arm and settings count as seeds of one arm; two of them with the same
-seed are arms of their own.</p>
-{table(["arm", "train length", "runs"], {"": arms}, (0, 2), (2,))}<div class="overview">{self.picture(*args)}</div>
-{"".join(out)}"""
+<p>An answer is exact if greedy decoding produces all of it. A panel shows a task with one placement of its markers.
+Bars are Wilson's interval over texts; with several seeds they reach from the lowest to the highest seed, the line is
+their mean and the small dots are the seeds. Dashes distinguish train lengths. The thin grey line is the best shortcut
+that does not read the whole text, on the same texts, with Wilson's interval; the dotted line is chance. A cross in the
+strip below 0 means that the model cannot read texts of that length. Runs of the same arm and settings count as seeds of
+one arm; two runs with the same seed are separate arms.</p>
+{table(["arm", "train length", "runs"], {"": arms}, (0, 2), (2,))}{"".join(out)}"""
 
     def differences(self) -> str:
         if not self.checkpoints:
@@ -113,27 +116,27 @@ seed are arms of their own.</p>
             figures += [self.picture(*args)] if shown else []
         started = {tuple(line.get("origin", {}).get(name) for name in ("train_sha256", "content_tokens"))
                    for line in self.lines}  # fmt: skip
-        warning = """<p class="warn">The runs were not all pretrained on the same text and equally long, or some lines
-do not say it (origin, in the table of runs): a difference between arms may be one between these.</p>
+        warning = """<p class="warn">The runs were not all pretrained on the same text for equally long, or some lines
+do not record it (see origin in the table of runs), so a difference between arms may come from their pretraining.</p>
 """
         over_seeds = f"""<h3>Over seeds</h3>
-<p>Student's t over pairs of equal seed. The claim: the first is better than the second by more than
+<p>Student's t over pairs of equal seed. The claim is that the first arm is better than the second by more than
 {percent(self.effect)} points. It <b>holds</b> if the interval lies above that, and p, after Holm over all rows with
 {SEEDS} seeds or more, is below 0.05; the reverse holds if the second is better by as much. It <b>does not hold</b> if
-the whole interval lies within ±{percent(self.margin)} points. Else, and with fewer than {SEEDS} seeds, it is
-<b>undecided</b>. All seeds answer the same texts: the interval does not say how the difference would vary with others.
-Effect, margin and the cells to compare have to be fixed before one looks.</p>
+the whole interval lies within ±{percent(self.margin)} points. Otherwise, and with fewer than {SEEDS} seeds, it
+is <b>undecided</b>. All seeds answer the same texts, so the interval does not cover other texts. Effect, margin and the
+cells to compare must be fixed before looking at results.</p>
 {self.difference_table(self.by_seed)}"""
         return f"""<h2 id="differences">Tasks: differences between arms</h2>
-<p>First minus second, in points: arms of the same training, the same cell and the same texts. Grey band: the margin,
-±{percent(self.margin)} points. Where two arms share several seeds, the line is their mean difference and bars are
-Student's interval over seeds; else bars are intervals over texts.</p>
+<p>First minus second arm, in points, for arms of the same training, in the same cell and on the same texts. The grey
+band is the margin, ±{percent(self.margin)} points. Where two arms share several seeds, the line is their mean
+difference and bars are Student's interval over seeds; otherwise bars are intervals over texts.</p>
 {warning if len(started) > 1 or (None, None) in started else ""}<div>{"".join(figures)}</div>
 {over_seeds if self.by_seed else ""}<h3>Checkpoint against checkpoint</h3>
-<p class="warn">These two checkpoints, not the arms: undecided with fewer than {SEEDS} seeds. Trained again with another
-seed, they would differ otherwise.</p>
-<p>Newcombe's interval for the same texts, McNemar's exact test, and its p after Holm over all rows of this table.</p>
-{self.difference_table(self.checkpoints)}"""
+<p class="warn">These rows are about two checkpoints, not their arms, and are undecided with fewer than {SEEDS} seeds:
+trained again with another seed, the checkpoints would differ in another way.</p>
+<p>The table has Newcombe's interval for paired texts, McNemar's exact test, and its p after Holm over all its rows.</p>
+{details("All differences between checkpoints", self.difference_table(self.checkpoints))}"""
 
     # ------------------------------------------------------------------------- tables
 
@@ -166,21 +169,21 @@ seed, they would differ otherwise.</p>
         head = ["length", "arm", "train length", "seed", "exact, %", "95 %", "tokens, %", "95 %", "nats",
                 "chance, %", "n", "weights", "command", "shortcuts, %"]  # fmt: skip
         return f"""<h2 id="cells">Tasks: all cells</h2>
-<p>Exact answers with Wilson's interval; tokens of the answers with a bootstrap interval over texts; nats of a whole
-answer; what each shortcut gets right, with Wilson's interval.</p>
-{table(head, groups, (1, 11, 13))}"""
+<p>Exact answers with Wilson's interval, tokens of the answers with a bootstrap interval over texts, nats of a whole
+answer, and the share that each shortcut answers correctly, with Wilson's interval.</p>
+{details("All cells", table(head, groups, (1, 11, 13)))}"""
 
     def cell(self, line: dict) -> list:
         who = [line["weights_sha256"][:8], self.page.links([line["command"]])]
         if "impossible" in line:
             return ["impossible", "", "", "", "", "", 0, *who, line["impossible"]]
         floors = sorted(line["floors"].items(), key=lambda item: -item[1])
-        told = "; ".join(
+        shares = "; ".join(
             f"{percent(share)} ({span(*share_interval(share, line['n']))}) {name}" for name, share in floors
         )
         exact = [percent(line["exact"]), span(*wilson(line["correct"], line["n"]))]
         tokens = [percent(line["token_accuracy"]), span(*line["token_interval"]), f"{line['nats']:.3f}"]
-        return [*exact, *tokens, percent(line["chance"]), line["n"], *who, told]
+        return [*exact, *tokens, percent(line["chance"]), line["n"], *who, shares]
 
 
 def _claim(row: Difference) -> tuple:
@@ -188,8 +191,8 @@ def _claim(row: Difference) -> tuple:
 
 
 def like_paper(arms: list[Arm], panel: Panel) -> list[Arm]:
-    """Arms that were fine-tuned on the panel's task with markers where it points, as it has them, and measured at the
-    paper's length."""
+    """Returns the arms that are comparable with the paper's: fine-tuned on the panel's task, evaluated with markers
+    where the task points as in training, and measured at the paper's length."""
     return [
         arm
         for arm in arms
@@ -198,8 +201,8 @@ def like_paper(arms: list[Arm], panel: Panel) -> list[Arm]:
     ]  # fmt: skip
 
 
-def tell(of: dict[int, dict]) -> str:
-    """A cell of an arm in a few words."""
+def cell_text(of: dict[int, dict]) -> str:
+    """Returns a cell of an arm as text."""
     if impossible(of):
         return "impossible"
     mean, low, high = summary(of)

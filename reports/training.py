@@ -1,4 +1,5 @@
-"""What runs recorded of their training: loss, bits per byte and exact answers, from metrics.jsonl and config.json."""
+"""Reads what runs recorded of their training from metrics.jsonl and config.json, and builds the section with their
+curves."""
 
 import bisect
 import json
@@ -21,10 +22,10 @@ METRICS, CONFIG = "metrics.jsonl", "config.json"
 
 @dataclass(frozen=True)
 class Metrics:
-    """A run's config.json, and its metrics.jsonl by the kinds of its lines."""
+    """A run's config.json, and its metrics.jsonl by kinds of lines."""
 
     folder: Path
-    facts: dict  # config, data, environment
+    facts: dict  # config.json: config, data, environment
     train: list[dict]
     val: list[dict]
     final: list[dict]
@@ -36,11 +37,11 @@ class Metrics:
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks that its evaluations ask; none of a run on text."""
+        """Returns the tasks of the run's evaluations, none for a run on text."""
         return [key.removeprefix("exact_") for key in (self.val or [{}])[-1] if key.startswith("exact_")]
 
     def text(self) -> tuple:
-        """Runs with the same were validated on the same: on one text, or on texts of tasks made alike."""
+        """Returns a key that is equal for runs validated on the same text, or on task texts made in the same way."""
         data, task = self.facts["data"], self.facts.get("config", {}).get("task", {})
         if self.tasks:
             names = ("train_length", "level", "placements", "question")
@@ -50,27 +51,27 @@ class Metrics:
 
     @cached_property
     def clock(self) -> tuple[list[int], list[float]]:
-        """Steps of the log, and seconds from the start, evaluations included, without the time between a stop and what
-        went on from it; both empty if no line says it."""
+        """Returns the steps of the log and the seconds from the start, with evaluations but without the time between a
+        stop and a resume; both empty if no line records it."""
         timed = [(line["step"], line["elapsed_s"]) for line in self.train if "elapsed_s" in line]
         steps, seconds, total, before = [], [], 0.0, 0.0
         for step, elapsed in timed:
-            total += before if elapsed < before else 0.0  # a clock that began anew
+            total += before if elapsed < before else 0.0  # the clock restarts after a resume
             before = elapsed
             steps.append(step)
             seconds.append(total + elapsed)
         return steps, seconds
 
     def seconds(self, step: int) -> float | None:
-        """To the last log line up to a step; None if no line says it."""
+        """Returns the seconds to the last log line up to a step, None if no line records it."""
         steps, seconds = self.clock
         at = bisect.bisect_right(steps, step)
         return None if not steps else seconds[at - 1] if at else 0.0
 
 
 def read_run(folder: Path) -> Metrics:
-    """Raises UserError, naming file and line. A loss that was not finite is left out, and so is a line without an end,
-    which is being written or was cut short by a kill."""
+    """Returns the record of a run. Leaves out losses that were not finite, and a last line without a newline, which is
+    still being written or was cut short by a kill. Raises UserError, naming file and line, for a damaged line."""
     try:
         facts = json.loads((folder / CONFIG).read_text())
         facts["data"].items()
@@ -98,8 +99,8 @@ def read_run(folder: Path) -> Metrics:
 
 
 def smooth(values: list[float], share: float = 0.05) -> np.ndarray:
-    """Mean over a centred window of `share` of the points, so that the curve behind the noise can be seen."""
-    width = int(len(values) * share) | 1  # odd: it has a middle
+    """Returns the mean over a centered window of `share` of the points, which shows the curve behind the noise."""
+    width = int(len(values) * share) | 1  # odd, so that the window has a center
     kernel = np.ones(width)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
@@ -108,21 +109,21 @@ def smooth(values: list[float], share: float = 0.05) -> np.ndarray:
 
 
 def draw_losses(axes, run: Metrics, of: str, look: dict) -> None:
-    """The training loss of a run by `of`: step, content_tokens or minutes."""
+    """Draws the training loss of a run by `of`: step, content_tokens or minutes."""
     x, losses = points(run, "train", of, "loss")
     axes.plot(x, losses, **{**look, "alpha": 0.25, "linewidth": 0.8, "label": None})
     axes.plot(x, smooth(losses) if losses else [], **look)
 
 
 def draw_values(axes, run: Metrics, of: str, key: str, look: dict) -> None:
-    """A figure of a run's evaluations, if they have it."""
+    """Draws a figure of a run's evaluations, if they have it."""
     x, values = points(run, "val", of, key)
     if values:
         axes.plot(x, values, marker="o", markersize=3, **look)
 
 
 def draw_packed(axes, run: Metrics) -> None:
-    """What gzip and xz need for the same text, in bits per byte."""
+    """Draws the bits per byte of gzip and xz on the same text."""
     packed = run.facts["data"].get("val_text_compressed") or {}
     for name, key in (("gzip -9", "gzip_9_bits_per_byte"), ("xz", "xz_bits_per_byte")):
         if key in packed:
@@ -146,7 +147,7 @@ AXES = {"content_tokens": "content tokens", "minutes": "minutes, with evaluation
 
 
 def curves(figure: Figure, runs: list[Metrics], looks: dict, of: str, key: str, title: str, unit: str) -> None:
-    """One panel: the training loss, or a figure of the evaluations, of all runs."""
+    """Draws one panel: the training loss, or a figure of the evaluations, of all runs."""
     axes = figure.subplots()
     for run in runs:
         look = {**looks[run.folder], "label": None}
@@ -162,7 +163,8 @@ def curves(figure: Figure, runs: list[Metrics], looks: dict, of: str, key: str, 
 
 
 def body(page, runs: list[Metrics]) -> str:
-    """The section: of runs that were validated on the same, one picture a figure, and what they ended at."""
+    """Returns the section: for each group of runs validated on the same texts, one picture for each figure, and a table
+    of final values."""
     groups: dict[tuple, list[Metrics]] = {}
     for run in runs:
         groups.setdefault((bool(run.tasks), *run.text()), []).append(run)
@@ -178,14 +180,14 @@ def body(page, runs: list[Metrics]) -> str:
         out += f"<h3>{escaped(heading(of))}</h3>\n<div>{''.join(figures)}</div>\n{_ends(page, of, tasks)}"
     apart = "<p>Runs whose texts differ have axes of their own.</p>\n" if len(groups) > 1 else ""
     return f"""<h2 id="training">Training</h2>
-<p>What the runs recorded while they were trained. Validation of a run on text is of windows evenly spread over the
-split; "at the end" is of the whole split. The training loss is smoothed over a twentieth of the run, pale: as
+<p>Curves recorded during training. For runs on text, validation uses windows spread evenly over the split, and
+"at the end" the whole split. The training loss is smoothed over a twentieth of the run; the pale line is the loss as
 recorded.</p>
 {apart}{out}"""
 
 
 def looks_of(runs: list[Metrics]) -> dict[Path, dict]:
-    """How a run is drawn in all pictures of a group, by its folder."""
+    """Returns the look of each run in all pictures of a group, by its folder."""
     names = Counter(run.name for run in runs)
     return {
         run.folder: {
@@ -198,7 +200,7 @@ def looks_of(runs: list[Metrics]) -> dict[Path, dict]:
 
 
 def heading(runs: list[Metrics]) -> str:
-    """What a group of runs was validated on."""
+    """Returns a heading that names the texts that a group of runs was validated on."""
     data, task = runs[0].facts["data"], runs[0].facts.get("config", {}).get("task", {})
     if runs[0].tasks:
         placed = ", ".join(task.get("placements") or ["?"])
@@ -220,7 +222,7 @@ def _picture(page, number: int, runs: list[Metrics], looks: dict, of: str, key: 
 
 
 def used(run: Metrics) -> dict:
-    """What a caption says of a run, as lines have it."""
+    """Returns the facts of a run for a caption, in the form of a line."""
     where = run.facts.get("environment", {})
     return {
         "command": where.get("command", f"train.py, {run.folder}"),

@@ -19,12 +19,22 @@ from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.tasks import PLACEMENTS, TASKS
 from nanometa.evals.tasks import texts
 from nanometa.inference.scoring import hidden_states
-from nanometa.probes import attention
-from nanometa.probes.attention import CLAIMS, by_text, measure, paired, summarise, table
-from nanometa.probes.heads import FIRST, SECOND, seen
-from nanometa.probes.marks import MarksProbe, answer_in_text, asked_at, batches, judged, mark_of, marks, target_mark
+from nanometa.probes import probe_command
+from nanometa.probes.attention import CLAIMS, by_text, measure_attention, paired, summarise
+from nanometa.probes.heads import FIRST, SECOND, observe_heads
+from nanometa.probes.marked_texts import (
+    MarkedTextsProbe,
+    answer_position,
+    answer_query_position,
+    batches,
+    judged,
+    mark_id,
+    marks,
+    span_end_mark,
+)
 from nanometa.probes.positions import under
-from nanometa.reports import inside_pictures
+from nanometa.reports import probe_pictures
+from nanometa.reports.probe_sections import SECTIONS
 from nanometa.reports.theorem import boosted_entropy, entropy, entropy_slope, theorem_curves
 from nanometa.tasks.example import Draft, Example, Maker
 from tests.conftest import tree
@@ -71,7 +81,7 @@ def test_weights_computed_again_give_what_the_attention_gave(second, position, p
             module.register_forward_hook(
                 lambda module, inputs, output, key=(layer, which): gave.update({key: (module, inputs, output)})
             )
-    with seen(model, lambda layer, which, rows: found.update({(layer, which): rows})):
+    with observe_heads(model, lambda layer, which, rows: found.update({(layer, which): rows})):
         assert torch.equal(model(tokens, positions, index), plain)
     assert hooks(model) == len(gave) == len(found) == 2 * (1 + (second != "none"))  # those of this test
     for key, rows in found.items():
@@ -90,12 +100,12 @@ def test_weights_computed_again_give_what_the_attention_gave(second, position, p
 
 def test_no_hook_is_left_and_a_dynamic_scale_is_refused():
     model = restless("meta", "rope").float()
-    with pytest.raises(KeyboardInterrupt), seen(model, lambda *_: None):
+    with pytest.raises(KeyboardInterrupt), observe_heads(model, lambda *_: None):
         assert hooks(model) == 8
         raise KeyboardInterrupt
     assert hooks(model) == 0
     model.cfg = dataclasses.replace(model.cfg, rope_scaling="ntk", rope_dynamic=True)
-    with pytest.raises(UserError, match="leave --rope_dynamic out"), seen(model, lambda *_: None):
+    with pytest.raises(UserError, match="leave --rope_dynamic out"), observe_heads(model, lambda *_: None):
         pass
     assert hooks(model) == 0
 
@@ -147,14 +157,14 @@ def test_places_are_those_that_a_reader_finds(tokenizer, task, placement):
     for example in texts(maker, "easy", 90, 8):
         spelt = ["<m>" if id == tokenizer.meta else tokenizer.decode([id]) for id in example.ids.tolist()]
         text, starts = "".join(spelt), np.cumsum([0, *map(len, spelt)]).tolist()
-        found, end = marks(maker, example), target_mark(maker, example)
+        found, end = marks(maker, example), span_end_mark(maker, example)
         assert end in found and len(found) == len(re.findall(mark, text))
         assert all(re.match(mark, text[starts[i] :]) for i in found)
-        asked = [asked_at(small_run(tokenizer, MARKED, rule), example) + 1 for rule in ("ignore", "skip")]
+        asked = [answer_query_position(small_run(tokenizer, MARKED, rule), example) + 1 for rule in ("ignore", "skip")]
         assert clean(text[: starts[asked[0]]]).endswith(":") and example.answers[asked[0]]
         assert text[: starts[asked[1]]].endswith(":") and asked[1] <= asked[0]
         answer = text[starts[asked[0]] :].split("\n")[0]
-        at = answer_in_text(maker, example)
+        at = answer_position(maker, example)
         in_text = {"list_recall": True, "segment_counting": False, "parity": False, "copying": True}
         if not in_text[task]:
             assert at is None
@@ -184,7 +194,7 @@ def test_by_default_list_recall_is_asked(tokenizer):
         run.config = dataclasses.replace(
             run.config, task=TaskConfig(tasks=tasks, placements=("every", "none", "target"), level="easy")
         )
-        probed = MarksProbe(lengths=(60,))
+        probed = MarkedTextsProbe(lengths=(60,))
         assert [maker.name for maker, _, _ in probed.makers(run, ("target", "background"))] == asked
         assert [maker.placement for maker, _, _ in probed.makers(run)][:3] == ["every", "none", "target"]
         assert {maker.placement for maker, _, _ in probed.makers(run, ("background",))} == {"every", "none", "target"}
@@ -206,8 +216,8 @@ def test_measures_are_their_definition(tokenizer, second, placement):
     for condition in ("full", "no_embedding"):
         for _, batch in batches(run, examples, 3):
             with (
-                under(run.model, mark_of(maker), condition),
-                seen(run.model, lambda layer, which, of, c=condition: rows.update({(c, layer, which): of})),
+                under(run.model, mark_id(maker), condition),
+                observe_heads(run.model, lambda layer, which, of, c=condition: rows.update({(c, layer, which): of})),
             ):
                 hidden_states(run.model, batch)
     for (layer, which), measured in found.items():
@@ -236,7 +246,7 @@ def test_measures_are_their_definition(tokenizer, second, placement):
                         ]
                         one[c] = reference.sharpness(logits, known)
                         one[c]["sink"] *= keys[0] == 0  # the first of all, if it is seen
-                        if (position := answer_in_text(maker, example)) in keys:
+                        if (position := answer_position(maker, example)) in keys:
                             one[c]["logit_answer"] = logits[position]
                     full, zeroed = one["full"], one["no_embedding"]
                     values = {"boost": full["max"] - zeroed["max"], "drop": zeroed["entropy"] - full["entropy"]}
@@ -245,7 +255,7 @@ def test_measures_are_their_definition(tokenizer, second, placement):
                         values |= {name: full[name], f"{name}_zeroed": zeroed[name]}
                     values["boost_mark"] = full["logit_mark"] - zeroed["logit_mark"]
                     values["applies"] = float(math.log(zeroed["p_mark"]) > -zeroed["entropy"])
-                    if not gathered and query == asked_at(run, example):
+                    if not gathered and query == answer_query_position(run, example):
                         values["boost_answer"] = full["logit_answer"] - zeroed["logit_answer"]
                     for name, value in values.items():
                         sums.setdefault(name, []).append(value)
@@ -323,7 +333,8 @@ def test_verdicts_and_their_family():
     assert judged([line(p=0.02)], CLAIMS, 0.0, 0.1)[0]["boost_verdict"] == "holds"
     many = judged([line(p=0.02) for _ in range(3)], CLAIMS, 0.0, 0.1)
     assert many[0]["boost_verdict"] == "undecided after Holm" and many[0]["comparisons"] == 6
-    assert "0.1" in table(many) and "Holm over 6 comparisons" in table(many)
+    said = SECTIONS["attention"].table(many)
+    assert "0.1" in said and "Holm over 6 comparisons" in said
 
 
 # ----------------------------------------------------------------------------- the command
@@ -333,7 +344,7 @@ def test_verdicts_and_their_family():
 def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, second):
     among_marks = SECOND_ATTENTIONS[second].connects == "markers"
     if second != "meta":  # one picture is enough
-        monkeypatch.setattr(attention, "attention_picture", lambda lines: b"\x89PNG")
+        monkeypatch.setattr(probe_command, "draw_picture", lambda name, lines: b"\x89PNG")
     data = MARKED if among_marks or second == "none" else PLAIN
     run = small_run(tokenizer, data, position="rope", second_attention=second)
     folder = kept(run, tmp_path / "out/small", tasks=("parity", "copying"), placements=("target", "none"))
@@ -366,17 +377,19 @@ def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, s
         assert len(same) == 4 and one["drop"] == pytest.approx(np.mean(same))
     if second == "meta":
         assert "a softmax over few keys" in said
-        figure = Figure(layout="constrained")
-        inside_pictures._attention(figure, lines)
-        boost = figure.subfigs[0].axes[0]
-        drawn = [mark for mark in boost.lines if mark.get_marker() in "oD" and len(mark.get_xdata()) == 1]
-        assert sorted(float(mark.get_xdata()[0]) for mark in drawn) == sorted(one["boost"] for one in heads)
+        for task in ("parity", "copying"):
+            figure = Figure(layout="constrained")
+            probe_pictures.draw_attention(figure, [one for one in lines if one["task"] == task])
+            boost = figure.axes[0]
+            drawn = [mark for mark in boost.lines if mark.get_marker() in "oD" and len(mark.get_xdata()) == 1]
+            expected = sorted(one["boost"] for one in heads if one["task"] == task)
+            assert sorted(float(mark.get_xdata()[0]) for mark in drawn) == expected
 
 
 def test_a_head_that_reads_itself_by_a_hand_gives_the_same_lines_twice(tokenizer):
     run = small_run(tokenizer, MARKED, position="learned")
     maker = Maker("list_recall", "every", TaskConfig(), tokenizer)
-    first, again = (measure(run, maker, "easy", 60, 5) for _ in range(2))
+    first, again = (measure_attention(run, maker, "easy", 60, 5) for _ in range(2))
     drop = [{name: value for name, value in one.items() if name != "seconds"} for one in first]
     assert drop == [{name: value for name, value in one.items() if name != "seconds"} for one in again]
 

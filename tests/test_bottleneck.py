@@ -1,4 +1,4 @@
-"""probes/bottleneck.py and probes/curves.py: sources whose answer is known, and what is made of points."""
+"""probes/bottleneck.py and probes/rate_curves.py: sources whose answer is known, and what is made of points."""
 
 import dataclasses
 import math
@@ -9,9 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanometa.probes import known
-from nanometa.probes.bottleneck import Member, Source, Training, fit, measure
-from nanometa.probes.curves import Points, at_rates, baselines, compared, constant_distortion, converse, entropy, found
+from nanometa.probes import self_check
+from nanometa.probes.bottleneck import Member, Source, Training, fit, measure_bottlenecks
+from nanometa.probes.rate_curves import (
+    Points,
+    at_rates,
+    baselines,
+    compared,
+    constant_distortion,
+    converse,
+    entropy,
+    found,
+)
 from nanometa.probes.rate_distortion import RateDistortionProbe, curve
 from tests.reference import bottleneck as reference
 
@@ -58,10 +67,10 @@ def test_probes_trained_at_once_are_what_each_is_alone(hidden, q, n):
         alone, epoch = reference.trained(*sources, 3, 4, *member, how)
         epochs.append(epoch)
         assert {names.get(name, name) for name in weights} == set(alone)
-        for name in weights.keys() - ({"asked"} if q == 0 else set()):  # nothing is asked: not used
+        for name in weights.keys() - ({"question"} if q == 0 else set()):  # nothing is asked: not used
             torch.testing.assert_close(weights[name][i], alone[names.get(name, name)], rtol=1e-3, atol=1e-4)
     assert min(epochs) < how.epochs - how.patience  # some are done early
-    D, R = measure(weights, sources[1], members, dataclasses.replace(how, draws=1))
+    D, R = measure_bottlenecks(weights, sources[1], members, dataclasses.replace(how, draws=1))
     for i in (2, 3, 6):  # without noise
         w = {names.get(name, name): p[i] for name, p in weights.items()}
         for text in range(6):
@@ -70,21 +79,23 @@ def test_probes_trained_at_once_are_what_each_is_alone(hidden, q, n):
 
 
 def test_a_gaussian_reaches_its_curve():
-    how = dataclasses.replace(known.GAUSSIAN, draws=16)
-    found = known.points(known.gaussian, 1, known.GAUSSIAN_BETAS[::2], how, known.GAUSSIAN_TEXTS)
+    how = dataclasses.replace(self_check.GAUSSIAN, draws=16)
+    found = self_check.points(self_check.gaussian, 1, self_check.GAUSSIAN_BETAS[::2], how, self_check.GAUSSIAN_TEXTS)
     for beta, R, D in found:
-        assert abs(R - 0.5 * math.log(known.VARIANCE / D)) < known.NEAR
+        assert abs(R - 0.5 * math.log(self_check.VARIANCE / D)) < self_check.NEAR
         assert abs(D / (beta / 2) - 1) < 0.1  # where on the curve
 
 
 def test_classes_keep_the_converse_and_meet_it_at_the_ends():
-    how = dataclasses.replace(known.CATEGORICAL, draws=16)
-    H = math.log(known.CLASSES)
-    found = known.points(known.categorical, known.CLASSES, known.CLASS_BETAS, how, known.CLASS_TEXTS)
-    assert all(D + R >= H - known.SLACK for _, R, D in found)
+    how = dataclasses.replace(self_check.CATEGORICAL, draws=16)
+    H = math.log(self_check.CLASSES)
+    found = self_check.points(
+        self_check.categorical, self_check.CLASSES, self_check.CLASS_BETAS, how, self_check.CLASS_TEXTS
+    )
+    assert all(D + R >= H - self_check.SLACK for _, R, D in found)
     (_, R, D), (_, R1, D1) = found[0], found[-1]
     assert D < 0.05 and H < R < H + 6  # a Gaussian code of all classes
-    assert R1 < 0.1 and abs(D1 + R1 - H) < known.SLACK
+    assert R1 < 0.1 and abs(D1 + R1 - H) < self_check.SLACK
     assert sorted(R for _, R, _ in found) == [R for _, R, _ in reversed(found)]
 
 

@@ -97,7 +97,7 @@ def test_labels_say_what_tells_curves_apart(tmp_path):
         "meta + rope, windows of 128, markers none",
         "meta + rope, read with pi 2x, small",
         "meta + rope, read with pi 2x, other",
-        "window of training, 56 content tokens",
+        "training window, 56 content tokens",
     ]
     assert "600 tokens, 6 pieces of 3 documents" in figure.axes[-1].get_xlabel()
 
@@ -109,7 +109,7 @@ def test_the_command(tmp_path):
     result = cli("report.py", "curves", "out/small/perplexity.jsonl", cwd=tmp_path)
     assert result.stdout.decode().strip() == "out/small/depth.png", result.stderr.decode()
     assert (folder / "depth.png").read_bytes().startswith(b"\x89PNG")
-    assert "take a name that ends in .png" in refusal(
+    assert "x.pdf does not end in .png, but the picture is a PNG: take a name that does." in refusal(
         cli("report.py", "curves", "out/small/perplexity.jsonl", "--output=x.pdf", cwd=tmp_path)
     )
     assert not (tmp_path / "x.pdf").exists()
@@ -118,13 +118,13 @@ def test_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
-        ([line(), line(draw=1, content_sha256="y")], "lines are of 2 texts or buckets"),
-        ([line(), line(length=64, bucket=32)], "lines are of 2 texts or buckets"),
+        ([line(), line(draw=1, content_sha256="y")], "have lines about 2 texts or buckets"),
+        ([line(), line(length=64, bucket=32)], "have lines about 2 texts or buckets"),
         (
             [{"eval": "perplexity", "loss": 1.0}],
-            "no line is of documents, make some with eval.py perplexity --documents",
+            "lines.jsonl have no line about documents: measure some with eval.py perplexity --documents.",
         ),
-        ([], "no line is of documents"),
+        ([], "have no line about documents"),
         ([{name: value for name, value in line().items() if name != "arm"}], "cannot be read (KeyError: 'arm')"),
         ([line(scaling="warp 9x")], "of scaling 'warp 9x'"),
         ([line(document_pieces=[1])], "cannot be read (ValueError"),
@@ -140,7 +140,9 @@ def test_lines_that_cannot_be_drawn_are_refused(tmp_path, lines, sentence):
 
 
 def test_files_and_folders_are_drawn_apart(tmp_path):
-    with pytest.raises(UserError, match="draw them apart"):
+    with pytest.raises(
+        UserError, match="lines.jsonl is a file of an evaluation, but others are folders of runs: draw them separately"
+    ):
         main([str(tmp_path), str(write(tmp_path / "lines.jsonl", [line()]))])
     with pytest.raises(UserError, match="cannot be read .FileNotFoundError"):
         main([str(tmp_path / "no.jsonl")])

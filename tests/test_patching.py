@@ -14,22 +14,22 @@ from nanometa.common.statistics import mcnemar, paired_difference
 from nanometa.config import TaskConfig
 from nanometa.config.tasks import PLACEMENTS
 from nanometa.evals.tasks import texts
-from nanometa.probes import patching
-from nanometa.probes.marks import answer_in_text, judged, marks, ordinary_at
+from nanometa.probes import patching, probe_command
+from nanometa.probes.marked_texts import answer_position, judged, marks, random_ordinary_position
 from nanometa.probes.patching import (
     CLAIMS,
     SITES,
     check_own,
     compare,
+    conclusion,
+    conclusions,
     donors_of,
-    measure,
+    measure_patching,
     patched,
     read,
-    said,
     sites_of,
-    table,
 )
-from nanometa.reports import inside_pictures
+from nanometa.reports import probe_pictures
 from nanometa.tasks.example import Draft, Example, Maker
 from tests.conftest import tree
 from tests.runs import small_run
@@ -71,7 +71,7 @@ def test_the_answers_token_replaced_as_it_is_embedded_is_another_text(tokenizer,
     for i, example in enumerate(examples):
         ids = example.ids.copy()
         donor = examples[donors[i]]
-        ids[answer_in_text(maker, example)] = donor.ids[answer_in_text(maker, donor)]
+        ids[answer_position(maker, example)] = donor.ids[answer_position(maker, donor)]
         others.append(example._replace(ids=ids))
     expected, _ = read(run, others, {"asked": sites["asked"]})
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -90,9 +90,9 @@ def test_a_texts_own_state_changes_no_bit(tokenizer, monkeypatch, placement):
     for site, places in sites.items():  # several marks, and some again and again, too
         assert torch.equal(patched(run, examples, 1, places, entering[site][1], sites["asked"]), base), site
     assert sites["marks"].shape[1] == max(len(marks(maker, example)) for example in examples)
-    real = patching.replaced
+    real = patching.replace_state
     monkeypatch.setattr(
-        patching, "replaced", lambda model, layer, rows, values: real(model, layer, rows, values + 1e-3)
+        patching, "replace_state", lambda model, layer, rows, values: real(model, layer, rows, values + 1e-3)
     )
     with pytest.raises(AssertionError, match="layer 0: a text's own state"):
         check_own(run, examples, sites["mark"])
@@ -104,7 +104,7 @@ def test_ordinary_places_are_in_the_body_and_no_marks(tokenizer):
         maker = Maker("parity", placement, TaskConfig(), tokenizer)
         places = []
         for i, example in enumerate(texts(maker, "easy", 40, 30)):
-            at = ordinary_at(maker, example, i)
+            at = random_ordinary_position(maker, example, i)
             assert 0 < at < np.flatnonzero(example.answers)[0] and at not in marks(maker, example)
             places.append(at)
         assert len(set(places)) > 8
@@ -123,7 +123,9 @@ def test_donors_have_another_answer_and_where_there_is_one_the_same_place():
     for i, donor in enumerate(donors):
         alike = (places == places[i]) & (firsts != firsts[i])
         assert places[donor] == places[i] or not alike.any()
-    with pytest.raises(UserError, match="all have one answer"):
+    with pytest.raises(
+        UserError, match=r"all \d+ texts have the same answer, so none can be a donor: take a larger --n"
+    ):
         donors_of(np.ones(5), places[:5], counts[:5])
 
 
@@ -141,7 +143,7 @@ def by_hand(tokenizer, monkeypatch, position: str, looks: list, brings: dict, ta
         ids[place] = tokenizer.meta
         examples.append(Example(ids, np.isin(np.arange(15), (12, 13)), Draft()))
     monkeypatch.setattr(patching, "texts", lambda *_: examples)
-    lines = measure(run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 15, 40)
+    lines = measure_patching(run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 15, 40)
     assert [line["site"] for line in lines] == ["mark", "marks", "after", "ordinary", "asked"]
     return {line["site"]: line for line in lines}
 
@@ -221,13 +223,13 @@ def line(kept: float, donor: float, site="mark", layer=0, n=1000) -> dict:
 def test_verdicts(shares, needed, carried, sentence):
     lines = judged([line(*shares), line(0.9, 0.0, "ordinary")], tuple(CLAIMS), 0.0, 0.05)
     assert (lines[0]["needed_verdict"], lines[0]["carried_verdict"]) == (needed, carried)
-    assert sentence in said(lines, ("parity", "target", 48)) and sentence in table(lines)
+    assert sentence in conclusion(lines, ("parity", "target", 48)) and sentence in "".join(conclusions(lines))
     assert lines[0]["comparisons"] == 4
     guessing = [{**one, "chance": 0.89} for one in lines]
-    assert "no more than chance is right (90.0 %)" in said(guessing, ("parity", "target", 48))
+    assert "no more than chance is right (90.0 %)" in conclusion(guessing, ("parity", "target", 48))
     few = judged([line(*shares, n=500)], tuple(CLAIMS), 0.0, 0.05)
     assert few[0]["needed_verdict"] == "undecided: n = 500, 1000 decide"
-    assert "undecided, with 500 texts" in said(few, ("parity", "target", 48))
+    assert "undecided, with 500 texts" in conclusion(few, ("parity", "target", 48))
 
 
 def test_the_picture_shows_every_line():
@@ -237,7 +239,7 @@ def test_the_picture_shows_every_line():
         for i, site in enumerate(SITES) for layer in range(3)
     ]  # fmt: skip
     figure = Figure(layout="constrained")
-    inside_pictures._patching(figure, lines)
+    probe_pictures.draw_patching(figure, lines)
     for axes, share in zip(figure.axes, ("kept", "donor"), strict=True):
         curves = [list(of.get_ydata()) for of in axes.lines if len(of.get_xdata()) == 3]
         assert curves == [[100 * one[share] for one in lines if one["site"] == site] for site in SITES]
@@ -250,7 +252,7 @@ def test_the_picture_shows_every_line():
 def test_the_command(tokenizer, tmp_path, monkeypatch, capsys, second, data):
     drawn: list[list[dict]] = []
     if second == "none":
-        monkeypatch.setattr(patching, "patching_picture", lambda lines: drawn.append(lines) or b"\x89PNG")
+        monkeypatch.setattr(probe_command, "draw_picture", lambda name, lines: drawn.append(lines) or b"\x89PNG")
     run = small_run(tokenizer, data, position="rope", second_attention=second)
     placements = ("background", "target", "none") if second == "meta" else ("none",)
     folder = kept(run, tmp_path / "out/small", tasks=("copying", "parity"), placements=placements)

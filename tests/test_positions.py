@@ -20,10 +20,12 @@ from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.evals import tasks as tasks_eval
 from nanometa.evals.tasks import answered, doubt, read
-from nanometa.probes import positions
-from nanometa.probes.positions import CONDITIONS, compared, measure, table, under, useless
-from nanometa.reports import position_pictures
+from nanometa.probes import probe_command
+from nanometa.probes.positions import CONDITIONS, compared, measure_positions, under, useless
+from nanometa.reports import drawing, probe_pictures
 from nanometa.reports.paper import TABLE_2
+from nanometa.reports.probe_sections import SECTIONS
+from nanometa.reports.table_sections import apart, fields_of
 from nanometa.tasks.example import Draft, Example, Maker
 from nanometa.tasks.words import ITEMS, NAMES
 from tests.conftest import cli, tree
@@ -130,7 +132,7 @@ def test_a_reading_that_fails_leaves_the_model_as_it_was(tokenizer):
     maker = Maker("parity", "target", TaskConfig(), tokenizer)
     for name in ("neither", "full"):
         with pytest.raises(UserError, match="not finite"):
-            measure(run, maker, "easy", 32, 3, [name])
+            measure_positions(run, maker, "easy", 32, 3, [name])
         assert run.model.cfg is trained and not run.model.wte._forward_hooks
 
 
@@ -238,8 +240,8 @@ def test_differences_are_those_of_a_hand():
     sides = [np.array([c == "1" for c in text]) for text in (worse, full)]
     assert (first["difference"], *first["difference_interval"]) == paired_difference(*sides)
     assert first["comparisons"] == 2 and first["verdict"] == "undecided: n = 100, 1000 decide"
-    text = table(lines)
-    assert " 42.0 % " in text and " -8.0 (" in text and "Holm over 2 comparisons" in text
+    text = SECTIONS["positions"].table(lines)
+    assert re.search(r"no position +42\.0 +40\.0 \.\. 60\.0 +-8\.0 ", text) and "Holm over 2 comparisons" in text
 
 
 @pytest.mark.parametrize(
@@ -275,16 +277,20 @@ def test_the_picture_has_a_panel_a_task_and_length_and_the_papers():
         [line(of, name, task=task, length=n, placement=p) for name, of in shown.items()]
         for task in ("parity", "copying") for n in (48, 64, 96) for p in ("target", "every")
     ]  # fmt: skip
-    lines, figure = compared(cells, 0.0, 0.05), Figure(layout="constrained")
-    position_pictures._positions(figure, lines)
-    ours, (paper,) = (sub.axes for sub in figure.subfigs)
-    assert [axes.get_title() for axes in ours[:4]] == [
-        *(f"parity (easy), {n} positions" for n in (48, 64, 96)), "copying (easy), 48 positions"
-    ]  # fmt: skip
-    for axes in ours:
-        dots = [mark.get_data() for mark in axes.lines if mark.get_marker() in position_pictures.MARKERS]
+    lines = compared(cells, 0.0, 0.05)
+    panels = apart(lines, fields_of(("task", "level", "question", "length")))
+    titles = []
+    for of in panels:
+        probe_pictures.draw_positions(figure := Figure(layout="constrained"), of)
+        (axes,) = figure.axes
+        titles.append(axes.get_title())
+        dots = [mark.get_data() for mark in axes.lines if mark.get_marker() in drawing.MARKERS]
         assert sorted((x[0], round(y[0])) for x, y in dots) == [(25, 1), (25, 1), (50, 0), (50, 0)]
-    assert paper.get_title().startswith("paper, about 18 texts a cell")
+        assert "level easy" in axes.get_xlabel()
+    assert titles == [f"{task}, {n} positions" for task in ("parity", "copying") for n in (48, 64, 96)]
+    probe_pictures.draw_table_2(figure := Figure())
+    (paper,) = figure.axes
+    assert "about 18 texts each" in paper.get_title()
     assert sorted(float(mark.get_xdata()[0]) for mark in paper.lines) == sorted(sum(TABLE_2.values(), ()))
     assert all(abs(share * 18 / 100 - round(share * 18 / 100)) < 0.01 for of in TABLE_2.values() for share in of)
 
@@ -378,7 +384,7 @@ def test_texts_of_a_cell_are_made_once(tokenizer, monkeypatch):
     monkeypatch.setattr(Maker, "example", counted)
     maker = Maker("parity", "every", TaskConfig(), tokenizer)
     run = small_run(tokenizer, MARKED, position="rope")
-    assert [one["condition"] for one in measure(run, maker, "easy", 40, 7, list(CONDITIONS))] == list(MEANING)
+    assert [one["condition"] for one in measure_positions(run, maker, "easy", 40, 7, list(CONDITIONS))] == list(MEANING)
     assert made == [("test", i) for i in range(7)]
 
 
@@ -395,7 +401,7 @@ def test_texts_of_a_cell_are_made_once(tokenizer, monkeypatch):
 def test_what_a_run_does_not_allow_is_left_out_and_said(
     tokenizer, tmp_path, monkeypatch, capsys, shape, conditions, why
 ):
-    monkeypatch.setattr(positions, "positions_picture", lambda lines: b"\x89PNG")
+    monkeypatch.setattr(probe_command, "draw_picture", lambda name, lines: b"\x89PNG")
     folder = kept(small_run(tokenizer, MARKED, **shape), tmp_path / "out/small", tasks=("parity",))
     probe.main(["positions", f"--run={folder}", "--n=3", "--lengths=40", f"--output={tmp_path / 'x.jsonl'}"])
     assert [one["condition"] for one in lines_of(tmp_path / "x.jsonl")] == conditions

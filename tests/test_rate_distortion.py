@@ -18,13 +18,13 @@ from nanometa.config import TaskConfig
 from nanometa.config.tasks import PLACEMENTS, TASKS
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.inference.scoring import hidden_states
-from nanometa.probes import known, rate_distortion
-from nanometa.probes.marks import marks
-from nanometa.probes.places import STATES, labels_of, queries_of, read_states, spot, spots
+from nanometa.probes import rate_distortion, self_check
+from nanometa.probes.marked_texts import marks
 from nanometa.probes.rate_distortion import RateDistortionProbe, curve
-from nanometa.probes.rate_table import table
+from nanometa.probes.text_positions import STATES, labels_of, locate, locate_all, queries_of, read_states
 from nanometa.reports import rate_pictures
-from nanometa.reports.drawing import STYLE
+from nanometa.reports.drawing import STYLE, run_title, wrapped
+from nanometa.reports.probe_sections import SECTIONS
 from nanometa.tasks.example import POINT, STOP, Maker
 from nanometa.tasks.source import collate
 from nanometa.tasks.words import ITEMS, NAMES
@@ -54,7 +54,7 @@ def test_places_are_where_they_should_be(tokenizer, task, rule):
     for placement, maker in makers(tokenizer, task):
         for i in range(8):
             example = maker.example("test", i, 60, 90, ("easy",))
-            text = spot(maker, example, rule, 3, i)
+            text = locate(maker, example, rule, 3, i)
             ids, at = example.ids, text.at
             prompt, question = tokenizer.decode(ids[: text.start].tolist()), example.draft.questions[0]
             plain = ids[ids != tokenizer.meta].tolist()
@@ -97,7 +97,7 @@ def test_a_delimiter_is_no_part_of_another_word():
         example = maker.example("test", i, 200, 300, ("easy",))
         pieces = [" mark" if piece == POINT else piece for piece in example.draft.body if piece != STOP]
         last = len(pieces) - 1 - pieces[::-1].index(" mark")
-        at = spot(maker, example, "ignore", 0, i).at["delimiter"]
+        at = locate(maker, example, "ignore", 0, i).at["delimiter"]
         assert tokenizer.decode(example.ids[: at + 1].tolist()) == "<|endoftext|>" + "".join(pieces[: last + 1])
         assert at == marks(maker, example)[-1]  # as the other probes have it
         behind += " market" in pieces[last:]
@@ -112,7 +112,7 @@ def _plain(maker: Maker, example) -> str:
 def test_targets_are_ids_of_the_text(tokenizer):
     maker = Maker("copying", "target", TaskConfig(), tokenizer)
     splits = [
-        spots(maker, [maker.example(split, i, 60, 90, ("easy",)) for i in range(n)], "ignore", 4, split)
+        locate_all(maker, [maker.example(split, i, 60, 90, ("easy",)) for i in range(n)], "ignore", 4, split)
         for split, n in (("train/x", 9), ("val", 4), ("test", 5))
     ]
     for state in ("meta", "last", "random", "question"):
@@ -136,7 +136,7 @@ def test_targets_are_ids_of_the_text(tokenizer):
 def test_queries_are_what_differs_between_questions(tokenizer):
     maker = Maker("list_recall", "target", TaskConfig(), tokenizer)
     of = [maker.example("test", i, 60, 90, ("easy",)) for i in range(30)]
-    texts = spots(maker, of, "ignore", 0, "test")
+    texts = locate_all(maker, of, "ignore", 0, "test")
     (first, second), Q = queries_of([texts[:20], texts[20:]])
     names, places = ({text.query[k] for text in texts[:20]} for k in (1, 3))
     assert first.shape == (20, 2) and Q == 1 + len(names) + len(places) == 1 + len(first.unique()) == first.max() + 1
@@ -147,7 +147,7 @@ def test_queries_are_what_differs_between_questions(tokenizer):
         assert [number > 0 for number in row] == [text.query[1] in names, text.query[3] in places]
     assert (second == 0).any() and (second > 0).any()
     parity = Maker("parity", "target", TaskConfig(), tokenizer)
-    of = spots(parity, [parity.example("test", i, 40, 60, ("easy",)) for i in range(3)], "ignore", 0, "test")
+    of = locate_all(parity, [parity.example("test", i, 40, 60, ("easy",)) for i in range(3)], "ignore", 0, "test")
     assert queries_of([of])[0][0].shape == (3, 0)  # always the same question
 
 
@@ -157,8 +157,8 @@ def test_states_are_the_models(tokenizer, second, monkeypatch):
     run = small_run(tokenizer, MARKED, position="rope", second_attention=second)
     maker = Maker("parity", "every", TaskConfig(), tokenizer)
     examples = [maker.example("test", i, 40, 60, ("easy",)) for i in range(7)]
-    of = spots(maker, examples, "ignore", 0, "test")
-    monkeypatch.setattr("nanometa.probes.marks.READ", 120)  # two texts at a time
+    of = locate_all(maker, examples, "ignore", 0, "test")
+    monkeypatch.setattr("nanometa.probes.marked_texts.READ", 120)  # two texts at a time
     found = read_states(run, examples, of, list(STATES), [0, 2])
     assert found.shape == (2, len(STATES), 7, 16)
     if second == "random":  # whose rows depend on a batch's length
@@ -208,7 +208,7 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
         return example
 
     monkeypatch.setattr(Maker, "example", noted)
-    monkeypatch.setattr("nanometa.probes.curves.DRAWS", 20)
+    monkeypatch.setattr("nanometa.probes.rate_curves.DRAWS", 20)
     pictures = []
     cells = ("--tasks", "list_recall", "copying", "--placements", "target", "none")
     command = ["rate_distortion", f"--run={folder}", *FAST, *cells]
@@ -227,7 +227,7 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
     lines = lines[: len(lines) // 2]
     # the picture is of all that was measured with the same settings of probes
     drawn = []
-    monkeypatch.setattr("nanometa.probes.rate_distortion.rate_picture", lambda lines: drawn.append(lines) or b"")
+    monkeypatch.setattr("nanometa.probes.probe_command.draw_picture", lambda name, lines: drawn.append(lines) or b"")
     for gates in (0.5, 8.0):
         probe.main(["rate_distortion", f"--run={folder}", *FAST, "--tasks=parity", "--states=last", f"--gates={gates}"])
     assert [{one["task"] for one in shown} for shown in drawn] == [{"list_recall", "copying", "parity"}, {"parity"}]
@@ -256,14 +256,13 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     assert all(one["verdict"] == "undecided: n = 24, 1000 decide" and one["comparisons"] == 8 for one in pairs)
     for word in (
-        "answer from meta",
-        "answer from delimiter",
         "shuffled",
         "D of meta less D of question",
-        "R: rate, at most what the code tells",
+        "Rate R is at most what the code tells",
         "not its arm",
     ):
         assert word in said
+    assert re.search("answer +meta", said) and re.search("answer +delimiter", said)
 
 
 def test_states_differ_and_layers_are_those_asked_for(tokenizer, tmp_path):
@@ -289,14 +288,16 @@ def test_one_seed_has_no_interval_over_seeds(tokenizer, tmp_path):
 
 def test_known_needs_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nanometa.probes.curves.DRAWS", 40)
+    monkeypatch.setattr("nanometa.probes.rate_curves.DRAWS", 40)
     for name in ("GAUSSIAN", "CATEGORICAL"):
-        monkeypatch.setattr(known, name, dataclasses.replace(getattr(known, name), epochs=1, draws=2))
-        monkeypatch.setattr(known, {"GAUSSIAN": "GAUSSIAN_TEXTS", "CATEGORICAL": "CLASS_TEXTS"}[name], 400)
+        monkeypatch.setattr(self_check, name, dataclasses.replace(getattr(self_check, name), epochs=1, draws=2))
+        monkeypatch.setattr(self_check, {"GAUSSIAN": "GAUSSIAN_TEXTS", "CATEGORICAL": "CLASS_TEXTS"}[name], 400)
     probe.main(["rate_distortion", "--known", "--train_texts=400", "--epochs=1", "--betas=2"])
     said = capsys.readouterr().out
     curves, *lookups = said.split("planted: ")
-    assert "NO" in curves and curves.count("beta") == len(known.GAUSSIAN_BETAS + known.CLASS_BETAS)  # one epoch
+    assert "NO" in curves and curves.count("beta") == len(
+        self_check.GAUSSIAN_BETAS + self_check.CLASS_BETAS
+    )  # one epoch
     asked = [re.search(r"holds (\d) .* (\d+) texts to train: ([a-z ]+)", one, re.S | re.I).groups() for one in lookups]
     assert asked == [("1", "400", "found"), ("7", "400", "NOTHING FOUND"), ("7", "1600", "NOTHING FOUND")]
     assert not list(tmp_path.iterdir())
@@ -311,7 +312,7 @@ def test_the_picture_and_the_table_show_the_points(tokenizer, tmp_path):
     line["points"][1] |= {"violates_converse": True, "converse_tolerance": 0.25}
     lines = [{**line, **facts, "state": state, "violations": 1} for state in ("meta", "last")]
     figure = Figure()
-    rate_pictures._rates(figure, lines)
+    rate_pictures.draw_rates(figure, lines)
     (axes,) = figure.axes
     shown = [mark.get_data() for mark in axes.lines if mark.get_marker() in ("o", "s")]
     for R, D in shown:
@@ -325,13 +326,12 @@ def test_the_picture_and_the_table_show_the_points(tokenizer, tmp_path):
     ]
     H = line["entropy"]
     assert list(line_of_converse.get_ydata()) == [H, 0, 0] and list(line_of_converse.get_xdata())[:2] == [0, H]
-    said = table(lines)
+    said = SECTIONS["rate_distortion"].table(lines)
     assert said.count("BELOW THE CONVERSE by more than 0.250") == 2
     assert f"{line['points'][2]['distortion']:.3f}" in said
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_a_picture_holds_its_legend_and_breaks_no_brackets(layers):
+def test_a_picture_holds_its_legend_and_breaks_no_brackets():
     point = {"rate": 3.0, "distortion": 2.0, "rate_interval": (2.5, 3.5), "distortion_interval": (1.5, 2.5)}
     line = {
         "arm": "meta + rope (with another attention, whose rows are drawn at random from all the others of a text)",
@@ -341,17 +341,18 @@ def test_a_picture_holds_its_legend_and_breaks_no_brackets(layers):
         "ceiling": {"distortion": 1.0}, "shuffled": {"distortion": 5.5},
         "points": [{**point, "violates_converse": True}],
     }  # fmt: skip
-    lines = [{**line, "state": state, "layer": layer} for state in STATES for layer in range(layers)]
+    lines = [{**line, "state": state, "layer": 2} for state in STATES]
     with matplotlib.rc_context(STYLE):
-        rate_pictures._rates(figure := Figure(dpi=100, layout="constrained"), lines)
+        rate_pictures.draw_rates(figure := Figure((3.6, 3.0), dpi=100, layout="constrained"), lines)
         figure.draw_without_rendering()
         (legend,), renderer = figure.legends, FigureCanvasAgg(figure).get_renderer()
-        for drawn in (legend, *(axes.title for axes in figure.axes), figure._suptitle):
+        for drawn in (legend, *(axes.title for axes in figure.axes)):
             box = drawn.get_window_extent(renderer)
             assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
-    assert {text.get_text() for text in legend.texts} > {f"{state}: nothing found" for state in STATES}
-    titles = figure._suptitle.get_text().split("\n")
-    assert len(titles) > 2 and all(row.count("(") == row.count(")") for row in titles)
+    labels = {text.get_text().replace("\n", " ") for text in legend.texts}
+    assert labels > {f"{state}: nothing found" for state in STATES}
+    titles = wrapped(run_title(lines), 100).split("\n")
+    assert len(titles) > 1 and all(row.count("(") == row.count(")") for row in titles)
     assert all("ln K 5.50, H(Y) 5.25, constant 5.38" in axes.get_title() for axes in figure.axes)
 
 
@@ -419,14 +420,14 @@ def test_the_table_says_what_was_not_compared():
     reached, nothing = (
         pair(2.5, of) | where | found | {"verdict": "so it is"} for of in ((True, True), (False, False))
     )
-    said = table([reached])
+    said = SECTIONS["rate_distortion"].table([reached])
     assert "  1: -0.500 (-0.750 .. -0.250)  4: not reached\n  mean up to R = 2.50 of H = 5.00: -0.850" in said
-    said = table([nothing])
+    said = SECTIONS["rate_distortion"].table([nothing])
     assert "so it is" in said and not re.search(r"[+-]0\.", said)
 
 
 def test_missing_states_are_left_out_unless_named(tokenizer):
     maker = Maker("list_recall", "every", TaskConfig(), tokenizer)
-    of = spots(maker, [maker.example("test", i, 60, 90, ("easy",)) for i in range(5)], "ignore", 0, "test")
+    of = locate_all(maker, [maker.example("test", i, 60, 90, ("easy",)) for i in range(5)], "ignore", 0, "test")
     cfg = RateDistortionProbe()
     assert rate_distortion.states_of(cfg, maker, of) == ["meta", "last", "question"]

@@ -120,7 +120,7 @@ def test_a_report_holds_every_cells_figures_and_the_papers(tmp_path):
         assert found, one
         assert one["command"] in words(text)
     for task, models in FIGURE_1.items():
-        section = words(text).partition("Source: ")[2].partition("Tasks: accuracy by")[0].split("\n")
+        section = words(text).partition("Source: ")[2].partition("Tasks: all cells")[0].split("\n")
         at = next(i for i, row in enumerate(section) if row.startswith(f"||{task.replace('_', ' ')}: target (hard"))
         for row, length in zip(section[at + 1 :], (128, 256, 512), strict=False):
             given = tuple(str(model.get(length, "–")) for model in models.values())

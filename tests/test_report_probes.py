@@ -14,10 +14,10 @@ import nanometa.probe
 from nanometa.common.errors import UserError
 from nanometa.probe import PROBES
 from nanometa.report import sections_of
-from nanometa.reports import inside_pictures, rate_pictures, rates
+from nanometa.reports import probe_pictures, rate_distortion, rate_pictures
 from nanometa.reports.files import read
 from nanometa.reports.probe_sections import SECTIONS
-from nanometa.reports.probes import unlearned
+from nanometa.reports.table_sections import unlearned
 from tests.test_report import line as task_line
 from tests.test_report import write
 from tests.test_report_sections import cells_of, rendered
@@ -210,27 +210,27 @@ def drawn(axes) -> list[tuple[list, list]]:
 
 def test_small_pictures_show_the_figures():
     figure = Figure()
-    inside_pictures._attention_panel(figure, LINES["attention"])
+    probe_pictures.draw_attention(figure, LINES["attention"])
     boost, drop, why = figure.axes
     assert sorted(x for x, _ in drawn(boost)) == [[1.0], [1.5], [2.5]] and drawn(why) == [([-0.75], [0.25])]
     assert {line.get_xdata()[0] for line in boost.lines if line.get_linestyle() == ":"} == {1.26}
     assert {line.get_xdata()[0] for line in drop.lines if line.get_linestyle() == ":"} == {1.40}
     figure = Figure()
-    inside_pictures._patching_panel(figure, LINES["patching"][:2])
+    probe_pictures.draw_patching(figure, LINES["patching"][:2])
     assert [y for axes in figure.axes for _, y in drawn(axes)] == [[75], [0], [25], [25]]
     figure = Figure()
-    inside_pictures._residual_panel(figure, LINES["residual"][:4])
+    probe_pictures.draw_residual(figure, LINES["residual"][:4])
     assert [[y for _, y in drawn(axes)] for axes in figure.axes] == 2 * [[[0.5], [0.5]], [[50], [50]]]
     figure = Figure()
-    rate_pictures._rate_panel(figure, LINES["rate_distortion"][:1])
+    rate_pictures.draw_rates(figure, LINES["rate_distortion"][:1])
     assert drawn(figure.axes[0]) == [([2, 4], [4, 2])]
-    assert rates.best(LINES["rate_distortion"][0])["rate"] == 4
+    assert rate_distortion.best(LINES["rate_distortion"][0])["rate"] == 4
 
 
 def test_heads_without_a_prediction_and_means_alone_can_be_drawn():
     """Arms whose second attention has all of the heads that were read, or one mean and no head."""
     lines = [attention(None, None, 1.0, attention="second")]
-    inside_pictures._attention_panel(figure := Figure(), lines)
+    probe_pictures.draw_attention(figure := Figure(), lines)
     assert drawn(figure.axes[2]) == []
 
 

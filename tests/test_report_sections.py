@@ -15,7 +15,7 @@ from nanometa.reports import cost, extension
 from nanometa.reports.files import Found, read
 from nanometa.reports.page import Page, footer, origin
 from nanometa.reports.paper import TABLE_1, TABLE_2
-from nanometa.reports.position_pictures import _panel, _table_2
+from nanometa.reports.probe_pictures import draw_positions, draw_table_2
 from nanometa.reports.tasks import Tasks
 from nanometa.reports.training import body, read_run
 from tests.test_depth import line as depth_line
@@ -87,7 +87,7 @@ def test_a_folder_shows_what_it_has_and_a_bare_one_is_refused(tmp_path):
     found = read((str(run),), sections_of(0.0, 0.05))
     page = render(found, sections_of(0.0, 0.05), "")["report.html"].decode()
     ids = re.findall(r'<h2 id="(\w+)"', page)
-    assert ids == ["training", "paper", "accuracy", "differences", "cells", "lengths", "positions", "cost", "commands"]
+    assert ids == ["training", "accuracy", "differences", "paper", "cells", "lengths", "positions", "cost", "commands"]
     assert re.findall(r'<a href="#([a-z]+)">', page)[: len(ids)] == ids  # the contents
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="bare has none of metrics.jsonl, tasks.jsonl, .*: give folders of runs"):
@@ -179,7 +179,7 @@ def test_table_1_is_mapped_in_windows():
     lines += [windowed("none", "none", 512, 50, train_length=128), line(task="list_recall")]  # the last: an old one
     page = Page("")
     rows = cells_of(extension.body(page, lines).encode())
-    assert len(page.files) == 3  # the paper's, as it was, and 4x
+    assert len(page.files) == 2  # as it was, and 4x
     theirs = TABLE_1[4, 2]
     found = [(row[0], row[-11], row[-10], row[-7], row[-5], row[-2]) for row in rows if row and row[-1].startswith("[")]
     assert found == [
@@ -241,10 +241,10 @@ def test_positions_have_a_picture_a_task_and_the_papers_table():
     assert ("copying", "target", "128", "no position", "44.0", "0.0 .. 100.0", "-6.0", "-25.0 .. +12.5", "0.625",
             "undecided", "50.0", "100", "[1]") in rows  # fmt: skip
     figure = Figure()
-    _panel(figure, lines[:2])
+    draw_positions(figure, lines[:2])
     shown = [mark.get_xdata()[0] for mark in figure.axes[0].lines if mark.get_marker() == "o"]
     assert shown == [50, 44]
-    _table_2(figure := Figure())
+    draw_table_2(figure := Figure())
     assert [len(mark.get_xdata()) for mark in figure.axes[0].lines].count(1) == 2 * len(TABLE_2)
 
 

@@ -1,5 +1,7 @@
 """probe.py residual: states are the model's, floors are floors, and what is planted in a state is decoded from it."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,21 +12,21 @@ from nanometa import probe
 from nanometa.common.errors import UserError
 from nanometa.common.statistics import mcnemar, paired_difference
 from nanometa.config import TaskConfig
-from nanometa.probes import residual
-from nanometa.probes.marks import judged
+from nanometa.probes import probe_command, residual
+from nanometa.probes.marked_texts import judged
 from nanometa.probes.residual import (
     CLAIMS,
     STRENGTHS,
     ResidualProbe,
     classify,
     decoded,
-    measure,
+    measure_residual,
     places_of,
     read_all,
     similarity,
     texts_of,
 )
-from nanometa.reports import inside_pictures
+from nanometa.reports import drawing, probe_pictures
 from nanometa.tasks.example import Draft, Example, Maker
 from tests.conftest import override, tree
 from tests.runs import small_run
@@ -177,7 +179,7 @@ def test_a_mark_that_looks_at_the_word_before_it_holds_it(tokenizer, monkeypatch
 
     monkeypatch.setattr(residual, "texts_of", made)
     cfg = ResidualProbe(n=80, train=60, distances=(1, 2))
-    lines = measure(run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 8, cfg)
+    lines = measure_residual(run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 8, cfg)
     by = {(one["place"], one["layer"], one["distance"]): one for one in lines}
     majority = by["mark", 1, 2]["majority"]
     assert by["mark", 1, 2]["decoded"] == 1 and 0.4 < majority < 0.75 and by["mark", 1, 2]["shuffled"] < 0.8
@@ -216,7 +218,7 @@ def test_verdicts_and_their_family():
 @pytest.mark.parametrize(("second", "data"), [("meta", MARKED), ("causal", PLAIN)])
 def test_the_command(tokenizer, tmp_path, monkeypatch, capsys, second, data):
     if second == "causal":
-        monkeypatch.setattr(residual, "residual_picture", lambda lines: b"\x89PNG")
+        monkeypatch.setattr(probe_command, "draw_picture", lambda name, lines: b"\x89PNG")
     run = small_run(tokenizer, data, position="rope", second_attention=second, n_layer=1)
     placements = ("target", "every") if second == "meta" else ("none",)
     folder = kept(run, tmp_path / "out/small", tasks=("list_recall",), placements=placements)
@@ -225,7 +227,9 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys, second, data):
     names = ("mark", "ordinary", "word") if second == "meta" else ("mark", "ordinary")
     where = [(one["placement"], one["layer"], one["distance"], one["place"]) for one in lines]
     assert where == [(placements[0], layer, d, name) for layer in (0, 1) for d in (1, 3) for name in names]
-    assert (folder / "residual.png").read_bytes().startswith(b"\x89PNG") and "decoded, %, layer     0     1" in said
+    assert (folder / "residual.png").read_bytes().startswith(b"\x89PNG") and "commonest" in said
+    shares = [f"{100 * one['decoded']:.1f}" for one in lines if (one["place"], one["distance"]) == ("mark", 1)]
+    assert re.search(rf"the mark +1  +{shares[0]} {shares[1]} ", said)
     for one in lines:
         assert (
             one["run"] == "small"
@@ -236,10 +240,10 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys, second, data):
         assert one["floor_interval"][0] <= one["floor"] <= one["floor_interval"][1]
     if second == "meta":
         figure = Figure(layout="constrained")
-        inside_pictures._residual(figure, lines)
-        drawn = [list(of.get_ydata()) for of in figure.axes[0].lines if of.get_marker() in inside_pictures.MARKERS]
+        probe_pictures.draw_residual(figure, lines)
+        drawn = [list(of.get_ydata()) for of in figure.axes[0].lines if of.get_marker() in drawing.MARKERS]
         assert drawn == [[one["cosine_centred"] for one in lines if (one["place"], one["distance"]) == (name, 1)]
-                         for name in inside_pictures.PLACE_NAMES]  # fmt: skip
+                         for name in probe_pictures.PLACE_NAMES]  # fmt: skip
 
 
 REFUSED = {

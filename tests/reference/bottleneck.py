@@ -14,8 +14,8 @@ def draw(seed: int, C: int, Q: int, Z: int, H: int, gates: float, log_shares: to
     w = {"code": torch.randn(C, 2 * Z, generator=g) / C**0.5, "b_code": torch.tensor([0.0] * Z + [-2.0] * Z)}
     w |= {"out": torch.zeros(Z, K), "b_out": log_shares}
     if H == 0:
-        return w | {"asked": torch.zeros(Q, K)}
-    w |= {"asked": torch.randn(Q, 2 * H, generator=g) * gates, "inner": torch.randn(Z, H, generator=g) / Z**0.5}
+        return w | {"question": torch.zeros(Q, K)}
+    w |= {"question": torch.randn(Q, 2 * H, generator=g) * gates, "inner": torch.randn(Z, H, generator=g) / Z**0.5}
     return w | {"b_inner": torch.zeros(H), "inner_out": torch.zeros(H, K)}
 
 
@@ -26,7 +26,7 @@ def text_loss(w, h, query, label, noise) -> tuple[torch.Tensor, torch.Tensor]:
     posterior, prior = torch.distributions.Normal(mean, sigma), torch.distributions.Normal(0.0, 1.0)
     rate = torch.distributions.kl_divergence(posterior, prior).sum()
     z = mean + sigma * noise
-    asked = sum((w["asked"][k] for k in query.tolist()), torch.zeros(w["asked"].size(1)))
+    asked = sum((w["question"][k] for k in query.tolist()), torch.zeros(w["question"].size(1)))
     logits = z @ w["out"] + w["b_out"]
     if "inner" in w:
         gate, shift = asked[: len(asked) // 2], asked[len(asked) // 2 :]

@@ -1,4 +1,4 @@
-"""probes/trace.py: reading the residual stream changes nothing, replacing changes what follows and nothing else."""
+"""probes/residual_stream.py: recording changes nothing; replacing a state changes what follows and nothing else."""
 
 import contextlib
 
@@ -7,7 +7,7 @@ import torch
 
 from nanometa.common.errors import UserError
 from nanometa.config.arms import SECOND_ATTENTIONS
-from nanometa.probes.trace import replaced, sites, states
+from nanometa.probes.residual_stream import record_states, replace_state, stream_modules
 from tests.test_model import build, inputs, sharpen, wake
 
 ARMS = [(second, position) for second in SECOND_ATTENTIONS for position in ("learned", "rope")]
@@ -35,7 +35,7 @@ def test_states_are_those_of_the_blocks(second, position):
     with contextlib.ExitStack() as stack:
         for block in model.h:
             stack.enter_context(block.register_forward_hook(lambda block, inputs, output: outputs.append(output)))
-        with states(model) as read:
+        with record_states(model) as read:
             assert torch.equal(model(tokens, positions, index), plain)
     assert len(read) == model.cfg.n_layer + 1 == 1 + len(outputs) and not any(state.requires_grad for state in read)
     embedded = model.wte(tokens) + (model.wpe(positions) if position == "learned" else 0)
@@ -46,7 +46,7 @@ def test_states_are_those_of_the_blocks(second, position):
 
 def test_states_are_of_the_last_forward_and_carry_no_gradient():
     model, (tokens, positions, index) = awake(), inputs()
-    with states(model) as read:
+    with record_states(model) as read:
         model(tokens, positions, index)
         first = list(read)
         model(tokens.flip(0), positions, index.flip(0)).sum().backward()
@@ -62,12 +62,12 @@ def test_states_are_of_the_last_forward_and_carry_no_gradient():
 @torch.no_grad()
 def test_a_replaced_state_changes_what_follows_alone(second, position, layer):
     model, (tokens, positions, index) = awake(second, position), inputs()
-    with states(model) as read:
+    with record_states(model) as read:
         plain = model(tokens, positions, index)
-    with replaced(model, layer, ROWS, picked(read[layer])):
+    with replace_state(model, layer, ROWS, picked(read[layer])):
         assert torch.equal(model(tokens, positions, index), plain)
     new = picked(read[layer]).flip(0)  # another text's
-    with replaced(model, layer, ROWS, new), states(model) as seen:
+    with replace_state(model, layer, ROWS, new), record_states(model) as seen:
         changed = model(tokens, positions, index)
     assert torch.equal(picked(seen[layer]), new)
     assert all(torch.equal(seen[i], read[i]) for i in range(layer))
@@ -86,13 +86,13 @@ def test_a_replaced_state_changes_what_follows_alone(second, position, layer):
 @torch.no_grad()
 def test_the_outer_with_is_the_first():
     model, (tokens, positions, index) = awake(), inputs()
-    with states(model) as read:
+    with record_states(model) as read:
         model(tokens, positions, index)
         before = picked(read[1])
-        with replaced(model, 1, ROWS, torch.zeros(3, 16)):
+        with replace_state(model, 1, ROWS, torch.zeros(3, 16)):
             model(tokens, positions, index)
             assert torch.equal(picked(read[1]), before)
-    with replaced(model, 1, ROWS, torch.zeros(3, 16)), states(model) as read:
+    with replace_state(model, 1, ROWS, torch.zeros(3, 16)), record_states(model) as read:
         model(tokens, positions, index)
     assert not picked(read[1]).any()
 
@@ -100,14 +100,17 @@ def test_the_outer_with_is_the_first():
 @pytest.mark.parametrize("end", [None, KeyboardInterrupt, UserError("why")])
 def test_no_hook_is_left(end):
     model, (tokens, positions, index) = awake(), inputs()
-    for hold, n in ((states(model), len(sites(model))), (replaced(model, 1, ROWS, torch.zeros(3, 16)), 1)):
+    for hold, n in (
+        (record_states(model), len(stream_modules(model))),
+        (replace_state(model, 1, ROWS, torch.zeros(3, 16)), 1),
+    ):
         with contextlib.suppress(KeyboardInterrupt, UserError), hold:
             assert hooks(model) == n
             model(tokens, positions, index)
             if end:
                 raise end
         assert hooks(model) == 0
-    with pytest.raises(IndexError), replaced(model, 1, ROWS + 12, torch.zeros(3, 16)):
+    with pytest.raises(IndexError), replace_state(model, 1, ROWS + 12, torch.zeros(3, 16)):
         model(tokens, positions, index)
     assert hooks(model) == 0
 
@@ -117,7 +120,7 @@ def test_a_layer_that_is_not_there(layer):
     model = awake()
     with (
         pytest.raises(UserError, match=f"there is no layer {layer}: this model has states 0"),
-        replaced(model, layer, ROWS, torch.zeros(3, 16)),
+        replace_state(model, layer, ROWS, torch.zeros(3, 16)),
     ):
         pass
     assert hooks(model) == 0

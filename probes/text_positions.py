@@ -1,14 +1,14 @@
-"""Places of a task's text, the states there, and what is asked of them.
+"""Finds positions in a task's text, reads the states there, and builds the questions and labels of a bottleneck.
 
     meta       the last meta-token before the question
     delimiter  the ordinary word that stands where meta-tokens could ("mark": placement none, or where others point)
-    last       the last ordinary token before the question, of every task a line's end
+    last       the last ordinary token before the question, which in every task is the end of a line
     random     an ordinary token before the question
     mean       the mean state of all positions before the question
     question   the last position that predicts the answer
 
-All but `question` precede the question. They cannot know what will be asked, so whoever is to answer from one of them
-is told the question, too."""
+All but `question` precede the question. They cannot know what will be asked, so a decoder that answers from one of them
+is given the question, too."""
 
 from typing import NamedTuple
 
@@ -18,8 +18,8 @@ import torch
 from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import Draws, stable_key
 from nanometa.evals.common import place_of
-from nanometa.probes.marks import batches
-from nanometa.probes.trace import states
+from nanometa.probes.marked_texts import batches
+from nanometa.probes.residual_stream import record_states
 from nanometa.tasks.example import POINT, Example, Maker
 from nanometa.tasks.words import DELIMITER
 from nanometa.training.checkpoint import Run
@@ -28,21 +28,22 @@ STATES = ("meta", "delimiter", "last", "random", "mean", "question")
 MISSING = {"meta": "no meta-token before the question", "delimiter": f"no {DELIMITER!r} before the question"}
 
 
-class Spot(NamedTuple):
-    """One text: its ids, where its question starts and its answer, and the position of each state that it has."""
+class LocatedText(NamedTuple):
+    """One text: its ids, the starts of its question and its answer, and the position of each state that it has."""
 
     ids: np.ndarray
     start: int
     answer: int
     query: tuple[str, ...]  # the question's pieces
-    at: dict[str, int]  # of mean, `start`: the positions before it
+    at: dict[str, int]  # for mean, `start`: all positions before it
 
 
-def spot(maker: Maker, example: Example, rule: str, reach: int, key: int) -> Spot:
-    """rule: target_rule. reach: tokens that a random one has before it, at least; it is drawn by `key`."""
+def locate(maker: Maker, example: Example, rule: str, reach: int, key: int) -> LocatedText:
+    """Returns the located text. rule: target_rule; reach: least number of tokens before the random position, which is
+    drawn by `key`."""
     tokenizer, ids, (question, _) = maker.tokenizer, example.ids, example.draft.questions[0]
     answer = int(np.flatnonzero(example.answers)[0])
-    content = np.flatnonzero(ids != tokenizer.meta)  # meta-tokens of placement background are between any of them
+    content = np.flatnonzero(ids != tokenizer.meta)  # with placement background, meta-tokens stand between any of them
     before = content[: int((content < answer).sum()) - len(maker.ids(question))]  # the question
     start = int(before[-1]) + 1
     at = {
@@ -57,36 +58,39 @@ def spot(maker: Maker, example: Example, rule: str, reach: int, key: int) -> Spo
         at["delimiter"] = end
     if len(far := before[before >= reach]):
         at["random"] = int(Draws(key).choice(far))
-    return Spot(ids, start, answer, tuple(question), at)
+    return LocatedText(ids, start, answer, tuple(question), at)
 
 
 def delimiter_end(maker: Maker, example: Example) -> int | None:
-    """The position where the last ordinary delimiter ends, as it was drafted: its ids may be part of other words."""
+    """Returns the position where the last ordinary delimiter ends, found in the draft, because its ids may be part of
+    other words; None without one."""
     meta, body = maker.tokenizer.meta, example.draft.body
-    if POINT not in body or maker.ids([POINT]) in ([], [meta]):  # nothing points, or a meta-token
+    if POINT not in body or maker.ids([POINT]) in ([], [meta]):  # no piece points, or a meta-token does
         return None
     last = len(body) - 1 - body[::-1].index(POINT)
     content = [id for id in maker.ids(body[: last + 1]) if id != meta]
     return place_of(example.ids, meta, len(content))  # behind <|endoftext|>
 
 
-def spots(maker: Maker, examples: list[Example], rule: str, reach: int, split: str) -> list[Spot]:
+def locate_all(maker: Maker, examples: list[Example], rule: str, reach: int, split: str) -> list[LocatedText]:
     return [
-        spot(maker, example, rule, reach, stable_key("rate distortion", split, i)) for i, example in enumerate(examples)
+        locate(maker, example, rule, reach, stable_key("rate distortion", split, i))
+        for i, example in enumerate(examples)
     ]
 
 
-def missing(name: str, of: list[Spot]) -> str:
-    """Why not all texts have a state, "" if they have."""
+def missing(name: str, of: list[LocatedText]) -> str:
+    """Returns why some texts lack a state, "" if none does."""
     n = sum(name not in text.at for text in of)
     return f"{n} of {len(of)} texts have {MISSING.get(name, 'too few tokens before the question')}" if n else ""
 
 
 @torch.no_grad()
-def read_states(run: Run, examples: list[Example], of: list[Spot], names: list[str], layers) -> torch.Tensor:
-    """(layers, names, N, C) float32 on the model's device: states of texts."""
+def read_states(run: Run, examples: list[Example], of: list[LocatedText], names: list[str], layers) -> torch.Tensor:
+    """Returns the states (layers, names, N, C) of the texts in float32, on the model's device. Raises UserError if they
+    are not finite."""
     out = []
-    with states(run.model) as read:
+    with record_states(run.model) as read:
         for which, batch in batches(run, examples):
             run.model(batch.tokens, batch.positions, batch.meta_index)
             stream = torch.stack([read[layer].float() for layer in layers])  # (layers, B, T, C)
@@ -102,13 +106,13 @@ def read_states(run: Run, examples: list[Example], of: list[Spot], names: list[s
             out.append(torch.stack(found, dim=1))
     found = torch.cat(out, dim=2)
     if not found.isfinite().all():
-        raise UserError(f"the weights in {run.folder} give states that are not finite: take another checkpoint.")
+        raise UserError(f"the weights in {run.folder} produce states that are not finite: take another checkpoint.")
     return found
 
 
-def queries_of(splits: list[list[Spot]]) -> tuple[list[torch.Tensor], int]:
-    """(N, q) of each split: of the q pieces of a question that are not the same in all training texts, which they are,
-    as numbers below Q, 0 for one that no training text has; and Q."""
+def queries_of(splits: list[list[LocatedText]]) -> tuple[list[torch.Tensor], int]:
+    """Returns the questions (N, q) of each split as numbers below Q, and Q. The q pieces are those that differ between
+    training texts; 0 stands for a piece that no training text has."""
     seen = [dict.fromkeys(pieces) for pieces in zip(*(text.query for text in splits[0]), strict=True)]
     differ = [slot for slot, pieces in enumerate(seen) if len(pieces) > 1]
     entries = [(slot, piece) for slot in differ for piece in sorted(seen[slot])]
@@ -117,10 +121,11 @@ def queries_of(splits: list[list[Spot]]) -> tuple[list[torch.Tensor], int]:
     return [torch.tensor(rows, dtype=torch.long).view(len(rows), len(differ)) for rows in out], 1 + len(number)
 
 
-def labels_of(target: str, state: str, splits: list[list[Spot]]) -> tuple[list[np.ndarray], int]:
-    """The labels (N, n) of each split as numbers of classes, and how many classes there are: the ids that occur."""
+def labels_of(target: str, state: str, splits: list[list[LocatedText]]) -> tuple[list[np.ndarray], int]:
+    """Returns the labels (N, n) of each split as class numbers, and the number of classes, which are the ids that
+    occur."""
 
-    def ids(text: Spot) -> np.ndarray:
+    def ids(text: LocatedText) -> np.ndarray:
         kind, _, number = target.partition("_")
         if kind == "answer":
             return text.ids[[text.answer]]

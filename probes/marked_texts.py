@@ -1,7 +1,7 @@
-"""Where in a text of a task its marks and its answer stand.
+"""Finds the marks and the answer in the texts of a task, and holds the settings of all probes that read such texts.
 
-A text is read as it was drafted (tasks/example.py): pieces, of which POINT became a meta-token, the word "mark", or
-nothing. Meta-tokens that were spread over the text afterwards move the rest, so places are counted in content."""
+A text is located by its draft (tasks/example.py): pieces, of which POINT became a meta-token, the word "mark", or
+nothing. Meta-tokens that were spread over the text afterwards move the rest, so positions are counted in content."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -22,26 +22,36 @@ from nanometa.tasks.example import POINT, Example, Maker
 from nanometa.tasks.words import DELIMITER
 from nanometa.training.checkpoint import Run
 
-READ = 2048  # positions in one forward on a CPU, whose cache they stay in
+READ = 2048  # positions of one forward on a CPU, few enough to stay in its cache
 
 
 @dataclass(frozen=True)
-class MarksProbe(TasksEval):
-    """What probes of marks ask for: texts of the tasks in which something marks a place."""
+class MarkedTextsProbe(TasksEval):
+    """Settings of probes that read texts of the tasks in which a meta-token or a word marks a place."""
 
     tasks: tuple[Task, ...] = ()
-    """by default list_recall, whose answer stands in the text, or if the run was not trained on it, the tasks that it
+    """by default list_recall, whose answer stands in the text; for a run that was not trained on it, the tasks that it
     was trained on"""
     lengths: tuple[int, ...] = (128,)
-    """positions of the longest texts of a cell; the shortest have nine tenths of that"""
+    """positions of the longest texts of a cell; the shortest have nine tenths of it"""
     placements: tuple[Placement, ...] = ()
-    """by default, of the placements that the run was trained with: positions all that have meta-tokens, attention all,
-    patching target and none, residual target"""
+    """by default those of the run's training that suit the probe: for positions those with meta-tokens, for attention
+    all, for patching target and none, for residual target"""
+    margin: float = 0.05
+    """a difference "does not hold" if its whole interval lies within +- this share"""
+    effect: float = 0.0
+    """a difference "holds" if its interval lies above this share; fix both before you look"""
+
+    BELOW = 1.0  # exclusive upper bound of margin and effect
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("tasks", "placements", "lengths"):
-            check(self, name, len(set(getattr(self, name))) == len(getattr(self, name)), "name each once")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                check(self, field.name, len(set(value)) == len(value), "name each once")
+        check(self, "margin", 0 < self.margin < self.BELOW, f"lie strictly between 0 and {self.BELOW:g}")
+        check(self, "effect", 0 <= self.effect < self.BELOW, f"be at least 0 and below {self.BELOW:g}")
         check(self, "output", not self.output.endswith(".png"), "be a file of JSON lines; the picture lies beside it")
 
     def cells(self, run: Run):
@@ -50,21 +60,22 @@ class MarksProbe(TasksEval):
         return TasksEval.cells(dataclasses.replace(self, tasks=tasks), run)
 
     def readable(self, run: Run) -> Iterator[tuple[Maker, str, int]]:
-        """Who writes the texts of each cell, their level and length. Raises UserError if they do not fit."""
+        """Yields the Maker of each cell's texts, their level and length. Raises UserError if the model cannot read
+        texts of that length."""
         for name, placement, settings, level, length in self.cells(run):
             if why := fits(run, length):
                 raise UserError(f"lengths={self.lengths} cannot all be read: {why}: leave longer ones out.")
             yield Maker(name, placement, settings, run.tokenizer), level, length
 
     def makers(self, run: Run, placements: tuple[str, ...] = ()) -> list[tuple[Maker, str, int]]:
-        """Who writes the texts of a cell, their level and length; by default of those of these placements that the run
-        was trained with, if it was trained with any. Raises UserError if there are no such texts, they do
-        not fit, have no mark, or have meta-tokens and the run knows none."""
+        """Returns the Maker of each cell's texts, their level and length, by default for those of `placements` that the
+        run was trained with. Raises UserError if there are no such texts, if they are too long for the model or have no
+        mark, or if they have meta-tokens and the run was trained without any."""
         trained = run.config.task.placements if run.config.task.tasks else ()
         mine = tuple(placement for placement in placements if placement in trained)
-        asked = self if self.placements or not mine else dataclasses.replace(self, placements=mine)
+        settings = self if self.placements or not mine else dataclasses.replace(self, placements=mine)
         out = []
-        for maker, level, length in asked.readable(run):
+        for maker, level, length in settings.readable(run):
             if maker.markers.has_meta and not knows_meta(run):
                 others = " or ".join(name for name, of in PLACEMENTS.items() if not of.has_meta)
                 raise UserError(
@@ -89,16 +100,16 @@ def knows_meta(run: Run) -> bool:
     return bool(placed or run.state["data"]["chunk_markers"])
 
 
-def mark_of(maker: Maker) -> int:
-    """The id of what marks: <|meta|>, or in texts without meta-tokens the word "mark", which stands in its place.
-    Raises UserError if that is several tokens."""
+def mark_id(maker: Maker) -> int:
+    """Returns the id of the mark: <|meta|>, or in texts without meta-tokens the word "mark", which takes its place.
+    Raises UserError if that word is several tokens."""
     if maker.markers.has_meta:
         return maker.tokenizer.meta
     ids = maker.ids([f" {DELIMITER}"])
     if len(ids) > 1:
         raise UserError(
-            f'placement {maker.placement} marks with the word "{DELIMITER}", which is {len(ids)} tokens to this '
-            f"tokenizer, and no one place: take another placement."
+            f'placement {maker.placement} marks places with the word "{DELIMITER}", which is {len(ids)} tokens to this '
+            f"tokenizer and has no single position: take another placement."
         )
     return ids[0]
 
@@ -108,25 +119,25 @@ def mark_name(maker: Maker) -> str:
 
 
 def marks(maker: Maker, example: Example) -> np.ndarray:
-    """(M,) positions of what marks, in increasing order."""
+    """Returns the positions (M,) of the marks, in increasing order."""
     if maker.markers.has_meta:
         return np.flatnonzero(example.ids == maker.tokenizer.meta)
-    mark_of(maker)  # raises
-    body = example.draft.body  # not by its id, which may be a part of another word ("market")
+    mark_id(maker)  # raises
+    body = example.draft.body  # the id alone may be a part of another word ("market")
     return np.array([1 + len(maker.ids(body[:i])) for i, piece in enumerate(body) if piece == POINT])
 
 
-def asked_at(run: Run, example: Example) -> int:
-    """The position that predicts the answer's first id: the one before it, which may be a mark, or under target_rule
-    skip the last one before it that is none."""
+def answer_query_position(run: Run, example: Example) -> int:
+    """Returns the position that predicts the first id of the answer: the one before it, which may be a mark, or under
+    target_rule skip the last one before it that is no mark."""
     before = int(np.flatnonzero(example.answers)[0])
     skips = run.config.target_rule == "skip"
     return int(np.flatnonzero(example.ids[:before] != run.tokenizer.meta)[-1]) if skips else before - 1
 
 
-def answer_in_text(maker: Maker, example: Example) -> int | None:
-    """The position, in the body, of the first id of the answer, if it stands in the span that is asked about, else
-    None."""
+def answer_position(maker: Maker, example: Example) -> int | None:
+    """Returns the position in the body of the first id of the answer, or None if the span that the question is about
+    does not contain the answer."""
     if not maker.task.ANSWER_IN_TEXT:
         return None
     start, end = span(maker, example)
@@ -136,7 +147,8 @@ def answer_in_text(maker: Maker, example: Example) -> int | None:
 
 
 def span(maker: Maker, example: Example) -> tuple[int, int]:
-    """Pieces of the body that the question is about, from POINT to POINT; of parity, from the start to POINT."""
+    """Returns the first and last piece of the body that the question is about: from POINT to POINT, in parity from the
+    start to POINT."""
     body = example.draft.body
     if not maker.has_pointer:  # the list that the question names
         start = body.index(example.draft.questions[0][0][1])
@@ -145,9 +157,9 @@ def span(maker: Maker, example: Example) -> tuple[int, int]:
     return (0, *points)[-2:]
 
 
-def target_mark(maker: Maker, example: Example) -> int:
-    """The position of the mark that ends the span that is asked about. Where meta-tokens follow every list, it is the
-    one behind the list, span or group in which the span ends; otherwise it is the last mark of the text."""
+def span_end_mark(maker: Maker, example: Example) -> int:
+    """Returns the position of the mark that ends the span of the question. Where meta-tokens follow every list, it is
+    the one behind the list, span or group in which the span ends; otherwise it is the last mark of the text."""
     found = marks(maker, example)
     if not maker.markers.after_lists:
         return int(found[-1])
@@ -155,8 +167,8 @@ def target_mark(maker: Maker, example: Example) -> int:
     return int(found[found >= end - 1][0])
 
 
-def ordinary_at(maker: Maker, example: Example, number: int) -> int:
-    """A position of the body that is no mark, drawn for text `number`."""
+def random_ordinary_position(maker: Maker, example: Example, number: int) -> int:
+    """Returns a random position of the body that is no mark, drawn by a generator keyed by the text's number."""
     body = np.arange(1, int(np.flatnonzero(example.answers)[0]))
     free = np.setdiff1d(body, marks(maker, example))
     return int(free[Draws(stable_key("ordinary", number)).below(len(free))])
@@ -169,20 +181,20 @@ def batches(run: Run, examples: list[Example], most: int | None = None) -> Itera
     return batches_of(run, examples, size if most is None else max(1, min(size, most)))
 
 
-# ----------------------------------------------------------------------------- what is said of lines
+# ----------------------------------------------------------------------------- verdicts
 
 
 def judged(lines: list[dict], claims: tuple[str, ...], effect: float, margin: float) -> list[dict]:
-    """The lines with Holm's p and a verdict on each claim that they have, more than `effect` above 0. Holm's family:
-    all of them."""
-    asked = [(line, claim) for line in lines for claim in claims if claim in line]
-    adjusted = holm([line[f"{claim}_p"] for line, claim in asked])
-    for (line, claim), p in zip(asked, adjusted, strict=True):
+    """Adds Holm's p and a verdict to the lines for each of their claims, that the figure is more than `effect` above 0.
+    Holm's family is all of these claims."""
+    pairs = [(line, claim) for line in lines for claim in claims if claim in line]
+    adjusted = holm([line[f"{claim}_p"] for line, claim in pairs])
+    for (line, claim), p in zip(pairs, adjusted, strict=True):
         verdict = decide(*line[f"{claim}_interval"], p, effect, margin, line["n"])
         line |= {f"{claim}_holm": p, f"{claim}_verdict": verdict}
-        line |= {"comparisons": len(asked), "effect": effect, "margin": margin}
+        line |= {"comparisons": len(pairs), "effect": effect, "margin": margin}
     return lines
 
 
-def name_of(line: dict) -> str:
+def cell_name(line: dict) -> str:
     return f"{line['task']:<16} {line['placement']:<10} {line['level']:<10} {line['length']:>5}"

@@ -1,14 +1,14 @@
-"""python probe.py rate_distortion --known: is the bottleneck right, and what does it find?
+"""python probe.py rate_distortion --known: checks the bottleneck on sources whose answer is known.
 
-Two sources whose rate-distortion curve is known, which it has to reach. And planted lookups, with the probe's own
-settings: a state that holds items, each of them one of 200, and a question that names one. All of them can be read
-from such a state, so that what is left is what the probe does not find."""
+Two sources have a known rate-distortion curve, which the bottleneck has to reach. Planted lookups then show what the
+probe finds with its own settings: a state holds some items, each of them one of 200, and a question names one. All of
+them can be read from such a state, so the remaining distortion is what the probe fails to find."""
 
 import math
 
 import torch
 
-from nanometa.probes.bottleneck import Member, Source, Training, fit, measure
+from nanometa.probes.bottleneck import Member, Source, Training, fit, measure_bottlenecks
 
 VARIANCE = 4.0
 GAUSSIAN_BETAS = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # at 8, twice the variance, the rate is 0
@@ -16,25 +16,25 @@ GAUSSIAN_TEXTS = 8000
 GAUSSIAN = Training(
     z_dim=1, hidden=0, epochs=40, patience=40, batch=200, learning_rate=0.03, weight_decay=0.0, draws=64
 )
-NEAR = 0.02  # nats: how far a point may lie from R(D) of the Gaussian, where it may lie on either side by chance
+NEAR = 0.02  # nats that a point may lie off R(D) of the Gaussian, on either side
 CLASSES, CLASS_TEXTS = 16, 4000
 CLASS_BETAS = (0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 3.0)
 CATEGORICAL = Training(
     z_dim=8, hidden=64, epochs=40, patience=40, batch=200, learning_rate=0.01, weight_decay=0.0, draws=64
 )
-SLACK = 0.02  # nats below the converse, and off the ends of the curve
-POOL, WIDTH = 200, 192  # of a lookup: as many items as list recall has, in a state of a small model's width
-PLANTED = ((1, 1), (7, 1), (7, 4))  # items, and how many times as many texts to train as the probe has by itself
+SLACK = 0.02  # nats that a point may lie below the converse, or off the ends of the curve
+POOL, WIDTH = 200, 192  # a lookup has as many items as list recall, and the state width of a small model
+PLANTED = ((1, 1), (7, 1), (7, 4))  # number of items, and factor on the probe's number of training texts
 
 
 def gaussian(n: int, seed: int) -> Source:
-    """A Gaussian, to be told with the least squared error: R(D) = 1/2 ln(variance / D)."""
+    """Returns a Gaussian source under squared error, whose R(D) = 1/2 ln(variance / D)."""
     values = torch.randn(n, 1, generator=torch.Generator().manual_seed(seed))
     return Source(values, torch.zeros(n, 0, dtype=torch.long), values * math.sqrt(VARIANCE))
 
 
 def categorical(n: int, seed: int) -> Source:
-    """One of K equally likely classes, as a one-hot vector."""
+    """Returns a source of one of CLASSES equally likely classes, as a one-hot vector."""
     labels = torch.randint(CLASSES, (n, 1), generator=torch.Generator().manual_seed(seed))
     return Source(
         torch.nn.functional.one_hot(labels[:, 0], CLASSES).float(), torch.zeros(n, 0, dtype=torch.long), labels
@@ -42,15 +42,16 @@ def categorical(n: int, seed: int) -> Source:
 
 
 def points(make, K: int, betas: tuple[float, ...], how: Training, n: int) -> list[tuple[float, float, float]]:
-    """(beta, R, D) of bottlenecks trained on n texts of a source, measured on other n."""
+    """Returns (beta, R, D) of bottlenecks trained on n texts of a source and measured on n others."""
     members = [Member(beta, 0, "bottleneck") for beta in betas]
     weights = fit(make(n, 1), make(n // 4, 2), K, 0, members, how)
-    D, R = (x.mean(dim=1).tolist() for x in measure(weights, make(n, 3), members, how))
+    D, R = (x.mean(dim=1).tolist() for x in measure_bottlenecks(weights, make(n, 3), members, how))
     return list(zip(betas, R, D, strict=True))
 
 
 def lookup(items: int, n: int, seed: int) -> Source:
-    """The sum of a random vector for each of the items and its place. The question names a place, if there are two."""
+    """Returns a source whose state is the sum of one random vector for each item at its place. The question names a
+    place if there are several."""
     vectors = torch.randn(items, POOL, WIDTH, generator=torch.Generator().manual_seed(0)) / math.sqrt(items)
     generator = torch.Generator().manual_seed(seed)
     held = torch.randint(POOL, (n, items), generator=generator)
@@ -60,12 +61,12 @@ def lookup(items: int, n: int, seed: int) -> Source:
 
 
 def lookups(items: int, sizes: tuple[int, ...]) -> list[Source]:
-    """Of so many texts each, none of which says anything of another."""
+    """Returns one independent source for each size."""
     return [lookup(items, n, seed) for seed, n in enumerate(sizes, start=1)]
 
 
 def report() -> str:
-    """Both sources whose curve is known, measured beside it, for a person."""
+    """Returns a text with the measured points of both sources beside their known curves."""
     out = [f"a Gaussian of variance {VARIANCE:g}, squared error: R(D) = 1/2 ln({VARIANCE:g} / D), within {NEAR:g} nats"]
     for beta, R, D in points(gaussian, 1, GAUSSIAN_BETAS, GAUSSIAN, GAUSSIAN_TEXTS):
         exact = 0.5 * math.log(VARIANCE / D)
@@ -82,12 +83,12 @@ def report() -> str:
     return "\n".join(out)
 
 
-def said(items: int, line: dict) -> str:
-    """A lookup's curve for a person."""
-    told = "  ".join(f"({point['rate']:.2f}, {point['distortion']:.3f})" for point in line["points"])
+def lookup_report(items: int, line: dict) -> str:
+    """Returns a text with the curve of a lookup."""
+    curve = "  ".join(f"({point['rate']:.2f}, {point['distortion']:.3f})" for point in line["points"])
     return (
-        f"planted: a state of width {WIDTH} holds {items} of {POOL} items, and is asked for one; all could be told, "
-        f"and to know nothing leaves ln {POOL} = {math.log(POOL):.3f} nats\n  {line['train_texts']} texts to train: "
+        f"planted: a state of width {WIDTH} holds {items} of {POOL} items, a question names one; all can be read, "
+        f"and knowing nothing leaves ln {POOL} = {math.log(POOL):.3f} nats\n  {line['train_texts']} texts to train: "
         f"{'found' if line['found'] else 'NOTHING FOUND'}, no bottleneck D {line['ceiling']['distortion']:.3f}, (R, D) "
-        f"by beta\n  {told}"
+        f"by beta\n  {curve}"
     )

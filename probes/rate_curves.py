@@ -1,4 +1,4 @@
-"""Points of rate and distortion as curves: baselines, the converse, lower hulls, and what two curves differ by."""
+"""Turns points of rate and distortion into curves: baselines, converse, lower hulls, and differences of two curves."""
 
 import math
 from typing import NamedTuple
@@ -9,11 +9,11 @@ DRAWS = 1000  # of the bootstrap
 
 
 class Points(NamedTuple):
-    """What probes of one state say of N texts."""
+    """Distortion and rate of N texts, as measured by the probes of one state."""
 
     distortion: np.ndarray  # (betas, seeds, N)
     rate: np.ndarray  # (betas, seeds, N)
-    constant: np.ndarray  # (N,): distortion of the training texts' frequencies, what rate 0 has for certain
+    constant: np.ndarray  # (N,): distortion of the training texts' frequencies, which needs no rate
 
 
 def shares(labels: np.ndarray, K: int) -> np.ndarray:
@@ -21,16 +21,17 @@ def shares(labels: np.ndarray, K: int) -> np.ndarray:
 
 
 def entropy(labels: np.ndarray, K: int) -> float:
-    """H of the classes' frequencies, in nats: as they are in `labels`, which is too low by about (K - 1) / 2n."""
+    """Returns the entropy of the class frequencies in `labels`, in nats. It is too low by about (K - 1) / 2n."""
     p = shares(labels, K)
     return float(-(p[p > 0] * np.log(p[p > 0])).sum())
 
 
 def baselines(train: np.ndarray, val: np.ndarray, test: np.ndarray, K: int) -> dict[str, float]:
-    """labels (N, n) of the splits -> what is known without any state, in nats, and what no state can beat.
+    """Returns, in nats, what is known without any state, and what no state can beat, from the labels (N, n) of the
+    splits.
 
-    entropy is that of all texts, with the correction of Miller and Madow; floor is the mean entropy of a text's own
-    labels: 0 for one label, and for a bag what is left if all of it is known."""
+    entropy is that of all texts, with the correction of Miller and Madow. floor is the mean entropy of a text's own
+    labels: 0 for one label, and for a bag the part that remains if the whole bag is known."""
     every = np.concatenate([train, val, test])
     constant = constant_distortion(train, test, K)
     p = shares(every, K)
@@ -46,14 +47,15 @@ def baselines(train: np.ndarray, val: np.ndarray, test: np.ndarray, K: int) -> d
 
 
 def constant_distortion(train: np.ndarray, test: np.ndarray, K: int) -> np.ndarray:
-    """(N,) nats of each test text's labels by the frequencies of the training texts, one text added to each class."""
+    """Returns the cross-entropy (N,) of each test text's labels under the frequencies of the training texts, with one
+    text added to each class."""
     counts = np.bincount(train.ravel(), minlength=K) + train.shape[1]
     return -np.log(counts / counts.sum())[test].mean(axis=1)
 
 
 def converse(distortion: np.ndarray, rate: np.ndarray, known: dict[str, float]) -> dict:
-    """distortion, rate (seeds, N) of one beta -> D + R - H, how far below 0 chance may bring it (three standard errors
-    of the texts' own sums and of H), and whether it is further below, which no state can be."""
+    """Returns D + R - H for distortion and rate (seeds, N) of one beta, its tolerance (three standard errors of the
+    texts' own sums and of H), and whether it lies below that, which is impossible for every state."""
     sums = (distortion + rate).mean(axis=0)
     above = float(sums.mean()) - known["entropy"]
     tolerance = 3 * (float(sums.std(ddof=1)) / math.sqrt(len(sums)) + known["entropy_error"])
@@ -61,8 +63,8 @@ def converse(distortion: np.ndarray, rate: np.ndarray, known: dict[str, float]) 
 
 
 def hull(rates: np.ndarray, distortions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Corners of the lower convex hull of points (k,), from the least rate to the least distortion: what is between
-    two points can be had by choosing one of them at random."""
+    """Returns the corners of the lower convex hull of points (k,), from the least rate to the least distortion.
+    Choosing one of two points at random reaches everything on the line between them."""
     corners: list[tuple[float, float]] = []
     for r, d in sorted(zip(rates.tolist(), distortions.tolist(), strict=True)):
         if corners and d >= corners[-1][1]:
@@ -79,16 +81,17 @@ def hull(rates: np.ndarray, distortions: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def at_rates(rates: np.ndarray, distortions: np.ndarray, constant: float, wanted: np.ndarray) -> np.ndarray:
-    """Distortion of points (k,) at the wanted rates (m,): on their hull with (0, constant), since who sends a code now
-    and then, and else nothing, is on the line between; beyond it, its last."""
+    """Returns the distortion at the wanted rates (m,) on the hull of points (k,) and (0, constant). The constant
+    belongs to it because a sender may transmit a code only for some of the texts. Beyond the hull its last value
+    counts."""
     return np.interp(wanted, *hull(np.append(0.0, rates), np.append(constant, distortions)))
 
 
 def resampled(points: Points) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Texts and probe seeds drawn again with replacement, the same for all states of the same texts.
+    """Draws texts and probe seeds again with replacement, the same ones for all states of the same texts.
 
-    -> rates and distortions (1 + DRAWS, seeds, betas) and the constant's distortion (1 + DRAWS,) over the texts drawn,
-    first over all as they are, and what each seed weighs (1 + DRAWS, seeds)."""
+    Returns rates and distortions (1 + DRAWS, seeds, betas) and the constant's distortion (1 + DRAWS,), first over all
+    texts and then over the drawn ones, and the weight of each seed (1 + DRAWS, seeds)."""
     generator = np.random.default_rng(0)
     _, seeds, N = points.rate.shape
     counts = generator.multinomial(N, np.full(N, 1 / N), size=DRAWS)
@@ -100,7 +103,7 @@ def resampled(points: Points) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
 
 
 def intervals(points: Points) -> tuple[np.ndarray, np.ndarray]:
-    """95 % intervals of rate and distortion (2, betas) each: lower ends, upper ends."""
+    """Returns the lower and the upper ends of the 95 % intervals of rate and distortion, (2, betas) each."""
     rate, distortion, _, weights = resampled(points)
     means = np.stack([np.einsum("dsb,ds->db", x, weights)[1:] for x in (rate, distortion)])
     low, high = np.quantile(means, [0.025, 0.975], axis=1)
@@ -108,7 +111,8 @@ def intervals(points: Points) -> tuple[np.ndarray, np.ndarray]:
 
 
 def curves(points: Points, wanted: np.ndarray) -> np.ndarray:
-    """(1 + DRAWS, m) distortion at the wanted rates (m,), a mean over seeds: first of all texts, then as resampled."""
+    """Returns the distortion (1 + DRAWS, m) at the wanted rates (m,), averaged over seeds: first of all texts, then of
+    each bootstrap sample."""
     rate, distortion, constant, weights = resampled(points)
     out = [
         [at_rates(r, d, c, wanted) for r, d in zip(rs, ds, strict=True)]
@@ -118,15 +122,15 @@ def curves(points: Points, wanted: np.ndarray) -> np.ndarray:
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of draws (draws,)."""
+    """Returns the 95 % percentile interval of draws (draws,)."""
     low, high = np.quantile(draws, [0.025, 0.975]).tolist()
     return low, high
 
 
 def found(points: Points, entropy: float) -> bool:
-    """Has a point less distortion than whoever knows the classes' frequencies alone? That has H(Y) at least, and what
-    stands for it here, the training texts' frequencies, somewhat more: the interval of what a point gains on them,
-    text by text, must lie above that surplus, by Bonferroni over the points."""
+    """Returns whether a point has less distortion than the class frequencies alone. These have a distortion of at least
+    H(Y), and the frequencies of the training texts, which stand for them here, somewhat more. So the interval of a
+    point's gain over them, text by text and by Bonferroni over the points, must lie above that surplus."""
     _, distortion, constant, weights = resampled(points)
     gain = constant[1:, None] - np.einsum("dsb,ds->db", distortion, weights)[1:]
     surplus = max(0.0, float(points.constant.mean()) - entropy)
@@ -134,15 +138,16 @@ def found(points: Points, entropy: float) -> bool:
 
 
 def reach(points: Points) -> float:
-    """The greatest rate up to which these points say what the distortion is: that of the seed that has the least."""
+    """Returns the greatest rate up to which the points determine the distortion: the least over seeds."""
     return float(points.rate.mean(axis=2).max(axis=0).min())
 
 
 def compared(first: Points, second: Points, rates: list[float], entropy: float, both: tuple[bool, bool]) -> dict:
-    """Distortion of `first` less that of `second` at equal rates: at each of `rates` (nats), None at one that is out of
-    reach of either, and as a mean over the rates from 0 to `up_to`, H(Y) or what both reach. A state of which nothing
-    is found (`both` say) reaches all: its curve is the constant's, at no rate. With bootstrap intervals over texts,
-    paired, and probe seeds; p is the bootstrap's, of no difference of that mean."""
+    """Returns the distortion of `first` minus that of `second` at equal rates: at each of `rates` (nats), None where
+    one of them does not reach, and as a mean over the rates from 0 to `up_to`, which is H(Y) or the rate that both
+    reach. `both` says whether something was found from each state. A state without any finding reaches every rate,
+    because its curve is the constant's. Intervals are bootstrapped over paired texts and probe seeds; p is the
+    bootstrap's, of no difference in that mean."""
     reached = min(
         (reach(of) for of, something in zip((first, second), both, strict=True) if something), default=math.inf
     )

@@ -1,17 +1,18 @@
-"""Sections that are a picture, or a few, and a table: what probe.py looked at."""
+"""Builds the sections of probes: some pictures and a table for the page, one picture and a table for probe.py."""
 
 import itertools
 from collections.abc import Callable, Container
 from typing import NamedTuple
 
 from nanometa.common.statistics import DECIDES, brief, too_few
-from nanometa.reports.lines import check_facts
-from nanometa.reports.markup import Markup, escaped, p_value, table
+from nanometa.reports.drawing import run_title, tiled
+from nanometa.reports.lines import check_facts, has_learned
+from nanometa.reports.markup import Markup, details, escaped, p_value, table, text_table
 from nanometa.reports.page import Page, Section
 
 
 class Column(NamedTuple):
-    """Of a section's table."""
+    """A column of a section's table."""
 
     name: str
     value: Callable[[dict], object]
@@ -26,8 +27,8 @@ WHERE = (
 
 
 def claim(name: str, value: str, show: Callable[[float], str], prefix: str | None = None) -> tuple[Column, ...]:
-    """The columns of a figure that a verdict is on, empty where a line lacks it: itself, its interval, Holm's p, the
-    verdict; what a line calls the latter two begins with `prefix`, by default the figure's own."""
+    """Returns the columns of a figure with a verdict: the figure, its interval, Holm's p and the verdict, empty where a
+    line lacks them. `prefix` begins the field names of the latter two, by default the figure's name."""
     of = f"{value}_" if prefix is None else prefix
     return (
         Column(name, lambda line: show(line[value]) if value in line else ""),
@@ -51,12 +52,12 @@ def probe(
     first: Callable[[dict], bool] = lambda line: True,
     row: tuple[str, ...] = (),
 ) -> Section:
-    """The section of a probe's lines.
+    """Returns the section of a probe.
 
-    about: a paragraph of what it shows. fields: name -> types that a line must have; choices: field -> what it may
-    be. cell: the fields that tell lines of one call apart. picture: lines -> PNG, of all lines of one call that have
-    the same `panel`. paper: the PNG of what the paper says of it. first: which lines are at the top of the table. row:
-    the fields that tell rows of the table apart, if several lines make one, which then has them as `lines`."""
+    about: paragraph that explains it. fields: types that a line must have, by name; choices: allowed values, by field.
+    cell: fields that tell lines of one call apart. picture: draws the lines of one call with equal `panel` fields.
+    paper: draws the paper's figure. first: whether a line belongs at the top of the table. row: fields that tell rows
+    of the table apart, if one row summarizes several lines, which it then has as `lines`."""
 
     def check(line: dict) -> None:
         check_facts(line, fields)
@@ -68,44 +69,69 @@ def probe(
     def body(page: Page, lines: list[dict]) -> str:
         theirs = page.picture(f"{kind}_paper.png", f"{title}: what the paper says", paper()) if paper else ""
         calls = by_call(lines)
-        shown = [sorted(call, key=lambda line: not first(line)) for call in calls]
-        if row:
-            shown = [[{**of[0], "lines": of} for of in apart(call, fields_of(row))] for call in shown]
+        shown = [merged(sorted(call, key=lambda line: not first(line)), row) for call in calls]
         return f"""<h2 id="{kind}">{escaped(title)}</h2>
 <p>{escaped(about)}</p>
-{unlearned(lines)}<div>{theirs}{"".join(figures(page, kind, title, calls, panel, picture))}</div>
-{rows(page, shown, columns)}"""
+{unlearned(lines)}<div>{"".join(figures(page, kind, title, calls, panel, picture))}{theirs}</div>
+{details("All lines", rows(page, shown, columns))}"""
 
-    return Section(kind, check, key, body)
+    return Section(
+        kind, check, key, body,
+        picture=lambda lines: checkpoint_picture(lines, panel, picture, paper),
+        table=lambda lines: terminal_table(merged(lines, row), columns),
+    )  # fmt: skip
 
 
-def has_learned(line: dict) -> bool:
-    """As far as the line says it."""
-    return (line.get("answered") or {}).get("better", True)
+def merged(lines: list[dict], row: tuple[str, ...]) -> list[dict]:
+    """Returns one line for each group with equal `row` fields, which has the group as `lines`; all lines if row is
+    empty."""
+    return [{**of[0], "lines": of} for of in apart(lines, fields_of(row))] if row else lines
+
+
+def checkpoint_picture(
+    lines: list[dict], panel: tuple[str, ...], picture: Callable, paper: Callable[[], bytes] | None = None
+) -> bytes:
+    """Returns one PNG of the lines of a checkpoint: all its panels, and the paper's figure."""
+    panels = [picture(of) for of in apart(lines, fields_of(panel))]
+    return tiled(run_title(lines), [*panels, paper()] if paper else panels)
+
+
+def terminal_table(lines: list[dict], columns: tuple[Column, ...]) -> str:
+    """Returns the table of the lines for a terminal: a block for each level and mark, and what the verdicts mean."""
+    texts, out = tuple(i for i, column in enumerate(columns) if column.text), []
+    for of in apart(lines, lambda line: (line["level"], line.get("mark"))):
+        mark = f", mark: {of[0]['mark']}" if "mark" in of[0] else ""
+        rows = [[column.value(line) for column in columns] for line in of]
+        out += [f"level {of[0]['level']}{mark}", text_table([column.name for column in columns], rows, texts)]
+    last = lines[-1]
+    if "comparisons" in last:
+        out.append(f"Verdicts: is it above {last['effect']:g}? The margin is {last['margin']:g}. Holm over "
+                   f"{last['comparisons']} comparisons, all of this checkpoint.")  # fmt: skip
+    return "\n".join(filter(None, [*out, too_few(lines)]))
 
 
 def unlearned(lines: list[dict]) -> Markup:
-    """What is to be said first of runs that have not learned what they were asked, as far as lines say it."""
+    """Returns a warning that names the runs that have not learned their task, "" if all have."""
     weak = {f"{line['run']} ({line['task'].replace('_', ' ')}, {line['placement']}, {line['length']})": None
             for line in lines if not has_learned(line)}  # fmt: skip
     if not weak:
         return Markup("")
-    told = escaped("; ".join(weak))
+    names = escaped("; ".join(weak))
     return Markup(
-        f'<p class="warn">Answered no better than by chance or a shortcut, so that verdicts say nothing of how the '
-        f"task is solved: {told}.</p>\n"
+        f'<p class="warn">These runs answer no better than chance or a shortcut, so verdicts say nothing about how the '
+        f"task is solved: {names}.</p>\n"
     )
 
 
 def check_choices(line: dict, choices: dict[str, Container[str]]) -> None:
-    """Raises ValueError if a field is none of what it may be."""
+    """Raises ValueError if a field has none of its allowed values."""
     for name, known in choices.items():
         if type(line.get(name)) is not str or line[name] not in known:
             raise ValueError(f"{name} is {str(line.get(name))[:40]!r}, known are {', '.join(known)}")
 
 
 def run_key(line: dict) -> tuple:
-    """The same in lines of one call."""
+    """Returns a key that is equal for lines of one call."""
     return line["weights_sha256"], line["arm"], line["command"]
 
 
@@ -118,8 +144,8 @@ def _name(call: list[dict]) -> str:
 
 
 def latest(section: Section, lines: list[dict]) -> list[dict]:
-    """The lines of several calls that read the same weights: of those of one cell that of the most texts, among equals
-    the last."""
+    """Returns one line for each cell from several calls on the same weights: the one with the most texts, and the last
+    among equals."""
     kept: dict[tuple, dict] = {}
     for line in lines:
         key = section.key({**line, "command": ""})
@@ -129,7 +155,7 @@ def latest(section: Section, lines: list[dict]) -> list[dict]:
 
 
 def apart(lines: list[dict], key: Callable[[dict], tuple]) -> list[list[dict]]:
-    """The lines in groups that have the same key."""
+    """Returns the lines in groups of equal keys."""
     groups: dict[tuple, list[dict]] = {}
     for line in lines:
         groups.setdefault(key(line), []).append(line)
@@ -141,14 +167,14 @@ def fields_of(names: tuple[str, ...]) -> Callable[[dict], tuple]:
 
 
 def layers_where(lines: list[dict], claim: str) -> str:
-    """Of lines of several layers: in which a claim holds, and in which its reverse, by more than the margin or not."""
-    told = [line for line in lines if f"{claim}_verdict" in line]
-    if not told:
+    """Returns the layers in which a claim holds, and those in which its reverse holds."""
+    judged = [line for line in lines if f"{claim}_verdict" in line]
+    if not judged:
         return ""
-    if all(line["n"] < DECIDES for line in told):
+    if all(line["n"] < DECIDES for line in judged):
         return "undecided"
     holds, reverse = (
-        " ".join(str(line["layer"]) for line in told if line[f"{claim}_verdict"].startswith(verdict))
+        " ".join(str(line["layer"]) for line in judged if line[f"{claim}_verdict"].startswith(verdict))
         for verdict in ("holds", "the reverse")
     )
     return (holds or "none") + (f"; less: {reverse}" if reverse else "")
@@ -157,7 +183,7 @@ def layers_where(lines: list[dict], claim: str) -> str:
 def figures(
     page: Page, kind: str, title: str, calls: list[list[dict]], panel: tuple[str, ...], picture: Callable
 ) -> list[Markup]:
-    """A picture of all lines of one call that have the same `panel`."""
+    """Returns one picture for the lines of each call with equal `panel` fields."""
     shown = []
     for call in calls:
         for of in apart(call, fields_of(panel)):
@@ -169,7 +195,7 @@ def figures(
 
 
 def rows(page: Page, calls: list[list[dict]], columns: tuple[Column, ...]) -> Markup:
-    """A table: a row for each line, below the run that it is of."""
+    """Returns a table with a row for each line, below the name of its run."""
     groups: dict[str, list[list]] = {}
     for call in calls:
         links = page.links([call[0]["command"]])
