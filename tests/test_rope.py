@@ -218,10 +218,10 @@ def test_windows_are_stretched_from_the_first_one():
         "",
     )
     assert scaling_of(stretched(base, "ntk", 4.0, rope_dynamic=True)) == "ntk dynamic"
-    with pytest.raises(UserError, match="makes 665.60 positions of 512"):
+    with pytest.raises(UserError, match="would turn 512 positions into 665.60, which is not a whole number: choose another"):
         stretched(base, "pi", 1.3)
     learned = stretched(GPTConfig(block_size=512), "pi", 2.0)
-    with pytest.raises(UserError, match="interpolated already, by 2"):
+    with pytest.raises(UserError, match="interpolated before, by a factor of 2: extend the run that this one started from"):
         stretched(learned, "pi", 4.0)
 
 
