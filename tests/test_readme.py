@@ -22,6 +22,7 @@ from nanometa.eval import EVALS
 from nanometa.probe import PROBES
 from nanometa.reports import curves
 from nanometa.tasks import example
+from nanometa.training import messages
 from nanometa.training.checkpoint import load_run
 from nanometa.training.run_log import environment
 from tests.conftest import ROOT, TINY, cli
@@ -92,6 +93,19 @@ def test_there_are_commands_to_test():
     pages = {page for page, _ in commands()}
     assert len(commands()) > 130
     assert {"README.md", "train.py", "sample.py", "prepare.py", "meta_gpt2.py", "data.md", "reproduce.md"} <= pages
+
+
+def test_the_lines_of_the_quick_start_are_as_train_py_prints_them():
+    quoted = re.findall(r"^    (step .*)\.\.\.$", (ROOT / "README.md").read_text(), re.M)
+    assert len(quoted) == 3
+    for line in quoted:
+        step, scope = re.match(r"step +([\d,]+)  validation on ([^:]*): ", line).groups()
+        numbers = re.findall(r"[\d.]*\d", line.split(": ", 1)[1].replace("gzip -9", "gzip"))
+        rate, gzip, xz, loss, ends = map(float, [*numbers, 0][:5])
+        figures = {"bits_per_byte": rate, "loss": loss, "endoftext_loss": ends, "tokens": 0}
+        packed = {"gzip_9_bits_per_byte": gzip, "xz_bits_per_byte": xz}
+        printed = messages.evaluation_line(int(step.replace(",", "")), figures, (), packed, scope, 0.0, best=False)
+        assert printed.startswith(line.rstrip()), (printed, line)
 
 
 def test_the_six_commands_train_all_six_arms():
