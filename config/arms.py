@@ -3,9 +3,16 @@
 To add a second attention, add an entry here, a value to the documented table of settings and, for the tests, its
 definition in tests/reference/gpt.py and a run in tests/test_controls.py. Tests fail until these exist. Everything else
 reads the entry: the model, cached decoding, settings, dataset checks, --dry_run, labels, probes and reports. The tests
-run for every entry. A new value of `connects` also needs a layer in model.py (SECOND_LAYERS). A pattern that `connects`
-and `window` cannot describe must be implemented wherever attention is computed: meta_attention.py, the dynamic scale of
-layers/rope.py, inference/cache.py, probes/heads.py, and training/estimate.py for its memory.
+run for every entry.
+
+A new value of `connects` also needs, in this file, a place in the type of `connects`, in `rows`, and in `gathers` if
+only some of the positions are computed; and a layer in SECOND_LAYERS of model.py. If the connected positions are not
+those of the markers, it also needs their selection in data/layout.py (connected_positions) and, for generated text, in
+inference/generation.py (takes_part, _slots); docs/extend.md lists what positions drawn at random need besides.
+
+A pattern that `connects` and `window` cannot describe must be implemented wherever attention is computed:
+meta_attention.py, the dynamic scale of layers/rope.py, inference/cache.py, probes/heads.py, and training/estimate.py
+for its memory.
 """
 
 from dataclasses import dataclass
