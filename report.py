@@ -26,7 +26,8 @@ from nanometa.reports.probe_sections import SECTIONS
 
 @dataclass(frozen=True)
 class Report:
-    """Turns run folders into one self-contained HTML page with plots."""
+    """Turns run folders into one self-contained HTML page with plots. `report.py curves RUN...` draws their loss curves
+    alone, as a picture; it has a --help of its own."""
 
     runs: Positional[tuple[str, ...]] = ()
     """folders of runs, or .jsonl files of eval.py and probe.py; differences subtract later arms from earlier ones"""

@@ -185,6 +185,13 @@ def read_config_file(cls, path: str) -> tuple:
         owner_class = {c.__name__: c for c in (GPTConfig, TaskConfig, TrainConfig, PrepareConfig, SampleConfig)}.get(
             owner
         )
+        nested = {GPTConfig: "model", TaskConfig: "task"} if owner_class is TrainConfig else {}
+        for part, argument in nested.items():  # a command line has these settings beside the others
+            if name in field_names(part):
+                raise UserError(
+                    f"{path}: TrainConfig has no setting {name!r}, because it belongs to {part.__name__}: write "
+                    f"{argument}={part.__name__}({name}=...)."
+                ) from None
         known = [f.name for f in dataclasses.fields(owner_class)] if owner_class else []
         raise UserError(f"{path}: {owner} has no setting {name!r}: {nearest_name(name, known)}") from None
     except UserError as error:
@@ -192,9 +199,8 @@ def read_config_file(cls, path: str) -> tuple:
     except (Exception, SystemExit) as error:
         raise UserError(f"{path} fails with {type(error).__name__}: {error}; correct the file.") from error
     if not isinstance(config, cls):
-        raise UserError(
-            f"{path} must define `config = {cls.__name__}(...)`, but its config is of type {type(config).__name__}."
-        )
+        found = "it defines no config" if config is None else f"its config is of type {type(config).__name__}"
+        raise UserError(f"{path} must define `config = {cls.__name__}(...)`, but {found}.")
     named = named_settings(config) if isinstance(config, Settings) else set()
     if isinstance(config, TrainConfig) and not config.run_name:
         config = dataclasses.replace(config, run_name=Path(path).stem)

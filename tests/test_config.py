@@ -166,7 +166,10 @@ def test_bad_command_lines_get_one_sentence(argv, sentence, monkeypatch):
             "config = TrainConfig(learing_rate=1e-4)",
             "TrainConfig has no setting 'learing_rate': did you mean 'learning_rate'",
         ),
-        ("config = TrainConfig(n_layer=4)", "TrainConfig has no setting 'n_layer'"),
+        (
+            "config = TrainConfig(n_layer=4)",
+            r"TrainConfig has no setting 'n_layer', because it belongs to GPTConfig: write model=GPTConfig\(n_layer",
+        ),
         ("config = TrainConfig(model=GPTConfig(n_layer='6'))", "n_layer='6' has the wrong type: it must be int"),
         ("config = TrainConfig(model=GPTConfig(bias=1))", "bias=1 has the wrong type: it must be bool"),
         (
@@ -176,7 +179,7 @@ def test_bad_command_lines_get_one_sentence(argv, sentence, monkeypatch):
         ("config = TrainConfig(max_steps=True)", "max_steps=True has the wrong type"),
         ("config = TrainConfig(eval_windows=2.5)", "eval_windows=2.5 has the wrong type: it must be int or None"),
         ("config = {}", "must define `config = TrainConfig"),
-        ("confg = TrainConfig()", "must define `config = TrainConfig"),
+        ("confg = TrainConfig()", r"must define `config = TrainConfig\(...\)`, but it defines no config"),
         ("config = TrainConfig(", "SyntaxError"),
         ("config = 1/0", "ZeroDivisionError"),
         ("import sys; sys.exit(0)", "SystemExit"),

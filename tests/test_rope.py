@@ -218,10 +218,10 @@ def test_windows_are_stretched_from_the_first_one():
         "",
     )
     assert scaling_of(stretched(base, "ntk", 4.0, rope_dynamic=True)) == "ntk dynamic"
-    with pytest.raises(UserError, match="would turn 512 positions into 665.60, which is not a whole number: choose another"):
+    with pytest.raises(UserError, match="would turn 512 positions into 665.60, which is not a whole number: "):
         stretched(base, "pi", 1.3)
     learned = stretched(GPTConfig(block_size=512), "pi", 2.0)
-    with pytest.raises(UserError, match="interpolated before, by a factor of 2: extend the run that this one started from"):
+    with pytest.raises(UserError, match="interpolated before, by a factor of 2: extend the run that this"):
         stretched(learned, "pi", 4.0)
 
 
