@@ -216,7 +216,7 @@ def record_run(results: Results, name: str) -> None:
     results.json_lines(f"train/{name}/metrics", folder / "metrics.jsonl")
     written = json.loads((folder / "config.json").read_text())
     for part in ("config", "data"):
-        results.add(f"train/{name}/config.json/{part}", json.dumps(written[part]))
+        results.add(f"train/{name}/config.json/{part}", json.dumps(written[part], sort_keys=True))
     newest = max(folder.glob("step_*"))
     for file in sorted(newest.glob("*.safetensors")):
         results.file(f"train/{name}/{newest.name}/{file.name}", file)
