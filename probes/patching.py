@@ -275,7 +275,7 @@ def conclusion(lines: list[dict], cell: tuple) -> str:
     small = ("does not hold", "within the margin")
     if all(line[f"{claim}_verdict"].endswith(small) for line in of for claim in CLAIMS):
         return (
-            f"{name}the answer is not read from the state of the mark: another text's state does as well in every layer. "
-            f"If anything is read there, it is the same in both texts, such as that it is a mark."
+            f"{name}the answer is not read from the state of the mark: another text's state does as well in every "
+            f"layer. If anything is read there, it is the same in both texts, such as that it is a mark."
         )
     return f"{name}undecided."
