@@ -2,8 +2,8 @@
 
 All implementations have 12 layers of width 768 with their own random weights, and decode greedily: 256 tokens after a
 prompt of 32. They take turns. nanoGPT's generate has no cache and would take minutes, so it writes only 3 tokens. Its
-prompt has 159 tokens, since on average as many precede each token that the others write. Weights are cast before the
-clock starts, except for nanoGPT, which uses autocast.
+prompt has 159 tokens, because on average as many tokens precede each token that the others write. Weights are cast
+before the clock starts, except for nanoGPT, which uses autocast.
 """
 
 import importlib.util

@@ -31,7 +31,8 @@ def alternate(functions: dict[str, Callable], repeats: int) -> dict[str, list[fl
 
 
 def quartiles(times: list[float]) -> tuple[float, float, float]:
-    """Returns the lower quartile, the median and the upper quartile; of fewer than three times, minimum and maximum."""
+    """Returns the lower quartile, the median and the upper quartile. For fewer than three times, the minimum and the
+    maximum stand for the quartiles."""
     if len(times) < 3:
         return min(times), statistics.median(times), max(times)
     return tuple(statistics.quantiles(times, n=4))
@@ -44,7 +45,7 @@ def spread(times: list[float]) -> str:
 
 
 def say(row: dict) -> None:
-    """Prints a row in one line as soon as it is measured; the table follows when all rows are done."""
+    """Prints one line about a row as soon as it is measured. The table follows when all rows are done."""
     print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
 
 
@@ -77,7 +78,7 @@ def in_fresh_process(make: Callable, *args, repeats: int = 3) -> tuple[list[floa
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device, n: int = 4096) -> float:
-    """Returns the FLOP/s of the fastest of five (n, n) matrix products, as the most that this machine can reach."""
+    """Returns the FLOP/s of the fastest of five (n, n) matrix products, as an estimate of this machine's peak."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * n**3 / min(alternate({"": lambda: torch.mm(a, b, out=out)}, 5)[""])

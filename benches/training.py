@@ -32,7 +32,7 @@ MARKERS = 0.1  # of the positions, in the arm with meta-tokens
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a training step computes.
+    """Settings that determine what a training step computes.
 
     arm: none, meta, dense (meta-attention under the paper's masks over all rows), nanogpt or hf. markers: meta-tokens
     per window. nanogpt: the folder of a checkout, which is imported and not changed."""

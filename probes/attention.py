@@ -1,4 +1,4 @@
-"""python probe.py attention: does a meta-token boost logits and sharpen attention, and in which heads?
+"""python probe.py attention: measures whether a meta-token boosts logits and sharpens attention, and in which heads.
 
 The paper (theorem 4.1, figure 2) says that meta-tokens boost the logits of a head and lower its entropy: by 1.26 in the
 largest logit and by 1.40 nats, "meta against token-embedding-zeroed". It does not name layers, heads or queries. Here
@@ -14,7 +14,7 @@ the last meta-token of a text:
                   number of keys, weight on the first token, weight on all meta-tokens
     applies       share of queries that fulfill the theorem's condition: with zeros, the last meta-token has a weight p
                   with ln p > -H. Boosting a less likely key makes entropy rise at first
-    predicted     the drop if only the logit of the last meta-token had changed, by its boost
+    predicted     the drop that would result if only the logit of the last meta-token had changed, by boost_mark
 
 The second attention of arm meta connects meta-tokens only. Its queries are the meta-tokens from the second one on, its
 keys are few (`keys`), its sink is the first meta-token, and it lacks boost_mark, boost_answer, on_marks and applies.
@@ -58,15 +58,16 @@ SCORES = 2**23  # logits of one attention in a batch: 32 MB in fp32, and some co
 
 @dataclass(frozen=True)
 class AttentionProbe(MarkedTextsProbe):
-    """Measures logit boost and entropy drop of every head, with meta-tokens as trained against zeroed ones."""
+    """Measures the logit boost and entropy drop of every head: meta-tokens as trained compared with zeroed ones."""
 
     margin: float = 0.1
-    """a boost or drop "does not hold" if its whole interval lies within +- this, in logits or nats"""
+    """the verdict on a boost or drop is "does not hold" if its whole interval lies within +- this value, in logits
+    or nats"""
 
     BELOW = 100.0
 
     def makers(self, run: Run, placements: tuple[str, ...] = ()) -> list[tuple[Maker, str, int]]:
-        with observe_heads(run.model, lambda *_: None):  # a model whose heads cannot be read is refused with the rest
+        with observe_heads(run.model, lambda *_: None):  # refuses a model whose heads cannot be read
             return super().makers(run, placements)
 
 
@@ -83,8 +84,8 @@ def notes(lines: list[dict]) -> list[str]:
 
 
 def measure_attention(run: Run, maker: Maker, level: str, length: int, n: int) -> list[dict]:
-    """Returns the lines of a cell: for each attention one line about all its heads (layer and head are None), then one
-    for each head. Prints the lines about all heads as soon as they are measured."""
+    """Returns the lines of a cell. Each attention has one line about all its heads, in which layer and head are None,
+    and then one line for each head. Prints the lines about all heads as soon as they are measured."""
     started = time.perf_counter()
     examples = [example for example in texts(maker, level, length, n) if len(marks(maker, example))]
     found = by_text(run, maker, examples)
@@ -111,8 +112,8 @@ def measure_attention(run: Run, maker: Maker, level: str, length: int, n: int) -
 
 
 def summarise(lines: list[dict]) -> None:
-    """Replaces the values by text of each line by their mean, its interval over texts, and for claims the p of "the
-    mean is 0"."""
+    """Replaces the per-text values in each line by their mean and its interval over texts. For claims it adds the
+    p-value of "the mean is 0"."""
     columns = np.stack([value for line in lines for value in line["values"].values()], axis=1)  # (texts, K)
     there = ~np.isnan(columns).all(axis=0)
     low, high = np.full((2, columns.shape[1]), np.nan)
@@ -130,7 +131,7 @@ def summarise(lines: list[dict]) -> None:
 
 
 def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, str], dict[str, np.ndarray]]:
-    """Returns, for each (layer, attention) and each figure, its values (texts, H), NaN where a text has no such
+    """Returns the values (texts, H) of each figure of each (layer, attention). They are NaN where a text has no such
     query."""
     m, parts = run.model.cfg, []
     longest = max(len(example.ids) for example in examples)
@@ -141,7 +142,8 @@ def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, 
             look = looks[condition] = {}
 
             def see(layer: int, which: str, of: HeadInputs, look=look, places=places):
-                # the random attention connects tokens that are no marks; with placement none there may be none at all
+                # the random attention connects tokens that are not marks; with placement none there may be no tokens
+                # to connect
                 if which == FIRST or (m.second.connects != "random" and of.at.size(1)):
                     gathered = which == SECOND and m.second.gathers
                     look[layer, which] = (among_marks if gathered else after_marks)(of, places)
@@ -156,7 +158,7 @@ def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, 
 
 
 class QueryPositions:
-    """The positions of a batch of texts (B, T) that are queries, and those of the marks and answers they look at."""
+    """The positions of queries in a batch of texts (B, T), and of the marks and answers that the queries look at."""
 
     def __init__(self, run: Run, maker: Maker, examples: list[Example], T: int, device: torch.device):
         last = [int(marks(maker, example)[-1]) for example in examples]
@@ -171,19 +173,19 @@ class QueryPositions:
             self.is_mark[row, marks(maker, example).tolist()] = True
         ends = torch.tensor([len(example.ids) - 1 for example in examples], device=device)
         at = torch.arange(T, device=device)
-        # queries stand behind the last mark; the end of the text is none, because it predicts nothing
+        # queries stand behind the last mark; the end of the text is not a query, because it predicts nothing
         self.queries = (at > self.last[:, None]) & (at < ends[:, None])
 
 
 def after_marks(rows: HeadInputs, places: QueryPositions) -> dict[str, torch.Tensor]:
-    """Returns the figures (B, H, T) of an attention over all positions under one condition, NaN where there is no
-    query."""
+    """Returns the figures (B, H, T) of an attention over all positions under one condition. They are NaN where there is
+    no query."""
     logits = rows.logits()
     B, H, T, _ = logits.shape
     out, p = sharpness(logits, rows, places.queries)
     is_query, queries = places.queries[:, None], torch.arange(T, device=logits.device)
     column = places.last[:, None, None, None].expand(B, H, T, 1)
-    # queries before the mark do not see it: their logit is -inf, and has no difference
+    # queries before the mark do not see it, so their logit is -inf and has no difference
     out["logit_mark"] = logits.gather(3, column)[..., 0].masked_fill(~is_query, math.nan)
     out["p_mark"] = p.gather(3, column)[..., 0].masked_fill(~is_query, math.nan)
     out["on_marks"] = (p @ places.is_mark[:, None, :, None].to(p)).squeeze(-1).masked_fill(~is_query, math.nan)
@@ -194,7 +196,8 @@ def after_marks(rows: HeadInputs, places: QueryPositions) -> dict[str, torch.Ten
 
 
 def among_marks(rows: HeadInputs, places: QueryPositions) -> dict[str, torch.Tensor]:
-    """Returns the same figures (B, H, M) of an attention that connects only marks, for marks that see another one."""
+    """Returns the same figures (B, H, M) of an attention that connects only marks. Its queries are the marks that see
+    another mark."""
     T, order = places.is_mark.size(1), torch.arange(rows.at.size(1), device=rows.at.device)
     return sharpness(rows.logits(), rows, (rows.at < T) & (order > 0))[0]
 
@@ -202,9 +205,9 @@ def among_marks(rows: HeadInputs, places: QueryPositions) -> dict[str, torch.Ten
 def sharpness(
     logits: torch.Tensor, rows: HeadInputs, is_query: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Returns, for logits (B, H, N, N) and is_query (B, N), figures (B, H, N) of each query: largest logit, entropy,
-    entropy over the log of the number of keys, weight on the first key and number of keys, NaN where a position is no
-    query; and all weights (B, H, N, N)."""
+    """Returns figures (B, H, N) of each query and all weights (B, H, N, N), for logits (B, H, N, N) and is_query (B,
+    N). The figures are the largest logit, the entropy, the entropy over the log of the number of keys, the weight on
+    the first key and the number of keys. They are NaN where a position is not a query."""
     logp = logits.log_softmax(-1)
     p = logp.exp()
     H = -(p * logp.masked_fill_(logp == -math.inf, 0)).sum(-1)
@@ -218,8 +221,8 @@ def sharpness(
 
 
 def paired(full: dict[str, torch.Tensor], zeroed: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Returns what is compared (B, H), averaged over the queries of each text, from the figures (B, H, N) under both
-    conditions."""
+    """Returns the values to compare (B, H), averaged over the queries of each text, from the figures (B, H, N) under
+    both conditions."""
     full, zeroed = ({name: value.cpu() for name, value in of.items()} for of in (full, zeroed))
     out = {"boost": full["max"] - zeroed["max"], "drop": zeroed["entropy"] - full["entropy"], "keys": full["keys"]}
     for name in ("entropy", "normalised", "sink", "on_marks"):
@@ -238,7 +241,7 @@ def paired(full: dict[str, torch.Tensor], zeroed: dict[str, torch.Tensor]) -> di
 
 
 def progress(cell: list[dict]) -> str:
-    """Returns a cell as one line of text, shown as soon as it is measured."""
+    """Returns one line of text about a measured cell, to show the progress."""
     pooled = [line for line in cell if line["layer"] is None]
     figures = "  ".join(f"{line['attention']}: boost {line['boost']:+.2f} drop {line['drop']:+.2f}" for line in pooled)
     return f"{cell_name(cell[0])}  {figures}  {cell[0]['seconds']:.1f} s"

@@ -3,11 +3,12 @@
     q(z|h) = N(mu(h), diag sigma^2(h))      prior N(0, I)      q(y | z, query)
     minimizes D + beta R      D = E[-ln q(y | z, query)]      R = E[KL(q(z|h) | prior)], both in nats
 
-R is an upper bound of what z tells about h, so (R, D) lies on or above the rate-distortion curve of the best encoder
-and decoder, and D + R >= H(Y | query) for every h. Only the decoder sees the query.
+R is an upper bound of the information that z contains about h, so (R, D) lies on or above the rate-distortion curve of
+the best encoder and decoder, and D + R >= H(Y | query) for every h. Only the decoder sees the query.
 
-Probes do not depend on one another. All that differ in beta or seed are rows (P, ...) of the same tensors, so that one
-batched product serves them all. A row equals a probe trained alone (tests/reference/bottleneck.py)."""
+Probes are independent of each other. Those that differ only in beta or seed are rows (P, ...) of the same tensors, so
+that one batched product computes all of them. A row gets the same weights as a probe trained alone
+(tests/reference/bottleneck.py)."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ NARROW = -2.0  # initial ln sigma^2: codes are informative from the start; from 
 
 
 class Source(NamedTuple):
-    """N texts: the state of each, its question and its labels."""
+    """The states, questions and labels of N texts."""
 
     states: torch.Tensor  # (N, C)
     query: torch.Tensor  # (N, q) int64: the question as q numbers below some Q; q may be 0
@@ -29,7 +30,7 @@ class Source(NamedTuple):
 
 
 class Member(NamedTuple):
-    """One probe."""
+    """The settings of one probe."""
 
     beta: float
     seed: int
@@ -39,25 +40,25 @@ class Member(NamedTuple):
 @dataclass(frozen=True)
 class Training:
     z_dim: int
-    hidden: int  # 0: a linear decoder
+    hidden: int  # 0 means a linear decoder
     epochs: int
     patience: int
     batch: int
     learning_rate: float
-    weight_decay: float  # AdamW's, of matrices
-    draws: int = 8  # of z for each measured text
+    weight_decay: float  # AdamW's, applied to matrices
+    draws: int = 8  # draws of z for each measured text
     gates: float = 0.5  # initial standard deviation of a question's weights; that of a code is 1
 
 
 def frequencies(labels: torch.Tensor, K: int) -> torch.Tensor:
-    """Returns the shares (K,) of the classes, with one text added to each so that none is 0."""
+    """Returns the shares (K,) of the classes. One text is added to each class, so that no share is 0."""
     counts = torch.bincount(labels.flatten(), minlength=K) + labels.size(1)
     return counts / counts.sum()
 
 
 def drawn(seed: int, C: int, Q: int, K: int, how: Training, bias: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns the initial weights of one probe. Since its last matrix is zero, it starts with the logarithms of the
-    class frequencies as output, which are `bias` (K,)."""
+    """Returns the initial weights of one probe. Its last matrix is zero, so its first output is `bias` (K,), the
+    logarithms of the class frequencies."""
     generator = torch.Generator().manual_seed(seed)
     Z, H = how.z_dim, how.hidden
 
@@ -77,8 +78,8 @@ def drawn(seed: int, C: int, Q: int, K: int, how: Training, bias: torch.Tensor) 
 
 
 def forward(weights: dict, states, query, noise) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns outputs (P, B, K) and rates (P, B) for states (P, B, C), query (P, B, q) and noise (P, B, Z), which is 0
-    where z = mu."""
+    """Returns outputs (P, B, K) and rates (P, B) for states (P, B, C), query (P, B, q) and noise (P, B, Z). Where the
+    noise is 0, z = mu."""
 
     def affine(x, name):  # a matrix for each probe
         return torch.baddbmm(weights[f"{name}_bias"][:, None], x, weights[name])
@@ -92,7 +93,7 @@ def forward(weights: dict, states, query, noise) -> tuple[torch.Tensor, torch.Te
     outputs = affine(z, "out")
     if "inner" not in weights:
         return outputs + question, rates
-    # the question gates, since a lookup is a product of question and code
+    # the question gates the code, because a lookup is a product of the two
     gate, shift = question.chunk(2, dim=-1)
     return outputs + F.gelu(affine(z, "inner") * (1 + gate) + shift) @ weights["inner_out"], rates
 
@@ -105,9 +106,9 @@ def distortions(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def fit(train: Source, val: Source, K: int, Q: int, members: list[Member], how: Training, progress=None) -> dict:
-    """Trains all members and returns their weights by name (P, ...), each from its epoch with the least D + beta R on
-    `val`. A member stops once that has not fallen for `patience` epochs. K: number of classes, or of values of a text;
-    Q: size of the queries' vocabulary.
+    """Trains all members. Returns their weights (P, ...) by name; each member's are from its epoch with the least D +
+    beta R on `val`. A member stops once this minimum has not fallen for `patience` epochs. K: number of classes, or of
+    values of a text; Q: size of the queries' vocabulary.
 
     Calls progress(epoch, number of members still training) after each epoch."""
     device, (N, C) = train.states.device, train.states.shape
@@ -117,7 +118,7 @@ def fit(train: Source, val: Source, K: int, Q: int, members: list[Member], how: 
         name: torch.stack([alone[member.seed][name] for member in members]).to(device).requires_grad_()
         for name in next(iter(alone.values()))
     }
-    row = torch.tensor([list(alone).index(member.seed) for member in members], device=device)  # of seed
+    row = torch.tensor([list(alone).index(member.seed) for member in members], device=device)  # of each seed
     betas = torch.tensor([member.beta for member in members], device=device)
     noisy = torch.tensor([member.kind == "bottleneck" for member in members], device=device)[:, None, None]
     shuffled = torch.tensor([member.kind == "shuffled" for member in members], device=device)[:, None]
@@ -185,7 +186,7 @@ def fit(train: Source, val: Source, K: int, Q: int, members: list[Member], how: 
 def measure_bottlenecks(
     weights: dict, source: Source, members: list[Member], how: Training
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns distortion and rate of every text, (P, N) each; the distortion is a mean over draws of z."""
+    """Returns the distortion and the rate of every text, (P, N) each. The distortion is a mean over draws of z."""
     P, N = len(members), len(source.states)
     generator = torch.Generator().manual_seed(0)
     noisy = torch.tensor([member.kind == "bottleneck" for member in members], device=source.states.device)

@@ -1,5 +1,5 @@
-"""Observes the attention heads of a model while it runs: hooks capture queries and keys, and the weights are computed
-again beside the model in fp32, because its own attention kernel never exposes them."""
+"""Observes the attention heads of a model while it runs. Hooks capture queries and keys, and the weights are recomputed
+from them in fp32, because the model's own attention kernel never exposes its weights."""
 
 import contextlib
 import functools
@@ -17,17 +17,17 @@ FIRST, SECOND = "causal", "second"  # the attentions of a block, as lines name t
 
 
 class HeadInputs(NamedTuple):
-    """Queries, keys and values of one attention: N rows of each of B texts, either all T positions or, in increasing
-    order, those that a second attention gathers."""
+    """Queries, keys and values of one attention at N positions of each of B texts. These are either all T positions or,
+    in increasing order, the positions that a second attention gathers."""
 
     q: torch.Tensor  # (B, H, N, D) fp32, rotated as in the model; k too
     k: torch.Tensor
     v: torch.Tensor  # (B, H, N, D) fp32
     at: torch.Tensor  # (B, N): position in the text; T for padding, which comes last
-    window: int | None = None  # a query sees this many keys, the last ones; None: all up to its own position
+    window: int | None = None  # number of most recent keys that a query sees; None: all keys up to its own position
 
     def logits(self) -> torch.Tensor:
-        """Returns the logits (B, H, N, N), q . k / sqrt(D), with -inf where the query does not see the key."""
+        """Returns the logits q . k / sqrt(D) (B, H, N, N). They are -inf where the query does not see the key."""
         N = self.at.size(1)
         unseen = torch.ones(N, N, dtype=torch.bool, device=self.q.device).triu(1)
         if self.window is not None:
@@ -37,8 +37,9 @@ class HeadInputs(NamedTuple):
 
 @contextlib.contextmanager
 def observe_heads(model: GPT, see: Callable[[int, str, HeadInputs], None]) -> Iterator[None]:
-    """Within the context, every forward calls see(layer, FIRST or SECOND, HeadInputs) for each attention, in the order
-    of the model. Raises UserError for a dynamic scale, which gives a key several angles."""
+    """Calls see(layer, FIRST or SECOND, HeadInputs) for each attention, in the order of the model, in every forward
+    pass within the context. Raises UserError for a dynamic scale, which gives a key a different angle for each
+    query."""
     if model.cfg.rope_dynamic:
         raise UserError("rope_dynamic rotates every key differently for each query, but this probe reads heads with "
                         "one angle for each key: leave --rope_dynamic out.")  # fmt: skip

@@ -1,7 +1,8 @@
 """Finds the marks and the answer in the texts of a task, and holds the settings of all probes that read such texts.
 
-A text is located by its draft (tasks/example.py): pieces, of which POINT became a meta-token, the word "mark", or
-nothing. Meta-tokens that were spread over the text afterwards move the rest, so positions are counted in content."""
+Places are found in the draft of a text (tasks/example.py), a list of pieces. Each POINT in it became a meta-token, the
+word "mark", or nothing. Meta-tokens that are spread over the text afterwards shift the other tokens, so positions are
+counted in content tokens."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -22,25 +23,26 @@ from nanometa.tasks.example import POINT, Example, Maker
 from nanometa.tasks.words import DELIMITER
 from nanometa.training.checkpoint import Run
 
-READ = 2048  # positions of one forward on a CPU, few enough to stay in its cache
+READ = 2048  # positions of one forward pass on a CPU, few enough to stay in the CPU's cache
 
 
 @dataclass(frozen=True)
 class MarkedTextsProbe(TasksEval):
-    """Settings of probes that read texts of the tasks in which a meta-token or a word marks a place."""
+    """Settings of the probes that read task texts in which a meta-token or a word marks a place."""
 
     tasks: tuple[Task, ...] = ()
-    """by default list_recall, whose answer stands in the text; for a run that was not trained on it, the tasks that it
-    was trained on"""
+    """tasks to read: by default list_recall, because its answer stands in the text, or, for a run that was not trained
+    on list_recall, the tasks that the run was trained on"""
     lengths: tuple[int, ...] = (128,)
-    """positions of the longest texts of a cell; the shortest have nine tenths of it"""
+    """maximum positions of the texts of a cell; the shortest texts have nine tenths of that"""
     placements: tuple[Placement, ...] = ()
-    """by default those of the run's training that suit the probe: for positions those with meta-tokens, for attention
-    all, for patching target and none, for residual target"""
+    """placements to read: by default those that the run was trained with, restricted for probe.py positions to those
+    with meta-tokens, for patching to target and none, and for residual to target"""
     margin: float = 0.05
-    """a difference "does not hold" if its whole interval lies within +- this share"""
+    """the verdict on a difference is "does not hold" if its whole interval lies within +- this share"""
     effect: float = 0.0
-    """a difference "holds" if its interval lies above this share; fix both before you look"""
+    """the verdict on a difference is "holds" if its interval lies above this share; choose this value and the margin
+    before you look at results"""
 
     BELOW = 1.0  # exclusive upper bound of margin and effect
 
@@ -80,7 +82,7 @@ class MarkedTextsProbe(TasksEval):
                 others = " or ".join(name for name, of in PLACEMENTS.items() if not of.has_meta)
                 raise UserError(
                     f"{run.folder} was trained without meta-tokens, and placement {maker.placement} has them: take "
-                    f"--placements {others}, where a word marks, or another run."
+                    f"--placements {others}, whose mark is a word, or another run."
                 )
             (first,) = texts(maker, level, length, 1)
             if len(marks(maker, first)) == 0:
@@ -128,8 +130,8 @@ def marks(maker: Maker, example: Example) -> np.ndarray:
 
 
 def answer_query_position(run: Run, example: Example) -> int:
-    """Returns the position that predicts the first id of the answer: the one before it, which may be a mark, or under
-    target_rule skip the last one before it that is no mark."""
+    """Returns the position that predicts the first id of the answer: the position before it, which may be a mark, or
+    under target_rule skip the last position before it that is not a mark."""
     before = int(np.flatnonzero(example.answers)[0])
     skips = run.config.target_rule == "skip"
     return int(np.flatnonzero(example.ids[:before] != run.tokenizer.meta)[-1]) if skips else before - 1
@@ -147,8 +149,8 @@ def answer_position(maker: Maker, example: Example) -> int | None:
 
 
 def span(maker: Maker, example: Example) -> tuple[int, int]:
-    """Returns the first and last piece of the body that the question is about: from POINT to POINT, in parity from the
-    start to POINT."""
+    """Returns the first and the last piece of the span that the question is about. The span reaches from POINT to
+    POINT, or in parity from the start to POINT."""
     body = example.draft.body
     if not maker.has_pointer:  # the list that the question names
         start = body.index(example.draft.questions[0][0][1])
@@ -168,14 +170,15 @@ def span_end_mark(maker: Maker, example: Example) -> int:
 
 
 def random_ordinary_position(maker: Maker, example: Example, number: int) -> int:
-    """Returns a random position of the body that is no mark, drawn by a generator keyed by the text's number."""
+    """Returns a random position of the body that is not a mark, drawn by a generator keyed by the text's number."""
     body = np.arange(1, int(np.flatnonzero(example.answers)[0]))
     free = np.setdiff1d(body, marks(maker, example))
     return int(free[Draws(stable_key("ordinary", number)).below(len(free))])
 
 
 def batches(run: Run, examples: list[Example], most: int | None = None) -> Iterator[tuple[slice, Batch]]:
-    """Yields the texts as Batches on the model's device, of at most `most` texts, each with the slice that it holds."""
+    """Yields the texts as Batches of at most `most` texts on the model's device. Before each Batch stands the slice of
+    the texts that it holds."""
     device, longest = run.model.wte.weight.device, max(len(example.ids) for example in examples)
     size = max(1, (READ if device.type == "cpu" else POSITIONS) // longest)
     return batches_of(run, examples, size if most is None else max(1, min(size, most)))
@@ -185,8 +188,8 @@ def batches(run: Run, examples: list[Example], most: int | None = None) -> Itera
 
 
 def judged(lines: list[dict], claims: tuple[str, ...], effect: float, margin: float) -> list[dict]:
-    """Adds Holm's p and a verdict to the lines for each of their claims, that the figure is more than `effect` above 0.
-    Holm's family is all of these claims."""
+    """Adds Holm's p and a verdict to the lines for each of their claims. A claim says that a figure is more than
+    `effect` above 0. Holm's family is all claims of the lines."""
     pairs = [(line, claim) for line in lines for claim in claims if claim in line]
     adjusted = holm([line[f"{claim}_p"] for line, claim in pairs])
     for (line, claim), p in zip(pairs, adjusted, strict=True):

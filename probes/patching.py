@@ -1,4 +1,4 @@
-"""python probe.py patching: is the information that the answer needs read from the meta-token?
+"""python probe.py patching: tests whether the model reads what the answer needs from the meta-token.
 
 The run reads a text, and at one position the state that enters a block (probes/residual_stream.py) is replaced by the
 state of another text, the donor, at its position of the same kind. The position stays the text's own: only the vector
@@ -19,8 +19,8 @@ Replacing the state at the mark by itself must not change any text by a bit, whi
 The figure is the most likely first id of the answer: the text's own (`kept`), the donor's (`donor`), or another one.
 "needed" holds where `kept` falls, "carried" where `donor` rises, both against the same texts without a patch. Carried
 means that the state contains the answer. Needed alone means that the answer depends on the state and that the other
-text's does not fit. If neither holds, whatever is read there is the same in both texts, such as that it is a mark, and
-no summary. The verdicts are about this checkpoint; verdicts about its arm need several seeds."""
+text's does not fit. If neither holds, whatever is read there is the same in both texts, such as the fact that it is a
+mark; this is not a summary. The verdicts are about this checkpoint; verdicts about its arm need several seeds."""
 
 import contextlib
 import itertools
@@ -56,15 +56,15 @@ from nanometa.tasks.example import Example, Maker
 from nanometa.training.checkpoint import Run
 
 SITES = ("mark", "marks", "after", "ordinary", "answer", "asked")
-CLAIMS = {"needed": "kept", "carried": "donor"}  # claim -> share that it is about
+CLAIMS = {"needed": "kept", "carried": "donor"}  # claim -> the share that the claim is about
 
 
 @dataclass(frozen=True)
 class PatchingProbe(MarkedTextsProbe):
-    """Measures how answers change where a state is replaced by that of another text."""
+    """Measures how answers change if a state is replaced by that of another text."""
 
     sites: tuple[Literal["mark", "marks", "after", "ordinary", "answer", "asked"], ...] = ()
-    """sites where states are replaced; by default all"""
+    """sites at which states are replaced; by default all"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -114,8 +114,8 @@ def measure_patching(
 
 
 def sites_of(run: Run, maker: Maker, examples: list[Example]) -> dict[str, np.ndarray]:
-    """Returns the positions (N, k) of each site. For `marks`, texts with fewer marks than others repeat their last
-    one."""
+    """Returns the positions (N, k) of each site. For the site `marks`, texts with fewer marks than others repeat their
+    last mark."""
     found = [marks(maker, example).tolist() for example in examples]
     most = max(map(len, found))
     mark = [span_end_mark(maker, example) for example in examples]
@@ -133,8 +133,9 @@ def sites_of(run: Run, maker: Maker, examples: list[Example]) -> dict[str, np.nd
 
 
 def donors_of(firsts: np.ndarray, places: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Returns, for each text, the number (N,) of a donor, whose answer begins with another id: the next text with as
-    many marks and the mark at the same position, or else the next one in the order of these.
+    """Returns the number (N,) of a donor for each text. The donor's answer begins with another id. It is the next text
+    with as many marks and the mark at the same position, or, if there is none, the next text in the order by number of
+    marks and position of the mark.
 
     Raises UserError if all texts have the same answer."""
     if (firsts == firsts[0]).all():
@@ -152,8 +153,8 @@ def donors_of(firsts: np.ndarray, places: np.ndarray, counts: np.ndarray) -> np.
 
 
 def read(run: Run, examples: list[Example], sites: dict[str, np.ndarray]):
-    """Returns, without a patch, the logits that predict the answer (N, content), and for each site the states that
-    enter the blocks there (n_layer, N, k, C)."""
+    """Reads the texts without a patch. Returns the logits that predict the answer (N, content), and the states
+    (n_layer, N, k, C) that enter the blocks at each site."""
     logits, found = [], {site: [] for site in sites}
     with record_states(run.model) as entering:
         for rows, batch in batches(run, examples):
@@ -198,8 +199,8 @@ def check_own(run: Run, examples: list[Example], places: np.ndarray) -> None:
 
 
 def compare(base: torch.Tensor, logits: torch.Tensor, own: np.ndarray, donor: np.ndarray) -> dict:
-    """Returns the figures of answers without (`base`) and with the patch, from logits (N, content) and the first ids
-    (N,) of the own and the donors' answers."""
+    """Returns figures that compare the answers without a patch (`base`) and with it, from logits (N, content) and from
+    the first ids (N,) of the texts' own answers and of the donors' answers."""
     before, after = (x.argmax(1).numpy() for x in (base, logits))
     n, figures = len(own), {"n": len(own)}
     for name, first in (("kept", own), ("donor", donor)):
@@ -231,7 +232,7 @@ def compare(base: torch.Tensor, logits: torch.Tensor, own: np.ndarray, donor: np
 
 
 def progress(lines: list[dict]) -> str:
-    """Returns a site as one line of text, shown as soon as it is measured."""
+    """Returns one line of text about a measured site, to show the progress."""
     shares = "  ".join(f"{line['kept']:.1%} / {line['donor']:.1%}" for line in lines)
     seconds = sum(line["seconds"] for line in lines)
     return f"{cell_name(lines[0])}  {lines[0]['site']:<9} kept / donor by layer: {shares}  {seconds:.1f} s"
@@ -247,32 +248,34 @@ def _cell(line: dict) -> tuple:
 
 
 def conclusion(lines: list[dict], cell: tuple) -> str:
-    """Returns a sentence that says whether the answer is read from the mark, by the verdicts of one cell."""
+    """Returns a sentence that says whether the answer is read from the mark, according to the verdicts of one cell."""
     of = [line for line in lines if _cell(line) == cell and line["site"] in ("mark", "marks")]
     name = f"{cell[0]}, {cell[1]}, {cell[2]}: "
     if not of:
-        return f"{name}the mark was not asked about."
+        return f"{name}the mark was not among the sites."
     n, right = of[0]["n"], of[0]["kept_unpatched"]
     if n < DECIDES:
         return f"{name}undecided, with {n} texts."
     if wilson(round(right * n), n)[0] <= of[0]["chance"]:
         return (
-            f"{name}without a patch no more than chance is right ({percent(right)} %): there is no answer to be read."
+            f"{name}without a patch no more answers are right than by chance ({percent(right)} %), so there is no "
+            f"answer to read."
         )
     layers = {claim: sorted({line["layer"] for line in of if line[f"{claim}_verdict"] == "holds"}) for claim in CLAIMS}
     if layers["carried"]:
         return (
-            f"{name}what enters layers {layers['carried']} at the mark carries the answer: the donor's comes with it."
+            f"{name}what enters layers {layers['carried']} at the mark carries the answer: the donor's answer comes "
+            f"with it."
         )
     if layers["needed"]:
         return (
-            f"{name}what enters layers {layers['needed']} at the mark is needed, and another text's does not fit; but "
-            f"it does not carry the answer."
+            f"{name}what enters layers {layers['needed']} at the mark is needed, because another text's does not fit, "
+            f"but it does not carry the answer."
         )
     small = ("does not hold", "within the margin")
     if all(line[f"{claim}_verdict"].endswith(small) for line in of for claim in CLAIMS):
         return (
-            f"{name}the answer is not read from the state of the mark: another text's does as well, in every layer. If "
-            f"anything is read there, it is the same in both texts, such as that it is a mark."
+            f"{name}the answer is not read from the state of the mark: another text's state does as well in every "
+            f"layer. If anything is read there, it is the same in both texts, such as that it is a mark."
         )
     return f"{name}undecided."

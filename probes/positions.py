@@ -1,8 +1,8 @@
-"""python probe.py positions: does a trained run need the position and the embedding of its meta-tokens?
+"""python probe.py positions: tests whether a trained run needs the position and the embedding of its meta-tokens.
 
-The paper's Table 2 zeroes the position encoding at meta-tokens, only at inference, and more answers are right, in cells
-of about 18 texts. Zeroing their token embedding instead, it says, hurts. Here the same weights read the same texts
-under these conditions:
+In the paper's Table 2, more answers are right if the position encoding at meta-tokens is zeroed, only at inference, in
+cells of about 18 texts. The paper says that zeroing their token embedding instead hurts. Here the same weights read the
+same texts under these conditions:
 
     full                as the run was trained
     no_position         with no position at meta-tokens: no row of the learned table, or with rope an angle of 0 for
@@ -35,7 +35,7 @@ from nanometa.probes.probe_command import measure_cells
 from nanometa.tasks.example import Example, Maker
 from nanometa.training.checkpoint import Run
 
-# name -> (meta_position or None for as trained, whether the embedding is kept)
+# name -> (meta_position, where None means as trained; whether the embedding is kept)
 CONDITIONS = {
     "full": (None, True),
     "no_position": ("none", True),
@@ -48,12 +48,12 @@ CONDITIONS = {
 
 @dataclass(frozen=True)
 class PositionsProbe(MarkedTextsProbe):
-    """Measures exact answers to texts of the synthetic tasks whose meta-tokens lost their position or embedding."""
+    """Measures exact answers to task texts whose meta-tokens have lost their position or embedding."""
 
     conditions: tuple[
         Literal["full", "no_position", "no_position_first", "no_position_second", "no_embedding", "neither"], ...
     ] = ()
-    """conditions to read under, by default all that the run allows; full is always included"""
+    """conditions under which texts are read, by default all that the run allows; full is always included"""
 
 
 def main(cfg: PositionsProbe) -> None:
@@ -77,8 +77,8 @@ def main(cfg: PositionsProbe) -> None:
 
 
 def conditions_of(cfg: PositionsProbe, run: Run) -> tuple[list[str], dict[str, list[str]]]:
-    """Returns the conditions to read under, and, by reason, those that the run does not allow. Raises UserError if one
-    of the latter was named, or if the run was trained without meta-tokens."""
+    """Returns the conditions to read under, and the conditions that the run does not allow, by reason. Raises UserError
+    if the settings name one of the latter, or if the run was trained without meta-tokens."""
     m = run.model.cfg
     if m.second.markers == "refused" or not knows_meta(run):
         raise UserError(f"{run.folder} was trained without meta-tokens: take a run that knows them.")
@@ -92,12 +92,14 @@ def conditions_of(cfg: PositionsProbe, run: Run) -> tuple[list[str], dict[str, l
     names = [name for name in CONDITIONS if name in (cfg.conditions or CONDITIONS) or name == "full"]
     names = [name for name in names if name not in left_out]
     if names == ["full"]:
-        raise UserError("conditions=full leaves nothing to compare it with: name another one, or none for all.")
+        raise UserError(
+            "conditions=full leaves nothing to compare it with: name another condition, too, or leave --conditions out."
+        )
     return names, {} if cfg.conditions else unavailable
 
 
 def useless(condition: str, m: GPTConfig) -> str:
-    """Returns why a condition would change nothing of its own in a model, "" if it does."""
+    """Returns the reason why a condition would have no effect of its own in a model, or "" if it has one."""
     place, _ = CONDITIONS[condition]
     if place is not None and m.meta_position != "same":
         return f"whose meta-tokens had no position in training (meta_position={m.meta_position})"
@@ -135,7 +137,7 @@ def with_meta(placements: Iterable[str]) -> list[str]:
 @contextlib.contextmanager
 def under(model: GPT, meta: int, condition: str) -> Iterator[None]:
     """Lets the model read under a condition within the context, and restores it afterwards, also after an error. `meta`
-    is the id of <|meta|>. Raises UserError for a condition that the model's positions do not have."""
+    is the id of <|meta|>. Raises UserError for a condition that does not exist for the model's kind of positions."""
     place, embedded = CONDITIONS[condition]
     trained = model.cfg
     changed = dataclasses.replace(trained, meta_position=place or trained.meta_position)
@@ -153,8 +155,8 @@ def under(model: GPT, meta: int, condition: str) -> Iterator[None]:
 
 
 def measure_positions(run: Run, maker: Maker, level: str, length: int, n: int, names: list[str]) -> list[dict]:
-    """Returns one line for each condition, of n texts of the test split. They are the texts of eval.py tasks, and are
-    made once."""
+    """Returns one line for each condition about n texts of the test split. These are the texts of eval.py tasks, and
+    they are generated only once."""
     examples: list[Example] = texts(maker, level, length, n)
     lines = []
     for name in names:
@@ -169,9 +171,9 @@ def measure_positions(run: Run, maker: Maker, level: str, length: int, n: int, n
 
 
 def compared(cells: list[list[dict]], effect: float, margin: float) -> list[dict]:
-    """Returns the lines of all cells, with the difference from `full`, the first line of a cell, in all its other
-    lines. Verdicts are about "better than full by more than `effect`". Holm's family is all comparisons; its p is
-    McNemar's, of no difference at all."""
+    """Returns the lines of all cells. The first line of a cell is `full`; each other line gets its difference from it
+    and a verdict on "better than full by more than `effect`". Holm's family is all comparisons. Its p-values are those
+    of McNemar's test of no difference at all."""
     pairs = [(line, cell[0]) for cell in cells for line in cell[1:]]
     rights = [(bits(line["outcomes"]), bits(full["outcomes"])) for line, full in pairs]
     ps = [mcnemar(*right) for right in rights]
@@ -187,7 +189,7 @@ def compared(cells: list[list[dict]], effect: float, margin: float) -> list[dict
 
 
 def progress(cell: list[dict]) -> str:
-    """Returns a cell as one line of text, shown as soon as it is measured."""
+    """Returns one line of text about a measured cell, to show the progress."""
     first = cell[0]
     name = f"{first['task']:<16} {first['placement']:<10} {first['level']:<10} {first['length']:>5}"
     exact = "  ".join(f"{line['condition']} {line['exact']:.1%}" for line in cell)

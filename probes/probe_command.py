@@ -26,8 +26,8 @@ def run_probe(
     measure: Callable[[Run, Maker, str, int], list[dict]],
     notes: Callable[[list[dict]], list[str]] = lambda lines: [],
 ) -> None:
-    """Runs a probe whose lines have claims. placements: those asked by default if the run was trained with them;
-    measure: returns the lines of a cell; notes: sentences for below the table."""
+    """Runs a probe whose lines have claims. placements: the placements read by default, if the run was trained with
+    them; measure: a function that returns the lines of a cell; notes: sentences to print below the table."""
     run, facts = cfg.open()
     cells = cfg.makers(run, placements)
 
@@ -48,8 +48,8 @@ def measure_cells(
     notes: Callable[[list[dict]], list[str]] = lambda lines: [],
     preface: str = "",
 ) -> None:
-    """Measures all cells, judges them together, and saves and prints the lines. Whatever is refused has been refused
-    by now, but for a damaged output file, which is refused before anything is measured."""
+    """Measures all cells, judges them together, and saves and prints the lines. The settings have been checked before.
+    Only a damaged output file is still refused here, before anything is measured."""
     output = cfg.lines(run, name)
     before = read_earlier_lines(output, name, facts)
     write(f"{facts['arm']}, {run.folder}\n", BOLD)
@@ -65,7 +65,8 @@ def measure_cells(
 
 
 def warn_if_unlearned(run: Run, cells: list[tuple[Maker, str, int]], n: int) -> list[dict]:
-    """Returns what the run `answered` in each cell, and warns first if it has not learned the task."""
+    """Returns the result of `answered` for each cell, and first prints a warning if the run has not learned the
+    task."""
     answered_by_cell = [answered(run, *cell, n) for cell in cells]
     write(
         doubt(run, [(maker, length, of) for (maker, _, length), of in zip(cells, answered_by_cell, strict=True)]), BOLD
@@ -100,7 +101,7 @@ def draw_picture(name: str, lines: list[dict]) -> bytes:
 
 def save(output: Path, name: str, before: list[dict], lines: list[dict], notes: list[str]) -> None:
     """Prints the table, appends the lines to the file, and draws them together with those from `before`. Lines are
-    written last of all because Holm's p needs all of them."""
+    written only after all measurements, because Holm's p needs all of them."""
     write("\n".join(["", SECTIONS[name].table(lines), *notes, ""]))
     write_lines(output, lines)
     drawn = output.with_suffix(".png")

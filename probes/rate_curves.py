@@ -27,11 +27,11 @@ def entropy(labels: np.ndarray, K: int) -> float:
 
 
 def baselines(train: np.ndarray, val: np.ndarray, test: np.ndarray, K: int) -> dict[str, float]:
-    """Returns, in nats, what is known without any state, and what no state can beat, from the labels (N, n) of the
-    splits.
+    """Returns the distortions, in nats, that are reached without any state and those that no state can beat, from the
+    labels (N, n) of the splits.
 
-    entropy is that of all texts, with the correction of Miller and Madow. floor is the mean entropy of a text's own
-    labels: 0 for one label, and for a bag the part that remains if the whole bag is known."""
+    entropy is that of the labels of all texts, with the correction of Miller and Madow. floor is the mean entropy of a
+    text's own labels: 0 for one label, and for a bag the part that remains if the whole bag is known."""
     every = np.concatenate([train, val, test])
     constant = constant_distortion(train, test, K)
     p = shares(every, K)
@@ -55,7 +55,8 @@ def constant_distortion(train: np.ndarray, test: np.ndarray, K: int) -> np.ndarr
 
 def converse(distortion: np.ndarray, rate: np.ndarray, known: dict[str, float]) -> dict:
     """Returns D + R - H for distortion and rate (seeds, N) of one beta, its tolerance (three standard errors of the
-    texts' own sums and of H), and whether it lies below that, which is impossible for every state."""
+    texts' own sums and of H), and whether D + R - H lies below 0 by more than the tolerance, which is impossible for
+    every state."""
     sums = (distortion + rate).mean(axis=0)
     above = float(sums.mean()) - known["entropy"]
     tolerance = 3 * (float(sums.std(ddof=1)) / math.sqrt(len(sums)) + known["entropy_error"])
@@ -64,7 +65,7 @@ def converse(distortion: np.ndarray, rate: np.ndarray, known: dict[str, float]) 
 
 def hull(rates: np.ndarray, distortions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the corners of the lower convex hull of points (k,), from the least rate to the least distortion.
-    Choosing one of two points at random reaches everything on the line between them."""
+    Every point on the line between two points can be reached by choosing one of the two at random."""
     corners: list[tuple[float, float]] = []
     for r, d in sorted(zip(rates.tolist(), distortions.tolist(), strict=True)):
         if corners and d >= corners[-1][1]:
@@ -81,17 +82,17 @@ def hull(rates: np.ndarray, distortions: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def at_rates(rates: np.ndarray, distortions: np.ndarray, constant: float, wanted: np.ndarray) -> np.ndarray:
-    """Returns the distortion at the wanted rates (m,) on the hull of points (k,) and (0, constant). The constant
-    belongs to it because a sender may transmit a code only for some of the texts. Beyond the hull its last value
-    counts."""
+    """Returns the distortion at the wanted rates (m,) on the hull of points (k,) and (0, constant). The constant is a
+    point of the hull because a sender may transmit a code for only some of the texts. Beyond the hull, the distortion
+    stays at the hull's last value."""
     return np.interp(wanted, *hull(np.append(0.0, rates), np.append(constant, distortions)))
 
 
 def resampled(points: Points) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Draws texts and probe seeds again with replacement, the same ones for all states of the same texts.
+    """Draws texts and probe seeds with replacement, the same ones for all states of the same texts.
 
-    Returns rates and distortions (1 + DRAWS, seeds, betas) and the constant's distortion (1 + DRAWS,), first over all
-    texts and then over the drawn ones, and the weight of each seed (1 + DRAWS, seeds)."""
+    Returns rates and distortions (1 + DRAWS, seeds, betas), the constant's distortion (1 + DRAWS,) and the weight of
+    each seed (1 + DRAWS, seeds). The first row is over all texts, the others are over drawn texts."""
     generator = np.random.default_rng(0)
     _, seeds, N = points.rate.shape
     counts = generator.multinomial(N, np.full(N, 1 / N), size=DRAWS)
@@ -111,8 +112,8 @@ def intervals(points: Points) -> tuple[np.ndarray, np.ndarray]:
 
 
 def curves(points: Points, wanted: np.ndarray) -> np.ndarray:
-    """Returns the distortion (1 + DRAWS, m) at the wanted rates (m,), averaged over seeds: first of all texts, then of
-    each bootstrap sample."""
+    """Returns the distortion (1 + DRAWS, m) at the wanted rates (m,), averaged over seeds. The first row is over all
+    texts, the others are over the bootstrap samples."""
     rate, distortion, constant, weights = resampled(points)
     out = [
         [at_rates(r, d, c, wanted) for r, d in zip(rs, ds, strict=True)]
@@ -128,9 +129,10 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
 
 
 def found(points: Points, entropy: float) -> bool:
-    """Returns whether a point has less distortion than the class frequencies alone. These have a distortion of at least
-    H(Y), and the frequencies of the training texts, which stand for them here, somewhat more. So the interval of a
-    point's gain over them, text by text and by Bonferroni over the points, must lie above that surplus."""
+    """Returns whether a point has less distortion than the class frequencies alone. The class frequencies have a
+    distortion of at least H(Y). Here the frequencies of the training texts stand for them, and have somewhat more. The
+    interval of a point's gain over the latter, computed text by text and corrected by Bonferroni over the points, must
+    therefore lie above that surplus."""
     _, distortion, constant, weights = resampled(points)
     gain = constant[1:, None] - np.einsum("dsb,ds->db", distortion, weights)[1:]
     surplus = max(0.0, float(points.constant.mean()) - entropy)
@@ -138,16 +140,16 @@ def found(points: Points, entropy: float) -> bool:
 
 
 def reach(points: Points) -> float:
-    """Returns the greatest rate up to which the points determine the distortion: the least over seeds."""
+    """Returns the greatest rate up to which the points of every seed determine the distortion."""
     return float(points.rate.mean(axis=2).max(axis=0).min())
 
 
 def compared(first: Points, second: Points, rates: list[float], entropy: float, both: tuple[bool, bool]) -> dict:
-    """Returns the distortion of `first` minus that of `second` at equal rates: at each of `rates` (nats), None where
-    one of them does not reach, and as a mean over the rates from 0 to `up_to`, which is H(Y) or the rate that both
-    reach. `both` says whether something was found from each state. A state without any finding reaches every rate,
-    because its curve is the constant's. Intervals are bootstrapped over paired texts and probe seeds; p is the
-    bootstrap's, of no difference in that mean."""
+    """Returns the distortion of `first` minus that of `second` at equal rates: at each of `rates` (nats), with None
+    where one of them does not reach that rate, and as a mean over the rates from 0 to `up_to`, which is H(Y) or the
+    rate that both reach. `both` says whether something was found from each state. A state from which nothing was found
+    reaches every rate, because its curve is the constant's. Intervals are bootstrapped over paired texts and probe
+    seeds; p is the bootstrap's p-value of no difference in that mean."""
     reached = min(
         (reach(of) for of, something in zip((first, second), both, strict=True) if something), default=math.inf
     )

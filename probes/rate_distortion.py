@@ -1,4 +1,4 @@
-"""python probe.py rate_distortion: how much of a text can be read from one hidden state, at which rate?
+"""python probe.py rate_distortion: measures how much of a text can be read from one hidden state, at which rate.
 
 The paper argues that a meta-token compresses what stands before it, and shows bottlenecks trained on 50 texts with a
 distortion of 10.0 to 10.8 nats, close to ln 50257 = 10.8, which is guessing. Here the run is frozen and the states of
@@ -7,7 +7,7 @@ beta of its rate, with early stopping on other texts. It is measured on texts th
 tasks. The states meta, delimiter, last, random and mean (probes/text_positions.py) precede the question, so their
 decoder is given it; the state question follows it.
 
-Targets, over the ids that occur as one in the texts, in nats:
+Targets (the classes are the ids that occur as this target in the texts, and distortions are in nats):
     answer    the first id of the answer
     back_D    the id D positions before the state's (--targets back --back D ..)
     bag_N     the N ids before the state's position in any order (--targets bag --bag N): one softmax over the classes,
@@ -15,20 +15,20 @@ Targets, over the ids that occur as one in the texts, in nats:
               N, so everything said about one label holds for it. The mean entropy of the N themselves, the `floor`, is
               unavoidable.
 
-Beside each curve stand ln K; the entropy of the labels, of all texts with the correction of Miller and Madow, and of
-the test texts as they are; the cross-entropy of the test texts by the frequencies of the training texts, which a
+Beside each curve stand ln K; the entropy of the labels, both of all texts, with the correction of Miller and Madow, and
+of the test texts, without it; the cross-entropy of the test texts by the frequencies of the training texts, which a
 constant reaches; the same probe without noise or price (`ceiling` in the lines: it is no bound, because noise keeps a
 probe from memorizing texts, and a bottleneck may do better); and the same with shuffled labels. The converse D + R >=
 H(Y) must hold at every point within three standard errors, and a point below it is flagged. (H is the entropy of Y
 given the question. They are independent in every task but for --question=after, whose question excludes one of 200
 answers.) Something is found if a point has less distortion than both H(Y) and the constant.
 
-A rate is an upper bound of what the code tells, and a distortion is an upper bound that depends on this decoder and the
-number of texts: a high curve means that the probe did not find the target, not that the state lacks it. Planted states
-of width 192 show what can be found (--known; 1000 texts, one seed). If a state holds one item of 200, 0.04 of 5.30 nats
-are left after 4000 + 1000 texts. If it holds seven and the question names one, 5.23 nats are left, and 5.17 after 16000
-+ 1000. So "nothing found" says next to nothing about a lookup among several items. With --z_dim 192 --hidden 512
---gates 8 --learning_rate 0.001 4.52 and 3.97 nats are left, but no probe reaches a rate below 17 nats.
+A rate is an upper bound of the information in the code, and a distortion is an upper bound that depends on this decoder
+and the number of texts: a high curve means that the probe did not find the target, not that the state lacks it. Planted
+states of width 192 show what can be found (--known; 1000 texts, one seed). If a state holds one item of 200, 0.04 of
+5.30 nats are left after 4000 + 1000 texts. If it holds seven and the question names one, 5.23 nats are left, and 5.17
+after 16000 + 1000. So "nothing found" says next to nothing about a lookup among several items. With --z_dim 192
+--hidden 512 --gates 8 --learning_rate 0.001 4.52 and 3.97 nats are left, but no probe reaches a rate below 17 nats.
 
 States of one checkpoint are compared on the same texts, at equal rates, as far as both reach, unless nothing was found
 from either. This says nothing about arms, which need five or more seeds of training."""
@@ -61,7 +61,7 @@ from nanometa.probes.text_positions import STATES, LocatedText, labels_of, locat
 from nanometa.tasks.example import Maker
 from nanometa.training.checkpoint import Run
 
-SPLITS = ("train/rate_distortion", "val", "test")  # no text is in two: tasks/example.py
+SPLITS = ("train/rate_distortion", "val", "test")  # no text is in two splits (tasks/example.py)
 
 
 @dataclass(frozen=True)
@@ -71,26 +71,27 @@ class RateDistortionProbe(MarkedTextsProbe):
     known: bool = False
     """check the probe on sources whose answer is known, instead of reading a run"""
     tasks: tuple[Task, ...] = ("list_recall",)
-    """tasks, each a cell"""
+    """tasks to read; each has cells of its own"""
     placements: tuple[Placement, ...] = ("target",)
-    """placements of meta-tokens, each a cell"""
+    """placements of meta-tokens to read; each has cells of its own"""
     n: int = 1000
-    """test texts of a cell"""
+    """number of test texts in each cell"""
     train_texts: int = 4000
     val_texts: int = 1000
     states: tuple[Literal["meta", "delimiter", "last", "random", "mean", "question"], ...] = ()
-    """states to read; by default those of meta, delimiter, last and question that the texts have"""
+    """states to read; by default meta, delimiter, last and question, as far as the texts have them"""
     layers: tuple[int, ...] = ()
     """layers to read, 0 for the embedding and i for the output of block i; by default the last"""
     targets: tuple[Literal["answer", "back", "bag"], ...] = ("answer",)
     back: tuple[int, ...] = setting((1,), only_with={"targets": ("back",)})
     bag: int = setting(8, only_with={"targets": ("bag",)})
     betas: int = 10
-    """number of weights of the rate, from beta_min to beta_max by equal factors; above 1 a rate only costs"""
+    """number of weights of the rate, from beta_min to beta_max by equal factors; above 1 a rate costs more than it can
+    gain"""
     beta_min: float = 0.003
     beta_max: float = 2.0
     seeds: int = 3
-    """probes of each kind, which differ in weights, noise and order of texts"""
+    """number of probes of each kind, which differ in initial weights, noise and order of texts"""
     rates: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
     """rates in nats at which two curves are compared if both reach them, beside their mean difference"""
     z_dim: int = 32
@@ -106,11 +107,12 @@ class RateDistortionProbe(MarkedTextsProbe):
     learning_rate: float = 0.01
     """initial learning rate, which falls to 0 at the last epoch"""
     weight_decay: float = 3.0
-    """weight decay of AdamW; with less, 20 texts a class are memorized, and D at a rate of 0 is far above a
-    constant's"""
+    """weight decay of AdamW; with less, a probe memorizes 20 texts per class, and its D at a rate of 0 is far above
+    that of a constant"""
     effect: float = 0.0
     margin: float = 0.05
-    """nats; a verdict is on "less distortion by more than effect", and "does not hold" inside +- margin"""
+    """in nats: verdicts are about "less distortion by more than effect", and are "does not hold" if the whole interval
+    lies within +- margin"""
 
     BELOW = math.inf
 
@@ -175,7 +177,7 @@ def main(cfg: RateDistortionProbe) -> None:
         check_layer(run.model, layer)
     cells = cells_of(cfg, run)  # refuses texts, states and targets that the run lacks
     output = cfg.lines(run, "rate_distortion")
-    how = dataclasses.asdict(cfg.training)  # curves of probes trained otherwise belong in another picture
+    how = dataclasses.asdict(cfg.training)  # curves of probes with other training settings belong in another picture
     before = [
         line
         for line in read_earlier_lines(output, "rate_distortion", facts)
@@ -200,13 +202,13 @@ def main(cfg: RateDistortionProbe) -> None:
 
 
 def print_epoch(epoch: int, training: int) -> None:
-    """Shows how far the training of a curve's probes is, on a terminal only."""
+    """Shows on a terminal how far the training of a curve's probes is; prints nothing elsewhere."""
     if sys.stdout.isatty():
-        write(f"\repoch {epoch}, {training} probes go on \r")
+        write(f"\repoch {epoch}, {training} probes still train \r")
 
 
 def progress(line: dict) -> str:
-    """Returns a curve as one line of text, shown as soon as it is measured."""
+    """Returns one line of text about a measured curve, to show the progress."""
     ends = " .. ".join(f"({line['points'][k]['rate']:.2f}, {line['points'][k]['distortion']:.3f})" for k in (0, -1))
     flag = f"  BELOW THE CONVERSE at {line['violations']} points" if line["violations"] else ""
     return (
@@ -233,7 +235,7 @@ def states_of(cfg: RateDistortionProbe, maker: Maker, of: list[LocatedText]) -> 
     for name in cfg.states:
         if why := missing(name, of):
             raise UserError(
-                f"states={name} is not there in {where}, because {why}: leave it out, or take other --placements."
+                f"states={name} does not exist in {where}, because {why}: leave it out, or take other --placements."
             )
     names = [name for name in STATES if name in (cfg.states or ("meta", "delimiter", "last", "question"))]
     names = [name for name in names if not missing(name, of)]
@@ -289,7 +291,8 @@ def measure_cell(cfg: RateDistortionProbe, run: Run, maker: Maker, level: str, l
 
 
 def curve(cfg: RateDistortionProbe, sources: list[Source], K: int, Q: int) -> tuple[dict, Points]:
-    """Trains probes on the first source, stops them by the second, and returns their figures on the third."""
+    """Trains probes on the first source, stops them early by their figures on the second, and returns their figures on
+    the third."""
     started = time.perf_counter()
     train, val, test = (source.labels.cpu().numpy() for source in sources)
     kinds = [(beta, "bottleneck") for beta in cfg.grid] + [(0.0, "ceiling"), (0.0, "shuffled")]
@@ -334,8 +337,8 @@ def over_seeds(values: np.ndarray) -> tuple[float, float] | None:
 
 
 def compare_cell(cfg: RateDistortionProbe, cell: list[tuple[dict, Points]]) -> list[dict]:
-    """Returns lines that compare the first state with each other one, at every layer, for the target answer; other
-    targets differ between states."""
+    """Returns lines that compare the first state with each other state, at every layer. They are only about the target
+    `answer`, because other targets differ between states."""
     out = []
     for layer in dict.fromkeys(line["layer"] for line, _ in cell):
         here = [(line, points) for line, points in cell if line["target"] == "answer" and line["layer"] == layer]

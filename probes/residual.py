@@ -1,4 +1,4 @@
-"""python probe.py residual: does the state of a meta-token contain the tokens before it?
+"""python probe.py residual: tests whether the state of a meta-token contains the tokens before it.
 
 The paper calls meta-tokens summaries of what comes before them, and shows cosine similarities of a meta-token's states
 with those of past tokens that differ by some hundredths. Here the residual stream that enters every block and the last
@@ -7,8 +7,8 @@ LayerNorm (probes/residual_stream.py) is read at one place of each text:
     mark      the mark that ends the span of the question, as in probe.py patching: a meta-token, or with placement
               none the word "mark"
     word      the same texts and place with each meta-token replaced by the word "mark", which shows what an ordinary
-              token has there (with placement target this is a text of placement none; of others no run has seen the
-              like)
+              token has there (with placement target this is a text of placement none; with others no run has seen such
+              texts)
     ordinary  a random token of the body that is no mark
 
 and compared with the token d positions back:
@@ -61,12 +61,13 @@ CLAIMS = ("nearer", "more")
 
 @dataclass(frozen=True)
 class ResidualProbe(MarkedTextsProbe):
-    """Measures how similar a meta-token's states are to those of the tokens before it, and what they let decode."""
+    """Measures how similar a meta-token's states are to those of the tokens before it, and which tokens they reveal."""
 
     distances: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    """positions back"""
+    """distances of the earlier tokens, in positions back from the place"""
     train: int = 2000
-    """texts that classifiers are trained on; a quarter as many choose the L2, and n is the number of test texts"""
+    """number of texts that classifiers are trained on; a quarter as many texts choose the L2, and n is the number of
+    test texts"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -85,7 +86,7 @@ def main(cfg: ResidualProbe) -> None:
 
 @dataclass
 class Place:
-    """States at one place of N texts and before it, in L = n_layer + 1 layers."""
+    """The states at one place of N texts and at the tokens before it, in L = n_layer + 1 layers."""
 
     here: torch.Tensor  # (L, N, C)
     past: torch.Tensor  # (L, N, D, C): states of the tokens at each of D distances; D = 0 if they are not needed
@@ -93,13 +94,13 @@ class Place:
 
 
 def texts_of(maker: Maker, split: str, n: int, level: str, length: int) -> list[Example]:
-    """Returns those of n texts of a split that have a mark. No text is in two splits."""
+    """Returns the texts with a mark among n texts of a split. No text is in two splits."""
     made = (maker.example(split, i, math.ceil(0.9 * length), length, (level,)) for i in range(n))
     return [example for example in made if len(marks(maker, example))]
 
 
 def places_of(maker: Maker, examples: list[Example]) -> dict[str, tuple[list[Example], list[int]]]:
-    """Returns, for each place, the texts as they are read for it, and its position in each."""
+    """Returns, for each place, the texts as they are read there, and the position of the place in each text."""
     at = [span_end_mark(maker, example) for example in examples]
     out = {"mark": (examples, at)}
     word = maker.tokenizer.encode(f" {DELIMITER}").tolist()
@@ -113,7 +114,7 @@ def places_of(maker: Maker, examples: list[Example]) -> dict[str, tuple[list[Exa
 
 @torch.no_grad()
 def read(run: Run, examples: list[Example], at: list[list[int]], distances: tuple[int, ...], past_too: bool):
-    """Returns a Place for each list of N positions in `at`, and the mean state (L, C) of all positions."""
+    """Returns a Place for each list of N positions in `at`, and the mean state (L, C) over all positions."""
     here, past, total, count = [[] for _ in at], [[] for _ in at], 0, 0
     back, where = np.array((0, *distances)), np.array(at)[..., None]
     where = where - back  # (places, N, 1 + D)
@@ -141,7 +142,7 @@ def read(run: Run, examples: list[Example], at: list[list[int]], distances: tupl
 def read_all(
     run: Run, maker: Maker, examples: list[Example], distances: tuple[int, ...], past_too: bool = True
 ) -> dict[str, tuple[Place, torch.Tensor]]:
-    """Returns, for each place, its states and the mean state of the texts it was read in."""
+    """Returns, for each place, its states and the mean state of the texts in which it was read."""
     out, places = {}, places_of(maker, examples)
     for names in (("mark", "ordinary"), ("word",)):
         asked = {name: places[name] for name in names if name in places}
@@ -188,8 +189,8 @@ def measure_residual(run: Run, maker: Maker, level: str, length: int, cfg: Resid
 
 
 def similarity(here: torch.Tensor, past: torch.Tensor, mean: torch.Tensor) -> dict:
-    """Returns cosines of here and past (N, C), with and without the mean (C,), and their floors, which pair text i with
-    the past of text i + 1."""
+    """Returns the cosines of here and past (N, C), before and after the mean (C,) is subtracted, and their floors,
+    which pair text i with the past of text i + 1."""
     values = {}
     for name, shift in (("", torch.zeros_like(mean)), ("_centred", mean)):
         a, b = here - shift, past - shift
@@ -205,7 +206,7 @@ def similarity(here: torch.Tensor, past: torch.Tensor, mean: torch.Tensor) -> di
 
 def decoded(sets: list[tuple], hits: dict[str, np.ndarray], name: str) -> dict:
     """Returns the decoded shares. sets: states (N, C) and ids (N,) of train, val and test, with -1 for a missing token.
-    Stores in hits[name] which test texts (N,) are right, NaN where there is no token."""
+    Stores in hits[name] whether each test text (N,) is right, NaN where there is no token."""
     (x, y), (x_val, y_val), (x_test, y_test) = ((x[y >= 0], y[y >= 0]) for x, y in sets)
     classes, y = np.unique(y, return_inverse=True)
     n, common = len(y_test), classes[np.bincount(y).argmax()]
@@ -225,8 +226,8 @@ def decoded(sets: list[tuple], hits: dict[str, np.ndarray], name: str) -> dict:
 
 def classify(x, y, K: int, others: list, score=None, strengths: tuple[float, ...] = STRENGTHS):
     """Fits multinomial logistic regressions of y (N,) in 0 .. K - 1 on standardized x (N, C). Returns the most likely
-    classes for each x of `others` under the L2 with the best score on the first of them, and that L2; without a score
-    those of the last L2."""
+    classes for each x of `others`, and the L2 that was used: the one with the best score on the first of `others`, or
+    without a score the last one."""
     mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
     x, y = (x - mean) / deviation, torch.from_numpy(y)
     others = [(other - mean) / deviation for other in others]
@@ -267,7 +268,7 @@ def compare(lines: list[dict], hits: dict[str, np.ndarray], distance: int) -> No
 
 
 def progress(lines: list[dict], seconds: float) -> str:
-    """Returns a layer as one line of text, shown as soon as it is measured."""
+    """Returns one line of text about a measured layer, to show the progress."""
     first = lines[0]
     shares = "  ".join(
         f"{name}: " + " ".join(f"{line['decoded']:.0%}" for line in lines if line["place"] == name)

@@ -1,4 +1,4 @@
-"""Records and replaces states of a model's residual stream through hooks, so that model.py need not know of probes.
+"""Records and replaces states of a model's residual stream through hooks, so that model.py needs no code for probes.
 
 State number i (B, T, C) enters block i: 0 is the embedding, i the output of block i - 1, and n_layer is the input of
 ln_f. Under autocast a state has the dtype that it has inside the model."""
@@ -26,7 +26,7 @@ def record_states(model: GPT) -> Iterator[list[torch.Tensor]]:
     recorded: list[torch.Tensor] = []
 
     def record(number: int, site: torch.nn.Module, inputs: tuple) -> None:
-        recorded[number:] = [inputs[0].detach()]  # a forward starts at 0 and so discards the one before it
+        recorded[number:] = [inputs[0].detach()]  # a forward pass starts at 0, which discards the previous states
 
     with contextlib.ExitStack() as hooks:
         for number, site in enumerate(stream_modules(model)):
@@ -36,8 +36,8 @@ def record_states(model: GPT) -> Iterator[list[torch.Tensor]]:
 
 @contextlib.contextmanager
 def replace_state(model: GPT, layer: int, rows: torch.Tensor, values: torch.Tensor) -> Iterator[None]:
-    """Puts `values` (B, C) into state `layer` of every forward within the context, at the positions `rows` (B,), one in
-    each text. Raises UserError for a layer that the model does not have."""
+    """Replaces state `layer` of every forward pass within the context by `values` (B, C), at one position `rows` (B,)
+    of each text. Raises UserError for a layer that the model does not have."""
     check_layer(model, layer)
 
     def substitute(module, inputs):

@@ -16,13 +16,13 @@ GAUSSIAN_TEXTS = 8000
 GAUSSIAN = Training(
     z_dim=1, hidden=0, epochs=40, patience=40, batch=200, learning_rate=0.03, weight_decay=0.0, draws=64
 )
-NEAR = 0.02  # nats that a point may lie off R(D) of the Gaussian, on either side
+NEAR = 0.02  # nats by which a point may differ from R(D) of the Gaussian, in either direction
 CLASSES, CLASS_TEXTS = 16, 4000
 CLASS_BETAS = (0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 3.0)
 CATEGORICAL = Training(
     z_dim=8, hidden=64, epochs=40, patience=40, batch=200, learning_rate=0.01, weight_decay=0.0, draws=64
 )
-SLACK = 0.02  # nats that a point may lie below the converse, or off the ends of the curve
+SLACK = 0.02  # nats by which a point may lie below the converse, or differ from the ends of the curve
 POOL, WIDTH = 200, 192  # a lookup has as many items as list recall, and the state width of a small model
 PLANTED = ((1, 1), (7, 1), (7, 4))  # number of items, and factor on the probe's number of training texts
 
@@ -50,8 +50,8 @@ def points(make, K: int, betas: tuple[float, ...], how: Training, n: int) -> lis
 
 
 def lookup(items: int, n: int, seed: int) -> Source:
-    """Returns a source whose state is the sum of one random vector for each item at its place. The question names a
-    place if there are several."""
+    """Returns a source whose state is a sum of random vectors, one for each item at its place. If there are several
+    places, the question names one."""
     vectors = torch.randn(items, POOL, WIDTH, generator=torch.Generator().manual_seed(0)) / math.sqrt(items)
     generator = torch.Generator().manual_seed(seed)
     held = torch.randint(POOL, (n, items), generator=generator)
@@ -75,7 +75,7 @@ def report() -> str:
     H = math.log(CLASSES)
     out.append(
         f"one of {CLASSES} equally likely classes, cross-entropy: D + R >= ln {CLASSES} = {H:.3f}, within {SLACK:g} "
-        f"nats; above the line by what a Gaussian code of classes costs, and at both ends on the curve"
+        f"nats; points lie above the line by the cost of a Gaussian code for classes, and on the curve at both ends"
     )
     for beta, R, D in points(categorical, CLASSES, CLASS_BETAS, CATEGORICAL, CLASS_TEXTS):
         right = "yes" if D + R >= H - SLACK else "NO"
@@ -87,7 +87,7 @@ def lookup_report(items: int, line: dict) -> str:
     """Returns a text with the curve of a lookup."""
     curve = "  ".join(f"({point['rate']:.2f}, {point['distortion']:.3f})" for point in line["points"])
     return (
-        f"planted: a state of width {WIDTH} holds {items} of {POOL} items, a question names one; all can be read, "
+        f"planted: a state of width {WIDTH} holds {items} of {POOL} items, and a question names one; all can be read, "
         f"and knowing nothing leaves ln {POOL} = {math.log(POOL):.3f} nats\n  {line['train_texts']} texts to train: "
         f"{'found' if line['found'] else 'NOTHING FOUND'}, no bottleneck D {line['ceiling']['distortion']:.3f}, (R, D) "
         f"by beta\n  {curve}"

@@ -39,8 +39,8 @@ class LocatedText(NamedTuple):
 
 
 def locate(maker: Maker, example: Example, rule: str, reach: int, key: int) -> LocatedText:
-    """Returns the located text. rule: target_rule; reach: least number of tokens before the random position, which is
-    drawn by `key`."""
+    """Returns the located text. rule: the target rule; reach: least number of tokens before the random position, which
+    is drawn by a generator with this `key`."""
     tokenizer, ids, (question, _) = maker.tokenizer, example.ids, example.draft.questions[0]
     answer = int(np.flatnonzero(example.answers)[0])
     content = np.flatnonzero(ids != tokenizer.meta)  # with placement background, meta-tokens stand between any of them
@@ -62,8 +62,8 @@ def locate(maker: Maker, example: Example, rule: str, reach: int, key: int) -> L
 
 
 def delimiter_end(maker: Maker, example: Example) -> int | None:
-    """Returns the position where the last ordinary delimiter ends, found in the draft, because its ids may be part of
-    other words; None without one."""
+    """Returns the position where the last ordinary delimiter ends, or None if there is no delimiter. It is found in the
+    draft, because its ids may also be part of other words."""
     meta, body = maker.tokenizer.meta, example.draft.body
     if POINT not in body or maker.ids([POINT]) in ([], [meta]):  # no piece points, or a meta-token does
         return None
@@ -80,7 +80,7 @@ def locate_all(maker: Maker, examples: list[Example], rule: str, reach: int, spl
 
 
 def missing(name: str, of: list[LocatedText]) -> str:
-    """Returns why some texts lack a state, "" if none does."""
+    """Returns the reason why some texts lack a state, or "" if none lacks it."""
     n = sum(name not in text.at for text in of)
     return f"{n} of {len(of)} texts have {MISSING.get(name, 'too few tokens before the question')}" if n else ""
 
@@ -111,8 +111,8 @@ def read_states(run: Run, examples: list[Example], of: list[LocatedText], names:
 
 
 def queries_of(splits: list[list[LocatedText]]) -> tuple[list[torch.Tensor], int]:
-    """Returns the questions (N, q) of each split as numbers below Q, and Q. The q pieces are those that differ between
-    training texts; 0 stands for a piece that no training text has."""
+    """Returns the questions (N, q) of each split as numbers below Q, and Q itself. Only the q pieces of a question that
+    differ between training texts count. The number 0 stands for a piece that no training text has."""
     seen = [dict.fromkeys(pieces) for pieces in zip(*(text.query for text in splits[0]), strict=True)]
     differ = [slot for slot, pieces in enumerate(seen) if len(pieces) > 1]
     entries = [(slot, piece) for slot in differ for piece in sorted(seen[slot])]
@@ -122,7 +122,7 @@ def queries_of(splits: list[list[LocatedText]]) -> tuple[list[torch.Tensor], int
 
 
 def labels_of(target: str, state: str, splits: list[list[LocatedText]]) -> tuple[list[np.ndarray], int]:
-    """Returns the labels (N, n) of each split as class numbers, and the number of classes, which are the ids that
+    """Returns the labels (N, n) of each split as class numbers, and the number of classes. The classes are the ids that
     occur."""
 
     def ids(text: LocatedText) -> np.ndarray:

@@ -33,7 +33,7 @@ def draw(results: dict[str, list[dict]], path: Path, machine: str = "") -> None:
     if "preparing" in results:
         timed = [row for row in results["preparing"] if "MB/s" in row]
         panels += [lambda ax: bars(ax, timed, ("corpus",), "MB/s", "preparing")]
-    if not panels:  # a profile alone is a table
+    if not panels:  # a profile has no picture, only a table
         return
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -49,8 +49,8 @@ def draw(results: dict[str, list[dict]], path: Path, machine: str = "") -> None:
 
 
 def bars(ax, rows: list[dict], keys: tuple[str, ...], value: str, title: str) -> None:
-    """Draws groups of bars relative to the first contestant of each group, labeled with the absolute numbers. Lines
-    span the quartiles if a row has them."""
+    """Draws groups of bars relative to the first contestant of each group, labeled with the absolute numbers. A line
+    spans the quartiles if the row has them."""
     groups = list(dict.fromkeys(tuple(str(row[key]) for key in keys) for row in rows))
     contestants = list(dict.fromkeys(row["who"] for row in rows))
     first = {}

@@ -30,7 +30,7 @@ class Difference:
 
 
 def pairs(arms: list[Arm]) -> list[tuple[Arm, Arm, Panel, int]]:
-    """Returns pairs of arms of equal training with each cell that both have, in the order of the cells."""
+    """Returns every pair of arms of equal training with every cell that both have, in the order of the cells."""
     found = [
         (first, second, panel, length)
         for first, second in itertools.combinations(arms, 2)
@@ -42,7 +42,7 @@ def pairs(arms: list[Arm]) -> list[tuple[Arm, Arm, Panel, int]]:
 
 
 def unequal(first: dict, second: dict) -> str:
-    """Returns why two lines are not about the same texts, "" if they are."""
+    """Returns the reason why two lines are not about the same texts, or "" if they are."""
     for name in ("n", "tokens_per_item"):
         if first[name] != second[name]:
             return f"{name} {first[name]:g} against {second[name]:g}"
@@ -51,7 +51,8 @@ def unequal(first: dict, second: dict) -> str:
 
 
 def between_checkpoints(arms: list[Arm]) -> list[Difference]:
-    """Compares runs of the same seed on the same texts: McNemar's test, Newcombe's interval, Holm over all of them."""
+    """Compares runs of the same seed on the same texts by McNemar's test and Newcombe's interval, with Holm's
+    correction over all comparisons."""
     rows = []
     for first, second, panel, length in pairs(arms):
         mine, yours = first.lines[panel, length], second.lines[panel, length]
@@ -71,8 +72,8 @@ def between_checkpoints(arms: list[Arm]) -> list[Difference]:
 
 
 def between_arms(arms: list[Arm], effect: float, margin: float) -> list[Difference]:
-    """Compares arms in cells with two or more shared seeds: Student's t over the seeds, and a verdict. Holm's family is
-    the cells with enough seeds to decide."""
+    """Compares arms in cells with two or more shared seeds by Student's t over the seeds, and adds a verdict. Holm's
+    family is all cells with enough seeds to decide."""
     rows = []
     for first, second, panel, length in pairs(arms):
         mine, yours = first.lines[panel, length], second.lines[panel, length]
@@ -117,5 +118,5 @@ def verdict(row: Difference, effect: float, margin: float) -> str:
     if row.refused:
         return "not compared"
     if row.holm is None:
-        return f"undecided: {len(row.seeds)} seeds, {SEEDS} can decide"
+        return f"undecided: {len(row.seeds)} seeds, but at least {SEEDS} are needed"
     return decide(row.low, row.high, row.holm, effect, margin)

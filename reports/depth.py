@@ -21,7 +21,7 @@ COLOUR = dict(zip(("yarn", "pi", "ntk", "pi dynamic", "none", "yarn dynamic", "n
 
 
 class Curve(NamedTuple):
-    """The loss of a run, read in one way in windows of one length."""
+    """The loss by depth of one run, read in one way, in windows of one length."""
 
     label: str
     method: str  # scaling method, a key of COLOUR
@@ -33,8 +33,8 @@ class Curve(NamedTuple):
 
 
 def read(files: list[Path]) -> tuple[list[Curve], np.ndarray, str]:
-    """Returns curves() of the JSON lines in the files. Raises UserError if a file cannot be read, and for lines about
-    several texts, which cannot be compared."""
+    """Returns curves() of the JSON lines in the files. Raises UserError if a file cannot be read, or if the lines are
+    about several texts, which cannot be compared."""
     names = ", ".join(map(str, files))
     try:
         lines = [line for path in files for line in map(json.loads, path.read_text().splitlines())]
@@ -60,8 +60,8 @@ def text_of(line: dict) -> tuple[str, int]:
 
 
 def curves(lines: list[dict]) -> tuple[list[Curve], np.ndarray, str]:
-    """Returns the curves of lines about one text, the pieces of every document (G,), and a description of the text. If
-    lines repeat, the last one counts. Raises ValueError, KeyError or TypeError for damaged lines."""
+    """Returns the curves of lines about one text, the number of pieces of every document (G,), and a description of the
+    text. If lines repeat, the last one counts. Raises ValueError, KeyError or TypeError for damaged lines."""
     found: dict[tuple, dict[int, dict]] = {}
     for line in lines:
         key = tuple(line[name] for name in ("arm", "weights_sha256", "length", "markers"))
@@ -84,7 +84,7 @@ def _curve(label: str, draws: list[dict]) -> Curve:
 
 
 def _labels(lines: list[dict]) -> list[str]:
-    """Returns the arm of each line, with the details that tell it from others of the same arm."""
+    """Returns a label of each line: its arm, with the details that distinguish it from other lines of the same arm."""
     labels = [line["arm"] for line in lines]
     for detail in ("windows of {length}", "markers {markers}", "{run}", "step {step}", "weights {weights_sha256:.8}"):
         details = [detail.format_map(line) for line in lines]
@@ -95,12 +95,12 @@ def _labels(lines: list[dict]) -> list[str]:
 
 
 def loss_by_depth(figure, curves: list[Curve], pieces: np.ndarray, text: str) -> None:
-    """Draws all curves, and below them their differences from the first one, in which documents vary much less than in
-    their loss.
+    """Draws all curves, and below them their differences from the first one. Documents vary much less in these
+    differences than in their loss.
 
-    The color is the scaling, lighter for shorter windows; a solid line was trained with it, a dashed one only read with
-    it; a second curve of the same look has markers. The depth axis is linear because most of it lies beyond the
-    window."""
+    The color shows the scaling, and is lighter for shorter windows. A solid line is of a run trained with this scaling,
+    a dashed line of a run only read with it. A second curve of the same look has markers. The depth axis is linear
+    because most of it lies beyond the window."""
     first, panels = curves[0], 2 if len(curves) > 1 else 1
     figure.set_figheight(0.7 + 2.7 * panels)
     level, *below = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
@@ -127,7 +127,7 @@ def loss_by_depth(figure, curves: list[Curve], pieces: np.ndarray, text: str) ->
     level.set_ylabel("nats a token")
     level.set_title("loss; band: 95 % of the first")
     if below:
-        below[0].set_ylabel("nats a token more")
+        below[0].set_ylabel("more nats per token")
         below[0].set_title(wrapped(f"loss above that of: {first.label}; bands: 95 %", 40 if narrow else 90))
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", nbins=5 if narrow else 10)

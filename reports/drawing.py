@@ -1,5 +1,4 @@
-"""Holds the style and helpers of all pictures, and draws those of the tasks: one small panel each, which fits a
-phone."""
+"""Holds the style and helpers of all pictures, and draws the pictures of the tasks as small panels that fit a phone."""
 
 import re
 import textwrap
@@ -92,13 +91,13 @@ def text_count(lines: list[dict]) -> str:
 
 
 def key(label: str, **look) -> Line2D:
-    """Returns the entry of a legend, grey unless `look` has a color."""
+    """Returns an entry for a legend, in grey unless `look` has a color."""
     return Line2D([], [], label=label, **{"color": GREY, **look})
 
 
 def styles(arms: list[Arm]) -> dict[tuple, dict]:
-    """Returns the look of each arm, by its name, in every picture: color and marker by label, dashes by train
-    length."""
+    """Returns the look that each arm has in every picture, by its name: color and marker depend on the label, dashes on
+    the train length."""
     labels = list(dict.fromkeys(arm.label for arm in arms))
     lengths = sorted({arm.training.length for arm in arms}, reverse=True)  # the longest is solid
     return {
@@ -122,8 +121,8 @@ def wrapped(text: str, width: int = 40) -> str:
 
 
 def title(panel: Panel) -> str:
-    """Returns the unique title of a panel. `question` matters only to list recall; for other tasks it only changes the
-    seed."""
+    """Returns the unique title of a panel. It contains `question` only for list recall, because in other tasks this
+    setting only changes the seed."""
     question = f", question {panel.question}" if panel.task == "list_recall" or panel.question != "index" else ""
     return f"{panel.task.replace('_', ' ')}: {panel.placement} ({panel.level}{question})"
 
@@ -138,7 +137,7 @@ def accuracy(figure: Figure, arms: list[Arm], panel: Panel, footer: str) -> None
 
 
 def overview(figure: Figure, arms: list[Arm], panels: list[Panel], footer: str) -> None:
-    """Draws all panels of `accuracy` in small: a row for each task, a column for each placement."""
+    """Draws small versions of all panels of `accuracy`, with a row for each task and a column for each placement."""
     rows = list(dict.fromkeys(panel._replace(placement="") for panel in panels))
     columns = list(dict.fromkeys(panel.placement for panel in panels))
     figure.set_size_inches(1 + 2.1 * len(columns), 0.9 + 1.75 * len(rows))
@@ -226,7 +225,7 @@ def _measured(arms: list[Arm], panel: Panel) -> list[dict]:
 
 
 def _floors(arms: list[Arm], panel: Panel) -> dict[int, tuple[float, int]]:
-    """Returns, by length, the share of the best shortcut and its number of texts, from the lines with the most
+    """Returns the share of the best shortcut and its number of texts for each length, from the lines with the most
     texts."""
     out: dict[int, tuple[float, int]] = {}
     for line in sorted(_measured(arms, panel), key=lambda line: (line["length"], line["n"])):
@@ -262,12 +261,12 @@ def legend(figure: Figure, handles: list, columns: int = 2) -> None:
 
 
 def _letters(figure: Figure, columns: int) -> int:
-    """Returns how many letters fit in the label of a legend."""
+    """Returns how many letters fit into one label of a legend."""
     return int(figure.get_figwidth() * 72 / columns / 5.6) - 7
 
 
 def differences(figure: Figure, rows: list[Difference], panel: Panel, margin: float, footer: str) -> None:
-    """Draws first minus second by evaluation length, in points."""
+    """Draws the differences, first minus second arm, by evaluation length, in points."""
     axes, rows = figure.subplots(), [row for row in rows if row.panel == panel and not row.refused]
     names = list(dict.fromkeys(f"{row.first.label} − {row.second.label}" for row in rows))
     trained = sorted({row.first.training.length for row in rows}, reverse=True)
@@ -294,8 +293,8 @@ def differences(figure: Figure, rows: list[Difference], panel: Panel, margin: fl
 
 
 def beside_paper(figure: Figure, arms: list[Arm], mine: list[Arm], panel: Panel, footer: str) -> None:
-    """Draws the paper's Figure 1 for a task and, on the same scale, the comparable arms, by the longest texts that a
-    run was fine-tuned on."""
+    """Draws the paper's Figure 1 for a task and, on the same scale, our comparable arms. The axis is the length of the
+    longest texts that a run was fine-tuned on."""
     left, right = figure.subplots(1, 2, sharey=True)
     handles = []
     for number, (model, by_length) in enumerate(FIGURE_1[panel.task].items()):

@@ -1,4 +1,4 @@
-"""Builds the section in the shape of the paper's Table 1: list recall by window extension, fine-tuning length and
+"""Builds the section that has the form of the paper's Table 1: list recall by window extension, fine-tuning length and
 evaluation length, all in multiples of the window before extension."""
 
 from fractions import Fraction
@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
     @property
     def paper(self) -> dict[int, float]:
-        """Returns the paper's row, empty if it has none."""
+        """Returns the paper's row of the same lengths, empty if the paper has none."""
         return TABLE_1.get((self.factor, self.tuned), {})
 
 
@@ -103,13 +103,13 @@ def nearest(length: int, window: int) -> Fraction:
 
 
 def arm_of(line: dict) -> str:
-    """Returns the arm without its scaling, which the row names."""
+    """Returns the arm without its scaling, because the row already names it."""
     name = line["arm"].removesuffix(f", read with {line['scaling']}")
     return name.replace(f", {line['trained_scaling']}", "", 1)
 
 
 def row_name(row: Row) -> str:
-    extension = "window as it was" if row.scaling == "none" else f"{row.scaling}, {row.how}"
+    extension = "original window" if row.scaling == "none" else f"{row.scaling}, {row.how}"
     return f"{extension}; fine-tuned at {row.tuned}x"
 
 
@@ -134,7 +134,7 @@ def rows(page: Page, row: Row, of: dict[str, Cells]) -> list[list]:
 
 
 def picture(figure: Figure, row: Row, of: dict[str, Cells], arms: list[str], about: str) -> None:
-    """Draws one row of the table: accuracy by evaluation length, one color for each arm."""
+    """Draws one row of the table: accuracy by evaluation length, with one color for each arm."""
     axes, handles = figure.subplots(), []
     for number, (arm, cells) in enumerate(of.items()):
         style = look(arms.index(arm))

@@ -19,8 +19,8 @@ class Found:
 
 
 def read(sources: tuple[str, ...], sections: list[Section]) -> Found:
-    """Returns the lines of run folders and .jsonl files. If lines repeat, the one with the most texts counts, and the
-    last among equals. A folder may lack most of the files.
+    """Returns the lines of run folders and .jsonl files. If several lines are about the same cell, the one with the
+    most texts counts, or the last of those with equally many. A folder may lack most of the files.
 
     Raises UserError, naming file and line, for a line that cannot be shown."""
     kinds = {section.kind: section for section in sections}

@@ -83,7 +83,7 @@ def cell_of(line: dict) -> tuple[Panel, int]:
 
 
 def check_facts(line: dict, fields: dict[str, tuple]) -> None:
-    """Raises ValueError if a line lacks a fact about its run or one of `fields` (types by name), or has it in another
+    """Raises ValueError if a line lacks a fact about its run or one of `fields` (types by name), or if one has another
     type."""
     check_fields(line, FACTS | fields)
     for name, kinds in LATER.items():
@@ -95,13 +95,13 @@ def check_facts(line: dict, fields: dict[str, tuple]) -> None:
             raise ValueError(f"its origin's {name} is {str(origin.get(name))[:40]!r}")
     for name, known in CHOICES.items():
         if name in fields and line[name] not in known:
-            raise ValueError(f"{name} is {line[name][:40]!r}, known are {', '.join(known)}")
+            raise ValueError(f"{name} is {line[name][:40]!r}, but must be one of {', '.join(known)}")
     if not 0 < line["train_length"] <= 2**30:
         raise ValueError(f"its train_length is {line['train_length']}")
 
 
 def check_fields(of: dict, fields: dict[str, tuple]) -> None:
-    """Raises ValueError if one of `fields` (types by name) is missing or of another type, or if an interval is no
+    """Raises ValueError if one of `fields` (types by name) is missing or has another type, or if an interval is not a
     pair."""
     for name, kinds in fields.items():
         if name not in of:
@@ -118,7 +118,7 @@ def check(line: dict) -> None:
     if not 0 < line["length"] <= 2**30:
         raise ValueError(f"its lengths are {line['length']} and {line['train_length']}")
     if not math.isfinite(line["tokens_per_item"]) or type(line.get("impossible", "")) is not str:
-        raise ValueError("tokens_per_item is infinite, or impossible no reason")
+        raise ValueError("tokens_per_item is infinite, or impossible is not a reason")
     if "impossible" in line:
         return
     n, right = line["n"], line["correct"]
@@ -134,7 +134,7 @@ def check(line: dict) -> None:
 
 
 def key(line: dict) -> tuple:
-    """Returns a key that is equal for lines of one run, read in one way, in one cell."""
+    """Returns a key that is equal for lines about the same run, read in the same way, in the same cell."""
     return line["run"], line["weights_sha256"], line["arm"], cell_of(line)
 
 
@@ -163,8 +163,8 @@ def arms_of(lines: list[dict]) -> list[Arm]:
 
 
 def _labels(found: list[tuple[str, Training, list]]) -> list[str]:
-    """Returns labels of arms: the arm and those details of its training that tell it from others of any length, and if
-    these do not suffice its run."""
+    """Returns the labels of the arms: the arm, the details of its training that distinguish it from arms of any length,
+    and, if these do not suffice, its run."""
     runs = [(of[0][0], f" and {len(of) - 1} more" if len(of) > 1 else "") for _, _, of in found]
     details = (
         [(0, f"trained with {', '.join(training.placements) or 'text'}") for _, training, _ in found],
@@ -197,14 +197,14 @@ def order(panel: Panel) -> list[int]:
 
 
 def impossible(of: dict[int, dict]) -> str:
-    """Returns why a cell cannot be measured, from its lines by seed, "" if it can."""
+    """Returns the reason why a cell cannot be measured, from its lines by seed, or "" if it can."""
     return next((line["impossible"] for line in of.values() if "impossible" in line), "")
 
 
 def summary(of: dict[int, dict], share: str = "exact", interval: str = "") -> tuple[float, float, float]:
-    """Returns a share of a cell and the ends of its bar, from the cell's lines by seed. With one seed the ends are the
-    line's `interval` over texts, or else Wilson's of the exact answers; with several they are the lowest and the
-    highest seed, and the share is the mean."""
+    """Returns a share of a cell and the ends of its error bar, from the cell's lines by seed. With one seed the ends
+    are the line's field `interval` (over texts), or Wilson's interval of the exact answers if it has none. With several
+    seeds the share is their mean, and the ends are the lowest and the highest seed."""
     if len(of) == 1:
         (line,) = of.values()
         return line[share], *(line.get(interval) or wilson(line["correct"], line["n"]))

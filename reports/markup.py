@@ -86,7 +86,7 @@ def document(title: str, body: str) -> str:
 
 def table(head: list[str], groups: dict[str, list[list]], text: tuple[int, ...], long: tuple[int, ...] = ()) -> Markup:
     """Returns a table that scrolls in its box. groups: rows by the heading above them, "" for none; `text`: columns
-    that are no numbers; `long`: columns whose lines may break."""
+    that contain no numbers; `long`: columns whose lines may break."""
     kinds = [" class=long" if i in long else " class=text" if i in text else "" for i in range(len(head))]
     top = "".join(f'<th scope="col"{kind}>{escaped(name)}</th>' for kind, name in zip(kinds, head, strict=True))
     body = ""

@@ -1,5 +1,5 @@
-"""Assembles the page of a report: one HTML file without scripts or network, with its pictures inline and beside it as
-PNG.
+"""Assembles the page of a report: one HTML file that needs no scripts and no network. Its pictures are inline, and also
+beside it as PNG files.
 
 A section shows the lines of one kind and is built in a file of its own; report.py lists the sections."""
 
@@ -20,7 +20,7 @@ class Section(NamedTuple):
 
     kind: str  # value of "eval" or "probe" in the lines; in a run's folder they are in <kind>.jsonl
     check: Callable[[dict], None]  # raises ValueError for a line that the section cannot draw
-    key: Callable[[dict], tuple]  # equal for lines of the same figure, of which the last one counts
+    key: Callable[[dict], tuple]  # equal for lines of the same figure; only the last of them counts
     body: Callable[["Page", list[dict]], str]  # its HTML, with headings <h2 id=..>
     picture: Callable[[list[dict]], bytes] | None = None  # one PNG of all lines of a checkpoint, for probe.py
     table: Callable[[list[dict]], str] | None = None  # the table of these lines for a terminal
@@ -47,7 +47,7 @@ class Page:
         links = " · ".join(f'<a href="#{name}">{title}</a>' for name, title in [*contents, ("commands", "Commands")])
         again = (
             f"<p>Lines that repeat a figure of the same run and weights: {self.repeated}. The line with the most texts "
-            f"counts, and the last among equals.</p>\n"
+            f"counts, or the last of those with equally many.</p>\n"
         )
         top = f"""<h1>Results of the runs</h1>
 <p><code>{escaped(self.command)}</code></p>

@@ -78,7 +78,8 @@ NOTES = (
     "Nor does it say whether accuracy is of whole answers or of their tokens. Ours is of whole answers.",
     "Conflict: for GPT-Neo-125M a reader's notes have 49.2 in place of 81.2 on list recall, and 64.8 in place of 54.8 "
     "on parity. It was shown at train length 512 only.",
-    "One reading puts the 3.6 of GPT-2 on list recall at 256 in place of 512, and GPT-Neo's bars at 128: not followed.",
+    "One reading puts the 3.6 of GPT-2 on list recall at 256 in place of 512, and GPT-Neo's bars at 128. It is "
+    "not followed here.",
     "Copying: Meta + APE has 76.2 and 96.4, the figures of Meta + RoPE on parity. All readings agree; it may be a slip "
     "in the paper.",
     "The paper's models have GPT-2's size (151.9M parameters with meta-attention), GPT-Neo 125M and training data of "

@@ -41,12 +41,13 @@ def theorem_picture() -> bytes:
 
 
 def patching_panel(lines: list[dict]) -> bytes:
-    """Returns a PNG of one run and cell: what is answered, by layer and site of the replaced state."""
+    """Returns a PNG of one run and cell: the shares of answers, by layer and site of the replaced state."""
     return png(draw_patching, lines)
 
 
 def residual_panel(lines: list[dict]) -> bytes:
-    """Returns a PNG of one run and cell: a row for each distance, cosines on the left, decoded shares on the right."""
+    """Returns a PNG of one run and cell. It has a row for each distance, with cosines on the left and decoded shares on
+    the right."""
     return png(draw_residual, lines)
 
 
@@ -124,7 +125,7 @@ def draw_attention(figure, lines: list[dict]) -> None:
     explained.plot([low, high], [low, high], color=GREY, linewidth=1, zorder=1)
     explained.set(xlabel=f"drop if only the mark's own logit\nchanged, nats\n{text_count(lines)}",
                   ylabel="drop measured, nats",
-                  title="is it the boost of the mark?\nOn the line: yes; a dot a head")  # fmt: skip
+                  title="is it the boost of the mark?\nOn the line: yes; one dot per head")  # fmt: skip
     first = lines[0]
     figure.suptitle(f"{first['task'].replace('_', ' ')}, {first['level']}, {first['length']} positions", fontsize=10)
     legend(figure, [
@@ -231,7 +232,7 @@ def draw_residual(figure, lines: list[dict]) -> None:
 
 
 def _cell_title(lines: list[dict]) -> str:
-    """Names the cell of a panel, and its mark where that is no meta-token."""
+    """Returns the title of a panel: its cell, and its mark if that is not a meta-token."""
     first = lines[0]
     mark = "" if first["mark"] == "meta-token" else f" ({first['mark']})"
     place = f"{first['task'].replace('_', ' ')}, {first['placement']}, {first['length']}"
@@ -239,8 +240,8 @@ def _cell_title(lines: list[dict]) -> str:
 
 
 def _series(lines: list[dict], field: str, names: dict[str, str], step: float) -> list[tuple[int, list[dict], float]]:
-    """Returns, for each of `names` that occurs in `field`, its number (which sets its color), its lines, and the shift
-    that keeps the series apart around their layer."""
+    """Returns one series for each of `names` that occurs in `field`: its number (which sets its color), its lines, and
+    its horizontal shift, which keeps the series of a layer apart."""
     present = [name for name in names if any(line[field] == name for line in lines)]
     return [
         (list(names).index(name), [line for line in lines if line[field] == name], step * (i - (len(present) - 1) / 2))

@@ -25,7 +25,7 @@ N = Column("n", lambda line: line["n"])
 
 
 def by_layer(row: dict, show) -> str:
-    """Returns a figure of the lines of one row, layer by layer from 0."""
+    """Returns the values of a figure in the lines of one row, layer by layer from 0."""
     return " ".join(map(show, sorted(row["lines"], key=lambda line: line["layer"])))
 
 

@@ -140,7 +140,7 @@ def picture(lines: list[dict]) -> bytes:
 
 
 def terminal(lines: list[dict]) -> str:
-    """Returns the curves as a table, the points that no probe can reach, and the comparisons, for a terminal."""
+    """Returns text for a terminal: the table of the curves, the points that no probe can reach, and the comparisons."""
     curves = of_kind(lines, "curve")
     below = [
         f"{line['target']} from {line['state']}, layer {line['layer']}, beta {point['beta']:.4g}: BELOW THE CONVERSE "
@@ -160,7 +160,7 @@ KEY = (
 
 
 def compared(line: dict) -> str:
-    """Returns what two curves differ by, for a terminal."""
+    """Returns the difference between two curves as text for a terminal."""
     first, second = line["states"]
     where = f"{line['task']}, {line['placement']}, {line['length']} positions, layer {line['layer']}"
     head = f"{where}: D of {first} less D of {second} at equal R"

@@ -21,7 +21,8 @@ def rate_panel(lines: list[dict]) -> bytes:
 
 
 def draw_rates(figure, lines: list[dict]) -> None:
-    """Draws the curves. Baselines that all states share are drawn once, others in the color of their state."""
+    """Draws the curves. Baselines that all states share are drawn once; other baselines have the color of their
+    state."""
     axes, first = figure.subplots(), lines[0]
     last = max(max(LINEAR, *(point["rate_interval"][1] for point in line["points"])) for line in lines)
     shared = len({line["entropy"] for line in lines}) == 1

@@ -17,7 +17,7 @@ def body(page: Page, lines: dict[str, list[dict]], runs: list[Metrics], effect: 
 
 
 def trained(lines: dict[str, list[dict]], runs: list[Metrics]) -> str:
-    """Returns a table with one row a run: how it was trained, and what its last evaluation came to."""
+    """Returns a table with one row for each run: how it was trained, and the figures of its last evaluation."""
     rows: dict[str, list] = {}
     for line in (line for of in lines.values() for line in of):
         on = [line["trained_on"]] if isinstance(line["trained_on"], str) else line["trained_on"]
@@ -34,8 +34,8 @@ def trained(lines: dict[str, list[dict]], runs: list[Metrics]) -> str:
 
 
 def answered(page: Page, lines: list[dict]) -> str:
-    """Returns exact answers of every arm, at the length that it was trained at and at the longest one, and a picture of
-    all lengths; "" without lines of eval.py tasks."""
+    """Returns a table of the exact answers of every arm at its training length and at the longest length, and a picture
+    of all lengths; "" without lines of eval.py tasks."""
     if not lines:
         return ""
     arms = arms_of(lines)
@@ -57,7 +57,7 @@ def _exact(arm: Arm, panel: Panel) -> str:
 
 
 def verdicts(lines: dict[str, list[dict]], effect: float, margin: float) -> Markup:
-    """Returns how often each verdict was reached, by claim; "" if nothing was judged."""
+    """Returns a list that says how often each verdict was reached, by claim; "" if nothing was judged."""
     counts: dict[str, Counter] = {}
     arms = arms_of(lines.get("tasks", []))
     rows = between_arms(arms, effect, margin) or between_checkpoints(arms)

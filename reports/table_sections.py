@@ -1,4 +1,4 @@
-"""Builds the sections of probes: some pictures and a table for the page, one picture and a table for probe.py."""
+"""Builds the section of a probe: pictures and a table for the page, and one picture and a table for probe.py."""
 
 import itertools
 from collections.abc import Callable, Container
@@ -27,8 +27,9 @@ WHERE = (
 
 
 def claim(name: str, value: str, show: Callable[[float], str], prefix: str | None = None) -> tuple[Column, ...]:
-    """Returns the columns of a figure with a verdict: the figure, its interval, Holm's p and the verdict, empty where a
-    line lacks them. `prefix` begins the field names of the latter two, by default the figure's name."""
+    """Returns the columns of a figure with a verdict: the figure, its interval, Holm's p and the verdict. They are
+    empty where a line lacks the field. The field names of Holm's p and the verdict begin with `prefix`, by default the
+    figure's name."""
     of = f"{value}_" if prefix is None else prefix
     return (
         Column(name, lambda line: show(line[value]) if value in line else ""),
@@ -56,8 +57,8 @@ def probe(
 
     about: paragraph that explains it. fields: types that a line must have, by name; choices: allowed values, by field.
     cell: fields that tell lines of one call apart. picture: draws the lines of one call with equal `panel` fields.
-    paper: draws the paper's figure. first: whether a line belongs at the top of the table. row: fields that tell rows
-    of the table apart, if one row summarizes several lines, which it then has as `lines`."""
+    paper: draws the paper's figure. first: whether a line belongs at the top of the table. row: if one row of the table
+    summarizes several lines, the fields that distinguish the rows; a row then contains its lines as `lines`."""
 
     def check(line: dict) -> None:
         check_facts(line, fields)
@@ -83,8 +84,8 @@ def probe(
 
 
 def merged(lines: list[dict], row: tuple[str, ...]) -> list[dict]:
-    """Returns one line for each group with equal `row` fields, which has the group as `lines`; all lines if row is
-    empty."""
+    """Returns one line for each group of lines with equal `row` fields; it contains the group as `lines`. Returns all
+    lines if row is empty."""
     return [{**of[0], "lines": of} for of in apart(lines, fields_of(row))] if row else lines
 
 
@@ -97,7 +98,8 @@ def checkpoint_picture(
 
 
 def terminal_table(lines: list[dict], columns: tuple[Column, ...]) -> str:
-    """Returns the table of the lines for a terminal: a block for each level and mark, and what the verdicts mean."""
+    """Returns text for a terminal: a table of the lines with a block for each level and mark, and the meaning of the
+    verdicts."""
     texts, out = tuple(i for i, column in enumerate(columns) if column.text), []
     for of in apart(lines, lambda line: (line["level"], line.get("mark"))):
         mark = f", mark: {of[0]['mark']}" if "mark" in of[0] else ""
@@ -105,13 +107,13 @@ def terminal_table(lines: list[dict], columns: tuple[Column, ...]) -> str:
         out += [f"level {of[0]['level']}{mark}", text_table([column.name for column in columns], rows, texts)]
     last = lines[-1]
     if "comparisons" in last:
-        out.append(f"Verdicts: is it above {last['effect']:g}? The margin is {last['margin']:g}. Holm over "
-                   f"{last['comparisons']} comparisons, all of this checkpoint.")  # fmt: skip
+        out.append(f"Verdicts say whether a figure is above {last['effect']:g}. The margin is {last['margin']:g}. "
+                   f"Holm's p is over {last['comparisons']} comparisons, all of this checkpoint.")  # fmt: skip
     return "\n".join(filter(None, [*out, too_few(lines)]))
 
 
 def unlearned(lines: list[dict]) -> Markup:
-    """Returns a warning that names the runs that have not learned their task, "" if all have."""
+    """Returns a warning that names the runs that have not learned their task, or "" if all have."""
     weak = {f"{line['run']} ({line['task'].replace('_', ' ')}, {line['placement']}, {line['length']})": None
             for line in lines if not has_learned(line)}  # fmt: skip
     if not weak:
@@ -127,7 +129,7 @@ def check_choices(line: dict, choices: dict[str, Container[str]]) -> None:
     """Raises ValueError if a field has none of its allowed values."""
     for name, known in choices.items():
         if type(line.get(name)) is not str or line[name] not in known:
-            raise ValueError(f"{name} is {str(line.get(name))[:40]!r}, known are {', '.join(known)}")
+            raise ValueError(f"{name} is {str(line.get(name))[:40]!r}, but must be one of {', '.join(known)}")
 
 
 def run_key(line: dict) -> tuple:
@@ -144,8 +146,8 @@ def _name(call: list[dict]) -> str:
 
 
 def latest(section: Section, lines: list[dict]) -> list[dict]:
-    """Returns one line for each cell from several calls on the same weights: the one with the most texts, and the last
-    among equals."""
+    """Returns one line for each cell from several calls on the same weights: the one with the most texts, or the last
+    of those with equally many."""
     kept: dict[tuple, dict] = {}
     for line in lines:
         key = section.key({**line, "command": ""})
@@ -167,7 +169,7 @@ def fields_of(names: tuple[str, ...]) -> Callable[[dict], tuple]:
 
 
 def layers_where(lines: list[dict], claim: str) -> str:
-    """Returns the layers in which a claim holds, and those in which its reverse holds."""
+    """Returns text that lists the layers in which a claim holds, and those in which its reverse holds."""
     judged = [line for line in lines if f"{claim}_verdict" in line]
     if not judged:
         return ""
@@ -183,7 +185,7 @@ def layers_where(lines: list[dict], claim: str) -> str:
 def figures(
     page: Page, kind: str, title: str, calls: list[list[dict]], panel: tuple[str, ...], picture: Callable
 ) -> list[Markup]:
-    """Returns one picture for the lines of each call with equal `panel` fields."""
+    """Returns the pictures: one for each group of lines of one call with equal `panel` fields."""
     shown = []
     for call in calls:
         for of in apart(call, fields_of(panel)):
@@ -195,7 +197,7 @@ def figures(
 
 
 def rows(page: Page, calls: list[list[dict]], columns: tuple[Column, ...]) -> Markup:
-    """Returns a table with a row for each line, below the name of its run."""
+    """Returns a table with one row for each line, grouped below the names of the runs."""
     groups: dict[str, list[list]] = {}
     for call in calls:
         links = page.links([call[0]["command"]])

@@ -202,7 +202,7 @@ def like_paper(arms: list[Arm], panel: Panel) -> list[Arm]:
 
 
 def cell_text(of: dict[int, dict]) -> str:
-    """Returns a cell of an arm as text."""
+    """Returns the text that stands for one cell of an arm in a table."""
     if impossible(of):
         return "impossible"
     mean, low, high = summary(of)

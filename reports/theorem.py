@@ -39,9 +39,9 @@ def _two(p: np.ndarray) -> np.ndarray:
 
 
 def theorem_curves(N: int = 64) -> dict[str, tuple[np.ndarray, ...]]:
-    """Returns the effect of a boost t on N keys, one of which has nearly all of the weight, if this likely key or
-    another, unlikely one is boosted: t, the entropy by definition, the entropy from p and H, and the slope by the
-    theorem's formula, (81,) each."""
+    """Returns the effect of a boost t on the entropy over N keys, one of which has nearly all of the weight. The
+    boosted key is either this likely key or another, unlikely one. For each of the two the result has t, the entropy by
+    definition, the entropy from p and H, and the slope by the theorem's formula, (81,) each."""
     logits = np.linspace(-1, 1, N)
     logits[0] = 7.0
     t = np.linspace(0, 10, 81)

@@ -1,5 +1,5 @@
-"""Reads what runs recorded of their training from metrics.jsonl and config.json, and builds the section with their
-curves."""
+"""Reads the records of training in metrics.jsonl and config.json, and builds the section with the curves of the
+runs."""
 
 import bisect
 import json
@@ -63,7 +63,7 @@ class Metrics:
         return steps, seconds
 
     def seconds(self, step: int) -> float | None:
-        """Returns the seconds to the last log line up to a step, None if no line records it."""
+        """Returns the seconds from the start to the last log line before or at a step; None if no line records them."""
         steps, seconds = self.clock
         at = bisect.bisect_right(steps, step)
         return None if not steps else seconds[at - 1] if at else 0.0
@@ -93,7 +93,8 @@ def read_run(folder: Path) -> Metrics:
                 metrics[line["kind"]].append(line)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{folder / METRICS}, line {number} is none of train.py ({type(error).__name__}: {error}): remove it."
+                f"{folder / METRICS}, line {number} was not written by train.py ({type(error).__name__}: {error}): "
+                f"remove it."
             ) from error
     return Metrics(folder, facts, **metrics)
 
@@ -109,7 +110,7 @@ def smooth(values: list[float], share: float = 0.05) -> np.ndarray:
 
 
 def draw_losses(axes, run: Metrics, of: str, look: dict) -> None:
-    """Draws the training loss of a run by `of`: step, content_tokens or minutes."""
+    """Draws the training loss of a run. `of` names the horizontal axis: step, content_tokens or minutes."""
     x, losses = points(run, "train", of, "loss")
     axes.plot(x, losses, **{**look, "alpha": 0.25, "linewidth": 0.8, "label": None})
     axes.plot(x, smooth(losses) if losses else [], **look)
@@ -173,7 +174,7 @@ def body(page, runs: list[Metrics]) -> str:
         tasks = list(dict.fromkeys(task for run in of for task in run.tasks))
         panels = [("step", f"exact_{task}", task.replace("_", " "), "share of exact answers") for task in tasks]
         panels = panels or [(x, "bits_per_byte", "validation", "bits per byte") for x in ("content_tokens", "minutes")]
-        panels += [(x, "loss", "training loss", "nats a scored token")
+        panels += [(x, "loss", "training loss", "nats per scored token")
                    for x in (("step",) if tasks else ("content_tokens", "minutes"))]  # fmt: skip
         looks = looks_of(of)
         figures = [_picture(page, number, of, looks, *panel) for panel in panels if _has(of, *panel)]
@@ -200,7 +201,7 @@ def looks_of(runs: list[Metrics]) -> dict[Path, dict]:
 
 
 def heading(runs: list[Metrics]) -> str:
-    """Returns a heading that names the texts that a group of runs was validated on."""
+    """Returns a heading that names the validation texts of a group of runs."""
     data, task = runs[0].facts["data"], runs[0].facts.get("config", {}).get("task", {})
     if runs[0].tasks:
         placed = ", ".join(task.get("placements") or ["?"])

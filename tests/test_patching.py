@@ -226,7 +226,7 @@ def test_verdicts(shares, needed, carried, sentence):
     assert sentence in conclusion(lines, ("parity", "target", 48)) and sentence in "".join(conclusions(lines))
     assert lines[0]["comparisons"] == 4
     guessing = [{**one, "chance": 0.89} for one in lines]
-    assert "no more than chance is right (90.0 %)" in conclusion(guessing, ("parity", "target", 48))
+    assert "no more answers are right than by chance (90.0 %)" in conclusion(guessing, ("parity", "target", 48))
     few = judged([line(*shares, n=500)], tuple(CLAIMS), 0.0, 0.05)
     assert few[0]["needed_verdict"] == "undecided: n = 500, 1000 decide"
     assert "undecided, with 500 texts" in conclusion(few, ("parity", "target", 48))

@@ -357,7 +357,7 @@ def test_a_picture_holds_its_legend_and_breaks_no_brackets():
 
 
 REFUSED = {
-    "no meta-token": ({}, ("--placements=none", "--states=meta"), "states=meta is not there in parity with"),
+    "no meta-token": ({}, ("--placements=none", "--states=meta"), "states=meta does not exist in parity with"),
     "no delimiter": ({}, ("--states=delimiter",), "20 of 20 texts have no 'mark' before the question"),
     "layer": ({}, ("--layers", "1", "3"), "there is no layer 3: this model has states 0"),
     "too far back": ({}, ("--targets=back", "--back=100"), "ask for 100 tokens before the state meta"),

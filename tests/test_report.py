@@ -168,7 +168,7 @@ def several(differences, n=100) -> list[dict]:
         ((1, -1, 0, 1, -1), 0.0, "does not hold"),
         ((3, 2, 3, 2, 3), 0.0, "holds, within the margin"),
         ((30, -20, 0, 10, -5), 0.0, "undecided"),
-        ((20, 22, 18, 21), 0.0, "undecided: 4 seeds, 5 can decide"),
+        ((20, 22, 18, 21), 0.0, "undecided: 4 seeds, but at least 5 are needed"),
         ((0, 0, 0, 0, 0), 0.0, "does not hold"),
     ],
 )

@@ -178,15 +178,15 @@ def test_a_line_that_lacks_a_figure_is_named(tmp_path, one, names):
 @pytest.mark.parametrize(
     ("damaged", "why"),
     [
-        (attention(0, 0, 1.0, attention="third"), "attention is 'third', known are causal, second"),
+        (attention(0, 0, 1.0, attention="third"), "attention is 'third', but must be one of causal, second"),
         (attention(0, 0, 1.0, boost_interval=[1]), "boost_interval is '[1]'"),
-        (patching("here", 0, 0.5), "site is 'here', known are mark, "),
-        (residual("here", 0, 1, 0.5), "place is 'here', known are mark, "),
-        (curve("here", (1.0,)), "state is 'here', known are meta, "),
+        (patching("here", 0, 0.5), "site is 'here', but must be one of mark, "),
+        (residual("here", 0, 1, 0.5), "place is 'here', but must be one of mark, "),
+        (curve("here", (1.0,)), "state is 'here', but must be one of meta, "),
         (curve("meta", ()), "points is '[]'"),
         (curve("meta", (1.0,), points=[{"rate": 1.0}]), "distortion is missing"),
         (curve("meta", (1.0,), ceiling={}), "distortion is missing"),
-        (curve("meta", (1.0,), kind="dream"), "kind is 'dream', known are curve, comparison"),
+        (curve("meta", (1.0,), kind="dream"), "kind is 'dream', but must be one of curve, comparison"),
         (comparison("meta", "last") | {"states": ["meta"]}, "states is \"['meta']\""),
     ],
 )

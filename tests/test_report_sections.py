@@ -110,8 +110,8 @@ def test_a_run_read_in_two_ways_keeps_both(tmp_path):
 @pytest.mark.parametrize(
     ("name", "damaged", "why"),
     [
-        ("metrics.jsonl", {"kind": "train", "step": "1"}, "metrics.jsonl, line 2 is none of train.py"),
-        ("metrics.jsonl", {"kind": "dream", "step": 1}, "metrics.jsonl, line 2 is none of train.py"),
+        ("metrics.jsonl", {"kind": "train", "step": "1"}, "metrics.jsonl, line 2 was not written by train.py"),
+        ("metrics.jsonl", {"kind": "dream", "step": 1}, "metrics.jsonl, line 2 was not written by train.py"),
         ("metrics.jsonl", {"kind": "val", "step": 1, "loss": "low"}, "a value is no number"),
         ("positions.jsonl", {"probe": "positions"}, "positions.jsonl, line 2 is no line of eval.py or probe.py (arm"),
         ("positions.jsonl", position_line("full", 50, interval=[0.5]), "interval is '[0.5]'"),

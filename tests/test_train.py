@@ -380,10 +380,10 @@ def test_a_dataset_of_another_tokenizer_is_refused_by_name(workdir, straight, tm
 @pytest.mark.parametrize(
     ("batch", "micro", "world", "offer"),
     [
-        (480, 12, 7, ": set --batch_size=420 or 504, which is nearest"),
+        (480, 12, 7, ": set --batch_size=420 or 504, the nearest that is possible"),
         (10, 4, 1, "--micro_batch_size=5 or --batch_size=12"),
         (16, 3, 2, "--micro_batch_size=2 or --batch_size=18|--micro_batch_size=4 or --batch_size=18"),
-        (3, 1, 4, "set --batch_size=4, which is nearest"),
+        (3, 1, 4, "set --batch_size=4, the nearest that is possible"),
     ],
 )
 def test_impossible_batches_offer_the_nearest(batch, micro, world, offer):

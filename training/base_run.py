@@ -1,4 +1,5 @@
-"""Finds the base run, whose model a new run takes over to learn tasks or to get a longer window, and its settings."""
+"""Finds the base run and its settings. A new run takes over the base run's model to learn tasks or to get a longer
+window."""
 
 import dataclasses
 from pathlib import Path

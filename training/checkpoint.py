@@ -330,7 +330,8 @@ class Run:
 
 
 def holds_run(path: Path) -> bool:
-    """Returns whether a path is a run that train.py made, with a checkpoint in it, or the folder of a checkpoint."""
+    """Returns whether a path is the folder of a checkpoint, or of a run that train.py made and that has a
+    checkpoint."""
     return (path / STATE).is_file() or bool(_folders(path, "step") + _folders(path, "best"))
 
 

@@ -10,10 +10,11 @@ from nanometa.training.checkpoint import Run
 
 
 def stretched(m: GPTConfig, scaling: str, factor: float, **more) -> GPTConfig:
-    """Returns m with a window `factor` times as long as the window in which its positions were first trained.
+    """Returns the settings m with a window that is `factor` times as long as the one in which the positions were first
+    trained.
 
-    more: other settings of the scaling. Raises UserError if the new length is no whole number, or if learned positions
-    were interpolated before, which is possible only once."""
+    more: other settings of the scaling. Raises UserError if the new length is not a whole number, or if learned
+    positions were interpolated before, which is possible only once."""
     window = m.original_block_size
     if m.position == "learned" and m.rope_factor != 1:
         raise UserError(

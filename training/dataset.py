@@ -82,8 +82,8 @@ def with_vocabulary(cfg: TrainConfig, n_vocab: int, n_content: int) -> TrainConf
 
 
 def data_facts(data: Windows | TaskWindows, cfg: TrainConfig, base: Checkpoint | None = None) -> dict:
-    """Returns what a checkpoint records of its dataset: enough to insert markers as in training, and to recognize the
-    data. A task run that takes over a model returns the record of that model's training."""
+    """Returns what a checkpoint records of its dataset: the facts needed to insert markers as in training, and to
+    recognize the data. A task run that takes over a model returns the record of that model's training."""
     if cfg.task.tasks:
         scratch = {
             "dataset": cfg.dataset, "injection": "none", "chunk_content": cfg.task.train_length, "chunk_markers": 0,

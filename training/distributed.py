@@ -111,7 +111,8 @@ def fresh_store(store, rank: int, world: int, timeout: timedelta) -> torch.distr
     in it: most restarts hang in init_process_group or fail (pytorch issues 135712, 167288). So rank 0 draws a random
     name for the new part. The other ranks ask for it with a random word of their own, and rank 0 answers until all have
     confirmed the name; entries of an earlier start are therefore never taken for new ones. The count of restarts could
-    not serve as the name, because every node has its own count. Raises UserError if a process is not there in time."""
+    not serve as the name, because every node has its own count. Raises UserError if a process does not connect in
+    time."""
     mine = uuid.uuid4().hex
     store.set_timeout(timeout)
     if rank > 0:
@@ -203,5 +204,5 @@ def accumulation(cfg: TrainConfig, world: int) -> int:
         offers = f"--micro_batch_size={best} or --batch_size={-(-cfg.batch_size // per_pass) * per_pass}"
     raise UserError(
         f"batch_size={cfg.batch_size} windows cannot be split over {world} processes in micro-batches of "
-        f"{cfg.micro_batch_size}: set {offers}, which is nearest."
+        f"{cfg.micro_batch_size}: set {offers}, the nearest that is possible."
     )

@@ -117,12 +117,13 @@ def parameters(model: GPT) -> dict[str, int]:
 
 
 def second_rows(cfg: GPTConfig, M: int) -> int:
-    """Returns how many rows of a window with M meta-tokens the second attention connects."""
+    """Returns the number of rows that the second attention connects in a window with M meta-tokens."""
     return cfg.second.rows(cfg.block_size, M, cfg.random_fraction)
 
 
 def scored_rows(cfg: GPTConfig, M: int) -> int:
-    """Returns at how many rows of a window with M meta-tokens the head is computed, including data/loader.py's pads."""
+    """Returns the number of rows, including data/loader.py's padding, for which the head is computed in a window with M
+    meta-tokens."""
     return min(cfg.block_size, cfg.block_size - M + 1)
 
 
@@ -206,7 +207,8 @@ def activations(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
 
 
 def loss_transient(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
-    """Returns the largest number of bytes that the forward pass of loss._SummedNats holds at once, with its input."""
+    """Returns the largest number of bytes that the forward pass of loss._SummedNats holds at once, including its
+    input."""
     n, C, V = B * scored_rows(cfg, M), cfg.n_embd, cfg.vocab_size
     chunk = min(n, chunk_rows(device, torch.Size((V, C))))
     block = min(chunk, block_rows(device, V))

@@ -69,7 +69,7 @@ class StartWeights:
 
 
 def check_shape(weights: StartWeights, name: str, wanted: tuple[int, ...]) -> None:
-    """Raises UserError if a tensor is missing or has another shape."""
+    """Raises UserError if a tensor is missing or does not have the model's shape."""
     if name not in weights.tensors:
         raise UserError(f"{name} {wanted} of this model is missing in {weights.file}: set {weights.fit}.")
     found = tuple(weights.tensors[name].shape)

@@ -24,7 +24,8 @@ def count(n: int, noun: str) -> str:
 
 
 def settings_line(cfg: TrainConfig) -> str:
-    """Returns the settings that differ from the defaults, without the dataset of a task run, which gives it no text."""
+    """Returns the settings that differ from the defaults. For a task run it omits the dataset, which provides no
+    text."""
     defaults, unlisted = flat(TrainConfig()), UNLISTED + (("dataset",) if cfg.task.tasks else ())
     changed = (
         f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
@@ -84,8 +85,8 @@ def step_line(
 
 
 def bad_step_line(step: int, what: str, why: str, windows: list[int]) -> str:
-    """Describes a bad step with its first 16 windows. step: the updates that are done after it, so --show_batch, which
-    counts the updates before a step, takes one less."""
+    """Describes a bad step with its first 16 windows. step: the number of updates done, including this one.
+    --show_batch counts the updates before a step, so its value is one less."""
     title = {"skipped": "update skipped", "spike": "spike, update taken"}[what]
     shown = " ".join(map(str, windows[:16])) + (" .." if len(windows) > 16 else "")
     return f"step {step:>7,}  {title}: {why}; windows {shown} (--show_batch={step - 1} prints their text)"

@@ -15,7 +15,7 @@ from nanometa.training.optimizer import learning_rate
 
 
 def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[str]:
-    """Returns sentences about settings that changed since the checkpoint and are allowed to.
+    """Returns sentences about the settings that have changed since the checkpoint and are allowed to change.
 
     Raises UserError if the run cannot continue exactly with the settings of cfg or with its dataset."""
     old = saved.state["data"]
@@ -96,7 +96,7 @@ def check_folder(cfg: TrainConfig, run_dir: Path) -> None:
 
 
 def lock_existing(cfg: TrainConfig, run_dir: Path, main: bool) -> BaseFileLock | None:
-    """Locks the folder of an existing run, which must happen before anything in it is read, and returns the lock.
+    """Locks the folder of an existing run and returns the lock. Nothing in the folder may be read before that.
 
     Returns None if there is no run yet, or if this is not the main process. Raises UserError as check_folder does, or
     if another process is training there."""

@@ -1,4 +1,4 @@
-"""Turns SIGTERM and SIGINT into a request to save and stop."""
+"""Turns SIGTERM and SIGINT into a request to save the run and stop."""
 
 import os
 import signal
