@@ -114,8 +114,8 @@ PATCHING = probe(
     "disappears, the state is needed; if the donor's answer appears, the state carries it. If neither changes "
     "at the mark, the answer is not read there; at most something that both texts share is read, such as the fact "
     "that it is a mark. The answer itself in the text and the token that predicts it show the effect at places that "
-    "are read. Shares are of texts, by the layer that the state enters. The figures and the run's lines have the intervals. "
-    f"{CHECKPOINT}",
+    "are read. Shares are of texts, by the layer that the state enters. The figures and the run's lines have the "
+    f"intervals. {CHECKPOINT}",
     known("kept", "kept_unpatched", "donor", "donor_unpatched", site=(str,), layer=(int,))
     | {"kept_interval": (list,), "donor_interval": (list,)}
     | judged("needed", "carried"),
