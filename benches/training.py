@@ -27,7 +27,7 @@ from nanometa.training.optimizer import Optimizer
 VOCABULARY, CONTENT = 50304, 50257
 # layers, heads, width, positions per window, windows per step
 SHAPES = {"gpt2": (12, 12, 768, 1024, 4), "small": (6, 6, 384, 256, 8), "tiny": (4, 3, 192, 512, 8)}
-MARKERS = 0.1  # of the positions, in the arm with meta-tokens
+MARKERS = 0.1  # share of the positions, in the arm with meta-tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Member(NamedTuple):
 
     beta: float
     seed: int
-    kind: str  # bottleneck; ceiling: z = mu(h), at no price; shuffled: a ceiling with labels of other texts
+    kind: str  # bottleneck; ceiling: z = mu(h), with no price; shuffled: a ceiling trained on other texts' labels
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def fit(train: Source, val: Source, K: int, Q: int, members: list[Member], how: 
     val_noise = noise(len(val.states))[row] * noisy
 
     def objective(source: Source, picked: torch.Tensor, other: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Returns D + beta R (P,) of the picked texts (seeds, B)."""
+        """Returns the mean of D + beta R (P,) over the picked texts (seeds, B)."""
         picked = picked[row]
         labels = source.labels[torch.where(shuffled, other[row].gather(1, picked), picked)]
         outputs, rates = forward(weights, source.states[picked], source.query[picked], noise)

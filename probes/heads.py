@@ -13,7 +13,7 @@ from einops import rearrange
 from nanometa.common.errors import UserError
 from nanometa.model import GPT
 
-FIRST, SECOND = "causal", "second"  # the attentions of a block, as lines name them
+FIRST, SECOND = "causal", "second"  # names of a block's attentions in the output lines
 
 
 class HeadInputs(NamedTuple):

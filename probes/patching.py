@@ -276,6 +276,6 @@ def conclusion(lines: list[dict], cell: tuple) -> str:
     if all(line[f"{claim}_verdict"].endswith(small) for line in of for claim in CLAIMS):
         return (
             f"{name}the answer is not read from the state of the mark: another text's state does as well in every "
-            f"layer. If anything is read there, it is the same in both texts, such as that it is a mark."
+            f"layer. If anything is read there, it is the same in both texts, such as the fact that it is a mark."
         )
     return f"{name}undecided."

@@ -87,7 +87,7 @@ def conditions_of(cfg: PositionsProbe, run: Run) -> tuple[list[str], dict[str, l
         if why := useless(name, m):
             unavailable.setdefault(why, []).append(name)
             if name in cfg.conditions:
-                raise UserError(f"conditions={name} cannot be asked of {run.folder}, {why}: leave it out.")
+                raise UserError(f"conditions={name} has no effect of its own on {run.folder}, {why}: leave it out.")
     left_out = [name for of in unavailable.values() for name in of]
     names = [name for name in CONDITIONS if name in (cfg.conditions or CONDITIONS) or name == "full"]
     names = [name for name in names if name not in left_out]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-DRAWS = 1000  # of the bootstrap
+DRAWS = 1000  # number of bootstrap samples
 
 
 class Points(NamedTuple):

@@ -54,8 +54,8 @@ from nanometa.tasks.example import Example, Maker
 from nanometa.tasks.words import DELIMITER
 from nanometa.training.checkpoint import Run
 
-STRENGTHS = (1e-1, 1e-2, 1e-3)  # of L2, from strong to weak; each fit starts from the one before it
-STEPS = 20  # of L-BFGS for each strength
+STRENGTHS = (1e-1, 1e-2, 1e-3)  # strengths of L2, from strong to weak; each fit starts from the one before it
+STEPS = 20  # steps of L-BFGS for each strength
 CLAIMS = ("nearer", "more")
 
 

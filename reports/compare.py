@@ -8,12 +8,13 @@ from scipy import stats as distributions
 from nanometa.common.statistics import bits, decide, holm, mcnemar, paired_difference, seed_difference
 from nanometa.reports.lines import Arm, Panel, order
 
-SEEDS = 5  # fewer seeds decide nothing between arms
+SEEDS = 5  # with fewer seeds there is no verdict on arms
 
 
 @dataclass(frozen=True)
 class Difference:
-    """First minus second arm in one cell, as a share, or the reason why they were not compared."""
+    """The difference of two arms in one cell, first minus second, as a share, or the reason why they were not
+    compared."""
 
     first: Arm
     second: Arm

@@ -24,7 +24,7 @@ LATER = {
     "original_block_size": (int,),
     "origin": (dict,),
     "machine": (str,),
-    "answered": (dict,),  # of probes: whether the run has learned the task
+    "answered": (dict,),  # only in lines of probes: whether the run has learned the task
 }
 ORIGIN = {
     "weights": (str,), "dataset": (str, type(None)), "train_sha256": (str, type(None)),

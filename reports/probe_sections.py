@@ -112,10 +112,10 @@ PATCHING = probe(
     "Is the information that the answer needs read from the meta-token? At one place of a text, the state that "
     "enters a layer is replaced by that of a donor, a text with another answer. If the text's own answer "
     "disappears, the state is needed; if the donor's answer appears, the state carries it. If neither changes "
-    "at the mark, the answer is not read there, or only what both texts share, such as that it is a mark. The "
-    "answer itself in the text and the token that predicts it show the effect at places that are read. Shares "
-    "are of texts, by the layer that the state enters. The figures and the run's lines have the intervals. "
-    f"{CHECKPOINT}",
+    "at the mark, the answer is not read there; at most something that both texts share is read, such as the fact "
+    "that it is a mark. The answer itself in the text and the token that predicts it show the effect at places that "
+    "are read. Shares are of texts, by the layer that the state enters. The figures and the run's lines have the "
+    f"intervals. {CHECKPOINT}",
     known("kept", "kept_unpatched", "donor", "donor_unpatched", site=(str,), layer=(int,))
     | {"kept_interval": (list,), "donor_interval": (list,)}
     | judged("needed", "carried"),
@@ -144,7 +144,7 @@ RESIDUAL = probe(
     'final norm) is compared with the token some positions back. "Nearer" is their cosine, with the layer\'s '
     'mean state subtracted, minus the cosine with the token of another text (floor). "Decoded" is how often a '
     "linear classifier, trained on other texts, names that token from the state. Its floors are naming the "
-    'commonest token and training on shuffled labels (the most of any layer). "More than the word" lists the '
+    'commonest token and training on shuffled labels (the highest share of any layer). "More than the word" lists the '
     'layers in which more is named from the mark than from the word "mark" in its place. The figures and the '
     "run's lines have the intervals. The paper shows cosines that differ by some hundredths, without a floor. "
     f"Decodable information need not be used: patching tests that. {CHECKPOINT}",

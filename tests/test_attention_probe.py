@@ -334,7 +334,7 @@ def test_verdicts_and_their_family():
     many = judged([line(p=0.02) for _ in range(3)], CLAIMS, 0.0, 0.1)
     assert many[0]["boost_verdict"] == "undecided after Holm" and many[0]["comparisons"] == 6
     said = SECTIONS["attention"].table(many)
-    assert "0.1" in said and "Holm over 6 comparisons" in said
+    assert "0.1" in said and "Holm's p is over 6 comparisons" in said
 
 
 # ----------------------------------------------------------------------------- the command

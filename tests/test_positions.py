@@ -241,7 +241,7 @@ def test_differences_are_those_of_a_hand():
     assert (first["difference"], *first["difference_interval"]) == paired_difference(*sides)
     assert first["comparisons"] == 2 and first["verdict"] == "undecided: n = 100, 1000 decide"
     text = SECTIONS["positions"].table(lines)
-    assert re.search(r"no position +42\.0 +40\.0 \.\. 60\.0 +-8\.0 ", text) and "Holm over 2 comparisons" in text
+    assert re.search(r"no position +42\.0 +40\.0 \.\. 60\.0 +-8\.0 ", text) and "Holm's p is over 2 comparisons" in text
 
 
 @pytest.mark.parametrize(

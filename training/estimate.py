@@ -137,7 +137,7 @@ def flops_by_part(cfg: GPTConfig, M: int) -> dict[str, int]:
     inner = cfg.n_inner or 4 * C
 
     def attention(rows: int) -> int:
-        projections = 2 * rows * C * (3 * C + C)  # of queries, keys, values and the output
+        projections = 2 * rows * C * (3 * C + C)  # the products for queries, keys, values and the output
         return projections + 2 * 2 * rows * rows * C  # the scores and the weighted sum of the values
 
     forward = {
@@ -215,7 +215,7 @@ def loss_transient(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> in
     # The largest of: a block's fp32 logits with their log-softmax; the gradient of the hidden states; and a slice of
     # the head's gradient, which under autocast has an fp32 copy.
     most = max(2 * 4 * block * V, chunk * C * size, min(V, SLICE) * C * (size + (4 if size == 2 else 0)))
-    casts = (V + chunk) * C * size if size == 2 else 0  # of the head's weight and of the hidden states
+    casts = (V + chunk) * C * size if size == 2 else 0  # casts of the head's weight and of the hidden states
     # the last three terms: the gradients of the head and of the hidden states, and the hidden states themselves
     return chunk * V * size + most + casts + 4 * V * C + 4 * n * C + 4 * n * C
 

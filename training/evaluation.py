@@ -30,7 +30,8 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     compiled: nn.Module | None = None,
 ) -> dict | None:
-    """Returns the figures of loss.Tally, and of tasks.source.Answers if the windows are texts of tasks.
+    """Evaluates windows of the validation split. Returns the figures of loss.Tally, and those of tasks.source.Answers
+    if the windows are texts of tasks.
 
     The windows are n_windows validation windows, evenly spread over the split, or all of them if n_windows is None.
     Processes evaluate disjoint windows and add up their sums, so the result does not depend on their number.

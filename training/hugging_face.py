@@ -15,7 +15,7 @@ from nanometa.data.tokenizer import Tokenizer
 from nanometa.model import GPT
 from nanometa.training.checkpoint import WEIGHTS, read_tensors
 
-HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of openai-community
+HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names in the hub's organization openai-community
 CONFIG = "config.json"
 # The values of Hugging Face's GPT2Config that nanoMeta's GPT computes. A config.json without the name means the first.
 COMPUTED = {
@@ -65,7 +65,7 @@ class StartWeights:
     fit: str  # the settings of a model that they fit, as command-line arguments
     note: str  # an addition to the sentence in the log
     content_tokens: int | None = None  # how many they were trained on; None = unknown
-    sha256: str = ""  # of the file, if it was computed before
+    sha256: str = ""  # hash of the file, if it was computed before
 
 
 def check_shape(weights: StartWeights, name: str, wanted: tuple[int, ...]) -> None:
