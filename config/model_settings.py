@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanometa.common.errors import UserError
-from nanometa.config.arms import SECOND_ATTENTIONS, SecondAttention, SecondAttentionName
+from nanometa.config.arms import SECOND_ATTENTIONS, SecondAttention, SecondAttentionName, arm_label
 from nanometa.config.checks import check, check_types, nearest_multiples
 from nanometa.config.settings import Settings, setting
 
@@ -109,6 +109,10 @@ class GPTConfig(Settings):
     def second(self) -> SecondAttention:
         """The entry of second_attention in the registry of arms."""
         return SECOND_ATTENTIONS[self.second_attention]
+
+    def arm_name(self, has_markers: bool) -> str:
+        """Returns the short name of the arm (see arm_label); has_markers: whether its dataset has markers."""
+        return arm_label(self.second, self.n_inner not in (None, 4 * self.n_embd), has_markers)
 
     @property
     def original_block_size(self) -> int:

@@ -39,23 +39,14 @@ class Windows:
     """The windows of one split. Window i is the positions [i T, (i + 1) T) of the stream, with T = block_size.
 
     Under both target rules, every content token of the stream is scored exactly once per epoch, except the first one,
-    which no content precedes. random_fraction, seed: how second_attention=random draws its positions; with
-    random_fraction None, the second attention connects the markers.
+    which no content precedes. draw: how second_attention=random draws its positions; None: the second
+    attention connects the markers.
 
     Raises UserError if the dataset is missing or damaged, if block_size is not a multiple of the chunk size, or if the
     split is shorter than one window."""
 
-    def __init__(
-        self,
-        folder: str | Path,
-        split: str,
-        block_size: int,
-        target_rule: str,
-        random_fraction: float | None = None,
-        seed: int = 1337,
-    ):
-        self.split = split
-        self.draw = None if random_fraction is None else Draw(random_fraction, seed, split)
+    def __init__(self, folder: str | Path, split: str, block_size: int, target_rule: str, draw: Draw | None = None):
+        self.split, self.draw = split, draw
         self.manifest = read_manifest(Path(folder))
         self.tokenizer = Tokenizer.load(Path(folder))
         if self.tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:

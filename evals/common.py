@@ -16,7 +16,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from nanometa.common.errors import UserError
 from nanometa.common.files import file_sha256
 from nanometa.config import Rescale
-from nanometa.config.arms import arm_label
 from nanometa.config.checks import check_types, to_dict
 from nanometa.data.inject import strip
 from nanometa.data.shards import TokenStream, read_manifest, token_dtype
@@ -75,7 +74,7 @@ def arm_of(run: Run) -> str:
     Short names are those of arm_label: meta, pause (markers in the data, no second attention), causal2, random,
     widemlp, gpt2 and so on."""
     m = run.config.model
-    name = arm_label(m.second, m.n_inner not in (None, 4 * m.n_embd), bool(run.state["data"]["chunk_markers"]))
+    name = m.arm_name(bool(run.state["data"]["chunk_markers"]))
     unplaced = f", markers' position {m.meta_position.replace('_', ' in ')}" if m.meta_position != "same" else ""
     scaling = f", {scaling_of(m)}" if scaling_of(m) else ""
     return f"{name} + {m.position}{scaling}{unplaced}"

@@ -12,7 +12,7 @@ import torch
 from nanometa.config import TrainConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.command_line import load_config
-from nanometa.data.layout import random_positions
+from nanometa.data.layout import Draw, random_positions
 from nanometa.data.loader import Windows
 from nanometa.inference.generation import MarkerPlan, lay_out
 from nanometa.inference.scoring import hidden_states, score, text_batch
@@ -92,7 +92,7 @@ def test_the_random_arm_trains_and_is_judged_with_its_draws(random_dir, workdir)
     for block in run.model.h:  # started at zero, and without positions it would have stayed there
         assert block.second_attn.c_proj.weight.abs().max() > 1e-3
     for seed in (5, 6):
-        data = Windows(workdir / "data/n", "val", 28, "ignore", 0.25, seed)
+        data = Windows(workdir / "data/n", "val", 28, "ignore", Draw(0.25, seed, "val"))
         batch = data.batch(np.arange(data.n_windows))
         with torch.no_grad():
             logits = run.model.logits(run.model(batch.tokens, batch.positions, batch.meta_index)).flatten(0, 1)

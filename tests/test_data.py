@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nanometa.common.errors import UserError
 from nanometa.common.files import file_sha256
 from nanometa.data.inject import strip
-from nanometa.data.layout import IGNORE, layout_of, random_positions, targets_of
+from nanometa.data.layout import IGNORE, Draw, layout_of, random_positions, targets_of
 from nanometa.data.loader import Windows, window_order
 from nanometa.data.shards import HEADER, ShardWriter, TokenStream, read_manifest
 from nanometa.data.tokenizer import META, Tokenizer
@@ -106,7 +106,7 @@ def test_each_position_is_drawn_equally_often(T, fraction, R):
 
 
 def test_a_window_brings_its_draw_into_every_batch(workdir):
-    data = Windows(workdir / "data" / "n", "train", 28, "ignore", random_fraction=0.25, seed=5)
+    data = Windows(workdir / "data" / "n", "train", 28, "ignore", Draw(0.25, 5, "train"))
     plain = Windows(workdir / "data" / "n", "train", 28, "ignore")
     batch = data.batch(np.array([9, 4, 30]))
     assert batch.meta_index.shape == (3, 7)

@@ -165,6 +165,17 @@ def test_flops_are_those_that_are_counted(second, n_inner, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dropout", "T"), [(0.0, 512), (0.1, 512), (0.0, 2600)])
+def test_the_mask_of_a_window_is_estimated_exactly(dropout, T, dtype):
+    """Diagonal saves what meta saves and its mask, which is too small for the tolerance of all activations."""
+    shape = dataclasses.replace(TINY, n_layer=2, block_size=T, dropout=dropout)
+    cfgs = [arm(shape, second) for second in ("diagonal", "meta")]
+    (ours, _), (theirs, _) = (saved_bytes(cfg, 2, M, DTYPES[dtype]) for cfg, M in cfgs)
+    estimated = [estimate.activations(cfg, 2, M, DTYPES[dtype].itemsize, "cpu") for cfg, M in cfgs]
+    assert ours - theirs == estimated[0] - estimated[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize(
     ("second", "dropout", "T"),

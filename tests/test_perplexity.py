@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nanometa import eval as evaluation
 from nanometa.common.errors import UserError
 from nanometa.data.inject import inject, marker_places, strip
-from nanometa.data.layout import IGNORE
+from nanometa.data.layout import IGNORE, Draw
 from nanometa.data.loader import Windows
 from nanometa.data.shards import HEADER
 from nanometa.evals import perplexity
@@ -34,8 +34,8 @@ def test_windows_of_training_give_the_figures_of_training(workdir, data, second,
     folder = workdir / "data" / data
     run = run_on(folder, second_attention=second, rule=rule)
     length, cfg = run.config.model.block_size, run.config
-    drawn = cfg.model.random_fraction if second == "random" else None
-    expected = evaluate(run.model, Windows(folder, "val", length, rule, drawn, cfg.seed), cfg, ALONE)
+    draw = Draw(cfg.model.random_fraction, cfg.seed, "val") if second == "random" else None
+    expected = evaluate(run.model, Windows(folder, "val", length, rule, draw), cfg, ALONE)
     run.model.eval()
     found = measure_perplexity(run, [read_split(run, folder, None)], length, length, 64)
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)

@@ -7,6 +7,7 @@ from pathlib import Path
 from nanometa.common.errors import UserError
 from nanometa.config import PrepareConfig, TrainConfig
 from nanometa.config.command_line import read_config_file, recipes
+from nanometa.data.layout import draw_of
 from nanometa.data.loader import Windows
 from nanometa.data.shards import read_manifest
 from nanometa.data.tokenizer import Tokenizer
@@ -45,8 +46,7 @@ def open_windows(cfg: TrainConfig, split: str, base: Checkpoint | None = None) -
             f"--injection={recipe.injection}{length}."
         )
     check_arm(cfg, read_manifest(Path(cfg.dataset))["chunk_markers"])
-    random_fraction = cfg.model.random_fraction if cfg.model.second.connects == "random" else None
-    return Windows(cfg.dataset, split, cfg.model.block_size, cfg.target_rule, random_fraction, cfg.seed)
+    return Windows(cfg.dataset, split, cfg.model.block_size, cfg.target_rule, draw_of(cfg, split))
 
 
 def check_arm(cfg: TrainConfig, markers: int) -> None:

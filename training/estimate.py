@@ -24,7 +24,6 @@ from nanometa.layers.loss import SLICE, block_rows, chunk_rows
 from nanometa.model import GPT
 from nanometa.training.dataset import check_arm, recipe_of, with_vocabulary
 from nanometa.training.distributed import pick_dtype
-from nanometa.training.messages import arm_name
 from nanometa.training.optimizer import part_of
 
 # Dense bfloat16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets, which print twice these numbers where they
@@ -299,7 +298,7 @@ def describe_estimate(cfg: TrainConfig, accumulation: int) -> str:
 
     counts = parameters(skeleton(cfg.model))
     total, table = sum(counts.values()), counts.get("position table", 0)
-    arm = arm_name(cfg.model, data.chunk_markers > 0)
+    arm = cfg.model.arm_name(data.chunk_markers > 0)
     out = f"{cfg.run_name or 'a run'} (the {arm} arm) on {n} x {cfg.accelerator}: an estimate; nothing is trained\n"
     out += f"\ndataset, {data.origin}\n  chunks of {data.chunk_content} content tokens + {data.chunk_markers} markers; "
     out += f"an embedding of {data.n_vocab:,} rows, of which {data.n_content:,} ids can be predicted\n"

@@ -1,7 +1,6 @@
 """Composes the lines that a training run prints and writes to train.log."""
 
-from nanometa.config import GPTConfig, TrainConfig
-from nanometa.config.arms import arm_label
+from nanometa.config import TrainConfig
 from nanometa.config.checks import flat
 from nanometa.data.loader import Windows
 from nanometa.model import GPT
@@ -10,11 +9,6 @@ from nanometa.tasks.words import tokens_per_item
 
 # Not listed among the settings: the first is the line's subject, the tokenizer decides the others.
 UNLISTED = ("run_name", "vocab_size", "content_vocab_size")
-
-
-def arm_name(model: GPTConfig, has_markers: bool) -> str:
-    """Returns the short name of a run's arm; has_markers: whether its dataset has markers."""
-    return arm_label(model.second, model.n_inner not in (None, 4 * model.n_embd), has_markers)
 
 
 def count(n: int, noun: str) -> str:
