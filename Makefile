@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: install quickstart test test-slow golden faults fuzz lint bench clean
+.PHONY: install quickstart test test-slow golden faults fuzz lint bench gpu clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -50,6 +50,11 @@ lint: install
 
 bench: install
 	$(RUN) bench.py
+
+# Measures and tests everything on a CUDA GPU, within DEADLINE seconds. A second call repeats what has not passed.
+DEADLINE ?= 300
+gpu: install
+	$(RUN) -m nanometa.benches.gpu --deadline=$(DEADLINE) $(if $(NANOGPT),--nanogpt=$(NANOGPT))
 
 clean:
 	rm -rf $(VENV) out/quickstart data/stdlib_uniform

@@ -27,7 +27,7 @@ from nanometa.common.keyed_random import stable_key
 from nanometa.config import TrainConfig
 from nanometa.config.checks import to_dict
 from nanometa.config.command_line import load_config, run_cli
-from nanometa.data.layout import Batch
+from nanometa.data.layout import Batch, to_device
 from nanometa.data.loader import step_windows, window_order
 from nanometa.data.verify import verify
 from nanometa.layers.loss import Objective
@@ -58,7 +58,7 @@ class Trainer:
         The folder of an existing run is locked before anything in it is read. The folder of a new run is created and
         locked last, so that a refused start leaves nothing behind."""
         self.dist, self.run_dir = dist, Path(cfg.out_dir) / cfg.run_name
-        self.ahead: list[Batch] = []  # the micro-batches of the next step
+        self.ahead: tuple[list[Batch], int] | None = None  # what `read` returned for the next step
         self.measured: tuple = ()  # the last evaluation: step, windows, figures, seconds
         notes: list[str] = []  # kept for the log, which is opened last
         self.lock = dist.agree("lock", lambda: lock_existing(cfg, self.run_dir, dist.is_main))
@@ -66,7 +66,7 @@ class Trainer:
         dist.agree("weights", lambda: self._make_model(saved))
         verified = dist.agree("shards", self._verify)
         why_dtype, no_compile = dist.agree("device", lambda: self._place(saved))
-        if dist.world > 1:  # DDP waits for the other processes, and after `agree` all of them arrive here
+        if dist.has_group:  # DDP waits for the other processes, and after `agree` all of them arrive here
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
         dist.agree("folder", self._take_folder)
         self.log = RunLog(self.run_dir, self.cfg, self.facts, self.step if saved else -1, dist.is_main)
@@ -167,10 +167,13 @@ class Trainer:
         ):
             self.log.say(line)
 
-    def read(self, step: int) -> list[Batch]:
-        """Returns the micro-batches that this process trains on in a step."""
+    def read(self, step: int) -> tuple[list[Batch], int]:
+        """Returns the micro-batches that this process trains on in a step, on its device, and the number of their
+        scored targets. The copy to a GPU is asynchronous."""
         mine = step_windows(step, self.cfg, self.train_data.n_windows, self.dist.rank, self.dist.world)
-        return [self.train_data.batch(windows) for windows in mine]
+        batches = [self.train_data.batch(windows) for windows in mine]
+        scored = sum(int((batch.targets >= 0).sum()) for batch in batches)
+        return [batch.to(self.dist.device) for batch in batches], scored
 
     def train_step(self, stop: bool) -> tuple[float, float, bool]:
         """Makes one update, unless the guard skips it.
@@ -179,20 +182,18 @@ class Trainer:
         The summed loss is divided by the number of scored targets in the global batch. That number differs between
         micro-batches and processes, so averaging their means would give another loss."""
         cfg, dist = self.cfg, self.dist
-        batches = self.ahead or self.read(self.step)
-        scored = sum(int((batch.targets >= 0).sum()) for batch in batches)
+        batches, scored = self.ahead or self.read(self.step)
         # float64 holds every count exactly, but MPS does not support it
         exact = torch.float32 if dist.device.type == "mps" else torch.float64
-        scored, stops = dist.sum(torch.tensor([scored, stop], dtype=exact, device=dist.device))
+        scored, stops = dist.sum(to_device(torch.tensor([scored, stop], dtype=exact), dist.device))
 
         total = torch.zeros((), device=dist.device)
         for micro, batch in enumerate(batches):
-            batch = batch.to(dist.device)
             if cfg.model.dropout:
                 torch.manual_seed(stable_key(cfg.seed, "dropout", self.step, dist.rank, micro) >> 1)
             last = micro == len(batches) - 1
             # Exchange gradients once per step. DDP reads the flag in the forward pass, so that must lie inside no_sync.
-            postpone = dist.world > 1 and not last
+            postpone = dist.has_group and not last
             with self.objective.no_sync() if postpone else nullcontext():
                 with autocast(dist.device, self.dtype):
                     nats = self.objective(*batch)
@@ -200,8 +201,8 @@ class Trainer:
             total += nats.detach()
         self.norms = norms(self.model) if self.logs(self.step + 1) else {}
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
-        # Read the next batch while the GPU is still computing.
-        self.ahead = self.read(self.step + 1) if self.step + 1 < cfg.max_steps else []
+        # Read the next batch, and start to copy it, while the GPU is still computing.
+        self.ahead = self.read(self.step + 1) if self.step + 1 < cfg.max_steps else None
         # This is the only synchronization with the device in a step.
         loss, norm, stops = torch.stack((dist.sum(total / scored), norm.to(scored.dtype), stops)).tolist()
         take, wrong = self.guard.judge(loss, norm)

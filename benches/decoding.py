@@ -20,8 +20,10 @@ from nanometa.common.keyed_random import stable_key
 from nanometa.config import GPTConfig
 from nanometa.inference.generation import MarkerPlan, generate_batch, lay_out, prepare_weights
 from nanometa.model import GPT
+from nanometa.training.distributed import autocast
 
 PROMPT, NEW = 32, 256
+CPU = torch.device("cpu")
 
 
 def prompt_of(n: int, seed: int) -> list[int]:
@@ -29,13 +31,15 @@ def prompt_of(n: int, seed: int) -> list[int]:
     return torch.randint(0, 50256, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def ours(second_attention: str, cfg: GPTConfig, batch: int, dtype: torch.dtype, alike: bool) -> Callable:
+def ours(
+    second_attention: str, cfg: GPTConfig, batch: int, dtype: torch.dtype, alike: bool, device: torch.device
+) -> Callable:
     """Returns a function write(n) that writes n content tokens after each prompt with nanoMeta's cached decoding.
 
     With second_attention="meta" there are 102 markers in every 1024 positions, at the same places in all texts if
     `alike`; otherwise there are no markers."""
     M = 102 if second_attention == "meta" else 0
-    model = GPT(cfg).eval()
+    model = GPT(cfg).eval().to(device)
     for block in model.h if M else ():
         torch.nn.init.normal_(block.second_attn.c_proj.weight, std=0.02)
     config = SimpleNamespace(model=model.cfg, target_rule="ignore", seed=0)
@@ -45,7 +49,7 @@ def ours(second_attention: str, cfg: GPTConfig, batch: int, dtype: torch.dtype, 
     # lay_out begins with <|endoftext|>, so the prompts are as long as those of the others
     prompts = [lay_out(run, prompt_of(PROMPT - 1, number), plan) for number, plan in enumerate(plans)]
 
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with autocast(device, dtype):
         weights = prepare_weights(run, batch)
 
     def write(n: int) -> None:
@@ -55,13 +59,13 @@ def ours(second_attention: str, cfg: GPTConfig, batch: int, dtype: torch.dtype, 
     return write
 
 
-def hugging_face(cfg: GPTConfig, batch: int, dtype: torch.dtype) -> Callable:
+def hugging_face(cfg: GPTConfig, batch: int, dtype: torch.dtype, device: torch.device) -> Callable:
     """Returns write(n) for GPT2LMHeadModel.generate, which uses its own cache, with all weights in dtype."""
     import transformers
 
     shape = transformers.GPT2Config(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd)
-    model = transformers.GPT2LMHeadModel(shape).eval().to(dtype)
-    tokens = torch.tensor([prompt_of(PROMPT, number) for number in range(batch)])
+    model = transformers.GPT2LMHeadModel(shape).eval().to(device, dtype)
+    tokens = torch.tensor([prompt_of(PROMPT, number) for number in range(batch)], device=device)
     seen = torch.ones_like(tokens)
 
     def write(n: int) -> None:
@@ -73,16 +77,21 @@ def hugging_face(cfg: GPTConfig, batch: int, dtype: torch.dtype) -> Callable:
     return write
 
 
-def nanogpt(folder: str, cfg: GPTConfig, batch: int, dtype: torch.dtype, new: int) -> Callable:
+def nanogpt(folder: str, cfg: GPTConfig, batch: int, dtype: torch.dtype, new: int, device: torch.device) -> Callable:
     """Returns write(n) for the generate function of a nanoGPT checkout, with a longer prompt.
 
     It runs under autocast, as in nanoGPT's sample.py."""
     shape = (cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.block_size, batch)
-    model = nanogpt_model(Step("nanogpt", "", False, shape, vocabulary=(cfg.vocab_size, 0), nanogpt=folder)).eval()
-    tokens = torch.tensor([prompt_of(PROMPT + new // 2 - 1, number) for number in range(batch)])
+    model = (
+        nanogpt_model(Step("nanogpt", "", False, shape, vocabulary=(cfg.vocab_size, 0), nanogpt=folder))
+        .eval()
+        .to(device)
+    )
+    prompts = [prompt_of(PROMPT + new // 2 - 1, number) for number in range(batch)]
+    tokens = torch.tensor(prompts, device=device)
 
     def write(n: int) -> None:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             model.generate(tokens, n, top_k=1)
 
     return write
@@ -96,19 +105,30 @@ def bench(args, peaks: dict[str, float]) -> list[dict]:
     return rows
 
 
-def contest(batch: int, name: str, repeats: int, checkout: Path | None, new: int = NEW) -> list[dict]:
-    """Returns one row per implementation for a batch size and a dtype (fp32 or bf16)."""
+def contest(
+    batch: int,
+    name: str,
+    repeats: int,
+    checkout: Path | None,
+    new: int = NEW,
+    layers: int = 12,
+    device: torch.device = CPU,
+) -> list[dict]:
+    """Returns one row per implementation for a batch size and a dtype (fp32 or bf16).
+
+    new: content tokens to write; layers: layers of the models."""
     dtype = DTYPES[name]
-    shape = {"vocab_size": 50304, "content_vocab_size": 50257}
+    shape = {"n_layer": layers, "vocab_size": 50304, "content_vocab_size": 50257}
     plain, meta = (GPTConfig(**shape, second_attention=second) for second in ("none", "meta"))
-    writers = {"none": ours("none", plain, batch, dtype, False), "meta": ours("meta", meta, batch, dtype, False)}
+    writers = {"none": ours("none", plain, batch, dtype, False, device)}
+    writers["meta"] = ours("meta", meta, batch, dtype, False, device)
     if batch > 1:
-        writers["meta, one plan"] = ours("meta", meta, batch, dtype, True)
+        writers["meta, one plan"] = ours("meta", meta, batch, dtype, True, device)
     if importlib.util.find_spec("transformers"):
-        writers["hf"] = hugging_face(plain, batch, dtype)
+        writers["hf"] = hugging_face(plain, batch, dtype, device)
     tokens = dict.fromkeys(writers, new)
     if checkout is not None:
-        writers["nanogpt"], tokens["nanogpt"] = nanogpt(str(checkout), plain, batch, dtype, new), 3
+        writers["nanogpt"], tokens["nanogpt"] = nanogpt(str(checkout), plain, batch, dtype, new, device), 3
     first = alternate({who: lambda w=write: w(1) for who, write in writers.items()}, repeats)
     whole = alternate({who: lambda w=write, n=tokens[who]: w(n) for who, write in writers.items()}, repeats)
     rows = []

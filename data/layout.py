@@ -32,9 +32,14 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch on another device. The copy to a GPU is asynchronous."""
-        if device.type != "cuda":
-            return Batch(*(tensor.to(device) for tensor in self))
-        return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
+        return Batch(*(to_device(tensor, device) for tensor in self))
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a tensor of the CPU on another device. The copy to a GPU is asynchronous, so the CPU does not wait."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def layout_of(tokens: np.ndarray, marker: int, first: int = 0, width: int | None = None, pad: int = 0) -> Layout:

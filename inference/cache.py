@@ -232,7 +232,10 @@ class Product(nn.Module):
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
         on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        self.packed = on_cpu and (rows > 1 or dtype == torch.bfloat16)
+        if dtype == torch.bfloat16:
+            self.packed = on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # a CPU without AVX512 cannot pack it
+        else:
+            self.packed = on_cpu and rows > 1
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
 

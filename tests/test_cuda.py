@@ -2,16 +2,20 @@
 
 import dataclasses
 import os
+import sys
+import warnings
 
 import pytest
 import torch
 
-from nanometa.config import GPTConfig
+from nanometa.config import GPTConfig, TrainConfig
+from nanometa.config.command_line import load_config
 from nanometa.data.layout import places_of
 from nanometa.inference.generation import generate
 from nanometa.layers.loss import Objective
 from nanometa.model import GPT
-from nanometa.training.distributed import autocast, pick_dtype, why_not_compile
+from nanometa.train import Trainer
+from nanometa.training.distributed import autocast, pick_dtype, processes, why_not_compile
 from tests.conftest import TINY, cli, losses, override
 from tests.test_generate_cache import PLANS, laid_out, random_run
 from tests.test_model import LAYERED
@@ -21,6 +25,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here"),
 ]
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=128, vocab_size=320, content_vocab_size=300)
+DEVICE = "cuda"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")}
 
 
@@ -55,28 +61,28 @@ def loss_and_gradients(device: str, dtype: torch.dtype, compiled: bool = False, 
 def test_the_gpu_computes_what_the_cpu_does(second, position):
     changes = {"second_attention": second, "position": position}
     nats, grads = loss_and_gradients("cpu", torch.float32, **changes)
-    gpu_nats, gpu_grads = loss_and_gradients("cuda", torch.float32, **changes)
+    gpu_nats, gpu_grads = loss_and_gradients(DEVICE, torch.float32, **changes)
     assert gpu_nats == pytest.approx(nats, rel=1e-4)
     for name, grad in grads.items():
         assert (gpu_grads[name] - grad).norm() <= 1e-3 * grad.norm() + 1e-6, name
-    half_nats, half_grads = loss_and_gradients("cuda", torch.bfloat16, **changes)
+    half_nats, half_grads = loss_and_gradients(DEVICE, torch.bfloat16, **changes)
     assert half_nats == pytest.approx(nats, rel=1e-2)
     for name, grad in grads.items():
         assert (half_grads[name] - grad).norm() <= 0.1 * grad.norm() + 1e-3, name
 
 
-@pytest.mark.skipif(why_not_compile(torch.device("cuda")) is not None, reason="triton is missing")
+@pytest.mark.skipif(why_not_compile(torch.device(DEVICE)) is not None, reason="triton is missing")
 def test_compiled_equals_eager():
-    nats, grads = loss_and_gradients("cuda", torch.float32)
-    compiled_nats, compiled_grads = loss_and_gradients("cuda", torch.float32, compiled=True)
+    nats, grads = loss_and_gradients(DEVICE, torch.float32)
+    compiled_nats, compiled_grads = loss_and_gradients(DEVICE, torch.float32, compiled=True)
     assert compiled_nats == pytest.approx(nats, rel=1e-4)
     for name, grad in grads.items():
         assert (compiled_grads[name] - grad).norm() <= 1e-3 * grad.norm() + 1e-6, name
 
 
 def test_activation_checkpointing_gives_the_same_gradients():
-    nats, grads = loss_and_gradients("cuda", torch.float32, dropout=0.2)
-    again_nats, again = loss_and_gradients("cuda", torch.float32, recompute=True, dropout=0.2)
+    nats, grads = loss_and_gradients(DEVICE, torch.float32, dropout=0.2)
+    again_nats, again = loss_and_gradients(DEVICE, torch.float32, recompute=True, dropout=0.2)
     assert again_nats == nats and all((again[name] - grad).norm() <= 1e-5 * grad.norm() for name, grad in grads.items())
 
 
@@ -85,21 +91,27 @@ def test_decoding_gives_the_ids_of_the_cpu(second):
     run, plan = random_run(second_attention=second, position="rope"), PLANS["uniform"]
     prompt = laid_out(5, plan)
     expected = list(generate(run, prompt, plan, 60, temperature=0))
-    run.model.to("cuda")
+    run.model.to(DEVICE)
     assert list(generate(run, prompt, plan, 60, temperature=0)) == expected
 
 
-def train(workdir, name, *args, launcher=None):
-    base = (*TINY, "--dataset=data/u", "--block_size=32", f"--run_name={name}", "--max_steps=20")
+def run(workdir, *command, launcher=None, **env) -> str:
+    """Runs a program of the repository on the GPU, and returns what it prints."""
     launched = {"launcher": launcher} if launcher else {}
-    result = cli("train.py", *override(base, "--device=cuda", *args), cwd=workdir, env=GPU, **launched)
+    result = cli(*command, f"--device={DEVICE}", cwd=workdir, env=GPU | env, **launched)
     assert result.returncode == 0, result.stderr.decode()[-3000:]
+    return result.stdout.decode() + result.stderr.decode()
+
+
+def train(workdir, name, *args, **how):
+    base = (*TINY, "--dataset=data/u", "--block_size=32", f"--run_name={name}", "--max_steps=20")
+    run(workdir, "train.py", *(arg for arg in override(base, *args) if not arg.startswith("--device")), **how)
     return workdir / "out" / name
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_training_in_bf16_with_compile_and_resume(workdir, optimizer):
-    assert pick_dtype("auto", torch.device("cuda"))[0] in (torch.bfloat16, torch.float32)
+    assert pick_dtype("auto", torch.device(DEVICE))[0] in (torch.bfloat16, torch.float32)
     args = ("--dtype=auto", "--compile=True", f"--optimizer={optimizer}", "--lr_decay_steps=20")
     straight = train(workdir, f"gpu_{optimizer}", *args)
     train(workdir, f"gpu2_{optimizer}", *args, "--max_steps=9")
@@ -108,9 +120,73 @@ def test_training_in_bf16_with_compile_and_resume(workdir, optimizer):
     assert losses(resumed) == pytest.approx(losses(straight), rel=2e-2)
 
 
+def test_training_and_evaluation_are_compiled_once(workdir):
+    # 5 validation windows do not fill the last micro-batch of 4
+    args = ("--compile=True", "--micro_batch_size=4", "--eval_interval=5")
+    printed = run(
+        workdir, "train.py", *override(without_device(*TINY), "--dataset=data/u", "--block_size=32", *args),
+        "--run_name=gpu_once", "--max_steps=12", TORCH_LOGS="recompiles",
+    )  # fmt: skip
+    assert "torch.compile on" in printed and "Recompiling" not in printed
+
+
+def without_device(*args: str) -> list[str]:
+    return [arg for arg in args if not arg.startswith("--device")]
+
+
+def test_a_step_waits_for_the_gpu_once(workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    settings = ("--dataset=data/u", "--block_size=32", "--run_name=gpu_wait", "--micro_batch_size=4")
+    cfg = load_config(TrainConfig, override(without_device(*TINY), *settings, "--log_interval=50", "--max_steps=50"))
+    with processes(DEVICE) as dist:
+        trainer = Trainer(cfg, dist)
+        for _ in range(3):
+            trainer.train_step(False)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                trainer.train_step(False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+    assert len(waits) == 1, waits
+
+
+@pytest.mark.parametrize("second", LAYERED)
+def test_every_arm_trains_under_torchrun_and_writes_text(workdir, second):
+    arm = (f"--second_attention={second}", "--position=rope")
+    straight = train(workdir, f"gpu_{second}", *arm)
+    # one process under torchrun joins a group, over NCCL, and wraps the model in DDP
+    grouped = train(workdir, f"gpu_group_{second}", *arm, launcher=(*TORCHRUN, "--nproc_per_node=1"))
+    assert losses(grouped) == pytest.approx(losses(straight), rel=1e-4)
+    text = run(workdir, "sample.py", f"--run=out/gpu_{second}", "--prompt=the cat", "--max_new_tokens=40")
+    assert text.startswith("the cat")
+
+
+def test_a_longer_window_tasks_an_evaluation_and_a_probe(workdir):
+    base = train(workdir, "gpu_base", "--position=rope", "--block_size=96")
+    longer = train(
+        workdir, "gpu_longer", f"--init_from={base}", "--rope_scaling=yarn", "--rope_factor=4", "--block_size=384",
+        "--position=rope",
+    )  # fmt: skip
+    assert losses(longer)[-1] < losses(longer)[0]
+    shape = ("--n_", "--block_size", "--dataset", "--position")
+    settings = [arg for arg in without_device(*TINY) if not arg.startswith(shape)]
+    run(
+        workdir, "train.py", *settings, f"--init_from={base}", "--run_name=gpu_tasks", "--max_steps=10",
+        "--train_length=96", "--level=easy", "--tasks", "parity",
+    )  # fmt: skip
+    cell = ("--run=out/gpu_tasks", "--n=8", "--lengths", "96")
+    run(workdir, "eval.py", "tasks", *cell)
+    run(workdir, "eval.py", "perplexity", "--run=out/gpu_longer", "--max_tokens=2000")
+    run(workdir, "probe.py", "attention", *cell)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU alone")
 def test_two_gpus_equal_one(workdir):
-    launcher = ("torchrun", "--standalone", "--nproc_per_node=2")
+    launcher = (*TORCHRUN, "--nproc_per_node=2")
     one = train(workdir, "gpu_one", "--micro_batch_size=4")
     two = train(workdir, "gpu_two", "--micro_batch_size=4", launcher=launcher)
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)

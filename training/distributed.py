@@ -1,6 +1,8 @@
 """Starts the processes of a run, chooses its device and dtype, and lets the processes communicate.
 
-A single process needs no launcher; `torchrun --nproc_per_node=8 train.py ...` starts eight."""
+A single process needs no launcher; `torchrun --nproc_per_node=8 train.py ...` starts eight. A single process that
+torchrun starts takes the path of several: it joins a group of one and wraps the model in DDP. One GPU can therefore
+test what eight will do."""
 
 import contextlib
 import os
@@ -29,16 +31,21 @@ class Dist:
     local_rank: int
     world: int
     device: torch.device
-    store: torch.distributed.Store | None = None  # shared by all processes; None if there is only one process
+    store: torch.distributed.Store | None = None  # shared by all processes; None without torchrun
 
     @property
     def is_main(self) -> bool:
         """Whether this process has rank 0, which writes files and log lines."""
         return self.rank == 0
 
+    @property
+    def has_group(self) -> bool:
+        """Whether this process has joined a process group, of any size, and so exchanges tensors through it."""
+        return self.store is not None
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Adds up a tensor over all processes, in place, and returns it."""
-        if self.world > 1:
+        if self.has_group:
             torch.distributed.all_reduce(tensor)
         return tensor
 
@@ -48,7 +55,7 @@ class Dist:
         This is not a collective, because collectives give up after 30 minutes and keep the GPU busy while they wait. It
         waits on the store's socket for up to 7 days, since a process may hash terabytes. If a process dies, torchrun
         ends the others."""
-        if self.world == 1:
+        if self.store is None:
             return [word]
         self.store.set(f"{name} {self.rank}", word)
         names = [f"{name} {rank}" for rank in range(self.world)]
@@ -74,7 +81,7 @@ class Dist:
 
     def barrier(self) -> None:
         """Waits until all processes arrive here."""
-        if self.world > 1:
+        if self.has_group:
             torch.distributed.barrier()
 
 
@@ -91,7 +98,7 @@ def processes(device: str):
     rank, local_rank, world = ranks()
     chosen = pick_device(device, local_rank)
     store = None
-    if world > 1:
+    if world > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         backend, timeout = "nccl" if chosen.type == "cuda" else "gloo", timedelta(minutes=30)
         store, rank, world = next(torch.distributed.rendezvous("env://", timeout=timeout))
         store = fresh_store(store, rank, world, timeout)
@@ -100,7 +107,7 @@ def processes(device: str):
     try:
         yield Dist(rank, local_rank, world, chosen, store)
     finally:
-        if world > 1:
+        if store is not None:
             torch.distributed.destroy_process_group()
 
 

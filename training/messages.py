@@ -13,7 +13,7 @@ UNLISTED = ("run_name", "vocab_size", "content_vocab_size")
 
 def count(n: int, noun: str) -> str:
     """Returns a number with its noun, such as "1 process" or "2 processes"."""
-    plural = noun + ("es" if noun.endswith("s") else "s")
+    plural = noun + ("es" if noun.endswith(("s", "ch")) else "s")
     return f"{n:,} {noun if n == 1 else plural}"
 
 

@@ -1,0 +1,357 @@
+"""The stages of benches/gpu.py. Each one measures or tests one thing, and reports its results line by line."""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from nanometa.benches import decoding
+from nanometa.benches.timing import peak_memory, quartiles
+from nanometa.benches.training import CONTENT, MARKERS, VOCABULARY, Step, training_step
+from nanometa.config import TrainConfig
+from nanometa.config.command_line import run_cli
+from nanometa.training import estimate
+
+ROOT = Path(__file__).resolve().parent.parent
+# bits per byte of the quick start on a CPU (README.md), and how far a GPU's result may be from it
+QUICKSTART, QUICKSTART_TOLERANCE = 1.24, 0.02
+# Kernels on a GPU add in an order that varies, so a resumed run repeats the losses only up to this relative difference.
+RESUME_TOLERANCE = 2e-2
+
+
+@dataclasses.dataclass
+class Lab:
+    """What a stage needs: where it writes, on which device it runs, and how large the models are."""
+
+    stage: str
+    output: Path
+    device: torch.device
+    tiny: bool
+    nanogpt: Path | None
+
+    def report(self, what: str, value, unit: str = "", at_least=None, at_most=None) -> None:
+        """Writes one result. A goal is met if the value is at least `at_least`, or at most `at_most`.
+
+        The goals are for a GPU at full size, so tiny models are not held to them."""
+        bound = at_most if at_least is None else at_least
+        goal = met = None
+        if bound is not None and not self.tiny:
+            goal = f"{'at most' if at_least is None else 'at least'} {bound:g}"
+            met = value <= bound if at_least is None else value >= bound
+        line = {"stage": self.stage, "what": what, "value": value, "unit": unit, "goal": goal, "met": met}
+        with open(self.output / "results.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+    def check(self, what: str, right: bool) -> None:
+        """Writes the result of a test. Raises AssertionError if it failed, which ends the stage."""
+        self.report(what, "yes" if right else "NO")
+        assert right, what
+
+    @property
+    def work(self) -> Path:
+        """The folder of datasets and runs, which later stages may reuse."""
+        folder = self.output / "work"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Returns layers, heads, width, positions per window and windows per step."""
+        return (2, 2, 64, 64, 2) if self.tiny else (12, 12, 768, 1024, 12)
+
+    def run(self, *command: str, launcher: tuple[str, ...] = (sys.executable,)) -> float:
+        """Runs a program of the repository in the folder `work`. Returns the seconds that it took.
+
+        Raises CalledProcessError if it fails."""
+        started = time.perf_counter()
+        subprocess.run([*launcher, str(ROOT / command[0]), *command[1:]], cwd=self.work, check=True)
+        return time.perf_counter() - started
+
+    def dataset(self, kind: str) -> str:
+        """Returns the path of a dataset of Python's standard library, and prepares it if it is missing.
+
+        kind: "gpt2" has GPT-2's tokenizer and windows of 1024 positions, "bpe" is the dataset of the quick start."""
+        name = f"data/stdlib_{'uniform' if kind == 'bpe' else kind}"
+        for folder in (ROOT / name, self.work / name):
+            if (folder / "manifest.json").exists():
+                return str(folder)
+        recipe = ["config/stdlib.py"] if kind == "bpe" else ["config/c4.py", "--source=stdlib", "--val_fraction=0.05"]
+        recipe[0] = str(ROOT / recipe[0])
+        self.run("prepare.py", *recipe, f"--name={Path(name).name}")
+        return str(self.work / name)
+
+    def metrics(self, run: str) -> list[dict]:
+        """Returns the metrics of a run in the folder `work`."""
+        return [json.loads(line) for line in (self.work / f"out/{run}/metrics.jsonl").read_text().splitlines()]
+
+
+# ----------------------------------------------------------------------------- training speed
+
+
+def turns(pipe, step: Step) -> None:
+    """Compiles a training step in a process of its own, and measures as many steps as the parent asks for.
+
+    Several such processes compile at the same time, then they take turns."""
+    started = time.perf_counter()
+    one = training_step(step)
+    one().item()
+    compiling = time.perf_counter() - started
+    for _ in range(2):
+        one().item()
+    pipe.send((compiling, peak_memory()))
+    while n := pipe.recv():
+        started = time.perf_counter()
+        for _ in range(n):
+            loss = one()
+        loss.item()  # waits for the GPU
+        pipe.send((time.perf_counter() - started) / n)
+
+
+def training_speed(lab: Lab) -> None:
+    """Measures compiled training steps of the plain arm, the meta arm and nanoGPT, which take turns."""
+    shape = lab.shape()
+    vocabulary = (320, 300) if lab.tiny else (VOCABULARY, CONTENT)
+    arms = {"none": 0, "meta": round(MARKERS * shape[3])} | ({"nanogpt": 0} if lab.nanogpt else {})
+    steps = {
+        arm: Step(arm, "bf16", True, shape, markers, vocabulary, str(lab.nanogpt), lab.device.type)
+        for arm, markers in arms.items()
+    }
+    spawn, pipes = multiprocessing.get_context("spawn"), {}
+    for arm, step in steps.items():
+        pipes[arm], end = spawn.Pipe()
+        spawn.Process(target=turns, args=(end, step), daemon=True).start()
+        end.close()  # so that the parent notices if the child ends
+    peaks = {}
+    for arm, pipe in pipes.items():
+        seconds, peaks[arm] = pipe.recv()
+        lab.report(f"{arm}: first step, with compilation", seconds, "s")
+        lab.report(f"{arm}: peak memory", peaks[arm] / 1e9, "GB")
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(3 if lab.tiny else 7):
+        for arm, pipe in pipes.items():
+            pipe.send(2 if lab.tiny else 20)
+            times[arm].append(pipe.recv())
+    for pipe in pipes.values():
+        pipe.send(0)
+    speed = {}
+    peak = estimate.peak_flops(torch.cuda.get_device_name()) if lab.device.type == "cuda" else None
+    for arm, step in steps.items():
+        low, speed[arm], high = (step.positions / seconds for seconds in quartiles(times[arm])[::-1])
+        lab.report(f"{arm}: training", speed[arm], f"positions/s (quartiles {low:,.0f} .. {high:,.0f})")
+        if peak:
+            config = steps["none" if arm == "nanogpt" else arm].config()
+            mfu = speed[arm] * estimate.flops_per_window(config, step.markers) / shape[3] / peak
+            lab.report(f"{arm}: share of the peak FLOP/s (MFU)", mfu, at_least=0.45 if arm == "meta" else None)
+    if "nanogpt" in speed:
+        lab.report("none / nanogpt, positions/s", speed["none"] / speed["nanogpt"], at_least=1)
+    lab.report("meta / none, positions/s", speed["meta"] / speed["none"], at_least=0.95)
+    for arm in ("none", "meta") if lab.device.type == "cuda" else ():
+        cfg = TrainConfig(model=steps[arm].config(), micro_batch_size=shape[4], n_accelerators=1)
+        phases = estimate.memory(cfg, steps[arm].markers, torch.bfloat16, lab.device.type, 1)["phases"]
+        lab.report(f"{arm}: peak memory / what --dry_run predicts for eager mode", peaks[arm] / max(phases.values()))
+
+
+# ----------------------------------------------------------------------------- the quick start
+
+
+def short_run(lab: Lab, name: str, *settings: str) -> list[str]:
+    """Returns the command of a short run of tiny_meta with 60 steps."""
+    command = [str(ROOT / "train.py"), str(ROOT / "config/tiny_meta.py"), f"--run_name={name}", "--eval_windows=8"]
+    command += [
+        f"--dataset={lab.dataset('bpe')}",
+        f"--device={lab.device.type}",
+        "--lr_decay_steps=60",
+        "--wandb=disabled",
+    ]
+    command += ["--log_interval=1", "--eval_interval=30", "--save_interval=15", *settings]
+    if lab.tiny:
+        command += ["--n_layer=2", "--n_head=2", "--n_embd=32", "--batch_size=2", "--micro_batch_size=2"]
+    return command
+
+
+def losses(lab: Lab, run: str) -> list[float]:
+    return [line["loss"] for line in lab.metrics(run) if line["kind"] == "train"]
+
+
+def quickstart(lab: Lab) -> None:
+    """Trains the quick start's model, and compares a stopped and resumed run with two that were not stopped."""
+    steps = ("--max_steps=12", "--lr_decay_steps=12", "--warmup_steps=2", "--n_layer=2", "--n_head=2", "--n_embd=32")
+    extra = steps if lab.tiny else ()
+    seconds = lab.run(
+        "train.py", str(ROOT / "config/tiny_meta.py"), "--run_name=quickstart", f"--dataset={lab.dataset('bpe')}",
+        "--init_from=auto", "--wandb=disabled", f"--device={lab.device.type}", *extra,
+    )  # fmt: skip
+    lab.report("training of the quick start, with start and evaluations", seconds, "s")
+    final = lab.metrics("quickstart")[-1]
+    bound = QUICKSTART + QUICKSTART_TOLERANCE
+    lab.report("validation text", final["bits_per_byte"], f"bits per byte (CPU: {QUICKSTART})", at_most=bound)
+    logged = [line for line in lab.metrics("quickstart") if line["kind"] == "train"]
+    lab.report("speed", statistics.median(line["positions_per_s"] for line in logged), "positions/s")
+
+    def together(*commands: list[str]) -> None:
+        processes = [subprocess.Popen([sys.executable, *command], cwd=lab.work) for command in commands]
+        assert not any([process.wait() for process in processes]), "a short run failed"
+
+    stop = "--max_steps=30"
+    whole = "--max_steps=60"
+    together(short_run(lab, "one", whole), short_run(lab, "two", whole), short_run(lab, "stopped", stop))
+    together(short_run(lab, "stopped", whole, "--init_from=resume"))
+    one, two, stopped = (losses(lab, name) for name in ("one", "two", "stopped"))
+    assert len(one) == len(two) == len(stopped) == 60, "a step is missing"
+
+    def difference(a: list[float], b: list[float]) -> float:
+        return max(abs(x - y) / x for x, y in zip(a, b, strict=True))
+
+    lab.report("equal runs: largest relative difference of their losses", difference(one, two))
+    lab.report("stopped and resumed, against one of them: the same", difference(one, stopped), at_most=RESUME_TOLERANCE)
+
+
+# ----------------------------------------------------------------------------- decoding
+
+
+def decoding_speed(lab: Lab) -> None:
+    """Measures decoding at several batch sizes, in turns with Hugging Face's GPT-2."""
+    for batch in (1, 2) if lab.tiny else (1, 8, 64):
+        options = {"new": 4, "layers": 2} if lab.tiny else {"new": 128}
+        rows = decoding.contest(batch, "bf16", 3, None, device=lab.device, **options)
+        speed = {row["who"]: row["content tokens/s"] for row in rows}
+        for who, value in speed.items():
+            lab.report(f"batch {batch}, {who}", value, "content tokens/s")
+        lab.report(f"batch {batch}, meta / none", speed["meta"] / speed["none"])
+        if "hf" in speed:
+            lab.report(f"batch {batch}, none / Hugging Face", speed["none"] / speed["hf"], at_least=1.2)
+
+
+# ----------------------------------------------------------------------------- torchrun
+
+
+def torchrun(lab: Lab) -> None:
+    """Runs the command of the README under torchrun with one process, which joins a group and uses DDP. On a GPU the
+    group communicates over NCCL. Then kills the process of a small run, which torchrun must restart."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
+    small = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=512", "--batch_size=4", "--micro_batch_size=2"]
+    settings = [*small, "--compile=False"] if lab.tiny else ["--batch_size=24"]
+    settings += ["--max_steps=60", "--lr_decay_steps=60", "--warmup_steps=10", "--log_interval=10"]
+    settings += ["--eval_interval=60", "--eval_windows=24", "--save_interval=60", f"--device={lab.device.type}"]
+    settings += ["--init_from=auto", "--wandb=disabled", f"--dataset={lab.dataset('bpe' if lab.tiny else 'gpt2')}"]
+    lab.run("train.py", str(ROOT / "config/meta_gpt2.py"), "--run_name=meta_gpt2", *settings, launcher=launcher)
+    steps = [line for line in lab.metrics("meta_gpt2") if line["kind"] == "train"]
+    lab.check("the loss of meta_gpt2 falls", steps[-1]["loss"] < steps[0]["loss"])
+    later = steps[2:]  # the first steps compile and fill caches
+    for name in ("positions_per_s", "content_tokens_per_s"):
+        lab.report("meta_gpt2 under torchrun", statistics.median(step[name] for step in later), name.replace("_", " "))
+    if all("mfu" in step for step in later):
+        mfu = statistics.median(step["mfu"] for step in later)
+        lab.report("meta_gpt2 under torchrun: share of the peak FLOP/s (MFU)", mfu, at_least=0.45)
+
+    command = short_run(lab, "killed", "--max_steps=60", "--init_from=auto")
+    process = subprocess.Popen([*launcher, "--max_restarts=1", *command], cwd=lab.work)
+    metrics, killed = lab.work / "out/killed/metrics.jsonl", False
+    while process.poll() is None:
+        if not killed and metrics.exists() and metrics.read_text().count('"train"') >= 25:
+            for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                if b"train.py" in Path(f"/proc/{worker}/cmdline").read_bytes():
+                    os.kill(int(worker), signal.SIGKILL)
+                    killed = True
+        time.sleep(0.005)
+    lab.check("a killed process was restarted, and the run came to its end", killed and process.returncode == 0)
+    assert len(losses(lab, "killed")) == 60, "a step is missing"
+    log = (lab.work / "out/killed/train.log").read_text()
+    lab.report("it continued from step", int(re.findall(r"at step (\d+)", log)[-1]))
+
+
+# ----------------------------------------------------------------------------- tests
+
+
+def tests(lab: Lab) -> None:
+    """Runs the tests that need a GPU. The stand-in runs them, too: without a GPU they are collected and skipped."""
+    workers = min(8, os.cpu_count() or 1)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-n", str(workers), "tests/test_cuda.py"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(result.stdout[-20_000:], result.stderr[-5_000:], flush=True)
+    for what in ("passed", "failed", "skipped", "error"):
+        found = re.findall(rf"(\d+) {what}", result.stdout.splitlines()[-1] if result.stdout else "")
+        lab.report(f"tests {what}", int(found[0]) if found else 0)
+    for name in re.findall(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE):
+        lab.report("failed", name)
+    assert result.returncode == 0, "pytest found a failure"
+
+
+# ----------------------------------------------------------------------------- profile
+
+
+def profile(lab: Lab) -> None:
+    """Lists the kernels that take the most time in compiled steps of the meta arm, and the time between kernels."""
+    shape, gpu = lab.shape(), lab.device.type == "cuda"
+    vocabulary = (320, 300) if lab.tiny else (VOCABULARY, CONTENT)
+    markers = round(MARKERS * shape[3])
+    one = training_step(Step("meta", "bf16", True, shape, markers, vocabulary, device=lab.device.type))
+    for _ in range(3):
+        one().item()
+    steps = 5
+    kind = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kind.CUDA if gpu else kind.CPU]) as profiler:
+        for _ in range(steps):
+            loss = one()
+        loss.item()
+    events = [event for event in profiler.events() if event.device_type.name == ("CUDA" if gpu else "CPU")]
+    if gpu:
+        start, end = min(e.time_range.start for e in events), max(e.time_range.end for e in events)
+        busy = sum(e.time_range.elapsed_us() for e in events)
+        lab.report("a step", (end - start) / steps / 1e3, "ms")
+        lab.report("kernels and copies per step", len(events) / steps)
+        lab.report("share of the time in which no kernel runs", max(0.0, 1 - busy / (end - start)))
+    total: dict[str, float] = {}
+    for event in events:
+        total[event.name] = total.get(event.name, 0) + (
+            event.time_range.elapsed_us() if gpu else event.self_cpu_time_total
+        )
+    everything = sum(total.values())
+    for name, us in sorted(total.items(), key=lambda item: -item[1])[:15]:
+        lab.report(f"{us / everything:.1%} {name[:100]}", us / steps / 1e3, "ms a step")
+
+
+class Stage(NamedTuple):
+    """A stage: what it does in words, its function, and its time limit in seconds."""
+
+    about: str
+    function: Callable[[Lab], None]
+    cap: float
+
+
+# In the order in which they run: the results that matter most come first.
+STAGES = {
+    "training": Stage("compiled training steps at 124M, beside nanoGPT", training_speed, 180),
+    "quickstart": Stage("the quick start; a stopped run resumed", quickstart, 150),
+    "decoding": Stage("decoding at 124M, beside Hugging Face", decoding_speed, 120),
+    "torchrun": Stage("config/meta_gpt2.py under torchrun; a killed process restarted", torchrun, 150),
+    "tests": Stage("the tests that need a GPU", tests, 180),
+    "profile": Stage("the kernels of a compiled training step", profile, 90),
+}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="Runs one stage of benches/gpu.py, which is the command to use.")
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--nanogpt", type=Path)
+    args = parser.parse_args(argv)
+    STAGES[args.stage].function(Lab(args.stage, args.output, torch.device(args.device), args.tiny, args.nanogpt))
+
+
+if __name__ == "__main__":
+    run_cli(main)
