@@ -46,8 +46,10 @@ def draw(facts: dict, results: list[dict], path: Path) -> None:
     if writers:
         decoding.legend(frameon=False)
 
-    top = [line for line in results if line["stage"] == "profile" and line["unit"] == "ms a step"][:10][::-1]
-    kernels.barh([line["what"].split(" ", 1)[1][:42] for line in top], [line["value"] for line in top], color="#4477aa")
+    top = [line for line in results if line["what"].startswith("kernel: ")][:10][::-1]
+    kernels.barh(
+        [line["what"].removeprefix("kernel: ")[:42] for line in top], [line["value"] for line in top], color="#4477aa"
+    )
     kernels.tick_params(axis="y", labelsize=7)
     kernels.set(title="A compiled step, meta-tokens: longest kernels", xlabel="ms a step")
 

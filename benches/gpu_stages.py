@@ -27,6 +27,7 @@ from nanometa.training import estimate
 ROOT = Path(__file__).resolve().parent.parent
 # bits per byte of the quick start on a CPU (README.md), and how far a GPU's result may be from it
 QUICKSTART, QUICKSTART_TOLERANCE = 1.24, 0.02
+MICRO_BATCHES = 5  # per update, as config/meta_gpt2.py has them on 8 GPUs
 # Kernels on a GPU add in an order that varies, so a resumed run repeats the losses only up to this relative difference.
 RESUME_TOLERANCE = 2e-2
 
@@ -101,22 +102,42 @@ class Lab:
 
 
 def turns(pipe, step: Step) -> None:
-    """Compiles a training step in a process of its own, and measures as many steps as the parent asks for.
-
-    Several such processes compile at the same time, then they take turns."""
+    """Compiles a training step in a process of its own, and does what the parent asks for: a number of steps to time,
+    "profile", or None to end. Several such processes compile at the same time, then they take turns."""
     started = time.perf_counter()
     one = training_step(step)
-    one().item()
+    losses = [one().item()]
     compiling = time.perf_counter() - started
-    for _ in range(2):
-        one().item()
-    pipe.send((compiling, peak_memory()))
-    while n := pipe.recv():
+    losses += [one().item() for _ in range(3)]
+    pipe.send((compiling, losses, peak_memory()))
+    while request := pipe.recv():
+        if request == "profile":
+            pipe.send(kernels_of(one, steps=2, gpu=step.device == "cuda"))
+            continue
         started = time.perf_counter()
-        for _ in range(n):
+        for _ in range(request):
             loss = one()
         loss.item()  # waits for the GPU
-        pipe.send((time.perf_counter() - started) / n)
+        pipe.send((time.perf_counter() - started) / request)
+
+
+def kernels_of(one: Callable[[], torch.Tensor], steps: int, gpu: bool) -> dict:
+    """Profiles calls of one(). Returns the milliseconds of a call and those in which a kernel runs, the number of
+    kernels, and the milliseconds of each kernel by name. On a CPU, operators take the place of kernels."""
+    kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profiler:
+        for _ in range(steps):
+            loss = one()
+        loss.item()
+    names: dict[str, float] = {}
+    spans = []
+    for event in profiler.events():
+        if event.device_type.name == ("CUDA" if gpu else "CPU"):
+            us = event.time_range.elapsed_us() if gpu else event.self_cpu_time_total
+            names[event.name] = names.get(event.name, 0) + us / steps / 1e3
+            spans.append((event.time_range.start, event.time_range.end))
+    whole = (max(end for _, end in spans) - min(start for start, _ in spans)) / steps / 1e3
+    return {"ms": whole, "busy_ms": sum(names.values()), "kernels": len(spans) / steps, "names": names}
 
 
 def training_speed(lab: Lab) -> None:
@@ -125,26 +146,35 @@ def training_speed(lab: Lab) -> None:
     vocabulary = (320, 300) if lab.tiny else (VOCABULARY, CONTENT)
     arms = {"none": 0, "meta": round(MARKERS * shape[3])} | ({"nanogpt": 0} if lab.nanogpt else {})
     steps = {
-        arm: Step(arm, "bf16", True, shape, markers, vocabulary, str(lab.nanogpt), lab.device.type)
+        arm: Step(
+            arm, "bf16", True, shape, markers, vocabulary, str(lab.nanogpt), lab.device.type,
+            micro_batches=MICRO_BATCHES,
+        )
         for arm, markers in arms.items()
-    }
+    }  # fmt: skip
     spawn, pipes = multiprocessing.get_context("spawn"), {}
     for arm, step in steps.items():
         pipes[arm], end = spawn.Pipe()
         spawn.Process(target=turns, args=(end, step), daemon=True).start()
         end.close()  # so that the parent notices if the child ends
-    peaks = {}
+    first, peaks = {}, {}
     for arm, pipe in pipes.items():
-        seconds, peaks[arm] = pipe.recv()
+        seconds, first[arm], peaks[arm] = pipe.recv()
         lab.report(f"{arm}: first step, with compilation", seconds, "s")
         lab.report(f"{arm}: peak memory", peaks[arm] / 1e9, "GB")
+    for arm, losses in first.items():
+        # wrong gradients can leave a loss that falls a little (weight decay alone lowers it)
+        lab.check(f"{arm}: the loss falls within four steps", losses[-1] < losses[0] - (0.01 if lab.tiny else 0.1))
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     for _ in range(3 if lab.tiny else 7):
         for arm, pipe in pipes.items():
-            pipe.send(2 if lab.tiny else 20)
+            pipe.send(1 if lab.tiny else 4)
             times[arm].append(pipe.recv())
-    for pipe in pipes.values():
-        pipe.send(0)
+    profiles = {}
+    for arm, pipe in pipes.items():
+        pipe.send("profile")
+        profiles[arm] = pipe.recv()
+        pipe.send(None)
     speed = {}
     peak = estimate.peak_flops(torch.cuda.get_device_name()) if lab.device.type == "cuda" else None
     for arm, step in steps.items():
@@ -159,8 +189,15 @@ def training_speed(lab: Lab) -> None:
     lab.report("meta / none, positions/s", speed["meta"] / speed["none"], at_least=0.95)
     for arm in ("none", "meta") if lab.device.type == "cuda" else ():
         cfg = TrainConfig(model=steps[arm].config(), micro_batch_size=shape[4], n_accelerators=1)
-        phases = estimate.memory(cfg, steps[arm].markers, torch.bfloat16, lab.device.type, 1)["phases"]
+        phases = estimate.memory(cfg, steps[arm].markers, torch.bfloat16, "cuda", MICRO_BATCHES)["phases"]
         lab.report(f"{arm}: peak memory / what --dry_run predicts for eager mode", peaks[arm] / max(phases.values()))
+    for arm, profile in profiles.items():
+        lab.report(f"{arm}: kernels per step, with copies", profile["kernels"])
+        lab.report(
+            f"{arm}: share of the time in which no kernel runs", max(0.0, 1 - profile["busy_ms"] / profile["ms"])
+        )
+    for name, ms in sorted(profiles["meta"]["names"].items(), key=lambda item: -item[1])[:20]:
+        lab.report(f"kernel: {name[:100]}", ms, f"ms a step of the meta arm ({ms / profiles['meta']['busy_ms']:.1%})")
 
 
 # ----------------------------------------------------------------------------- the quick start
@@ -224,8 +261,8 @@ def quickstart(lab: Lab) -> None:
 def decoding_speed(lab: Lab) -> None:
     """Measures decoding at several batch sizes, in turns with Hugging Face's GPT-2."""
     for batch in (1, 2) if lab.tiny else (1, 8, 64):
-        options = {"new": 4, "layers": 2} if lab.tiny else {"new": 128}
-        rows = decoding.contest(batch, "bf16", 3, None, device=lab.device, **options)
+        options = {"new": 4, "layers": 2} if lab.tiny else {"new": 48}
+        rows = decoding.contest(batch, "bf16", 2, None, device=lab.device, **options)
         speed = {row["who"]: row["content tokens/s"] for row in rows}
         for who, value in speed.items():
             lab.report(f"batch {batch}, {who}", value, "content tokens/s")
@@ -289,40 +326,6 @@ def tests(lab: Lab) -> None:
     assert result.returncode == 0, "pytest found a failure"
 
 
-# ----------------------------------------------------------------------------- profile
-
-
-def profile(lab: Lab) -> None:
-    """Lists the kernels that take the most time in compiled steps of the meta arm, and the time between kernels."""
-    shape, gpu = lab.shape(), lab.device.type == "cuda"
-    vocabulary = (320, 300) if lab.tiny else (VOCABULARY, CONTENT)
-    markers = round(MARKERS * shape[3])
-    one = training_step(Step("meta", "bf16", True, shape, markers, vocabulary, device=lab.device.type))
-    for _ in range(3):
-        one().item()
-    steps = 5
-    kind = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kind.CUDA if gpu else kind.CPU]) as profiler:
-        for _ in range(steps):
-            loss = one()
-        loss.item()
-    events = [event for event in profiler.events() if event.device_type.name == ("CUDA" if gpu else "CPU")]
-    if gpu:
-        start, end = min(e.time_range.start for e in events), max(e.time_range.end for e in events)
-        busy = sum(e.time_range.elapsed_us() for e in events)
-        lab.report("a step", (end - start) / steps / 1e3, "ms")
-        lab.report("kernels and copies per step", len(events) / steps)
-        lab.report("share of the time in which no kernel runs", max(0.0, 1 - busy / (end - start)))
-    total: dict[str, float] = {}
-    for event in events:
-        total[event.name] = total.get(event.name, 0) + (
-            event.time_range.elapsed_us() if gpu else event.self_cpu_time_total
-        )
-    everything = sum(total.values())
-    for name, us in sorted(total.items(), key=lambda item: -item[1])[:15]:
-        lab.report(f"{us / everything:.1%} {name[:100]}", us / steps / 1e3, "ms a step")
-
-
 class Stage(NamedTuple):
     """A stage: what it does in words, its function, and its time limit in seconds."""
 
@@ -333,12 +336,11 @@ class Stage(NamedTuple):
 
 # In the order in which they run: the results that matter most come first.
 STAGES = {
-    "training": Stage("compiled training steps at 124M, beside nanoGPT", training_speed, 180),
+    "training": Stage("compiled training steps at 124M, beside nanoGPT; their kernels", training_speed, 180),
     "quickstart": Stage("the quick start; a stopped run resumed", quickstart, 150),
     "decoding": Stage("decoding at 124M, beside Hugging Face", decoding_speed, 120),
     "torchrun": Stage("config/meta_gpt2.py under torchrun; a killed process restarted", torchrun, 150),
     "tests": Stage("the tests that need a GPU", tests, 180),
-    "profile": Stage("the kernels of a compiled training step", profile, 90),
 }
 
 

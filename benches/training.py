@@ -46,14 +46,15 @@ class Step:
     nanogpt: str = ""
     device: str = "auto"
     recompute: bool = False
+    micro_batches: int = 1  # each has the windows of `shape`; the update follows the last one
 
     @property
     def positions(self) -> int:
-        return self.shape[3] * self.shape[4]
+        return self.shape[3] * self.shape[4] * self.micro_batches
 
     @property
     def content(self) -> int:
-        return (self.shape[3] - self.markers) * self.shape[4]
+        return (self.shape[3] - self.markers) * self.shape[4] * self.micro_batches
 
     def config(self) -> GPTConfig:
         n_layer, n_head, n_embd, T, _ = self.shape
@@ -73,9 +74,10 @@ def training_step(step: Step) -> Callable[[], torch.Tensor]:
     nats, parameters, update = (_ours if step.arm in ("none", "meta", "dense") else _peer)(step, device)
 
     def one():
-        with autocast(device, DTYPES[step.dtype]):
-            loss = nats()
-        loss.backward()
+        for _ in range(step.micro_batches):
+            with autocast(device, DTYPES[step.dtype]):
+                loss = nats()
+            (loss / step.micro_batches).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         update()
         return loss.detach()
@@ -108,7 +110,11 @@ def _ours(step: Step, device: torch.device) -> tuple[Callable, list, Callable]:
     optimizer = Optimizer(model, TrainConfig(model=step.config()))
     if step.compiled:
         objective = torch.compile(objective, dynamic=False)
-    return lambda: objective(*batch) / step.content, list(model.parameters()), lambda: optimizer.step(1e-4)
+    return (
+        lambda: objective(*batch) / (step.content // step.micro_batches),
+        list(model.parameters()),
+        lambda: optimizer.step(1e-4),
+    )
 
 
 class DenseMeta(MetaAttention):

@@ -82,7 +82,8 @@ class _SummedNats(torch.autograd.Function):
             rows = slice(start, start + chunk)
             h = hidden[rows].to(dtype)
             d = torch.mm(h, w.T, out=None if buffer is None else buffer[: h.size(0)])
-            total += _nats_and_slopes(d, targets[rows], n_content)
+            # not in place: under torch.compile, torch 2.11 gives zero gradients if the result was changed in place
+            total = total + _nats_and_slopes(d, targets[rows], n_content)
             d_hidden[rows] = d @ w
             # one slice of the vocabulary at a time, to avoid a second tensor of the head's size
             for part, d_part in zip(d_weight.split(SLICE), d.split(SLICE, 1), strict=True):

@@ -57,6 +57,11 @@ def test_what_is_not_finite_is_skipped_and_counted():
         take, wrong = guard.judge(loss, norm)
         assert not take and "gradient's norm" in wrong
         guard.check(5, "there")
+    guard.in_a_row = guard.skipped = 0
+    for loss, norm in ((1.0, 0.0), (float("inf"), 1.0)):
+        take, wrong = guard.judge(loss, norm)
+        assert not take and ("gradient is zero" in wrong) == (norm == 0)
+        guard.check(5, "there")
     assert guard.judge(1.0, 1.0) == (True, "") and guard.in_a_row == 0 and guard.skipped == 2
     for _ in range(3):
         guard.judge(float("nan"), 1.0)

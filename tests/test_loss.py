@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nanometa.config import GPTConfig
 from nanometa.data.loader import Windows
 from nanometa.inference.cache import DecodingWeights
-from nanometa.layers.loss import Tally, gather_scored, summed_nats, token_scores
+from nanometa.layers.loss import Tally, _SummedNats, gather_scored, summed_nats, token_scores
 from nanometa.model import GPT
 
 
@@ -31,6 +31,22 @@ def case(N, seed, dtype=torch.float64, V=17, n_content=13, C=6):
     targets = torch.randint(0, n_content, (N,), generator=g)
     targets[torch.rand(N, generator=g) < 0.3] = -100
     return hidden, weight, targets, n_content
+
+
+def test_a_compiled_loss_has_the_same_gradients():
+    # A GPU compiles this function. On a CPU summed_nats keeps it out of torch.compile, so it is called directly here.
+    # With torch 2.11, an in-place sum of the result gave the right loss and zero gradients, without any message.
+    hidden, weight, targets, n = case(20, 0)
+
+    def loss(hidden, weight):
+        return _SummedNats.apply(hidden * 1, weight, targets, n, torch.float64, 7)
+
+    nats, *grads = loss(hidden, weight), *torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden, weight)
+    assert compiled.item() == nats.item()
+    for grad, expected in zip(torch.autograd.grad(compiled, (hidden, weight)), grads, strict=True):
+        assert expected.norm() > 0.1
+        torch.testing.assert_close(grad, expected)
 
 
 @settings(max_examples=40, deadline=None)

@@ -399,7 +399,9 @@ def test_possible_batches():
 def test_divergence_is_an_error_not_a_night_of_nan(workdir):
     args = ("--run_name=nan", "--learning_rate=1e30", "--grad_clip=0", "--max_steps=50", "--max_skipped=5")
     error = refusal(cli("train.py", *override(BASE, *args), cwd=workdir))
-    assert re.search(r"training has diverged: the last 5 steps up to step \d+ were skipped because", error)
+    assert re.search(
+        r"training has failed: the last 5 steps up to step \d+ were skipped, the last one because its", error
+    )
     assert re.search(r"from the last checkpoint in out/nan \((step_0000001\d|none was saved yet)\)", error)
     for saved in (workdir / "out/nan").glob("*_0*/model.safetensors"):  # nothing of it was saved
         assert all(torch.isfinite(p).all() for p in safetensors.torch.load_file(saved).values())

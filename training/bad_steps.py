@@ -1,4 +1,4 @@
-"""Keeps bad steps out of the weights: steps with a non-finite loss or gradient, and spikes of the gradient norm."""
+"""Keeps bad steps out of the weights: a loss or gradient that is not finite, a gradient of zero, and spikes."""
 
 import math
 import statistics
@@ -13,17 +13,18 @@ WINDOW = 128  # a spike is judged by the gradient norms of this many applied upd
 class BadStepGuard:
     """Judges every step before its update is applied. All processes see the same figures, so they decide alike.
 
-    A step whose loss or gradient norm is not finite is skipped. A step is a spike if its gradient norm lies more than
-    cfg.spike_deviations standard deviations above the mean of the last 128 applied updates (OLMo's SkipStepOptimizer
-    uses 6). Spikes are logged, and skipped if cfg.skip_spikes is set. Checkpoints contain `state`, so a resumed run
-    judges like an uninterrupted one.
+    A step whose loss or gradient norm is not finite is skipped. So is a step whose gradient is exactly zero: only a
+    fault in the software gives that, and weight decay would go on without any learning. A step is a spike if its
+    gradient norm lies more than cfg.spike_deviations standard deviations above the mean of the last 128 applied updates
+    (OLMo's SkipStepOptimizer uses 6). Spikes are logged, and skipped if cfg.skip_spikes is set. Checkpoints contain
+    `state`, so a resumed run judges like an uninterrupted one.
     """
 
     def __init__(self, cfg: TrainConfig, state: dict | None = None):
         state = state or {"norms": [], "in_a_row": 0, "skipped": 0}
         self.cfg = cfg
         self.norms = deque(state["norms"], maxlen=WINDOW)
-        self.in_a_row, self.skipped = state["in_a_row"], state["skipped"]
+        self.in_a_row, self.skipped, self.wrong = state["in_a_row"], state["skipped"], ""
 
     def state(self) -> dict:
         """Returns the part of the guard that a checkpoint keeps."""
@@ -34,6 +35,8 @@ class BadStepGuard:
         wrong, take = "", True
         if not (math.isfinite(loss) and math.isfinite(norm)):
             wrong, take = f"its loss is {loss:.4g} and its gradient's norm {norm:.4g}", False
+        elif norm == 0:
+            wrong, take = "its gradient is zero, so nothing would be learned", False
         else:
             if len(self.norms) >= WINDOW // 2:
                 mean, deviation = statistics.fmean(self.norms), statistics.pstdev(self.norms)
@@ -45,12 +48,14 @@ class BadStepGuard:
                 self.norms.append(norm)
         self.in_a_row = 0 if take else self.in_a_row + 1
         self.skipped += not take
+        self.wrong = wrong
         return take, wrong
 
     def check(self, step: int, last_good: str) -> None:
         """Raises UserError if cfg.max_skipped steps in a row were skipped. last_good: a checkpoint, in words."""
         if self.in_a_row >= self.cfg.max_skipped:
             raise UserError(
-                f"training has diverged: the last {self.in_a_row} steps up to step {step:,} were skipped because their "
-                f"losses or gradients were bad; lower --learning_rate, and start again or resume from {last_good}."
+                f"training has failed: the last {self.in_a_row} steps up to step {step:,} were skipped, the last one "
+                f"because {self.wrong}; lower --learning_rate or try --compile=False, and start again or resume from "
+                f"{last_good}."
             )
