@@ -195,10 +195,14 @@ def test_by_default_list_recall_is_asked(tokenizer):
             run.config, task=TaskConfig(tasks=tasks, placements=("every", "none", "target"), level="easy")
         )
         probed = MarkedTextsProbe(lengths=(60,))
-        assert [maker.name for maker, _, _ in probed.makers(run, ("target", "background"))] == asked
-        assert [maker.placement for maker, _, _ in probed.makers(run)][:3] == ["every", "none", "target"]
-        assert {maker.placement for maker, _, _ in probed.makers(run, ("background",))} == {"every", "none", "target"}
-        (maker, level, length), *_ = dataclasses.replace(probed, tasks=("copying",)).makers(run, ("target",))
+        assert [maker.name for maker, _, _ in probed.marked_cells(run, ("target", "background"))] == asked
+        assert [maker.placement for maker, _, _ in probed.marked_cells(run)][:3] == ["every", "none", "target"]
+        assert {maker.placement for maker, _, _ in probed.marked_cells(run, ("background",))} == {
+            "every",
+            "none",
+            "target",
+        }
+        (maker, level, length), *_ = dataclasses.replace(probed, tasks=("copying",)).marked_cells(run, ("target",))
         assert (maker.name, maker.placement, level, length) == ("copying", "target", "easy", 60)
 
 
