@@ -23,6 +23,7 @@ With placement none the word "mark" takes the place of the meta-token and its em
 effect of an ordinary word. Queries are averaged within a text, and the text is the unit of every interval and test. The
 verdicts are about this checkpoint; verdicts about its arm need several seeds."""
 
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -70,21 +71,17 @@ def main(cfg: AttentionProbe) -> None:
     run, facts = cfg.open()
     with observe_heads(run.model, lambda *_: None):  # refuses a model whose heads cannot be read
         cells = cfg.marked_cells(run)
-
-    def measure(*cell) -> list[dict]:
-        return measure_attention(*cell, cfg.n)
-
-    run_probe(cfg, "attention", run, facts, cells, CLAIMS, measure, preface=FEW_KEYS)
+    run_probe(cfg, "attention", run, facts, cells, CLAIMS, measure_attention, preface=FEW_KEYS)
 
 
 # ----------------------------------------------------------------------------- measuring
 
 
-def measure_attention(run: Run, maker: Maker, level: str, length: int, n: int) -> list[dict]:
+def measure_attention(cfg: AttentionProbe, run: Run, maker: Maker, level: str, length: int) -> list[dict]:
     """Returns the lines of a cell. Each attention has one line about all its heads, in which layer and head are None,
     and then one line for each head. Prints the lines about all heads as soon as they are measured."""
     started = time.perf_counter()
-    examples = marked_texts(maker, level, length, n)
+    examples = marked_texts(maker, level, length, cfg.n)
     found = by_text(run, maker, examples)
     heads = {key: of for key, of in found.items() if not np.isnan(of["drop"]).all()}
     lines = []
@@ -94,12 +91,9 @@ def measure_attention(run: Run, maker: Maker, level: str, length: int, n: int) -
             continue
         pooled = {name: np.mean([values[name] for values in of.values()], axis=(0, 2)) for name in of[min(of)]}
         lines.append({"attention": which, "layer": None, "head": None, "values": pooled})
-        for layer, values in of.items():
-            lines += [
-                {"attention": which, "layer": layer, "head": head,
-                 "values": {name: value[:, head] for name, value in values.items()}}
-                for head in range(run.model.cfg.n_head)
-            ]  # fmt: skip
+        for (layer, values), head in itertools.product(of.items(), range(run.model.cfg.n_head)):
+            mine = {name: value[:, head] for name, value in values.items()}
+            lines.append({"attention": which, "layer": layer, "head": head, "values": mine})
     summarise(lines)
     seconds = time.perf_counter() - started
     for line in lines:

@@ -73,33 +73,25 @@ class PatchingProbe(MarkedTextsProbe):
 
 def main(cfg: PatchingProbe) -> None:
     run, facts = cfg.open()
-
-    def measure(*cell) -> list[dict]:
-        return measure_patching(*cell, cfg.n, cfg.sites or SITES)
-
-    cells = cfg.marked_cells(run, ("target", "none"))
-    run_probe(cfg, "patching", run, facts, cells, CLAIMS, measure)
+    run_probe(cfg, "patching", run, facts, cfg.marked_cells(run, ("target", "none")), CLAIMS, measure_patching)
 
 
 # ----------------------------------------------------------------------------- measuring
 
 
-def measure_patching(
-    run: Run, maker: Maker, level: str, length: int, n: int, names: tuple[str, ...] = SITES
-) -> list[dict]:
+def measure_patching(cfg: PatchingProbe, run: Run, maker: Maker, level: str, length: int) -> list[dict]:
     """Returns one line for each site and layer of a cell. Prints each site as soon as it is measured."""
-    examples = marked_texts(maker, level, length, n)
+    examples = marked_texts(maker, level, length, cfg.n)
     firsts = np.array([example.ids[example.answers][0] for example in examples])  # first ids of the answers
     counts = np.array([len(marks(maker, example)) for example in examples])
     sites = sites_of(run, maker, examples)
     mark = sites["mark"][:, 0]
-    donors = donors_of(firsts, mark, counts)
+    donors, lines = donors_of(firsts, mark, counts), []
     check_own(run, examples[:64], sites["mark"][:64])
     base, entering = read(run, examples, sites)
-    lines = []
-    for site in [site for site in SITES if site in names and site in sites]:
-        where = (counts == counts[donors]) if site == "marks" else np.ones(len(examples), dtype=bool)
-        if not where.any():
+    for site in SITES:
+        where = counts == counts[donors] if site == "marks" else np.full(len(examples), True)
+        if site not in sites or site not in (cfg.sites or SITES) or not where.any():
             continue
         for layer in range(run.model.cfg.n_layer):
             started = time.perf_counter()

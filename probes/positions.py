@@ -55,19 +55,13 @@ def main(cfg: PositionsProbe) -> None:
     run, facts = cfg.open()
     if run.model.cfg.second.markers == "refused" or not knows_meta(run):
         raise UserError(f"{run.folder} was trained without meta-tokens: take a run that knows them.")
-    why = {name: useless(name, run.model.cfg) for name in CONDITIONS}
-    names = [name for name in CONDITIONS if not why[name]]
     placements = run.config.task.placements
     without = [name for name in placements if not PLACEMENTS[name].has_meta]
     cells = cfg.marked_cells(run, tuple(name for name in placements if name not in without), only_meta=True)
-    left_out = [f"without {name}, for a run {reason}\n" for name, reason in why.items() if reason]
+    left_out = [f"without {name}, for a run {why}\n" for name in CONDITIONS if (why := useless(name, run.model.cfg))]
     if without and not cfg.placements:
         left_out.append(f"without placement {', '.join(without)}, whose texts have no meta-tokens\n")
-
-    def measure(*cell) -> list[dict]:
-        return measure_positions(*cell, cfg.n, names)
-
-    run_probe(cfg, "positions", run, facts, cells, CLAIMS, measure, preface="".join(left_out))
+    run_probe(cfg, "positions", run, facts, cells, CLAIMS, measure_positions, preface="".join(left_out))
 
 
 def useless(condition: str, m: GPTConfig) -> str:
@@ -104,12 +98,14 @@ def under(model: GPT, meta: int, condition: str) -> Iterator[None]:
             model.cfg = trained
 
 
-def measure_positions(run: Run, maker: Maker, level: str, length: int, n: int, names: list[str]) -> list[dict]:
+def measure_positions(cfg: PositionsProbe, run: Run, maker: Maker, level: str, length: int) -> list[dict]:
     """Returns one line for each condition about n texts of the test split. These are the texts of eval.py tasks, and
     they are generated only once. Every line but that of `full` has its difference from `full`. Prints the cell's
     figures."""
-    examples, lines = texts(maker, level, length, n), []
-    for name in names:
+    examples, lines = texts(maker, level, length, cfg.n), []
+    for name in CONDITIONS:
+        if useless(name, run.model.cfg):
+            continue
         started = time.perf_counter()
         with under(run.model, run.tokenizer.meta, name):
             figures = read(run, examples, length)

@@ -24,7 +24,7 @@ def run_probe(
     facts: dict,
     cells: list[tuple[Maker, str, int]],
     claims: dict[str, str],
-    measure: Callable[[Run, Maker, str, int], list[dict]],
+    measure: Callable[[MarkedTextsProbe, Run, Maker, str, int], list[dict]],
     judge: Callable[..., list[dict]] = judged,
     preface: str = "",
     alike: dict | None = None,
@@ -47,7 +47,7 @@ def run_probe(
         for cell, (*_, answer) in zip(cells, learned, strict=True):
             shared = {**facts, "probe": name, **about(*cell), "answered": answer}
             write(f"{cell_name(shared)}\n")
-            lines += [{**shared, **line} for line in measure(run, *cell)]
+            lines += [{**shared, **line} for line in measure(cfg, run, *cell)]
     if not lines:
         raise UserError("nothing is left to measure, for the reasons above: ask for other targets or states.")
     judge(lines, claims, cfg.effect, cfg.margin)

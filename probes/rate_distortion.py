@@ -123,25 +123,20 @@ def main(cfg: RateDistortionProbe) -> None:
     if cfg.known:
         write(self_check.report() + "\n")
         for items, times in self_check.PLANTED:
-            sources = self_check.lookups(items, (times * cfg.train_texts, VAL_TEXTS, cfg.n))
+            sizes = enumerate((times * cfg.train_texts, VAL_TEXTS, cfg.n), start=1)
+            sources = [self_check.lookup(items, n, seed) for seed, n in sizes]
             line, _ = curve(dataclasses.replace(cfg, seeds=1), sources, self_check.POOL, items)
             write(self_check.lookup_report(items, line) + "\n")
         return
     run, facts = cfg.open()
-    layers = list(cfg.layers or (run.model.cfg.n_layer,))
-    for layer in layers:
+    for layer in cfg.layers:
         check_layer(run.model, layer)
     cells = cfg.cells(run)
     for maker, level, length in cells:  # refuses texts, states and targets that the run lacks
         states_of(cfg, maker, locate_all(run, maker, texts(maker, level, length, 20), cfg.reach, "test"))
-
-    def measure(*cell) -> list[dict]:
-        curves = measure_cell(cfg, *cell, layers)
-        return [line for line, _ in curves] + compare_states(curves)
-
     # curves of probes with other training settings belong in another picture
     how = dataclasses.asdict(cfg.training)
-    run_probe(cfg, "rate_distortion", run, facts, cells, CLAIMS, measure, judge=judged_within_reach, alike=how)
+    run_probe(cfg, "rate_distortion", run, facts, cells, CLAIMS, measure_cell, judge=judged_within_reach, alike=how)
 
 
 def states_of(cfg: RateDistortionProbe, maker: Maker, of: list[LocatedText]) -> list[str]:
@@ -163,16 +158,16 @@ def states_of(cfg: RateDistortionProbe, maker: Maker, of: list[LocatedText]) -> 
     return names
 
 
-def measure_cell(cfg: RateDistortionProbe, run: Run, maker: Maker, level: str, length: int, layers: list[int]):
-    """Returns all curves of a cell: their lines, each with its Points."""
-    started = time.perf_counter()
+def measure_cell(cfg: RateDistortionProbe, run: Run, maker: Maker, level: str, length: int) -> list[dict]:
+    """Returns the lines of a cell: its curves, and their comparisons. Prints each curve as soon as it is measured."""
+    started, layers = time.perf_counter(), list(cfg.layers or (run.model.cfg.n_layer,))
     sizes = (cfg.train_texts, VAL_TEXTS, cfg.n)
     examples = [texts(maker, level, length, n, split) for split, n in zip(SPLITS, sizes, strict=True)]
     splits = [locate_all(run, maker, of, cfg.reach, split) for of, split in zip(examples, SPLITS, strict=True)]
     names = states_of(cfg, maker, list(itertools.chain(*splits)))
     read = [states_of_texts(run, of, at, names, layers) for of, at in zip(examples, splits, strict=True)]
     queries, Q = queries_of(splits)
-    reading, out = time.perf_counter() - started, []
+    reading, curves = time.perf_counter() - started, []
     write(f"  {sum(sizes)} texts read in {reading:.0f} s, states {', '.join(names)}\n")
     for (target, back), (i, layer), (j, name) in itertools.product(
         cfg.distances.items(), enumerate(layers), enumerate(names)
@@ -196,8 +191,8 @@ def measure_cell(cfg: RateDistortionProbe, run: Run, maker: Maker, level: str, l
             "told_the_question": not back, "target": target, **figures, "seconds_reading": reading,
         }  # fmt: skip
         write_progress(line)
-        out.append((line, points))
-    return out
+        curves.append((line, points))
+    return [line for line, _ in curves] + compare_states(curves)
 
 
 def curve(cfg: RateDistortionProbe, sources: list[Source], K: int, Q: int) -> tuple[dict, Points]:

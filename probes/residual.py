@@ -75,7 +75,7 @@ class ResidualProbe(MarkedTextsProbe):
 def main(cfg: ResidualProbe) -> None:
     run, facts = cfg.open()
     cells = cfg.marked_cells(run, ("target",))
-    run_probe(cfg, "residual", run, facts, cells, CLAIMS, lambda *cell: measure_residual(*cell, cfg))
+    run_probe(cfg, "residual", run, facts, cells, CLAIMS, measure_residual)
 
 
 # ----------------------------------------------------------------------------- reading
@@ -138,7 +138,7 @@ def read_all(run: Run, maker: Maker, examples: list[Example], distances: tuple[i
 # ----------------------------------------------------------------------------- measuring
 
 
-def measure_residual(run: Run, maker: Maker, level: str, length: int, cfg: ResidualProbe) -> list[dict]:
+def measure_residual(cfg: ResidualProbe, run: Run, maker: Maker, level: str, length: int) -> list[dict]:
     """Returns one line for each place, layer and distance of a cell. Prints each layer as soon as it is measured."""
     sizes = {"train/probe": cfg.train, "val": max(4, cfg.train // 4), "test": cfg.n}
     made = {split: marked_texts(maker, level, length, n, split) for split, n in sizes.items()}

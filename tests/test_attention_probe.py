@@ -20,7 +20,7 @@ from nanometa.config.tasks import PLACEMENTS, TASKS
 from nanometa.evals.tasks import texts
 from nanometa.inference.scoring import hidden_states
 from nanometa.probes import probe_command
-from nanometa.probes.attention import CLAIMS, by_text, measure_attention, paired, summarise
+from nanometa.probes.attention import CLAIMS, AttentionProbe, by_text, measure_attention, paired, summarise
 from nanometa.probes.heads import FIRST, SECOND, observe_heads
 from nanometa.probes.marked_texts import (
     MarkedTextsProbe,
@@ -393,7 +393,7 @@ def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, s
 def test_a_head_that_reads_itself_by_a_hand_gives_the_same_lines_twice(tokenizer):
     run = small_run(tokenizer, MARKED, position="learned")
     maker = Maker("list_recall", "every", TaskConfig(), tokenizer)
-    first, again = (measure_attention(run, maker, "easy", 60, 5) for _ in range(2))
+    first, again = (measure_attention(AttentionProbe(n=5), run, maker, "easy", 60) for _ in range(2))
     drop = [{name: value for name, value in one.items() if name != "seconds"} for one in first]
     assert drop == [{name: value for name, value in one.items() if name != "seconds"} for one in again]
 

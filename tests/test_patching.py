@@ -19,6 +19,7 @@ from nanometa.probes.marked_texts import answer_position, judged, marks, random_
 from nanometa.probes.patching import (
     CLAIMS,
     SITES,
+    PatchingProbe,
     check_own,
     compare,
     donors_of,
@@ -141,7 +142,7 @@ def by_hand(tokenizer, monkeypatch, position: str, looks: list, brings: dict, ta
         ids[place] = tokenizer.meta
         examples.append(Example(ids, np.isin(np.arange(15), (12, 13)), Draft()))
     monkeypatch.setattr(patching, "marked_texts", lambda *_: examples)
-    lines = measure_patching(run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 15, 40)
+    lines = measure_patching(PatchingProbe(n=40), run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 15)
     assert [line["site"] for line in lines] == ["mark", "marks", "after", "ordinary", "asked"]
     return {line["site"]: line for line in lines}
 

@@ -22,7 +22,7 @@ from nanometa.evals import tasks as tasks_eval
 from nanometa.evals.tasks import answered, doubt, read
 from nanometa.probes import probe_command
 from nanometa.probes.marked_texts import judged, paired_claim
-from nanometa.probes.positions import CLAIMS, CONDITIONS, measure_positions, under, useless
+from nanometa.probes.positions import CLAIMS, CONDITIONS, PositionsProbe, measure_positions, under, useless
 from nanometa.reports import drawing, probe_pictures
 from nanometa.reports.paper import TABLE_2
 from nanometa.reports.probe_sections import SECTIONS
@@ -131,10 +131,9 @@ def test_a_reading_that_fails_leaves_the_model_as_it_was(tokenizer):
     trained = run.model.cfg
     run.model.ln_f.weight.data[3] = math.nan
     maker = Maker("parity", "target", TaskConfig(), tokenizer)
-    for name in ("neither", "full"):
-        with pytest.raises(UserError, match="not finite"):
-            measure_positions(run, maker, "easy", 32, 3, [name])
-        assert run.model.cfg is trained and not run.model.wte._forward_hooks
+    with pytest.raises(UserError, match="not finite"):
+        measure_positions(PositionsProbe(n=3), run, maker, "easy", 32)
+    assert run.model.cfg is trained and not run.model.wte._forward_hooks
 
 
 # ----------------------------------------------------------------------------- what it finds in a model
@@ -393,7 +392,8 @@ def test_texts_of_a_cell_are_made_once(tokenizer, monkeypatch):
     monkeypatch.setattr(Maker, "example", counted)
     maker = Maker("parity", "every", TaskConfig(), tokenizer)
     run = small_run(tokenizer, MARKED, position="rope")
-    assert [one["condition"] for one in measure_positions(run, maker, "easy", 40, 7, list(CONDITIONS))] == list(MEANING)
+    lines = measure_positions(PositionsProbe(n=7), run, maker, "easy", 40)
+    assert [one["condition"] for one in lines] == list(MEANING)
     assert made == [("test", i) for i in range(7)]
 
 

@@ -186,7 +186,7 @@ def test_a_mark_that_looks_at_the_word_before_it_holds_it(tokenizer, monkeypatch
 
     monkeypatch.setattr(residual, "marked_texts", made)
     cfg = ResidualProbe(n=80, train=60, distances=(1, 2))
-    lines = measure_residual(run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 8, cfg)
+    lines = measure_residual(cfg, run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 8)
     by = {(one["place"], one["layer"], one["distance"]): one for one in lines}
     majority = by["mark", 1, 2]["majority"]
     assert by["mark", 1, 2]["decoded"] == 1 and 0.4 < majority < 0.75 and by["mark", 1, 2]["shuffled"] < 0.8
