@@ -22,6 +22,7 @@ means that the state contains the answer. Needed alone means that the answer dep
 text's does not fit. If neither holds, whatever is read there is the same in both texts, such as the fact that it is a
 mark; this is not a summary. The verdicts are about this checkpoint; verdicts about its arm need several seeds."""
 
+import bisect
 import itertools
 import time
 from dataclasses import dataclass
@@ -137,14 +138,12 @@ def donors_of(firsts: np.ndarray, places: np.ndarray, counts: np.ndarray) -> np.
     if (firsts == firsts[0]).all():
         raise UserError(f"all {len(firsts)} texts have the same answer, so none can be a donor: take a larger --n.")
     keys = list(zip(counts.tolist(), places.tolist(), strict=True))
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    groups = [list(group) for _, group in itertools.groupby(order, key=keys.__getitem__)]
-    donors, start = np.empty(len(keys), dtype=int), 0
-    for group in groups:
-        for at, i in enumerate(group):
-            candidates = itertools.chain(group[at + 1 :], group[:at], order[start + len(group) :], order[:start])
-            donors[i] = next(j for j in candidates if firsts[j] != firsts[i])
-        start += len(group)
+    order, donors = sorted(range(len(keys)), key=keys.__getitem__), np.empty(len(keys), dtype=int)
+    ranked = [keys[i] for i in order]
+    for at, i in enumerate(order):
+        start, end = bisect.bisect_left(ranked, keys[i]), bisect.bisect_right(ranked, keys[i])  # of the texts alike
+        candidates = itertools.chain(order[at + 1 : end], order[start:at], order[end:], order[:start])
+        donors[i] = next(j for j in candidates if firsts[j] != firsts[i])
     return donors
 
 

@@ -28,6 +28,7 @@ verdicts about its arm need several seeds."""
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -81,58 +82,42 @@ def main(cfg: ResidualProbe) -> None:
 # ----------------------------------------------------------------------------- reading
 
 
-@dataclass
-class Place:
+class States(NamedTuple):
     """The states at one place of N texts and at the tokens before it, in L = n_layer + 1 layers."""
 
     here: torch.Tensor  # (L, N, C)
     past: torch.Tensor  # (L, N, D, C): states of the tokens at each of D distances; D = 0 if they are not needed
     tokens: np.ndarray  # (N, D): ids of these tokens; -1 where the text starts later
+    mean: torch.Tensor  # (L, C): mean state of all positions of these texts
 
 
 def places_of(maker: Maker, examples: list[Example]) -> dict[str, tuple[list[Example], list[int]]]:
     """Returns, for each place, the texts as they are read there, and the position of the place in each text."""
     at = [span_end_mark(maker, example) for example in examples]
-    out = {"mark": (examples, at)}
+    ordinary = [random_ordinary_position(maker, example, i) for i, example in enumerate(examples)]
+    out = {"mark": (examples, at), "ordinary": (examples, ordinary)}
     word = maker.tokenizer.encode(f" {DELIMITER}").tolist()
     if maker.markers.has_meta and len(word) == 1:
         meta = maker.tokenizer.meta
-        replaced = [e._replace(ids=np.where(e.ids == meta, word[0], e.ids)) for e in examples]
-        out["word"] = (replaced, at)
-    out["ordinary"] = (examples, [random_ordinary_position(maker, example, i) for i, example in enumerate(examples)])
+        out["word"] = ([e._replace(ids=np.where(e.ids == meta, word[0], e.ids)) for e in examples], at)
     return out
 
 
-@torch.no_grad()
-def read(run: Run, examples: list[Example], at: list[list[int]], distances: tuple[int, ...], past_too: bool):
-    """Returns a Place for each list of N positions in `at`, and the mean state (L, C) over all positions."""
+def read(run: Run, examples: list[Example], at: list[int], distances: tuple[int, ...], past_too: bool = True) -> States:
+    """Returns the states of texts at one position of each (N,), and, if past_too, at the tokens before it."""
     found, total, count = [], 0, 0
-    where = np.array(at)[..., None] - np.array((0, *distances))  # (places, N, 1 + D)
+    places = np.array(at)[:, None] - np.array((0, *distances))  # (N, 1 + D)
+    read_at = places.clip(min=0)
     ends = torch.tensor([len(example.ids) for example in examples])
     for rows, batch, _, states in read_states(run, examples):
         real = torch.arange(batch.tokens.size(1)) < ends[rows, None]
         total += torch.stack(states).float()[:, real.to(states[0].device)].sum(1).cpu().double()
         count += int(real.sum())
-        read_at = where[:, rows].clip(min=0) if past_too else where[:, rows, :1]
-        found.append(torch.stack([at_places(states, places).float().cpu() for places in read_at]))
-    out = []
-    for states, places in zip(torch.cat(found, dim=2), where, strict=True):  # (L, N, 1 + D, C) and (N, 1 + D)
-        ids = np.array([example.ids[p.clip(min=0)] for example, p in zip(examples, places, strict=True)])
-        tokens = np.where(places >= 1, ids, -1)[:, 1:]  # position 0 is <|endoftext|> in every text
-        out.append(Place(states[:, :, 0], states[:, :, 1:], tokens))
-    return out, (total / count).float()
-
-
-def read_all(run: Run, maker: Maker, examples: list[Example], distances: tuple[int, ...], past_too: bool = True):
-    """Returns, for each place, its states and the mean state of the texts in which it was read."""
-    out, places = {}, places_of(maker, examples)
-    for names in (("mark", "ordinary"), ("word",)):
-        asked = {name: places[name] for name in names if name in places}
-        if asked:
-            read_in = next(iter(asked.values()))[0]
-            found, mean = read(run, read_in, [at for _, at in asked.values()], distances, past_too)
-            out |= {name: (place, mean) for name, place in zip(asked, found, strict=True)}
-    return out
+        found.append(at_places(states, read_at[rows] if past_too else read_at[rows, :1]).float().cpu())
+    states = torch.cat(found, dim=1)  # (L, N, 1 + D, C)
+    ids = np.array([example.ids[places] for example, places in zip(examples, read_at, strict=True)])
+    tokens = np.where(places >= 1, ids, -1)[:, 1:]  # position 0 is <|endoftext|> in every text
+    return States(states[:, :, 0], states[:, :, 1:], tokens, (total / count).float())
 
 
 # ----------------------------------------------------------------------------- measuring
@@ -142,22 +127,25 @@ def measure_residual(cfg: ResidualProbe, run: Run, maker: Maker, level: str, len
     """Returns one line for each place, layer and distance of a cell. Prints each layer as soon as it is measured."""
     sizes = {"train/probe": cfg.train, "val": max(4, cfg.train // 4), "test": cfg.n}
     made = {split: marked_texts(maker, level, length, n, split) for split, n in sizes.items()}
-    places = [places_of(maker, examples) for examples in made.values()]
-    if not any(all(sum(at > min(cfg.distances) for at in of[name][1]) > 1 for of in places) for name in places[0]):
+    places = {split: places_of(maker, examples) for split, examples in made.items()}
+    names, nearest = list(places["test"]), min(cfg.distances)
+    if not any(all(sum(at > nearest for at in of[name][1]) > 1 for of in places.values()) for name in names):
         raise UserError(f"distances={cfg.distances} reach beyond the start of all texts: take shorter ones.")
-    splits = [read_all(run, maker, of, cfg.distances, split == "test") for split, of in made.items()]
+    splits = {
+        name: [read(run, *of[name], cfg.distances, split == "test") for split, of in places.items()] for name in names
+    }
     lines: list[dict] = []
     for layer in range(run.model.cfg.n_layer + 1):
         started, mine = time.perf_counter(), []
         for i, d in enumerate(cfg.distances):
             by_place: dict[str, dict] = {}
-            for name, (place, mean) in splits[-1].items():
-                sets = [(of[name][0].here[layer], of[name][0].tokens[:, i]) for of in splits]
-                there = place.tokens[:, i] >= 0
+            for name in names:
+                sets, test = [(of.here[layer], of.tokens[:, i]) for of in splits[name]], splits[name][-1]
+                there = test.tokens[:, i] >= 0
                 if min((tokens >= 0).sum() for _, tokens in sets) >= 2:
                     by_place[name] = {
                         "mark": mark_name(maker), "place": name, "layer": layer, "distance": d, "n": int(there.sum()),
-                        **similarity(place.here[layer][there], place.past[layer][there][:, i], mean[layer]),
+                        **similarity(test.here[layer][there], test.past[layer][there][:, i], test.mean[layer]),
                         **decoded(sets),
                     }  # fmt: skip
             if {"mark", "word"} <= by_place.keys():  # how much more is decoded from the mark, on the same texts

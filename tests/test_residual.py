@@ -22,7 +22,7 @@ from nanometa.probes.residual import (
     decoded,
     measure_residual,
     places_of,
-    read_all,
+    read,
     similarity,
 )
 from nanometa.reports import drawing, probe_pictures
@@ -60,9 +60,9 @@ def test_states_are_those_at_the_places_and_before_them(tokenizer):
     maker = Maker("list_recall", "target", TaskConfig(), tokenizer)
     examples = marked_texts(maker, "easy", 52, 3)
     assert len({len(example.ids) for example in examples}) > 1
-    found, distances = read_all(run, maker, examples, (1, 40)), (1, 40)
-    for name, (read_in, at) in places_of(maker, examples).items():
-        place, mean = found[name]
+    distances = (1, 40)
+    for read_in, at in places_of(maker, examples).values():
+        place = read(run, read_in, at, distances)
         assert place.here.shape == (2, 3, 16) and place.past.shape == (2, 3, 2, 16)
         last, everywhere = [], []
         for i, (example, where) in enumerate(zip(read_in, at, strict=True)):
@@ -79,7 +79,7 @@ def test_states_are_those_at_the_places_and_before_them(tokenizer):
                 else:
                     assert place.tokens[i, k] == -1
         assert torch.stack(last).abs().max() < 1e-4
-        assert torch.allclose(mean[0], torch.cat(everywhere).mean(0), atol=1e-5)
+        assert torch.allclose(place.mean[0], torch.cat(everywhere).mean(0), atol=1e-5)
     assert hooks(run.model) == 0
 
 
