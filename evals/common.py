@@ -5,7 +5,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,8 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanometa.common.errors import UserError
 from nanometa.common.files import file_sha256
+from nanometa.common.terminal import BOLD, write
 from nanometa.config import Rescale
-from nanometa.config.checks import check_types, to_dict
+from nanometa.config.checks import check, check_types, to_dict
 from nanometa.data.inject import strip
 from nanometa.data.shards import TokenStream, read_manifest, token_dtype
 from nanometa.training.checkpoint import WEIGHTS, Run, content_tokens, load_run
@@ -66,6 +67,21 @@ class Evaluation:
     def lines(self, run: Run, name: str) -> Path:
         """Returns the file of JSON lines: the setting output, or NAME.jsonl in the run's folder."""
         return Path(self.output) if self.output else run.folder.parent / f"{name}.jsonl"
+
+    def record(self, run: Run, facts: dict, name: str, measured: Iterable[dict | str], heading: str = "") -> None:
+        """Appends lines to the file of evaluation `name` as soon as they are measured, and prints the texts among them.
+
+        measured: lines and texts, computed while this function iterates, under the setting dtype.
+        heading: text behind the arm and the folder in the first printed line."""
+        output = self.lines(run, name)
+        write(f"{facts['arm']}, {run.folder}{heading}\n", BOLD)
+        with self.autocast(run):
+            for one in measured:
+                if isinstance(one, str):
+                    write(one)
+                else:
+                    write_lines(output, [{**facts, **one}])
+        write(f"{output}\n", BOLD)
 
 
 def arm_of(run: Run) -> str:
@@ -167,12 +183,15 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
             bar.stop()
 
 
-def check_lengths(config) -> None:
-    """Raises UserError if the setting lengths is empty or out of range."""
-    if not config.lengths or not all(8 <= length <= 2**20 for length in config.lengths):
-        raise UserError(
-            f"lengths={config.lengths} is out of range: give one or more lengths from 8 to 1048576 positions."
-        )
+def check_ranges(config, **ranges: tuple[float, float]) -> None:
+    """Raises UserError if a setting does not lie in its range, given by the least and the largest allowed value.
+
+    A tuple must have at least one value, and all its values must lie in the range. None is not checked."""
+    for name, (low, high) in ranges.items():
+        value, several = getattr(config, name), isinstance(getattr(config, name), tuple)
+        values = value if several else () if value is None else (value,)
+        holds = all(low <= one <= high for one in values) and (bool(values) or not several)
+        check(config, name, holds, f"{'be one or more values' if several else 'lie'} in {low:,} .. {high:,}")
 
 
 def check_markers(run: Run, markers: tuple[str, ...]) -> None:

@@ -20,24 +20,12 @@ from typing import Literal
 
 import numpy as np
 
-from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import Draws, stable_key
 from nanometa.common.statistics import wilson
-from nanometa.common.terminal import BOLD, write
-from nanometa.config.checks import check
 from nanometa.data.inject import inject, marker_places
 from nanometa.data.layout import batch_of, connected_positions, draw_of, layout_of, targets_of
 from nanometa.data.tokenizer import Tokenizer
-from nanometa.evals.common import (
-    POSITIONS,
-    Evaluation,
-    check_finite,
-    check_lengths,
-    check_markers,
-    fits,
-    progress,
-    write_lines,
-)
+from nanometa.evals.common import POSITIONS, Evaluation, check_finite, check_markers, check_ranges, fits, progress
 from nanometa.inference.scoring import score_batch
 from nanometa.tasks.source import MULTIPLE
 from nanometa.training.checkpoint import Run
@@ -70,11 +58,7 @@ class PasskeyEval(Evaluation):
 
     def __post_init__(self):
         super().__post_init__()
-        check_lengths(self)
-        check(self, "n", 1 <= self.n <= 10**6, "lie in 1 .. 1000000")
-        check(self, "candidates", 2 <= self.candidates <= 1000, "lie in 2 .. 1000")
-        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
-            raise UserError(f"depths={self.depths} is out of range: give one or more shares from 0 to 1.")
+        check_ranges(self, lengths=(8, 2**20), depths=(0, 1), n=(1, 10**6), candidates=(2, 1000))
 
 
 def main(cfg: PasskeyEval) -> None:
@@ -82,16 +66,9 @@ def main(cfg: PasskeyEval) -> None:
     run, facts = cfg.open()
     placements = cfg.markers or ("trained" if run.state["data"]["chunk_markers"] else "none",)
     check_markers(run, placements)
-    output = cfg.lines(run, "passkey")
-    write(f"{facts['arm']}, {run.folder}\n", BOLD)
-    with cfg.autocast(run):
-        for markers in placements:
-            for length in cfg.lengths:
-                for depth in cfg.depths:
-                    cell = measure_passkey(run, Prompts(run, markers, length, depth), cfg.n, cfg.candidates)
-                    write_lines(output, [{**facts, **cell}])
-                    write(sentence(cell) + "\n")
-    write(f"{output}\n", BOLD)
+    cells = itertools.product(placements, cfg.lengths, cfg.depths)
+    measured = (measure_passkey(run, Prompts(run, *cell), cfg.n, cfg.candidates) for cell in cells)
+    cfg.record(run, facts, "passkey", (one for line in measured for one in (line, sentence(line))))
 
 
 def prompt_text(key: int, sentences: int, depth: float) -> str:
@@ -205,40 +182,29 @@ def measure_passkey(run: Run, prompts: Prompts, n: int, candidates: int) -> dict
             positions += len(prompt) + prompts.k
             advance(1)
     top = sum(place == 1 for place in ranks)
+    chance = {
+        "exact": 1 / len(prompts.keys), "top1": 1 / candidates, "median_rank": (candidates + 1) / 2,
+        "mrr": sum(1 / place for place in range(1, candidates + 1)) / candidates,
+    }  # fmt: skip
+    # ranks and outcomes: by text, for paired tests
     return {
-        **cell,
-        "n": n,
-        "positions": positions / n,
-        "key_tokens": prompts.k,
-        "candidates": candidates,
-        "correct": sum(exact),
-        "exact": sum(exact) / n,
-        "interval": wilson(sum(exact), n),
-        "top1": top / n,
-        "top1_interval": wilson(top, n),
-        "mrr": float(np.mean(1 / np.array(ranks))),
-        "median_rank": float(np.median(ranks)),
-        "chance": {
-            "exact": 1 / len(prompts.keys),
-            "top1": 1 / candidates,
-            "mrr": sum(1 / place for place in range(1, candidates + 1)) / candidates,
-            "median_rank": (candidates + 1) / 2,
-        },
-        "ranks": ranks,  # by text, like the outcomes, for paired tests
-        "outcomes": "".join(map(str, map(int, exact))),
-        "seconds": time.perf_counter() - started,
-    }
+        **cell, "n": n, "positions": positions / n, "key_tokens": prompts.k, "candidates": candidates,
+        "correct": sum(exact), "exact": sum(exact) / n, "interval": wilson(sum(exact), n),
+        "top1": top / n, "top1_interval": wilson(top, n),
+        "mrr": float(np.mean(1 / np.array(ranks))), "median_rank": float(np.median(ranks)), "chance": chance,
+        "ranks": ranks, "outcomes": "".join(map(str, map(int, exact))), "seconds": time.perf_counter() - started,
+    }  # fmt: skip
 
 
 def sentence(cell: dict) -> str:
     """Returns the printed line of a cell."""
     name = f"{cell['length']:>6}  depth {cell['depth']:.2f}  {cell['markers']:<8}"
     if "impossible" in cell:
-        return f"{name}  impossible: {cell['impossible']}"
+        return f"{name}  impossible: {cell['impossible']}\n"
     (low, high), (top_low, top_high), chance = cell["interval"], cell["top1_interval"], cell["chance"]
     return (
         f"{name}  exact {cell['exact']:.1%} ({low:.1%} .. {high:.1%}, n = {cell['n']})  "
         f"first of {cell['candidates']} keys {cell['top1']:.1%} ({top_low:.1%} .. {top_high:.1%}, chance "
         f"{chance['top1']:.1%})  reciprocal rank {cell['mrr']:.3f} (chance {chance['mrr']:.3f})  median rank "
-        f"{cell['median_rank']:g} (chance {chance['median_rank']:g})  {cell['seconds']:.1f} s"
+        f"{cell['median_rank']:g} (chance {chance['median_rank']:g})  {cell['seconds']:.1f} s\n"
     )

@@ -24,6 +24,7 @@ Shorter windows slide over the same pieces and score the same tokens.
 conditions and arms predict the same tokens. Its intervals take documents as the unit. "document_nats" allows
 intervals of differences, which are much narrower, because documents differ from each other."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -36,8 +37,7 @@ import torch
 
 from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import stable_key
-from nanometa.common.terminal import BOLD, write
-from nanometa.config.checks import check, nearest_multiples
+from nanometa.config.checks import nearest_multiples
 from nanometa.config.settings import setting
 from nanometa.data.inject import inject, marker_places, strip
 from nanometa.data.layout import IGNORE, Layout, batch_of, connected_positions, draw_of, layout_of, targets_of
@@ -45,14 +45,13 @@ from nanometa.evals.common import (
     POSITIONS,
     Evaluation,
     check_finite,
-    check_lengths,
     check_markers,
+    check_ranges,
     content_sha256,
     fits,
     place_of,
     progress,
     read_split,
-    write_lines,
 )
 from nanometa.evals.documents import ByDepth, pieces
 from nanometa.inference.scoring import score_batch
@@ -77,7 +76,7 @@ class PerplexityEval(Evaluation):
     none: no markers, in shorter windows with the same amount of content; none_wide: no markers, in windows of all
     positions; if empty, trained and none, or none for a run without markers"""
     draws: int = setting(3, only_with={"markers": ((), "trained", "uniform")})
-    """number of draws of the marker places, for markers trained and uniform"""
+    """number of draws of the marker places, for markers trained and uniform; fewer than 3 would not show the spread"""
     documents: bool = False
     """read pieces of single documents instead of the stream; a piece fills a window of the longest of lengths"""
     max_tokens: int | None = None
@@ -88,11 +87,8 @@ class PerplexityEval(Evaluation):
     def __post_init__(self):
         super().__post_init__()
         if self.lengths:
-            check_lengths(self)
-        check(self, "stride", self.stride is None or self.stride >= 1, "be at least 1, or None")
-        check(self, "draws", 3 <= self.draws <= 1000, "lie in 3 .. 1000, since fewer draws do not show the spread")
-        check(self, "max_tokens", self.max_tokens is None or self.max_tokens >= 100, "be at least 100, or None")
-        check(self, "bucket", self.bucket >= 1, "be at least 1")
+            check_ranges(self, lengths=(8, 2**20))
+        check_ranges(self, stride=(1, 2**20), draws=(3, 1000), max_tokens=(100, 2**50), bucket=(1, 2**20))
         if self.documents and self.stride:
             raise UserError(
                 f"stride={self.stride} has no effect with --documents, where the longest window contains a whole piece "
@@ -125,30 +121,29 @@ def main(cfg: PerplexityEval) -> None:
         facts |= {"documents": len(np.unique(owners)), "pieces": len(owners), "original_content": trained}
     else:
         check_text(content, stored, conditions, max(lengths), folder)
-    output = cfg.lines(run, "perplexity")
     facts |= {"dataset": str(folder), "split": "val", "content_sha256": content_sha256(run, content),
              "target_rule": run.config.target_rule}  # fmt: skip
-    scored = f"{len(content) - (1 if owners is None else len(owners)):,} content tokens of {folder}"
-    cut = f", {facts['pieces']} pieces of {facts['documents']} documents" if cfg.documents else ""
-    write(f"{facts['arm']}, {run.folder}, {scored}{cut}\n", BOLD)
-    with cfg.autocast(run):
-        for length in lengths:
+    heading = f", {len(content) - (1 if owners is None else len(owners)):,} content tokens of {folder}"
+    if cfg.documents:
+        heading += f", {facts['pieces']} pieces of {facts['documents']} documents"
+
+    def measured() -> Iterator[dict | str]:
+        for length, markers in itertools.product(lengths, conditions):
             whole = cfg.documents and length == max(lengths)  # one window contains a whole piece
             stride = cfg.stride or (length if whole else max(1, length // 2))
-            for markers in conditions:
-                cells, piece = [], window(rule, markers, max(lengths), 1)[0]
-                for draw, (injection, tokens) in enumerate(streams(run, stored, content, markers, cfg.draws)):
-                    cell = {"eval": "perplexity", "markers": markers, "injection": injection, "draw": draw,
-                            "length": length}  # fmt: skip
-                    texts = [tokens] if owners is None else np.split(tokens, range(piece, len(tokens), piece))
-                    size, step = window(rule, markers, length, stride)
-                    label = f"{length} positions, markers {markers}, draw {draw + 1}"
-                    with progress(label, sum(map(len, texts))) as advance:
-                        figures = measure_perplexity(run, texts, size, step, cfg.bucket, owners, advance)
-                    cells.append({**cell, **figures})
-                    write_lines(output, [{**facts, **cells[-1]}])
-                write(sentence(cells) + "\n")
-    write(f"{output}\n", BOLD)
+            size, step = window(rule, markers, length, stride)
+            piece, cells = window(rule, markers, max(lengths), 1)[0], []
+            for draw, (injection, tokens) in enumerate(streams(run, stored, content, markers, cfg.draws)):
+                texts = [tokens] if owners is None else np.split(tokens, range(piece, len(tokens), piece))
+                label = f"{length} positions, markers {markers}, draw {draw + 1}"
+                with progress(label, sum(map(len, texts))) as advance:
+                    figures = measure_perplexity(run, texts, size, step, cfg.bucket, owners, advance)
+                cell = {"markers": markers, "injection": injection, "draw": draw, "length": length}
+                cells.append({"eval": "perplexity", **cell, **figures})
+                yield cells[-1]
+            yield sentence(cells)
+
+    cfg.record(run, facts, "perplexity", measured(), heading)
 
 
 def check_text(content: np.ndarray, stored: np.ndarray, conditions: tuple, longest: int, folder: Path) -> None:
@@ -199,11 +194,8 @@ def streams(run: Run, stored: np.ndarray, content: np.ndarray, markers: str, dra
     else:
         injection = rule["injection"] if markers == "trained" else markers
         for draw in range(draws if injection == "uniform" else 1):  # periodic markers are not random
-            key = stable_key("perplexity", draw)
-            yield (
-                injection,
-                marked(content, injection, rule["chunk_content"], rule["chunk_markers"], key, run.tokenizer.meta),
-            )
+            how = injection, rule["chunk_content"], rule["chunk_markers"], stable_key("perplexity", draw)
+            yield injection, marked(content, *how, run.tokenizer.meta)
 
 
 def marked(content: np.ndarray, injection: str, C: int, M: int, key: int, meta: int) -> np.ndarray:
@@ -283,22 +275,14 @@ def measure_perplexity(
             n_read = end
         before += 1 + int(numbers[-1])
     check_finite(run, nats_at)
-    figures = tally.figures()
+    figures, sums = tally.figures(), enumerate(zip(n_at.tolist(), nats_at.tolist(), strict=True))
+    # for each bucket of the predicting token's position in its window: first position, targets, nats per target
+    by_position = [[i * bucket, n, total / n] for i, (n, total) in sums if n]
     return {
-        **cell,
-        **figures,
-        "perplexity": math.exp(figures["loss"]),
-        "context": context / figures["tokens"],
-        "bucket": bucket,
-        # for each bucket of the predicting token's position in its window: first position, targets, nats per target
-        "by_position": [
-            [i * bucket, int(n), total / n]
-            for i, (n, total) in enumerate(zip(n_at, nats_at.tolist(), strict=True))
-            if n
-        ],
-        **(by_depth.figures() if by_depth else {}),
+        **cell, **figures, "perplexity": math.exp(figures["loss"]), "context": context / figures["tokens"],
+        "bucket": bucket, "by_position": by_position, **(by_depth.figures() if by_depth else {}),
         "seconds": time.perf_counter() - started,
-    }
+    }  # fmt: skip
 
 
 def sentence(cells: list[dict]) -> str:
@@ -306,7 +290,7 @@ def sentence(cells: list[dict]) -> str:
     first = cells[0]
     name = f"{first['length']:>6}  {first['markers']:<9}"
     if "impossible" in first:
-        return f"{name}  impossible: {first['impossible']}"
+        return f"{name}  impossible: {first['impossible']}\n"
     losses = np.array([cell["loss"] for cell in cells])
     spread = ""
     if len(cells) > 1:
@@ -315,5 +299,5 @@ def sentence(cells: list[dict]) -> str:
     return (
         f"{name}  loss {losses.mean():.4f}{spread}  perplexity {math.exp(losses.mean()):.2f}  bits per byte {bits:.4f}"
         f"  windows of {first['window']}, {first['stride']} apart, {context:.0f} content tokens of context  "
-        f"{sum(cell['seconds'] for cell in cells):.1f} s"
+        f"{sum(cell['seconds'] for cell in cells):.1f} s\n"
     )

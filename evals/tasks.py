@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanometa.common.statistics import bootstrap_ratio, wilson
-from nanometa.common.terminal import BOLD, write
-from nanometa.config import Level, Placement, Question, Task, TaskConfig
-from nanometa.config.checks import check
+from nanometa.config import Level, Placement, Question, Task
 from nanometa.config.settings import setting
 from nanometa.config.tasks import TASKS
 from nanometa.data.layout import Batch
-from nanometa.evals.common import POSITIONS, Evaluation, check_finite, check_lengths, fits, progress, write_lines
+from nanometa.evals.common import POSITIONS, Evaluation, check_finite, check_ranges, fits, progress
 from nanometa.inference.scoring import score_batch
 from nanometa.tasks.example import Example, Maker
 from nanometa.tasks.source import collate, count_right
@@ -43,45 +41,37 @@ class TasksEval(Evaluation):
 
     def __post_init__(self):
         super().__post_init__()
-        check_lengths(self)
-        check(self, "n", 1 <= self.n <= 10**6, "lie in 1 .. 1000000")
+        check_ranges(self, lengths=(8, 2**20), n=(1, 10**6))
 
-    def cells(self, run: Run) -> Iterator[tuple[str, str, TaskConfig, str, int]]:
-        """Returns the task, placement, settings, level and length of every cell."""
+    def cells(self, run: Run) -> list[tuple[Maker, str, int]]:
+        """Returns the Maker of each cell's texts, their level and length. Raises UserError for impossible questions."""
         trained = run.config.task
         tasks, placements = self.tasks or trained.tasks or TASKS, self.placements or trained.placements
         question = self.question or trained.question
         settings = dataclasses.replace(trained, question=question, questions=1, shuffle_answers=False)
         level = self.level or (trained.level if trained.tasks else "hard")
-        return itertools.product(tasks, placements, (settings,), (level,), self.lengths)
+        makers = [Maker(*pair, settings, run.tokenizer) for pair in itertools.product(tasks, placements)]
+        return list(itertools.product(makers, (level,), self.lengths))
 
 
 def main(cfg: TasksEval) -> None:
     """Runs the evaluation: writes a JSON line and prints a line for each cell."""
     run, facts = cfg.open()
-    output = cfg.lines(run, "tasks")
-    cells = list(cfg.cells(run))
-    for task, placement, settings, _, _ in cells:
-        Maker(task, placement, settings, run.tokenizer)  # refuse impossible questions before the first cell
-    write(f"{facts['arm']}, {run.folder}, {tokens_per_item(run.tokenizer):.3f} tokens per item\n", BOLD)
-    with cfg.autocast(run):
-        for described in cells:
-            cell = measure_tasks(run, *described, cfg.n)
-            write_lines(output, [{**facts, **cell}])
-            write(sentence(cell) + "\n")
-    write(f"{output}\n", BOLD)
+    measured = (measure_tasks(run, *cell, cfg.n) for cell in cfg.cells(run))
+    heading = f", {tokens_per_item(run.tokenizer):.3f} tokens per item"
+    cfg.record(run, facts, "tasks", (one for line in measured for one in (line, sentence(line))), heading)
 
 
-def measure_tasks(run: Run, task: str, placement: str, settings: TaskConfig, level: str, length: int, n: int) -> dict:
+def measure_tasks(run: Run, maker: Maker, level: str, length: int, n: int) -> dict:
     """Returns the JSON line of one cell, measured on n texts of the test split.
 
     All runs with the same tokenizer get the same texts."""
-    maker = Maker(task, placement, settings, run.tokenizer)
     cell = {"eval": "tasks", **about(maker, level, length)}
     if why := fits(run, length):
         return {**cell, "n": 0, "impossible": why}
     started = time.perf_counter()
-    with progress(f"{task}, {placement}, {length} positions: writing and answering texts", 2 * n) as advance:
+    label = f"{maker.name}, {maker.placement}, {length} positions: writing and answering texts"
+    with progress(label, 2 * n) as advance:
         examples = texts(maker, level, length, n, advance=advance)
         figures, floors = read(run, examples, length, advance), floors_of(examples)
     rest = {"chance": maker.task.CHANCE, "floors": floors, "seconds": time.perf_counter() - started}
@@ -175,28 +165,29 @@ def read(run: Run, examples: list[Example], length: int, advance: Callable[[int]
         advance(part.stop - part.start)
     check_finite(run, np.array(nats))
     exact, ids, right = np.array(counts).T
+    # nats: per answer; outcomes: 1 or 0 for each text, for paired tests
     return {
-        "n": n,
-        "correct": int(exact.sum()),
-        "exact": float(exact.mean()),
-        "interval": wilson(int(exact.sum()), n),
-        "token_accuracy": float(right.sum() / ids.sum()),
-        "token_interval": bootstrap_ratio(right, ids),
-        "nats": nats / n,  # per answer
-        "outcomes": "".join(map(str, exact.astype(int))),  # 1 or 0 for each text, for paired tests
-    }
+        "n": n, "correct": int(exact.sum()), "exact": float(exact.mean()), "interval": wilson(int(exact.sum()), n),
+        "token_accuracy": float(right.sum() / ids.sum()), "token_interval": bootstrap_ratio(right, ids),
+        "nats": nats / n, "outcomes": "".join(map(str, exact.astype(int))),
+    }  # fmt: skip
+
+
+def cell_name(line: dict) -> str:
+    """Returns the cell of a line as the start of a printed line."""
+    question = "" if line["question"] == "index" else f" {line['question']}"
+    return f"{line['task']:<16} {line['placement']:<10} {line['level']:<10} {line['length']:>5}{question}"
 
 
 def sentence(cell: dict) -> str:
     """Returns the printed line of a cell."""
-    question = "" if cell["question"] == "index" else f" {cell['question']}"
-    name = f"{cell['task']:<16} {cell['placement']:<10} {cell['level']:<10} {cell['length']:>5}{question}"
+    name = cell_name(cell)
     if "impossible" in cell:
-        return f"{name}  impossible: {cell['impossible']}"
+        return f"{name}  impossible: {cell['impossible']}\n"
     low, high = cell["interval"]
     best = max(cell["floors"], key=cell["floors"].get)
     return (
         f"{name}  exact {cell['exact']:6.1%} ({low:.1%} .. {high:.1%}, n = {cell['n']})  tokens "
         f"{cell['token_accuracy']:.1%}  chance {cell['chance']:.1%}  shortcut {cell['floors'][best]:.1%} ({best})  "
-        f"{cell['seconds']:.1f} s"
+        f"{cell['seconds']:.1f} s\n"
     )

@@ -23,6 +23,7 @@ With placement none the word "mark" takes the place of the meta-token and its em
 effect of an ordinary word. Queries are averaged within a text, and the text is the unit of every interval and test. The
 verdicts are about this checkpoint; verdicts about its arm need several seeds."""
 
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -32,19 +33,17 @@ import torch
 
 from nanometa.common.statistics import bootstrap_means, mean_p
 from nanometa.common.terminal import write
-from nanometa.evals.common import check_finite
-from nanometa.evals.tasks import about, texts
-from nanometa.inference.scoring import hidden_states
 from nanometa.probes.heads import FIRST, SECOND, HeadInputs, observe_heads
 from nanometa.probes.marked_texts import (
     MarkedTextsProbe,
     answer_position,
     answer_query_position,
     batches,
-    cell_name,
     mark_id,
     mark_name,
+    marked_texts,
     marks,
+    read_hidden,
 )
 from nanometa.probes.positions import under
 from nanometa.probes.probe_command import run_probe
@@ -52,7 +51,8 @@ from nanometa.reports.theorem import boosted_entropy
 from nanometa.tasks.example import Example, Maker
 from nanometa.training.checkpoint import Run
 
-CLAIMS = ("boost", "drop")
+CLAIMS = {"boost": "boost_", "drop": "drop_"}  # as in marked_texts.judged
+FEW_KEYS = "In the table, (few) marks a softmax over few keys, which has little entropy to lose.\n"
 SCORES = 2**23  # logits of one attention in a batch: 32 MB in fp32, and some copies
 
 
@@ -66,28 +66,22 @@ class AttentionProbe(MarkedTextsProbe):
 
     BELOW = 100.0
 
-    def makers(self, run: Run, placements: tuple[str, ...] = ()) -> list[tuple[Maker, str, int]]:
-        with observe_heads(run.model, lambda *_: None):  # refuses a model whose heads cannot be read
-            return super().makers(run, placements)
-
 
 def main(cfg: AttentionProbe) -> None:
-    run_probe(cfg, "attention", (), CLAIMS, lambda *cell: measure_attention(*cell, cfg.n), notes)
-
-
-def notes(lines: list[dict]) -> list[str]:
-    few = any(line["keys"] < 8 for line in lines)
-    return ["(few): a softmax over few keys has little entropy to lose."] if few else []
+    run, facts = cfg.open()
+    with observe_heads(run.model, lambda *_: None):  # refuses a model whose heads cannot be read
+        cells = cfg.marked_cells(run)
+    run_probe(cfg, "attention", run, facts, cells, CLAIMS, measure_attention, preface=FEW_KEYS)
 
 
 # ----------------------------------------------------------------------------- measuring
 
 
-def measure_attention(run: Run, maker: Maker, level: str, length: int, n: int) -> list[dict]:
+def measure_attention(cfg: AttentionProbe, run: Run, maker: Maker, level: str, length: int) -> list[dict]:
     """Returns the lines of a cell. Each attention has one line about all its heads, in which layer and head are None,
     and then one line for each head. Prints the lines about all heads as soon as they are measured."""
     started = time.perf_counter()
-    examples = [example for example in texts(maker, level, length, n) if len(marks(maker, example))]
+    examples = marked_texts(maker, level, length, cfg.n)
     found = by_text(run, maker, examples)
     heads = {key: of for key, of in found.items() if not np.isnan(of["drop"]).all()}
     lines = []
@@ -97,18 +91,15 @@ def measure_attention(run: Run, maker: Maker, level: str, length: int, n: int) -
             continue
         pooled = {name: np.mean([values[name] for values in of.values()], axis=(0, 2)) for name in of[min(of)]}
         lines.append({"attention": which, "layer": None, "head": None, "values": pooled})
-        for layer, values in of.items():
-            lines += [
-                {"attention": which, "layer": layer, "head": head,
-                 "values": {name: value[:, head] for name, value in values.items()}}
-                for head in range(run.model.cfg.n_head)
-            ]  # fmt: skip
+        for (layer, values), head in itertools.product(of.items(), range(run.model.cfg.n_head)):
+            mine = {name: value[:, head] for name, value in values.items()}
+            lines.append({"attention": which, "layer": layer, "head": head, "values": mine})
     summarise(lines)
-    shared = {"probe": "attention", **about(maker, level, length), "mark": mark_name(maker)}
     seconds = time.perf_counter() - started
-    lines = [{**shared, **line, "seconds": seconds} for line in lines]
-    write(progress(lines) + "\n")
-    return lines
+    for line in lines:
+        if line["layer"] is None:
+            write(f"  {line['attention']}: boost {line['boost']:+.2f} drop {line['drop']:+.2f}  {seconds:.1f} s\n")
+    return [{"mark": mark_name(maker), **line, "seconds": seconds} for line in lines]
 
 
 def summarise(lines: list[dict]) -> None:
@@ -149,8 +140,7 @@ def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, 
                     look[layer, which] = (among_marks if gathered else after_marks)(of, places)
 
             with under(run.model, mark_id(maker), condition), observe_heads(run.model, see):
-                hidden = hidden_states(run.model, batch)
-            check_finite(run, hidden.sum().float().cpu().numpy())
+                read_hidden(run, batch)
         parts.append({key: paired(full, looks["no_embedding"][key]) for key, full in looks["full"].items()})
     return {
         key: {name: np.concatenate([part[key][name] for part in parts]) for name in of} for key, of in parts[0].items()
@@ -235,13 +225,3 @@ def paired(full: dict[str, torch.Tensor], zeroed: dict[str, torch.Tensor]) -> di
         p = p.double().clamp(1e-30, 1 - 1e-9)  # a weight of 0 or 1 in fp32
         out["predicted"] = H.double() - torch.from_numpy(boosted_entropy(p, H, boost))
     return {name: value.double().nanmean(-1).numpy() for name, value in out.items()}
-
-
-# ----------------------------------------------------------------------------- progress
-
-
-def progress(cell: list[dict]) -> str:
-    """Returns one line of text about a measured cell, to show the progress."""
-    pooled = [line for line in cell if line["layer"] is None]
-    figures = "  ".join(f"{line['attention']}: boost {line['boost']:+.2f} drop {line['drop']:+.2f}" for line in pooled)
-    return f"{cell_name(cell[0])}  {figures}  {cell[0]['seconds']:.1f} s"

@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import Draws, stable_key
-from nanometa.common.statistics import decide, holm
+from nanometa.common.statistics import decide, holm, mcnemar, paired_difference
 from nanometa.config import Placement, Task
 from nanometa.config.checks import check
 from nanometa.config.tasks import PLACEMENTS
 from nanometa.data.layout import Batch
-from nanometa.evals.common import POSITIONS, fits, place_of
+from nanometa.evals.common import POSITIONS, check_finite, fits, place_of
 from nanometa.evals.tasks import TasksEval, batches_of, texts
+from nanometa.inference.scoring import hidden_states
+from nanometa.probes.residual_stream import record_states
 from nanometa.tasks.example import POINT, Example, Maker
 from nanometa.tasks.words import DELIMITER
 from nanometa.training.checkpoint import Run
@@ -56,28 +59,27 @@ class MarkedTextsProbe(TasksEval):
         check(self, "effect", 0 <= self.effect < self.BELOW, f"be at least 0 and below {self.BELOW:g}")
         check(self, "output", not self.output.endswith(".png"), "be a file of JSON lines; the picture lies beside it")
 
-    def cells(self, run: Run):
+    def cells(self, run: Run) -> list[tuple[Maker, str, int]]:
+        """Returns the Maker of each cell's texts, their level and length. Raises UserError if there are no such texts
+        or the model cannot read texts of that length."""
         trained = run.config.task.tasks
         tasks = self.tasks or (("list_recall",) if "list_recall" in trained or not trained else trained)
-        return TasksEval.cells(dataclasses.replace(self, tasks=tasks), run)
-
-    def readable(self, run: Run) -> Iterator[tuple[Maker, str, int]]:
-        """Yields the Maker of each cell's texts, their level and length. Raises UserError if the model cannot read
-        texts of that length."""
-        for name, placement, settings, level, length in self.cells(run):
+        for length in self.lengths:
             if why := fits(run, length):
                 raise UserError(f"lengths={self.lengths} cannot all be read: {why}: leave longer ones out.")
-            yield Maker(name, placement, settings, run.tokenizer), level, length
+        return TasksEval.cells(dataclasses.replace(self, tasks=tasks), run)
 
-    def makers(self, run: Run, placements: tuple[str, ...] = ()) -> list[tuple[Maker, str, int]]:
-        """Returns the Maker of each cell's texts, their level and length, by default for those of `placements` that the
-        run was trained with. Raises UserError if there are no such texts, if they are too long for the model or have no
-        mark, or if they have meta-tokens and the run was trained without any."""
+    def marked_cells(
+        self, run: Run, placements: tuple[str, ...] = (), only_meta: bool = False
+    ) -> list[tuple[Maker, str, int]]:
+        """Returns the cells whose texts have marks, by default for those of `placements` that the run was trained with.
+
+        only_meta: a mark must be a meta-token. Raises UserError if a text has no mark, or if texts have meta-tokens and
+        the run was trained without any."""
         trained = run.config.task.placements if run.config.task.tasks else ()
         mine = tuple(placement for placement in placements if placement in trained)
-        settings = self if self.placements or not mine else dataclasses.replace(self, placements=mine)
-        out = []
-        for maker, level, length in settings.readable(run):
+        cells = (self if self.placements or not mine else dataclasses.replace(self, placements=mine)).cells(run)
+        for maker, level, length in cells:
             if maker.markers.has_meta and not knows_meta(run):
                 others = " or ".join(name for name, of in PLACEMENTS.items() if not of.has_meta)
                 raise UserError(
@@ -85,14 +87,13 @@ class MarkedTextsProbe(TasksEval):
                     f"--placements {others}, whose mark is a word, or another run."
                 )
             (first,) = texts(maker, level, length, 1)
-            if len(marks(maker, first)) == 0:
-                others = " or ".join(name for name, of in PLACEMENTS.items() if not of.scattered)
+            if len(marks(maker, first)) == 0 or (only_meta and not maker.markers.has_meta):
+                others = (name for name, of in PLACEMENTS.items() if not of.scattered and of.has_meta >= only_meta)
                 raise UserError(
                     f"texts of {maker.name} with placement {maker.placement} and {length} positions have no "
-                    f"meta-tokens: take --placements {others}."
+                    f"meta-tokens: take --placements {' or '.join(others)}."
                 )
-            out.append((maker, level, length))
-        return out
+        return cells
 
 
 def knows_meta(run: Run) -> bool:
@@ -125,8 +126,27 @@ def marks(maker: Maker, example: Example) -> np.ndarray:
     if maker.markers.has_meta:
         return np.flatnonzero(example.ids == maker.tokenizer.meta)
     mark_id(maker)  # raises
-    body = example.draft.body  # the id alone may be a part of another word ("market")
-    return np.array([1 + len(maker.ids(body[:i])) for i, piece in enumerate(body) if piece == POINT])
+    return pointing_words(maker, example)
+
+
+def pointing_words(maker: Maker, example: Example) -> np.ndarray:
+    """Returns the position of the last token of each word "mark" that points, in increasing order. They are found in
+    the draft, because their ids may also be part of other words ("market")."""
+    body, meta = example.draft.body, maker.tokenizer.meta
+    if maker.ids([POINT]) in ([], [meta]):
+        return np.array([], dtype=int)
+    ends = [content_before(maker, example, i + 1) for i, piece in enumerate(body) if piece == POINT]
+    return np.flatnonzero(example.ids != meta)[ends]  # content token 0 is <|endoftext|>
+
+
+def content_before(maker: Maker, example: Example, piece: int) -> int:
+    """Returns the number of content tokens of the body's pieces before number `piece`."""
+    return sum(id != maker.tokenizer.meta for id in maker.ids(example.draft.body[:piece]))
+
+
+def marked_texts(maker: Maker, level: str, length: int, n: int, split: str = "test") -> list[Example]:
+    """Returns the texts with a mark among the first n texts of a split. No text is in two splits."""
+    return [example for example in texts(maker, level, length, n, split) if len(marks(maker, example))]
 
 
 def answer_query_position(run: Run, example: Example) -> int:
@@ -142,10 +162,8 @@ def answer_position(maker: Maker, example: Example) -> int | None:
     does not contain the answer."""
     if not maker.task.ANSWER_IN_TEXT:
         return None
-    start, end = span(maker, example)
-    found = example.draft.body.index(example.draft.questions[0][1][0], start, end)
-    content = [id for id in maker.ids(example.draft.body[:found]) if id != maker.tokenizer.meta]
-    return place_of(example.ids, maker.tokenizer.meta, 1 + len(content))  # after <|endoftext|>
+    found = example.draft.body.index(example.draft.questions[0][1][0], *span(maker, example))
+    return place_of(example.ids, maker.tokenizer.meta, 1 + content_before(maker, example, found))
 
 
 def span(maker: Maker, example: Example) -> tuple[int, int]:
@@ -184,20 +202,49 @@ def batches(run: Run, examples: list[Example], most: int | None = None) -> Itera
     return batches_of(run, examples, size if most is None else max(1, min(size, most)))
 
 
+def read_hidden(run: Run, batch: Batch) -> torch.Tensor:
+    """Returns the final hidden states (B, T, C) of a Batch. Raises UserError if they are not finite."""
+    hidden = hidden_states(run.model, batch)
+    check_finite(run, hidden.sum().float().cpu().numpy())
+    return hidden
+
+
+def read_states(run: Run, examples: list[Example]) -> Iterator[tuple[slice, Batch, torch.Tensor, list[torch.Tensor]]]:
+    """Yields the slice and the Batch of some texts, their final hidden states, and the n_layer + 1 states (B, T, C) of
+    the residual stream."""
+    with record_states(run.model) as states:
+        for rows, batch in batches(run, examples):
+            hidden = read_hidden(run, batch)
+            yield rows, batch, hidden, states
+
+
+def at_places(states: list[torch.Tensor], places: np.ndarray) -> torch.Tensor:
+    """Returns the vectors (L, B, k, C) of L states (B, T, C) at the places (B, k)."""
+    at = torch.from_numpy(places).to(states[0].device)
+    text = torch.arange(len(at), device=at.device)[:, None]
+    return torch.stack([state[text, at] for state in states])
+
+
 # ----------------------------------------------------------------------------- verdicts
 
 
-def judged(lines: list[dict], claims: tuple[str, ...], effect: float, margin: float) -> list[dict]:
-    """Adds Holm's p and a verdict to the lines for each of their claims. A claim says that a figure is more than
-    `effect` above 0. Holm's family is all claims of the lines."""
-    pairs = [(line, claim) for line in lines for claim in claims if claim in line]
-    adjusted = holm([line[f"{claim}_p"] for line, claim in pairs])
-    for (line, claim), p in zip(pairs, adjusted, strict=True):
-        verdict = decide(*line[f"{claim}_interval"], p, effect, margin, line["n"])
-        line |= {f"{claim}_holm": p, f"{claim}_verdict": verdict}
+def paired_claim(figure: str, prefix: str, first: np.ndarray, second: np.ndarray) -> dict:
+    """Returns the fields of the claim that a condition has a larger share of right texts than another. first, second:
+    whether the same texts (N,) are right. The p-value is that of McNemar's test of no difference at all."""
+    difference, low, high = paired_difference(first, second)
+    return {figure: difference, f"{figure}_interval": (low, high), f"{prefix}p": mcnemar(first, second)}
+
+
+def judged(lines: list[dict], claims: dict[str, str], effect: float, margin: float, sign: int = 1) -> list[dict]:
+    """Adds Holm's p and a verdict to the lines for each of their claims. Holm's family is all claims of the lines.
+
+    claims: figures, each with the prefix of its p, Holm's p and verdict in a line. A claim says that the figure, times
+    `sign`, is more than `effect` above 0."""
+    pairs = [(line, figure, prefix) for line in lines for figure, prefix in claims.items() if figure in line]
+    adjusted = holm([line[f"{prefix}p"] for line, _, prefix in pairs])
+    for (line, figure, prefix), p in zip(pairs, adjusted, strict=True):
+        low, high = sorted(sign * end for end in line[f"{figure}_interval"])
+        verdict = decide(low, high, p, effect, margin, line["n"])
+        line |= {f"{prefix}holm": p, f"{prefix}verdict": verdict}
         line |= {"comparisons": len(pairs), "effect": effect, "margin": margin}
     return lines
-
-
-def cell_name(line: dict) -> str:
-    return f"{line['task']:<16} {line['placement']:<10} {line['level']:<10} {line['length']:>5}"

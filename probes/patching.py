@@ -22,7 +22,7 @@ means that the state contains the answer. Needed alone means that the answer dep
 text's does not fit. If neither holds, whatever is read there is the same in both texts, such as the fact that it is a
 mark; this is not a summary. The verdicts are about this checkpoint; verdicts about its arm need several seeds."""
 
-import contextlib
+import bisect
 import itertools
 import time
 from dataclasses import dataclass
@@ -32,31 +32,32 @@ import numpy as np
 import torch
 
 from nanometa.common.errors import UserError
-from nanometa.common.statistics import DECIDES, bootstrap_means, mcnemar, paired_difference, wilson
+from nanometa.common.statistics import bootstrap_means, wilson
 from nanometa.common.terminal import write
-from nanometa.config.checks import check
-from nanometa.evals.common import check_finite
-from nanometa.evals.tasks import about, texts
-from nanometa.inference.scoring import hidden_states
+from nanometa.evals.common import check_ranges
 from nanometa.probes.marked_texts import (
     MarkedTextsProbe,
     answer_position,
     answer_query_position,
+    at_places,
     batches,
-    cell_name,
     mark_name,
+    marked_texts,
     marks,
+    paired_claim,
     random_ordinary_position,
+    read_hidden,
+    read_states,
     span_end_mark,
 )
 from nanometa.probes.probe_command import run_probe
-from nanometa.probes.residual_stream import record_states, replace_state
-from nanometa.reports.markup import percent
+from nanometa.probes.residual_stream import replace_state
 from nanometa.tasks.example import Example, Maker
 from nanometa.training.checkpoint import Run
 
 SITES = ("mark", "marks", "after", "ordinary", "answer", "asked")
-CLAIMS = {"needed": "kept", "carried": "donor"}  # claim -> the share that the claim is about
+SHARES = {"kept": "needed", "donor": "carried"}  # share -> the claim that is about it
+CLAIMS = {claim: f"{claim}_" for claim in SHARES.values()}  # as in marked_texts.judged
 
 
 @dataclass(frozen=True)
@@ -68,35 +69,30 @@ class PatchingProbe(MarkedTextsProbe):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, "n", self.n >= 2, "be at least 2, because a text needs a donor")
+        check_ranges(self, n=(2, 10**6))  # a text needs a donor
 
 
 def main(cfg: PatchingProbe) -> None:
-    def of_cell(*cell) -> list[dict]:
-        return measure_patching(*cell, cfg.n, cfg.sites or SITES)
-
-    run_probe(cfg, "patching", ("target", "none"), tuple(CLAIMS), of_cell, conclusions)
+    run, facts = cfg.open()
+    run_probe(cfg, "patching", run, facts, cfg.marked_cells(run, ("target", "none")), CLAIMS, measure_patching)
 
 
 # ----------------------------------------------------------------------------- measuring
 
 
-def measure_patching(
-    run: Run, maker: Maker, level: str, length: int, n: int, names: tuple[str, ...] = SITES
-) -> list[dict]:
+def measure_patching(cfg: PatchingProbe, run: Run, maker: Maker, level: str, length: int) -> list[dict]:
     """Returns one line for each site and layer of a cell. Prints each site as soon as it is measured."""
-    examples = [example for example in texts(maker, level, length, n) if len(marks(maker, example))]
+    examples = marked_texts(maker, level, length, cfg.n)
     firsts = np.array([example.ids[example.answers][0] for example in examples])  # first ids of the answers
     counts = np.array([len(marks(maker, example)) for example in examples])
     sites = sites_of(run, maker, examples)
     mark = sites["mark"][:, 0]
-    donors = donors_of(firsts, mark, counts)
+    donors, lines = donors_of(firsts, mark, counts), []
     check_own(run, examples[:64], sites["mark"][:64])
     base, entering = read(run, examples, sites)
-    lines = []
-    for site in [site for site in SITES if site in names and site in sites]:
-        where = (counts == counts[donors]) if site == "marks" else np.ones(len(examples), dtype=bool)
-        if not where.any():
+    for site in SITES:
+        where = counts == counts[donors] if site == "marks" else np.full(len(examples), True)
+        if site not in sites or site not in (cfg.sites or SITES) or not where.any():
             continue
         for layer in range(run.model.cfg.n_layer):
             started = time.perf_counter()
@@ -104,12 +100,13 @@ def measure_patching(
             values = torch.where(torch.from_numpy(where).to(own.device)[:, None, None], own[donors], own)
             logits = patched(run, examples, layer, sites[site], values, sites["asked"])
             lines.append({
-                "probe": "patching", **about(maker, level, length), "mark": mark_name(maker), "site": site,
-                "layer": layer, **compare(base[where], logits[where], firsts[where], firsts[donors][where]),
+                "mark": mark_name(maker), "site": site, "layer": layer,
+                **compare(base[where], logits[where], firsts[where], firsts[donors][where]),
                 "same_place": float((mark == mark[donors])[where].mean()), "chance": maker.task.CHANCE,
                 "seconds": time.perf_counter() - started,
             })  # fmt: skip
-        write(progress([line for line in lines if line["site"] == site]) + "\n")
+        shares = "  ".join(f"{line['kept']:.1%} / {line['donor']:.1%}" for line in lines if line["site"] == site)
+        write(f"  {site:<9} kept / donor by layer: {shares}\n")
     return lines
 
 
@@ -141,14 +138,12 @@ def donors_of(firsts: np.ndarray, places: np.ndarray, counts: np.ndarray) -> np.
     if (firsts == firsts[0]).all():
         raise UserError(f"all {len(firsts)} texts have the same answer, so none can be a donor: take a larger --n.")
     keys = list(zip(counts.tolist(), places.tolist(), strict=True))
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    groups = [list(group) for _, group in itertools.groupby(order, key=keys.__getitem__)]
-    donors, start = np.empty(len(keys), dtype=int), 0
-    for group in groups:
-        for at, i in enumerate(group):
-            candidates = itertools.chain(group[at + 1 :], group[:at], order[start + len(group) :], order[:start])
-            donors[i] = next(j for j in candidates if firsts[j] != firsts[i])
-        start += len(group)
+    order, donors = sorted(range(len(keys)), key=keys.__getitem__), np.empty(len(keys), dtype=int)
+    ranked = [keys[i] for i in order]
+    for at, i in enumerate(order):
+        start, end = bisect.bisect_left(ranked, keys[i]), bisect.bisect_right(ranked, keys[i])  # of the texts alike
+        candidates = itertools.chain(order[at + 1 : end], order[start:at], order[end:], order[:start])
+        donors[i] = next(j for j in candidates if firsts[j] != firsts[i])
     return donors
 
 
@@ -156,13 +151,10 @@ def read(run: Run, examples: list[Example], sites: dict[str, np.ndarray]):
     """Reads the texts without a patch. Returns the logits that predict the answer (N, content), and the states
     (n_layer, N, k, C) that enter the blocks at each site."""
     logits, found = [], {site: [] for site in sites}
-    with record_states(run.model) as entering:
-        for rows, batch in batches(run, examples):
-            logits.append(answer_logits(run, hidden_states(run.model, batch), sites["asked"][rows, 0]))
-            text = torch.arange(len(batch.tokens), device=batch.tokens.device)[:, None]
-            for site, places in sites.items():
-                at = torch.from_numpy(places[rows]).to(text.device)
-                found[site].append(torch.stack([state[text, at] for state in entering[:-1]]))
+    for rows, _, hidden, states in read_states(run, examples):
+        logits.append(answer_logits(run, hidden, sites["asked"][rows, 0]))
+        for site, places in sites.items():
+            found[site].append(at_places(states[:-1], places[rows]))
     return torch.cat(logits), {site: torch.cat(of, dim=1) for site, of in found.items()}
 
 
@@ -171,22 +163,16 @@ def patched(run: Run, examples: list[Example], layer: int, places, values, query
     (N, k)."""
     out = []
     for rows, batch in batches(run, examples):
-        with contextlib.ExitStack() as patches:
-            for k in range(places.shape[1]):
-                at = torch.from_numpy(places[rows, k])
-                patches.enter_context(replace_state(run.model, layer, at, values[rows, k]))
-            out.append(answer_logits(run, hidden_states(run.model, batch), query_positions[rows, 0]))
+        with replace_state(run.model, layer, torch.from_numpy(places[rows]), values[rows]):
+            out.append(answer_logits(run, read_hidden(run, batch), query_positions[rows, 0]))
     return torch.cat(out)
 
 
 @torch.no_grad()
 def answer_logits(run: Run, hidden: torch.Tensor, query_positions: np.ndarray) -> torch.Tensor:
-    """Returns the logits (B, content), on the CPU, of hidden (B, T, C) at query_positions (B,). Raises UserError if
-    they are not finite."""
-    rows = hidden[torch.arange(len(hidden), device=hidden.device), torch.from_numpy(query_positions).to(hidden.device)]
-    logits = run.model.logits(rows)[:, : run.tokenizer.n_content].cpu()
-    check_finite(run, logits.numpy())
-    return logits
+    """Returns the logits (B, content), on the CPU, of hidden (B, T, C) at query_positions (B,)."""
+    (rows,) = at_places([hidden], query_positions[:, None])
+    return run.model.logits(rows[:, 0])[:, : run.tokenizer.n_content].cpu()
 
 
 def check_own(run: Run, examples: list[Example], places: np.ndarray) -> None:
@@ -209,10 +195,8 @@ def compare(base: torch.Tensor, logits: torch.Tensor, own: np.ndarray, donor: np
             name: float(hits.mean()), f"{name}_interval": wilson(int(hits.sum()), n),
             f"{name}_unpatched": float(without.mean()),
         }  # fmt: skip
-        pair = (without, hits) if name == "kept" else (hits, without)
-        claim = next(claim for claim, share in CLAIMS.items() if share == name)
-        difference, low, high = paired_difference(*pair)
-        figures |= {claim: difference, f"{claim}_interval": (low, high), f"{claim}_p": mcnemar(*pair)}
+        pair, claim = (without, hits) if name == "kept" else (hits, without), SHARES[name]
+        figures |= paired_claim(claim, CLAIMS[claim], *pair)
     figures["other"] = 1 - figures["kept"] - figures["donor"]
     rows = torch.arange(n)
     for name, x in (("", logits), ("_unpatched", base)):
@@ -226,56 +210,3 @@ def compare(base: torch.Tensor, logits: torch.Tensor, own: np.ndarray, donor: np
         "k" if a == o else "d" if a == d else "-" for a, o, d in zip(after, own, donor, strict=True)
     )
     return figures
-
-
-# ----------------------------------------------------------------------------- conclusions
-
-
-def progress(lines: list[dict]) -> str:
-    """Returns one line of text about a measured site, to show the progress."""
-    shares = "  ".join(f"{line['kept']:.1%} / {line['donor']:.1%}" for line in lines)
-    seconds = sum(line["seconds"] for line in lines)
-    return f"{cell_name(lines[0])}  {lines[0]['site']:<9} kept / donor by layer: {shares}  {seconds:.1f} s"
-
-
-def conclusions(lines: list[dict]) -> list[str]:
-    """Returns, for each cell, whether the answer is read from the mark."""
-    return [conclusion(lines, cell) for cell in dict.fromkeys(map(_cell, lines))]
-
-
-def _cell(line: dict) -> tuple:
-    return line["task"], line["placement"], line["length"]
-
-
-def conclusion(lines: list[dict], cell: tuple) -> str:
-    """Returns a sentence that says whether the answer is read from the mark, according to the verdicts of one cell."""
-    of = [line for line in lines if _cell(line) == cell and line["site"] in ("mark", "marks")]
-    name = f"{cell[0]}, {cell[1]}, {cell[2]}: "
-    if not of:
-        return f"{name}the mark was not among the sites."
-    n, right = of[0]["n"], of[0]["kept_unpatched"]
-    if n < DECIDES:
-        return f"{name}undecided, with {n} texts."
-    if wilson(round(right * n), n)[0] <= of[0]["chance"]:
-        return (
-            f"{name}without a patch no more answers are right than by chance ({percent(right)} %), so there is no "
-            f"answer to read."
-        )
-    layers = {claim: sorted({line["layer"] for line in of if line[f"{claim}_verdict"] == "holds"}) for claim in CLAIMS}
-    if layers["carried"]:
-        return (
-            f"{name}what enters layers {layers['carried']} at the mark carries the answer: the donor's answer comes "
-            f"with it."
-        )
-    if layers["needed"]:
-        return (
-            f"{name}what enters layers {layers['needed']} at the mark is needed, because another text's does not fit, "
-            f"but it does not carry the answer."
-        )
-    small = ("does not hold", "within the margin")
-    if all(line[f"{claim}_verdict"].endswith(small) for line in of for claim in CLAIMS):
-        return (
-            f"{name}the answer is not read from the state of the mark: another text's state does as well in every "
-            f"layer. If anything is read there, it is the same in both texts, such as the fact that it is a mark."
-        )
-    return f"{name}undecided."

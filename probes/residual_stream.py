@@ -35,14 +35,14 @@ def record_states(model: GPT) -> Iterator[list[torch.Tensor]]:
 
 
 @contextlib.contextmanager
-def replace_state(model: GPT, layer: int, rows: torch.Tensor, values: torch.Tensor) -> Iterator[None]:
-    """Replaces state `layer` of every forward pass within the context by `values` (B, C), at one position `rows` (B,)
-    of each text. Raises UserError for a layer that the model does not have."""
+def replace_state(model: GPT, layer: int, places: torch.Tensor, values: torch.Tensor) -> Iterator[None]:
+    """Replaces state `layer` of every forward pass within the context by `values` (B, k, C), at `places` (B, k). Raises
+    UserError for a layer that the model does not have."""
     check_layer(model, layer)
 
     def substitute(module, inputs):
         x, *rest = inputs  # (B, T, C)
-        at = torch.arange(len(x), device=x.device), rows.to(x.device)
+        at = torch.arange(len(x), device=x.device)[:, None], places.to(x.device)
         return x.index_put(at, values.to(x)), *rest
 
     with stream_modules(model)[layer].register_forward_pre_hook(substitute):

@@ -13,15 +13,11 @@ from nanometa.probes.bottleneck import Member, Source, Training, fit, measure_bo
 VARIANCE = 4.0
 GAUSSIAN_BETAS = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # at 8, twice the variance, the rate is 0
 GAUSSIAN_TEXTS = 8000
-GAUSSIAN = Training(
-    z_dim=1, hidden=0, epochs=40, patience=40, batch=200, learning_rate=0.03, weight_decay=0.0, draws=64
-)
+GAUSSIAN = Training(z_dim=1, hidden=0, epochs=40, patience=40, learning_rate=0.03, weight_decay=0.0, draws=64)
 NEAR = 0.02  # nats by which a point may differ from R(D) of the Gaussian, in either direction
 CLASSES, CLASS_TEXTS = 16, 4000
 CLASS_BETAS = (0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 3.0)
-CATEGORICAL = Training(
-    z_dim=8, hidden=64, epochs=40, patience=40, batch=200, learning_rate=0.01, weight_decay=0.0, draws=64
-)
+CATEGORICAL = Training(z_dim=8, epochs=40, patience=40, weight_decay=0.0, draws=64)
 SLACK = 0.02  # nats by which a point may lie below the converse, or differ from the ends of the curve
 POOL, WIDTH = 200, 192  # a lookup has as many items as list recall, and the state width of a small model
 PLANTED = ((1, 1), (7, 1), (7, 4))  # number of items, and factor on the probe's number of training texts
@@ -36,9 +32,8 @@ def gaussian(n: int, seed: int) -> Source:
 def categorical(n: int, seed: int) -> Source:
     """Returns a source of one of CLASSES equally likely classes, as a one-hot vector."""
     labels = torch.randint(CLASSES, (n, 1), generator=torch.Generator().manual_seed(seed))
-    return Source(
-        torch.nn.functional.one_hot(labels[:, 0], CLASSES).float(), torch.zeros(n, 0, dtype=torch.long), labels
-    )
+    one_hot = torch.nn.functional.one_hot(labels[:, 0], CLASSES).float()
+    return Source(one_hot, torch.zeros(n, 0, dtype=torch.long), labels)
 
 
 def points(make, K: int, betas: tuple[float, ...], how: Training, n: int) -> list[tuple[float, float, float]]:
@@ -58,11 +53,6 @@ def lookup(items: int, n: int, seed: int) -> Source:
     asked = torch.randint(items, (n, 1), generator=generator)
     state = sum(vectors[place, held[:, place]] for place in range(items))
     return Source(state, asked[:, : items - 1], held.gather(1, asked))
-
-
-def lookups(items: int, sizes: tuple[int, ...]) -> list[Source]:
-    """Returns one independent source for each size."""
-    return [lookup(items, n, seed) for seed, n in enumerate(sizes, start=1)]
 
 
 def report() -> str:

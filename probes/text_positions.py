@@ -15,12 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import Draws, stable_key
-from nanometa.evals.common import place_of
-from nanometa.probes.marked_texts import batches
-from nanometa.probes.residual_stream import record_states
-from nanometa.tasks.example import POINT, Example, Maker
+from nanometa.probes.marked_texts import answer_query_position, at_places, pointing_words, read_states
+from nanometa.tasks.example import Example, Maker
 from nanometa.tasks.words import DELIMITER
 from nanometa.training.checkpoint import Run
 
@@ -29,52 +26,33 @@ MISSING = {"meta": "no meta-token before the question", "delimiter": f"no {DELIM
 
 
 class LocatedText(NamedTuple):
-    """One text: its ids, the starts of its question and its answer, and the position of each state that it has."""
+    """One text: its ids, the position of its answer, and the position of each state that it has."""
 
     ids: np.ndarray
-    start: int
     answer: int
     query: tuple[str, ...]  # the question's pieces
-    at: dict[str, int]  # for mean, `start`: all positions before it
+    at: dict[str, int]  # for mean, the start of the question: all positions before it
 
 
-def locate(maker: Maker, example: Example, rule: str, reach: int, key: int) -> LocatedText:
-    """Returns the located text. rule: the target rule; reach: least number of tokens before the random position, which
-    is drawn by a generator with this `key`."""
-    tokenizer, ids, (question, _) = maker.tokenizer, example.ids, example.draft.questions[0]
+def locate(run: Run, maker: Maker, example: Example, reach: int, key: int) -> LocatedText:
+    """Returns the located text. reach: least number of tokens before the random position, which is drawn by a generator
+    with this `key`."""
+    meta, ids, (question, _) = maker.tokenizer.meta, example.ids, example.draft.questions[0]
     answer = int(np.flatnonzero(example.answers)[0])
-    content = np.flatnonzero(ids != tokenizer.meta)  # with placement background, meta-tokens stand between any of them
-    before = content[: int((content < answer).sum()) - len(maker.ids(question))]  # the question
+    content = np.flatnonzero(ids != meta)  # with placement background, meta-tokens stand between any of them
+    before = content[: int((content < answer).sum()) - len(maker.ids(question))]
     start = int(before[-1]) + 1
-    at = {
-        "last": start - 1,
-        "mean": start,
-        "question": answer - 1 if rule == "ignore" else int(content[content < answer][-1]),
-    }
-    metas = np.flatnonzero(ids[:start] == tokenizer.meta)
-    if len(metas):
-        at["meta"] = int(metas[-1])
-    if (end := delimiter_end(maker, example)) is not None:
-        at["delimiter"] = end
+    at = {"last": start - 1, "mean": start, "question": answer_query_position(run, example)}
+    candidates = {"meta": np.flatnonzero(ids[:start] == meta), "delimiter": pointing_words(maker, example)}
+    at |= {name: int(places[-1]) for name, places in candidates.items() if len(places)}
     if len(far := before[before >= reach]):
         at["random"] = int(Draws(key).choice(far))
-    return LocatedText(ids, start, answer, tuple(question), at)
+    return LocatedText(ids, answer, tuple(question), at)
 
 
-def delimiter_end(maker: Maker, example: Example) -> int | None:
-    """Returns the position where the last ordinary delimiter ends, or None if there is no delimiter. It is found in the
-    draft, because its ids may also be part of other words."""
-    meta, body = maker.tokenizer.meta, example.draft.body
-    if POINT not in body or maker.ids([POINT]) in ([], [meta]):  # no piece points, or a meta-token does
-        return None
-    last = len(body) - 1 - body[::-1].index(POINT)
-    content = [id for id in maker.ids(body[: last + 1]) if id != meta]
-    return place_of(example.ids, meta, len(content))  # behind <|endoftext|>
-
-
-def locate_all(maker: Maker, examples: list[Example], rule: str, reach: int, split: str) -> list[LocatedText]:
+def locate_all(run: Run, maker: Maker, examples: list[Example], reach: int, split: str) -> list[LocatedText]:
     return [
-        locate(maker, example, rule, reach, stable_key("rate distortion", split, i))
+        locate(run, maker, example, reach, stable_key("rate distortion", split, i))
         for i, example in enumerate(examples)
     ]
 
@@ -86,28 +64,21 @@ def missing(name: str, of: list[LocatedText]) -> str:
 
 
 @torch.no_grad()
-def read_states(run: Run, examples: list[Example], of: list[LocatedText], names: list[str], layers) -> torch.Tensor:
-    """Returns the states (layers, names, N, C) of the texts in float32, on the model's device. Raises UserError if they
-    are not finite."""
+def states_of_texts(
+    run: Run, examples: list[Example], of: list[LocatedText], names: list[str], layers: list[int]
+) -> torch.Tensor:
+    """Returns the states (layers, names, N, C) of the texts in float32, on the model's device."""
     out = []
-    with record_states(run.model) as read:
-        for which, batch in batches(run, examples):
-            run.model(batch.tokens, batch.positions, batch.meta_index)
-            stream = torch.stack([read[layer].float() for layer in layers])  # (layers, B, T, C)
-            B, T = batch.tokens.shape
-            row, places, found = torch.arange(B, device=stream.device), torch.arange(T, device=stream.device), []
-            for name in names:
-                at = torch.tensor([text.at[name] for text in of[which]], device=stream.device)
-                if name == "mean":
-                    inside = (places < at[:, None])[..., None]  # (B, T, 1)
-                    found.append((stream * inside).sum(dim=2) / at[:, None])
-                else:
-                    found.append(stream[:, row, at])
-            out.append(torch.stack(found, dim=1))
-    found = torch.cat(out, dim=2)
-    if not found.isfinite().all():
-        raise UserError(f"the weights in {run.folder} produce states that are not finite: take another checkpoint.")
-    return found
+    for rows, _, _, every in read_states(run, examples):
+        states = [every[layer].float() for layer in layers]
+        at = np.array([[text.at[name] for name in names] for text in of[rows]])  # (B, names)
+        found = at_places(states, at)
+        if "mean" in names:
+            start = torch.from_numpy(at[:, names.index("mean"), None]).to(found.device)
+            inside = (torch.arange(states[0].size(1), device=found.device) < start)[..., None]  # (B, T, 1)
+            found[:, :, names.index("mean")] = (torch.stack(states) * inside).sum(dim=2) / start
+        out.append(found.transpose(1, 2))
+    return torch.cat(out, dim=2)
 
 
 def queries_of(splits: list[list[LocatedText]]) -> tuple[list[torch.Tensor], int]:
@@ -121,18 +92,9 @@ def queries_of(splits: list[list[LocatedText]]) -> tuple[list[torch.Tensor], int
     return [torch.tensor(rows, dtype=torch.long).view(len(rows), len(differ)) for rows in out], 1 + len(number)
 
 
-def labels_of(target: str, state: str, splits: list[list[LocatedText]]) -> tuple[list[np.ndarray], int]:
-    """Returns the labels (N, n) of each split as class numbers, and the number of classes. The classes are the ids that
-    occur."""
-
-    def ids(text: LocatedText) -> np.ndarray:
-        kind, _, number = target.partition("_")
-        if kind == "answer":
-            return text.ids[[text.answer]]
-        at, n = text.at[state], int(number)
-        return text.ids[[at - n]] if kind == "back" else text.ids[at - n : at]
-
-    found = [np.stack([ids(text) for text in of]) for of in splits]
-    classes, number = np.unique(np.concatenate(found), return_inverse=True)
-    number = number.reshape(-1, found[0].shape[1])
-    return np.split(number, np.cumsum([len(of) for of in splits])[:-1]), len(classes)
+def labels_of(back: int, state: str, splits: list[list[LocatedText]]) -> tuple[list[torch.Tensor], int]:
+    """Returns the labels (N, 1) of each split as class numbers, and the number of classes. The classes are the ids that
+    occur `back` positions before the state, or, if `back` is 0, as the first id of an answer."""
+    ids = [text.ids[text.at[state] - back if back else text.answer] for of in splits for text in of]
+    classes, number = np.unique(ids, return_inverse=True)
+    return list(torch.from_numpy(number)[:, None].split([len(of) for of in splits])), len(classes)

@@ -99,11 +99,12 @@ class Results:
         self.add(name, hashlib.sha256(path.read_bytes()).hexdigest())
 
     def json_lines(self, name: str, path: Path) -> None:
-        """Records every line of a file of JSON lines without the fields that cannot be equal."""
+        """Records every line of a file of JSON lines, whatever the order of its fields, without those that cannot be
+        equal."""
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             values = json.loads(line)
             kept = {key: value for key, value in values.items() if key not in UNEQUAL and not key.endswith("_s")}
-            self.add(f"{name}/line-{number:03}", json.dumps(kept))
+            self.add(f"{name}/line-{number:03}", json.dumps(kept, sort_keys=True))
 
     @contextlib.contextmanager
     def case(self, name: str):

@@ -20,7 +20,7 @@ from nanometa.config.tasks import PLACEMENTS, TASKS
 from nanometa.evals.tasks import texts
 from nanometa.inference.scoring import hidden_states
 from nanometa.probes import probe_command
-from nanometa.probes.attention import CLAIMS, by_text, measure_attention, paired, summarise
+from nanometa.probes.attention import CLAIMS, AttentionProbe, by_text, measure_attention, paired, summarise
 from nanometa.probes.heads import FIRST, SECOND, observe_heads
 from nanometa.probes.marked_texts import (
     MarkedTextsProbe,
@@ -195,10 +195,14 @@ def test_by_default_list_recall_is_asked(tokenizer):
             run.config, task=TaskConfig(tasks=tasks, placements=("every", "none", "target"), level="easy")
         )
         probed = MarkedTextsProbe(lengths=(60,))
-        assert [maker.name for maker, _, _ in probed.makers(run, ("target", "background"))] == asked
-        assert [maker.placement for maker, _, _ in probed.makers(run)][:3] == ["every", "none", "target"]
-        assert {maker.placement for maker, _, _ in probed.makers(run, ("background",))} == {"every", "none", "target"}
-        (maker, level, length), *_ = dataclasses.replace(probed, tasks=("copying",)).makers(run, ("target",))
+        assert [maker.name for maker, _, _ in probed.marked_cells(run, ("target", "background"))] == asked
+        assert [maker.placement for maker, _, _ in probed.marked_cells(run)][:3] == ["every", "none", "target"]
+        assert {maker.placement for maker, _, _ in probed.marked_cells(run, ("background",))} == {
+            "every",
+            "none",
+            "target",
+        }
+        (maker, level, length), *_ = dataclasses.replace(probed, tasks=("copying",)).marked_cells(run, ("target",))
         assert (maker.name, maker.placement, level, length) == ("copying", "target", "easy", 60)
 
 
@@ -389,7 +393,7 @@ def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, s
 def test_a_head_that_reads_itself_by_a_hand_gives_the_same_lines_twice(tokenizer):
     run = small_run(tokenizer, MARKED, position="learned")
     maker = Maker("list_recall", "every", TaskConfig(), tokenizer)
-    first, again = (measure_attention(run, maker, "easy", 60, 5) for _ in range(2))
+    first, again = (measure_attention(AttentionProbe(n=5), run, maker, "easy", 60) for _ in range(2))
     drop = [{name: value for name, value in one.items() if name != "seconds"} for one in first]
     assert drop == [{name: value for name, value in one.items() if name != "seconds"} for one in again]
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanometa.probes import self_check
+from nanometa.probes import rate_distortion, self_check
 from nanometa.probes.bottleneck import Member, Source, Training, fit, measure_bottlenecks
 from nanometa.probes.rate_curves import (
     Points,
@@ -25,18 +25,14 @@ from nanometa.probes.rate_distortion import RateDistortionProbe, curve
 from tests.reference import bottleneck as reference
 
 SMALL = RateDistortionProbe(
-    betas=3,
-    beta_min=0.01,
-    beta_max=4.0,
     seeds=2,
-    epochs=30,
-    patience=30,
-    z_dim=4,
-    hidden=32,
-    batch=50,
-    learning_rate=0.03,
-    weight_decay=0.1,
+    training=Training(z_dim=4, hidden=32, patience=30, batch=50, learning_rate=0.03, weight_decay=0.1),
 )
+
+
+@pytest.fixture(autouse=True)
+def few_betas(monkeypatch):
+    monkeypatch.setattr(rate_distortion, "BETAS", (4.0, 0.2, 0.01))
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -50,11 +46,11 @@ def uniform(n: int, K: int, seed: int = 0, of: int = 1) -> torch.Tensor:
 # ----------------------------------------------------------------------------- the bottleneck
 
 
-@pytest.mark.parametrize(("hidden", "q", "n"), [(5, 2, 1), (0, 1, 1), (5, 0, 2)])
-def test_probes_trained_at_once_are_what_each_is_alone(hidden, q, n):
+@pytest.mark.parametrize(("hidden", "q"), [(5, 2), (0, 1), (5, 0)])
+def test_probes_trained_at_once_are_what_each_is_alone(hidden, q):
     """Also when one is done early and others go on."""
     how = Training(2, hidden, epochs=6, patience=1, batch=4, learning_rate=0.1, weight_decay=0.3, gates=1.5)
-    sources = [Source(normal(N, 6, seed=s), uniform(N, 4, s + 5, q), uniform(N, 3, s, n)) for s, N in ((1, 10), (2, 6))]
+    sources = [Source(normal(N, 6, seed=s), uniform(N, 4, s + 5, q), uniform(N, 3, s)) for s, N in ((1, 10), (2, 6))]
     members = [
         Member(beta, seed, kind)
         for seed in (0, 4)
@@ -149,21 +145,17 @@ def test_the_query_says_what_to_look_up():
 
 
 def test_baselines():
-    labels = np.array([[0], [0], [1], [2]])
+    labels = np.array([0, 0, 1, 2])
     facts = baselines(labels, labels[:1], labels[2:], 3)
     assert facts["uniform"] == math.log(3) and facts["entropy_test"] == pytest.approx(math.log(2))
     counts = np.array([3, 2, 2]) / 7  # one text added to each class
     assert facts["cross_entropy"] == pytest.approx(-math.log(counts[1]))
     p = np.array([3, 2, 2]) / 7  # of all seven texts
     assert facts["entropy"] == pytest.approx(min(math.log(3), -(p * np.log(p)).sum() + 2 / 14)) and facts["floor"] == 0
-    bags = np.array([[0, 0, 1, 1], [2, 2, 2, 2]])
-    facts = baselines(bags, bags, bags, 3)
-    assert facts["floor"] == pytest.approx(math.log(2) / 2)
-    assert facts["entropy_test"] == pytest.approx(1.5 * math.log(2))
 
 
 def test_entropies_of_samples_are_corrected():
-    labels = uniform(1000, 200, of=1).numpy()
+    labels = uniform(1000, 200).numpy()[:, 0]
     parts = labels[:600], labels[600:700], labels[700:]
     facts = baselines(*parts, 200)
     assert facts["entropy"] == pytest.approx(math.log(200), abs=0.03) and entropy(labels, 200) < math.log(200) - 0.07
@@ -247,7 +239,7 @@ def test_curves_are_compared_as_far_as_both_reach():
 
 def test_only_what_no_frequencies_tell_is_found():
     K, rng = 50, np.random.default_rng(2)
-    train, test = rng.integers(K, size=(500, 1)), rng.integers(K, size=(2000, 1))
+    train, test = rng.integers(K, size=500), rng.integers(K, size=2000)
     constant = constant_distortion(train, test, K)
     known = baselines(train, train[:20], test, K)
     assert known["cross_entropy"] > math.log(K) + 0.03  # few training texts

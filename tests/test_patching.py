@@ -19,10 +19,9 @@ from nanometa.probes.marked_texts import answer_position, judged, marks, random_
 from nanometa.probes.patching import (
     CLAIMS,
     SITES,
+    PatchingProbe,
     check_own,
     compare,
-    conclusion,
-    conclusions,
     donors_of,
     measure_patching,
     patched,
@@ -142,8 +141,8 @@ def by_hand(tokenizer, monkeypatch, position: str, looks: list, brings: dict, ta
         ids = np.array([tokenizer.eot, *[FILLER] * 10, QUESTION, APPLE if place < 6 else PEAR, LINE_END, tokenizer.eot])
         ids[place] = tokenizer.meta
         examples.append(Example(ids, np.isin(np.arange(15), (12, 13)), Draft()))
-    monkeypatch.setattr(patching, "texts", lambda *_: examples)
-    lines = measure_patching(run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 15, 40)
+    monkeypatch.setattr(patching, "marked_texts", lambda *_: examples)
+    lines = measure_patching(PatchingProbe(n=40), run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 15)
     assert [line["site"] for line in lines] == ["mark", "marks", "after", "ordinary", "asked"]
     return {line["site"]: line for line in lines}
 
@@ -212,24 +211,20 @@ def line(kept: float, donor: float, site="mark", layer=0, n=1000) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("shares", "needed", "carried", "sentence"),
+    ("shares", "needed", "carried"),
     [
-        ((0.9, 0.0), "does not hold", "does not hold", "not read from the state of the mark"),
-        ((0.5, 0.4), "holds", "holds", "at the mark carries the answer"),
-        ((0.5, 0.0), "holds", "does not hold", "does not carry the answer"),
-        ((0.88, 0.0), "holds, within the margin", "does not hold", "not read from the state of the mark"),
+        ((0.9, 0.0), "does not hold", "does not hold"),
+        ((0.5, 0.4), "holds", "holds"),
+        ((0.5, 0.0), "holds", "does not hold"),
+        ((0.88, 0.0), "holds, within the margin", "does not hold"),
     ],
 )
-def test_verdicts(shares, needed, carried, sentence):
-    lines = judged([line(*shares), line(0.9, 0.0, "ordinary")], tuple(CLAIMS), 0.0, 0.05)
+def test_verdicts(shares, needed, carried):
+    lines = judged([line(*shares), line(0.9, 0.0, "ordinary")], CLAIMS, 0.0, 0.05)
     assert (lines[0]["needed_verdict"], lines[0]["carried_verdict"]) == (needed, carried)
-    assert sentence in conclusion(lines, ("parity", "target", 48)) and sentence in "".join(conclusions(lines))
     assert lines[0]["comparisons"] == 4
-    guessing = [{**one, "chance": 0.89} for one in lines]
-    assert "no more answers are right than by chance (90.0 %)" in conclusion(guessing, ("parity", "target", 48))
-    few = judged([line(*shares, n=500)], tuple(CLAIMS), 0.0, 0.05)
-    assert few[0]["needed_verdict"] == "undecided: n = 500, 1000 decide"
-    assert "undecided, with 500 texts" in conclusion(few, ("parity", "target", 48))
+    few = judged([line(*shares, n=500)], CLAIMS, 0.0, 0.05)
+    assert few[0]["needed_verdict"] == few[0]["carried_verdict"] == "undecided: n = 500, 1000 decide"
 
 
 def test_the_picture_shows_every_line():
@@ -269,7 +264,7 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys, second, data):
         assert one["kept"] == one["outcomes"].count("k") / 12 and one["donor"] == one["outcomes"].count("d") / 12
         assert one["kept_interval"][0] <= one["kept"] <= one["kept_interval"][1] and one["run"] == "small"
     assert (folder / "patching.png").read_bytes().startswith(b"\x89PNG")
-    assert "none, 48: undecided, with 12 texts." in said_out
+    assert "  mark      kept / donor by layer: " in said_out
     if second == "none":  # what the file holds is drawn, of repeated lines that of most texts
         (folder / "patching.jsonl").write_text(
             (folder / "patching.jsonl").read_text() + json.dumps({**lines[0], "weights_sha256": "other"}) + "\n"
@@ -290,7 +285,7 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys, second, data):
 
 REFUSED = {
     "no meta-tokens": (PLAIN, {"placements": ("none",)}, ("--placements=every",), "and placement every has them"),
-    "one text": (MARKED, {}, ("--n=1",), "a text needs a donor"),
+    "one text": (MARKED, {}, ("--n=1",), "n=1 is out of range"),
     "sites": (MARKED, {}, ("--sites", "mark", "mark"), "name each once"),
     "margin": (MARKED, {}, ("--margin=1",), "margin=1.0 is out of range"),
     "too long": (MARKED, {}, ("--lengths=80",), "80 positions do not fit into the learned position table"),

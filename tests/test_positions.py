@@ -14,14 +14,15 @@ from matplotlib.figure import Figure
 from nanometa import eval as evaluation
 from nanometa import probe
 from nanometa.common.errors import UserError
-from nanometa.common.statistics import paired_difference, wilson
+from nanometa.common.statistics import bits, paired_difference, wilson
 from nanometa.config import GPTConfig, TaskConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.evals import tasks as tasks_eval
 from nanometa.evals.tasks import answered, doubt, read
 from nanometa.probes import probe_command
-from nanometa.probes.positions import CONDITIONS, compared, measure_positions, under, useless
+from nanometa.probes.marked_texts import judged, paired_claim
+from nanometa.probes.positions import CLAIMS, CONDITIONS, PositionsProbe, measure_positions, under, useless
 from nanometa.reports import drawing, probe_pictures
 from nanometa.reports.paper import TABLE_2
 from nanometa.reports.probe_sections import SECTIONS
@@ -130,10 +131,9 @@ def test_a_reading_that_fails_leaves_the_model_as_it_was(tokenizer):
     trained = run.model.cfg
     run.model.ln_f.weight.data[3] = math.nan
     maker = Maker("parity", "target", TaskConfig(), tokenizer)
-    for name in ("neither", "full"):
-        with pytest.raises(UserError, match="not finite"):
-            measure_positions(run, maker, "easy", 32, 3, [name])
-        assert run.model.cfg is trained and not run.model.wte._forward_hooks
+    with pytest.raises(UserError, match="not finite"):
+        measure_positions(PositionsProbe(n=3), run, maker, "easy", 32)
+    assert run.model.cfg is trained and not run.model.wte._forward_hooks
 
 
 # ----------------------------------------------------------------------------- what it finds in a model
@@ -219,6 +219,14 @@ def line(outcomes: str, condition: str = "full", **other) -> dict:
         "correct": right, "exact": right / n, "interval": (0.4, 0.6), "outcomes": outcomes, "chance": 0.5,
         "arm": "meta + rope", "run": "r", "step": 1, "seed": 2, "seconds": 1.0, **other,
     }  # fmt: skip
+
+
+def compared(cells: list[list[dict]], effect: float, margin: float) -> list[dict]:
+    """The lines of cells with the verdicts on their differences from the first line of their cell."""
+    for full, *others in cells:
+        for one in others:
+            one |= paired_claim("difference", CLAIMS["difference"], bits(one["outcomes"]), bits(full["outcomes"]))
+    return judged([one for cell in cells for one in cell], CLAIMS, effect, margin)
 
 
 def pair(both: int, lost: int, won: int, n: int) -> tuple[str, str]:
@@ -384,7 +392,8 @@ def test_texts_of_a_cell_are_made_once(tokenizer, monkeypatch):
     monkeypatch.setattr(Maker, "example", counted)
     maker = Maker("parity", "every", TaskConfig(), tokenizer)
     run = small_run(tokenizer, MARKED, position="rope")
-    assert [one["condition"] for one in measure_positions(run, maker, "easy", 40, 7, list(CONDITIONS))] == list(MEANING)
+    lines = measure_positions(PositionsProbe(n=7), run, maker, "easy", 40)
+    assert [one["condition"] for one in lines] == list(MEANING)
     assert made == [("test", i) for i in range(7)]
 
 
@@ -406,19 +415,14 @@ def test_what_a_run_does_not_allow_is_left_out_and_said(
     probe.main(["positions", f"--run={folder}", "--n=3", "--lengths=40", f"--output={tmp_path / 'x.jsonl'}"])
     assert [one["condition"] for one in lines_of(tmp_path / "x.jsonl")] == conditions
     without = [row for row in capsys.readouterr().out.splitlines() if row.startswith("without ")]
-    assert len(without) == 1 and why in without[0]
-    assert all((name in without[0]) == (name not in conditions) for name in ("no_position_first", "neither"))
+    left_out = [name for name in MEANING if name not in conditions]
+    assert [row.split(",")[0] for row in without] == [f"without {name}" for name in left_out]
+    assert all(why in row for row in without)
     assert not (folder / "positions.jsonl").exists() and (tmp_path / "x.png").exists()
-    probe.main(["positions", f"--run={folder}", "--n=3", "--lengths=40", "--conditions=no_embedding"])
-    assert [one["condition"] for one in lines_of(folder / "positions.jsonl")] == ["full", "no_embedding"]
 
 
 REFUSED = {
-    "no such condition": ({}, {}, ("--conditions", "nothing"), "'nothing'"),
-    "nothing to compare": ({}, {}, ("--conditions=full",), "conditions=full leaves nothing to compare it with"),
-    "learned": ({"position": "learned"}, {}, ("--conditions=no_position_first",), "learned positions are added before"),
-    "no place in training": ({"meta_position": "none"}, {}, ("--conditions", "neither"), "(meta_position=none)"),
-    "one attention": ({"second_attention": "none"}, {}, ("--conditions=no_position_second",), "has one attention"),
+    "a setting of 0.1": ({}, {}, ("--conditions=full",), "unknown setting --conditions"),
     "random": ({"second_attention": "random"}, {}, (), "was trained without meta-tokens"),
     "plain": ({"second_attention": "none"}, None, (), "was trained without meta-tokens"),
     "placement none": ({}, {}, ("--placements", "target", "none"), "with placement none and 40 positions"),
@@ -445,7 +449,7 @@ def test_bad_input_is_refused_in_a_sentence_before_anything_is_written(tokenizer
     defaults = [arg for arg in ("--n=5", "--lengths=40") if arg.split("=")[0] not in given]
     with pytest.raises(UserError) as refused:
         probe.main(["positions", "--run=out/small", *defaults, *args])
-    assert sentence in str(refused.value) and str(refused.value).endswith(".")
+    assert sentence in str(refused.value) and str(refused.value).endswith((".", "?"))
     assert tree(tmp_path) == before and capsys.readouterr().out == ""
 
 

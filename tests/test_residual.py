@@ -13,7 +13,7 @@ from nanometa.common.errors import UserError
 from nanometa.common.statistics import mcnemar, paired_difference
 from nanometa.config import TaskConfig
 from nanometa.probes import probe_command, residual
-from nanometa.probes.marked_texts import judged
+from nanometa.probes.marked_texts import judged, marked_texts
 from nanometa.probes.residual import (
     CLAIMS,
     STRENGTHS,
@@ -22,9 +22,8 @@ from nanometa.probes.residual import (
     decoded,
     measure_residual,
     places_of,
-    read_all,
+    read,
     similarity,
-    texts_of,
 )
 from nanometa.reports import drawing, probe_pictures
 from nanometa.tasks.example import Draft, Example, Maker
@@ -59,11 +58,11 @@ def test_states_are_those_at_the_places_and_before_them(tokenizer):
     """Against one text at a time, without a pad; the mean is over real positions."""
     run = small_run(tokenizer, MARKED, position="rope", n_layer=1)
     maker = Maker("list_recall", "target", TaskConfig(), tokenizer)
-    examples = texts_of(maker, "test", 3, "easy", 52)
+    examples = marked_texts(maker, "easy", 52, 3)
     assert len({len(example.ids) for example in examples}) > 1
-    found, distances = read_all(run, maker, examples, (1, 40)), (1, 40)
-    for name, (read_in, at) in places_of(maker, examples).items():
-        place, mean = found[name]
+    distances = (1, 40)
+    for read_in, at in places_of(maker, examples).values():
+        place = read(run, read_in, at, distances)
         assert place.here.shape == (2, 3, 16) and place.past.shape == (2, 3, 2, 16)
         last, everywhere = [], []
         for i, (example, where) in enumerate(zip(read_in, at, strict=True)):
@@ -80,13 +79,13 @@ def test_states_are_those_at_the_places_and_before_them(tokenizer):
                 else:
                     assert place.tokens[i, k] == -1
         assert torch.stack(last).abs().max() < 1e-4
-        assert torch.allclose(mean[0], torch.cat(everywhere).mean(0), atol=1e-5)
+        assert torch.allclose(place.mean[0], torch.cat(everywhere).mean(0), atol=1e-5)
     assert hooks(run.model) == 0
 
 
 def test_the_word_stands_in_the_marks_place_in_the_same_texts(tokenizer):
     maker = Maker("copying", "target", TaskConfig(), tokenizer)
-    examples = texts_of(maker, "test", 5, "easy", 48)
+    examples = marked_texts(maker, "easy", 48, 5)
     places = places_of(maker, examples)
     assert places["word"][1] == places["mark"][1] and places["ordinary"][0] is places["mark"][0] is examples
     (word,) = tokenizer.encode(" mark").tolist()
@@ -94,13 +93,14 @@ def test_the_word_stands_in_the_marks_place_in_the_same_texts(tokenizer):
         changed = np.flatnonzero(example.ids != other.ids)
         assert at in changed and (example.ids[changed] == tokenizer.meta).all() and (other.ids[changed] == word).all()
         assert tokenizer.meta not in other.ids
-    assert "word" not in places_of(Maker("copying", "none", TaskConfig(), tokenizer), texts_of(
-        Maker("copying", "none", TaskConfig(), tokenizer), "test", 2, "easy", 48))  # fmt: skip
+    without = Maker("copying", "none", TaskConfig(), tokenizer)
+    assert "word" not in places_of(without, marked_texts(without, "easy", 48, 2))
 
 
 def test_no_text_is_in_two_splits(tokenizer):
     maker = Maker("parity", "target", TaskConfig(), tokenizer)
-    made = [{tuple(e.ids.tolist()) for e in texts_of(maker, s, 60, "easy", 24)} for s in ("train/probe", "val", "test")]
+    splits = ("train/probe", "val", "test")
+    made = [{tuple(e.ids.tolist()) for e in marked_texts(maker, "easy", 24, 60, split)} for split in splits]
     assert not (made[0] & made[1] or made[0] & made[2] or made[1] & made[2]) and all(len(of) > 20 for of in made)
 
 
@@ -127,26 +127,23 @@ def planted(n: int, seed: int, noise: float, K: int = 12):
 
 
 def test_what_is_in_a_state_is_decoded_and_what_is_not_is_not():
-    hits = {}
     sets = [planted(n, seed, 0.4) for n, seed in ((300, 1), (60, 2), (200, 3))]
     sets[2][1][:7] = -1  # no token there
-    found = decoded(sets, hits, "mark")
+    found = decoded(sets)
     assert found["decoded"] > 0.9 and found["shuffled"] < 0.25 and found["majority"] < 0.2 and found["classes"] == 12
     assert found["outcomes"][:7] == "-" * 7 and found["outcomes"].count("1") == round(193 * found["decoded"])
-    assert np.isnan(hits["mark"][:7]).all() and np.nanmean(hits["mark"]) == pytest.approx(found["decoded"])
     nothing = [(torch.randn(len(y), 20), y) for _, y in sets]
-    found = decoded(nothing, hits, "mark")
+    found = decoded(nothing)
     assert found["decoded"] < 0.2 and found["decoded"] < found["majority"] + 0.08
     sets[2][1][7:] = 999  # a token that training had not
-    assert decoded(sets, hits, "mark")["decoded"] == 0
+    assert decoded(sets)["decoded"] == 0
 
 
 def test_the_classifier_is_the_regularised_optimum():
-    """Plain gradient descent comes to the same; and the L2 is the one that validation likes best, of equals the
-    stronger."""
+    """Plain gradient descent comes to the same."""
     x, y = planted(80, 1, 2.0, K=3)
     y = y // 10
-    ours, strength = classify(x, y, 3, [x], None, (0.1,))
+    ((ours,),) = classify(x, y, 3, [x], (0.1,))
     z = (x - x.mean(0)) / x.std(0)
     weight, bias = torch.zeros(3, 20, requires_grad=True), torch.zeros(3, requires_grad=True)
     for _ in range(2000):
@@ -155,9 +152,19 @@ def test_the_classifier_is_the_regularised_optimum():
         with torch.no_grad():
             weight -= 0.3 * grads[0]
             bias -= 0.3 * grads[1]
-    assert strength == 0.1 and (ours[0] == (z @ weight.T + bias).argmax(1).numpy()).mean() > 0.98
-    scores = iter([0.5, 0.7, 0.7])
-    assert classify(x, y, 3, [x], lambda _: next(scores))[1] == STRENGTHS[1]
+    assert (ours == (z @ weight.T + bias).argmax(1).numpy()).mean() > 0.98
+
+
+def test_the_strength_is_the_one_that_validation_likes_best_and_of_equals_the_stronger(monkeypatch):
+    x, y = torch.zeros(4, 3), np.array([0, 1, 1, 1])
+    of_val = [np.array(named) for named in ([0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0])]
+    monkeypatch.setattr(
+        residual,
+        "classify",
+        lambda x, y, K, others, strengths: ([named] * len(others) for named in of_val[: len(strengths)]),
+    )
+    found = decoded([(x, y)] * 3)
+    assert found["strength"] == STRENGTHS[1] and found["decoded"] == 0.75 and found["outcomes"] == "1110"
 
 
 def test_a_mark_that_looks_at_the_word_before_it_holds_it(tokenizer, monkeypatch):
@@ -169,7 +176,7 @@ def test_a_mark_that_looks_at_the_word_before_it_holds_it(tokenizer, monkeypatch
     v.zero_()
     v += torch.outer(EARLY, FIRST) + torch.outer(LATE, SECOND)
 
-    def made(maker, split, n, level, length):
+    def made(maker, level, length, n, split):
         rng, out = np.random.default_rng(len(split)), []
         for _ in range(n):
             word = APPLE if rng.random() < 0.6 else PEAR
@@ -177,9 +184,9 @@ def test_a_mark_that_looks_at_the_word_before_it_holds_it(tokenizer, monkeypatch
             out.append(Example(ids, np.arange(8) == 6, Draft()))
         return out
 
-    monkeypatch.setattr(residual, "texts_of", made)
+    monkeypatch.setattr(residual, "marked_texts", made)
     cfg = ResidualProbe(n=80, train=60, distances=(1, 2))
-    lines = measure_residual(run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 8, cfg)
+    lines = measure_residual(cfg, run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 8)
     by = {(one["place"], one["layer"], one["distance"]): one for one in lines}
     majority = by["mark", 1, 2]["majority"]
     assert by["mark", 1, 2]["decoded"] == 1 and 0.4 < majority < 0.75 and by["mark", 1, 2]["shuffled"] < 0.8

@@ -64,10 +64,10 @@ def test_a_replaced_state_changes_what_follows_alone(second, position, layer):
     model, (tokens, positions, index) = awake(second, position), inputs()
     with record_states(model) as read:
         plain = model(tokens, positions, index)
-    with replace_state(model, layer, ROWS, picked(read[layer])):
+    with replace_state(model, layer, ROWS[:, None], picked(read[layer])[:, None]):
         assert torch.equal(model(tokens, positions, index), plain)
     new = picked(read[layer]).flip(0)  # another text's
-    with replace_state(model, layer, ROWS, new), record_states(model) as seen:
+    with replace_state(model, layer, ROWS[:, None], new[:, None]), record_states(model) as seen:
         changed = model(tokens, positions, index)
     assert torch.equal(picked(seen[layer]), new)
     assert all(torch.equal(seen[i], read[i]) for i in range(layer))
@@ -89,10 +89,10 @@ def test_the_outer_with_is_the_first():
     with record_states(model) as read:
         model(tokens, positions, index)
         before = picked(read[1])
-        with replace_state(model, 1, ROWS, torch.zeros(3, 16)):
+        with replace_state(model, 1, ROWS[:, None], torch.zeros(3, 1, 16)):
             model(tokens, positions, index)
             assert torch.equal(picked(read[1]), before)
-    with replace_state(model, 1, ROWS, torch.zeros(3, 16)), record_states(model) as read:
+    with replace_state(model, 1, ROWS[:, None], torch.zeros(3, 1, 16)), record_states(model) as read:
         model(tokens, positions, index)
     assert not picked(read[1]).any()
 
@@ -102,7 +102,7 @@ def test_no_hook_is_left(end):
     model, (tokens, positions, index) = awake(), inputs()
     for hold, n in (
         (record_states(model), len(stream_modules(model))),
-        (replace_state(model, 1, ROWS, torch.zeros(3, 16)), 1),
+        (replace_state(model, 1, ROWS[:, None], torch.zeros(3, 1, 16)), 1),
     ):
         with contextlib.suppress(KeyboardInterrupt, UserError), hold:
             assert hooks(model) == n
@@ -110,7 +110,7 @@ def test_no_hook_is_left(end):
             if end:
                 raise end
         assert hooks(model) == 0
-    with pytest.raises(IndexError), replace_state(model, 1, ROWS + 12, torch.zeros(3, 16)):
+    with pytest.raises(IndexError), replace_state(model, 1, ROWS[:, None] + 12, torch.zeros(3, 1, 16)):
         model(tokens, positions, index)
     assert hooks(model) == 0
 
@@ -120,7 +120,7 @@ def test_a_layer_that_is_not_there(layer):
     model = awake()
     with (
         pytest.raises(UserError, match=f"there is no layer {layer}: this model has states 0"),
-        replace_state(model, layer, ROWS, torch.zeros(3, 16)),
+        replace_state(model, layer, ROWS[:, None], torch.zeros(3, 1, 16)),
     ):
         pass
     assert hooks(model) == 0

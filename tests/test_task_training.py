@@ -154,7 +154,7 @@ def test_exact_is_what_greedy_decoding_writes(workdir, bases, rule):
         "--train_length=48", tasks=("parity",),
     )  # fmt: skip
     run = load_run(run_dir)
-    cell = measure_tasks(run, "parity", "background", TaskConfig(), "easy", 48, 60)
+    cell = measure_tasks(run, Maker("parity", "background", TaskConfig(), run.tokenizer), "easy", 48, 60)
     maker, wrote = Maker("parity", "background", TaskConfig(), run.tokenizer), []
     plan = MarkerPlan.of_run(run, "none")
     for i in range(60):
@@ -192,7 +192,7 @@ def test_eval_writes_a_line_a_cell_and_says_what_is_impossible(workdir, bases):
 
 def test_rotary_runs_are_measured_beyond_their_window(workdir, bases):
     run = load_run(workdir / bases["meta"])
-    assert measure_tasks(run, "parity", "every", TaskConfig(), "easy", 256, 5)["n"] == 5
+    assert measure_tasks(run, Maker("parity", "every", TaskConfig(), run.tokenizer), "easy", 256, 5)["n"] == 5
 
 
 def test_show_batch_prints_the_texts(workdir, bases):
