@@ -59,19 +59,6 @@ FIGURE_2 = {"boost": 1.26, "drop": 1.40}
 DISTORTION = (10.0, 10.75)
 GUESSING = math.log(50257)
 
-# Table 2, list pointer (list recall), from a reader's notes: accuracy in % as trained, and with the positions of
-# meta-tokens zeroed at inference
-TABLE_2 = {
-    "Meta + APE, medium, trained at 128": (77.8, 88.9),
-    "Meta + APE, hard, trained at 128": (11.1, 22.2),
-    "Meta + APE, extra-hard, trained at 512": (11.1, 50.0),
-    "Meta + RoPE, medium, trained at 128": (44.4, 55.6),
-    "Meta + RoPE, hard, trained at 256": (33.3, 66.7),
-    "Meta + RoPE, extra-hard, trained at 256": (0.0, 22.2),
-    "Meta + RoPE, extra-hard, trained at 512": (44.4, 55.6),
-}
-TABLE_2_N = 18  # all are multiples of 1/18
-
 NOTES = (
     "The paper does not say how many texts a bar stands for. 25.0, 35.7, 53.6, 60.7, 67.9 and 96.4 are multiples of "
     "1/28, 76.2 and 54.8 of 1/84: probably 28 to 84 texts. It gives neither intervals nor seeds.",

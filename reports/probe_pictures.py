@@ -4,10 +4,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.lines import Line2D
 
-from nanometa.common.statistics import wilson
-from nanometa.reports.drawing import COLOURS, GREY, LIGHT, key, legend, look, png, text_count, wrapped
-from nanometa.reports.paper import FIGURE_2, TABLE_2, TABLE_2_N
-from nanometa.reports.theorem import theorem_curves
+from nanometa.reports.drawing import COLOURS, GREY, interval_line, key, legend, look, percent_axis, text_count, wrapped
+from nanometa.reports.paper import FIGURE_2
 
 ATTENTION_MARKERS = {"causal": "o", "second": "D"}
 SITE_NAMES = {
@@ -17,38 +15,6 @@ SITE_NAMES = {
 PLACE_NAMES = {
     "mark": "the mark", "word": 'the word "mark" in its place', "ordinary": "an ordinary token elsewhere",
 }  # fmt: skip
-
-
-def positions_panel(lines: list[dict]) -> bytes:
-    """Returns a PNG of one run, task and length: exact answers by condition, placements side by side."""
-    return png(draw_positions, lines)
-
-
-def table_2() -> bytes:
-    """Returns a PNG of the paper's Table 2."""
-    return png(draw_table_2)
-
-
-def attention_panel(lines: list[dict]) -> bytes:
-    """Returns a PNG of one run, task and length: boost and drop of every head by placement, and whether the boost of
-    the mark explains the drop."""
-    return png(draw_attention, lines)
-
-
-def theorem_picture() -> bytes:
-    """Returns a PNG of what the paper's theorem says about entropy."""
-    return png(draw_theorem)
-
-
-def patching_panel(lines: list[dict]) -> bytes:
-    """Returns a PNG of one run and cell: the shares of answers, by layer and site of the replaced state."""
-    return png(draw_patching, lines)
-
-
-def residual_panel(lines: list[dict]) -> bytes:
-    """Returns a PNG of one run and cell. It has a row for each distance, with cosines on the left and decoded shares on
-    the right."""
-    return png(draw_residual, lines)
 
 
 # ----------------------------------------------------------------------------- positions
@@ -68,38 +34,16 @@ def draw_positions(figure, lines: list[dict]) -> None:
         if line["condition"] == "full":
             axes.axvline(100 * line["exact"], color=style["color"], linewidth=0.8, alpha=0.6, zorder=1)
     labels = [name.replace("_", " ").replace("no position ", "no position\n") for name in names]
-    _rows(axes, labels)
-    axes.set_title(f"{first['task'].replace('_', ' ')}, {first['length']} positions")
-    axes.set_xlabel(f"exact answers, %\nlevel {first['level']}, {text_count(lines)}, 95 % intervals")
-    legend(figure, [
-        *(key(name, linestyle="", **style) for name, style in zip(placements, looks, strict=True)),
-        key("full", linewidth=0.8), key("chance", linestyle=":", linewidth=1.2),
-    ])  # fmt: skip
-
-
-def draw_table_2(figure) -> None:
-    figure.set_figheight(0.9 + 0.44 * len(TABLE_2))
-    figure.set_facecolor(LIGHT)
-    axes = figure.subplots()
-    for y, shares in enumerate(TABLE_2.values()):
-        for share, dodge, filled in zip(shares, (-0.14, 0.14), ("full", "none"), strict=True):
-            low, high = wilson(round(share / 100 * TABLE_2_N), TABLE_2_N)
-            axes.hlines(y + dodge, 100 * low, 100 * high, color="#999999", linewidth=1.2)
-            axes.plot(share, y + dodge, "o", color="black", markersize=4.5, fillstyle=filled)
-    _rows(axes, [wrapped(name, 22) for name in TABLE_2])
-    axes.set_title(f"the paper's Table 2,\nabout {TABLE_2_N} texts each")
-    axes.set_xlabel(f"accuracy, %\n95 % if n = {TABLE_2_N}")
-    names = {"full": "full", "none": "no position at meta-tokens"}
-    legend(figure, [key(name, color="black", marker="o", linestyle="", fillstyle=style)
-                    for style, name in names.items()], columns=1)  # fmt: skip
-
-
-def _rows(axes, labels: list[str]) -> None:
-    """Labels rows from the top and scales the horizontal axis in percent."""
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(-4, 104)
     axes.set_xticks(range(0, 101, 20))
+    axes.set_title(f"{first['task'].replace('_', ' ')}, {first['length']} positions")
+    axes.set_xlabel(f"exact answers, %\nlevel {first['level']}, 95 % intervals\n{text_count(lines)}")
+    legend(figure, [
+        *(key(name, linestyle="", **style) for name, style in zip(placements, looks, strict=True)),
+        key("full", linewidth=0.8), key("chance", linestyle=":", linewidth=1.2),
+    ])  # fmt: skip
 
 
 # ----------------------------------------------------------------------------- attention
@@ -127,7 +71,7 @@ def draw_attention(figure, lines: list[dict]) -> None:
                   ylabel="drop measured, nats",
                   title="is it the boost of the mark?\nOn the line: yes; one dot per head")  # fmt: skip
     first = lines[0]
-    figure.suptitle(f"{first['task'].replace('_', ' ')}, {first['level']}, {first['length']} positions", fontsize=10)
+    figure.suptitle(f"{first['task'].replace('_', ' ')}, {first['level']}, {first['length']} positions")
     legend(figure, [
         *(key(f"layer {i}", color=_layer_colour(i, layers), marker="s", linestyle="") for i in _some(layers)),
         *(key(f"a head of {name} attention", marker=marker, linestyle="", markersize=5)
@@ -155,20 +99,6 @@ def _draw_heads(axes, lines: list[dict], placements: list[str], name: str) -> No
                   color=_layer_colour(line["layer"], layers), fillstyle=filled)  # fmt: skip
 
 
-def draw_theorem(figure) -> None:
-    figure.set_facecolor(LIGHT)
-    axes = figure.subplots()
-    for (name, (t, H, _, slope)), colour in zip(theorem_curves().items(), COLOURS, strict=False):
-        sign = f"ln\xa0p\xa0{'>' if slope[0] < 0 else '<'}\xa0−H"
-        axes.plot(t, H, color=colour, label=f"a key that is {name} without it: {sign}")
-        if turn := int(H.argmax()):
-            axes.plot(t[turn], H[turn], "v", color=colour, markersize=7)
-            axes.annotate("ln p = −H", (t[turn], H[turn]), xytext=(0, 7), textcoords="offset points", ha="center")
-    axes.set(xlabel="boost t of one key's logit, of 64 keys", ylabel="entropy H, nats", ylim=(0, 1.6),
-             title="what the paper's theorem says:\ndH/dt = −p (ln p + H)")  # fmt: skip
-    legend(figure, axes.get_legend_handles_labels()[0], columns=1)
-
-
 def _layers(lines: list[dict]) -> int:
     return 1 + max(line["layer"] or 0 for line in lines)
 
@@ -192,7 +122,7 @@ def draw_patching(figure, lines: list[dict]) -> None:
         axes.axhline(100 * lines[0][f"{share}_unpatched"], color=GREY, linestyle="--", linewidth=1, zorder=1)
         for number, series, dodge in _series(lines, "site", SITE_NAMES, 0.06):
             _draw_by_layer(axes, series, share, 100, number, dodge)
-        axes.set_ylim(-4, 104)
+        percent_axis(axes)
     donor.set_xticks(_some(_layers(lines)))
     donor.set_xlim(-0.5, _layers(lines) - 0.5)
     kept.set(title=_cell_title(lines), ylabel="its own answer, %")
@@ -216,14 +146,14 @@ def draw_residual(figure, lines: list[dict]) -> None:
             ):  # fmt: skip
                 axes.plot([line["layer"] for line in series], [scale * line[floor] for line in series],
                           color=COLOURS[number], linestyle=style, linewidth=1.2, zorder=1)  # fmt: skip
-        decoded.set_ylim(-4, 104)
+        percent_axis(decoded)
         decoded.set_xticks(_some(_layers(lines)))
         cosine.set_ylabel(f"{distance} back")
     panels[0, 0].set_title("cosine,\ncentred")
     panels[0, 1].set_title("named by a linear\nclassifier, %")
     for axes in panels[-1]:
         axes.set_xlabel("layer")
-    figure.suptitle(f"{_cell_title(lines)}\n{wrapped(f'{text_count(lines)}, 95 % intervals')}", fontsize=10)
+    figure.suptitle(f"{_cell_title(lines)}\n{wrapped(f'{text_count(lines)}, 95 % intervals')}")
     legend(figure, [
         *_series_keys(lines, "place", PLACE_NAMES),
         key("floors: another text's; commonest token", linestyle="--", linewidth=1.2),
@@ -255,7 +185,5 @@ def _series_keys(lines: list[dict], field: str, names: dict[str, str]) -> list[L
 
 def _draw_by_layer(axes, lines: list[dict], name: str, scale: float, number: int, dodge: float) -> None:
     """Draws a figure by layer with its interval."""
-    x = [line["layer"] + dodge for line in lines]
-    axes.plot(x, [scale * line[name] for line in lines], linewidth=1.2, **look(number))
-    low, high = zip(*(line[f"{name}_interval"] for line in lines), strict=True)
-    axes.vlines(x, [scale * end for end in low], [scale * end for end in high], color=COLOURS[number], linewidth=1.4)
+    ends = [(line[name], *line[f"{name}_interval"]) for line in lines]
+    interval_line(axes, [line["layer"] + dodge for line in lines], ends, {**look(number), "linewidth": 1.2}, scale)

@@ -10,12 +10,10 @@ from nanometa.reports.probe_pictures import (
     ATTENTION_MARKERS,
     PLACE_NAMES,
     SITE_NAMES,
-    attention_panel,
-    patching_panel,
-    positions_panel,
-    residual_panel,
-    table_2,
-    theorem_picture,
+    draw_attention,
+    draw_patching,
+    draw_positions,
+    draw_residual,
 )
 from nanometa.reports.table_sections import WHERE, Column, claim, layers_where, probe
 
@@ -58,7 +56,7 @@ POSITIONS = probe(
     f"Newcombe's interval over texts. {CHECKPOINT} The paper's Table 2 has cells of about 18 texts.",
     {**CELL, "condition": (str,), "exact": NUMBER, "interval": (list,), "chance": NUMBER},
     (*TEXTS, "condition"),
-    positions_panel,
+    draw_positions,
     (
         *WHERE,
         Column("condition", lambda line: line["condition"].replace("_", " "), text=True),
@@ -69,7 +67,6 @@ POSITIONS = probe(
         N,
     ),
     panel=("task", "level", "question", "length"),
-    paper=table_2,
 )
 
 ATTENTION = probe(
@@ -86,7 +83,7 @@ ATTENTION = probe(
     f"ordinary word. {CHECKPOINT}",
     known(attention=(str,), layer=(int, type(None)), head=(int, type(None))) | judged("boost", "drop"),
     (*TEXTS, "attention", "layer", "head"),
-    attention_panel,
+    draw_attention,
     (
         *WHERE,
         Column("attention", lambda line: line["attention"], text=True),
@@ -101,7 +98,6 @@ ATTENTION = probe(
         N,
     ),
     panel=("task", "level", "question", "length"),
-    paper=theorem_picture,
     choices={"attention": ATTENTION_MARKERS},
     first=lambda line: line["layer"] is None,
 )
@@ -120,7 +116,7 @@ PATCHING = probe(
     | {"kept_interval": (list,), "donor_interval": (list,)}
     | judged("needed", "carried"),
     (*TEXTS, "site", "layer"),
-    patching_panel,
+    draw_patching,
     (
         *WHERE,
         Column("replaced at", lambda line: SITE_NAMES[line["site"]], text=True),
@@ -153,7 +149,7 @@ RESIDUAL = probe(
     | {"decoded_interval": (list,)}
     | judged("nearer"),
     (*TEXTS, "place", "layer", "distance"),
-    residual_panel,
+    draw_residual,
     (
         *WHERE,
         Column("state of", lambda line: PLACE_NAMES[line["place"]], text=True),

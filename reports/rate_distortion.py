@@ -1,10 +1,9 @@
 """Builds the section of probe.py rate_distortion, whose lines are curves and comparisons of two curves."""
 
 from nanometa.reports.lines import CELL, NUMBER, check_facts, check_fields
-from nanometa.reports.markup import escaped
 from nanometa.reports.page import Page, Section
 from nanometa.reports.paper import DISTORTION, GUESSING
-from nanometa.reports.rate_pictures import LOOKS, rate_panel
+from nanometa.reports.rate_pictures import LOOKS, draw_rates
 from nanometa.reports.table_sections import (
     WHERE,
     Column,
@@ -12,11 +11,10 @@ from nanometa.reports.table_sections import (
     check_choices,
     checkpoint_picture,
     claim,
-    figures,
     rows,
     run_key,
+    section_body,
     terminal_table,
-    unlearned,
 )
 
 TITLE = "Rate and distortion of hidden states"
@@ -121,14 +119,10 @@ COMPARISONS = (
 
 def body(page: Page, lines: list[dict]) -> str:
     curves, comparisons = (of_kind(lines, kind) for kind in KINDS)
-    shown = figures(page, "rate_distortion", TITLE, by_call(curves), TEXTS, rate_panel)
     tables = rows(page, by_call(curves), CURVES)
     if comparisons:
         tables += f"<h3>At equal rates</h3>\n{rows(page, by_call(comparisons), COMPARISONS)}"
-    return f"""<h2 id="rate_distortion">{escaped(TITLE)}</h2>
-<p>{escaped(ABOUT)}</p>
-{unlearned(lines)}<div>{"".join(shown)}</div>
-{tables}"""
+    return section_body(page, "rate_distortion", TITLE, ABOUT, curves, TEXTS, draw_rates, tables)
 
 
 def of_kind(lines: list[dict], kind: str) -> list[dict]:
@@ -136,7 +130,7 @@ def of_kind(lines: list[dict], kind: str) -> list[dict]:
 
 
 def picture(lines: list[dict]) -> bytes:
-    return checkpoint_picture(of_kind(lines, "curve"), TEXTS, rate_panel)
+    return checkpoint_picture(of_kind(lines, "curve"), TEXTS, draw_rates)
 
 
 def terminal(lines: list[dict]) -> str:

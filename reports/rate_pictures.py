@@ -1,6 +1,6 @@
 """Draws the panel of probe.py rate_distortion: distortion by rate, one curve for each state."""
 
-from nanometa.reports.drawing import GREY, key, legend, look, png, text_count, wrapped
+from nanometa.reports.drawing import GREY, key, legend, look, text_count, wrapped
 
 LOOKS = {name: look(i) for i, name in enumerate(("meta", "last", "question", "random", "mean", "delimiter"))}
 LINEAR = 8.0  # nats of rate that are drawn on a linear scale, before the logarithmic one
@@ -13,11 +13,6 @@ STYLES = {
     "floor": {"color": "#999999", "linestyle": (0, (8, 3)), "linewidth": 1.0},
 }
 VIOLATION = {"marker": "x", "color": "red", "markersize": 9, "markeredgewidth": 2, "linestyle": ""}
-
-
-def rate_panel(lines: list[dict]) -> bytes:
-    """Returns a PNG of one run, cell, target and layer: one curve for each state."""
-    return png(draw_rates, lines)
 
 
 def draw_rates(figure, lines: list[dict]) -> None:

@@ -4,9 +4,11 @@ import itertools
 from collections.abc import Callable, Container
 from typing import NamedTuple
 
+from matplotlib.figure import Figure
+
 from nanometa.common.statistics import DECIDES, brief, too_few
-from nanometa.reports.drawing import run_title, tiled
-from nanometa.reports.lines import check_facts, has_learned
+from nanometa.reports.drawing import png, run_title, tiled
+from nanometa.reports.lines import check_facts, has_learned, most_texts
 from nanometa.reports.markup import Markup, details, escaped, p_value, table, text_table
 from nanometa.reports.page import Page, Section
 
@@ -45,10 +47,9 @@ def probe(
     about: str,
     fields: dict[str, tuple],
     cell: tuple[str, ...],
-    picture: Callable[[list[dict]], bytes],
+    draw: Callable[[Figure, list[dict]], None],
     columns: tuple[Column, ...],
-    panel: tuple[str, ...] = (),
-    paper: Callable[[], bytes] | None = None,
+    panel: tuple[str, ...],
     choices: dict[str, Container[str]] | None = None,
     first: Callable[[dict], bool] = lambda line: True,
     row: tuple[str, ...] = (),
@@ -56,9 +57,9 @@ def probe(
     """Returns the section of a probe.
 
     about: paragraph that explains it. fields: types that a line must have, by name; choices: allowed values, by field.
-    cell: fields that tell lines of one call apart. picture: draws the lines of one call with equal `panel` fields.
-    paper: draws the paper's figure. first: whether a line belongs at the top of the table. row: if one row of the table
-    summarizes several lines, the fields that distinguish the rows; a row then contains its lines as `lines`."""
+    cell: fields that tell lines of one call apart. draw: draws the lines of one call with equal `panel` fields. first:
+    whether a line belongs at the top of the table. row: if one row of the table summarizes several lines, the fields
+    that distinguish the rows; a row then contains its lines as `lines`."""
 
     def check(line: dict) -> None:
         check_facts(line, fields)
@@ -68,19 +69,31 @@ def probe(
         return *run_key(line), *(line[name] for name in cell)
 
     def body(page: Page, lines: list[dict]) -> str:
-        theirs = page.picture(f"{kind}_paper.png", f"{title}: what the paper says", paper()) if paper else ""
-        calls = by_call(lines)
-        shown = [merged(sorted(call, key=lambda line: not first(line)), row) for call in calls]
-        return f"""<h2 id="{kind}">{escaped(title)}</h2>
-<p>{escaped(about)}</p>
-{unlearned(lines)}<div>{"".join(figures(page, kind, title, calls, panel, picture))}{theirs}</div>
-{details("All lines", rows(page, shown, columns))}"""
+        calls = [merged(sorted(call, key=lambda line: not first(line)), row) for call in by_call(lines)]
+        return section_body(page, kind, title, about, lines, panel, draw, rows(page, calls, columns))
 
     return Section(
         kind, check, key, body,
-        picture=lambda lines: checkpoint_picture(lines, panel, picture, paper),
+        picture=lambda lines: checkpoint_picture(lines, panel, draw),
         table=lambda lines: terminal_table(merged(lines, row), columns),
     )  # fmt: skip
+
+
+def section_body(
+    page: Page, kind: str, title: str, about: str, lines: list[dict], panel: tuple[str, ...], draw, tables: str
+) -> str:
+    """Returns the HTML of a section: the pictures of the lines, one for each group of lines of one call with equal
+    `panel` fields, the paragraph that explains them, and the folded tables."""
+    figures = []
+    for call in by_call(lines):
+        for of in apart(call, fields_of(panel)):
+            which = f"{_name(call)}; {', '.join(str(of[0][name]).replace('_', ' ') for name in panel)}"
+            name = f"{kind}_{len(figures) + 1}.png"
+            figures.append(page.picture(name, f"{title}: {which}", png(draw, of), of, note=which))
+    return f"""<h2 id="{kind}">{escaped(title)}</h2>
+{unlearned(lines)}<div>{"".join(figures)}</div>
+<p class="small">{escaped(about)}</p>
+{details("All lines", tables)}"""
 
 
 def merged(lines: list[dict], row: tuple[str, ...]) -> list[dict]:
@@ -89,12 +102,9 @@ def merged(lines: list[dict], row: tuple[str, ...]) -> list[dict]:
     return [{**of[0], "lines": of} for of in apart(lines, fields_of(row))] if row else lines
 
 
-def checkpoint_picture(
-    lines: list[dict], panel: tuple[str, ...], picture: Callable, paper: Callable[[], bytes] | None = None
-) -> bytes:
-    """Returns one PNG of the lines of a checkpoint: all its panels, and the paper's figure."""
-    panels = [picture(of) for of in apart(lines, fields_of(panel))]
-    return tiled(run_title(lines), [*panels, paper()] if paper else panels)
+def checkpoint_picture(lines: list[dict], panel: tuple[str, ...], draw: Callable[[Figure, list[dict]], None]) -> bytes:
+    """Returns one PNG of the lines of a checkpoint, with all its panels."""
+    return tiled(run_title(lines), [png(draw, of) for of in apart(lines, fields_of(panel))])
 
 
 def terminal_table(lines: list[dict], columns: tuple[Column, ...]) -> str:
@@ -146,14 +156,8 @@ def _name(call: list[dict]) -> str:
 
 
 def latest(section: Section, lines: list[dict]) -> list[dict]:
-    """Returns one line for each cell from several calls on the same weights: the one with the most texts, or the last
-    of those with equally many."""
-    kept: dict[tuple, dict] = {}
-    for line in lines:
-        key = section.key({**line, "command": ""})
-        if key not in kept or line["n"] >= kept[key]["n"]:
-            kept[key] = line
-    return list(kept.values())
+    """Returns one line for each cell from several calls on the same weights (see most_texts)."""
+    return most_texts(lines, lambda line: section.key({**line, "command": ""}))
 
 
 def apart(lines: list[dict], key: Callable[[dict], tuple]) -> list[list[dict]]:
@@ -180,20 +184,6 @@ def layers_where(lines: list[dict], claim: str) -> str:
         for verdict in ("holds", "the reverse")
     )
     return (holds or "none") + (f"; less: {reverse}" if reverse else "")
-
-
-def figures(
-    page: Page, kind: str, title: str, calls: list[list[dict]], panel: tuple[str, ...], picture: Callable
-) -> list[Markup]:
-    """Returns the pictures: one for each group of lines of one call with equal `panel` fields."""
-    shown = []
-    for call in calls:
-        for of in apart(call, fields_of(panel)):
-            cell = ", ".join(str(of[0][name]).replace("_", " ") for name in panel)
-            which = f"{_name(call)}; {cell}" if cell else _name(call)
-            name = f"{kind}_{len(shown) + 1}.png"
-            shown.append(page.picture(name, f"{title}: {which}, as in the table below", picture(of), of, note=which))
-    return shown
 
 
 def rows(page: Page, calls: list[list[dict]], columns: tuple[Column, ...]) -> Markup:
