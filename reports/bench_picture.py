@@ -5,9 +5,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from nanometa.common.files import write_atomically
-from nanometa.reports.drawing import ARM_COLOURS, GREY, MARKERS, key, legend, png, tiled
+from nanometa.reports.drawing import ARM_COLOURS, COLOURS, GREY, MARKERS, key, legend, length_axis, png, tiled
 
-COLOURS = {  # by contestant; the arms have the colors of their other pictures
+KNOWN = {  # colors of contestants; the arms have those of their other pictures
     "none": ARM_COLOURS["gpt2"], "meta": ARM_COLOURS["meta"], "gathered": ARM_COLOURS["meta"],
     "meta, one plan": "#56B4E9", "dense": "#D55E00", "nanogpt": GREY, "hf": "#E69F00",
 }  # fmt: skip
@@ -42,11 +42,12 @@ def bars(figure: Figure, title: str, rows: list[dict], keys: tuple[str, ...], va
     for row in rows:
         groups.setdefault("\n".join(str(row[name]) for name in keys), []).append(row)
     contestants = list(dict.fromkeys(row["who"] for row in rows))
+    colours = {who: KNOWN.get(who, COLOURS[i % len(COLOURS)]) for i, who in enumerate(contestants)}
     width = 0.8 / len(contestants)
     for place, of in enumerate(groups.values()):
         for row in of:
             x, top = place + contestants.index(row["who"]) * width, row[value] / of[0][value]
-            axes.bar(x, top, width, color=COLOURS.get(row["who"], GREY))
+            axes.bar(x, top, width, color=colours[row["who"]])
             if "quartiles" in row and value not in ("peak GB", "MB/s"):
                 ends = [float(end.replace(",", "")) / of[0][value] for end in row["quartiles"].split("..")]
                 axes.vlines(x, *ends, color="black", linewidth=1)
@@ -58,7 +59,7 @@ def bars(figure: Figure, title: str, rows: list[dict], keys: tuple[str, ...], va
     axes.grid(axis="x", visible=False)
     axes.margins(y=0.3)
     axes.set_ylim(bottom=0)
-    legend(figure, [key(who, color=COLOURS.get(who, GREY), linewidth=6) for who in contestants], columns=4)
+    legend(figure, [key(who, color=colour, linewidth=6) for who, colour in colours.items()], columns=4)
 
 
 def lines(figure: Figure, rows: list[dict], value: str) -> None:
@@ -66,7 +67,7 @@ def lines(figure: Figure, rows: list[dict], value: str) -> None:
     axes, handles = figure.subplots(), []
     for number, (who, share) in enumerate(dict.fromkeys((row["who"], row["markers"]) for row in rows)):
         mine = [row for row in rows if (row["who"], row["markers"]) == (who, share)]
-        look = {"color": COLOURS.get(who, GREY), "marker": MARKERS[number], "markersize": 4.5}
+        look = {"color": KNOWN[who], "marker": MARKERS[number], "markersize": 4.5}
         x = [row["T"] for row in mine]
         axes.plot(x, [row[value] for row in mine], **look)
         handles.append(key(who if who == "none" else f"{who}, {share:.0%} markers", **look))
@@ -74,7 +75,7 @@ def lines(figure: Figure, rows: list[dict], value: str) -> None:
             axes.plot(x, [row["s at the matmul peak"] for row in mine], ":", color=look["color"])
     if value == "s a step":
         handles.append(key("at the matmul peak", linestyle=":"))
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    length_axis(axes, {row["T"] for row in rows})
+    axes.set_ylim(bottom=0)
     axes.set(title=f"lengths: {value}", xlabel="positions of a window (8192 in a step)", ylabel=value)
     legend(figure, handles)

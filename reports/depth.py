@@ -1,22 +1,17 @@
 """Draws the loss by depth in documents, from lines of eval.py perplexity --documents."""
 
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.colors import to_rgb
 
 from nanometa.common.errors import UserError
 from nanometa.common.files import read_json_lines
 from nanometa.common.statistics import clustered_ratio
-from nanometa.reports.drawing import COLOURS, GREY, MARKERS, key, legend, png, wrapped
-from nanometa.reports.lines import check_facts, told_apart
+from nanometa.reports.drawing import GREY, arm_looks, key, legend, png, wrapped
+from nanometa.reports.lines import apart, check_facts, told_apart
 from nanometa.reports.markup import details, table
 from nanometa.reports.page import Section
-
-# a scaling has the same colour in every picture, whatever its factor
-COLOUR = dict(zip(("yarn", "pi", "ntk", "pi dynamic", "none", "yarn dynamic", "ntk dynamic"), COLOURS, strict=True))
 
 FEWEST = 5  # documents for which a band is drawn; an interval over fewer is too wide to show anything
 
@@ -25,9 +20,7 @@ class Curve(NamedTuple):
     """The loss by depth of one run, read in one way, in windows of one length."""
 
     label: str
-    method: str  # scaling method, a key of COLOUR
-    trained: bool  # whether the run was trained with this scaling, or only read with it
-    length: int  # positions of a window
+    trained: bool  # whether the run was trained with this scaling of positions, or only read with it
     window: int  # content tokens in a training window before any extension
     depth: np.ndarray  # (N,) centers of the buckets
     nats: np.ndarray  # (G, N) per token of every document, averaged over the draws of markers
@@ -61,11 +54,9 @@ def text_of(line: dict) -> tuple[str, int]:
 def curves(lines: list[dict]) -> tuple[list[Curve], np.ndarray, str]:
     """Returns the curves of lines about one text, the number of pieces of every document (G,), and a description of the
     text. If lines repeat, the last one counts. Raises ValueError, KeyError or TypeError for damaged lines."""
-    found: dict[tuple, dict[int, dict]] = {}
-    for line in lines:
-        cell = tuple(line[name] for name in ("arm", "weights_sha256", "length", "markers"))
-        found.setdefault(cell, {})[line["draw"]] = line
-    cells = [list(draws.values()) for draws in found.values()]
+    names = ("arm", "weights_sha256", "length", "markers")
+    cells = apart(lines, lambda line: tuple(line[name] for name in names))
+    cells = [list({line["draw"]: line for line in cell}.values()) for cell in cells]
     firsts = [draws[0] for draws in cells]
     facts = ("windows of {length}", "markers {markers}", "{run}", "step {step}", "weights {weights_sha256:.8}")
     labels = told_apart([line["arm"] for line in firsts], [list(map(of.format_map, firsts)) for of in facts])
@@ -77,33 +68,24 @@ def curves(lines: list[dict]) -> tuple[list[Curve], np.ndarray, str]:
 
 def _curve(label: str, draws: list[dict]) -> Curve:
     first, nats = draws[0], np.mean([line["document_nats"] for line in draws], axis=0)
-    method = first["scaling"] if first["scaling"].endswith("dynamic") else first["scaling"].partition(" ")[0]
-    if method not in COLOUR or nats.shape[0] != len(first["document_pieces"]):
-        raise ValueError(f"{label} is of scaling {first['scaling']!r}, {nats.shape[0]} documents")
+    if len(nats) != len(first["document_pieces"]):
+        raise ValueError(f"{label} has losses of {len(nats)} documents, not {len(first['document_pieces'])}")
     depth = (np.arange(nats.shape[1]) + 0.5) * first["bucket"]
-    trained = first["scaling"] == first["trained_scaling"]
-    return Curve(label, method, trained, first["length"], first["original_content"], depth, nats)
+    return Curve(label, first["scaling"] == first["trained_scaling"], first["original_content"], depth, nats)
 
 
 def draw(figure, curves: list[Curve], pieces: np.ndarray, text: str) -> None:
     """Draws all curves, and below them their differences from the first one. Documents vary much less in these
     differences than in their loss. Bands are drawn for FEWEST documents or more.
 
-    The color shows the scaling, and is lighter for shorter windows. A solid line is of a run trained with this scaling,
-    a dashed line of a run only read with it. A second curve of the same look has markers. The depth axis is linear
-    because most of it lies beyond the window."""
+    A solid line is of a run trained with its scaling of positions, a dashed line of a run only read with it. The depth
+    axis is linear because most of it lies beyond the window."""
     first, panels = curves[0], 2 if len(curves) > 1 else 1
     figure.set_figheight(0.7 + 2.7 * panels)
     level, *below = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
-    seen, handles = Counter(), []
-    lengths = sorted({curve.length for curve in curves}, reverse=True)
-    step = 0.6 / max(1, len(lengths) - 1)
-    for curve in curves:
-        colour = lighter(COLOUR[curve.method], step * lengths.index(curve.length))
-        style = {"color": colour, "linestyle": "-" if curve.trained else (0, (4, 1.5)), "linewidth": 1.4}
-        if again := seen[curve.method, curve.trained, curve.length]:
-            style |= {"marker": MARKERS[(again - 1) % len(MARKERS)], "markersize": 4, "markevery": 0.06}
-        seen[curve.method, curve.trained, curve.length] += 1
+    handles = []
+    for curve, look in zip(curves, arm_looks([curve.label for curve in curves]).values(), strict=True):
+        style = {**look, "linestyle": "-" if curve.trained else (0, (4, 1.5)), "linewidth": 1.4, "markevery": 0.1}
         handles.append(key(curve.label, **style))
         _draw(level, curve.depth, curve.nats, pieces, style, band=curve is first)
         if below:
@@ -125,11 +107,6 @@ def draw(figure, curves: list[Curve], pieces: np.ndarray, text: str) -> None:
     before = "content tokens that precede in the document, or in its piece"
     axes.set_xlabel(f"{wrapped(before, width)}\n{wrapped(text, width)}")
     legend(figure, handles)
-
-
-def lighter(colour: str, share: float) -> tuple[float, float, float]:
-    """Returns a color mixed with this share of white."""
-    return tuple(1 - (1 - part) * (1 - share) for part in to_rgb(colour))
 
 
 def _draw(axes, depth: np.ndarray, nats: np.ndarray, pieces: np.ndarray, style: dict, band: bool) -> None:
@@ -167,19 +144,14 @@ def _key(line: dict) -> tuple:
 
 def body(page, lines: list[dict]) -> str:
     """Returns a picture for each text of documents, and a table with the loss of every condition."""
-    texts: dict[tuple, list[dict]] = {}
-    cells: dict[tuple, list[dict]] = {}
-    for line in lines:
-        if "document_nats" in line:
-            texts.setdefault(text_of(line), []).append(line)
-        if "impossible" not in line:
-            cells.setdefault((*_key(line)[:7], "document_nats" in line), []).append(line)
+    texts = apart((line for line in lines if "document_nats" in line), text_of)
+    measured = [line for line in lines if "impossible" not in line]
     figures = [
         page.picture(f"depth_{number}.png", "loss by depth in documents", png(draw, *curves(of)), of)
-        for number, of in enumerate(texts.values(), 1)
+        for number, of in enumerate(texts, 1)
     ]
     groups: dict[str, list[list]] = {}
-    for of in cells.values():
+    for of in apart(measured, lambda line: (*_key(line)[:7], "document_nats" in line)):
         first = of[0]
         pieces = f", {first['pieces']} pieces of {first['documents']} documents" if "document_nats" in first else ""
         name = f"{first['dataset']}, {first['tokens']:,} content tokens{pieces} ({first['content_sha256'][:8]})"

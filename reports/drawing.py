@@ -39,21 +39,24 @@ def png(draw, *args, width: float = WIDTH) -> bytes:
 
 def tiled(heading: str, pictures: list[bytes], columns: int = 3) -> bytes:
     """Returns PNGs of the same width side by side, row by row below a heading, as one PNG."""
-    columns = min(columns, len(pictures))
-    head, *tiles = (imread(BytesIO(picture))[..., :3] for picture in (_heading(heading, columns), *pictures))
-    rows = [[head], *(tiles[i : i + columns] for i in range(0, len(tiles), columns))]
-    out = BytesIO()
-    imsave(out, np.concatenate([_row(row, head.shape[1]) for row in rows]), format="png", metadata={"Software": None})
+    tiles = [_pixels(picture) for picture in pictures]
+    columns = min(columns, len(tiles))
+    inches = columns * tiles[0].shape[1] / DPI
+
+    def draw_heading(figure: Figure) -> None:
+        text = wrapped(heading, int(13 * inches))
+        figure.set_figheight(0.2 + 0.18 * (1 + text.count("\n")))
+        figure.suptitle(text)
+
+    rows = [[_pixels(png(draw_heading, width=inches))]]
+    rows += [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+    joined, out = np.concatenate([_row(row, rows[0][0].shape[1]) for row in rows]), BytesIO()
+    imsave(out, joined, format="png", metadata={"Software": None})
     return out.getvalue()
 
 
-def _heading(text: str, columns: int) -> bytes:
-    def draw(figure: Figure) -> None:
-        lines = wrapped(text, 50 * columns)
-        figure.set_figheight(0.2 + 0.18 * (1 + lines.count("\n")))
-        figure.suptitle(lines)
-
-    return png(draw, width=columns * WIDTH)
+def _pixels(picture: bytes) -> np.ndarray:
+    return imread(BytesIO(picture))[..., :3]
 
 
 def _row(tiles: list[np.ndarray], width: int) -> np.ndarray:

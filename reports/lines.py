@@ -126,6 +126,14 @@ def key(line: dict) -> tuple:
     return line["run"], line["weights_sha256"], line["arm"], cell_of(line)
 
 
+def apart(lines: Iterable, key: Callable) -> list[list]:
+    """Returns the lines in groups of equal keys."""
+    groups: dict[tuple, list] = {}
+    for line in lines:
+        groups.setdefault(key(line), []).append(line)
+    return list(groups.values())
+
+
 def most_texts(lines: list[dict], key: Callable[[dict], tuple]) -> list[dict]:
     """Returns one line for each key: the one with the most texts, or the last of those with equally many."""
     kept: dict[tuple, dict] = {}
@@ -138,17 +146,12 @@ def most_texts(lines: list[dict], key: Callable[[dict], tuple]) -> list[dict]:
 def arms_of(lines: list[dict]) -> list[Arm]:
     """Returns the arms in the order in which they first appear. Runs with the same arm and training are its seeds. If
     two of them have the same seed, the lines do not record how they differ, and each becomes an arm of its own."""
-    groups: dict[tuple, dict[tuple, list[dict]]] = {}
-    for line in lines:
-        placements = tuple(map(str, line["train_placements"] or ()))
-        training = Training(trained_on(line), line["train_length"], placements, line["settings"])
-        runs = groups.setdefault((line["arm"], training), {})
-        runs.setdefault((line["run"], line["weights_sha256"]), []).append(line)
     found = []  # (arm, training, its runs' lines)
-    for (name, training), runs in groups.items():
-        seeds = [of[0]["seed"] for of in runs.values()]
-        together = [list(runs.values())] if len(set(seeds)) == len(seeds) else [[of] for of in runs.values()]
-        found += [(name, training, of) for of in together]
+    for of in apart(lines, lambda line: (line["arm"], training_of(line))):
+        runs = apart(of, lambda line: (line["run"], line["weights_sha256"]))
+        seeds = {run[0]["seed"] for run in runs}
+        together = [runs] if len(seeds) == len(runs) else [[run] for run in runs]
+        found += [(of[0]["arm"], training_of(of[0]), runs) for runs in together]
     names, trainings, runs_of = map(list, zip(*found, strict=True)) if found else ([], [], [])
     trained = [f"trained with {', '.join(training.placements) or 'text'}" for training in trainings]
     labels = told_apart(names, [trained, [f"on {', '.join(training.on)}" for training in trainings]])
@@ -161,6 +164,11 @@ def arms_of(lines: list[dict]) -> list[Arm]:
             by_cell.setdefault(cell_of(line), {})[line["seed"]] = line
         arms.append(Arm(label, training, by_cell))
     return arms
+
+
+def training_of(line: dict) -> Training:
+    placements = tuple(map(str, line["train_placements"] or ()))
+    return Training(trained_on(line), line["train_length"], placements, line["settings"])
 
 
 def _runs(runs: list[list[dict]]) -> str:

@@ -55,13 +55,11 @@ class Page:
         return {"report.html": document("nanoMeta report", page).encode(), **self.files}
 
     def picture(self, name: str, what: str, content: bytes, used: list[dict], note: str = "") -> str:
-        """Returns a <figure> of a PNG, and keeps the PNG as a file. what: alternative text; used: lines whose n, seeds,
-        commands and machines the caption names."""
+        """Returns a <figure> of a PNG, and keeps the PNG as a file. what: alternative text; used: lines whose n, seeds
+        and machines the caption names."""
         self.files[name] = content
         machines = list(dict.fromkeys(line["machine"] for line in used if line.get("machine")))
-        links = self.links([line["command"] for line in used])
-        facts = [note, footer(used), Markup(f"commands {links}"), *machines, name]
-        caption = "; ".join(escaped(text) for text in facts if text)
+        caption = escaped("; ".join(text for text in (note, footer(used), *machines, name) if text))
         image = f'<img alt="{escaped(what)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
         return f'<figure>{image}<figcaption data-file="{escaped(name)}">{caption}</figcaption></figure>\n'
 

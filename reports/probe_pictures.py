@@ -1,13 +1,13 @@
 """Draws the panels of probe.py positions, attention, patching and residual: small pictures, one for each cell."""
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.lines import Line2D
 
 from nanometa.reports.drawing import COLOURS, GREY, interval_line, key, legend, look, percent_axis, text_count, wrapped
 from nanometa.reports.paper import FIGURE_2
 
 ATTENTION_MARKERS = {"causal": "o", "second": "D"}
+MEANS = {"causal": "-", "second": (0, (5, 2))}
 SITE_NAMES = {
     "mark": "the mark that ends the span", "marks": "all marks", "after": "the token behind the mark",
     "ordinary": "an ordinary token", "answer": "the answer in the text", "asked": "the token that predicts the answer",
@@ -50,61 +50,42 @@ def draw_positions(figure, lines: list[dict]) -> None:
 
 
 def draw_attention(figure, lines: list[dict]) -> None:
+    """Draws boost and drop of every head by layer, and the means of all heads as horizontal lines."""
+    figure.set_figheight(5.2)
     placements = list(dict.fromkeys(line["placement"] for line in lines))
-    height = 0.55 + 0.42 * len(placements)
-    figure.set_figheight(2 * height + 2.9)
-    boost, drop, explained = figure.subplots(3, 1, height_ratios=[height, height, 2.4])
-    layers = _layers(lines)
-    for axes, name, label in ((boost, "boost", "boost of the largest logit"), (drop, "drop", "drop of entropy, nats")):
-        _draw_heads(axes, lines, placements, name)
-        axes.set_xlabel(label)
-        axes.set_yticks(range(len(placements)), placements)
-        axes.set_ylim(len(placements) - 0.5, -0.5)
-    shown = [line for line in lines if line["layer"] is not None and "predicted" in line]
-    for line in shown:
-        explained.plot(line["predicted"], line["drop"], marker=ATTENTION_MARKERS[line["attention"]], markersize=4.5,
-                       color=_layer_colour(line["layer"], layers), alpha=0.85)  # fmt: skip
-    ends = [0.0, *(line[name] for line in shown for name in ("predicted", "drop"))]
-    low, high = min(ends) - 0.1, max(ends) + 0.1
-    explained.plot([low, high], [low, high], color=GREY, linewidth=1, zorder=1)
-    explained.set(xlabel=f"drop if only the mark's own logit\nchanged, nats\n{text_count(lines)}",
-                  ylabel="drop measured, nats",
-                  title="is it the boost of the mark?\nOn the line: yes; one dot per head")  # fmt: skip
-    first = lines[0]
+    attentions = [name for name in ATTENTION_MARKERS if any(line["attention"] == name for line in lines)]
+    panels, layers, first = figure.subplots(2, 1, sharex=True), _layers(lines), lines[0]
+    for axes, name in zip(panels, ("boost", "drop"), strict=True):
+        axes.axhline(FIGURE_2[name], color="black", linestyle=":", linewidth=1.2, zorder=1)
+        for line in lines:
+            number = placements.index(line["placement"])
+            color, marker = COLOURS[number], ATTENTION_MARKERS[line["attention"]]
+            if line["layer"] is None:
+                axes.axhline(line[name], color=color, linestyle=MEANS[line["attention"]], linewidth=1.2, zorder=1)
+                axes.axhspan(*line[f"{name}_interval"], color=color, alpha=0.15, linewidth=0, zorder=0)
+                continue
+            x = line["layer"] + 0.6 * ((number + 0.5) / len(placements) - 0.5)
+            filled = "full" if line[f"{name}_verdict"].startswith("holds") else "none"
+            axes.plot(x, line[name], marker=marker, markersize=4.5, color=color, fillstyle=filled)
+            if name == "drop" and "predicted" in line:
+                axes.plot(x, line["predicted"], "_", color=color, markersize=8)
+    panels[0].set(ylabel="boost of the\nlargest logit")
+    panels[1].set(ylabel="drop of entropy,\nnats", xlabel=f"layer; {text_count(lines)}")
+    panels[1].set_xticks(_some(layers))
+    panels[1].set_xlim(-0.5, layers - 0.5)
     figure.suptitle(f"{first['task'].replace('_', ' ')}, {first['level']}, {first['length']} positions")
     legend(figure, [
-        *(key(f"layer {i}", color=_layer_colour(i, layers), marker="s", linestyle="") for i in _some(layers)),
-        *(key(f"a head of {name} attention", marker=marker, linestyle="", markersize=5)
-          for name, marker in ATTENTION_MARKERS.items() if any(line["attention"] == name for line in lines)),
+        *(key(name, color=color, linewidth=5) for name, color in zip(placements, COLOURS, strict=False)),
+        *(key(f"{name} attention: a head, mean", marker=ATTENTION_MARKERS[name], markersize=5, linestyle=MEANS[name])
+          for name in attentions),
         key("hollow: not shown to be above 0", marker="o", linestyle="", fillstyle="none"),
-        key("mean of all heads, 95 %", color="black", marker="|", markersize=11, markeredgewidth=2, linestyle=""),
+        key("drop if only the mark's own logit changed", marker="_", markersize=8, linestyle=""),
         key("the paper's mean", color="black", linestyle=":", linewidth=1.2),
     ])  # fmt: skip
 
 
-def _draw_heads(axes, lines: list[dict], placements: list[str], name: str) -> None:
-    axes.axvline(0, color=GREY, linewidth=1, zorder=1)
-    axes.axvline(FIGURE_2[name], color="black", linestyle=":", linewidth=1.2, zorder=1)
-    attentions = [each for each in ATTENTION_MARKERS if any(line["attention"] == each for line in lines)]
-    layers, room = _layers(lines), 0.76 / len(attentions)  # a row holds its attentions, each of them its layers
-    for line in lines:
-        y = placements.index(line["placement"]) - 0.38 + room * (attentions.index(line["attention"]) + 0.5)
-        if line["layer"] is None:
-            axes.hlines(y, *line[f"{name}_interval"], color="black", linewidth=1.6, zorder=4)
-            axes.plot(line[name], y, "|", color="black", markersize=13, markeredgewidth=2, zorder=5)
-            continue
-        y += 0.8 * room * ((line["layer"] + 0.5) / layers - 0.5)
-        filled = "full" if line[f"{name}_verdict"].startswith("holds") else "none"
-        axes.plot(line[name], y, marker=ATTENTION_MARKERS[line["attention"]], markersize=4.5, alpha=0.85,
-                  color=_layer_colour(line["layer"], layers), fillstyle=filled)  # fmt: skip
-
-
 def _layers(lines: list[dict]) -> int:
     return 1 + max(line["layer"] or 0 for line in lines)
-
-
-def _layer_colour(layer: int, layers: int):
-    return colormaps["viridis"](0.92 * layer / max(1, layers - 1))
 
 
 def _some(layers: int) -> list[int]:

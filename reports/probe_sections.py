@@ -49,11 +49,10 @@ def few_keys(keys: float) -> str:
 POSITIONS = probe(
     "positions",
     "Meta-tokens without a position, without an embedding",
-    "The same weights read the same texts of the tasks under several conditions: as trained (full), without a "
-    "position at meta-tokens, without their embedding, and with neither. If the position or the embedding "
-    'carries what the answer needs, fewer answers are right without it. Verdicts are about "more answers are '
-    'right than in full"; the reverse holds where fewer are. Differences from full are in points, with '
-    f"Newcombe's interval over texts. {CHECKPOINT} The paper's Table 2 has cells of about 18 texts.",
+    "The same weights read the same texts as trained (full), and without the position of meta-tokens, their embedding, "
+    "or both. If the answer needs either, fewer answers are right without it. Differences from full are in points, "
+    'with Newcombe\'s interval over texts; verdicts are about "more answers are right than in full". The cells of the '
+    f"paper's Table 2 have about 18 texts. {CHECKPOINT}",
     {**CELL, "condition": (str,), "exact": NUMBER, "interval": (list,), "chance": NUMBER},
     (*TEXTS, "condition"),
     draw_positions,
@@ -72,15 +71,13 @@ POSITIONS = probe(
 ATTENTION = probe(
     "attention",
     "Logit boost and entropy drop of every head",
-    "Do meta-tokens sharpen attention, and in which heads? The same weights read the same texts as trained and "
-    "with zeros for the embedding of the mark. Boost is the growth of a head's largest logit and drop is the "
-    "fall of its entropy, over the queries behind the last mark, with intervals over texts. The paper's Figure "
-    f"2 has a boost of {FIGURE_2['boost']:.2f} and a drop of {FIGURE_2['drop']:.2f} nats, of heads and queries "
-    "that it does not name. By its theorem the boost of a key lowers entropy. This is true only for a key that "
-    'is likely without the boost, and "applies" is the share of queries for which the last mark is such a key. '
-    '"Explained" is the drop if only the logit of the mark had changed, so it shows whether the theorem is the '
-    'reason. With placement none the word "mark" takes the place of the meta-token and shows the effect of an '
-    f"ordinary word. {CHECKPOINT}",
+    "The same weights read the same texts as trained and with zeros for the embedding of the mark. Boost is the growth "
+    "of a head's largest logit and drop is the fall of its entropy, over the queries behind the last mark. The paper's "
+    f"Figure 2 has a boost of {FIGURE_2['boost']:.2f} and a drop of {FIGURE_2['drop']:.2f} nats, of heads and queries "
+    'that it does not name. Its theorem holds only for a key that is likely without the boost: "applies" is the share '
+    'of queries for which the last mark is such a key, and "explained" the drop if only the logit of the mark had '
+    'changed. With placement none the word "mark" takes the place of the meta-token. Intervals are over texts. '
+    f"{CHECKPOINT}",
     known(attention=(str,), layer=(int, type(None)), head=(int, type(None))) | judged("boost", "drop"),
     (*TEXTS, "attention", "layer", "head"),
     draw_attention,
@@ -105,13 +102,10 @@ ATTENTION = probe(
 PATCHING = probe(
     "patching",
     "States replaced by another text's",
-    "Is the information that the answer needs read from the meta-token? At one place of a text, the state that "
-    "enters a layer is replaced by that of a donor, a text with another answer. If the text's own answer "
-    "disappears, the state is needed; if the donor's answer appears, the state carries it. If neither changes "
-    "at the mark, the answer is not read there; at most something that both texts share is read, such as the fact "
-    "that it is a mark. The answer itself in the text and the token that predicts it show the effect at places that "
-    "are read. Shares are of texts, by the layer that the state enters. The figures and the run's lines have the "
-    f"intervals. {CHECKPOINT}",
+    "At one place of a text, the state that enters a layer is replaced by that of a donor, a text with another answer. "
+    "If the text's own answer disappears, the state is needed; if the donor's answer appears, the state carries it. If "
+    "neither changes at the mark, the answer is not read there. The answer itself in the text and the token that "
+    f"predicts it show the effect at places that are read. {CHECKPOINT}",
     known("kept", "kept_unpatched", "donor", "donor_unpatched", site=(str,), layer=(int,))
     | {"kept_interval": (list,), "donor_interval": (list,)}
     | judged("needed", "carried"),
@@ -136,13 +130,11 @@ PATCHING = probe(
 RESIDUAL = probe(
     "residual",
     "What the states of marks hold of the tokens before them",
-    "Is a meta-token's state a summary of what comes before it? The state that enters a layer (the last is the "
-    'final norm) is compared with the token some positions back. "Nearer" is their cosine, with the layer\'s '
-    'mean state subtracted, minus the cosine with the token of another text (floor). "Decoded" is how often a '
-    "linear classifier, trained on other texts, names that token from the state. Its floors are naming the "
-    'commonest token and training on shuffled labels (the highest share of any layer). "More than the word" lists the '
-    'layers in which more is named from the mark than from the word "mark" in its place. The figures and the '
-    "run's lines have the intervals. The paper shows cosines that differ by some hundredths, without a floor. "
+    "The state that enters a layer (the last is the final norm) is compared with the token some positions back. "
+    '"Nearer" is their cosine, with the layer\'s mean state subtracted, minus that with the token of another text. '
+    '"Decoded" is how often a linear classifier, trained on other texts, names that token from the state; its floors '
+    'are naming the commonest token and training on shuffled labels. "More than the word" lists the layers in which '
+    'more is named from the mark than from the word "mark" in its place. The paper shows cosines without a floor. '
     f"Decodable information need not be used: patching tests that. {CHECKPOINT}",
     known("cosine_centred", "floor_centred", "decoded", "majority", "shuffled")
     | {"place": (str,), "layer": (int,), "distance": (int,), "cosine_centred_interval": (list,)}

@@ -19,18 +19,15 @@ from nanometa.reports.table_sections import (
 
 TITLE = "Rate and distortion of hidden states"
 ABOUT = (
-    "How much of a text can be read from one hidden state, at which rate? A variational bottleneck is trained on "
-    "each state at several prices of its rate, and measured in nats on texts that no probe has seen. The rate R "
-    "is at most what the code tells about the state, and the distortion D is the cross-entropy of the target. "
-    "Guessing among K classes has a distortion of ln K, and of H(Y) with their frequencies. By the converse no "
-    "code of rate R has a distortion below H(Y) − R. The paper's bottlenecks, trained on 50 texts, have "
-    f"distortions of {DISTORTION[0]:.1f} to {DISTORTION[1]:.2f} nats, where guessing among all ids has ln 50257 = "
-    f"{GUESSING:.2f}. The decisive figure is the state of the meta-token against other states of the same texts at"
-    " equal rates, up to H(Y) or the rate that both reach: a difference (first minus second) below 0 means that "
-    'the first has less distortion. "No bottleneck" is the same probe without a price; it is no bound, because a '
-    "bottleneck may do better. A high curve means that this probe did not find the target, not that the state "
-    'lacks it; "nothing found" means that no point is below both H(Y) and a constant. Intervals are over texts '
-    "and probe seeds. Verdicts are about this checkpoint, not about its arm."
+    "A variational bottleneck is trained on each state at several prices of its rate, and measured in nats on texts "
+    "that no probe has seen. The rate R is at most what the code tells about the state, and the distortion D is the "
+    "cross-entropy of the target. By the converse no code of rate R has a distortion below H(Y) − R. The decisive "
+    "figure is the difference of two states of the same texts at equal rates: below 0, the first has less distortion. "
+    '"No bottleneck" is the same probe without a price, which is no bound. "Nothing found" means that no point is '
+    "below both H(Y) and a constant: this probe did not find the target, which the state may still hold. The paper's "
+    f"bottlenecks, trained on 50 texts, have distortions of {DISTORTION[0]:.1f} to {DISTORTION[1]:.2f} nats, where "
+    f"guessing among all ids has ln 50257 = {GUESSING:.2f}. Intervals are over texts and probe seeds. Verdicts are "
+    "about this checkpoint, not about its arm."
 )
 TEXTS = ("task", "placement", "level", "question", "length", "layer", "target")
 SHARED = {name: CELL[name] for name in ("task", "placement", "level", "question", "length", "n")} | {
@@ -146,10 +143,9 @@ def terminal(lines: list[dict]) -> str:
 
 
 KEY = (
-    "All in nats. Rate R is at most what the code tells about the state; distortion D is the cross-entropy of the "
-    "target. constant: by the frequencies of the training texts; shuffled: trained on other texts' targets; no "
-    "bottleneck: the same probe without a price, which is no bound. Intervals are 95 % over texts and probe seeds, and "
-    "are about this run, not its arm."
+    "All in nats, 95 % intervals over texts and probe seeds. R: rate, at most what the code tells about the state. "
+    "D: distortion, the cross-entropy of the target. constant: by the frequencies of the training texts. shuffled: "
+    "trained on other texts' targets. no bottleneck: the same probe without a price, which is no bound."
 )
 
 

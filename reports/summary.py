@@ -1,11 +1,12 @@
 """Builds the first screen of the page: the runs, their main figures and the verdicts."""
 
+import itertools
 from collections import Counter
 
 from nanometa.common.statistics import brief
 from nanometa.config.tasks import TASKS
 from nanometa.reports.compare import between_arms, between_checkpoints
-from nanometa.reports.lines import arms_of, told_apart
+from nanometa.reports.lines import apart, arms_of, told_apart
 from nanometa.reports.markup import Markup, details, escaped, first_table, percent
 from nanometa.reports.training import Metrics, parameters
 
@@ -19,13 +20,12 @@ def body(lines: dict[str, list[dict]], runs: list[Metrics], effect: float, margi
 
 def weights(lines: dict[str, list[dict]], runs: list[Metrics]) -> str:
     """Returns a table with one row for each run and weights: how they were trained, and their main figures."""
-    groups: dict[tuple, list[dict]] = {}
-    for line in (line for of in lines.values() for line in of):
-        groups.setdefault((line["run"], line["weights_sha256"]), []).append(line)
+    everything = itertools.chain(*lines.values())
+    groups = apart(everything, lambda line: (line["run"], line["weights_sha256"]))
     records = {run.name: run.last for run in runs}
     rows = []  # arm, placements, run, seed, parameters, lengths, bits per byte, figure of each task
-    for (name, _), of in groups.items():
-        first, arm = of[0], of[0]["arm"].partition(", read with ")[0]
+    for of in groups:
+        first, name, arm = of[0], of[0]["run"], of[0]["arm"].partition(", read with ")[0]
         tasks = [line for line in of if line.get("eval") == "tasks" and line["arm"] == arm]
         ends = first["train_length"], max((line["length"] for line in tasks), default="")
         figures = [exact(tasks, records.get(name, {}), task, *ends) for task in TASKS]
@@ -33,7 +33,7 @@ def weights(lines: dict[str, list[dict]], runs: list[Metrics]) -> str:
                      f"{first['parameters'] / 1e6:.2f}M", " → ".join(map(str, filter(None, ends))),
                      bits(records.get(name, {})), *figures])  # fmt: skip
     for run in runs:
-        if all(name != run.name for name, _ in groups):
+        if all(of[0]["run"] != run.name for of in groups):
             task = run.facts.get("config", {}).get("task", {}) if run.tasks else {}
             rows.append([run.arm, ", ".join(task.get("placements", ())) or "text", run.name, run.seed, parameters(run),
                          task.get("train_length", ""), bits(run.last),

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from nanometa.common.statistics import DECIDES, brief, too_few
 from nanometa.reports.drawing import png, run_title, tiled
-from nanometa.reports.lines import check_facts, has_learned, most_texts
+from nanometa.reports.lines import apart, check_facts, has_learned, most_texts
 from nanometa.reports.markup import Markup, details, escaped, p_value, table, text_table
 from nanometa.reports.page import Page, Section
 
@@ -158,14 +158,6 @@ def _name(call: list[dict]) -> str:
 def latest(section: Section, lines: list[dict]) -> list[dict]:
     """Returns one line for each cell from several calls on the same weights (see most_texts)."""
     return most_texts(lines, lambda line: section.key({**line, "command": ""}))
-
-
-def apart(lines: list[dict], key: Callable[[dict], tuple]) -> list[list[dict]]:
-    """Returns the lines in groups of equal keys."""
-    groups: dict[tuple, list[dict]] = {}
-    for line in lines:
-        groups.setdefault(key(line), []).append(line)
-    return list(groups.values())
 
 
 def fields_of(names: tuple[str, ...]) -> Callable[[dict], tuple]:

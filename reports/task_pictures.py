@@ -39,9 +39,10 @@ def accuracy(figure: Figure, arms: list[Arm], panels: list[Panel], footer: str) 
         axes.set_axis_off()
     for axes in grid[-1]:
         axes.set_xlabel("positions of a text")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("exact answers, %")
     name = title(panels[0] if len(panels) == 1 else panels[0]._replace(placement="all placements"))
     figure.suptitle(f"{wrapped(name)}\n{wrapped(footer)}")
-    figure.supylabel("exact answers, %", fontsize=10)
     dashes = {arm.training.length: looks[arm.name]["linestyle"] for arm in mine}
     legend(figure, [
         *(key(label, **look, linestyle="-") for label, look in arm_looks([arm.label for arm in arms]).items()

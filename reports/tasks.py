@@ -2,12 +2,12 @@
 Figure 1."""
 
 from nanometa.common.statistics import wilson
-from nanometa.reports import extension
 from nanometa.reports.compare import SEEDS, Difference, between_arms, between_checkpoints
 from nanometa.reports.drawing import png
 from nanometa.reports.lines import (
     Arm,
     Panel,
+    apart,
     arms_of,
     check,
     impossible,
@@ -18,7 +18,7 @@ from nanometa.reports.lines import (
 )
 from nanometa.reports.markup import Markup, details, escaped, p_value, percent, points, span, table
 from nanometa.reports.page import Page, Section, footer
-from nanometa.reports.paper import FIGURE_1, LENGTH, NOTES, SOURCE
+from nanometa.reports.paper import FIGURE_1, LENGTH, NOTES, SOURCE, TABLE_1, TABLE_1_SOURCE, WINDOW
 from nanometa.reports.task_pictures import accuracy, title
 
 
@@ -26,21 +26,19 @@ def section(effect: float, margin: float) -> Section:
     def body(page: Page, lines: list[dict]) -> str:
         arms = arms_of(lines)
         own = pictures(page, arms) + differences(arms, lines, effect, margin) + cells(page, arms)
-        return own + extension.body(page, lines) + paper(arms)
+        return own + paper(arms) + longer_windows(lines)
 
     return Section("tasks", check, key, body)
 
 
 def pictures(page: Page, arms: list[Arm]) -> str:
     """Returns one picture for each task, level and question, with a panel for each placement."""
-    groups: dict[Panel, list[Panel]] = {}
-    for panel in panels_of(arms):
-        groups.setdefault(panel._replace(placement=""), []).append(panel)
     figures = []
-    for group, panels in groups.items():
+    for panels in apart(panels_of(arms), lambda panel: panel._replace(placement="")):
         used = [line for arm in arms for (at, _), of in arm.lines.items() if at in panels for line in of.values()]
-        name = f"accuracy_{group.task}_{group.level}_{group.question}"
-        what = f"{title(group)}: exact answers by length, as in the table of all cells"
+        first = panels[0]
+        name = f"accuracy_{first.task}_{first.level}_{first.question}"
+        what = f"{title(first._replace(placement='all placements'))}: exact answers by length"
         figures.append(page.picture(f"{name}.png", what, png(accuracy, arms, panels, footer(used)), used))
     return f"""<h2 id="accuracy">Tasks: accuracy by evaluation length</h2>
 <div>{"".join(figures)}</div>
@@ -70,8 +68,9 @@ the whole interval lies within the margin, ±{percent(margin)} points. Otherwise
 is <b>undecided</b>. All seeds answer the same texts, so the interval does not cover other texts. Effect, margin and the
 cells to compare must be fixed before looking at results.</p>
 """
-    single = f"""<p class="warn">These rows are about two checkpoints, not their arms, and are undecided with fewer than
-{SEEDS} seeds: trained again with another seed, the checkpoints would differ in another way.</p>
+    single = f"""<p class="warn">These rows are about two checkpoints, not their arms, and are
+undecided with fewer than {SEEDS} seeds: trained again with another seed, the checkpoints would differ in another way.
+</p>
 <p class="small">Newcombe's interval for paired texts, McNemar's exact test, and its p after Holm over all rows.</p>
 {difference_table(checkpoints)}"""
     return f"""{head}{warning if len(started) > 1 or (None, None) in started else ""}
@@ -103,14 +102,16 @@ def cells(page: Page, arms: list[Arm]) -> Markup:
         for arm in arms:
             for length in sorted(length for at, length in arm.lines if at == panel):
                 for line in arm.lines[panel, length].values():
-                    where = [length, arm.label, arm.training.length, line["seed"]]
-                    rows.append([*where, *_figures(line), line["n"], page.links([line["command"]]), _shortcuts(line)])
-    head = ["length", "arm", "train length", "seed", "exact, %", "95 %", "tokens, %", "95 %", "nats", "chance, %", "n",
-            "command", "shortcuts, %"]  # fmt: skip
+                    window = line.get("original_block_size") or ""  # lines of the first versions lack it
+                    where = [length, f"{length / window:.3g}x" if window else "", arm.label, arm.training.length]
+                    where += [line["seed"], *_figures(line), line["n"], page.links([line["command"]])]
+                    rows.append([*where, _shortcuts(line)])
+    head = ["length", "of the window", "arm", "train length", "seed", "exact, %", "95 %", "tokens, %", "95 %", "nats",
+            "chance, %", "n", "command", "shortcuts, %"]  # fmt: skip
     about = """<p class="small">Exact answers with Wilson's interval, tokens of the answers with a bootstrap interval
 over texts, nats of a whole answer, and the share that each shortcut answers correctly, with Wilson's interval.</p>
 """
-    return details("Tasks: all cells", about + table(head, groups, (1, 11, 12)))
+    return details("Tasks: all cells", about + table(head, groups, (2, 12, 13)))
 
 
 def _figures(line: dict) -> list[str]:
@@ -157,6 +158,19 @@ fine-tuning (train length). Our runs were fine-tuned on the task and evaluated w
 <ul class="small">{notes}</ul>
 """
     return details("Tasks: ours beside the paper's Figure 1", about)
+
+
+def longer_windows(lines: list[dict]) -> str:
+    """Returns the folded Table 1 of the paper if some of the lines were read with an extended window."""
+    if all(line.get("scaling", "none") == "none" for line in lines):
+        return ""
+    rows = [[f"{extended}x", f"{tuned}x", *of.values()] for (extended, tuned), of in TABLE_1.items()]
+    head = ["extended by YaRN to", "fine-tuned at", *(f"asked at {x}x" for x in TABLE_1[4, 2])]
+    about = f"""{table(head, {"": rows}, ())}<p class="small">Token accuracy in % in list recall with markers where the
+task points. Lengths are multiples (x) of the window before extension, {WINDOW}, like those in the table of all cells.
+Source: {escaped(TABLE_1_SOURCE)}.</p>
+"""
+    return details("Tasks: the paper's Table 1, list recall in longer windows", about)
 
 
 def like_paper(arm: Arm, panel: Panel) -> bool:

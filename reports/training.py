@@ -1,6 +1,7 @@
 """Reads the records of training in metrics.jsonl and config.json, draws the curves, and builds their section."""
 
 import bisect
+import datetime
 import json
 import math
 import statistics
@@ -17,7 +18,7 @@ from nanometa.common.errors import UserError
 from nanometa.common.files import read_json_lines
 from nanometa.config.arms import SECOND_ATTENTIONS, arm_label
 from nanometa.reports.drawing import COLOURS, DASHES, arm_looks, key, legend, png, wrapped
-from nanometa.reports.lines import told_apart
+from nanometa.reports.lines import apart, told_apart
 from nanometa.reports.markup import details, escaped, percent, table
 
 METRICS, CONFIG = "metrics.jsonl", "config.json"
@@ -140,10 +141,7 @@ AXES = {"content_tokens": "content tokens", "minutes": "minutes, with evaluation
 
 def groups_of(runs: list[Metrics]) -> list[list[Metrics]]:
     """Returns the runs in groups that are validated on the same texts and therefore share their axes."""
-    groups: dict[tuple, list[Metrics]] = {}
-    for run in runs:
-        groups.setdefault((bool(run.tasks), *run.text), []).append(run)
-    return list(groups.values())
+    return apart(runs, lambda run: (bool(run.tasks), *run.text))
 
 
 def panels_of(runs: list[Metrics]) -> dict[str, tuple]:
@@ -229,42 +227,39 @@ The training loss is smoothed over a twentieth of the run; the pale line is the 
 
 
 def heading(runs: list[Metrics]) -> str:
-    """Returns a heading that names the validation texts of a group of runs."""
-    data, task = runs[0].facts["data"], runs[0].facts.get("config", {}).get("task", {})
+    """Returns text that names what a group of runs was validated on."""
+    task = runs[0].facts.get("config", {}).get("task", {})
     if runs[0].tasks:
         placed = ", ".join(task.get("placements") or ["?"])
         return f"On tasks: texts of at most {task.get('train_length')} positions, level {task.get('level')}, {placed}"
-    hashes = data.get("content_sha256") or {}
-    known = ", ".join(f"{split} {hashes[split][:8]}" for split in ("train", "val") if split in hashes)
     folders = ", ".join(dict.fromkeys(str(run.facts["data"].get("dataset", "unknown")) for run in runs))
-    return f"On text: {folders}{f', of the content {known}' if known else ''}"
+    known = (runs[0].facts["data"].get("content_sha256") or {}).get("val", "unknown")
+    return f"On text: {folders} (content of the validation split: {known[:8]})"
 
 
 def costs(page, runs: list[Metrics]) -> str:
     """Returns a table of what the runs reached and what they cost."""
     rows = []
     for run in runs:
-        where, last, end = run.facts.get("environment", {}), (run.train or [{}])[-1], run.last
+        last, end = (run.train or [{}])[-1], run.last
         content = "texts" if run.tasks else "content_tokens"
-        evaluations = [line for line in run.val + run.final if "eval_s" in line]
         seconds = run.seconds(last.get("step", 0))
-        after = sum(line["eval_s"] for line in evaluations if line["step"] >= last.get("step", 0))
+        after = sum(line.get("eval_s", 0) for line in run.val + run.final if line["step"] >= last.get("step", 0))
         rows.append([
             run.name, run.seed, run.facts["data"].get("dataset", ""), end.get("step", ""), reached(run),
-            f"{end['loss']:.4f}" if "loss" in end else "–", count(end.get("tokens")), "yes" if run.final else "no",
-            len(run.guard) or "", parameters(run), f"{count(last.get(content))} {content.replace('_', ' ')}",
-            count(last.get("positions")), *(median(run, f"{name}_per_s") for name in (content, "positions")),
-            "" if seconds is None else duration(seconds + after),
-            duration(sum(line["eval_s"] for line in evaluations)), median(run, "mfu", "{:.1%}"), run.used["machine"],
-            where.get("threads", ""), where.get("torch", ""), page.links([run.used["command"]]),
+            f"{end['loss']:.4f}" if "loss" in end else "–", f"{end['tokens']:,}" if "tokens" in end else "",
+            "yes" if run.final else "no", len(run.guard) or "", parameters(run),
+            f"{last[content]:,} {content.replace('_', ' ')}" if content in last else "",
+            *(median(run, f"{name}_per_s") for name in (content, "positions")),
+            "" if seconds is None else str(datetime.timedelta(seconds=round(seconds + after))),
+            median(run, "mfu", "{:.1%}"), run.used["machine"], page.links([run.used["command"]]),
         ])  # fmt: skip
     head = ["run", "seed", "dataset", "step", "result", "nats", "scored tokens", "whole split", "bad steps",
-            "parameters", "content", "positions", "content/s", "positions/s", "wall time", "of it evaluation", "MFU",
-            "machine", "threads", "torch", "command"]  # fmt: skip
+            "parameters", "content", "content/s", "positions/s", "wall time", "MFU", "machine", "command"]  # fmt: skip
     return f"""<p class="small">Rates are medians over the log and cover training only. Wall time runs from the first
 step to the end, with evaluations and saves but without the time between a stop and a resume. Other load on the machine
 is not known. MFU is given where the peak of the accelerator is known.</p>
-{table(head, {"": rows}, (0, 2, 4, 7, 10, 17, 19, 20))}"""
+{table(head, {"": rows}, (0, 2, 4, 7, 10, 15, 16))}"""
 
 
 def reached(run: Metrics) -> str:
@@ -291,13 +286,3 @@ def parameters(run: Metrics) -> str:
 def median(run: Metrics, name: str, form: str = "{:,.0f}") -> str:
     values = [line[name] for line in run.train if name in line]
     return form.format(statistics.median(values)) if values else ""
-
-
-def count(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

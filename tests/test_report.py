@@ -16,13 +16,14 @@ from nanometa.common.errors import UserError
 from nanometa.common.statistics import wilson
 from nanometa.config.tasks import PLACEMENTS, TASKS
 from nanometa.eval import EVALS
-from nanometa.report import main, render, sections_of
-from nanometa.reports import drawing, eval_sections
+from nanometa.report import NO_SECTION, main, render, sections_of
+from nanometa.reports import drawing
 from nanometa.reports.compare import between_arms, between_checkpoints, beyond
 from nanometa.reports.files import Found, read
-from nanometa.reports.lines import Panel, arms_of, panels_of, share_interval
-from nanometa.reports.page import spans
+from nanometa.reports.lines import Panel, arms_of, share_interval
+from nanometa.reports.page import Page
 from nanometa.reports.paper import FIGURE_1
+from nanometa.reports.task_pictures import accuracy
 from tests.conftest import cli, refusal
 
 HALF = "1" * 50 + "0" * 50
@@ -119,21 +120,22 @@ def test_a_report_holds_every_cells_figures_and_the_papers(tmp_path):
             found = [row for row in rows if figures | {floors, one["arm"]} <= set(row)]
         assert found, one
         assert one["command"] in words(text)
-    for task, models in FIGURE_1.items():
-        section = words(text).partition("Source: ")[2].partition("Tasks: all cells")[0].split("\n")
+    section = words(text).partition("ours beside the paper's Figure 1")[2].partition("Source: ")[0].split("\n")
+    for task in ("list_recall", "segment_counting", "parity"):
         at = next(i for i, row in enumerate(section) if row.startswith(f"||{task.replace('_', ' ')}: target (hard"))
         for row, length in zip(section[at + 1 :], (128, 256, 512), strict=False):
-            given = tuple(str(model.get(length, "–")) for model in models.values())
-            assert tuple(filter(None, row.split("|")))[:5] == (str(length), *given)
+            given = tuple(str(model.get(length, "–")) for model in FIGURE_1[task].values())
+            cells = tuple(filter(None, row.split("|")))
+            assert (cells[0], *cells[-4:]) == (str(length), *given)
     assert "49.2" in text and "64.8" in text and "1/28" in text  # the conflicts, and how little n may be
     pictures = {path.name for path in (tmp_path / "there").glob("*.png")}
-    assert len(pictures) == 1 + 4 + 6 + 6 and all(name in text for name in pictures)
+    assert len(pictures) == 3 and all(name in text for name in pictures)
     assert not re.search(r"\bnan\b|\binf\b|<script|https?:|src=\"(?!data:)", re.sub(r"base64,[^\"]+", "", text), re.I)
 
 
 def test_the_same_lines_give_the_same_bytes():
     first, second = (files_of(realistic(n=20)[::29]) for _ in range(2))
-    assert first == second and len(first) > 4
+    assert first == second and len(first) == 5
 
 
 def test_differences_of_checkpoints_are_those_of_a_hand():
@@ -252,37 +254,53 @@ def test_labels_say_what_tells_arms_apart():
 def test_a_cell_that_is_impossible_is_a_cross_below_zero_and_no_figure():
     lines = [line(), line("", length=512), line(arm="gpt2 + rope"), line(arm="gpt2 + rope", length=512)]
     panel, figure = Panel("parity", "target", "hard", "index"), Figure()
-    drawing.accuracy(figure, arms_of(lines), panel, "")
+    accuracy(figure, arms_of(lines), [panel], "")
     drawn = {(round(float(x)), float(y)) for mark in figure.axes[0].lines for x, y in zip(*mark.get_data(), strict=True)
              if mark.get_marker() == "x"}  # fmt: skip
     ((x, y),) = drawn
     assert abs(x - 512) < 32 and y < 0
     ours = next(mark for mark in figure.axes[0].lines if mark.get_marker() == "o")
     assert list(ours.get_ydata()) == [50.0]  # nothing at 512
-    figure = Figure()
-    drawing.beside_paper(figure, arms_of(lines), arms_of(lines)[:1], panel, "")
-    assert all(min(mark.get_ydata(), default=1) != 0 for mark in figure.axes[1].lines)
     (row,) = [row for row in between_checkpoints(arms_of(lines)) if row.length == 512]
     assert row.refused == "impossible for meta + rope"
 
 
-def test_the_overview_shows_what_every_panel_shows():
-    """A panel at its task's row and its placement's column, all its figures, and an empty place where there is none."""
+def test_a_picture_shows_every_placement_of_its_task():
+    """A panel for each placement, with all its figures, and an empty place where one is missing."""
     lines = [one for one in realistic(n=50) if (one["task"], one["placement"]) != ("copying", "every")]
-    arms, figure = arms_of(lines), Figure()
-    panels = panels_of(arms)
-    drawing.overview(figure, arms, panels, "")
-    assert len(figure.axes) == len(TASKS) * len(PLACEMENTS) and sum(not axes.axison for axes in figure.axes) == 1
-    for axes, (task, placement) in zip(figure.axes, itertools.product(TASKS, PLACEMENTS), strict=True):
-        shown = sorted(100 * one["exact"] for one in lines
-                       if (one["task"], one["placement"]) == (task, placement) and "exact" in one)  # fmt: skip
-        points = [y for mark in axes.lines if mark.get_marker() in drawing.MARKERS for y in mark.get_ydata()]
-        assert sorted(y for y in points if y >= 0) == pytest.approx(shown)
+    for task in TASKS:
+        figure, placements = Figure(), [of for of in PLACEMENTS if (task, of) != ("copying", "every")]
+        accuracy(figure, arms_of(lines), [Panel(task, placement, "hard", "index") for placement in placements], "")
+        assert len(figure.axes) == 4 and sum(not axes.axison for axes in figure.axes) == 4 - len(placements)
+        for axes, placement in zip(figure.axes, placements, strict=False):
+            assert axes.get_title() == placement
+            shown = sorted(100 * one["exact"] for one in lines
+                           if (one["task"], one["placement"]) == (task, placement) and "exact" in one)  # fmt: skip
+            points = [y for mark in axes.lines if mark.get_marker() in drawing.MARKERS for y in mark.get_ydata()]
+            assert sorted(y for y in points if y >= 0) == pytest.approx(shown)
+
+
+def test_an_arm_has_its_color_and_a_second_label_of_it_another():
+    looks = drawing.arm_looks(["gpt2 + rope", "meta + rope, yarn 4x", "meta + rope", "other"])
+    colours = [look["color"] for look in looks.values()]
+    assert colours[:2] == [drawing.ARM_COLOURS["gpt2"], drawing.ARM_COLOURS["meta"]] and len(set(colours)) == 4
+
+
+def test_the_first_table_has_one_row_for_each_weights_labelled_by_training():
+    """However often the weights were read with another scale of the positions."""
+    read_otherwise = line(arm="meta + rope, read with pi 2x", length=256)
+    lines = [line(), line(length=512, outcomes="1" * 25 + "0" * 75), read_otherwise, line(seed=2),
+             line(placement="none", outcomes="0" * 100), line(task="copying")]  # fmt: skip
+    first, *_ = page(lines).split("</table>")
+    rows = [tuple(filter(None, row.split("|"))) for row in words(first).split("\n")][-3:-1]
+    assert "scroll" not in first.partition("<body>")[2]
+    assert rows == [("meta + rope", "1", "3.20M", "128 → 512", "50.0 → 25.0", "50.0 → –"),
+                    ("meta + rope", "2", "3.20M", "128 → 128", "50.0 → 50.0")]  # fmt: skip
 
 
 def test_every_evaluation_has_a_section_or_is_named_as_having_none():
-    shown = [section.kind for section in eval_sections.sections(0.0, 0.05)]
-    assert sorted([*shown, *eval_sections.NO_SECTION]) == sorted(EVALS)
+    shown = {section.kind for section in sections_of(0.0, 0.05)} & EVALS.keys()
+    assert sorted([*shown, *NO_SECTION]) == sorted(EVALS)
 
 
 def test_of_repeated_lines_that_of_the_most_texts_counts_or_the_last(tmp_path):
@@ -313,7 +331,7 @@ def test_nothing_becomes_markup_or_mathematics():
         ({"seed": "1"}, "seed is '1'"),
         ({"task": "../../etc"}, "task is '../../etc'"),
         ({"eval": "passkey"}, 'it does not say "eval" or "probe": one of tasks, perplexity, positions'),
-        ({"origin": {"weights": "scratch"}}, "its origin's dataset is 'None'"),
+        ({"origin": {"weights": "scratch"}}, "dataset is missing"),
         ({"scaling": 4}, "scaling is '4'"),
         ({"chance": math.nan}, "NaN is no figure"),
         ({"floors": {}}, "floors"),
@@ -351,8 +369,13 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_commands_are_named_by_spans():
-    assert re.sub("<[^>]+>", "", spans([1, 2, 3, 5, 7, 8])) == "[1]–[3] [5] [7]–[8]"
+def test_commands_are_named_by_the_order_of_their_first_mention():
+    page = Page("")
+    assert [re.sub("<[^>]+>", "", page.links(list(names))) for names in ("ab", "cab", "c")] == [
+        "[1] [2]",
+        "[1] [2] [3]",
+        "[3]",
+    ]
 
 
 def test_every_panel_has_its_picture_and_its_rows():
@@ -360,5 +383,5 @@ def test_every_panel_has_its_picture_and_its_rows():
              for level in ("easy", "hard") for question in ("index", "after")]  # fmt: skip
     files = files_of(lines)
     assert sum(name.startswith("accuracy_") for name in files) == 8
-    cells = words(files["report.html"].decode()).rpartition("Tasks: all cells")[2].partition("Commands")[0]
+    cells = words(files["report.html"].decode()).rpartition("Tasks: all cells")[2].partition("Figure 1")[0]
     assert len(set(re.findall(r"\n\|\|(\w[^|]+: target [^|]+)\|", cells))) == 8 and cells.count("|1.234|") == 8
