@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -81,11 +81,16 @@ def check_facts(line: dict, fields: dict[str, tuple]) -> None:
     check_fields(line, FACTS | fields | later)
     if "origin" in later:
         check_fields(line["origin"], ORIGIN)
-    for name, known in CHOICES.items():
-        if name in fields and line[name] not in known:
-            raise ValueError(f"{name} is {line[name][:40]!r}, but must be one of {', '.join(known)}")
+    check_choices(line, {name: known for name, known in CHOICES.items() if name in fields})
     if not 0 < line["train_length"] <= 2**30:
         raise ValueError(f"its train_length is {line['train_length']}")
+
+
+def check_choices(line: dict, choices: dict[str, Container[str]]) -> None:
+    """Raises ValueError if a field has none of its allowed values."""
+    for name, known in choices.items():
+        if type(line.get(name)) is not str or line[name] not in known:
+            raise ValueError(f"{name} is {str(line.get(name))[:40]!r}, but must be one of {', '.join(known)}")
 
 
 def check_fields(of: dict, fields: dict[str, tuple]) -> None:

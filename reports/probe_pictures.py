@@ -1,7 +1,6 @@
 """Draws the panels of probe.py positions, attention, patching and residual: small pictures, one for each cell."""
 
 import numpy as np
-from matplotlib.lines import Line2D
 
 from nanometa.reports.drawing import COLOURS, GREY, interval_line, key, legend, look, percent_axis, text_count, wrapped
 from nanometa.reports.paper import FIGURE_2
@@ -33,9 +32,8 @@ def draw_positions(figure, lines: list[dict]) -> None:
         axes.plot(100 * line["exact"], y, **style)
         if line["condition"] == "full":
             axes.axvline(100 * line["exact"], color=style["color"], linewidth=0.8, alpha=0.6, zorder=1)
-    labels = [name.replace("_", " ").replace("no position ", "no position\n") for name in names]
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(-4, 104)
     axes.set_xticks(range(0, 101, 20))
     axes.set_title(f"{first['task'].replace('_', ' ')}, {first['length']} positions")
@@ -95,76 +93,58 @@ def _some(layers: int) -> list[int]:
 
 # ----------------------------------------------------------------------------- patching and residual, by layer
 
+# field, scale, title, and the style of each baseline
+PATCHING = (
+    ("kept", 100, "its own answer, %", {"kept_unpatched": "--"}),
+    ("donor", 100, "the donor's\nanswer, %", {"donor_unpatched": "--"}),
+)
+RESIDUAL = (
+    ("cosine_centred", 1, "cosine,\ncentred", {"floor_centred": "--"}),
+    ("decoded", 100, "named by a linear\nclassifier, %", {"majority": "--", "shuffled": ":"}),
+)
+
 
 def draw_patching(figure, lines: list[dict]) -> None:
-    figure.set_figheight(4.4)
-    kept, donor = panels = figure.subplots(2, 1, sharex=True)
-    for axes, share in zip(panels, ("kept", "donor"), strict=True):
-        axes.axhline(100 * lines[0][f"{share}_unpatched"], color=GREY, linestyle="--", linewidth=1, zorder=1)
-        for number, series, dodge in _series(lines, "site", SITE_NAMES, 0.06):
-            _draw_by_layer(axes, series, share, 100, number, dodge)
-        percent_axis(axes)
-    donor.set_xticks(_some(_layers(lines)))
-    donor.set_xlim(-0.5, _layers(lines) - 0.5)
-    kept.set(title=_cell_title(lines), ylabel="its own answer, %")
-    note = wrapped(f"{text_count(lines)}, 95 % intervals")
-    donor.set(xlabel=f"layer that the replaced state enters\n{note}", ylabel="the donor's answer, %")
-    legend(figure, [*_series_keys(lines, "site", SITE_NAMES), key("nothing replaced", linestyle="--", linewidth=1)])
+    figure.set_figheight(2.9)
+    baselines = [key("nothing replaced", linestyle="--", linewidth=1.2)]
+    _draw_by_layer(figure, lines, [("", lines)], PATCHING, "site", SITE_NAMES, baselines)
 
 
 def draw_residual(figure, lines: list[dict]) -> None:
     distances = sorted({line["distance"] for line in lines})
-    figure.set_figheight(1.1 + 1.25 * len(distances))
-    panels = figure.subplots(len(distances), 2, sharex=True, sharey="col", squeeze=False)
-    for distance, (cosine, decoded) in zip(distances, panels, strict=True):
-        shown = [line for line in lines if line["distance"] == distance]
-        cosine.axhline(0, color=GREY, linewidth=1, zorder=1)
-        for number, series, dodge in _series(shown, "place", PLACE_NAMES, 0.1):
-            _draw_by_layer(cosine, series, "cosine_centred", 1, number, dodge)
-            _draw_by_layer(decoded, series, "decoded", 100, number, dodge)
-            for axes, floor, scale, style in (
-                (cosine, "floor_centred", 1, "--"), (decoded, "majority", 100, "--"), (decoded, "shuffled", 100, ":")
-            ):  # fmt: skip
-                axes.plot([line["layer"] for line in series], [scale * line[floor] for line in series],
-                          color=COLOURS[number], linestyle=style, linewidth=1.2, zorder=1)  # fmt: skip
-        percent_axis(decoded)
-        decoded.set_xticks(_some(_layers(lines)))
-        cosine.set_ylabel(f"{distance} back")
-    panels[0, 0].set_title("cosine,\ncentred")
-    panels[0, 1].set_title("named by a linear\nclassifier, %")
-    for axes in panels[-1]:
-        axes.set_xlabel("layer")
-    figure.suptitle(f"{_cell_title(lines)}\n{wrapped(f'{text_count(lines)}, 95 % intervals')}")
-    legend(figure, [
-        *_series_keys(lines, "place", PLACE_NAMES),
-        key("floors: another text's; commonest token", linestyle="--", linewidth=1.2),
-        key("floor: shuffled labels", linestyle=":", linewidth=1.2),
-    ], columns=1)  # fmt: skip
+    rows = [(f"{distance} back", [line for line in lines if line["distance"] == distance]) for distance in distances]
+    figure.set_figheight(1.1 + 1.25 * len(rows))
+    baselines = [key("floors: another text's; commonest token", linestyle="--", linewidth=1.2),
+                 key("floor: shuffled labels", linestyle=":", linewidth=1.2)]  # fmt: skip
+    _draw_by_layer(figure, lines, rows, RESIDUAL, "place", PLACE_NAMES, baselines)
 
 
-def _cell_title(lines: list[dict]) -> str:
-    """Returns the title of a panel: its cell, and its mark if that is not a meta-token."""
-    first = lines[0]
-    mark = "" if first["mark"] == "meta-token" else f" ({first['mark']})"
-    place = f"{first['task'].replace('_', ' ')}, {first['placement']}, {first['length']}"
-    return wrapped(f"{place}, {first['level']}, {first['question']}{mark}")
-
-
-def _series(lines: list[dict], field: str, names: dict[str, str], step: float) -> list[tuple[int, list[dict], float]]:
-    """Returns one series for each of `names` that occurs in `field`: its number (which sets its color), its lines, and
-    its horizontal shift, which keeps the series of a layer apart."""
+def _draw_by_layer(figure, lines: list[dict], rows, panels, field: str, names: dict[str, str], baselines: list) -> None:
+    """Draws figures by layer with their intervals: a column for each of `panels`, a row for each of `rows` (label and
+    lines), and a series for each of `names` that occurs in `field`."""
+    grid = figure.subplots(len(rows), len(panels), sharex=True, sharey="col", squeeze=False)
     present = [name for name in names if any(line[field] == name for line in lines)]
-    return [
-        (list(names).index(name), [line for line in lines if line[field] == name], step * (i - (len(present) - 1) / 2))
-        for i, name in enumerate(present)
-    ]
-
-
-def _series_keys(lines: list[dict], field: str, names: dict[str, str]) -> list[Line2D]:
-    return [key(list(names.values())[number], **look(number)) for number, _, _ in _series(lines, field, names, 0)]
-
-
-def _draw_by_layer(axes, lines: list[dict], name: str, scale: float, number: int, dodge: float) -> None:
-    """Draws a figure by layer with its interval."""
-    ends = [(line[name], *line[f"{name}_interval"]) for line in lines]
-    interval_line(axes, [line["layer"] + dodge for line in lines], ends, {**look(number), "linewidth": 1.2}, scale)
+    looks = {name: look(list(names).index(name)) for name in present}  # the same in every picture
+    for (label, of), row in zip(rows, grid, strict=True):
+        row[0].set_ylabel(label)
+        for axes, (value, scale, _, floors) in zip(row, panels, strict=True):
+            for i, name in enumerate(present):
+                shown, color = [line for line in of if line[field] == name], looks[name]["color"]
+                layers = [line["layer"] for line in shown]
+                x = [layer + 0.08 * (i - (len(present) - 1) / 2) for layer in layers]
+                ends = [(line[value], *line[f"{value}_interval"]) for line in shown]
+                interval_line(axes, x, ends, {**looks[name], "linewidth": 1.2}, scale)
+                for floor, style in floors.items():
+                    axes.plot(layers, [scale * line[floor] for line in shown], style, color=color, linewidth=1.2)
+            if scale == 100:
+                percent_axis(axes)
+    for axes, (_, _, title, _) in zip(grid[0], panels, strict=True):
+        axes.set_title(title)
+    for axes in grid[-1]:
+        axes.set_xlabel("layer")
+        axes.set_xticks(_some(_layers(lines)))
+    first, mark = lines[0], "" if lines[0]["mark"] == "meta-token" else f" ({lines[0]['mark']})"
+    place = f"{first['task'].replace('_', ' ')}, {first['placement']}, {first['length']}"
+    cell = wrapped(f"{place}, {first['level']}, {first['question']}{mark}")
+    figure.suptitle(f"{cell}\n{wrapped(f'{text_count(lines)}, 95 % intervals')}")
+    legend(figure, [*(key(names[name], **looks[name]) for name in present), *baselines])

@@ -2,19 +2,10 @@
 
 from collections.abc import Callable
 
-from nanometa.reports import rate_distortion
+from nanometa.reports import probe_pictures, rate_distortion
 from nanometa.reports.lines import CELL, NUMBER
 from nanometa.reports.markup import percent, points, span
 from nanometa.reports.paper import FIGURE_2
-from nanometa.reports.probe_pictures import (
-    ATTENTION_MARKERS,
-    PLACE_NAMES,
-    SITE_NAMES,
-    draw_attention,
-    draw_patching,
-    draw_positions,
-    draw_residual,
-)
 from nanometa.reports.table_sections import WHERE, Column, claim, layers_where, probe
 
 CHECKPOINT = "Verdicts and Holm's p are about this checkpoint, not about its arm."
@@ -55,7 +46,7 @@ POSITIONS = probe(
     f"paper's Table 2 have about 18 texts. {CHECKPOINT}",
     {**CELL, "condition": (str,), "exact": NUMBER, "interval": (list,), "chance": NUMBER},
     (*TEXTS, "condition"),
-    draw_positions,
+    probe_pictures.draw_positions,
     (
         *WHERE,
         Column("condition", lambda line: line["condition"].replace("_", " "), text=True),
@@ -80,7 +71,7 @@ ATTENTION = probe(
     f"{CHECKPOINT}",
     known(attention=(str,), layer=(int, type(None)), head=(int, type(None))) | judged("boost", "drop"),
     (*TEXTS, "attention", "layer", "head"),
-    draw_attention,
+    probe_pictures.draw_attention,
     (
         *WHERE,
         Column("attention", lambda line: line["attention"], text=True),
@@ -95,8 +86,7 @@ ATTENTION = probe(
         N,
     ),
     panel=("task", "level", "question", "length"),
-    choices={"attention": ATTENTION_MARKERS},
-    first=lambda line: line["layer"] is None,
+    choices={"attention": probe_pictures.ATTENTION_MARKERS},
 )
 
 PATCHING = probe(
@@ -110,10 +100,10 @@ PATCHING = probe(
     | {"kept_interval": (list,), "donor_interval": (list,)}
     | judged("needed", "carried"),
     (*TEXTS, "site", "layer"),
-    draw_patching,
+    probe_pictures.draw_patching,
     (
         *WHERE,
-        Column("replaced at", lambda line: SITE_NAMES[line["site"]], text=True),
+        Column("replaced at", lambda line: probe_pictures.SITE_NAMES[line["site"]], text=True),
         Column("donors with the mark at the same position, %", share("same_place")),
         Column("own answer, no patch, %", share("kept_unpatched")),
         Column("own answer, %, by layer", lambda line: by_layer(line, share("kept"))),
@@ -124,7 +114,7 @@ PATCHING = probe(
     ),
     row=(*TEXTS, "site"),
     panel=TEXTS,
-    choices={"site": SITE_NAMES},
+    choices={"site": probe_pictures.SITE_NAMES},
 )
 
 RESIDUAL = probe(
@@ -141,10 +131,10 @@ RESIDUAL = probe(
     | {"decoded_interval": (list,)}
     | judged("nearer"),
     (*TEXTS, "place", "layer", "distance"),
-    draw_residual,
+    probe_pictures.draw_residual,
     (
         *WHERE,
-        Column("state of", lambda line: PLACE_NAMES[line["place"]], text=True),
+        Column("state of", lambda line: probe_pictures.PLACE_NAMES[line["place"]], text=True),
         Column("back", lambda line: line["distance"]),
         Column("decoded, %, by layer", lambda line: by_layer(line, share("decoded"))),
         Column("commonest, %", share("majority")),
@@ -156,7 +146,7 @@ RESIDUAL = probe(
     ),
     row=(*TEXTS, "place", "distance"),
     panel=TEXTS,
-    choices={"place": PLACE_NAMES},
+    choices={"place": probe_pictures.PLACE_NAMES},
 )
 
 # sections by probe, in the order of the page; probe.py refuses to start if a probe lacks its section or the reverse

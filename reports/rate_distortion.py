@@ -1,21 +1,11 @@
 """Builds the section of probe.py rate_distortion, whose lines are curves and comparisons of two curves."""
 
-from nanometa.reports.lines import CELL, NUMBER, check_facts, check_fields
+from nanometa.reports import table_sections as sections
+from nanometa.reports.lines import CELL, NUMBER, check_choices, check_facts, check_fields
 from nanometa.reports.page import Page, Section
 from nanometa.reports.paper import DISTORTION, GUESSING
 from nanometa.reports.rate_pictures import LOOKS, draw_rates
-from nanometa.reports.table_sections import (
-    WHERE,
-    Column,
-    by_call,
-    check_choices,
-    checkpoint_picture,
-    claim,
-    rows,
-    run_key,
-    section_body,
-    terminal_table,
-)
+from nanometa.reports.table_sections import WHERE, Column, claim, rows
 
 TITLE = "Rate and distortion of hidden states"
 ABOUT = (
@@ -67,7 +57,7 @@ def check(line: dict) -> None:
 
 
 def key(line: dict) -> tuple:
-    return *run_key(line), *(line[name] for name in TEXTS), str(line.get("states", line.get("state")))
+    return *sections.weights_of(line), *(line[name] for name in TEXTS), str(line.get("states", line.get("state")))
 
 
 def best(line: dict) -> dict:
@@ -116,10 +106,10 @@ COMPARISONS = (
 
 def body(page: Page, lines: list[dict]) -> str:
     curves, comparisons = (of_kind(lines, kind) for kind in KINDS)
-    tables = rows(page, by_call(curves), CURVES)
+    tables = rows(page, curves, CURVES)
     if comparisons:
-        tables += f"<h3>At equal rates</h3>\n{rows(page, by_call(comparisons), COMPARISONS)}"
-    return section_body(page, "rate_distortion", TITLE, ABOUT, curves, TEXTS, draw_rates, tables)
+        tables += f"<h3>At equal rates</h3>\n{rows(page, comparisons, COMPARISONS)}"
+    return sections.section_body(page, "rate_distortion", TITLE, ABOUT, curves, TEXTS, draw_rates, tables)
 
 
 def of_kind(lines: list[dict], kind: str) -> list[dict]:
@@ -127,7 +117,7 @@ def of_kind(lines: list[dict], kind: str) -> list[dict]:
 
 
 def picture(lines: list[dict]) -> bytes:
-    return checkpoint_picture(of_kind(lines, "curve"), TEXTS, draw_rates)
+    return sections.checkpoint_picture(of_kind(lines, "curve"), TEXTS, draw_rates)
 
 
 def terminal(lines: list[dict]) -> str:
@@ -138,7 +128,7 @@ def terminal(lines: list[dict]) -> str:
         f"by more than {point['converse_tolerance']:.3f}"
         for line in curves for point in line["points"] if point["violates_converse"]
     ]  # fmt: skip
-    tables = [terminal_table(curves, CURVES)] if curves else []
+    tables = [sections.terminal_table(curves, CURVES)] if curves else []
     return "\n".join([*tables, *below, *map(compared, of_kind(lines, "comparison")), KEY])
 
 

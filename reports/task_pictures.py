@@ -2,18 +2,8 @@
 
 from matplotlib.figure import Figure
 
-from nanometa.reports.drawing import (
-    DASHES,
-    GREY,
-    LIGHT,
-    arm_looks,
-    interval_line,
-    key,
-    legend,
-    length_axis,
-    percent_axis,
-    wrapped,
-)
+from nanometa.reports import drawing
+from nanometa.reports.drawing import DASHES, GREY, LIGHT, arm_looks, key, wrapped
 from nanometa.reports.lines import Arm, Panel, impossible, share_interval, summary
 
 IMPOSSIBLE = -9  # y of crosses in the strip below 0
@@ -31,10 +21,12 @@ def accuracy(figure: Figure, arms: list[Arm], panels: list[Panel], footer: str) 
     for axes, panel in zip(grid.flat, panels, strict=False):
         _panel(axes, [arm for arm in mine if any(at == panel for at, _ in arm.lines)], looks, panel)
         axes.set_title(panel.placement if len(panels) > 1 else "")
-        percent_axis(axes, -15 if barred else -4)
+        drawing.percent_axis(axes, -15 if barred else -4)
         if barred:
             axes.axhspan(-15, -4, color=LIGHT, zorder=0)
-    length_axis(grid[0, 0], {length for arm in mine for at, length in arm.lines if at in panels}, most=6 // columns)
+    drawing.length_axis(
+        grid[0, 0], {length for arm in mine for at, length in arm.lines if at in panels}, most=6 // columns
+    )
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes in grid[-1]:
@@ -44,7 +36,7 @@ def accuracy(figure: Figure, arms: list[Arm], panels: list[Panel], footer: str) 
     name = title(panels[0] if len(panels) == 1 else panels[0]._replace(placement="all placements"))
     figure.suptitle(f"{wrapped(name)}\n{wrapped(footer)}")
     dashes = {arm.training.length: looks[arm.name]["linestyle"] for arm in mine}
-    legend(figure, [
+    drawing.legend(figure, [
         *(key(label, **look, linestyle="-") for label, look in arm_looks([arm.label for arm in arms]).items()
           if any(arm.label == label for arm in mine)),
         *(key(f"train length {length}", linestyle=dashes[length], linewidth=1.4) for length in sorted(dashes)),
@@ -75,7 +67,9 @@ def _panel(axes, arms: list[Arm], looks: dict, panel: Panel) -> None:
         cells = {length: of for (at, length), of in sorted(arm.lines.items()) if at == panel}
         dodge, look = 2 ** (0.035 * (number - (len(arms) - 1) / 2)), looks[arm.name]
         possible = {length: of for length, of in cells.items() if not impossible(of)}
-        interval_line(axes, [length * dodge for length in possible], list(map(summary, possible.values())), look)
+        drawing.interval_line(
+            axes, [length * dodge for length in possible], list(map(summary, possible.values())), look
+        )
         for length, of in possible.items():
             if len(of) > 1:
                 shares = [100 * line["exact"] for line in of.values()]
@@ -88,6 +82,6 @@ def _panel(axes, arms: list[Arm], looks: dict, panel: Panel) -> None:
     most = {line["length"]: line for line in sorted(lines, key=lambda line: (line["length"], line["n"]))}
     best = {length: max(line["floors"].values()) for length, line in most.items()}
     ends = [(share, *share_interval(share, most[length]["n"])) for length, share in best.items()]
-    interval_line(axes, list(best), ends, {"color": GREY, "linewidth": 0.8, "marker": "_", "zorder": 1})
+    drawing.interval_line(axes, list(best), ends, {"color": GREY, "linewidth": 0.8, "marker": "_", "zorder": 1})
     chance = max((line["chance"] for line in lines), default=0.0)
     axes.axhline(100 * chance, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
