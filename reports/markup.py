@@ -3,44 +3,9 @@
 import html
 import math
 import textwrap
+from pathlib import Path
 
-CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1220px; margin: 0 auto;
-  padding: 0 14px 40px; overflow-wrap: anywhere }
-h1 { font-size: 1.5em; margin: .6em 0 .2em }
-h2 { font-size: 1.25em; margin: 1.6em 0 .4em; border-bottom: 1px solid #ccc }
-h3 { font-size: 1.05em; margin: 1em 0 .3em }
-p, li { max-width: 52em }
-ul, ol { padding-left: 1.4em; margin: .4em 0 }
-a, summary { color: #0b57a4 }
-figure { margin: 0 10px 16px 0; display: inline-block; width: 390px; max-width: 100%; vertical-align: top }
-img { width: 100%; height: auto; display: block }
-figcaption, .small { font-size: 14px; color: #444 }
-figcaption { font-size: 12px }
-.scroll { overflow: auto; max-height: min(80vh, 640px) }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: .5em 0 }
-th, td { padding: .2em .55em; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
-th { background: #f4f4f4; vertical-align: bottom; overflow-wrap: normal }
-.scroll td { white-space: nowrap }
-.scroll thead th { position: sticky; top: 0 }
-details { margin: .6em 0 }
-summary { cursor: pointer }
-th.text, td.text { text-align: left }
-.scroll td.text { white-space: normal; min-width: 6em; max-width: 26em }
-.warn { border-left: 4px solid #d55e00; padding: .1em .8em; background: #fff6f0 }
-@media screen and (max-width: 600px) {
-  figure { margin-right: 0; width: 100% }
-  .first { font-size: 12px; line-height: 1.3 }
-  .first th, .first td { padding: .2em .25em; overflow-wrap: normal }
-  .first .minor { display: none }
-}
-@media print {
-  .scroll { overflow: visible; max-height: none }
-  .scroll td { white-space: normal }
-  table { font-size: 7pt }
-  figure { width: 47%; break-inside: avoid }
-}
-"""
+STYLE_SHEET = Path(__file__).with_name("page.css")
 
 
 class Markup(str):
@@ -54,7 +19,8 @@ def escaped(value) -> Markup:
 def document(title: str, body: str) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escaped(title)}</title><style>{CSS}</style></head><body>
+<title>{escaped(title)}</title><style>
+{STYLE_SHEET.read_text()}</style></head><body>
 {body}</body></html>
 """
 

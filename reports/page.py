@@ -40,8 +40,8 @@ class Page:
         contents = [*re.findall(r'<h2 id="(\w+)">(.*?)</h2>', body), ("commands", "Commands")]
         links = " · ".join(f'<a href="#{name}">{title}</a>' for name, title in contents)
         again = (
-            f"<p>Lines that repeat a figure of the same run and weights: {self.repeated}. The line with the most texts "
-            f"counts, or the last of those with equally many.</p>\n"
+            f'<p class="small">Lines that repeat a figure of the same run and weights: {self.repeated}. The line with '
+            f"the most texts counts, or the last of those with equally many.</p>\n"
         )
         facts = details("All facts of the weights", runs_table(lines)) if lines else ""
         commands = "".join(

@@ -133,8 +133,8 @@ def terminal(lines: list[dict]) -> str:
 
 
 KEY = (
-    "All in nats, 95 % intervals over texts and probe seeds. R: rate, at most what the code tells about the state. "
-    "D: distortion, the cross-entropy of the target. constant: by the frequencies of the training texts. shuffled: "
+    "All in nats, 95 % intervals over texts and probe seeds. Rate R is at most what the code tells about the state. "
+    "Distortion D is the cross-entropy of the target. constant: by the frequencies of the training texts. shuffled: "
     "trained on other texts' targets. no bottleneck: the same probe without a price, which is no bound."
 )
 

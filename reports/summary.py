@@ -34,9 +34,11 @@ def weights(lines: dict[str, list[dict]], runs: list[Metrics]) -> str:
                      bits(records.get(name, {})), *figures])  # fmt: skip
     for run in runs:
         if all(of[0]["run"] != run.name for of in groups):
-            task = run.facts.get("config", {}).get("task", {}) if run.tasks else {}
+            config = run.facts.get("config", {})
+            task = config.get("task", {}) if run.tasks else {}
+            length = task.get("train_length") or config.get("model", {}).get("block_size", "")
             rows.append([run.arm, ", ".join(task.get("placements", ())) or "text", run.name, run.seed, parameters(run),
-                         task.get("train_length", ""), bits(run.last),
+                         length, bits(run.last),
                          *(exact([], run.last, task, 0, 0) for task in TASKS)])  # fmt: skip
     arms, placements, names, seeds, sizes, lengths, *figures = map(list, zip(*rows, strict=True))
     labels = told_apart(arms, [[f"with {of}" for of in placements], names], list(zip(seeds, lengths, strict=True)))

@@ -152,7 +152,8 @@ def paper(arms: list[Arm]) -> str:
     notes = "".join(f"<li>{escaped(note)}</li>\n" for note in NOTES)
     about = f"""<p class="warn">The paper's n is unknown, probably 28 to 84. Model sizes and budgets differ, so compare
 the order of the arms, not the heights.</p>
-{table(head, groups, ())}<p class="small">Accuracy in % at evaluation length {LENGTH}, by the longest texts in
+{table(head, groups, tuple(range(1, 1 + len(labels))))}
+<p class="small">Accuracy in % at evaluation length {LENGTH}, by the longest texts in
 fine-tuning (train length). Our runs were fine-tuned on the task and evaluated with markers where the task points
 ("target"), like the paper's. Source: {escaped(SOURCE)}.</p>
 <ul class="small">{notes}</ul>

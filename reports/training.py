@@ -248,18 +248,18 @@ def costs(page, runs: list[Metrics]) -> str:
         rows.append([
             run.name, run.seed, run.facts["data"].get("dataset", ""), end.get("step", ""), reached(run),
             f"{end['loss']:.4f}" if "loss" in end else "–", f"{end['tokens']:,}" if "tokens" in end else "",
-            "yes" if run.final else "no", len(run.guard) or "", parameters(run),
+            len(run.guard) or "", parameters(run),
             f"{last[content]:,} {content.replace('_', ' ')}" if content in last else "",
             *(median(run, f"{name}_per_s") for name in (content, "positions")),
             "" if seconds is None else str(datetime.timedelta(seconds=round(seconds + after))),
             median(run, "mfu", "{:.1%}"), run.used["machine"], page.links([run.used["command"]]),
         ])  # fmt: skip
-    head = ["run", "seed", "dataset", "step", "result", "nats", "scored tokens", "whole split", "bad steps",
+    head = ["run", "seed", "dataset", "step", "result", "nats", "scored tokens", "bad steps",
             "parameters", "content", "content/s", "positions/s", "wall time", "MFU", "machine", "command"]  # fmt: skip
     return f"""<p class="small">Rates are medians over the log and cover training only. Wall time runs from the first
 step to the end, with evaluations and saves but without the time between a stop and a resume. Other load on the machine
 is not known. MFU is given where the peak of the accelerator is known.</p>
-{table(head, {"": rows}, (0, 2, 4, 7, 10, 15, 16))}"""
+{table(head, {"": rows}, (0, 2, 4, 9, 14, 15))}"""
 
 
 def reached(run: Metrics) -> str:
