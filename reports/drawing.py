@@ -1,14 +1,14 @@
 """Draws what all pictures share: style, colors by arm, legends, axes and intervals. It also saves pictures as PNG."""
 
+import itertools
 import re
 import textwrap
 from io import BytesIO
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.image import imread, imsave
 from matplotlib.lines import Line2D
+from PIL import Image  # matplotlib depends on it
 
 from nanometa.common.statistics import DECIDES
 from nanometa.reports.lines import has_learned
@@ -39,31 +39,24 @@ def png(draw, *args, width: float = WIDTH) -> bytes:
 
 def tiled(heading: str, pictures: list[bytes], columns: int = 3) -> bytes:
     """Returns PNGs of the same width side by side, row by row below a heading, as one PNG."""
-    tiles = [_pixels(picture) for picture in pictures]
+    tiles = [Image.open(BytesIO(picture)) for picture in pictures]
     columns = min(columns, len(tiles))
-    inches = columns * tiles[0].shape[1] / DPI
+    inches = columns * tiles[0].width / DPI
 
     def draw_heading(figure: Figure) -> None:
         text = wrapped(heading, int(13 * inches))
         figure.set_figheight(0.2 + 0.18 * (1 + text.count("\n")))
         figure.suptitle(text)
 
-    rows = [[_pixels(png(draw_heading, width=inches))]]
-    rows += [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
-    joined, out = np.concatenate([_row(row, rows[0][0].shape[1]) for row in rows]), BytesIO()
-    imsave(out, joined, format="png", metadata={"Software": None})
+    head, out = Image.open(BytesIO(png(draw_heading, width=inches))), BytesIO()
+    rows = [[head], *(tiles[i : i + columns] for i in range(0, len(tiles), columns))]
+    heights = [max(tile.height for tile in row) for row in rows]
+    sheet = Image.new("RGB", (head.width, sum(heights)), "white")
+    for row, top in zip(rows, itertools.accumulate(heights, initial=0), strict=False):
+        for i, tile in enumerate(row):
+            sheet.paste(tile, (i * tile.width, top))
+    sheet.save(out, format="png")
     return out.getvalue()
-
-
-def _pixels(picture: bytes) -> np.ndarray:
-    return imread(BytesIO(picture))[..., :3]
-
-
-def _row(tiles: list[np.ndarray], width: int) -> np.ndarray:
-    """Returns pictures side by side, with white below the lower ones and up to the width of the row."""
-    height, missing = max(map(len, tiles)), width - sum(tile.shape[1] for tile in tiles)
-    full = [np.pad(tile, ((0, height - len(tile)), (0, 0), (0, 0)), constant_values=1.0) for tile in tiles]
-    return np.concatenate([*full, np.ones((height, missing, 3), full[0].dtype)], axis=1)
 
 
 def wrapped(text: str, width: int = 40) -> str:

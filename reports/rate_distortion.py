@@ -133,9 +133,10 @@ def terminal(lines: list[dict]) -> str:
 
 
 KEY = (
-    "All in nats, 95 % intervals over texts and probe seeds. Rate R is at most what the code tells about the state. "
-    "Distortion D is the cross-entropy of the target. constant: by the frequencies of the training texts. shuffled: "
-    "trained on other texts' targets. no bottleneck: the same probe without a price, which is no bound."
+    "All in nats. Rate R is at most what the code tells about the state; distortion D is the cross-entropy of the "
+    "target. constant: by the frequencies of the training texts. shuffled: trained on other texts' targets. no "
+    "bottleneck: the same probe without a price, which is no bound. Intervals are 95 % over texts and probe seeds, and "
+    "are about this run, not its arm."
 )
 
 

@@ -27,10 +27,11 @@ def weights(lines: dict[str, list[dict]], runs: list[Metrics]) -> str:
     for of in groups:
         first, name, arm = of[0], of[0]["run"], of[0]["arm"].partition(", read with ")[0]
         tasks = [line for line in of if line.get("eval") == "tasks" and line["arm"] == arm]
-        ends = first["train_length"], max((line["length"] for line in tasks), default="")
+        longest = max((line["length"] for line in tasks), default=first["train_length"])
+        ends = list(dict.fromkeys([first["train_length"], longest]))
         figures = [exact(tasks, records.get(name, {}), task, *ends) for task in TASKS]
         rows.append([arm, ", ".join(first["train_placements"] or ()) or "text", name, first["seed"],
-                     f"{first['parameters'] / 1e6:.2f}M", " → ".join(map(str, filter(None, ends))),
+                     f"{first['parameters'] / 1e6:.2f}M", " → ".join(map(str, ends)),
                      bits(records.get(name, {})), *figures])  # fmt: skip
     for run in runs:
         if all(of[0]["run"] != run.name for of in groups):
@@ -39,7 +40,7 @@ def weights(lines: dict[str, list[dict]], runs: list[Metrics]) -> str:
             length = task.get("train_length") or config.get("model", {}).get("block_size", "")
             rows.append([run.arm, ", ".join(task.get("placements", ())) or "text", run.name, run.seed, parameters(run),
                          length, bits(run.last),
-                         *(exact([], run.last, task, 0, 0) for task in TASKS)])  # fmt: skip
+                         *(exact([], run.last, task) for task in TASKS)])  # fmt: skip
     arms, placements, names, seeds, sizes, lengths, *figures = map(list, zip(*rows, strict=True))
     labels = told_apart(arms, [[f"with {of}" for of in placements], names], list(zip(seeds, lengths, strict=True)))
     heads = ["bits per byte at the end", *(f"{task.replace('_', ' ')}, %" for task in TASKS)]
