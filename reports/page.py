@@ -51,7 +51,7 @@ class Page:
 {summary}{again if self.repeated else ""}<p class="small">{links}</p>
 {body}<h2 id="commands">Commands</h2>
 <p class="small"><code>{escaped(self.command)}</code></p>
-{facts}{details("All commands", f'<ol class="small">{commands}</ol>')}"""
+{facts}<ol class="small">{commands}</ol>"""
         return {"report.html": document("nanoMeta report", page).encode(), **self.files}
 
     def picture(self, name: str, what: str, content: bytes, used: list[dict], note: str = "") -> str:
