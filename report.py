@@ -1,9 +1,9 @@
-"""Puts everything that runs have left on one page: their training, what eval.py and probe.py measured beside the
-paper's figures, and their cost. A section appears if its lines exist.
+"""Builds one page about runs: their training and its cost, and what eval.py and probe.py measured. A section appears if
+there are lines for it.
 
 python report.py out/meta_128 out/meta_256 out/pause_128 --output=out/report
 python report.py records/2026-11-22_three_arms/tasks.jsonl --margin=0.05 --effect=0.02
-python report.py curves out/meta_128 out/pause_128 --output=curves.png        # loss curves alone, as a picture
+python report.py curves out/meta_128 out/pause_128 --output=curves.png        # only the curves, as a picture
 """
 
 import re
@@ -22,23 +22,24 @@ from nanometa.reports.files import Found, read
 from nanometa.reports.page import Page, Section
 from nanometa.reports.probe_sections import SECTIONS
 
-# Evaluations that the page does not show. tests/test_report.py fails for one that neither has a section nor is named.
+# Evaluations that the page does not show. A test fails for an evaluation that has no section and is not listed here.
 NO_SECTION = ("passkey",)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Turns run folders into one self-contained HTML page with plots. `report.py curves RUN...` draws their loss curves
-    alone, as a picture; it has a --help of its own."""
+    """Turns run folders into one self-contained HTML page with plots. `report.py curves RUN...` only draws their
+    curves; it has its own --help."""
 
     runs: Positional[tuple[str, ...]] = ()
-    """folders of runs, or .jsonl files of eval.py and probe.py; differences subtract later arms from earlier ones"""
+    """folders of runs, or .jsonl files of eval.py and probe.py; in differences, arms named later are subtracted from
+    arms named earlier"""
     output: str = "out/report"
     """folder for report.html and its pictures; pictures of an earlier report there are removed"""
     margin: float = 0.05
     """a difference between arms "does not hold" if its whole interval over seeds lies within +- this share"""
     effect: float = 0.0
-    """it "holds" if the interval lies above this share; fix both before you look"""
+    """a difference "holds" if its interval lies above this share; choose both before you look at results"""
 
     def __post_init__(self):
         check_types(self)

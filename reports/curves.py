@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         prog="report.py curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "runs", nargs="*", type=Path, help="folders of runs, by default the one that logged last, or .jsonl files"
+        "runs", nargs="*", type=Path, help="folders of runs (by default the run that logged last), or .jsonl files"
     )
     parser.add_argument(
         "--output", type=Path, help="name of the PNG; by default loss.png or depth.png in the folder of the first run"

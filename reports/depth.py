@@ -17,7 +17,7 @@ FEWEST = 5  # documents for which a band is drawn; an interval over fewer is too
 
 
 class Curve(NamedTuple):
-    """The loss by depth of one run, read in one way, in windows of one length."""
+    """The loss by depth of one run, with one scaling of positions and one window length."""
 
     label: str
     trained: bool  # whether the run was trained with this scaling of positions, or only read with it
@@ -98,9 +98,9 @@ def draw(figure, curves: list[Curve], pieces: np.ndarray, text: str) -> None:
     handles.append(key(name, linestyle=":", linewidth=1.2))
     width = 40 if figure.get_figwidth() < 6 else 90
     banded = len(pieces) >= FEWEST
-    level.set(ylabel="nats per token", title=f"loss{'; band: 95 % of the first' * banded}")
+    level.set(ylabel="nats per token", title=f"loss{'; band: 95 % interval' * banded}")
     if below:
-        above = f"loss above that of: {first.label}{'; bands: 95 %' * banded}"
+        above = f"loss minus that of {first.label}{'; bands: 95 % intervals' * banded}"
         below[0].set(ylabel="more nats per token", title=wrapped(above, width))
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", nbins=width // 8)

@@ -28,7 +28,7 @@ def read(sources: tuple[str, ...], sections: list[Section]) -> Found:
 
     def check(line: dict) -> None:
         if kind_of(line) not in kinds:
-            raise ValueError(f'it does not say "eval" or "probe": one of {", ".join(kinds)}')
+            raise ValueError(f'it has no field "eval" or "probe" with one of the values {", ".join(kinds)}')
         kinds[kind_of(line)].check(line)
 
     lines: dict[str, list[dict]] = {kind: [] for kind in kinds}

@@ -127,7 +127,7 @@ def check(line: dict) -> None:
 
 
 def key(line: dict) -> tuple:
-    """Returns a key that is equal for lines about the same run, read in the same way, in the same cell."""
+    """Returns a key that is equal for lines about the same run, the same scaling of positions and the same cell."""
     return line["run"], line["weights_sha256"], line["arm"], cell_of(line)
 
 

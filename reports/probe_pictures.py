@@ -8,7 +8,7 @@ from nanometa.reports.paper import FIGURE_2
 ATTENTION_MARKERS = {"causal": "o", "second": "D"}
 MEANS = {"causal": "-", "second": (0, (5, 2))}
 SITE_NAMES = {
-    "mark": "the mark that ends the span", "marks": "all marks", "after": "the token behind the mark",
+    "mark": "the mark that ends the span", "marks": "all marks", "after": "the token after the mark",
     "ordinary": "an ordinary token", "answer": "the answer in the text", "asked": "the token that predicts the answer",
 }  # fmt: skip
 PLACE_NAMES = {
@@ -114,7 +114,7 @@ def draw_residual(figure, lines: list[dict]) -> None:
     distances = sorted({line["distance"] for line in lines})
     rows = [(f"{distance} back", [line for line in lines if line["distance"] == distance]) for distance in distances]
     figure.set_figheight(1.1 + 1.25 * len(rows))
-    baselines = [key("floors: another text's; commonest token", linestyle="--", linewidth=1.2),
+    baselines = [key("floors: the token of another text; commonest token", linestyle="--", linewidth=1.2),
                  key("floor: shuffled labels", linestyle=":", linewidth=1.2)]  # fmt: skip
     _draw_by_layer(figure, lines, rows, RESIDUAL, "place", PLACE_NAMES, baselines)
 

@@ -63,7 +63,7 @@ ATTENTION = probe(
     "attention",
     "Logit boost and entropy drop of every head",
     "The same weights read the same texts as trained and with zeros for the embedding of the mark. Boost is the growth "
-    "of a head's largest logit and drop is the fall of its entropy, over the queries behind the last mark. The paper's "
+    "of a head's largest logit and drop is the fall of its entropy, over the queries after the last mark. The paper's "
     f"Figure 2 has a boost of {FIGURE_2['boost']:.2f} and a drop of {FIGURE_2['drop']:.2f} nats, of heads and queries "
     'that it does not name. Its theorem holds only for a key that is likely without the boost: "applies" is the share '
     'of queries for which the last mark is such a key, and "explained" the drop if only the logit of the mark had '
@@ -140,7 +140,7 @@ RESIDUAL = probe(
         Column("commonest, %", share("majority")),
         Column("shuffled, %", lambda line: share("shuffled")(max(line["lines"], key=lambda of: of["shuffled"]))),
         Column("more than the word, in layers", lambda line: layers_where(line["lines"], "more")),
-        Column("cosine less floor, by layer", lambda line: by_layer(line, lambda of: f"{of['nearer']:+.2f}")),
+        Column("cosine minus floor, by layer", lambda line: by_layer(line, lambda of: f"{of['nearer']:+.2f}")),
         Column("nearer, in layers", lambda line: layers_where(line["lines"], "nearer")),
         N,
     ),
@@ -149,5 +149,5 @@ RESIDUAL = probe(
     choices={"place": probe_pictures.PLACE_NAMES},
 )
 
-# sections by probe, in the order of the page; probe.py refuses to start if a probe lacks its section or the reverse
+# sections by probe, in the order of the page; probe.py refuses to start if a probe has no section or the reverse
 SECTIONS = {section.kind: section for section in (POSITIONS, ATTENTION, PATCHING, RESIDUAL, rate_distortion.SECTION)}

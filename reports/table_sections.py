@@ -94,8 +94,8 @@ def section_body(
 
 
 def merged(lines: list[dict], row: tuple[str, ...]) -> list[dict]:
-    """Returns one line for each group of lines with equal `row` fields; it contains the group as `lines`. Returns all
-    lines if row is empty."""
+    """Merges lines with equal `row` fields into one line, which contains the group as `lines`. Without `row`, returns
+    the lines unchanged."""
     return [{**of[0], "lines": of} for of in apart(lines, fields_of(row))] if row else lines
 
 

@@ -219,7 +219,7 @@ def curves(page, runs: list[Metrics]) -> str:
             used = [run.used for run in group]
             figures.append(page.picture(f"training_{number}_{name}.png", what, png(draw, *panel), used))
         out += f"<div>{''.join(figures)}</div>\n<p class=small>{escaped(heading(group))}.</p>\n"
-    apart = "<p>Runs whose texts differ have axes of their own.</p>\n" if len(groups) > 1 else ""
+    apart = "<p>Runs validated on different texts have separate axes.</p>\n" if len(groups) > 1 else ""
     return f"""<h2 id="training">Training</h2>
 {out}{apart}<p class="small">Curves were recorded during training. Validation uses windows spread evenly over the split.
 The training loss is smoothed over a twentieth of the run; the pale line is the loss as recorded.</p>

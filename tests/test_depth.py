@@ -1,4 +1,4 @@
-"""The picture of the loss by depth: which lines become which curves, and what is drawn of them."""
+"""Tests the picture of the loss by depth: which lines become which curves, and how the curves are drawn."""
 
 import json
 
@@ -31,7 +31,7 @@ def stream(arm="meta + rope", scaling="none", trained="none", **more) -> dict:
 
 
 def line(*reading, nats=(1.0, 2.0, 4.0, 3.0, 5.0), **more) -> dict:
-    """Loss nats[i] in all of document i, and twice that in its second bucket."""
+    """Returns a line whose loss is nats[i] in document i, and twice that in the second bucket."""
     return stream(*reading, **{**TEXT, "document_pieces": PIECES, "document_nats": [[n, 2 * n] for n in nats], **more})
 
 
@@ -55,9 +55,9 @@ def curves_of(axes):
     return [mark for mark in axes.lines if mark.get_linestyle() != ":"]
 
 
-def test_a_curve_is_the_mean_over_draws_and_pieces_and_the_last_of_repeated_lines_counts(tmp_path):
+def test_a_curve_averages_draws_and_pieces_and_uses_the_last_of_repeated_lines(tmp_path):
     lines = [line(nats=(9, 9, 9, 9, 9)), line(draw=1, nats=(3.0, 2.0, 2.0, 3.0, 3.0)), stream(), line()]
-    (level,) = drawn(tmp_path, lines).axes  # one curve: nothing to take a difference from
+    (level,) = drawn(tmp_path, lines).axes  # a single curve, so there is no panel of differences
     (curve,) = curves_of(level)
     means = np.array([2.0, 2.0, 3.0, 3.0, 4.0])  # of the documents, over draws
     assert curve.get_xdata().tolist() == [32, 96]
@@ -75,8 +75,8 @@ def test_less_than_five_documents_have_no_band(tmp_path, documents):
         assert not axes.collections and len(curves_of(axes)) == 2 and "95 %" not in axes.get_title()
 
 
-def test_differences_are_of_the_same_documents(tmp_path):
-    """Documents that differ by nats, and a scaling that costs 0.5 in each: the interval has no width."""
+def test_differences_are_paired_by_document(tmp_path):
+    """Losses differ between documents, and the scaling adds 0.5 in each of them, so the interval has no width."""
     figure = drawn(tmp_path, [line(), read_with("meta + rope", "pi 4x", nats=(1.5, 2.5, 4.5, 3.5, 5.5))])
     level, below = figure.axes
     zero, cost = curves_of(below)
@@ -99,7 +99,7 @@ def test_curves_look_different_and_those_only_read_with_a_scaling_are_dashed(tmp
     assert shown[3].get_color() == ARM_COLOURS["meta"]
 
 
-def test_labels_say_what_tells_curves_apart(tmp_path):
+def test_labels_name_the_facts_that_distinguish_curves(tmp_path):
     lines = [line(length=64), line(), line(markers="none"), read_with("meta + rope", "pi 2x"),
              read_with("meta + rope", "pi 2x", weights_sha256="cd" * 32, run="other")]  # fmt: skip
     figure = drawn(tmp_path, lines)
@@ -114,7 +114,7 @@ def test_labels_say_what_tells_curves_apart(tmp_path):
     assert "600 tokens, 10 pieces of 5 documents" in figure.axes[-1].get_xlabel()
 
 
-def test_the_command(tmp_path):
+def test_report_curves_draws_the_loss_by_depth(tmp_path):
     folder = tmp_path / "out/small"
     folder.mkdir(parents=True)
     write(folder / "perplexity.jsonl", [line(), read_with("meta + rope", "ntk 4x")])
@@ -153,7 +153,7 @@ def test_lines_that_cannot_be_drawn_are_refused(tmp_path, lines, sentence):
     assert not (tmp_path / "depth.png").exists()
 
 
-def test_files_and_folders_are_drawn_apart(tmp_path):
+def test_files_and_folders_cannot_be_mixed(tmp_path):
     with pytest.raises(
         UserError, match="lines.jsonl is a file of an evaluation, but others are folders of runs: draw them separately"
     ):

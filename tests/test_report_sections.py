@@ -1,4 +1,4 @@
-"""report.py beyond the tasks: each section is there where its lines are, and has their figures."""
+"""Tests the sections of report.py other than tasks: each appears if there are lines for it, and has their figures."""
 
 import json
 import re
@@ -28,7 +28,10 @@ MACHINE = {"processor": "Abacus", "cores": 2, "threads": 1}
 
 
 def trained(folder: Path, content=TEXT, dataset="data/x", restart=False, task=None, n=20) -> Path:
-    """A run's record: 100 content tokens and 2 s a step, each 10th evaluated; from step 11 on after a resume."""
+    """Writes the record of a run: 100 content tokens and 2 s per step, an evaluation every 10 steps.
+
+    With restart, the run was resumed after step 10. Returns the folder.
+    """
     folder.mkdir(parents=True)
     data = {"dataset": dataset, "content_sha256": content, "val_text_compressed": {"gzip_9_bits_per_byte": 2.0}}
     facts = {"config": {"seed": 7, "task": task or {}}, "data": data,
@@ -56,7 +59,7 @@ def rendered(lines: dict, runs=()) -> dict[str, bytes]:
 
 
 def cells_of(page: bytes) -> list[tuple[str, ...]]:
-    """Rows of tables."""
+    """Returns the rows of all tables."""
     return [tuple(filter(None, row.split("|"))) for row in words(page.decode()).split("\n")]
 
 
@@ -78,10 +81,10 @@ def windowed(
     return line("1" * right + "0" * (100 - right), name, task="list_recall", **{**own, **tokens, **other})
 
 
-# ----------------------------------------------------------------------------- what is read
+# ----------------------------------------------------------------------------- reading
 
 
-def test_a_folder_shows_what_it_has_and_a_bare_one_is_refused(tmp_path):
+def test_a_folder_gets_the_sections_of_its_files_and_an_empty_one_is_refused(tmp_path):
     run = trained(tmp_path / "one")
     write(run / "perplexity.jsonl", [depth_line()])
     write(run / "tasks.jsonl", [line()])
@@ -90,7 +93,7 @@ def test_a_folder_shows_what_it_has_and_a_bare_one_is_refused(tmp_path):
     page = render(found, sections_of(0.0, 0.05), "")["report.html"].decode()
     ids = re.findall(r'<h2 id="(\w+)"', page)
     assert ids == ["training", "accuracy", "differences", "lengths", "positions", "commands"]
-    assert re.findall(r'<a href="#([a-z]+)">', page)[: len(ids)] == ids  # the contents
+    assert re.findall(r'<a href="#([a-z]+)">', page)[: len(ids)] == ids  # the table of contents
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="bare has none of metrics.jsonl, tasks.jsonl, .*: give folders of runs"):
         read((str(run), str(tmp_path / "bare")), sections_of(0.0, 0.05))
@@ -103,7 +106,7 @@ def test_lines_of_all_kinds_may_share_a_file(tmp_path):
     assert found.repeated == 1 and found.lines["tasks"][0]["correct"] == 0
 
 
-def test_a_run_read_in_two_ways_keeps_both(tmp_path):
+def test_a_run_read_with_two_scalings_has_two_lines(tmp_path):
     lines = [windowed("none", "none", 512, 40), windowed("yarn 4x", "none", 512, 60)]
     found = read((write(tmp_path / "x.jsonl", lines),), sections_of(0.0, 0.05))
     assert [one["correct"] for one in found.lines["tasks"]] == [40, 60] and found.repeated == 0
@@ -125,7 +128,7 @@ def test_a_run_read_in_two_ways_keeps_both(tmp_path):
         ("perplexity.jsonl", {name: of for name, of in depth_line().items() if name != "loss"}, "loss is missing"),
     ],
 )
-def test_damaged_lines_are_named(tmp_path, name, damaged, why):
+def test_damaged_lines_are_refused_with_their_number(tmp_path, name, damaged, why):
     run = trained(tmp_path / "one")
     good = {"metrics.jsonl": {"kind": "val", "step": 0}, "positions.jsonl": position_line("full", 50)}
     write(run / name, [good.get(name) or depth_line(), damaged])
@@ -137,7 +140,7 @@ def test_damaged_lines_are_named(tmp_path, name, damaged, why):
 # ----------------------------------------------------------------------------- training and cost
 
 
-def test_curves_of_other_texts_do_not_share_an_axis(tmp_path):
+def test_runs_on_different_texts_have_separate_axes(tmp_path):
     same = [trained(tmp_path / name, dataset=f"data/{name}") for name in ("one", "two")]
     other = trained(tmp_path / "three", content={"train": "a" * 64, "val": "c" * 64})
     on_tasks = trained(tmp_path / "four", task={"train_length": 64, "level": "easy", "placements": ["every"]})
@@ -152,7 +155,7 @@ def test_curves_of_other_texts_do_not_share_an_axis(tmp_path):
                                for key, of in (("loss", "content_tokens"), ("bits_per_byte", "content_tokens"),
                                                ("bits_per_byte", "minutes"))} | {
         "training_3_exact_parity_step.png", "training_3_loss_step.png"}  # fmt: skip
-    assert "Runs whose texts differ have axes of their own" in text
+    assert "Runs validated on different texts have separate axes" in text
     rows = cells_of(text.encode())
     ends = [row[:7] for row in rows if row and row[-1].startswith("[")]
     assert ("one", "7", "data/one", "20", "1.7500 bits per byte", "4.0000", "1,280") in ends
@@ -174,19 +177,19 @@ def test_curves_are_labelled_by_arm_and_seeds_look_alike(tmp_path):
     assert looks[3][0] == "gpt2 + rope, d" and looks[3][1] not in (meta, gpt2)
 
 
-def test_wall_time_goes_on_after_a_resume(tmp_path):
+def test_wall_time_continues_after_a_resume(tmp_path):
     run = read_run(trained(tmp_path / "one", restart=True))
     assert [run.seconds(step) for step in (0, 1, 10, 11, 20)] == [0, 2, 20, 22, 40]
 
 
-def test_cost_is_medians_and_sums(tmp_path):
+def test_the_cost_section_has_median_speeds_and_summed_times(tmp_path):
     run = trained(tmp_path / "one", restart=True)
     (run / "best_00000020").mkdir()
     head = json.dumps({"__metadata__": {}, "a": {"shape": [1000, 30]}, "b": {"shape": [500]}}).encode()
     (run / "best_00000020/model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head)
     text = costs(Page(""), [read_run(run)])
     (row,) = [row for row in cells_of(text.encode()) if row and row[0] == "one"]
-    # two evaluations at the last step come after the last line of the log: 40 + 2 x 3 s
+    # after the last logged step come two evaluations: 40 + 2 x 3 s
     facts = ("0.03M", "2,000 content tokens", "50", "55", "0:00:46", "Abacus, 2 cores", "[1]")
     assert row[7:] == facts
 
@@ -206,10 +209,10 @@ def test_lengths_are_shown_in_windows_and_table_1_stands_where_windows_are_exten
     assert "Table 1" not in rendered({"tasks": [old]})["report.html"].decode()
 
 
-# ----------------------------------------------------------------------------- lengths, positions, origin, files
+# ----------------------------------------------------------------------------- lengths, positions, origin and files
 
 
-def test_documents_of_two_texts_have_a_picture_each():
+def test_documents_of_two_texts_have_separate_pictures():
     draws = [depth_line(draw=draw) | {"loss": 1.0 + draw} for draw in range(3)]
     other = depth_line(content_sha256="y")
     files = rendered({"perplexity": [*draws, other, stream(length=512)]})
@@ -237,7 +240,7 @@ def test_positions_have_a_picture_for_each_task():
     assert shown == [50, 44]
 
 
-def test_the_origin_of_a_run_is_told_and_unequal_ones_are_warned_of():
+def test_the_report_names_the_origin_of_runs_and_warns_if_they_differ():
     start = {"weights": f"weights of out/b/model.safetensors (sha256 {'ab' * 32})", "dataset": "data/x",
              "train_sha256": "c" * 64, "content_tokens": 1234567}  # fmt: skip
     told = origin({"origin": start})
@@ -256,7 +259,7 @@ def differences(lines: list[dict]) -> str:
     return tasks.differences(arms_of(lines), lines, 0.0, 0.05)
 
 
-def test_pictures_of_an_earlier_report_go_and_nothing_else_does(tmp_path, monkeypatch):
+def test_only_pictures_of_an_earlier_report_are_deleted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trained(tmp_path / "one")
     write(tmp_path / "p.jsonl", [position_line("full", 50)])
