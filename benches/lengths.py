@@ -35,5 +35,5 @@ def bench(args, peaks: dict[str, float]) -> list[dict]:
 
 
 def ratios(rows: list[dict]) -> list[str]:
-    """Returns no sentences: the table has all that this section measures."""
+    """Returns an empty list, because the table already shows everything that this section measures."""
     return []

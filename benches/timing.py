@@ -63,7 +63,7 @@ def peak_memory() -> int:
 
 
 def _measured(make: Callable, args: tuple, repeats: int) -> tuple[list[float], int]:
-    """Measures make(*args) in this process, as in_fresh_process does in a fresh one."""
+    """Measures make(*args) in this process; in_fresh_process calls it in a new process."""
     times = alternate({"": make(*args)}, repeats)[""]
     return times, peak_memory()
 

@@ -5,9 +5,12 @@ import json
 import os
 import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import filelock
+
+from nanometa.common.errors import UserError
 
 WRITING = ".writing"  # suffix of a file or folder that is still being written
 
@@ -23,6 +26,36 @@ def parse_json(raw: bytes):
 def read_json(path: Path):
     """Returns the parsed content of a JSON file. Raises OSError or ValueError."""
     return parse_json(read_file(path))
+
+
+def read_json_lines(path: Path, check: Callable[[dict], object], writer: str, growing: bool = False) -> list[dict]:
+    """Returns the objects in a file of JSON lines. Empty lines are left out.
+
+    check: raises an exception for a damaged object; writer: the program that writes such files. growing: leaves out a
+    last line without a newline, which is still being written or was cut short by a kill. Raises UserError if the file
+    cannot be read, and, naming the line, if an object is damaged."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no figure")
+
+    try:
+        rows = path.read_text().splitlines(keepends=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give a file that {writer} wrote.") from error
+    objects = []
+    for number, row in enumerate(rows, 1):
+        if not row.strip() or (growing and not row.endswith("\n")):
+            continue
+        try:
+            line = json.loads(row, parse_constant=refuse)
+            if not isinstance(line, dict):
+                raise ValueError("it is no object")
+            json.dumps(line, ensure_ascii=False).encode()  # raises for half a surrogate pair, which is no text
+            check(line)
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+            raise UserError(f"{path}, line {number} is no line of {writer} ({error}): remove it.") from error
+        objects.append(line)
+    return objects
 
 
 def read_file(path: Path) -> bytes:

@@ -47,7 +47,7 @@ from nanometa.probes.marked_texts import (
 )
 from nanometa.probes.positions import under
 from nanometa.probes.probe_command import run_probe
-from nanometa.reports.theorem import boosted_entropy
+from nanometa.probes.theorem import boosted_entropy
 from nanometa.tasks.example import Example, Maker
 from nanometa.training.checkpoint import Run
 

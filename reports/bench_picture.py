@@ -1,94 +1,81 @@
-"""Draws the figure of bench.py: bars of rates with their quartiles, and lines by window length."""
+"""Draws the picture of bench.py: bars of rates with their quartiles, and lines by window length."""
 
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from nanometa.common.files import write_atomically
+from nanometa.reports.drawing import ARM_COLOURS, COLOURS, GREY, MARKERS, key, legend, length_axis, png, tiled
 
-COLOURS = {
-    "none": "tab:blue",
-    "meta": "tab:purple",
-    "meta, one plan": "plum",
-    "nanogpt": "tab:gray",
-    "hf": "tab:orange",
-    "dense": "tab:red",
-}
+KNOWN = {  # colors of contestants; the arms have those of their other pictures
+    "none": ARM_COLOURS["gpt2"], "meta": ARM_COLOURS["meta"], "gathered": ARM_COLOURS["meta"],
+    "meta, one plan": "#56B4E9", "dense": "#D55E00", "nanogpt": GREY, "hf": "#E69F00",
+}  # fmt: skip
+BARS = (  # section, columns that name a group of bars, measured column
+    ("training", ("shape", "dtype", "mode"), "positions/s"), ("training", ("shape", "dtype"), "peak GB"),
+    ("layer", ("T", "dtype"), "ms"), ("decoding", ("batch", "dtype"), "content tokens/s"),
+    ("preparing", ("corpus",), "MB/s"),
+)  # fmt: skip
 
 
 def draw(results: dict[str, list[dict]], path: Path, machine: str = "") -> None:
-    panels = []
-    if "training" in results:
-        panels += [lambda ax: bars(ax, results["training"], ("shape", "dtype", "mode"), "positions/s", "training")]
-        eager = [row for row in results["training"] if "peak GB" in row]
-        panels += [lambda ax: bars(ax, eager, ("shape", "dtype"), "peak GB", "memory of training")] if eager else []
-    if "layer" in results:
-        panels += [lambda ax: bars(ax, results["layer"], ("T", "dtype"), "ms", "a meta-attention layer")]
-    if "lengths" in results:
-        panels += [lambda ax: lines(ax, results["lengths"], "s a step", "s at the matmul peak")]
-        panels += [lambda ax: lines(ax, results["lengths"], "peak GB")]
-    if "decoding" in results:
-        panels += [lambda ax: bars(ax, results["decoding"], ("batch", "dtype"), "content tokens/s", "decoding")]
-    if "preparing" in results:
-        timed = [row for row in results["preparing"] if "MB/s" in row]
-        panels += [lambda ax: bars(ax, timed, ("corpus",), "MB/s", "preparing")]
-    if not panels:  # a profile has no picture, only a table
-        return
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(8 * columns, 4.2 * rows), squeeze=False)
-    for ax, panel in zip(axes.flat, panels, strict=False):
-        panel(ax)
-    for ax in axes.flat[len(panels) :]:
-        ax.set_axis_off()
-    figure.suptitle(machine, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    """Writes a PNG of the sections that can be drawn, if there is one: a profile has only a table."""
+    measured = [(section, keys, value, [row for row in results.get(section, ()) if value in row])
+                for section, keys, value in BARS]  # fmt: skip
+    panels = [
+        png(bars, f"{section}: {value}", rows, keys, value, width=5.4)
+        for section, keys, value, rows in measured
+        if rows
+    ]
+    panels += [
+        png(lines, results["lengths"], value, width=5.4) for value in ("s a step", "peak GB") if "lengths" in results
+    ]
+    if panels:
+        write_atomically(path, tiled(machine, panels, columns=2))
 
 
-def bars(ax, rows: list[dict], keys: tuple[str, ...], value: str, title: str) -> None:
+def bars(figure: Figure, title: str, rows: list[dict], keys: tuple[str, ...], value: str) -> None:
     """Draws groups of bars relative to the first contestant of each group, labeled with the absolute numbers. A line
-    spans the quartiles if the row has them."""
-    groups = list(dict.fromkeys(tuple(str(row[key]) for key in keys) for row in rows))
-    contestants = list(dict.fromkeys(row["who"] for row in rows))
-    first = {}
+    spans the quartiles if the rows have those of this value."""
+    axes = figure.subplots()
+    groups: dict[str, list[dict]] = {}
     for row in rows:
-        first.setdefault(tuple(str(row[key]) for key in keys), row[value])
+        groups.setdefault("\n".join(str(row[name]) for name in keys), []).append(row)
+    contestants = list(dict.fromkeys(row["who"] for row in rows))
+    colours = {who: KNOWN.get(who, COLOURS[i % len(COLOURS)]) for i, who in enumerate(contestants)}
     width = 0.8 / len(contestants)
-    for i, who in enumerate(contestants):
-        mine = [(tuple(str(row[key]) for key in keys), row) for row in rows if row["who"] == who]
-        x, heights = [groups.index(group) + i * width for group, _ in mine], [r[value] / first[g] for g, r in mine]
-        ax.bar(x, heights, width, label=who, color=COLOURS.get(who))
-        for place, top, (group, row) in zip(x, heights, mine, strict=True):
+    for place, of in enumerate(groups.values()):
+        for row in of:
+            x, top = place + contestants.index(row["who"]) * width, row[value] / of[0][value]
+            axes.bar(x, top, width, color=colours[row["who"]])
             if "quartiles" in row and value not in ("peak GB", "MB/s"):
-                ends = [float(part.replace(",", "")) / first[group] for part in row["quartiles"].split("..")]
-                ax.plot([place, place], ends, color="black", linewidth=0.8)
+                ends = [float(end.replace(",", "")) / of[0][value] for end in row["quartiles"].split("..")]
+                axes.vlines(x, *ends, color="black", linewidth=1)
                 top = max(top, *ends)
-            label = f"{row[value]:,.3g}" if row[value] < 1000 else f"{row[value]:,.0f}"
-            ax.annotate(label, (place, top), (0, 3), textcoords="offset points", fontsize=6, rotation=90, ha="center")
-    ax.set_xticks([n + 0.4 - width / 2 for n in range(len(groups))], ["\n".join(group) for group in groups], fontsize=7)
-    ax.set_title(f"{title} ({', '.join(keys)})", fontsize=9)
-    ax.set_ylabel(f"{value}, {contestants[0]} = 1")
-    ax.margins(y=0.25)
-    ax.set_ylim(bottom=0)
-    ax.legend(fontsize=7)
+            text = f"{row[value]:,.3g}" if row[value] < 1000 else f"{row[value]:,.0f}"
+            axes.annotate(text, (x, top), (0, 3), textcoords="offset points", fontsize=8, rotation=90, ha="center")
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(groups))], list(groups), fontsize=8)
+    axes.set(title=title, ylabel=f"{value}, {contestants[0]} = 1")
+    axes.grid(axis="x", visible=False)
+    axes.margins(y=0.3)
+    axes.set_ylim(bottom=0)
+    legend(figure, [key(who, color=colour, linewidth=6) for who, colour in colours.items()], columns=4)
 
 
-def lines(ax, rows: list[dict], value: str, arithmetic: str = "") -> None:
-    for (who, share), colour in zip(
-        dict.fromkeys((row["who"], row["markers"]) for row in rows),
-        ("tab:blue", "tab:purple", "indigo", "tab:red"),
-        strict=False,
-    ):
+def lines(figure: Figure, rows: list[dict], value: str) -> None:
+    """Draws a value by window length; dotted, the time that the arithmetic alone would take at the matmul peak."""
+    axes, handles = figure.subplots(), []
+    for number, (who, share) in enumerate(dict.fromkeys((row["who"], row["markers"]) for row in rows)):
         mine = [row for row in rows if (row["who"], row["markers"]) == (who, share)]
-        x, label = [row["T"] for row in mine], who if who == "none" else f"{who}, {share:.0%}"
-        ax.plot(x, [row[value] for row in mine], "o-", color=colour, label=label)
-        if arithmetic and arithmetic in mine[0] and share in (0.0, 0.1) and who != "dense":
-            ax.plot(x, [row[arithmetic] for row in mine], ":", color=colour, label=f"{label}: {arithmetic[2:]}")
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_xlabel("positions of a window (8192 in a step)")
-    ax.set_ylabel(value)
-    ax.legend(fontsize=7)
+        look = {"color": KNOWN[who], "marker": MARKERS[number], "markersize": 4.5}
+        x = [row["T"] for row in mine]
+        axes.plot(x, [row[value] for row in mine], **look)
+        handles.append(key(who if who == "none" else f"{who}, {share:.0%} markers", **look))
+        if value == "s a step" and "s at the matmul peak" in mine[0]:
+            axes.plot(x, [row["s at the matmul peak"] for row in mine], ":", color=look["color"])
+    if value == "s a step":
+        handles.append(key("at the matmul peak", linestyle=":"))
+    length_axis(axes, {row["T"] for row in rows})
+    axes.set_ylim(bottom=0)
+    axes.set(title=f"lengths: {value}", xlabel="positions of a window (8192 in a step)", ylabel=value)
+    legend(figure, handles)

@@ -31,7 +31,7 @@ class Difference:
 
 
 def pairs(arms: list[Arm]) -> list[tuple[Arm, Arm, Panel, int]]:
-    """Returns every pair of arms of equal training with every cell that both have, in the order of the cells."""
+    """Returns all pairs of arms with the same training, each with a cell that both have, in the order of the cells."""
     found = [
         (first, second, panel, length)
         for first, second in itertools.combinations(arms, 2)
@@ -48,7 +48,7 @@ def unequal(first: dict, second: dict) -> str:
         if first[name] != second[name]:
             return f"{name} {first[name]:g} against {second[name]:g}"
     # the shares of shortcuts depend on the texts alone
-    return "" if first["floors"] == second["floors"] else "other texts: the shortcuts' shares differ"
+    return "" if first["floors"] == second["floors"] else "the texts differ, because the shortcuts' shares differ"
 
 
 def between_checkpoints(arms: list[Arm]) -> list[Difference]:

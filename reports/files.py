@@ -1,10 +1,11 @@
 """Reads run folders and .jsonl files for a report, and checks their lines."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanometa.common.errors import UserError
+from nanometa.common.files import read_json_lines
+from nanometa.reports.lines import most_texts
 from nanometa.reports.page import Section
 from nanometa.reports.training import METRICS, Metrics, read_run
 
@@ -24,15 +25,18 @@ def read(sources: tuple[str, ...], sections: list[Section]) -> Found:
 
     Raises UserError, naming file and line, for a line that cannot be shown."""
     kinds = {section.kind: section for section in sections}
-    kept: dict[str, dict[tuple, dict]] = {kind: {} for kind in kinds}
-    runs, repeated = [], 0
+
+    def check(line: dict) -> None:
+        if kind_of(line) not in kinds:
+            raise ValueError(f'it has no field "eval" or "probe" with one of the values {", ".join(kinds)}')
+        kinds[kind_of(line)].check(line)
+
+    lines: dict[str, list[dict]] = {kind: [] for kind in kinds}
+    runs = []
     for source in dict.fromkeys(sources):
         path = Path(source)
-        paths = (
-            [path]
-            if source.endswith(".jsonl")
-            else [file for kind in kinds if (file := path / f"{kind}.jsonl").exists()]
-        )
+        paths = [path] if source.endswith(".jsonl") else [path / f"{kind}.jsonl" for kind in kinds]
+        paths = [file for file in paths if file.exists() or file == path]
         if not source.endswith(".jsonl") and (path / METRICS).exists():
             runs.append(read_run(path))
         elif not paths:
@@ -40,50 +44,15 @@ def read(sources: tuple[str, ...], sections: list[Section]) -> Found:
                 f"{source} has none of {METRICS}, {', '.join(f'{kind}.jsonl' for kind in kinds)}: give folders of runs "
                 f"that train.py, eval.py or probe.py wrote to, or .jsonl files of the latter two."
             )
-        for path in paths:
-            for line in _lines(path, kinds):
-                kind = kind_of(line)
-                key = kinds[kind].key(line)
-                earlier = kept[kind].get(key)
-                repeated += earlier is not None
-                if earlier is None or line.get("n", 0) >= earlier.get(
-                    "n", 0
-                ):  # a measurement on fewer texts does not replace one on more
-                    kept[kind][key] = line
-    lines = {kind: list(of.values()) for kind, of in kept.items() if of}
-    if not lines and not runs:
+        for file in paths:
+            for line in read_json_lines(file, check, "eval.py or probe.py"):
+                lines[kind_of(line)].append(line)
+    kept = {kind: most_texts(of, kinds[kind].key) for kind, of in lines.items() if of}
+    if not kept and not runs:
         raise UserError(f"{', '.join(sources)} has no line: run eval.py or probe.py first.")
-    return Found(lines, runs, repeated)
+    return Found(kept, runs, sum(map(len, lines.values())) - sum(map(len, kept.values())))
 
 
 def kind_of(line: dict) -> str:
     """Returns the evaluation or probe that wrote a line, which is also the name of its file in a run's folder."""
     return line.get("eval", line.get("probe", ""))
-
-
-def _lines(path: Path, kinds: dict[str, Section]):
-    """Yields the checked lines of a file."""
-    try:
-        rows = path.read_text().splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): give folders of runs that eval.py or probe.py measured, or .jsonl files."
-        ) from error
-    for number, row in enumerate(rows, 1):
-        if not row.strip():
-            continue
-        try:
-            line = json.loads(row, parse_constant=_refuse)
-            if not isinstance(line, dict) or kind_of(line) not in kinds:
-                raise ValueError(f'it does not say "eval" or "probe": one of {", ".join(kinds)}')
-            json.dumps(line, ensure_ascii=False).encode()  # raises for half a surrogate pair, which is no text
-            kinds[kind_of(line)].check(line)
-        except (ValueError, OverflowError, RecursionError) as error:
-            raise UserError(
-                f"{path}, line {number} is no line of eval.py or probe.py ({error}): remove it, and measure it again."
-            ) from error
-        yield line
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no figure")

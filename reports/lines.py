@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,13 +20,9 @@ FACTS = {
 }  # fmt: skip
 # facts that lines of the first versions lack
 LATER = {
-    "scaling": (str,),
-    "trained_scaling": (str,),
-    "original_block_size": (int,),
-    "origin": (dict,),
-    "machine": (str,),
+    "scaling": (str,), "trained_scaling": (str,), "original_block_size": (int,), "origin": (dict,), "machine": (str,),
     "answered": (dict,),  # only in lines of probes: whether the run has learned the task
-}
+}  # fmt: skip
 ORIGIN = {
     "weights": (str,), "dataset": (str, type(None)), "train_sha256": (str, type(None)),
     "content_tokens": (int, type(None)),
@@ -38,12 +35,7 @@ MEASURED = {
     "correct": (int,), "exact": NUMBER, "token_accuracy": NUMBER, "token_interval": (list,), "nats": NUMBER,
     "chance": NUMBER, "floors": (dict,), "outcomes": (str,),
 }  # fmt: skip
-CHOICES = {
-    "task": TASKS,
-    "placement": tuple(PLACEMENTS),
-    "level": LEVELS,
-    "question": QUESTIONS,
-}
+CHOICES = {"task": TASKS, "placement": tuple(PLACEMENTS), "level": LEVELS, "question": QUESTIONS}
 
 
 class Panel(NamedTuple):
@@ -85,19 +77,20 @@ def cell_of(line: dict) -> tuple[Panel, int]:
 def check_facts(line: dict, fields: dict[str, tuple]) -> None:
     """Raises ValueError if a line lacks a fact about its run or one of `fields` (types by name), or if one has another
     type."""
-    check_fields(line, FACTS | fields)
-    for name, kinds in LATER.items():
-        if type(line.get(name)) not in (*kinds, type(None)):
-            raise ValueError(f"{name} is {str(line[name])[:40]!r}")
-    origin = line.get("origin") or {}
-    for name, kinds in ORIGIN.items() if origin else ():
-        if name not in origin or type(origin[name]) not in kinds:
-            raise ValueError(f"its origin's {name} is {str(origin.get(name))[:40]!r}")
-    for name, known in CHOICES.items():
-        if name in fields and line[name] not in known:
-            raise ValueError(f"{name} is {line[name][:40]!r}, but must be one of {', '.join(known)}")
+    later = {name: kinds for name, kinds in LATER.items() if line.get(name) is not None}
+    check_fields(line, FACTS | fields | later)
+    if "origin" in later:
+        check_fields(line["origin"], ORIGIN)
+    check_choices(line, {name: known for name, known in CHOICES.items() if name in fields})
     if not 0 < line["train_length"] <= 2**30:
         raise ValueError(f"its train_length is {line['train_length']}")
+
+
+def check_choices(line: dict, choices: dict[str, Container[str]]) -> None:
+    """Raises ValueError if a field has none of its allowed values."""
+    for name, known in choices.items():
+        if type(line.get(name)) is not str or line[name] not in known:
+            raise ValueError(f"{name} is {str(line.get(name))[:40]!r}, but must be one of {', '.join(known)}")
 
 
 def check_fields(of: dict, fields: dict[str, tuple]) -> None:
@@ -134,27 +127,43 @@ def check(line: dict) -> None:
 
 
 def key(line: dict) -> tuple:
-    """Returns a key that is equal for lines about the same run, read in the same way, in the same cell."""
+    """Returns a key that is equal for lines about the same run, the same scaling of positions and the same cell."""
     return line["run"], line["weights_sha256"], line["arm"], cell_of(line)
+
+
+def apart(lines: Iterable, key: Callable) -> list[list]:
+    """Returns the lines in groups of equal keys."""
+    groups: dict[tuple, list] = {}
+    for line in lines:
+        groups.setdefault(key(line), []).append(line)
+    return list(groups.values())
+
+
+def most_texts(lines: list[dict], key: Callable[[dict], tuple]) -> list[dict]:
+    """Returns one line for each key: the one with the most texts, or the last of those with equally many."""
+    kept: dict[tuple, dict] = {}
+    for line in lines:
+        if line.get("n", 0) >= kept.get(key(line), line).get("n", 0):
+            kept[key(line)] = line
+    return list(kept.values())
 
 
 def arms_of(lines: list[dict]) -> list[Arm]:
     """Returns the arms in the order in which they first appear. Runs with the same arm and training are its seeds. If
     two of them have the same seed, the lines do not record how they differ, and each becomes an arm of its own."""
-    groups: dict[tuple, dict[tuple, list[dict]]] = {}
-    for line in lines:
-        on = (line["trained_on"],) if isinstance(line["trained_on"], str) else tuple(map(str, line["trained_on"]))
-        placements = tuple(map(str, line["train_placements"] or ()))
-        training = Training(on, line["train_length"], placements, line["settings"])
-        runs = groups.setdefault((line["arm"], training), {})
-        runs.setdefault((line["run"], line["weights_sha256"]), []).append(line)
     found = []  # (arm, training, its runs' lines)
-    for (name, training), runs in groups.items():
-        seeds = [of[0]["seed"] for of in runs.values()]
-        together = [list(runs.values())] if len(set(seeds)) == len(seeds) else [[of] for of in runs.values()]
-        found += [(name, training, of) for of in together]
+    for of in apart(lines, lambda line: (line["arm"], training_of(line))):
+        runs = apart(of, lambda line: (line["run"], line["weights_sha256"]))
+        seeds = {run[0]["seed"] for run in runs}
+        together = [runs] if len(seeds) == len(runs) else [[run] for run in runs]
+        found += [(of[0]["arm"], training_of(of[0]), runs) for runs in together]
+    names, trainings, runs_of = map(list, zip(*found, strict=True)) if found else ([], [], [])
+    trained = [f"trained with {', '.join(training.placements) or 'text'}" for training in trainings]
+    labels = told_apart(names, [trained, [f"on {', '.join(training.on)}" for training in trainings]])
+    settings = [f"settings {training.settings[:6]}" for training in trainings]
+    labels = told_apart(labels, [settings, list(map(_runs, runs_of))], [training.length for training in trainings])
     arms = []
-    for label, (_, training, runs) in zip(_labels(found), found, strict=True):
+    for label, training, runs in zip(labels, trainings, runs_of, strict=True):
         by_cell: dict[tuple, dict[int, dict]] = {}
         for line in (line for run in runs for line in run):
             by_cell.setdefault(cell_of(line), {})[line["seed"]] = line
@@ -162,23 +171,33 @@ def arms_of(lines: list[dict]) -> list[Arm]:
     return arms
 
 
-def _labels(found: list[tuple[str, Training, list]]) -> list[str]:
-    """Returns the labels of the arms: the arm, the details of its training that distinguish it from arms of any length,
-    and, if these do not suffice, its run."""
-    runs = [(of[0][0], f" and {len(of) - 1} more" if len(of) > 1 else "") for _, _, of in found]
-    details = (
-        [(0, f"trained with {', '.join(training.placements) or 'text'}") for _, training, _ in found],
-        [(0, f"on {', '.join(training.on)}") for _, training, _ in found],
-        [(training.length, f"settings {training.settings[:6]}") for _, training, _ in found],
-        [(training.length, f"{run['run']}{more}, step {run['step']}, {run['weights_sha256'][:8]}")
-         for (run, more), (_, training, _) in zip(runs, found, strict=True)],
-    )  # fmt: skip
-    labels = [name for name, _, _ in found]
+def training_of(line: dict) -> Training:
+    placements = tuple(map(str, line["train_placements"] or ()))
+    return Training(trained_on(line), line["train_length"], placements, line["settings"])
+
+
+def _runs(runs: list[list[dict]]) -> str:
+    line, more = runs[0][0], f" and {len(runs) - 1} more" if len(runs) > 1 else ""
+    return f"{line['run']}{more}, step {line['step']}, {line['weights_sha256'][:8]}"
+
+
+def trained_on(line: dict) -> tuple[str, ...]:
+    """Returns the tasks that the run of a line was trained on, or the folder of its dataset."""
+    on = line["trained_on"]
+    return (on,) if isinstance(on, str) else tuple(map(str, on))
+
+
+def told_apart(labels: list[str], details: Iterable[Iterable[str]], groups: list | None = None) -> list[str]:
+    """Returns the labels, extended by the details that distinguish equal ones.
+
+    details: lists of further facts, one for each label; a list is used only where labels are still equal. groups: what
+    already distinguishes the labels, such as their dashes in a picture."""
+    groups = groups or [""] * len(labels)
     for detail in details:
-        known = set(zip(labels, detail, strict=True))
-        among = Counter((label, length) for label, (length, _) in known)
-        labels = [f"{label}, {text}" if among[label, length] > 1 else label
-                  for label, (length, text) in zip(labels, detail, strict=True)]  # fmt: skip
+        known = set(zip(labels, groups, detail, strict=True))
+        among = Counter((label, group) for label, group, _ in known)
+        labels = [f"{label}, {text}" if among[label, group] > 1 else label
+                  for label, group, text in zip(labels, groups, detail, strict=True)]  # fmt: skip
     return labels
 
 

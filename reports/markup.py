@@ -3,69 +3,9 @@
 import html
 import math
 import textwrap
+from pathlib import Path
 
-CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 920px; margin: 0 auto;
-  padding: 0 14px 40px; overflow-wrap: anywhere }
-h1 { font-size: 1.6em; margin: 1em 0 .3em }
-h2 { font-size: 1.25em; margin: 2em 0 .4em; border-bottom: 1px solid #ccc }
-h3 { font-size: 1.05em; margin: 1.4em 0 .3em }
-p, li { max-width: 46em }
-a { color: #0b57a4 }
-code { font-size: .9em }
-figure { margin: 0 16px 18px 0; display: inline-block; width: 400px; max-width: 100%; vertical-align: top;
-  break-inside: avoid }
-figure.wide { display: block; width: auto; margin-right: 0 }
-img { width: 100%; height: auto; display: block }
-.wide img { width: var(--natural); max-width: 100% }
-figcaption, .small { font-size: 14px; color: #444 }
-.small code { font-size: 1em }
-.scroll { overflow: auto; max-height: min(80vh, 640px) }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: .5em 0 }
-th, td { padding: .2em .55em; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top;
-  overflow-wrap: normal }
-td { white-space: nowrap }
-th { background: #f4f4f4; vertical-align: bottom }
-th[scope=rowgroup] { white-space: nowrap }
-thead th { position: sticky; top: 0; z-index: 1 }
-tbody td:first-child { position: sticky; left: 0; background: #fff }
-thead th:first-child { left: 0; z-index: 2 }
-details { margin: .6em 0 }
-summary { cursor: pointer; color: #0b57a4 }
-.text, .long { text-align: left }
-td.long { white-space: normal; min-width: 14em; max-width: 30em; overflow-wrap: anywhere }
-.warn { border-left: 4px solid #d55e00; padding: .1em .8em; background: #fff6f0 }
-@media screen and (min-width: 960px) {
-  /* a table that needs more than the text has goes on over both margins */
-  body > .scroll { position: relative; left: 50%; transform: translateX(-50%); width: max-content; min-width: 100%;
-    max-width: calc(100vw - 40px); box-sizing: border-box }
-  td.text { white-space: normal; min-width: 4.5em }
-  .many { font-size: 13px }
-  .many th, .many td { padding: .2em .35em }
-  .many td.text { min-width: 3.6em }
-}
-@media screen and (max-width: 600px) {
-  figure { margin-right: 0; width: 100% }
-  .wide img { max-width: none }
-  .overview { display: none }
-  /* the first column stays in view and must leave room for the others */
-  tbody td:first-child { white-space: normal; min-width: 5em; max-width: 9em }
-}
-@media print {
-  @page { margin: 14mm }
-  body { max-width: none; padding: 0; font-size: 10.5pt }
-  h2, h3 { break-after: avoid }
-  tr { break-inside: avoid }
-  .scroll { overflow: visible; max-height: none }
-  tbody td:first-child, thead th { position: static }
-  .small, figcaption { font-size: 8pt }
-  table { font-size: 7pt; max-width: 100% }
-  th, td { padding: .15em .3em; white-space: normal }
-  td { white-space: nowrap }
-  td.text, td.long { min-width: 0; white-space: normal; overflow-wrap: anywhere }
-  figure { width: 47%; margin-right: 2% }
-}
-"""
+STYLE_SHEET = Path(__file__).with_name("page.css")
 
 
 class Markup(str):
@@ -79,15 +19,28 @@ def escaped(value) -> Markup:
 def document(title: str, body: str) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escaped(title)}</title><style>{CSS}</style></head><body>
+<title>{escaped(title)}</title><style>
+{STYLE_SHEET.read_text()}</style></head><body>
 {body}</body></html>
 """
 
 
-def table(head: list[str], groups: dict[str, list[list]], text: tuple[int, ...], long: tuple[int, ...] = ()) -> Markup:
+def table(head: list[str], groups: dict[str, list[list]], text: tuple[int, ...]) -> Markup:
     """Returns a table that scrolls in its box. groups: rows by the heading above them, "" for none; `text`: columns
-    that contain no numbers; `long`: columns whose lines may break."""
-    kinds = [" class=long" if i in long else " class=text" if i in text else "" for i in range(len(head))]
+    that contain no numbers."""
+    kinds = [" class=text" if i in text else "" for i in range(len(head))]
+    return Markup(f'<div class="scroll"><table>{_rows(head, groups, kinds)}</table></div>\n')
+
+
+def first_table(head: list[str], rows: list[list], text: tuple[int, ...], minor: tuple[int, ...]) -> Markup:
+    """Returns the table of the first screen, which fits a phone without scrolling. `minor`: columns that a phone does
+    not show."""
+    names = [f"{'text' * (i in text)} {'minor' * (i in minor)}".strip() for i in range(len(head))]
+    kinds = [f' class="{name}"' if name else "" for name in names]
+    return Markup(f'<table class="first">{_rows(head, {"": rows}, kinds)}</table>\n')
+
+
+def _rows(head: list[str], groups: dict[str, list[list]], kinds: list[str]) -> str:
     top = "".join(f'<th scope="col"{kind}>{escaped(name)}</th>' for kind, name in zip(kinds, head, strict=True))
     body = ""
     for name, rows in groups.items():
@@ -96,10 +49,7 @@ def table(head: list[str], groups: dict[str, list[list]], text: tuple[int, ...],
         for row in rows:
             cells = (f"<td{kind}>{escaped(value)}</td>" for kind, value in zip(kinds, row, strict=True))
             body += f"<tr>{''.join(cells)}</tr>\n"
-    many = " class=many" if len(head) > 14 else ""
-    return Markup(
-        f'<div class="scroll"><table{many}><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
-    )
+    return f"<thead><tr>{top}</tr></thead><tbody>\n{body}</tbody>"
 
 
 def text_table(head: list[str], rows: list[list], text: tuple[int, ...]) -> str:

@@ -5,11 +5,10 @@ A section shows the lines of one kind and is built in a file of its own; report.
 
 import base64
 import re
-import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
-from nanometa.reports import drawing
+from nanometa.reports.lines import trained_on
 from nanometa.reports.markup import Markup, details, document, escaped, table
 
 HASH = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")
@@ -34,69 +33,57 @@ class Page:
         self.files: dict[str, bytes] = {}
         self.numbers: dict[str, int] = {}  # numbers of commands, in the order of their first mention
 
-    def render(
-        self, lines: list[dict], parts: list[Callable[["Page"], str]], summary: Callable[["Page"], str] | None = None
-    ) -> dict[str, bytes]:
+    def render(self, lines: list[dict], summary: str, body: str) -> dict[str, bytes]:
         """Returns the bytes of report.html and of its pictures by file name. The same lines give the same bytes.
 
-        lines: all lines, for the table of runs; parts: build the sections, in their order; summary: builds the first
-        screen."""
-        first = summary(self) if summary else ""
-        body = "".join(part(self) for part in parts)
-        contents = re.findall(r'<h2 id="(\w+)">(.*?)</h2>', body)
-        links = " · ".join(f'<a href="#{name}">{title}</a>' for name, title in [*contents, ("commands", "Commands")])
+        lines: all lines, for the table of runs; summary, body: HTML that was built with this page."""
+        contents = [*re.findall(r'<h2 id="(\w+)">(.*?)</h2>', body), ("commands", "Commands")]
+        links = " · ".join(f'<a href="#{name}">{title}</a>' for name, title in contents)
         again = (
-            f"<p>Lines that repeat a figure of the same run and weights: {self.repeated}. The line with the most texts "
-            f"counts, or the last of those with equally many.</p>\n"
+            f'<p class="small">Lines that repeat a figure of the same run and weights: {self.repeated}. The line with '
+            f"the most texts counts, or the last of those with equally many.</p>\n"
         )
-        top = f"""<h1>Results of the runs</h1>
-<p><code>{escaped(self.command)}</code></p>
-<p class="contents">{links}</p>
-{again if self.repeated else ""}{first}{details("All facts of the runs", self.runs(lines)) if lines else ""}"""
-        return {"report.html": document("nanoMeta report", top + body + self.commands()).encode(), **self.files}
+        facts = details("All facts of the weights", runs_table(lines)) if lines else ""
+        commands = "".join(
+            f'<li id="command{n}"><code>{escaped(command)}</code></li>\n' for command, n in self.numbers.items()
+        )
+        page = f"""<h1>Results of the runs</h1>
+{summary}{again if self.repeated else ""}<p class="small">{links}</p>
+{body}<h2 id="commands">Commands</h2>
+<p class="small"><code>{escaped(self.command)}</code></p>
+{facts}<ol class="small">{commands}</ol>"""
+        return {"report.html": document("nanoMeta report", page).encode(), **self.files}
 
-    def runs(self, lines: list[dict]) -> str:
-        """Returns a table of the runs that the lines are about."""
-        rows = {}
-        for line in lines:
-            on = [line["trained_on"]] if isinstance(line["trained_on"], str) else line["trained_on"]
-            rows[line["run"], line["weights_sha256"], line["arm"]] = [
-                line["run"], line["arm"], f"{line['parameters'] / 1e6:.2f}M", line["seed"], line["train_length"],
-                ", ".join(map(str, line["train_placements"] or ())) or "text", line["settings"][:6], line["step"],
-                ", ".join(map(str, on)), origin(line), line["weights_sha256"][:8], line["commit"][:8],
-                line["checkpoint"],
-            ]  # fmt: skip
-        head = ["run", "arm", "parameters", "seed", "train length", "trained with", "settings", "step", "on", "origin",
-                "weights", "commit", "checkpoint"]  # fmt: skip
-        return f"""<p class="small">Settings is a hash of all training settings except model, seed and folders. Origin
-names the weights that a run started from and the text that these and the run itself have seen. Intervals are 95 %.</p>
-{table(head, {"": list(rows.values())}, (0, 1, 5, 6, 8, 9, 10, 11, 12))}"""
-
-    def picture(self, name: str, what: str, content: bytes, used: list[dict] = (), note: str = "") -> str:
-        """Returns a <figure> of a PNG, and keeps the PNG as a file. what: alternative text; used: lines whose n, seeds,
-        commands and machines the caption names."""
+    def picture(self, name: str, what: str, content: bytes, used: list[dict], note: str = "") -> str:
+        """Returns a <figure> of a PNG, and keeps the PNG as a file. what: alternative text; used: lines whose n, seeds
+        and machines the caption names."""
         self.files[name] = content
         machines = list(dict.fromkeys(line["machine"] for line in used if line.get("machine")))
-        links = self.links([line["command"] for line in used])
-        facts = [note, footer(used) if used else "", Markup(f"commands {links}") if links else "", *machines, name]
-        caption = "; ".join(escaped(text) for text in facts if text)
-        inches = struct.unpack(">I", content[16:20])[0] / drawing.DPI  # a PNG's width
-        wide = inches > 1.3 * drawing.WIDTH
+        caption = escaped("; ".join(text for text in (note, footer(used), *machines, name) if text))
         image = f'<img alt="{escaped(what)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
-        # on a narrow page a wide picture keeps its natural size and scrolls in its box, as tables do
-        start = f'<figure class="wide" style="--natural:{110 * inches:.0f}px">' if wide else "<figure>"
-        inner = f'<div class="scroll">{image}</div>' if wide else image
-        return f'{start}{inner}<figcaption data-file="{escaped(name)}">{caption}</figcaption></figure>\n'
+        return f'<figure>{image}<figcaption data-file="{escaped(name)}">{caption}</figcaption></figure>\n'
 
     def links(self, commands: list[str]) -> Markup:
-        """Returns links to the commands, such as [1]–[3] [5]."""
-        for command in commands:
-            self.numbers.setdefault(command, len(self.numbers) + 1)
-        return spans(sorted({self.numbers[command] for command in commands}))
+        """Returns links to the commands, such as [1] [3]."""
+        numbers = {self.numbers.setdefault(command, len(self.numbers) + 1) for command in commands}
+        return Markup(" ".join(f'<a href="#command{n}">[{n}]</a>' for n in sorted(numbers)))
 
-    def commands(self) -> str:
-        items = (f'<li id="command{n}"><code>{escaped(command)}</code></li>\n' for command, n in self.numbers.items())
-        return f'<h2 id="commands">Commands</h2>\n<ol class="small">{"".join(items)}</ol>\n'
+
+def runs_table(lines: list[dict]) -> str:
+    """Returns a table of the weights that the lines are about."""
+    rows = {}
+    for line in lines:
+        rows[line["run"], line["weights_sha256"], line["arm"]] = [
+            line["run"], line["arm"], f"{line['parameters'] / 1e6:.2f}M", line["seed"], line["train_length"],
+            ", ".join(map(str, line["train_placements"] or ())) or "text", line["settings"][:6], line["step"],
+            ", ".join(trained_on(line)), origin(line), line["weights_sha256"][:8], line["commit"][:8],
+            line["checkpoint"],
+        ]  # fmt: skip
+    head = ["run", "arm", "parameters", "seed", "train length", "trained with", "settings", "step", "on", "origin",
+            "weights", "commit", "checkpoint"]  # fmt: skip
+    return f"""<p class="small">Settings is a hash of all training settings except model, seed and folders. Origin
+names the weights that a run started from and the text that these and the run itself have seen. Intervals are 95 %.</p>
+{table(head, {"": list(rows.values())}, (0, 1, 5, 6, 8, 9, 10, 11, 12))}"""
 
 
 def origin(line: dict) -> str:
@@ -117,15 +104,3 @@ def footer(lines: list[dict]) -> str:
     if not n:
         return "n = 0" if any("n" in line for line in lines) else f"seed {few}"
     return f"n = {n[0]}{f' to {n[-1]}' if len(n) > 1 else ''}, seed {few}"
-
-
-def spans(numbers: list[int]) -> Markup:
-    """Returns links to commands; 1 2 3 5 become [1]–[3] [5]."""
-    links = {n: f'<a href="#command{n}">[{n}]</a>' for n in numbers}
-    out = ""
-    for n in numbers:
-        if n - 1 not in links:
-            out += f" {links[n]}"
-        elif n + 1 not in links:
-            out += f"–{links[n]}"
-    return Markup(out.strip())

@@ -45,10 +45,7 @@ TABLE_1 = {
     (8, 4): {2: 85.0, 4: 91.2, 6: 98.2, 8: 93.9, 10: 31.9},
     (8, 8): {2: 92.9, 4: 97.1, 6: 98.2, 8: 100.0, 10: 89.0},
 }
-TABLE_1_SOURCE = (
-    "Table 1 of the paper, list recall with YaRN, token accuracy, as a digest of its ICLR version (papernotes.org) "
-    "quotes it: an excerpt; its n is unknown, and the fractions fit 55 to 114 texts a cell"
-)
+TABLE_1_SOURCE = "a digest of the paper's ICLR version (papernotes.org), an excerpt; its cells fit 55 to 114 texts each"
 
 # Figure 2: the change of attention from meta-tokens with an embedding of zeros to meta-tokens as trained, a mean over
 # heads and queries that the paper does not name: growth of the largest logit, drop of entropy (nats)
@@ -59,29 +56,13 @@ FIGURE_2 = {"boost": 1.26, "drop": 1.40}
 DISTORTION = (10.0, 10.75)
 GUESSING = math.log(50257)
 
-# Table 2, list pointer (list recall), from a reader's notes: accuracy in % as trained, and with the positions of
-# meta-tokens zeroed at inference
-TABLE_2 = {
-    "Meta + APE, medium, trained at 128": (77.8, 88.9),
-    "Meta + APE, hard, trained at 128": (11.1, 22.2),
-    "Meta + APE, extra-hard, trained at 512": (11.1, 50.0),
-    "Meta + RoPE, medium, trained at 128": (44.4, 55.6),
-    "Meta + RoPE, hard, trained at 256": (33.3, 66.7),
-    "Meta + RoPE, extra-hard, trained at 256": (0.0, 22.2),
-    "Meta + RoPE, extra-hard, trained at 512": (44.4, 55.6),
-}
-TABLE_2_N = 18  # all are multiples of 1/18
-
 NOTES = (
-    "The paper does not say how many texts a bar stands for. 25.0, 35.7, 53.6, 60.7, 67.9 and 96.4 are multiples of "
-    "1/28, 76.2 and 54.8 of 1/84: probably 28 to 84 texts. It gives neither intervals nor seeds.",
-    "Nor does it say whether accuracy is of whole answers or of their tokens. Ours is of whole answers.",
+    "The paper gives neither n nor intervals nor seeds. 25.0, 35.7, 53.6, 60.7, 67.9 and 96.4 are multiples of 1/28, "
+    "76.2 and 54.8 of 1/84: probably 28 to 84 texts.",
+    "It does not say whether accuracy is of whole answers or of their tokens. Ours is of whole answers.",
     "Conflict: for GPT-Neo-125M a reader's notes have 49.2 in place of 81.2 on list recall, and 64.8 in place of 54.8 "
-    "on parity. It was shown at train length 512 only.",
-    "One reading puts the 3.6 of GPT-2 on list recall at 256 in place of 512, and GPT-Neo's bars at 128. It is "
-    "not followed here.",
-    "Copying: Meta + APE has 76.2 and 96.4, the figures of Meta + RoPE on parity. All readings agree; it may be a slip "
-    "in the paper.",
-    "The paper's models have GPT-2's size (151.9M parameters with meta-attention), GPT-Neo 125M and training data of "
-    "its own. Its texts are not public: ours are of the same kind, not the same.",
+    "on parity. One reading puts the 3.6 of GPT-2 on list recall at 256, and GPT-Neo's bars at 128.",
+    "Copying: Meta + APE has 76.2 and 96.4, the figures of Meta + RoPE on parity; it may be a slip in the paper.",
+    "The paper's models have GPT-2's size and training data of their own. Its texts are not public: ours are of the "
+    "same kind, not the same.",
 )

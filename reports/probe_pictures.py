@@ -1,54 +1,19 @@
 """Draws the panels of probe.py positions, attention, patching and residual: small pictures, one for each cell."""
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.lines import Line2D
 
-from nanometa.common.statistics import wilson
-from nanometa.reports.drawing import COLOURS, GREY, LIGHT, key, legend, look, png, text_count, wrapped
-from nanometa.reports.paper import FIGURE_2, TABLE_2, TABLE_2_N
-from nanometa.reports.theorem import theorem_curves
+from nanometa.reports.drawing import COLOURS, GREY, interval_line, key, legend, look, percent_axis, text_count, wrapped
+from nanometa.reports.paper import FIGURE_2
 
 ATTENTION_MARKERS = {"causal": "o", "second": "D"}
+MEANS = {"causal": "-", "second": (0, (5, 2))}
 SITE_NAMES = {
-    "mark": "the mark that ends the span", "marks": "all marks", "after": "the token behind the mark",
+    "mark": "the mark that ends the span", "marks": "all marks", "after": "the token after the mark",
     "ordinary": "an ordinary token", "answer": "the answer in the text", "asked": "the token that predicts the answer",
 }  # fmt: skip
 PLACE_NAMES = {
     "mark": "the mark", "word": 'the word "mark" in its place', "ordinary": "an ordinary token elsewhere",
 }  # fmt: skip
-
-
-def positions_panel(lines: list[dict]) -> bytes:
-    """Returns a PNG of one run, task and length: exact answers by condition, placements side by side."""
-    return png(draw_positions, lines)
-
-
-def table_2() -> bytes:
-    """Returns a PNG of the paper's Table 2."""
-    return png(draw_table_2)
-
-
-def attention_panel(lines: list[dict]) -> bytes:
-    """Returns a PNG of one run, task and length: boost and drop of every head by placement, and whether the boost of
-    the mark explains the drop."""
-    return png(draw_attention, lines)
-
-
-def theorem_picture() -> bytes:
-    """Returns a PNG of what the paper's theorem says about entropy."""
-    return png(draw_theorem)
-
-
-def patching_panel(lines: list[dict]) -> bytes:
-    """Returns a PNG of one run and cell: the shares of answers, by layer and site of the replaced state."""
-    return png(draw_patching, lines)
-
-
-def residual_panel(lines: list[dict]) -> bytes:
-    """Returns a PNG of one run and cell. It has a row for each distance, with cosines on the left and decoded shares on
-    the right."""
-    return png(draw_residual, lines)
 
 
 # ----------------------------------------------------------------------------- positions
@@ -67,114 +32,58 @@ def draw_positions(figure, lines: list[dict]) -> None:
         axes.plot(100 * line["exact"], y, **style)
         if line["condition"] == "full":
             axes.axvline(100 * line["exact"], color=style["color"], linewidth=0.8, alpha=0.6, zorder=1)
-    labels = [name.replace("_", " ").replace("no position ", "no position\n") for name in names]
-    _rows(axes, labels)
+    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(-4, 104)
+    axes.set_xticks(range(0, 101, 20))
     axes.set_title(f"{first['task'].replace('_', ' ')}, {first['length']} positions")
-    axes.set_xlabel(f"exact answers, %\nlevel {first['level']}, {text_count(lines)}, 95 % intervals")
+    axes.set_xlabel(f"exact answers, %\nlevel {first['level']}, 95 % intervals\n{text_count(lines)}")
     legend(figure, [
         *(key(name, linestyle="", **style) for name, style in zip(placements, looks, strict=True)),
         key("full", linewidth=0.8), key("chance", linestyle=":", linewidth=1.2),
     ])  # fmt: skip
 
 
-def draw_table_2(figure) -> None:
-    figure.set_figheight(0.9 + 0.44 * len(TABLE_2))
-    figure.set_facecolor(LIGHT)
-    axes = figure.subplots()
-    for y, shares in enumerate(TABLE_2.values()):
-        for share, dodge, filled in zip(shares, (-0.14, 0.14), ("full", "none"), strict=True):
-            low, high = wilson(round(share / 100 * TABLE_2_N), TABLE_2_N)
-            axes.hlines(y + dodge, 100 * low, 100 * high, color="#999999", linewidth=1.2)
-            axes.plot(share, y + dodge, "o", color="black", markersize=4.5, fillstyle=filled)
-    _rows(axes, [wrapped(name, 22) for name in TABLE_2])
-    axes.set_title(f"the paper's Table 2,\nabout {TABLE_2_N} texts each")
-    axes.set_xlabel(f"accuracy, %\n95 % if n = {TABLE_2_N}")
-    names = {"full": "full", "none": "no position at meta-tokens"}
-    legend(figure, [key(name, color="black", marker="o", linestyle="", fillstyle=style)
-                    for style, name in names.items()], columns=1)  # fmt: skip
-
-
-def _rows(axes, labels: list[str]) -> None:
-    """Labels rows from the top and scales the horizontal axis in percent."""
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlim(-4, 104)
-    axes.set_xticks(range(0, 101, 20))
-
-
 # ----------------------------------------------------------------------------- attention
 
 
 def draw_attention(figure, lines: list[dict]) -> None:
+    """Draws boost and drop of every head by layer, and the means of all heads as horizontal lines."""
+    figure.set_figheight(5.2)
     placements = list(dict.fromkeys(line["placement"] for line in lines))
-    height = 0.55 + 0.42 * len(placements)
-    figure.set_figheight(2 * height + 2.9)
-    boost, drop, explained = figure.subplots(3, 1, height_ratios=[height, height, 2.4])
-    layers = _layers(lines)
-    for axes, name, label in ((boost, "boost", "boost of the largest logit"), (drop, "drop", "drop of entropy, nats")):
-        _draw_heads(axes, lines, placements, name)
-        axes.set_xlabel(label)
-        axes.set_yticks(range(len(placements)), placements)
-        axes.set_ylim(len(placements) - 0.5, -0.5)
-    shown = [line for line in lines if line["layer"] is not None and "predicted" in line]
-    for line in shown:
-        explained.plot(line["predicted"], line["drop"], marker=ATTENTION_MARKERS[line["attention"]], markersize=4.5,
-                       color=_layer_colour(line["layer"], layers), alpha=0.85)  # fmt: skip
-    ends = [0.0, *(line[name] for line in shown for name in ("predicted", "drop"))]
-    low, high = min(ends) - 0.1, max(ends) + 0.1
-    explained.plot([low, high], [low, high], color=GREY, linewidth=1, zorder=1)
-    explained.set(xlabel=f"drop if only the mark's own logit\nchanged, nats\n{text_count(lines)}",
-                  ylabel="drop measured, nats",
-                  title="is it the boost of the mark?\nOn the line: yes; one dot per head")  # fmt: skip
-    first = lines[0]
-    figure.suptitle(f"{first['task'].replace('_', ' ')}, {first['level']}, {first['length']} positions", fontsize=10)
+    attentions = [name for name in ATTENTION_MARKERS if any(line["attention"] == name for line in lines)]
+    panels, layers, first = figure.subplots(2, 1, sharex=True), _layers(lines), lines[0]
+    for axes, name in zip(panels, ("boost", "drop"), strict=True):
+        axes.axhline(FIGURE_2[name], color="black", linestyle=":", linewidth=1.2, zorder=1)
+        for line in lines:
+            number = placements.index(line["placement"])
+            color, marker = COLOURS[number], ATTENTION_MARKERS[line["attention"]]
+            if line["layer"] is None:
+                axes.axhline(line[name], color=color, linestyle=MEANS[line["attention"]], linewidth=1.2, zorder=1)
+                axes.axhspan(*line[f"{name}_interval"], color=color, alpha=0.15, linewidth=0, zorder=0)
+                continue
+            x = line["layer"] + 0.6 * ((number + 0.5) / len(placements) - 0.5)
+            filled = "full" if line[f"{name}_verdict"].startswith("holds") else "none"
+            axes.plot(x, line[name], marker=marker, markersize=4.5, color=color, fillstyle=filled)
+            if name == "drop" and "predicted" in line:
+                axes.plot(x, line["predicted"], "_", color=color, markersize=8)
+    panels[0].set(ylabel="boost of the\nlargest logit")
+    panels[1].set(ylabel="drop of entropy,\nnats", xlabel=f"layer; {text_count(lines)}")
+    panels[1].set_xticks(_some(layers))
+    panels[1].set_xlim(-0.5, layers - 0.5)
+    figure.suptitle(f"{first['task'].replace('_', ' ')}, {first['level']}, {first['length']} positions")
     legend(figure, [
-        *(key(f"layer {i}", color=_layer_colour(i, layers), marker="s", linestyle="") for i in _some(layers)),
-        *(key(f"a head of {name} attention", marker=marker, linestyle="", markersize=5)
-          for name, marker in ATTENTION_MARKERS.items() if any(line["attention"] == name for line in lines)),
+        *(key(name, color=color, linewidth=5) for name, color in zip(placements, COLOURS, strict=False)),
+        *(key(f"{name} attention: a head, mean", marker=ATTENTION_MARKERS[name], markersize=5, linestyle=MEANS[name])
+          for name in attentions),
         key("hollow: not shown to be above 0", marker="o", linestyle="", fillstyle="none"),
-        key("mean of all heads, 95 %", color="black", marker="|", markersize=11, markeredgewidth=2, linestyle=""),
+        key("drop if only the mark's own logit changed", marker="_", markersize=8, linestyle=""),
         key("the paper's mean", color="black", linestyle=":", linewidth=1.2),
     ])  # fmt: skip
 
 
-def _draw_heads(axes, lines: list[dict], placements: list[str], name: str) -> None:
-    axes.axvline(0, color=GREY, linewidth=1, zorder=1)
-    axes.axvline(FIGURE_2[name], color="black", linestyle=":", linewidth=1.2, zorder=1)
-    attentions = [each for each in ATTENTION_MARKERS if any(line["attention"] == each for line in lines)]
-    layers, room = _layers(lines), 0.76 / len(attentions)  # a row holds its attentions, each of them its layers
-    for line in lines:
-        y = placements.index(line["placement"]) - 0.38 + room * (attentions.index(line["attention"]) + 0.5)
-        if line["layer"] is None:
-            axes.hlines(y, *line[f"{name}_interval"], color="black", linewidth=1.6, zorder=4)
-            axes.plot(line[name], y, "|", color="black", markersize=13, markeredgewidth=2, zorder=5)
-            continue
-        y += 0.8 * room * ((line["layer"] + 0.5) / layers - 0.5)
-        filled = "full" if line[f"{name}_verdict"].startswith("holds") else "none"
-        axes.plot(line[name], y, marker=ATTENTION_MARKERS[line["attention"]], markersize=4.5, alpha=0.85,
-                  color=_layer_colour(line["layer"], layers), fillstyle=filled)  # fmt: skip
-
-
-def draw_theorem(figure) -> None:
-    figure.set_facecolor(LIGHT)
-    axes = figure.subplots()
-    for (name, (t, H, _, slope)), colour in zip(theorem_curves().items(), COLOURS, strict=False):
-        sign = f"ln\xa0p\xa0{'>' if slope[0] < 0 else '<'}\xa0−H"
-        axes.plot(t, H, color=colour, label=f"a key that is {name} without it: {sign}")
-        if turn := int(H.argmax()):
-            axes.plot(t[turn], H[turn], "v", color=colour, markersize=7)
-            axes.annotate("ln p = −H", (t[turn], H[turn]), xytext=(0, 7), textcoords="offset points", ha="center")
-    axes.set(xlabel="boost t of one key's logit, of 64 keys", ylabel="entropy H, nats", ylim=(0, 1.6),
-             title="what the paper's theorem says:\ndH/dt = −p (ln p + H)")  # fmt: skip
-    legend(figure, axes.get_legend_handles_labels()[0], columns=1)
-
-
 def _layers(lines: list[dict]) -> int:
     return 1 + max(line["layer"] or 0 for line in lines)
-
-
-def _layer_colour(layer: int, layers: int):
-    return colormaps["viridis"](0.92 * layer / max(1, layers - 1))
 
 
 def _some(layers: int) -> list[int]:
@@ -184,78 +93,58 @@ def _some(layers: int) -> list[int]:
 
 # ----------------------------------------------------------------------------- patching and residual, by layer
 
+# field, scale, title, and the style of each baseline
+PATCHING = (
+    ("kept", 100, "its own answer, %", {"kept_unpatched": "--"}),
+    ("donor", 100, "the donor's\nanswer, %", {"donor_unpatched": "--"}),
+)
+RESIDUAL = (
+    ("cosine_centred", 1, "cosine,\ncentred", {"floor_centred": "--"}),
+    ("decoded", 100, "named by a linear\nclassifier, %", {"majority": "--", "shuffled": ":"}),
+)
+
 
 def draw_patching(figure, lines: list[dict]) -> None:
-    figure.set_figheight(4.4)
-    kept, donor = panels = figure.subplots(2, 1, sharex=True)
-    for axes, share in zip(panels, ("kept", "donor"), strict=True):
-        axes.axhline(100 * lines[0][f"{share}_unpatched"], color=GREY, linestyle="--", linewidth=1, zorder=1)
-        for number, series, dodge in _series(lines, "site", SITE_NAMES, 0.06):
-            _draw_by_layer(axes, series, share, 100, number, dodge)
-        axes.set_ylim(-4, 104)
-    donor.set_xticks(_some(_layers(lines)))
-    donor.set_xlim(-0.5, _layers(lines) - 0.5)
-    kept.set(title=_cell_title(lines), ylabel="its own answer, %")
-    note = wrapped(f"{text_count(lines)}, 95 % intervals")
-    donor.set(xlabel=f"layer that the replaced state enters\n{note}", ylabel="the donor's answer, %")
-    legend(figure, [*_series_keys(lines, "site", SITE_NAMES), key("nothing replaced", linestyle="--", linewidth=1)])
+    figure.set_figheight(2.9)
+    baselines = [key("nothing replaced", linestyle="--", linewidth=1.2)]
+    _draw_by_layer(figure, lines, [("", lines)], PATCHING, "site", SITE_NAMES, baselines)
 
 
 def draw_residual(figure, lines: list[dict]) -> None:
     distances = sorted({line["distance"] for line in lines})
-    figure.set_figheight(1.1 + 1.25 * len(distances))
-    panels = figure.subplots(len(distances), 2, sharex=True, sharey="col", squeeze=False)
-    for distance, (cosine, decoded) in zip(distances, panels, strict=True):
-        shown = [line for line in lines if line["distance"] == distance]
-        cosine.axhline(0, color=GREY, linewidth=1, zorder=1)
-        for number, series, dodge in _series(shown, "place", PLACE_NAMES, 0.1):
-            _draw_by_layer(cosine, series, "cosine_centred", 1, number, dodge)
-            _draw_by_layer(decoded, series, "decoded", 100, number, dodge)
-            for axes, floor, scale, style in (
-                (cosine, "floor_centred", 1, "--"), (decoded, "majority", 100, "--"), (decoded, "shuffled", 100, ":")
-            ):  # fmt: skip
-                axes.plot([line["layer"] for line in series], [scale * line[floor] for line in series],
-                          color=COLOURS[number], linestyle=style, linewidth=1.2, zorder=1)  # fmt: skip
-        decoded.set_ylim(-4, 104)
-        decoded.set_xticks(_some(_layers(lines)))
-        cosine.set_ylabel(f"{distance} back")
-    panels[0, 0].set_title("cosine,\ncentred")
-    panels[0, 1].set_title("named by a linear\nclassifier, %")
-    for axes in panels[-1]:
-        axes.set_xlabel("layer")
-    figure.suptitle(f"{_cell_title(lines)}\n{wrapped(f'{text_count(lines)}, 95 % intervals')}", fontsize=10)
-    legend(figure, [
-        *_series_keys(lines, "place", PLACE_NAMES),
-        key("floors: another text's; commonest token", linestyle="--", linewidth=1.2),
-        key("floor: shuffled labels", linestyle=":", linewidth=1.2),
-    ], columns=1)  # fmt: skip
+    rows = [(f"{distance} back", [line for line in lines if line["distance"] == distance]) for distance in distances]
+    figure.set_figheight(1.1 + 1.25 * len(rows))
+    baselines = [key("floors: the token of another text; commonest token", linestyle="--", linewidth=1.2),
+                 key("floor: shuffled labels", linestyle=":", linewidth=1.2)]  # fmt: skip
+    _draw_by_layer(figure, lines, rows, RESIDUAL, "place", PLACE_NAMES, baselines)
 
 
-def _cell_title(lines: list[dict]) -> str:
-    """Returns the title of a panel: its cell, and its mark if that is not a meta-token."""
-    first = lines[0]
-    mark = "" if first["mark"] == "meta-token" else f" ({first['mark']})"
-    place = f"{first['task'].replace('_', ' ')}, {first['placement']}, {first['length']}"
-    return wrapped(f"{place}, {first['level']}, {first['question']}{mark}")
-
-
-def _series(lines: list[dict], field: str, names: dict[str, str], step: float) -> list[tuple[int, list[dict], float]]:
-    """Returns one series for each of `names` that occurs in `field`: its number (which sets its color), its lines, and
-    its horizontal shift, which keeps the series of a layer apart."""
+def _draw_by_layer(figure, lines: list[dict], rows, panels, field: str, names: dict[str, str], baselines: list) -> None:
+    """Draws figures by layer with their intervals: a column for each of `panels`, a row for each of `rows` (label and
+    lines), and a series for each of `names` that occurs in `field`."""
+    grid = figure.subplots(len(rows), len(panels), sharex=True, sharey="col", squeeze=False)
     present = [name for name in names if any(line[field] == name for line in lines)]
-    return [
-        (list(names).index(name), [line for line in lines if line[field] == name], step * (i - (len(present) - 1) / 2))
-        for i, name in enumerate(present)
-    ]
-
-
-def _series_keys(lines: list[dict], field: str, names: dict[str, str]) -> list[Line2D]:
-    return [key(list(names.values())[number], **look(number)) for number, _, _ in _series(lines, field, names, 0)]
-
-
-def _draw_by_layer(axes, lines: list[dict], name: str, scale: float, number: int, dodge: float) -> None:
-    """Draws a figure by layer with its interval."""
-    x = [line["layer"] + dodge for line in lines]
-    axes.plot(x, [scale * line[name] for line in lines], linewidth=1.2, **look(number))
-    low, high = zip(*(line[f"{name}_interval"] for line in lines), strict=True)
-    axes.vlines(x, [scale * end for end in low], [scale * end for end in high], color=COLOURS[number], linewidth=1.4)
+    looks = {name: look(list(names).index(name)) for name in present}  # the same in every picture
+    for (label, of), row in zip(rows, grid, strict=True):
+        row[0].set_ylabel(label)
+        for axes, (value, scale, _, floors) in zip(row, panels, strict=True):
+            for i, name in enumerate(present):
+                shown, color = [line for line in of if line[field] == name], looks[name]["color"]
+                layers = [line["layer"] for line in shown]
+                x = [layer + 0.08 * (i - (len(present) - 1) / 2) for layer in layers]
+                ends = [(line[value], *line[f"{value}_interval"]) for line in shown]
+                interval_line(axes, x, ends, {**looks[name], "linewidth": 1.2}, scale)
+                for floor, style in floors.items():
+                    axes.plot(layers, [scale * line[floor] for line in shown], style, color=color, linewidth=1.2)
+            if scale == 100:
+                percent_axis(axes)
+    for axes, (_, _, title, _) in zip(grid[0], panels, strict=True):
+        axes.set_title(title)
+    for axes in grid[-1]:
+        axes.set_xlabel("layer")
+        axes.set_xticks(_some(_layers(lines)))
+    first, mark = lines[0], "" if lines[0]["mark"] == "meta-token" else f" ({lines[0]['mark']})"
+    place = f"{first['task'].replace('_', ' ')}, {first['placement']}, {first['length']}"
+    cell = wrapped(f"{place}, {first['level']}, {first['question']}{mark}")
+    figure.suptitle(f"{cell}\n{wrapped(f'{text_count(lines)}, 95 % intervals')}")
+    legend(figure, [*(key(names[name], **looks[name]) for name in present), *baselines])

@@ -2,21 +2,10 @@
 
 from collections.abc import Callable
 
-from nanometa.reports import rate_distortion
+from nanometa.reports import probe_pictures, rate_distortion
 from nanometa.reports.lines import CELL, NUMBER
 from nanometa.reports.markup import percent, points, span
 from nanometa.reports.paper import FIGURE_2
-from nanometa.reports.probe_pictures import (
-    ATTENTION_MARKERS,
-    PLACE_NAMES,
-    SITE_NAMES,
-    attention_panel,
-    patching_panel,
-    positions_panel,
-    residual_panel,
-    table_2,
-    theorem_picture,
-)
 from nanometa.reports.table_sections import WHERE, Column, claim, layers_where, probe
 
 CHECKPOINT = "Verdicts and Holm's p are about this checkpoint, not about its arm."
@@ -51,14 +40,13 @@ def few_keys(keys: float) -> str:
 POSITIONS = probe(
     "positions",
     "Meta-tokens without a position, without an embedding",
-    "The same weights read the same texts of the tasks under several conditions: as trained (full), without a "
-    "position at meta-tokens, without their embedding, and with neither. If the position or the embedding "
-    'carries what the answer needs, fewer answers are right without it. Verdicts are about "more answers are '
-    'right than in full"; the reverse holds where fewer are. Differences from full are in points, with '
-    f"Newcombe's interval over texts. {CHECKPOINT} The paper's Table 2 has cells of about 18 texts.",
+    "The same weights read the same texts as trained (full), and without the position of meta-tokens, their embedding, "
+    "or both. If the answer needs either, fewer answers are right without it. Differences from full are in points, "
+    'with Newcombe\'s interval over texts; verdicts are about "more answers are right than in full". The cells of the '
+    f"paper's Table 2 have about 18 texts. {CHECKPOINT}",
     {**CELL, "condition": (str,), "exact": NUMBER, "interval": (list,), "chance": NUMBER},
     (*TEXTS, "condition"),
-    positions_panel,
+    probe_pictures.draw_positions,
     (
         *WHERE,
         Column("condition", lambda line: line["condition"].replace("_", " "), text=True),
@@ -69,24 +57,21 @@ POSITIONS = probe(
         N,
     ),
     panel=("task", "level", "question", "length"),
-    paper=table_2,
 )
 
 ATTENTION = probe(
     "attention",
     "Logit boost and entropy drop of every head",
-    "Do meta-tokens sharpen attention, and in which heads? The same weights read the same texts as trained and "
-    "with zeros for the embedding of the mark. Boost is the growth of a head's largest logit and drop is the "
-    "fall of its entropy, over the queries behind the last mark, with intervals over texts. The paper's Figure "
-    f"2 has a boost of {FIGURE_2['boost']:.2f} and a drop of {FIGURE_2['drop']:.2f} nats, of heads and queries "
-    "that it does not name. By its theorem the boost of a key lowers entropy. This is true only for a key that "
-    'is likely without the boost, and "applies" is the share of queries for which the last mark is such a key. '
-    '"Explained" is the drop if only the logit of the mark had changed, so it shows whether the theorem is the '
-    'reason. With placement none the word "mark" takes the place of the meta-token and shows the effect of an '
-    f"ordinary word. {CHECKPOINT}",
+    "The same weights read the same texts as trained and with zeros for the embedding of the mark. Boost is the growth "
+    "of a head's largest logit and drop is the fall of its entropy, over the queries after the last mark. The paper's "
+    f"Figure 2 has a boost of {FIGURE_2['boost']:.2f} and a drop of {FIGURE_2['drop']:.2f} nats, of heads and queries "
+    'that it does not name. Its theorem holds only for a key that is likely without the boost: "applies" is the share '
+    'of queries for which the last mark is such a key, and "explained" the drop if only the logit of the mark had '
+    'changed. With placement none the word "mark" takes the place of the meta-token. Intervals are over texts. '
+    f"{CHECKPOINT}",
     known(attention=(str,), layer=(int, type(None)), head=(int, type(None))) | judged("boost", "drop"),
     (*TEXTS, "attention", "layer", "head"),
-    attention_panel,
+    probe_pictures.draw_attention,
     (
         *WHERE,
         Column("attention", lambda line: line["attention"], text=True),
@@ -101,29 +86,24 @@ ATTENTION = probe(
         N,
     ),
     panel=("task", "level", "question", "length"),
-    paper=theorem_picture,
-    choices={"attention": ATTENTION_MARKERS},
-    first=lambda line: line["layer"] is None,
+    choices={"attention": probe_pictures.ATTENTION_MARKERS},
 )
 
 PATCHING = probe(
     "patching",
     "States replaced by another text's",
-    "Is the information that the answer needs read from the meta-token? At one place of a text, the state that "
-    "enters a layer is replaced by that of a donor, a text with another answer. If the text's own answer "
-    "disappears, the state is needed; if the donor's answer appears, the state carries it. If neither changes "
-    "at the mark, the answer is not read there; at most something that both texts share is read, such as the fact "
-    "that it is a mark. The answer itself in the text and the token that predicts it show the effect at places that "
-    "are read. Shares are of texts, by the layer that the state enters. The figures and the run's lines have the "
-    f"intervals. {CHECKPOINT}",
+    "At one place of a text, the state that enters a layer is replaced by that of a donor, a text with another answer. "
+    "If the text's own answer disappears, the state is needed; if the donor's answer appears, the state carries it. If "
+    "neither changes at the mark, the answer is not read there. The answer itself in the text and the token that "
+    f"predicts it show the effect at places that are read. {CHECKPOINT}",
     known("kept", "kept_unpatched", "donor", "donor_unpatched", site=(str,), layer=(int,))
     | {"kept_interval": (list,), "donor_interval": (list,)}
     | judged("needed", "carried"),
     (*TEXTS, "site", "layer"),
-    patching_panel,
+    probe_pictures.draw_patching,
     (
         *WHERE,
-        Column("replaced at", lambda line: SITE_NAMES[line["site"]], text=True),
+        Column("replaced at", lambda line: probe_pictures.SITE_NAMES[line["site"]], text=True),
         Column("donors with the mark at the same position, %", share("same_place")),
         Column("own answer, no patch, %", share("kept_unpatched")),
         Column("own answer, %, by layer", lambda line: by_layer(line, share("kept"))),
@@ -134,42 +114,40 @@ PATCHING = probe(
     ),
     row=(*TEXTS, "site"),
     panel=TEXTS,
-    choices={"site": SITE_NAMES},
+    choices={"site": probe_pictures.SITE_NAMES},
 )
 
 RESIDUAL = probe(
     "residual",
     "What the states of marks hold of the tokens before them",
-    "Is a meta-token's state a summary of what comes before it? The state that enters a layer (the last is the "
-    'final norm) is compared with the token some positions back. "Nearer" is their cosine, with the layer\'s '
-    'mean state subtracted, minus the cosine with the token of another text (floor). "Decoded" is how often a '
-    "linear classifier, trained on other texts, names that token from the state. Its floors are naming the "
-    'commonest token and training on shuffled labels (the highest share of any layer). "More than the word" lists the '
-    'layers in which more is named from the mark than from the word "mark" in its place. The figures and the '
-    "run's lines have the intervals. The paper shows cosines that differ by some hundredths, without a floor. "
+    "The state that enters a layer (the last is the final norm) is compared with the token some positions back. "
+    '"Nearer" is their cosine, with the layer\'s mean state subtracted, minus that with the token of another text. '
+    '"Decoded" is how often a linear classifier, trained on other texts, names that token from the state; its floors '
+    'are naming the commonest token and training on shuffled labels. "More than the word" lists the layers in which '
+    'more is named from the mark than from the word "mark" in its place. The paper shows cosines without a floor. '
     f"Decodable information need not be used: patching tests that. {CHECKPOINT}",
     known("cosine_centred", "floor_centred", "decoded", "majority", "shuffled")
     | {"place": (str,), "layer": (int,), "distance": (int,), "cosine_centred_interval": (list,)}
     | {"decoded_interval": (list,)}
     | judged("nearer"),
     (*TEXTS, "place", "layer", "distance"),
-    residual_panel,
+    probe_pictures.draw_residual,
     (
         *WHERE,
-        Column("state of", lambda line: PLACE_NAMES[line["place"]], text=True),
+        Column("state of", lambda line: probe_pictures.PLACE_NAMES[line["place"]], text=True),
         Column("back", lambda line: line["distance"]),
         Column("decoded, %, by layer", lambda line: by_layer(line, share("decoded"))),
         Column("commonest, %", share("majority")),
         Column("shuffled, %", lambda line: share("shuffled")(max(line["lines"], key=lambda of: of["shuffled"]))),
         Column("more than the word, in layers", lambda line: layers_where(line["lines"], "more")),
-        Column("cosine less floor, by layer", lambda line: by_layer(line, lambda of: f"{of['nearer']:+.2f}")),
+        Column("cosine minus floor, by layer", lambda line: by_layer(line, lambda of: f"{of['nearer']:+.2f}")),
         Column("nearer, in layers", lambda line: layers_where(line["lines"], "nearer")),
         N,
     ),
     row=(*TEXTS, "place", "distance"),
     panel=TEXTS,
-    choices={"place": PLACE_NAMES},
+    choices={"place": probe_pictures.PLACE_NAMES},
 )
 
-# sections by probe, in the order of the page; probe.py refuses to start if a probe lacks its section or the reverse
+# sections by probe, in the order of the page; probe.py refuses to start if a probe has no section or the reverse
 SECTIONS = {section.kind: section for section in (POSITIONS, ATTENTION, PATCHING, RESIDUAL, rate_distortion.SECTION)}

@@ -1,38 +1,23 @@
 """Builds the section of probe.py rate_distortion, whose lines are curves and comparisons of two curves."""
 
-from nanometa.reports.lines import CELL, NUMBER, check_facts, check_fields
-from nanometa.reports.markup import escaped
+from nanometa.reports import table_sections as sections
+from nanometa.reports.lines import CELL, NUMBER, check_choices, check_facts, check_fields
 from nanometa.reports.page import Page, Section
 from nanometa.reports.paper import DISTORTION, GUESSING
-from nanometa.reports.rate_pictures import LOOKS, rate_panel
-from nanometa.reports.table_sections import (
-    WHERE,
-    Column,
-    by_call,
-    check_choices,
-    checkpoint_picture,
-    claim,
-    figures,
-    rows,
-    run_key,
-    terminal_table,
-    unlearned,
-)
+from nanometa.reports.rate_pictures import LOOKS, draw_rates
+from nanometa.reports.table_sections import WHERE, Column, claim, rows
 
 TITLE = "Rate and distortion of hidden states"
 ABOUT = (
-    "How much of a text can be read from one hidden state, at which rate? A variational bottleneck is trained on "
-    "each state at several prices of its rate, and measured in nats on texts that no probe has seen. The rate R "
-    "is at most what the code tells about the state, and the distortion D is the cross-entropy of the target. "
-    "Guessing among K classes has a distortion of ln K, and of H(Y) with their frequencies. By the converse no "
-    "code of rate R has a distortion below H(Y) − R. The paper's bottlenecks, trained on 50 texts, have "
-    f"distortions of {DISTORTION[0]:.1f} to {DISTORTION[1]:.2f} nats, where guessing among all ids has ln 50257 = "
-    f"{GUESSING:.2f}. The decisive figure is the state of the meta-token against other states of the same texts at"
-    " equal rates, up to H(Y) or the rate that both reach: a difference (first minus second) below 0 means that "
-    'the first has less distortion. "No bottleneck" is the same probe without a price; it is no bound, because a '
-    "bottleneck may do better. A high curve means that this probe did not find the target, not that the state "
-    'lacks it; "nothing found" means that no point is below both H(Y) and a constant. Intervals are over texts '
-    "and probe seeds. Verdicts are about this checkpoint, not about its arm."
+    "A variational bottleneck is trained on each state at several prices of its rate, and measured in nats on texts "
+    "that no probe has seen. The rate R is at most what the code tells about the state, and the distortion D is the "
+    "cross-entropy of the target. By the converse no code of rate R has a distortion below H(Y) − R. The decisive "
+    "figure is the difference of two states of the same texts at equal rates: below 0, the first has less distortion. "
+    '"No bottleneck" is the same probe without a price, which is no bound. "Nothing found" means that no point is '
+    "below both H(Y) and a constant: this probe did not find the target, which the state may still hold. The paper's "
+    f"bottlenecks, trained on 50 texts, have distortions of {DISTORTION[0]:.1f} to {DISTORTION[1]:.2f} nats, where "
+    f"guessing among all ids has ln 50257 = {GUESSING:.2f}. Intervals are over texts and probe seeds. Verdicts are "
+    "about this checkpoint, not about its arm."
 )
 TEXTS = ("task", "placement", "level", "question", "length", "layer", "target")
 SHARED = {name: CELL[name] for name in ("task", "placement", "level", "question", "length", "n")} | {
@@ -72,7 +57,7 @@ def check(line: dict) -> None:
 
 
 def key(line: dict) -> tuple:
-    return *run_key(line), *(line[name] for name in TEXTS), str(line.get("states", line.get("state")))
+    return *sections.weights_of(line), *(line[name] for name in TEXTS), str(line.get("states", line.get("state")))
 
 
 def best(line: dict) -> dict:
@@ -121,14 +106,10 @@ COMPARISONS = (
 
 def body(page: Page, lines: list[dict]) -> str:
     curves, comparisons = (of_kind(lines, kind) for kind in KINDS)
-    shown = figures(page, "rate_distortion", TITLE, by_call(curves), TEXTS, rate_panel)
-    tables = rows(page, by_call(curves), CURVES)
+    tables = rows(page, curves, CURVES)
     if comparisons:
-        tables += f"<h3>At equal rates</h3>\n{rows(page, by_call(comparisons), COMPARISONS)}"
-    return f"""<h2 id="rate_distortion">{escaped(TITLE)}</h2>
-<p>{escaped(ABOUT)}</p>
-{unlearned(lines)}<div>{"".join(shown)}</div>
-{tables}"""
+        tables += f"<h3>At equal rates</h3>\n{rows(page, comparisons, COMPARISONS)}"
+    return sections.section_body(page, "rate_distortion", TITLE, ABOUT, curves, TEXTS, draw_rates, tables)
 
 
 def of_kind(lines: list[dict], kind: str) -> list[dict]:
@@ -136,7 +117,7 @@ def of_kind(lines: list[dict], kind: str) -> list[dict]:
 
 
 def picture(lines: list[dict]) -> bytes:
-    return checkpoint_picture(of_kind(lines, "curve"), TEXTS, rate_panel)
+    return sections.checkpoint_picture(of_kind(lines, "curve"), TEXTS, draw_rates)
 
 
 def terminal(lines: list[dict]) -> str:
@@ -147,13 +128,13 @@ def terminal(lines: list[dict]) -> str:
         f"by more than {point['converse_tolerance']:.3f}"
         for line in curves for point in line["points"] if point["violates_converse"]
     ]  # fmt: skip
-    tables = [terminal_table(curves, CURVES)] if curves else []
+    tables = [sections.terminal_table(curves, CURVES)] if curves else []
     return "\n".join([*tables, *below, *map(compared, of_kind(lines, "comparison")), KEY])
 
 
 KEY = (
     "All in nats. Rate R is at most what the code tells about the state; distortion D is the cross-entropy of the "
-    "target. constant: by the frequencies of the training texts; shuffled: trained on other texts' targets; no "
+    "target. constant: by the frequencies of the training texts. shuffled: trained on other texts' targets. no "
     "bottleneck: the same probe without a price, which is no bound. Intervals are 95 % over texts and probe seeds, and "
     "are about this run, not its arm."
 )

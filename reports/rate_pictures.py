@@ -1,48 +1,35 @@
 """Draws the panel of probe.py rate_distortion: distortion by rate, one curve for each state."""
 
-from nanometa.reports.drawing import GREY, key, legend, look, png, text_count, wrapped
+from nanometa.reports.drawing import GREY, interval_line, key, legend, look, text_count, wrapped
 
 LOOKS = {name: look(i) for i, name in enumerate(("meta", "last", "question", "random", "mean", "delimiter"))}
 LINEAR = 8.0  # nats of rate that are drawn on a linear scale, before the logarithmic one
 STYLES = {
-    "ln K, guessing": {"color": GREY, "linestyle": "-", "linewidth": 0.8},
     "H(Y), and the converse H − R": {"color": "black", "linestyle": "-", "linewidth": 1.2},
-    "constant, frequencies": {"color": GREY, "linestyle": (0, (5, 2)), "linewidth": 1.0},
     "shuffled labels": {"color": GREY, "linestyle": (0, (1, 1.2)), "linewidth": 1.4},
     "no bottleneck (no bound)": {"color": GREY, "linestyle": (0, (3, 1.5, 1, 1.5)), "linewidth": 1.0},
-    "floor": {"color": "#999999", "linestyle": (0, (8, 3)), "linewidth": 1.0},
 }
 VIOLATION = {"marker": "x", "color": "red", "markersize": 9, "markeredgewidth": 2, "linestyle": ""}
 
 
-def rate_panel(lines: list[dict]) -> bytes:
-    """Returns a PNG of one run, cell, target and layer: one curve for each state."""
-    return png(draw_rates, lines)
-
-
 def draw_rates(figure, lines: list[dict]) -> None:
-    """Draws the curves. Baselines that all states share are drawn once; other baselines have the color of their
-    state."""
+    """Draws the curves. Baselines have the color of their state unless all states share them."""
     axes, first = figure.subplots(), lines[0]
     last = max(max(LINEAR, *(point["rate_interval"][1] for point in line["points"])) for line in lines)
     shared = len({line["entropy"] for line in lines}) == 1
-    for line in lines[:1] if shared else lines:
-        own, H = {} if shared else {"color": LOOKS[line["state"]]["color"]}, line["entropy"]
-        axes.axhline(line["uniform"], **STYLES["ln K, guessing"] | own, zorder=1)
-        axes.axhline(line["cross_entropy"], **STYLES["constant, frequencies"] | own, zorder=1)
-        axes.plot([0, H, last], [H, 0, 0], **STYLES["H(Y), and the converse H − R"] | own, zorder=1)
-        if line["floor"] > 0:
-            axes.axhline(line["floor"], **STYLES["floor"] | own, zorder=1)
     for line in lines:
-        style, points = LOOKS[line["state"]], line["points"]
+        style, points, H = LOOKS[line["state"]], line["points"], line["entropy"]
+        color = {"color": style["color"]}
+        if line is first or not shared:
+            own = {} if shared else color
+            axes.plot([0, H, last], [H, 0, 0], **STYLES["H(Y), and the converse H − R"] | own, zorder=1)
         for name, kind in (("shuffled", "shuffled labels"), ("ceiling", "no bottleneck (no bound)")):
-            axes.axhline(line[name]["distortion"], **STYLES[kind] | {"color": style["color"]}, alpha=0.7, zorder=1)
+            axes.axhline(line[name]["distortion"], **STYLES[kind] | color, alpha=0.7, zorder=1)
         R, D = [point["rate"] for point in points], [point["distortion"] for point in points]
-        axes.plot(R, D, linewidth=1.4, **style, zorder=3)
-        axes.vlines(R, *zip(*(point["distortion_interval"] for point in points), strict=True), color=style["color"])
-        axes.hlines(D, *zip(*(point["rate_interval"] for point in points), strict=True), color=style["color"])
-        below = [point for point in points if point["violates_converse"]]
-        axes.plot([point["rate"] for point in below], [point["distortion"] for point in below], **VIOLATION, zorder=4)
+        interval_line(axes, R, [(point["distortion"], *point["distortion_interval"]) for point in points], style, 1)
+        axes.hlines(D, *zip(*(point["rate_interval"] for point in points), strict=True), **color)
+        below = [(point["rate"], point["distortion"]) for point in points if point["violates_converse"]]
+        axes.plot(*zip(*below, strict=True) if below else ((), ()), **VIOLATION, zorder=4)
     axes.set_xscale("symlog", linthresh=LINEAR, linscale=2.0)
     axes.set_xlim(-0.15, last * 1.1)
     ticks = [tick for tick in (0, 2, 4, 6, 8, *(2**k for k in range(4, 16))) if tick <= last * 1.1]
@@ -62,7 +49,6 @@ def draw_rates(figure, lines: list[dict]) -> None:
     found = {line["state"]: line["found"] for line in lines}
     curves = [key(name if found[name] else f"{name}: nothing found", **LOOKS[name], linestyle="-")
               for name in LOOKS if name in found]  # fmt: skip
-    floors = any(line["floor"] > 0 for line in lines)
-    levels = [key(label, **style) for label, style in STYLES.items() if label != "floor" or floors]
     violated = any(line["violations"] for line in lines)
-    legend(figure, curves + levels + [key("below the converse", **VIOLATION)] * violated)
+    baselines = [key(label, **style) for label, style in STYLES.items()]
+    legend(figure, curves + baselines + [key("below the converse", **VIOLATION)] * violated)

@@ -1,59 +1,77 @@
 """Builds the first screen of the page: the runs, their main figures and the verdicts."""
 
+import itertools
 from collections import Counter
 
 from nanometa.common.statistics import brief
-from nanometa.reports import drawing
+from nanometa.config.tasks import TASKS
 from nanometa.reports.compare import between_arms, between_checkpoints
-from nanometa.reports.lines import Arm, Panel, arms_of, impossible, panels_of, summary
-from nanometa.reports.markup import Markup, escaped, percent, table
-from nanometa.reports.page import Page, footer
-from nanometa.reports.training import Metrics
+from nanometa.reports.lines import apart, arms_of, told_apart
+from nanometa.reports.markup import Markup, details, escaped, first_table, percent
+from nanometa.reports.training import Metrics, parameters
+
+SHOWN = 6  # verdicts on the first screen; the others are folded
 
 
-def body(page: Page, lines: dict[str, list[dict]], runs: list[Metrics], effect: float, margin: float) -> str:
+def body(lines: dict[str, list[dict]], runs: list[Metrics], effect: float, margin: float) -> str:
     """Returns the summary of the lines of each kind and of the runs; effect and margin are those of the verdicts."""
-    return "".join([trained(lines, runs), answered(page, lines.get("tasks", [])), verdicts(lines, effect, margin)])
+    return weights(lines, runs) + verdicts(lines, effect, margin)
 
 
-def trained(lines: dict[str, list[dict]], runs: list[Metrics]) -> str:
-    """Returns a table with one row for each run: how it was trained, and the figures of its last evaluation."""
-    rows: dict[str, list] = {}
-    for line in (line for of in lines.values() for line in of):
-        on = [line["trained_on"]] if isinstance(line["trained_on"], str) else line["trained_on"]
-        rows[line["run"]] = [line["run"], line["arm"], ", ".join(map(str, on)), line["train_length"], line["seed"], ""]
+def weights(lines: dict[str, list[dict]], runs: list[Metrics]) -> str:
+    """Returns a table with one row for each run and weights: how they were trained, and their main figures."""
+    everything = itertools.chain(*lines.values())
+    groups = apart(everything, lambda line: (line["run"], line["weights_sha256"]))
+    records = {run.name: run.last for run in runs}
+    rows = []  # arm, placements, run, seed, parameters, lengths, bits per byte, figure of each task
+    for of in groups:
+        first, name, arm = of[0], of[0]["run"], of[0]["arm"].partition(", read with ")[0]
+        tasks = [line for line in of if line.get("eval") == "tasks" and line["arm"] == arm]
+        longest = max((line["length"] for line in tasks), default=first["train_length"])
+        ends = list(dict.fromkeys([first["train_length"], longest]))
+        figures = [exact(tasks, records.get(name, {}), task, *ends) for task in TASKS]
+        rows.append([arm, ", ".join(first["train_placements"] or ()) or "text", name, first["seed"],
+                     f"{first['parameters'] / 1e6:.2f}M", " → ".join(map(str, ends)),
+                     bits(records.get(name, {})), *figures])  # fmt: skip
     for run in runs:
-        config, last = run.facts.get("config", {}), (run.final or run.val or [{}])[-1]
-        on = ", ".join(run.tasks) or run.facts["data"].get("dataset", "")
-        ends = [f"{task.replace('_', ' ')} {percent(last[f'exact_{task}'])} %" for task in run.tasks]
-        ends += [f"{last['bits_per_byte']:.4f} bits per byte"] if "bits_per_byte" in last and not ends else []
-        row = rows.setdefault(run.name, [run.name, "", on, "", config.get("seed", ""), ""])
-        row[-1] = ", ".join(ends)
-    head = ["run", "arm", "trained on", "train length", "seed", "end of training"]
-    return table(head, {"": list(rows.values())}, (0, 1, 2, 5))
+        if all(of[0]["run"] != run.name for of in groups):
+            config = run.facts.get("config", {})
+            task = config.get("task", {}) if run.tasks else {}
+            length = task.get("train_length") or config.get("model", {}).get("block_size", "")
+            rows.append([run.arm, ", ".join(task.get("placements", ())) or "text", run.name, run.seed, parameters(run),
+                         length, bits(run.last),
+                         *(exact([], run.last, task) for task in TASKS)])  # fmt: skip
+    arms, placements, names, seeds, sizes, lengths, *figures = map(list, zip(*rows, strict=True))
+    labels = told_apart(arms, [[f"with {of}" for of in placements], names], list(zip(seeds, lengths, strict=True)))
+    heads = ["bits per byte at the end", *(f"{task.replace('_', ' ')}, %" for task in TASKS)]
+    columns = {"run": labels, "seed": seeds, "parameters": sizes, "lengths": lengths,
+               **dict(zip(heads, figures, strict=True))}  # fmt: skip
+    columns = {name: of for name, of in columns.items() if any(cell not in ("", "–") for cell in of)}
+    minor = tuple(i for i, name in enumerate(columns) if name in ("seed", "parameters"))
+    about = """<p class="small">Lengths, and exact answers at each: in training → the longest in an evaluation. Markers
+are placed as in training. A single figure is of the last evaluation during training.</p>
+"""
+    table = first_table(list(columns), list(zip(*columns.values(), strict=True)), (0,), minor)
+    return table + about * any(task in columns for task in heads[1:])
 
 
-def answered(page: Page, lines: list[dict]) -> str:
-    """Returns a table of the exact answers of every arm at its training length and at the longest length, and a picture
-    of all lengths; "" without lines of eval.py tasks."""
-    if not lines:
-        return ""
-    arms = arms_of(lines)
-    panels = panels_of(arms)
-    rows = [[arm.label, arm.training.length, *(_exact(arm, panel) for panel in panels)] for arm in arms]
-    head = ["arm", "train length", *map(drawing.title, panels)]
-    content = drawing.png(drawing.overview, arms, panels, footer(lines))
-    picture = page.picture("overview.png", "exact answers by length, all tasks and placements", content, lines)
-    return f"""<p>Exact answers in %, at the length of training → at the longest length:</p>
-{table(head, {"": rows}, (0,))}<div class="overview">{picture}</div>"""
+def bits(record: dict) -> str:
+    """Returns the bits per byte of an evaluation during training on text."""
+    on_text = "bits_per_byte" in record and not any(name.startswith("exact_") for name in record)
+    return f"{record['bits_per_byte']:.4f}" if on_text else ""
 
 
-def _exact(arm: Arm, panel: Panel) -> str:
-    """Returns the share at the length of training and at the longest length, "–" where it was not measured."""
-    longest = max((length for at, length in arm.lines if at == panel), default=0)
-    ends = (arm.lines.get((panel, length)) for length in (arm.training.length, longest))
-    shares = ["–" if not of else "impossible" if impossible(of) else percent(summary(of)[0]) for of in ends]
-    return f"{shares[0]} → {shares[1]} at {longest}" if longest else "–"
+def exact(lines: list[dict], record: dict, task: str, *lengths: int) -> str:
+    """Returns the shares of exact answers at these lengths, from lines of one run. Without lines it returns the share
+    of the last evaluation during training."""
+    mine = [line for line in lines if line["task"] == task]
+    if not mine:
+        return percent(record[f"exact_{task}"]) if f"exact_{task}" in record else ""
+    as_trained = [line for line in mine if line["placement"] in (line["train_placements"] or ())] or mine
+    cell = {name: as_trained[0][name] for name in ("placement", "level", "question")}
+    by_length = {line["length"]: line for line in as_trained if cell.items() <= line.items()}
+    found = map(by_length.get, lengths)
+    return " → ".join("–" if not of else "impossible" if "impossible" in of else percent(of["exact"]) for of in found)
 
 
 def verdicts(lines: dict[str, list[dict]], effect: float, margin: float) -> Markup:
@@ -70,8 +88,14 @@ def verdicts(lines: dict[str, list[dict]], effect: float, margin: float) -> Mark
                 if field.endswith("verdict") and kind != "tasks":
                     claim = field.removesuffix("verdict").strip("_") or line.get("claim", "difference")
                     counts.setdefault(f"{kind.replace('_', ' ')}: {claim}", Counter())[brief(str(line[field]))] += 1
-    items = "".join(
+    items = [
         f"<li>{escaped(name)}: {escaped(', '.join(f'{verdict} ({n})' for verdict, n in of.most_common()))}</li>\n"
         for name, of in counts.items()
+    ]
+    if not items:
+        return Markup("")
+    rest = details(f"{len(items) - SHOWN} more verdicts", f'<ul class="small">{"".join(items[SHOWN:])}</ul>')
+    return Markup(
+        f'<p class="small">Verdicts, and in how many cells each was reached:</p>\n<ul class="small">'
+        f"{''.join(items[:SHOWN])}</ul>\n{rest if len(items) > SHOWN else ''}"
     )
-    return Markup(f"<p>Verdicts, and in how many cells each was reached:</p>\n<ul>{items}</ul>\n" if items else "")

@@ -4,9 +4,11 @@ import itertools
 from collections.abc import Callable, Container
 from typing import NamedTuple
 
+from matplotlib.figure import Figure
+
 from nanometa.common.statistics import DECIDES, brief, too_few
-from nanometa.reports.drawing import run_title, tiled
-from nanometa.reports.lines import check_facts, has_learned
+from nanometa.reports.drawing import png, run_title, tiled
+from nanometa.reports.lines import apart, check_choices, check_facts, has_learned, most_texts
 from nanometa.reports.markup import Markup, details, escaped, p_value, table, text_table
 from nanometa.reports.page import Page, Section
 
@@ -45,56 +47,61 @@ def probe(
     about: str,
     fields: dict[str, tuple],
     cell: tuple[str, ...],
-    picture: Callable[[list[dict]], bytes],
+    draw: Callable[[Figure, list[dict]], None],
     columns: tuple[Column, ...],
-    panel: tuple[str, ...] = (),
-    paper: Callable[[], bytes] | None = None,
+    panel: tuple[str, ...],
     choices: dict[str, Container[str]] | None = None,
-    first: Callable[[dict], bool] = lambda line: True,
     row: tuple[str, ...] = (),
 ) -> Section:
     """Returns the section of a probe.
 
     about: paragraph that explains it. fields: types that a line must have, by name; choices: allowed values, by field.
-    cell: fields that tell lines of one call apart. picture: draws the lines of one call with equal `panel` fields.
-    paper: draws the paper's figure. first: whether a line belongs at the top of the table. row: if one row of the table
-    summarizes several lines, the fields that distinguish the rows; a row then contains its lines as `lines`."""
+    cell: fields that tell lines about the same weights apart. draw: draws those with equal `panel` fields. row: if
+    one row of the table summarizes several lines, the fields that distinguish the rows; a row then contains its lines
+    as `lines`."""
 
     def check(line: dict) -> None:
         check_facts(line, fields)
         check_choices(line, choices or {})
 
     def key(line: dict) -> tuple:
-        return *run_key(line), *(line[name] for name in cell)
+        return *weights_of(line), *(line[name] for name in cell)
 
     def body(page: Page, lines: list[dict]) -> str:
-        theirs = page.picture(f"{kind}_paper.png", f"{title}: what the paper says", paper()) if paper else ""
-        calls = by_call(lines)
-        shown = [merged(sorted(call, key=lambda line: not first(line)), row) for call in calls]
-        return f"""<h2 id="{kind}">{escaped(title)}</h2>
-<p>{escaped(about)}</p>
-{unlearned(lines)}<div>{"".join(figures(page, kind, title, calls, panel, picture))}{theirs}</div>
-{details("All lines", rows(page, shown, columns))}"""
+        means_first = sorted(lines, key=lambda line: line.get("layer", 0) is not None)
+        return section_body(page, kind, title, about, lines, panel, draw, rows(page, means_first, columns, row))
 
     return Section(
         kind, check, key, body,
-        picture=lambda lines: checkpoint_picture(lines, panel, picture, paper),
+        picture=lambda lines: checkpoint_picture(lines, panel, draw),
         table=lambda lines: terminal_table(merged(lines, row), columns),
     )  # fmt: skip
 
 
+def section_body(
+    page: Page, kind: str, title: str, about: str, lines: list[dict], panel: tuple[str, ...], draw, tables: str
+) -> str:
+    """Returns the HTML of a section: one picture for each group of lines about the same weights with equal `panel`
+    fields, the paragraph that explains them, and the folded tables."""
+    figures = []
+    for number, of in enumerate(apart(lines, lambda line: (weights_of(line), fields_of(panel)(line))), 1):
+        which = f"{_name(of[0])}; {', '.join(str(of[0][name]).replace('_', ' ') for name in panel)}"
+        figures.append(page.picture(f"{kind}_{number}.png", f"{title}: {which}", png(draw, of), of, note=which))
+    return f"""<h2 id="{kind}">{escaped(title)}</h2>
+{unlearned(lines)}<div>{"".join(figures)}</div>
+<p class="small">{escaped(about)}</p>
+{details("All lines", tables)}"""
+
+
 def merged(lines: list[dict], row: tuple[str, ...]) -> list[dict]:
-    """Returns one line for each group of lines with equal `row` fields; it contains the group as `lines`. Returns all
-    lines if row is empty."""
+    """Merges lines with equal `row` fields into one line, which contains the group as `lines`. Without `row`, returns
+    the lines unchanged."""
     return [{**of[0], "lines": of} for of in apart(lines, fields_of(row))] if row else lines
 
 
-def checkpoint_picture(
-    lines: list[dict], panel: tuple[str, ...], picture: Callable, paper: Callable[[], bytes] | None = None
-) -> bytes:
-    """Returns one PNG of the lines of a checkpoint: all its panels, and the paper's figure."""
-    panels = [picture(of) for of in apart(lines, fields_of(panel))]
-    return tiled(run_title(lines), [*panels, paper()] if paper else panels)
+def checkpoint_picture(lines: list[dict], panel: tuple[str, ...], draw: Callable[[Figure, list[dict]], None]) -> bytes:
+    """Returns one PNG of the lines of a checkpoint, with all its panels."""
+    return tiled(run_title(lines), [png(draw, of) for of in apart(lines, fields_of(panel))])
 
 
 def terminal_table(lines: list[dict], columns: tuple[Column, ...]) -> str:
@@ -125,43 +132,14 @@ def unlearned(lines: list[dict]) -> Markup:
     )
 
 
-def check_choices(line: dict, choices: dict[str, Container[str]]) -> None:
-    """Raises ValueError if a field has none of its allowed values."""
-    for name, known in choices.items():
-        if type(line.get(name)) is not str or line[name] not in known:
-            raise ValueError(f"{name} is {str(line.get(name))[:40]!r}, but must be one of {', '.join(known)}")
-
-
-def run_key(line: dict) -> tuple:
-    """Returns a key that is equal for lines of one call."""
-    return line["weights_sha256"], line["arm"], line["command"]
-
-
-def by_call(lines: list[dict]) -> list[list[dict]]:
-    return apart(lines, lambda line: (line["run"], *run_key(line)))
-
-
-def _name(call: list[dict]) -> str:
-    return f"{call[0]['run']}: {call[0]['arm']}, step {call[0]['step']}"
+def weights_of(line: dict) -> tuple:
+    """Returns a key that is equal for lines about the same weights, read in the same way."""
+    return line["run"], line["weights_sha256"], line["arm"]
 
 
 def latest(section: Section, lines: list[dict]) -> list[dict]:
-    """Returns one line for each cell from several calls on the same weights: the one with the most texts, or the last
-    of those with equally many."""
-    kept: dict[tuple, dict] = {}
-    for line in lines:
-        key = section.key({**line, "command": ""})
-        if key not in kept or line["n"] >= kept[key]["n"]:
-            kept[key] = line
-    return list(kept.values())
-
-
-def apart(lines: list[dict], key: Callable[[dict], tuple]) -> list[list[dict]]:
-    """Returns the lines in groups of equal keys."""
-    groups: dict[tuple, list[dict]] = {}
-    for line in lines:
-        groups.setdefault(key(line), []).append(line)
-    return list(groups.values())
+    """Returns one line for each cell from several calls on the same weights (see most_texts)."""
+    return most_texts(lines, section.key)
 
 
 def fields_of(names: tuple[str, ...]) -> Callable[[dict], tuple]:
@@ -182,27 +160,19 @@ def layers_where(lines: list[dict], claim: str) -> str:
     return (holds or "none") + (f"; less: {reverse}" if reverse else "")
 
 
-def figures(
-    page: Page, kind: str, title: str, calls: list[list[dict]], panel: tuple[str, ...], picture: Callable
-) -> list[Markup]:
-    """Returns the pictures: one for each group of lines of one call with equal `panel` fields."""
-    shown = []
-    for call in calls:
-        for of in apart(call, fields_of(panel)):
-            cell = ", ".join(str(of[0][name]).replace("_", " ") for name in panel)
-            which = f"{_name(call)}; {cell}" if cell else _name(call)
-            name = f"{kind}_{len(shown) + 1}.png"
-            shown.append(page.picture(name, f"{title}: {which}, as in the table below", picture(of), of, note=which))
-    return shown
-
-
-def rows(page: Page, calls: list[list[dict]], columns: tuple[Column, ...]) -> Markup:
-    """Returns a table with one row for each line, grouped below the names of the runs."""
-    groups: dict[str, list[list]] = {}
-    for call in calls:
-        links = page.links([call[0]["command"]])
-        groups.setdefault(_name(call), []).extend([*(of.value(line) for of in columns), links] for line in call)
+def rows(page: Page, lines: list[dict], columns: tuple[Column, ...], row: tuple[str, ...] = ()) -> Markup:
+    """Returns a table of the lines below the names of their runs, with one row for each line, or for each group of
+    lines of a run with equal `row` fields."""
+    groups = {}
+    for of in apart(lines, weights_of):
+        groups[_name(of[0])] = [
+            [*(column.value(line) for column in columns), page.links([line["command"]])] for line in merged(of, row)
+        ]
     head = [*(column.name for column in columns), "command"]
     texts = tuple(itertools.compress(range(len(head)), [*(column.text for column in columns), True]))
-    few = too_few([line for call in calls for line in call])
+    few = too_few(lines)
     return Markup(table(head, groups, texts) + (f'<p class="small">{escaped(few)}</p>\n' if few else ""))
+
+
+def _name(line: dict) -> str:
+    return f"{line['run']}: {line['arm']}, step {line['step']}"

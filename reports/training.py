@@ -1,10 +1,11 @@
-"""Reads the records of training in metrics.jsonl and config.json, and builds the section with the curves of the
-runs."""
+"""Reads the records of training in metrics.jsonl and config.json, draws the curves, and builds their section."""
 
 import bisect
+import datetime
 import json
 import math
-from collections import Counter
+import statistics
+import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from nanometa.common.errors import UserError
-from nanometa.reports.drawing import COLOURS, DASHES, Line2D, legend, png, wrapped
-from nanometa.reports.markup import escaped, table
+from nanometa.common.files import read_json_lines
+from nanometa.config.arms import SECOND_ATTENTIONS, arm_label
+from nanometa.reports.drawing import COLOURS, DASHES, arm_looks, key, legend, png, wrapped
+from nanometa.reports.lines import apart, told_apart
+from nanometa.reports.markup import details, escaped, percent, table
 
 METRICS, CONFIG = "metrics.jsonl", "config.json"
 
@@ -36,10 +40,30 @@ class Metrics:
         return self.folder.resolve().name
 
     @property
+    def arm(self) -> str:
+        """Returns the arm and its kind of positions, such as "meta + rope"; the run's name if the record lacks them."""
+        model = self.facts.get("config", {}).get("model")
+        if not model:
+            return self.name
+        wide = model.get("n_inner") not in (None, 4 * model["n_embd"])
+        second = SECOND_ATTENTIONS[model["second_attention"]]
+        return f"{arm_label(second, wide, bool(self.facts['data'].get('chunk_markers')))} + {model['position']}"
+
+    @property
+    def seed(self) -> int | str:
+        return self.facts.get("config", {}).get("seed", "unknown")
+
+    @property
     def tasks(self) -> list[str]:
         """Returns the tasks of the run's evaluations, none for a run on text."""
-        return [key.removeprefix("exact_") for key in (self.val or [{}])[-1] if key.startswith("exact_")]
+        return [name.removeprefix("exact_") for name in (self.val or [{}])[-1] if name.startswith("exact_")]
 
+    @property
+    def last(self) -> dict:
+        """Returns the evaluation of the whole split at the end, or else the last one; {} before the first."""
+        return (self.final or self.val or [{}])[-1]
+
+    @property
     def text(self) -> tuple:
         """Returns a key that is equal for runs validated on the same text, or on task texts made in the same way."""
         data, task = self.facts["data"], self.facts.get("config", {}).get("task", {})
@@ -48,6 +72,14 @@ class Metrics:
             return data.get("tokenizer"), *(str(task.get(name)) for name in names)
         hashes = data.get("content_sha256") or {}
         return tuple(hashes.get(split, data.get("dataset")) for split in ("train", "val"))
+
+    @property
+    def used(self) -> dict:
+        """Returns the facts of the run for a caption, in the form of a line."""
+        where = self.facts.get("environment", {})
+        machine = f"{where['processor']}, {where['cores']} cores" if {"processor", "cores"} <= where.keys() else ""
+        command = where.get("command", f"train.py, {self.folder}")
+        return {"command": command, "seed": self.seed, "machine": machine}
 
     @cached_property
     def clock(self) -> tuple[list[int], list[float]]:
@@ -68,35 +100,92 @@ class Metrics:
         at = bisect.bisect_right(steps, step)
         return None if not steps else seconds[at - 1] if at else 0.0
 
+    def points(self, kind: str, of: str, name: str) -> list[tuple[float, float]]:
+        """Returns a figure of the lines of one kind by step, content_tokens or minutes."""
+        lines = [line for line in getattr(self, kind) if name in line]
+        if of == "minutes":
+            timed = [(self.seconds(line["step"]), line[name]) for line in lines]
+            return [(at / 60, value) for at, value in timed if at is not None]
+        return [(line[of], line[name]) for line in lines if of in line]
+
 
 def read_run(folder: Path) -> Metrics:
-    """Returns the record of a run. Leaves out losses that were not finite, and a last line without a newline, which is
-    still being written or was cut short by a kill. Raises UserError, naming file and line, for a damaged line."""
+    """Returns the record of a run. Leaves out losses that were not finite, and a last line without a newline. Raises
+    UserError, naming file and line, for a damaged line."""
     try:
         facts = json.loads((folder / CONFIG).read_text())
         facts["data"].items()
-        rows = [row for row in (folder / METRICS).read_text().splitlines(keepends=True) if row.endswith("\n")]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder} has no readable metrics ({type(error).__name__}: {error}): give folders of runs, as out/NAME."
         ) from error
-    metrics: dict[str, list[dict]] = {"train": [], "val": [], "final": [], "guard": []}
-    for number, row in enumerate(rows, 1):
-        try:
-            line = json.loads(row)
-            numbers = [value for name, value in line.items() if name not in ("kind", "what", "why", "windows")]
-            if not all(value is None or (type(value) in (int, float) and math.isfinite(value)) for value in numbers):
-                raise ValueError("a value is no number")
-            if type(line["step"]) is not int:
-                raise ValueError(f"step is {line['step']!r}")
-            if line.get("loss", 0) is not None:
-                metrics[line["kind"]].append(line)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{folder / METRICS}, line {number} was not written by train.py ({type(error).__name__}: {error}): "
-                f"remove it."
-            ) from error
-    return Metrics(folder, facts, **metrics)
+    kinds = {kind: [] for kind in ("train", "val", "final", "guard")}
+
+    def check(line: dict) -> None:
+        numbers = [value for name, value in line.items() if name not in ("kind", "what", "why", "windows")]
+        if not all(value is None or (type(value) in (int, float) and math.isfinite(value)) for value in numbers):
+            raise ValueError("a value is no number")
+        if type(line["step"]) is not int or line["kind"] not in kinds:
+            raise ValueError(f"step is {line['step']!r}, kind is {str(line['kind'])[:40]!r}")
+
+    for line in read_json_lines(folder / METRICS, check, "train.py", growing=True):
+        if line.get("loss", 0) is not None:
+            kinds[line["kind"]].append(line)
+    return Metrics(folder, facts, **kinds)
+
+
+# ----------------------------------------------------------------------------- curves
+
+AXES = {"content_tokens": "content tokens", "minutes": "minutes, with evaluations", "step": "steps"}
+
+
+def groups_of(runs: list[Metrics]) -> list[list[Metrics]]:
+    """Returns the runs in groups that are validated on the same texts and therefore share their axes."""
+    return apart(runs, lambda run: (bool(run.tasks), *run.text))
+
+
+def panels_of(runs: list[Metrics]) -> dict[str, tuple]:
+    """Returns the arguments of `draw` for each picture of a group, by the picture's name."""
+    tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
+    # runs on tasks are drawn by steps because tokens of their texts may be padding
+    by = "step" if tasks else "content_tokens"
+    panels = [(by, f"exact_{task}", task.replace("_", " "), "share of exact answers") for task in tasks]
+    panels = panels or [(x, "bits_per_byte", "validation", "bits per byte") for x in (by, "minutes")]
+    unit = "nats per scored token" if tasks else "nats per content token"
+    found = {}
+    for of, name, title, label in [*panels, (by, "loss", "training loss", unit)]:
+        if any(run.points("train" if name == "loss" else "val", of, name) for run in runs):
+            found[f"{name}_{of}"] = (runs, of, name, title, label)
+    return found
+
+
+def draw(figure: Figure, runs: list[Metrics], of: str, name: str, title: str, unit: str) -> None:
+    """Draws one panel: the training loss, or a figure of the evaluations, of all runs. `of` names the horizontal axis:
+    step, content_tokens or minutes."""
+    axes, looks = figure.subplots(), looks_of(runs)
+    for run in runs:
+        style = looks[run.folder]
+        if not (shown := run.points("train" if name == "loss" else "val", of, name)):
+            continue
+        x, values = zip(*shown, strict=True)
+        if name == "loss":
+            axes.plot(x, values, color=style["color"], alpha=0.25, linewidth=0.8)
+            axes.plot(x, smooth(values), **style)
+        else:
+            axes.plot(x, values, marker="o", markersize=3, **style)
+    packed = runs[0].facts["data"].get("val_text_compressed") or {}
+    for packer, field, side in (("gzip -9", "gzip_9_bits_per_byte", "bottom"), ("xz", "xz_bits_per_byte", "top")):
+        if name == "bits_per_byte" and field in packed:
+            axes.axhline(packed[field], color="grey", linestyle="--", linewidth=0.8)
+            axes.text(1, packed[field], f"{packer} ", va=side, ha="right", color="grey",
+                      transform=axes.get_yaxis_transform())  # fmt: skip
+    if name.startswith("exact_"):
+        axes.set_ylim(-0.03, 1.03)
+    axes.set(title=wrapped(title), xlabel=AXES[of], ylabel=unit)
+    axes.locator_params(axis="x", nbins=5)
+    if of != "minutes":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    legend(figure, [key(**look) for look in {look["label"]: look for look in looks.values()}.values()])
 
 
 def smooth(values: list[float], share: float = 0.05) -> np.ndarray:
@@ -106,150 +195,94 @@ def smooth(values: list[float], share: float = 0.05) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-# ----------------------------------------------------------------------------- curves
-
-
-def draw_losses(axes, run: Metrics, of: str, look: dict) -> None:
-    """Draws the training loss of a run. `of` names the horizontal axis: step, content_tokens or minutes."""
-    x, losses = points(run, "train", of, "loss")
-    axes.plot(x, losses, **{**look, "alpha": 0.25, "linewidth": 0.8, "label": None})
-    axes.plot(x, smooth(losses) if losses else [], **look)
-
-
-def draw_values(axes, run: Metrics, of: str, key: str, look: dict) -> None:
-    """Draws a figure of a run's evaluations, if they have it."""
-    x, values = points(run, "val", of, key)
-    if values:
-        axes.plot(x, values, marker="o", markersize=3, **look)
-
-
-def draw_packed(axes, run: Metrics) -> None:
-    """Draws the bits per byte of gzip and xz on the same text."""
-    packed = run.facts["data"].get("val_text_compressed") or {}
-    for name, key in (("gzip -9", "gzip_9_bits_per_byte"), ("xz", "xz_bits_per_byte")):
-        if key in packed:
-            axes.axhline(packed[key], color="grey", linestyle="--", linewidth=0.8)
-            axes.text(1, packed[key], f"{name} ", va="bottom", ha="right", color="grey",
-                      transform=axes.get_yaxis_transform())  # fmt: skip
-
-
-def points(run: Metrics, kind: str, of: str, key: str) -> tuple[list[float], list[float]]:
-    lines = [line for line in getattr(run, kind) if key in line and (of == "minutes" or of in line)]
-    if of == "minutes":
-        x = [run.seconds(line["step"]) for line in lines]
-        known = [(at / 60, line[key]) for at, line in zip(x, lines, strict=True) if at is not None]
-        return [at for at, _ in known], [value for _, value in known]
-    return [line[of] for line in lines], [line[key] for line in lines]
+def looks_of(runs: list[Metrics]) -> dict[Path, dict]:
+    """Returns the look of each run in all pictures of a group, by its folder. The seeds of an arm look alike. Labels
+    name the arm, and what distinguishes runs of the same arm and seed."""
+    facts = [(f"on {run.facts['data'].get('dataset', 'unknown data')}", run.name, str(run.folder)) for run in runs]
+    labels = told_apart([run.arm for run in runs], zip(*facts, strict=True), [run.seed for run in runs])
+    colours = {label: look["color"] for label, look in arm_looks(labels).items()}
+    dashes = {label: DASHES[i // len(COLOURS) % len(DASHES)] for i, label in enumerate(colours)}
+    return {run.folder: {"color": colours[label], "linestyle": dashes[label], "label": label}
+            for run, label in zip(runs, labels, strict=True)}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------- the section
 
-AXES = {"content_tokens": "content tokens", "minutes": "minutes, with evaluations", "step": "steps"}
 
-
-def curves(figure: Figure, runs: list[Metrics], looks: dict, of: str, key: str, title: str, unit: str) -> None:
-    """Draws one panel: the training loss, or a figure of the evaluations, of all runs."""
-    axes = figure.subplots()
-    for run in runs:
-        look = {**looks[run.folder], "label": None}
-        draw_losses(axes, run, of, look) if key == "loss" else draw_values(axes, run, of, key, look)
-    if key == "bits_per_byte":
-        draw_packed(axes, runs[0])
-    if key.startswith("exact_"):
-        axes.set_ylim(-0.03, 1.03)
-    axes.set(title=wrapped(title), xlabel=AXES[of], ylabel=unit)
-    axes.locator_params(axis="x", nbins=5)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    legend(figure, [Line2D([], [], **looks[run.folder]) for run in runs])
-
-
-def body(page, runs: list[Metrics]) -> str:
-    """Returns the section: for each group of runs validated on the same texts, one picture for each figure, and a table
-    of final values."""
-    groups: dict[tuple, list[Metrics]] = {}
-    for run in runs:
-        groups.setdefault((bool(run.tasks), *run.text()), []).append(run)
+def curves(page, runs: list[Metrics]) -> str:
+    """Returns the pictures of all runs, with one heading for each group of runs validated on the same texts."""
     out = ""
-    for number, of in enumerate(groups.values(), 1):
-        tasks = list(dict.fromkeys(task for run in of for task in run.tasks))
-        panels = [("step", f"exact_{task}", task.replace("_", " "), "share of exact answers") for task in tasks]
-        panels = panels or [(x, "bits_per_byte", "validation", "bits per byte") for x in ("content_tokens", "minutes")]
-        panels += [(x, "loss", "training loss", "nats per scored token")
-                   for x in (("step",) if tasks else ("content_tokens", "minutes"))]  # fmt: skip
-        looks = looks_of(of)
-        figures = [_picture(page, number, of, looks, *panel) for panel in panels if _has(of, *panel)]
-        out += f"<h3>{escaped(heading(of))}</h3>\n<div>{''.join(figures)}</div>\n{_ends(page, of, tasks)}"
-    apart = "<p>Runs whose texts differ have axes of their own.</p>\n" if len(groups) > 1 else ""
+    for number, group in enumerate(groups := groups_of(runs), 1):
+        figures = []
+        for name, panel in panels_of(group).items():
+            what = f"{panel[3]} by {AXES[panel[1]]}: {', '.join(run.name for run in group)}"
+            used = [run.used for run in group]
+            figures.append(page.picture(f"training_{number}_{name}.png", what, png(draw, *panel), used))
+        out += f"<div>{''.join(figures)}</div>\n<p class=small>{escaped(heading(group))}.</p>\n"
+    apart = "<p>Runs validated on different texts have separate axes.</p>\n" if len(groups) > 1 else ""
     return f"""<h2 id="training">Training</h2>
-<p>Curves recorded during training. For runs on text, validation uses windows spread evenly over the split, and
-"at the end" the whole split. The training loss is smoothed over a twentieth of the run; the pale line is the loss as
-recorded.</p>
-{apart}{out}"""
-
-
-def looks_of(runs: list[Metrics]) -> dict[Path, dict]:
-    """Returns the look of each run in all pictures of a group, by its folder."""
-    names = Counter(run.name for run in runs)
-    return {
-        run.folder: {
-            "color": COLOURS[i % len(COLOURS)],
-            "linestyle": DASHES[i // len(COLOURS) % len(DASHES)],
-            "label": run.name if names[run.name] == 1 else str(run.folder),
-        }
-        for i, run in enumerate(runs)
-    }
+{out}{apart}<p class="small">Curves were recorded during training. Validation uses windows spread evenly over the split.
+The training loss is smoothed over a twentieth of the run; the pale line is the loss as recorded.</p>
+{details("Runs in detail: end of training, speed and cost", costs(page, runs))}"""
 
 
 def heading(runs: list[Metrics]) -> str:
-    """Returns a heading that names the validation texts of a group of runs."""
-    data, task = runs[0].facts["data"], runs[0].facts.get("config", {}).get("task", {})
+    """Returns text that names what a group of runs was validated on."""
+    task = runs[0].facts.get("config", {}).get("task", {})
     if runs[0].tasks:
         placed = ", ".join(task.get("placements") or ["?"])
         return f"On tasks: texts of at most {task.get('train_length')} positions, level {task.get('level')}, {placed}"
-    hashes = data.get("content_sha256") or {}
-    known = ", ".join(f"{split} {hashes[split][:8]}" for split in ("train", "val") if split in hashes)
     folders = ", ".join(dict.fromkeys(str(run.facts["data"].get("dataset", "unknown")) for run in runs))
-    return f"On text: {folders}{f', of the content {known}' if known else ''}"
+    known = (runs[0].facts["data"].get("content_sha256") or {}).get("val", "unknown")
+    return f"On text: {folders} (content of the validation split: {known[:8]})"
 
 
-def _has(runs: list[Metrics], of: str, key: str, *_) -> bool:
-    return any(points(run, "train" if key == "loss" else "val", of, key)[0] for run in runs)
-
-
-def _picture(page, number: int, runs: list[Metrics], looks: dict, of: str, key: str, title: str, unit: str) -> str:
-    content = png(curves, runs, looks, of, key, title, unit)
-    what = f"{title} by {AXES[of]}: {', '.join(run.name for run in runs)}; how they ended is in the table below"
-    return page.picture(f"training_{number}_{key}_{of}.png", what, content, [used(run) for run in runs])
-
-
-def used(run: Metrics) -> dict:
-    """Returns the facts of a run for a caption, in the form of a line."""
-    where = run.facts.get("environment", {})
-    return {
-        "command": where.get("command", f"train.py, {run.folder}"),
-        "seed": run.facts.get("config", {}).get("seed", "unknown"),
-        "machine": f"{where['processor']}, {where['cores']} cores" if {"processor", "cores"} <= where.keys() else "",
-    }
-
-
-def _ends(page, runs: list[Metrics], tasks: list[str]) -> str:
+def costs(page, runs: list[Metrics]) -> str:
+    """Returns a table of what the runs reached and what they cost."""
     rows = []
     for run in runs:
-        last = (run.final or run.val or [{}])[-1]
-        whole = "yes" if run.final else "no"
-        data = run.facts["data"].get("dataset", "")
-        values = [_percent(last.get(f"exact_{task}")) for task in tasks] or [_number(last.get("bits_per_byte"))]
-        rows.append([run.name, used(run)["seed"], data, last.get("step", ""), *values, _number(last.get("loss")),
-                     f"{last['tokens']:,}" if "tokens" in last else "", whole, len(run.guard) or "",
-                     page.links([used(run)["command"]])])  # fmt: skip
-    names = [f"{task.replace('_', ' ')}, %" for task in tasks] or ["bits per byte"]
-    head = ["run", "seed", "dataset", "step", *names, "nats", "scored tokens", "at the end", "bad steps", "command"]
-    return table(head, {"": rows}, (0, 2, len(head) - 3, len(head) - 1))
+        last, end = (run.train or [{}])[-1], run.last
+        content = "texts" if run.tasks else "content_tokens"
+        seconds = run.seconds(last.get("step", 0))
+        after = sum(line.get("eval_s", 0) for line in run.val + run.final if line["step"] >= last.get("step", 0))
+        rows.append([
+            run.name, run.seed, run.facts["data"].get("dataset", ""), end.get("step", ""), reached(run),
+            f"{end['loss']:.4f}" if "loss" in end else "–", f"{end['tokens']:,}" if "tokens" in end else "",
+            len(run.guard) or "", parameters(run),
+            f"{last[content]:,} {content.replace('_', ' ')}" if content in last else "",
+            *(median(run, f"{name}_per_s") for name in (content, "positions")),
+            "" if seconds is None else str(datetime.timedelta(seconds=round(seconds + after))),
+            median(run, "mfu", "{:.1%}"), run.used["machine"], page.links([run.used["command"]]),
+        ])  # fmt: skip
+    head = ["run", "seed", "dataset", "step", "result", "nats", "scored tokens", "bad steps",
+            "parameters", "content", "content/s", "positions/s", "wall time", "MFU", "machine", "command"]  # fmt: skip
+    return f"""<p class="small">Rates are medians over the log and cover training only. Wall time runs from the first
+step to the end, with evaluations and saves but without the time between a stop and a resume. Other load on the machine
+is not known. MFU is given where the peak of the accelerator is known.</p>
+{table(head, {"": rows}, (0, 2, 4, 9, 14, 15))}"""
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
+def reached(run: Metrics) -> str:
+    """Returns the main figures of a run's last evaluation as text."""
+    shares = [f"{task.replace('_', ' ')} {percent(run.last[f'exact_{task}'])} %" for task in run.tasks]
+    bits = [f"{run.last['bits_per_byte']:.4f} bits per byte"] if "bits_per_byte" in run.last else []
+    return ", ".join(shares or bits) or "–"
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def parameters(run: Metrics) -> str:
+    """Returns the number of parameters in the newest weights, with the position table; "" if there are no weights."""
+    found = sorted(run.folder.glob("*_*/model.safetensors"))
+    if not found:
+        return ""
+    try:
+        with open(found[-1], "rb") as file:
+            head = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    except (OSError, ValueError, struct.error, OverflowError, MemoryError):
+        return "damaged weights"
+    shapes = [entry["shape"] for name, entry in head.items() if name != "__metadata__"]
+    return f"{sum(map(math.prod, shapes)) / 1e6:.2f}M"
+
+
+def median(run: Metrics, name: str, form: str = "{:,.0f}") -> str:
+    values = [line[name] for line in run.train if name in line]
+    return form.format(statistics.median(values)) if values else ""

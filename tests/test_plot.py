@@ -2,10 +2,11 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from nanometa.common.errors import UserError
-from nanometa.reports.curves import plot
-from nanometa.reports.training import smooth
+from nanometa.reports.curves import picture
+from nanometa.reports.training import draw, panels_of, read_run, smooth
 from tests.conftest import cli
 
 
@@ -21,7 +22,7 @@ def run_dir(tmp_path):
     return folder
 
 
-def test_a_picture_comes_out(run_dir, tmp_path):
+def test_report_curves_draws_the_newest_run(run_dir, tmp_path):
     result = cli("report.py", "curves", cwd=tmp_path)
     assert result.stdout.decode().strip() == "out/some/loss.png", result.stderr.decode()
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -39,36 +40,43 @@ def task_run(folder, tasks):
     return folder
 
 
-def test_runs_on_tasks_are_drawn_by_task_against_steps(run_dir, tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.update(figure=figure))
+def drawn(folders) -> dict:
+    """The axes of all panels, by title and horizontal axis."""
+    axes = []
+    for panel in panels_of(list(map(read_run, folders))).values():
+        draw(figure := Figure(), *panel)
+        axes += figure.axes
+    return {(of.get_title(), of.get_xlabel()): of for of in axes}
+
+
+def test_runs_on_tasks_have_a_panel_per_task_over_steps(run_dir, tmp_path):
     four = task_run(tmp_path / "four", ("parity", "copying", "list_recall", "segment_counting"))
     one = task_run(tmp_path / "one", ("copying",))
-    plot([four, one], tmp_path / "x.png")
-    panels = {axes.get_title(): axes for axes in drawn["figure"].axes if axes.axison}
-    assert list(panels) == ["training loss", "parity", "copying", "list recall", "segment counting"]
+    panels = drawn([four, one])
+    titles = ["parity", "copying", "list recall", "segment counting", "training loss"]
+    assert list(panels) == [(title, "steps") for title in titles]
     curves = {title: [(list(x), list(y)) for x, y in (line.get_data() for line in axes.lines)]
-              for title, axes in panels.items()}  # fmt: skip
+              for (title, _), axes in panels.items()}  # fmt: skip
     assert curves["parity"] == [([0, 49], [0.0, 1.0])] and curves["copying"] == [
         ([0, 49], [0.25, 0.25]),
         ([0, 49], [0.0, 1.0]),
     ]
-    assert curves["training loss"][0][0] == list(range(50)) and panels["parity"].get_xlabel() == "steps"
-    plot([run_dir], tmp_path / "x.png")
-    _, bits = drawn["figure"].axes
-    assert bits.get_title() == "validation" and list(bits.lines[0].get_xdata()) == [0, 2500, 4900]
+    assert curves["training loss"][0][0] == list(range(50))
+    bits = drawn([run_dir])["validation", "content tokens"]
+    assert list(bits.lines[0].get_xdata()) == [0, 2500, 4900]
     with pytest.raises(UserError, match="some was trained on text and others on tasks"):
-        plot([four, run_dir], tmp_path / "x.png")
+        picture([four, run_dir])
 
 
 def test_runs_without_metrics_are_refused(run_dir, tmp_path):
     for name, sentence in (("other", "no readable metrics"), ("some", "no evaluation yet")):
         (run_dir / "metrics.jsonl").write_text("")
-        result = cli("report.py", "curves", f"out/{name}", cwd=tmp_path)  # matplotlib may speak of its font cache, too
+        # matplotlib may also print a line about its font cache
+        result = cli("report.py", "curves", f"out/{name}", cwd=tmp_path)
         assert result.returncode == 2 and sentence in result.stderr.decode() and b"Traceback" not in result.stderr
 
 
-def test_smoothing_keeps_a_line_and_lowers_noise():
+def test_smoothing_keeps_a_straight_line_and_lowers_noise():
     line = np.linspace(3, 1, 200)
     assert np.abs(smooth(list(line)) - line)[10:-10].max() < 1e-9
     noise = np.random.default_rng(0).normal(size=2000)

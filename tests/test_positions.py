@@ -24,7 +24,6 @@ from nanometa.probes import probe_command
 from nanometa.probes.marked_texts import judged, paired_claim
 from nanometa.probes.positions import CLAIMS, CONDITIONS, PositionsProbe, measure_positions, under, useless
 from nanometa.reports import drawing, probe_pictures
-from nanometa.reports.paper import TABLE_2
 from nanometa.reports.probe_sections import SECTIONS
 from nanometa.reports.table_sections import apart, fields_of
 from nanometa.tasks.example import Draft, Example, Maker
@@ -296,11 +295,6 @@ def test_the_picture_has_a_panel_a_task_and_length_and_the_papers():
         assert sorted((x[0], round(y[0])) for x, y in dots) == [(25, 1), (25, 1), (50, 0), (50, 0)]
         assert "level easy" in axes.get_xlabel()
     assert titles == [f"{task}, {n} positions" for task in ("parity", "copying") for n in (48, 64, 96)]
-    probe_pictures.draw_table_2(figure := Figure())
-    (paper,) = figure.axes
-    assert "about 18 texts each" in paper.get_title()
-    assert sorted(float(mark.get_xdata()[0]) for mark in paper.lines) == sorted(sum(TABLE_2.values(), ()))
-    assert all(abs(share * 18 / 100 - round(share * 18 / 100)) < 0.01 for of in TABLE_2.values() for share in of)
 
 
 # ----------------------------------------------------------------------------- the command

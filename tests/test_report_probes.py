@@ -91,7 +91,7 @@ LINES = {
     + [residual("mark", 1, 8, 0.75), residual("mark", 0, 1, 0.25, placement="every")],
     "rate_distortion": [curve("meta", (4.0, 2.0)), curve("question", (5.0,), layer=3), comparison("meta", "question")],
 }
-PICTURES = {"attention": {"paper", 1}, "patching": {1, 2}, "residual": {1, 2}, "rate_distortion": {1, 2}}
+PICTURES = {"attention": {1}, "patching": {1, 2}, "residual": {1, 2}, "rate_distortion": {1, 2}}
 ROWS = {
     "attention": ("causal", "0.1", "+2.50", "+2.00 .. +3.00", "0.040", "holds", "+0.25", "-0.12 .. +0.62", "0.040",
                   "undecided", "-0.75", "12.5", "50.0", "37.5", "100", "[1]"),
@@ -211,10 +211,13 @@ def drawn(axes) -> list[tuple[list, list]]:
 def test_small_pictures_show_the_figures():
     figure = Figure()
     probe_pictures.draw_attention(figure, LINES["attention"])
-    boost, drop, why = figure.axes
-    assert sorted(x for x, _ in drawn(boost)) == [[1.0], [1.5], [2.5]] and drawn(why) == [([-0.75], [0.25])]
-    assert {line.get_xdata()[0] for line in boost.lines if line.get_linestyle() == ":"} == {1.26}
-    assert {line.get_xdata()[0] for line in drop.lines if line.get_linestyle() == ":"} == {1.40}
+    boost, drop = figure.axes
+    assert [y for _, y in drawn(boost)] == [[2.5]] and [y for _, y in drawn(drop)] == [[0.25]]
+    means = {mark.get_ydata()[0] for mark in boost.lines if mark.get_linestyle() == "-" and len(mark.get_xdata()) == 2}
+    assert means == {1.0, 1.5}
+    assert [mark.get_ydata()[0] for mark in drop.lines if mark.get_marker() == "_"] == [-0.75]
+    assert {line.get_ydata()[0] for line in boost.lines if line.get_linestyle() == ":"} == {1.26}
+    assert {line.get_ydata()[0] for line in drop.lines if line.get_linestyle() == ":"} == {1.40}
     figure = Figure()
     probe_pictures.draw_patching(figure, LINES["patching"][:2])
     assert [y for axes in figure.axes for _, y in drawn(axes)] == [[75], [0], [25], [25]]
@@ -231,7 +234,7 @@ def test_heads_without_a_prediction_and_means_alone_can_be_drawn():
     """Arms whose second attention has all of the heads that were read, or one mean and no head."""
     lines = [attention(None, None, 1.0, attention="second")]
     probe_pictures.draw_attention(figure := Figure(), lines)
-    assert drawn(figure.axes[2]) == []
+    assert drawn(figure.axes[0]) == drawn(figure.axes[1]) == []
 
 
 def test_a_folder_of_a_run_has_them_and_the_report_starts_without_torch(tmp_path):

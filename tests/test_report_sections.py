@@ -1,4 +1,4 @@
-"""report.py beyond the tasks: each section is there where its lines are, and has their figures."""
+"""Tests the sections of report.py other than tasks: each appears if there are lines for it, and has their figures."""
 
 import json
 import re
@@ -11,14 +11,16 @@ from matplotlib.figure import Figure
 
 from nanometa.common.errors import UserError
 from nanometa.report import main, pictures_of, render, sections_of
-from nanometa.reports import cost, extension
+from nanometa.reports import tasks
+from nanometa.reports.drawing import ARM_COLOURS
 from nanometa.reports.files import Found, read
-from nanometa.reports.page import Page, footer, origin
-from nanometa.reports.paper import TABLE_1, TABLE_2
-from nanometa.reports.probe_pictures import draw_positions, draw_table_2
-from nanometa.reports.tasks import Tasks
-from nanometa.reports.training import body, read_run
+from nanometa.reports.lines import arms_of
+from nanometa.reports.page import Page, footer, origin, runs_table
+from nanometa.reports.paper import TABLE_1
+from nanometa.reports.probe_pictures import draw_positions
+from nanometa.reports.training import costs, curves, looks_of, read_run
 from tests.test_depth import line as depth_line
+from tests.test_depth import stream
 from tests.test_report import line, words, write
 
 TEXT = {"train": "a" * 64, "val": "b" * 64}
@@ -26,7 +28,10 @@ MACHINE = {"processor": "Abacus", "cores": 2, "threads": 1}
 
 
 def trained(folder: Path, content=TEXT, dataset="data/x", restart=False, task=None, n=20) -> Path:
-    """A run's record: 100 content tokens and 2 s a step, each 10th evaluated; from step 11 on after a resume."""
+    """Writes the record of a run: 100 content tokens and 2 s per step, an evaluation every 10 steps.
+
+    With restart, the run was resumed after step 10. Returns the folder.
+    """
     folder.mkdir(parents=True)
     data = {"dataset": dataset, "content_sha256": content, "val_text_compressed": {"gzip_9_bits_per_byte": 2.0}}
     facts = {"config": {"seed": 7, "task": task or {}}, "data": data,
@@ -54,7 +59,7 @@ def rendered(lines: dict, runs=()) -> dict[str, bytes]:
 
 
 def cells_of(page: bytes) -> list[tuple[str, ...]]:
-    """Rows of tables."""
+    """Returns the rows of all tables."""
     return [tuple(filter(None, row.split("|"))) for row in words(page.decode()).split("\n")]
 
 
@@ -76,32 +81,32 @@ def windowed(
     return line("1" * right + "0" * (100 - right), name, task="list_recall", **{**own, **tokens, **other})
 
 
-# ----------------------------------------------------------------------------- what is read
+# ----------------------------------------------------------------------------- reading
 
 
-def test_a_folder_shows_what_it_has_and_a_bare_one_is_refused(tmp_path):
+def test_a_folder_gets_the_sections_of_its_files_and_an_empty_one_is_refused(tmp_path):
     run = trained(tmp_path / "one")
-    write(run / "perplexity.jsonl", [full_depth(depth_line())])
+    write(run / "perplexity.jsonl", [depth_line()])
     write(run / "tasks.jsonl", [line()])
     write(run / "positions.jsonl", [position_line("full", 50)])
     found = read((str(run),), sections_of(0.0, 0.05))
     page = render(found, sections_of(0.0, 0.05), "")["report.html"].decode()
     ids = re.findall(r'<h2 id="(\w+)"', page)
-    assert ids == ["training", "accuracy", "differences", "paper", "cells", "lengths", "positions", "cost", "commands"]
-    assert re.findall(r'<a href="#([a-z]+)">', page)[: len(ids)] == ids  # the contents
+    assert ids == ["training", "accuracy", "differences", "lengths", "positions", "commands"]
+    assert re.findall(r'<a href="#([a-z]+)">', page)[: len(ids)] == ids  # the table of contents
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="bare has none of metrics.jsonl, tasks.jsonl, .*: give folders of runs"):
         read((str(run), str(tmp_path / "bare")), sections_of(0.0, 0.05))
 
 
 def test_lines_of_all_kinds_may_share_a_file(tmp_path):
-    lines = [line(), position_line("full", 50), full_depth(depth_line()), line("0" * 100)]
+    lines = [line(), position_line("full", 50), depth_line(), line("0" * 100)]
     found = read((write(tmp_path / "all.jsonl", lines),), sections_of(0.0, 0.05))
     assert {kind: len(of) for kind, of in found.lines.items()} == {"tasks": 1, "positions": 1, "perplexity": 1}
     assert found.repeated == 1 and found.lines["tasks"][0]["correct"] == 0
 
 
-def test_a_run_read_in_two_ways_keeps_both(tmp_path):
+def test_a_run_read_with_two_scalings_has_two_lines(tmp_path):
     lines = [windowed("none", "none", 512, 40), windowed("yarn 4x", "none", 512, 60)]
     found = read((write(tmp_path / "x.jsonl", lines),), sections_of(0.0, 0.05))
     assert [one["correct"] for one in found.lines["tasks"]] == [40, 60] and found.repeated == 0
@@ -110,19 +115,23 @@ def test_a_run_read_in_two_ways_keeps_both(tmp_path):
 @pytest.mark.parametrize(
     ("name", "damaged", "why"),
     [
-        ("metrics.jsonl", {"kind": "train", "step": "1"}, "metrics.jsonl, line 2 was not written by train.py"),
-        ("metrics.jsonl", {"kind": "dream", "step": 1}, "metrics.jsonl, line 2 was not written by train.py"),
+        ("metrics.jsonl", {"kind": "train", "step": "1"}, "metrics.jsonl, line 2 is no line of train.py ("),
+        (
+            "metrics.jsonl",
+            {"kind": "dream", "step": 1},
+            "metrics.jsonl, line 2 is no line of train.py (step is 1, kind is 'dream'",
+        ),
         ("metrics.jsonl", {"kind": "val", "step": 1, "loss": "low"}, "a value is no number"),
         ("positions.jsonl", {"probe": "positions"}, "positions.jsonl, line 2 is no line of eval.py or probe.py (arm"),
         ("positions.jsonl", position_line("full", 50, interval=[0.5]), "interval is '[0.5]'"),
         ("positions.jsonl", position_line("full", 50, placement="here"), "placement is 'here'"),
-        ("perplexity.jsonl", {**line(), **depth_line(), "eval": "perplexity"}, "loss is missing"),
+        ("perplexity.jsonl", {name: of for name, of in depth_line().items() if name != "loss"}, "loss is missing"),
     ],
 )
-def test_damaged_lines_are_named(tmp_path, name, damaged, why):
+def test_damaged_lines_are_refused_with_their_number(tmp_path, name, damaged, why):
     run = trained(tmp_path / "one")
     good = {"metrics.jsonl": {"kind": "val", "step": 0}, "positions.jsonl": position_line("full", 50)}
-    write(run / name, [good.get(name) or full_depth(depth_line()), damaged])
+    write(run / name, [good.get(name) or depth_line(), damaged])
     with pytest.raises(UserError, match=re.escape(why)) as refused:
         read((str(run),), sections_of(0.0, 0.05))
     assert f"{name}, line 2" in str(refused.value)
@@ -131,97 +140,82 @@ def test_damaged_lines_are_named(tmp_path, name, damaged, why):
 # ----------------------------------------------------------------------------- training and cost
 
 
-def test_curves_of_other_texts_do_not_share_an_axis(tmp_path):
+def test_runs_on_different_texts_have_separate_axes(tmp_path):
     same = [trained(tmp_path / name, dataset=f"data/{name}") for name in ("one", "two")]
     other = trained(tmp_path / "three", content={"train": "a" * 64, "val": "c" * 64})
-    tasks = trained(tmp_path / "four", task={"train_length": 64, "level": "easy", "placements": ["every"]})
+    on_tasks = trained(tmp_path / "four", task={"train_length": 64, "level": "easy", "placements": ["every"]})
     page = Page("")
-    text = body(page, [read_run(folder) for folder in (*same, other, tasks)])
-    heads = re.findall(r"<h3>(.*?)</h3>", text)
+    text = curves(page, [read_run(folder) for folder in (*same, other, on_tasks)])
+    heads = re.findall(r"<p class=small>(On .*?)</p>", text)
     assert [head[:40] for head in heads] == [
-        "On text: data/one, data/two, of the cont", "On text: data/x, of the content train aa",
+        "On text: data/one, data/two (content of ", "On text: data/x (content of the validati",
         "On tasks: texts of at most 64 positions,",
     ]  # fmt: skip
     assert set(page.files) == {f"training_{group}_{key}_{of}.png" for group in (1, 2)
-                               for key in ("loss", "bits_per_byte") for of in ("content_tokens", "minutes")} | {
+                               for key, of in (("loss", "content_tokens"), ("bits_per_byte", "content_tokens"),
+                                               ("bits_per_byte", "minutes"))} | {
         "training_3_exact_parity_step.png", "training_3_loss_step.png"}  # fmt: skip
-    assert "Runs whose texts differ have axes of their own" in text
+    assert "Runs validated on different texts have separate axes" in text
     rows = cells_of(text.encode())
-    assert ("one", "7", "data/one", "20", "1.7500", "4.0000", "1,280", "yes", "[1]") in rows
-    assert ("four", "7", "data/x", "20", "25.0", "4.0000", "1,280", "yes", "[4]") in rows
-    assert "seed 7; commands" in text and "Abacus, 2 cores" in text and "train.py two" in page.commands()
+    ends = [row[:7] for row in rows if row and row[-1].startswith("[")]
+    assert ("one", "7", "data/one", "20", "1.7500 bits per byte", "4.0000", "1,280") in ends
+    assert ("four", "7", "data/x", "20", "parity 25.0 %", "4.0000", "1,280") in ends
+    assert "seed 7; Abacus, 2 cores; training_1" in text and "train.py two" in page.numbers
 
 
-def test_wall_time_goes_on_after_a_resume(tmp_path):
+def test_curves_are_labelled_by_arm_and_seeds_look_alike(tmp_path):
+    model = {"n_embd": 32, "second_attention": "meta", "position": "rope"}
+    runs = []
+    for name, second, seed in (("a", "meta", 1), ("b", "meta", 2), ("c", "none", 1), ("d", "none", 1)):
+        run = read_run(trained(tmp_path / name))
+        run.facts["data"]["chunk_markers"] = 4 * (second == "meta")
+        run.facts["config"] |= {"seed": seed, "model": {**model, "second_attention": second}}
+        runs.append(run)
+    looks = [(look["label"], look["color"]) for look in looks_of(runs).values()]
+    meta, gpt2 = ARM_COLOURS["meta"], ARM_COLOURS["gpt2"]
+    assert looks[:3] == [("meta + rope", meta), ("meta + rope", meta), ("gpt2 + rope, c", gpt2)]
+    assert looks[3][0] == "gpt2 + rope, d" and looks[3][1] not in (meta, gpt2)
+
+
+def test_wall_time_continues_after_a_resume(tmp_path):
     run = read_run(trained(tmp_path / "one", restart=True))
     assert [run.seconds(step) for step in (0, 1, 10, 11, 20)] == [0, 2, 20, 22, 40]
 
 
-def test_cost_is_medians_and_sums(tmp_path):
+def test_the_cost_section_has_median_speeds_and_summed_times(tmp_path):
     run = trained(tmp_path / "one", restart=True)
     (run / "best_00000020").mkdir()
     head = json.dumps({"__metadata__": {}, "a": {"shape": [1000, 30]}, "b": {"shape": [500]}}).encode()
     (run / "best_00000020/model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head)
-    text = cost.body(Page(""), [read_run(run)])
+    text = costs(Page(""), [read_run(run)])
     (row,) = [row for row in cells_of(text.encode()) if row and row[0] == "one"]
-    # two evaluations at the last step come after the last line of the log: 40 + 2 x 3 s
-    assert row == ("one", "0.03M", "20", "2,000", "content tokens", "2,200", "50", "55", "0:46", "0:12",
-                   "Abacus, 2 cores", "1", "[1]")  # fmt: skip
+    # after the last logged step come two evaluations: 40 + 2 x 3 s
+    facts = ("0.03M", "2,000 content tokens", "50", "55", "0:00:46", "Abacus, 2 cores", "[1]")
+    assert row[7:] == facts
 
 
 # ----------------------------------------------------------------------------- Table 1
 
 
-def test_table_1_is_mapped_in_windows():
-    """512 fine-tuned at 1024 is the paper's 1024 at 2048; an arm with windows of 461 belongs in the same panel."""
-    lines = [windowed("yarn 4x", "yarn 4x", n, right, train_length=1024) for n, right in ((1024, 80), (2048, 70))]
+def test_lengths_are_shown_in_windows_and_table_1_stands_where_windows_are_extended():
+    lines = [windowed("yarn 4x", "yarn 4x", n, 80, train_length=1024) for n in (1024, 2048)]
     lines += [windowed("yarn 4x", "yarn 4x", 2048, 60, "causal2 + rope", 461, train_length=1024)]
-    lines += [windowed("none", "none", 512, 50, train_length=128), line(task="list_recall")]  # the last: an old one
-    page = Page("")
-    rows = cells_of(extension.body(page, lines).encode())
-    assert len(page.files) == 2  # as it was, and 4x
-    theirs = TABLE_1[4, 2]
-    found = [(row[0], row[-11], row[-10], row[-7], row[-5], row[-2]) for row in rows if row and row[-1].startswith("[")]
-    assert found == [
-        ("none", "0.25x = 128", "1x = 512", "55.0", "50.0", "–"),
-        ("yarn 4x", "2x = 1024", "2x = 1024", "85.0", "80.0", str(theirs[2])),
-        ("yarn 4x", "2x = 1024", "4x = 2048", "75.0", "70.0", str(theirs[4])),
-        ("yarn 4x", "2.22x = 1024", "4.44x = 2048", "65.0", "60.0", str(theirs[4])),
-    ]
-    assert extension.body(Page(""), lines[-2:]) == ""
+    old = line(task="list_recall")  # of a version that did not record the window
+    rows = cells_of(rendered({"tasks": [*lines, old]})["report.html"])
+    found = [row[:3] for row in rows if len(row) > 9 and row[-2].startswith("[") and "x" in row[1]]
+    assert found == [("1024", "2x", "meta + rope, yarn 4x"), ("2048", "4x", "meta + rope, yarn 4x"),
+                     ("2048", "4.44x", "causal2 + rope, yarn 4x")]  # fmt: skip
+    assert ("8x", "4x", *map(str, TABLE_1[8, 4].values())) in rows
+    assert "Table 1" not in rendered({"tasks": [old]})["report.html"].decode()
 
 
-def test_table_1_draws_arms_and_the_papers_row():
-    row = extension.Row("yarn 4x", "trained", extension.nearest(1024, 512))
-    seeds = {seed: windowed("yarn 4x", "yarn 4x", 1024, 80 + seed, seed=seed) for seed in (1, 2)}
-    one = {2048: {1: windowed("yarn 4x", "yarn 4x", 2048, 60)}}
-    figure = Figure()
-    extension.picture(figure, row, {"meta + rope": {1024: seeds, **one}}, ["meta + rope"], "")
-    tokens, exact, paper, end = figure.axes[0].lines
-    assert list(tokens.get_ydata()) == pytest.approx([86.5, 65]) and list(exact.get_ydata()) == pytest.approx(
-        [81.5, 60]
-    )
-    assert list(tokens.get_xdata()) == pytest.approx([2, 4]) and set(end.get_xdata()) == {4}
-    assert dict(zip(paper.get_xdata(), paper.get_ydata(), strict=True)) == TABLE_1[4, 2]
-    bars = [[tuple(segment[:, 1]) for segment in bar.get_segments()] for bar in figure.axes[0].collections]
-    assert bars[0] == [pytest.approx((86, 87)), pytest.approx((6.25, 93.75))]  # seeds; one seed: its interval
+# ----------------------------------------------------------------------------- lengths, positions, origin and files
 
 
-# ----------------------------------------------------------------------------- lengths, positions, origin, files
-
-
-def full_depth(one: dict) -> dict:
-    """tests/test_depth.py has what the picture needs."""
-    rest = {"loss": 1.5, "bits_per_byte": 0.75, "perplexity": 4.5, "dataset": "data/x", "stride": 64}
-    return {**{k: v for k, v in line().items() if k not in ("task", "placement", "level", "question", "n")}, **one,
-            "eval": "perplexity", **rest}  # fmt: skip
-
-
-def test_documents_of_two_texts_have_a_picture_each():
-    draws = [full_depth(depth_line(draw=draw)) | {"loss": 1.0 + draw} for draw in range(3)]
-    other = full_depth(depth_line(content_sha256="y"))
-    stream = {k: v for k, v in full_depth(depth_line(length=512)).items() if not k.startswith("document")}
-    files = rendered({"perplexity": [*draws, other, stream]})
+def test_documents_of_two_texts_have_separate_pictures():
+    draws = [depth_line(draw=draw) | {"loss": 1.0 + draw} for draw in range(3)]
+    other = depth_line(content_sha256="y")
+    files = rendered({"perplexity": [*draws, other, stream(length=512)]})
     assert {name for name in files if name.startswith("depth")} == {"depth_1.png", "depth_2.png"}
     rows = cells_of(files["report.html"])
     found = [row[2:9] for row in rows if row[:2] == ("meta + rope", "small") and "." in row[4]]
@@ -232,11 +226,11 @@ def test_documents_of_two_texts_have_a_picture_each():
     ]
 
 
-def test_positions_have_a_picture_a_task_and_the_papers_table():
+def test_positions_have_a_picture_for_each_task():
     lines = [position_line(name, right, task=task) for task in ("parity", "copying")
              for name, right in (("full", 50), ("no_position", 44))]  # fmt: skip
     files = rendered({"positions": lines})
-    assert {name for name in files if name.endswith(".png")} == {f"positions_{n}.png" for n in ("paper", 1, 2)}
+    assert {name for name in files if name.endswith(".png")} == {f"positions_{n}.png" for n in (1, 2)}
     rows = cells_of(files["report.html"])
     assert ("copying", "target", "128", "no position", "44.0", "0.0 .. 100.0", "-6.0", "-25.0 .. +12.5", "0.625",
             "undecided", "50.0", "100", "[1]") in rows  # fmt: skip
@@ -244,11 +238,9 @@ def test_positions_have_a_picture_a_task_and_the_papers_table():
     draw_positions(figure, lines[:2])
     shown = [mark.get_xdata()[0] for mark in figure.axes[0].lines if mark.get_marker() == "o"]
     assert shown == [50, 44]
-    draw_table_2(figure := Figure())
-    assert [len(mark.get_xdata()) for mark in figure.axes[0].lines].count(1) == 2 * len(TABLE_2)
 
 
-def test_the_origin_of_a_run_is_told_and_unequal_ones_are_warned_of():
+def test_the_report_names_the_origin_of_runs_and_warns_if_they_differ():
     start = {"weights": f"weights of out/b/model.safetensors (sha256 {'ab' * 32})", "dataset": "data/x",
              "train_sha256": "c" * 64, "content_tokens": 1234567}  # fmt: skip
     told = origin({"origin": start})
@@ -258,32 +250,30 @@ def test_the_origin_of_a_run_is_told_and_unequal_ones_are_warned_of():
     assert "uncounted" in origin({"origin": {**start, "content_tokens": None}})
     pair = [line(origin=start), line(arm="gpt2 + rope", origin=start)]
     said = "not all pretrained on the same text"
-    assert told in words(Page("").runs(pair)) and said not in differences(pair)
+    assert told in words(runs_table(pair)) and said not in differences(pair)
     for other in ({"origin": {**start, "content_tokens": 5}}, {}):
         assert said in differences([pair[0], line(arm="gpt2 + rope", **other)])
 
 
 def differences(lines: list[dict]) -> str:
-    return Tasks(Page(""), lines, 0.0, 0.05).differences()
+    return tasks.differences(arms_of(lines), lines, 0.0, 0.05)
 
 
-def test_pictures_of_an_earlier_report_go_and_nothing_else_does(tmp_path, monkeypatch):
+def test_only_pictures_of_an_earlier_report_are_deleted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trained(tmp_path / "one")
     write(tmp_path / "p.jsonl", [position_line("full", 50)])
     main(["p.jsonl", "--output=page"])
     (tmp_path / "page/mine.png").write_text("mine")
     before = pictures_of(tmp_path / "page/report.html")
-    assert before == {"positions_paper.png", "positions_1.png"}
+    assert before == {"positions_1.png"}
     main(["one", "--output=page"])
-    assert re.findall(r'<h2 id="(\w+)"', Path("page/report.html").read_text()) == ["training", "cost", "commands"]
+    assert re.findall(r'<h2 id="(\w+)"', Path("page/report.html").read_text()) == ["training", "commands"]
     left = {path.name for path in (tmp_path / "page").iterdir()}
-    assert left & before == set() and {"mine.png", "training_1_loss_minutes.png"} <= left
+    assert left & before == set() and {"mine.png", "training_1_loss_content_tokens.png"} <= left
 
 
-def test_a_wide_picture_scrolls_in_its_box_and_a_small_one_does_not():
+def test_a_caption_names_n_seeds_and_machines():
     page, used = Page(""), [line(machine="Abacus"), line(seed=2)]
-    small, wide = (b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", n, 500) for n in (648, 1300))
-    assert "wide" not in page.picture("a.png", "what", small, used)
-    assert '<figure class="wide"' in page.picture("b.png", "what", wide, used)
-    assert "Abacus" in page.picture("a.png", "", small, used) and footer(used) == "n = 100, seed 1, 2"
+    assert "n = 100, seed 1, 2; Abacus; a.png" in page.picture("a.png", "what", b"", used)
+    assert footer(used) == "n = 100, seed 1, 2"
