@@ -1,12 +1,11 @@
 """Runs a probe from its settings to its picture: measures cell by cell, prints a table, appends lines to a file, and
 draws all lines of the file that are about the same weights."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from nanometa.common.errors import UserError
-from nanometa.common.files import write_atomically
+from nanometa.common.files import read_json_lines, write_atomically
 from nanometa.common.terminal import BOLD, write
 from nanometa.evals.common import write_lines
 from nanometa.evals.tasks import about, answered, cell_name, doubt
@@ -62,21 +61,15 @@ def run_probe(
 def read_earlier_lines(path: Path, name: str, same: dict) -> list[dict]:
     """Returns the lines in a file from earlier calls of the same probe that have the same values in the fields `same`.
     Raises UserError, naming the line, if one cannot be drawn, so that this is known before anything is measured."""
-    out, rows = [], path.read_text(errors="replace").splitlines() if path.exists() else []
-    for number, row in enumerate(rows, 1):
-        if not row.strip():
-            continue
-        try:
-            line = json.loads(row)
-            if line.get("probe") == name and all(line.get(key) == value for key, value in same.items()):
-                SECTIONS[name].check(line)
-                out.append(line)
-        except (ValueError, AttributeError) as error:
-            raise UserError(
-                f"{path}, line {number} is no line of eval.py or probe.py ({error}): remove it, or name another "
-                f"--output."
-            ) from None
-    return out
+
+    def mine(line: dict) -> bool:
+        return line.get("probe") == name and all(line.get(key) == value for key, value in same.items())
+
+    def check(line: dict) -> None:
+        if mine(line):
+            SECTIONS[name].check(line)
+
+    return [line for line in read_json_lines(path, check, "eval.py or probe.py") if mine(line)] if path.exists() else []
 
 
 def draw_picture(name: str, lines: list[dict]) -> bytes:
