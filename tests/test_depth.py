@@ -1,4 +1,4 @@
-"""The picture of the loss by depth: which lines become which curves, and what is drawn of them."""
+"""Tests the picture of the loss by depth: which lines become which curves, and how the curves are drawn."""
 
 import json
 
@@ -17,7 +17,7 @@ PIECES, TEXT = [3, 1, 2], {"content_sha256": "x", "documents": 3, "pieces": 6, "
 
 
 def line(arm="meta + rope", scaling="none", trained="none", draw=0, nats=(1.0, 2.0, 4.0), **more):
-    """Loss nats[i] in all of document i, and twice that in its second bucket."""
+    """Returns a line whose loss is nats[i] in document i, and twice that in the second bucket."""
     facts = {"arm": arm, "scaling": scaling, "trained_scaling": trained, "original_content": 56, "run": "small",
              "weights_sha256": "ab" * 32, "step": 3, "length": 128, "markers": "trained", "draw": draw}  # fmt: skip
     return {**facts, **TEXT, "document_pieces": PIECES, "document_nats": [[n, 2 * n] for n in nats], **more}
@@ -43,11 +43,11 @@ def curves_of(axes):
     return [mark for mark in axes.lines if mark.get_linestyle() != ":"]
 
 
-def test_a_curve_is_the_mean_over_draws_and_pieces_and_the_last_of_repeated_lines_counts(tmp_path):
+def test_a_curve_averages_draws_and_pieces_and_uses_the_last_of_repeated_lines(tmp_path):
     lines = [line(nats=(9, 9, 9)), line(draw=1, nats=(3.0, 2.0, 2.0)), {"eval": "perplexity", "loss": 1.0}, line()]
-    (level,) = drawn(tmp_path, lines).axes  # one curve: nothing to take a difference from
+    (level,) = drawn(tmp_path, lines).axes  # a single curve, so there is no panel of differences
     (curve,) = curves_of(level)
-    means = np.array([2.0, 2.0, 3.0])  # of the documents, over draws
+    means = np.array([2.0, 2.0, 3.0])  # of the documents, averaged over draws
     assert curve.get_xdata().tolist() == [32, 96]
     assert curve.get_ydata() == pytest.approx((np.array([1, 2]) * (3 * 2 + 2 + 2 * 3) / 6).tolist())
     (band,) = level.collections
@@ -56,14 +56,14 @@ def test_a_curve_is_the_mean_over_draws_and_pieces_and_the_last_of_repeated_line
     assert {low, high, 2 * low, 2 * high} <= set(ends.tolist())
 
 
-def test_one_document_has_no_interval(tmp_path):
+def test_a_single_document_has_no_interval(tmp_path):
     one = {"document_pieces": [2], "document_nats": [[1.0, 2.0]]}
     for axes in drawn(tmp_path, [line(**one), line(length=64, **one)]).axes:
         assert not axes.collections and len(curves_of(axes)) == 2
 
 
-def test_differences_are_of_the_same_documents(tmp_path):
-    """Documents that differ by nats, and a scaling that costs 0.5 in each: the interval has no width."""
+def test_differences_are_paired_by_document(tmp_path):
+    """Losses differ between documents, and the scaling adds 0.5 in each of them, so the interval has no width."""
     figure = drawn(tmp_path, [line(), read_with("meta + rope", "pi 4x", nats=(1.5, 2.5, 4.5))])
     level, below = figure.axes
     zero, cost = curves_of(below)
@@ -76,7 +76,7 @@ def test_differences_are_of_the_same_documents(tmp_path):
         assert mark.get_xdata() == [56, 56]
 
 
-def test_a_scaling_has_its_colour_in_every_picture(tmp_path):
+def test_a_scaling_has_the_same_color_in_every_picture(tmp_path):
     lines = [line("gpt2 + rope, yarn 4x", "yarn 4x", "yarn 4x"), read_with("gpt2 + rope", "yarn 8x"),
              read_with("gpt2 + rope", "yarn dynamic"), line(), read_with("meta + rope", "yarn 4x")]  # fmt: skip
     level, _ = drawn(tmp_path, lines).axes
@@ -87,7 +87,7 @@ def test_a_scaling_has_its_colour_in_every_picture(tmp_path):
     assert len(set(looks)) == 5 and len(set(COLOUR.values())) == len(COLOUR) == 7
 
 
-def test_labels_say_what_tells_curves_apart(tmp_path):
+def test_labels_name_the_facts_that_distinguish_curves(tmp_path):
     lines = [line(length=64), line(), line(markers="none"), read_with("meta + rope", "pi 2x"),
              read_with("meta + rope", "pi 2x", weights_sha256="cd" * 32, run="other")]  # fmt: skip
     figure = drawn(tmp_path, lines)
@@ -139,7 +139,7 @@ def test_lines_that_cannot_be_drawn_are_refused(tmp_path, lines, sentence):
     assert not (tmp_path / "depth.png").exists()
 
 
-def test_files_and_folders_are_drawn_apart(tmp_path):
+def test_files_and_folders_cannot_be_mixed(tmp_path):
     with pytest.raises(
         UserError, match="lines.jsonl is a file of an evaluation, but others are folders of runs: draw them separately"
     ):

@@ -365,7 +365,7 @@ def test_dry_run_of_a_prepared_dataset(workdir):
         ),
     ],
 )
-def test_refusals(args, sentence, tmp_path, capsys):
+def test_bad_settings_are_refused(args, sentence, tmp_path, capsys):
     with pytest.raises(UserError, match=sentence) as caught:
         train.main([str(ROOT / "config/tiny_meta.py"), *args, "--dry_run"])
     assert "\n" not in str(caught.value) and not capsys.readouterr().out

@@ -208,7 +208,7 @@ def test_learned_positions_end(tokenizer):
         ({"run": "nowhere"}, "there is no checkpoint in 'nowhere'"),
     ],
 )
-def test_bad_input_gets_one_sentence(tokenizer, tmp_path, settings, sentence):
+def test_bad_input_is_refused_in_one_sentence(tokenizer, tmp_path, settings, sentence):
     folder = saved(small_run(tokenizer, PLAIN, second_attention="none"), tmp_path / "plain")
     with pytest.raises(UserError) as error:
         passkey.main(PasskeyEval(**{"run": str(folder), **settings}))

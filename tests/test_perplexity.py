@@ -95,7 +95,7 @@ def _count_and_mean(values):
 
 @pytest.mark.parametrize("rule", ["ignore", "skip"])
 @pytest.mark.parametrize(("position", "length", "stride"), [("learned", 24, 7), ("rope", 40, 40), ("rope", 40, 9)])
-def test_it_is_the_loss_of_every_token_by_itself(workdir, rule, position, length, stride):
+def test_the_loss_equals_scoring_every_token_separately(workdir, rule, position, length, stride):
     """Also beyond the trained window of 32 positions, where these are rotary."""
     run = double(run_on(workdir / "data/u", rule=rule, position=position))
     compare_with_reference(run, read_split(run, workdir / "data/u", None)[:110], length, stride)
@@ -223,7 +223,7 @@ def test_the_command(workdir, runs, capsys):
         ),
     ],
 )
-def test_bad_input_gets_one_sentence(workdir, runs, tmp_path, run, settings, sentence):
+def test_bad_input_is_refused_in_one_sentence(workdir, runs, tmp_path, run, settings, sentence):
     if "dataset" in settings:
         settings = {**settings, "dataset": str(workdir / "data" / settings["dataset"])}
     with pytest.raises(UserError) as error:

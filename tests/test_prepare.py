@@ -134,7 +134,7 @@ def test_inspect_shows_the_markers(workdir):
         (["--wokers=3"], "did you mean 'workers'"),
     ],
 )
-def test_bad_input_changes_nothing(folder, args, sentence):
+def test_bad_input_is_refused_and_changes_nothing_on_disk(folder, args, sentence):
     prepare(folder, "--name=taken")
     before = tree(folder)
     base = () if "--inspect" in args else FILES  # nothing else has an effect with it

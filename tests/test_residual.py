@@ -202,7 +202,7 @@ def line(**other) -> dict:
     return {"n": 1000, "nearer": 0.15, "more": 0.0, **interval, **other}
 
 
-def test_verdicts_and_their_family():
+def test_verdicts_follow_the_intervals_and_holms_correction():
     alone = {name: value for name, value in line().items() if not name.startswith("more")}
     lines = judged([line(), alone, line(more_interval=(0.1, 0.3), more_p=0.012)], CLAIMS, 0.0, 0.05)
     assert [one["nearer_verdict"] for one in lines] == ["holds"] * 3

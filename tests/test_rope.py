@@ -103,7 +103,7 @@ def test_figures_that_are_known():
 @pytest.mark.parametrize(("scaling", "dynamic"), SCALES)
 @pytest.mark.parametrize(("second", "place"), ARMS_AND_ALL_PLACES)
 @pytest.mark.parametrize("of", [inputs, crowded])
-def test_the_model_is_its_definition(scaling, dynamic, second, place, of):
+def test_the_model_equals_the_reference(scaling, dynamic, second, place, of):
     """Every query under its own scale, over all pairs of positions, in both attentions."""
     model = build(small(scaling, dynamic, second_attention=second, meta_position=place)).double()
     tokens, positions, index = of()
@@ -143,7 +143,7 @@ def test_only_distances_matter(scaling):
 
 
 @pytest.mark.parametrize(("scaling", "dynamic"), SCALES)
-def test_a_token_changes_nothing_before_it(scaling, dynamic):
+def test_a_token_does_not_affect_earlier_positions(scaling, dynamic):
     """Under a dynamic scale neither: it does not know how long the text will be."""
     model = build(small(scaling, dynamic))
     tokens, positions, index = inputs()
@@ -243,7 +243,7 @@ def test_windows_are_stretched_from_the_first_one():
         ({"meta_position": "none_first", "position": "learned"}, "meta_position=none_first needs position=rope"),
     ],
 )
-def test_refusals(settings_, sentence):
+def test_bad_settings_are_refused(settings_, sentence):
     with pytest.raises(UserError) as refusal:
         GPT(small("none", **settings_))
     assert sentence in str(refusal.value)
