@@ -135,7 +135,7 @@ def test_random_weights_are_at_chance(run):
 
 @pytest.mark.parametrize("rule", ["ignore", "skip"])
 @pytest.mark.parametrize("second", ["meta", "none"])
-def test_exact_is_what_greedy_decoding_writes(tokenizer, rule, second):
+def test_answers_are_exact_if_greedy_decoding_writes_them(tokenizer, rule, second):
     run = small_run(tokenizer, MARKED, rule=rule, block_size=160, position="rope", second_attention=second)
     silent = MarkerPlan.of_run(run, "none")
     for index in range(4):

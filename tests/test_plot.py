@@ -21,7 +21,7 @@ def run_dir(tmp_path):
     return folder
 
 
-def test_a_picture_comes_out(run_dir, tmp_path):
+def test_report_curves_draws_the_newest_run(run_dir, tmp_path):
     result = cli("report.py", "curves", cwd=tmp_path)
     assert result.stdout.decode().strip() == "out/some/loss.png", result.stderr.decode()
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -39,7 +39,7 @@ def task_run(folder, tasks):
     return folder
 
 
-def test_runs_on_tasks_are_drawn_by_task_against_steps(run_dir, tmp_path, monkeypatch):
+def test_runs_on_tasks_have_a_panel_per_task_over_steps(run_dir, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.update(figure=figure))
     four = task_run(tmp_path / "four", ("parity", "copying", "list_recall", "segment_counting"))
@@ -64,11 +64,12 @@ def test_runs_on_tasks_are_drawn_by_task_against_steps(run_dir, tmp_path, monkey
 def test_runs_without_metrics_are_refused(run_dir, tmp_path):
     for name, sentence in (("other", "no readable metrics"), ("some", "no evaluation yet")):
         (run_dir / "metrics.jsonl").write_text("")
-        result = cli("report.py", "curves", f"out/{name}", cwd=tmp_path)  # matplotlib may speak of its font cache, too
+        # matplotlib may also print a line about its font cache
+        result = cli("report.py", "curves", f"out/{name}", cwd=tmp_path)
         assert result.returncode == 2 and sentence in result.stderr.decode() and b"Traceback" not in result.stderr
 
 
-def test_smoothing_keeps_a_line_and_lowers_noise():
+def test_smoothing_keeps_a_straight_line_and_lowers_noise():
     line = np.linspace(3, 1, 200)
     assert np.abs(smooth(list(line)) - line)[10:-10].max() < 1e-9
     noise = np.random.default_rng(0).normal(size=2000)

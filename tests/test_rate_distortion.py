@@ -377,7 +377,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_refused_in_a_sentence(tokenizer, tmp_path, monkeypatch, case):
+def test_bad_input_is_refused_in_one_sentence(tokenizer, tmp_path, monkeypatch, case):
     shape, args, sentence = REFUSED[case]
     kept(small_run(tokenizer, MARKED, **{"position": "rope", **shape}), tmp_path / "out/small", tasks=("parity",))
     before = tree(tmp_path)
