@@ -102,7 +102,7 @@ def test_labels_name_the_facts_that_distinguish_curves(tmp_path):
     assert "600 tokens, 6 pieces of 3 documents" in figure.axes[-1].get_xlabel()
 
 
-def test_the_command(tmp_path):
+def test_report_curves_draws_the_loss_by_depth(tmp_path):
     folder = tmp_path / "out/small"
     folder.mkdir(parents=True)
     write(folder / "perplexity.jsonl", [line(), read_with("meta + rope", "ntk 4x")])

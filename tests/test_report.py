@@ -1,4 +1,4 @@
-"""report.py: every number is on the page, differences are those of a hand, and no input becomes markup."""
+"""Tests report.py on the tasks: the page has every number, differences are right, and no input becomes markup."""
 
 import html
 import itertools
@@ -29,7 +29,7 @@ HALF = "1" * 50 + "0" * 50
 
 
 def line(outcomes: str = HALF, arm="meta + rope", train_length=128, seed=1, **other) -> dict:
-    """A line of eval.py tasks; outcomes "": an impossible cell."""
+    """Returns a line of eval.py tasks. With empty outcomes, the cell is impossible."""
     run = f"{arm.split()[0]}_{train_length}_{seed}"
     facts = {
         "arm": arm, "run": run, "checkpoint": f"out/{run}/step_00002000", "weights_sha256": f"{run:0<64}",
@@ -56,7 +56,7 @@ def line(outcomes: str = HALF, arm="meta + rope", train_length=128, seed=1, **ot
 
 
 def realistic(seeds=(1,), n: int = 1000) -> list[dict]:
-    """3 arms x 2 train lengths x all tasks x all placements x 3 lengths."""
+    """Returns lines of 3 arms x 2 train lengths x all tasks x all placements x 3 lengths."""
     draws, out = random.Random(0), []
     chances = {"list_recall": 0.005, "segment_counting": 0.25, "parity": 0.5, "copying": 0.0}
     skills = {"meta + rope": 0.9, "pause + rope": 0.6, "gpt2 + learned": 0.3}
@@ -69,7 +69,8 @@ def realistic(seeds=(1,), n: int = 1000) -> list[dict]:
         luck = random.Random(f"{arm} {trained} {seed} {task} {placement}").uniform(-0.1, 0.1)
         skill = min(1, max(0, skills[arm] + luck - 0.2 * max(0, math.log2(length / trained))))
         chance = chances[task]
-        easy = [random.Random(f"{task} {placement} {length} {i}").random() for i in range(n)]  # the same for all arms
+        # the same texts are easy for all arms
+        easy = [random.Random(f"{task} {placement} {length} {i}").random() for i in range(n)]
         bits = "".join(str(int(0.5 * (e + draws.random()) < chance + (1 - chance) * skill)) for e in easy)
         floors = {"the last span": chance + 0.1 * 128 / length, "the first": chance}
         out.append(line(bits, arm, trained, seed, chance=chance, floors=floors, **cell))
@@ -95,11 +96,11 @@ def read_tasks(path: str) -> tuple[list[dict], int]:
 
 
 def words(text: str) -> str:
-    """A page as its reader sees it, cells apart."""
+    """Returns the text of a page as a reader sees it, with cells separated by |."""
     return html.unescape(re.sub(r"<[^>]+>", "|", re.sub(r"data:image/png;base64,[^\"]+", "", text)))
 
 
-def test_a_report_holds_every_cells_figures_and_the_papers(tmp_path):
+def test_the_report_has_the_figures_of_every_cell_and_the_papers(tmp_path):
     lines = [one for one in realistic(n=200) if one["placement"] in ("target", "every") and one["task"] != "copying"]
     write(tmp_path / "tasks.jsonl", lines[:50])
     rest = write(tmp_path / "rest.jsonl", lines[50:])
@@ -125,26 +126,28 @@ def test_a_report_holds_every_cells_figures_and_the_papers(tmp_path):
         for row, length in zip(section[at + 1 :], (128, 256, 512), strict=False):
             given = tuple(str(model.get(length, "–")) for model in models.values())
             assert tuple(filter(None, row.split("|")))[:5] == (str(length), *given)
-    assert "49.2" in text and "64.8" in text and "1/28" in text  # the conflicts, and how little n may be
+    # the paper's contradictory figures, and the small n they may rest on
+    assert "49.2" in text and "64.8" in text and "1/28" in text
     pictures = {path.name for path in (tmp_path / "there").glob("*.png")}
     assert len(pictures) == 1 + 4 + 6 + 6 and all(name in text for name in pictures)
     assert not re.search(r"\bnan\b|\binf\b|<script|https?:|src=\"(?!data:)", re.sub(r"base64,[^\"]+", "", text), re.I)
 
 
-def test_the_same_lines_give_the_same_bytes():
+def test_the_same_lines_give_the_same_page():
     first, second = (files_of(realistic(n=20)[::29]) for _ in range(2))
     assert first == second and len(first) > 4
 
 
-def test_differences_of_checkpoints_are_those_of_a_hand():
-    # of 100 texts: both 40, the first alone 10, the second alone 2, neither 48
+def test_differences_of_checkpoints_equal_a_calculation_by_hand():
+    # of 100 texts, 40 are right in both, 10 only in the first, 2 only in the second, 48 in neither
     first, second = "1" * 50 + "0" * 50, "1" * 40 + "0" * 10 + "11" + "0" * 48
     arms = arms_of([line(first), line(second, "gpt2 + rope"), line(first, task="copying"),
                     line(first, "gpt2 + rope", task="copying")])  # fmt: skip
     row, equal = between_checkpoints(arms)
     assert (row.first.label, row.second.label, row.seeds, row.length) == ("meta + rope", "gpt2 + rope", (1,), 128)
     assert row.mean == pytest.approx(0.08) and row.low < 0.08 < row.high
-    assert row.p == pytest.approx(2 * sum(math.comb(12, k) for k in range(3)) / 2**12)  # 2 or fewer of 12 heads, twice
+    # the probability of at most 2 heads in 12 throws, two-sided
+    assert row.p == pytest.approx(2 * sum(math.comb(12, k) for k in range(3)) / 2**12)
     assert row.holm == pytest.approx(2 * row.p) and equal.p == equal.holm == 1 and equal.mean == 0
     assert row.verdict == "undecided: 1 seed" and between_arms(arms, 0.0, 0.05) == []
     text = words(page([line(first), line(second, "gpt2 + rope")]))
@@ -152,7 +155,7 @@ def test_differences_of_checkpoints_are_those_of_a_hand():
 
 
 def several(differences, n=100) -> list[dict]:
-    """Seeds of two arms, the first better by so many texts of n."""
+    """Returns lines of two arms, one pair per seed, in which the first arm is better by that many of n texts."""
     out = []
     for seed, more in enumerate(differences):
         out += [line("1" * (50 + k) + "0" * (n - 50 - k), arm, seed=seed) for arm, k in (("a", more), ("b", 0))]
@@ -172,7 +175,7 @@ def several(differences, n=100) -> list[dict]:
         ((0, 0, 0, 0, 0), 0.0, "does not hold"),
     ],
 )
-def test_arms_are_decided_by_five_seeds(differences, effect, said):
+def test_verdicts_about_arms_need_five_seeds(differences, effect, said):
     (row,) = between_arms(arms_of(several(differences)), effect, 0.05)
     mean, sd, n = np.mean(differences) / 100, np.std(differences, ddof=1) / 100, len(differences)
     half = {4: 3.182446, 5: 2.776445}[n] * sd / math.sqrt(n)  # Student's t from a table
@@ -180,8 +183,8 @@ def test_arms_are_decided_by_five_seeds(differences, effect, said):
     assert row.verdict == said and f"|{said}|" in words(page(several(differences), effect))
 
 
-def test_holm_can_take_back_what_one_cell_would_hold():
-    """One of eleven cells with p = 0.03."""
+def test_holms_correction_can_withdraw_a_verdict_over_cells():
+    """One of eleven cells has p = 0.03."""
     shared = several((13, 2, 12, 4, 5))
     (alone,) = between_arms(arms_of(shared), 0.0, 0.05)
     assert alone.verdict == "holds" and 0.01 < alone.p < 0.05
@@ -190,7 +193,7 @@ def test_holm_can_take_back_what_one_cell_would_hold():
     assert first.p == alone.p and first.holm == pytest.approx(11 * alone.p) and first.verdict == "undecided after Holm"
 
 
-def test_p_and_interval_agree():
+def test_p_values_agree_with_intervals():
     shares = np.array([0.1, 0.12, 0.05, 0.2, 0.16])
     assert beyond(shares.mean(), 1.0, 0.2, 5) == 1.0
     half = distributions.t.ppf(0.975, 4) * shares.std(ddof=1) / math.sqrt(5)
@@ -219,7 +222,7 @@ def test_only_arms_of_equal_training_are_compared():
     assert "No two arms of equal training share a cell." in page(lines)
 
 
-def test_runs_of_one_seed_are_arms_of_their_own():
+def test_two_runs_with_the_same_seed_are_shown_separately():
     twice = [line(), line(run="again", weights_sha256="b" * 64)]
     first, second = arms_of(twice)
     assert [arm.label for arm in (first, second)] == [
@@ -230,7 +233,7 @@ def test_runs_of_one_seed_are_arms_of_their_own():
     assert together.label == "meta + rope" and set(*together.lines.values()) == {1, 2}
 
 
-def test_runs_of_other_settings_are_no_seeds_of_one_arm_and_are_not_compared():
+def test_runs_with_other_settings_are_not_seeds_of_one_arm():
     lines = [line(), line(seed=2, settings="b" * 16), line(arm="gpt2 + rope", settings="c" * 16)]
     arms = arms_of(lines)
     assert [arm.label for arm in arms] == [
@@ -241,7 +244,7 @@ def test_runs_of_other_settings_are_no_seeds_of_one_arm_and_are_not_compared():
     assert between_checkpoints(arms) == [] and between_arms(arms, 0.0, 0.05) == []
 
 
-def test_labels_say_what_tells_arms_apart():
+def test_labels_of_arms_name_what_distinguishes_them():
     lines = [line(), line(train_length=256), line(arm="gpt2 + rope"), line(train_placements=["every"], run="other")]
     assert [arm.label for arm in arms_of(lines)] == [
         "meta + rope, trained with target", "meta + rope, trained with target", "gpt2 + rope",
@@ -249,7 +252,7 @@ def test_labels_say_what_tells_arms_apart():
     ]  # fmt: skip
 
 
-def test_a_cell_that_is_impossible_is_a_cross_below_zero_and_no_figure():
+def test_an_impossible_cell_is_drawn_as_a_cross_below_zero():
     lines = [line(), line("", length=512), line(arm="gpt2 + rope"), line(arm="gpt2 + rope", length=512)]
     panel, figure = Panel("parity", "target", "hard", "index"), Figure()
     drawing.accuracy(figure, arms_of(lines), panel, "")
@@ -258,7 +261,7 @@ def test_a_cell_that_is_impossible_is_a_cross_below_zero_and_no_figure():
     ((x, y),) = drawn
     assert abs(x - 512) < 32 and y < 0
     ours = next(mark for mark in figure.axes[0].lines if mark.get_marker() == "o")
-    assert list(ours.get_ydata()) == [50.0]  # nothing at 512
+    assert list(ours.get_ydata()) == [50.0]  # no point at 512
     figure = Figure()
     drawing.beside_paper(figure, arms_of(lines), arms_of(lines)[:1], panel, "")
     assert all(min(mark.get_ydata(), default=1) != 0 for mark in figure.axes[1].lines)
@@ -266,8 +269,8 @@ def test_a_cell_that_is_impossible_is_a_cross_below_zero_and_no_figure():
     assert row.refused == "impossible for meta + rope"
 
 
-def test_the_overview_shows_what_every_panel_shows():
-    """A panel at its task's row and its placement's column, all its figures, and an empty place where there is none."""
+def test_the_overview_has_the_figures_of_all_panels():
+    """The overview has one panel per task and placement with all its figures, and leaves missing ones empty."""
     lines = [one for one in realistic(n=50) if (one["task"], one["placement"]) != ("copying", "every")]
     arms, figure = arms_of(lines), Figure()
     panels = panels_of(arms)
@@ -280,19 +283,19 @@ def test_the_overview_shows_what_every_panel_shows():
         assert sorted(y for y in points if y >= 0) == pytest.approx(shown)
 
 
-def test_every_evaluation_has_a_section_or_is_named_as_having_none():
+def test_every_evaluation_has_a_section_or_is_listed_without_one():
     shown = [section.kind for section in eval_sections.sections(0.0, 0.05)]
     assert sorted([*shown, *eval_sections.NO_SECTION]) == sorted(EVALS)
 
 
-def test_of_repeated_lines_that_of_the_most_texts_counts_or_the_last(tmp_path):
+def test_of_repeated_lines_the_one_with_most_texts_or_the_last_counts(tmp_path):
     rows = [line("0" * 100), line(length=256), line("1" * 100), line("0" * 20)]
     lines, repeated = read_tasks(write(tmp_path / "x.jsonl", rows))
     assert repeated == 2 and [(one["length"], one["exact"]) for one in lines] == [(128, 1.0), (256, 0.5)]
     assert "same run and weights: 2." in page(lines, 0.0, 0.05, repeated)
 
 
-def test_nothing_becomes_markup_or_mathematics():
+def test_no_input_becomes_markup_or_mathematics():
     evil = "<script>alert('x')</script>&\"'$\\frac{$"
     lines = [line(arm=evil, run=evil, command=evil, checkpoint=evil, commit=evil, trained_on=[evil, "parity"],
                   floors={evil: 0.5}, weights_sha256=evil), line("", length=512, impossible=evil)]  # fmt: skip
@@ -323,14 +326,14 @@ def test_nothing_becomes_markup_or_mathematics():
         ({"run": "\ud800"}, "surrogates not allowed"),
     ],
 )
-def test_a_damaged_line_is_named(tmp_path, change, why):
+def test_a_damaged_line_of_tasks_is_refused_with_its_number(tmp_path, change, why):
     damaged = {name: value for name, value in (line() | change).items() if value is not None}
     with pytest.raises(UserError, match=re.escape("x.jsonl, line 2 ")) as refused:
         read_tasks(write(tmp_path / "x.jsonl", [line(), damaged]))
     assert why in str(refused.value)
 
 
-def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
+def test_bad_arguments_and_files_are_refused_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = write(tmp_path / "x.jsonl", [line()])
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -351,11 +354,11 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_commands_are_named_by_spans():
+def test_references_to_commands_are_joined_into_ranges():
     assert re.sub("<[^>]+>", "", spans([1, 2, 3, 5, 7, 8])) == "[1]–[3] [5] [7]–[8]"
 
 
-def test_every_panel_has_its_picture_and_its_rows():
+def test_every_panel_has_a_picture_and_rows():
     lines = [line(task=task, level=level, question=question) for task in ("parity", "list_recall")
              for level in ("easy", "hard") for question in ("index", "after")]  # fmt: skip
     files = files_of(lines)

@@ -1,4 +1,4 @@
-"""report.py beyond the tasks: each section is there where its lines are, and has their figures."""
+"""Tests the sections of report.py other than tasks: each appears if there are lines for it, and has their figures."""
 
 import json
 import re
@@ -26,7 +26,10 @@ MACHINE = {"processor": "Abacus", "cores": 2, "threads": 1}
 
 
 def trained(folder: Path, content=TEXT, dataset="data/x", restart=False, task=None, n=20) -> Path:
-    """A run's record: 100 content tokens and 2 s a step, each 10th evaluated; from step 11 on after a resume."""
+    """Writes the record of a run: 100 content tokens and 2 s per step, an evaluation every 10 steps.
+
+    With restart, the run was resumed after step 10. Returns the folder.
+    """
     folder.mkdir(parents=True)
     data = {"dataset": dataset, "content_sha256": content, "val_text_compressed": {"gzip_9_bits_per_byte": 2.0}}
     facts = {"config": {"seed": 7, "task": task or {}}, "data": data,
@@ -54,7 +57,7 @@ def rendered(lines: dict, runs=()) -> dict[str, bytes]:
 
 
 def cells_of(page: bytes) -> list[tuple[str, ...]]:
-    """Rows of tables."""
+    """Returns the rows of all tables."""
     return [tuple(filter(None, row.split("|"))) for row in words(page.decode()).split("\n")]
 
 
@@ -76,10 +79,10 @@ def windowed(
     return line("1" * right + "0" * (100 - right), name, task="list_recall", **{**own, **tokens, **other})
 
 
-# ----------------------------------------------------------------------------- what is read
+# ----------------------------------------------------------------------------- reading
 
 
-def test_a_folder_shows_what_it_has_and_a_bare_one_is_refused(tmp_path):
+def test_a_folder_gets_the_sections_of_its_files_and_an_empty_one_is_refused(tmp_path):
     run = trained(tmp_path / "one")
     write(run / "perplexity.jsonl", [full_depth(depth_line())])
     write(run / "tasks.jsonl", [line()])
@@ -88,7 +91,7 @@ def test_a_folder_shows_what_it_has_and_a_bare_one_is_refused(tmp_path):
     page = render(found, sections_of(0.0, 0.05), "")["report.html"].decode()
     ids = re.findall(r'<h2 id="(\w+)"', page)
     assert ids == ["training", "accuracy", "differences", "paper", "cells", "lengths", "positions", "cost", "commands"]
-    assert re.findall(r'<a href="#([a-z]+)">', page)[: len(ids)] == ids  # the contents
+    assert re.findall(r'<a href="#([a-z]+)">', page)[: len(ids)] == ids  # the table of contents
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="bare has none of metrics.jsonl, tasks.jsonl, .*: give folders of runs"):
         read((str(run), str(tmp_path / "bare")), sections_of(0.0, 0.05))
@@ -101,7 +104,7 @@ def test_lines_of_all_kinds_may_share_a_file(tmp_path):
     assert found.repeated == 1 and found.lines["tasks"][0]["correct"] == 0
 
 
-def test_a_run_read_in_two_ways_keeps_both(tmp_path):
+def test_a_run_read_with_two_scalings_has_two_lines(tmp_path):
     lines = [windowed("none", "none", 512, 40), windowed("yarn 4x", "none", 512, 60)]
     found = read((write(tmp_path / "x.jsonl", lines),), sections_of(0.0, 0.05))
     assert [one["correct"] for one in found.lines["tasks"]] == [40, 60] and found.repeated == 0
@@ -119,7 +122,7 @@ def test_a_run_read_in_two_ways_keeps_both(tmp_path):
         ("perplexity.jsonl", {**line(), **depth_line(), "eval": "perplexity"}, "loss is missing"),
     ],
 )
-def test_damaged_lines_are_named(tmp_path, name, damaged, why):
+def test_damaged_lines_are_refused_with_their_number(tmp_path, name, damaged, why):
     run = trained(tmp_path / "one")
     good = {"metrics.jsonl": {"kind": "val", "step": 0}, "positions.jsonl": position_line("full", 50)}
     write(run / name, [good.get(name) or full_depth(depth_line()), damaged])
@@ -131,7 +134,7 @@ def test_damaged_lines_are_named(tmp_path, name, damaged, why):
 # ----------------------------------------------------------------------------- training and cost
 
 
-def test_curves_of_other_texts_do_not_share_an_axis(tmp_path):
+def test_runs_on_different_texts_have_separate_axes(tmp_path):
     same = [trained(tmp_path / name, dataset=f"data/{name}") for name in ("one", "two")]
     other = trained(tmp_path / "three", content={"train": "a" * 64, "val": "c" * 64})
     tasks = trained(tmp_path / "four", task={"train_length": 64, "level": "easy", "placements": ["every"]})
@@ -152,19 +155,19 @@ def test_curves_of_other_texts_do_not_share_an_axis(tmp_path):
     assert "seed 7; commands" in text and "Abacus, 2 cores" in text and "train.py two" in page.commands()
 
 
-def test_wall_time_goes_on_after_a_resume(tmp_path):
+def test_wall_time_continues_after_a_resume(tmp_path):
     run = read_run(trained(tmp_path / "one", restart=True))
     assert [run.seconds(step) for step in (0, 1, 10, 11, 20)] == [0, 2, 20, 22, 40]
 
 
-def test_cost_is_medians_and_sums(tmp_path):
+def test_the_cost_section_has_median_speeds_and_summed_times(tmp_path):
     run = trained(tmp_path / "one", restart=True)
     (run / "best_00000020").mkdir()
     head = json.dumps({"__metadata__": {}, "a": {"shape": [1000, 30]}, "b": {"shape": [500]}}).encode()
     (run / "best_00000020/model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head)
     text = cost.body(Page(""), [read_run(run)])
     (row,) = [row for row in cells_of(text.encode()) if row and row[0] == "one"]
-    # two evaluations at the last step come after the last line of the log: 40 + 2 x 3 s
+    # after the last logged step come two evaluations: 40 + 2 x 3 s
     assert row == ("one", "0.03M", "20", "2,000", "content tokens", "2,200", "50", "55", "0:46", "0:12",
                    "Abacus, 2 cores", "1", "[1]")  # fmt: skip
 
@@ -172,14 +175,16 @@ def test_cost_is_medians_and_sums(tmp_path):
 # ----------------------------------------------------------------------------- Table 1
 
 
-def test_table_1_is_mapped_in_windows():
-    """512 fine-tuned at 1024 is the paper's 1024 at 2048; an arm with windows of 461 belongs in the same panel."""
+def test_table_1_compares_lengths_in_units_of_the_window():
+    """An arm fine-tuned at 1024 from windows of 512 is compared with the paper's 1024. Windows of 461 belong to the
+    same panel."""
     lines = [windowed("yarn 4x", "yarn 4x", n, right, train_length=1024) for n, right in ((1024, 80), (2048, 70))]
     lines += [windowed("yarn 4x", "yarn 4x", 2048, 60, "causal2 + rope", 461, train_length=1024)]
-    lines += [windowed("none", "none", 512, 50, train_length=128), line(task="list_recall")]  # the last: an old one
+    # the last line is of an older version
+    lines += [windowed("none", "none", 512, 50, train_length=128), line(task="list_recall")]
     page = Page("")
     rows = cells_of(extension.body(page, lines).encode())
-    assert len(page.files) == 2  # as it was, and 4x
+    assert len(page.files) == 2  # one without scaling and one for 4x
     theirs = TABLE_1[4, 2]
     found = [(row[0], row[-11], row[-10], row[-7], row[-5], row[-2]) for row in rows if row and row[-1].startswith("[")]
     assert found == [
@@ -191,7 +196,7 @@ def test_table_1_is_mapped_in_windows():
     assert extension.body(Page(""), lines[-2:]) == ""
 
 
-def test_table_1_draws_arms_and_the_papers_row():
+def test_the_picture_of_table_1_has_arms_and_the_papers_row():
     row = extension.Row("yarn 4x", "trained", extension.nearest(1024, 512))
     seeds = {seed: windowed("yarn 4x", "yarn 4x", 1024, 80 + seed, seed=seed) for seed in (1, 2)}
     one = {2048: {1: windowed("yarn 4x", "yarn 4x", 2048, 60)}}
@@ -204,20 +209,21 @@ def test_table_1_draws_arms_and_the_papers_row():
     assert list(tokens.get_xdata()) == pytest.approx([2, 4]) and set(end.get_xdata()) == {4}
     assert dict(zip(paper.get_xdata(), paper.get_ydata(), strict=True)) == TABLE_1[4, 2]
     bars = [[tuple(segment[:, 1]) for segment in bar.get_segments()] for bar in figure.axes[0].collections]
-    assert bars[0] == [pytest.approx((86, 87)), pytest.approx((6.25, 93.75))]  # seeds; one seed: its interval
+    # with two seeds their range; with one seed its interval
+    assert bars[0] == [pytest.approx((86, 87)), pytest.approx((6.25, 93.75))]
 
 
-# ----------------------------------------------------------------------------- lengths, positions, origin, files
+# ----------------------------------------------------------------------------- lengths, positions, origin and files
 
 
 def full_depth(one: dict) -> dict:
-    """tests/test_depth.py has what the picture needs."""
+    """Returns a line with the fields of perplexity, for which tests/test_depth.py has those of the picture."""
     rest = {"loss": 1.5, "bits_per_byte": 0.75, "perplexity": 4.5, "dataset": "data/x", "stride": 64}
     return {**{k: v for k, v in line().items() if k not in ("task", "placement", "level", "question", "n")}, **one,
             "eval": "perplexity", **rest}  # fmt: skip
 
 
-def test_documents_of_two_texts_have_a_picture_each():
+def test_documents_of_two_texts_have_separate_pictures():
     draws = [full_depth(depth_line(draw=draw)) | {"loss": 1.0 + draw} for draw in range(3)]
     other = full_depth(depth_line(content_sha256="y"))
     stream = {k: v for k, v in full_depth(depth_line(length=512)).items() if not k.startswith("document")}
@@ -232,7 +238,7 @@ def test_documents_of_two_texts_have_a_picture_each():
     ]
 
 
-def test_positions_have_a_picture_a_task_and_the_papers_table():
+def test_the_section_of_positions_has_a_picture_per_task_and_the_papers():
     lines = [position_line(name, right, task=task) for task in ("parity", "copying")
              for name, right in (("full", 50), ("no_position", 44))]  # fmt: skip
     files = rendered({"positions": lines})
@@ -248,7 +254,7 @@ def test_positions_have_a_picture_a_task_and_the_papers_table():
     assert [len(mark.get_xdata()) for mark in figure.axes[0].lines].count(1) == 2 * len(TABLE_2)
 
 
-def test_the_origin_of_a_run_is_told_and_unequal_ones_are_warned_of():
+def test_the_report_names_the_origin_of_runs_and_warns_if_they_differ():
     start = {"weights": f"weights of out/b/model.safetensors (sha256 {'ab' * 32})", "dataset": "data/x",
              "train_sha256": "c" * 64, "content_tokens": 1234567}  # fmt: skip
     told = origin({"origin": start})
@@ -267,7 +273,7 @@ def differences(lines: list[dict]) -> str:
     return Tasks(Page(""), lines, 0.0, 0.05).differences()
 
 
-def test_pictures_of_an_earlier_report_go_and_nothing_else_does(tmp_path, monkeypatch):
+def test_only_pictures_of_an_earlier_report_are_deleted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trained(tmp_path / "one")
     write(tmp_path / "p.jsonl", [position_line("full", 50)])
@@ -281,7 +287,7 @@ def test_pictures_of_an_earlier_report_go_and_nothing_else_does(tmp_path, monkey
     assert left & before == set() and {"mine.png", "training_1_loss_minutes.png"} <= left
 
 
-def test_a_wide_picture_scrolls_in_its_box_and_a_small_one_does_not():
+def test_only_a_wide_picture_gets_a_scrolling_box():
     page, used = Page(""), [line(machine="Abacus"), line(seed=2)]
     small, wide = (b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", n, 500) for n in (648, 1300))
     assert "wide" not in page.picture("a.png", "what", small, used)

@@ -1,4 +1,5 @@
-"""probe.py residual: states are the model's, floors are floors, and what is planted in a state is decoded from it."""
+"""Tests probe.py residual: it reads the model's states, computes the floors, and decodes what was planted in a
+state."""
 
 import re
 
@@ -51,12 +52,12 @@ from tests.test_positions import (
     made_by_hand,
 )
 
-# ----------------------------------------------------------------------------- what is read
+# ----------------------------------------------------------------------------- states
 
 
 @torch.no_grad()
-def test_states_are_those_at_the_places_and_before_them(tokenizer):
-    """Against one text at a time, without a pad; the mean is over real positions."""
+def test_states_are_read_at_the_marks_and_before_them(tokenizer):
+    """Compares with reading one text at a time, without padding. The mean is over real positions only."""
     run = small_run(tokenizer, MARKED, position="rope", n_layer=1)
     maker = Maker("list_recall", "target", TaskConfig(), tokenizer)
     examples = texts_of(maker, "test", 3, "easy", 52)
@@ -84,7 +85,7 @@ def test_states_are_those_at_the_places_and_before_them(tokenizer):
     assert hooks(run.model) == 0
 
 
-def test_the_word_stands_in_the_marks_place_in_the_same_texts(tokenizer):
+def test_the_word_replaces_the_mark_in_the_same_texts(tokenizer):
     maker = Maker("copying", "target", TaskConfig(), tokenizer)
     examples = texts_of(maker, "test", 5, "easy", 48)
     places = places_of(maker, examples)
@@ -98,21 +99,22 @@ def test_the_word_stands_in_the_marks_place_in_the_same_texts(tokenizer):
         Maker("copying", "none", TaskConfig(), tokenizer), "test", 2, "easy", 48))  # fmt: skip
 
 
-def test_no_text_is_in_two_splits(tokenizer):
+def test_splits_of_the_probe_share_no_text(tokenizer):
     maker = Maker("parity", "target", TaskConfig(), tokenizer)
     made = [{tuple(e.ids.tolist()) for e in texts_of(maker, s, 60, "easy", 24)} for s in ("train/probe", "val", "test")]
     assert not (made[0] & made[1] or made[0] & made[2] or made[1] & made[2]) and all(len(of) > 20 for of in made)
 
 
-# ----------------------------------------------------------------------------- what is measured
+# ----------------------------------------------------------------------------- figures
 
 
-def test_cosines_and_their_floors_are_those_of_a_hand():
+def test_cosines_and_floors_equal_a_calculation_by_hand():
     here = torch.tensor([[1.0, 0, 2], [0, 2, 2], [3, 0, 2]])
     past = torch.tensor([[2.0, 0, 2], [0, 1, 2], [4, 0, 2]])
     found = similarity(here, past, torch.tensor([0.0, 0, 2]))
     assert found["cosine_centred"] == pytest.approx(1)
-    assert found["floor_centred"] == pytest.approx(1 / 3)  # with the next text's: 0, 0, and of the last the first's: 1
+    # compared with the next text's token: 0 and 0; the last text is compared with the first: 1
+    assert found["floor_centred"] == pytest.approx(1 / 3)
     cosines = [(2 + 4) / (5**0.5 * 8**0.5), (2 + 4) / (8**0.5 * 5**0.5), 16 / (13**0.5 * 20**0.5)]
     assert found["cosine"] == pytest.approx(np.mean(cosines), abs=1e-6)
     assert found["nearer"] == pytest.approx(2 / 3) and found["nearer_interval"][0] <= found["nearer"]
@@ -126,10 +128,10 @@ def planted(n: int, seed: int, noise: float, K: int = 12):
     return directions[y] * 0.5 + 3 + noise * torch.randn(n, 20), y.numpy() * 10
 
 
-def test_what_is_in_a_state_is_decoded_and_what_is_not_is_not():
+def test_only_what_a_state_contains_is_decoded():
     hits = {}
     sets = [planted(n, seed, 0.4) for n, seed in ((300, 1), (60, 2), (200, 3))]
-    sets[2][1][:7] = -1  # no token there
+    sets[2][1][:7] = -1  # no token at this distance
     found = decoded(sets, hits, "mark")
     assert found["decoded"] > 0.9 and found["shuffled"] < 0.25 and found["majority"] < 0.2 and found["classes"] == 12
     assert found["outcomes"][:7] == "-" * 7 and found["outcomes"].count("1") == round(193 * found["decoded"])
@@ -137,12 +139,12 @@ def test_what_is_in_a_state_is_decoded_and_what_is_not_is_not():
     nothing = [(torch.randn(len(y), 20), y) for _, y in sets]
     found = decoded(nothing, hits, "mark")
     assert found["decoded"] < 0.2 and found["decoded"] < found["majority"] + 0.08
-    sets[2][1][7:] = 999  # a token that training had not
+    sets[2][1][7:] = 999  # a token that is not in the training texts
     assert decoded(sets, hits, "mark")["decoded"] == 0
 
 
-def test_the_classifier_is_the_regularised_optimum():
-    """Plain gradient descent comes to the same; and the L2 is the one that validation likes best, of equals the
+def test_the_classifier_reaches_the_regularized_optimum():
+    """Plain gradient descent finds the same optimum. The L2 with the best validation score is used, of equal ones the
     stronger."""
     x, y = planted(80, 1, 2.0, K=3)
     y = y // 10
@@ -160,10 +162,10 @@ def test_the_classifier_is_the_regularised_optimum():
     assert classify(x, y, 3, [x], lambda _: next(scores))[1] == STRENGTHS[1]
 
 
-def test_a_mark_that_looks_at_the_word_before_it_holds_it(tokenizer, monkeypatch):
-    """From the block on its state names the token two back; the word in its place has nothing, nor has a filler."""
+def test_a_mark_that_attends_to_a_token_contains_it(tokenizer, monkeypatch):
+    """After the block, the mark's state determines the token two positions earlier. The word and the filler do not."""
     run = made_by_hand(tokenizer, "learned", [(0, MARK, 0.0, FIRST + SECOND), (1, ASK, 0.0, FILL)], {})
-    run.model.wte.weight.data[tokenizer.encode(" mark").item()] = ASK  # the word looks at fillers
+    run.model.wte.weight.data[tokenizer.encode(" mark").item()] = ASK  # the word attends to fillers
     attention = run.model.h[0].attn
     v = attention.c_attn.weight.data[32:]
     v.zero_()
@@ -191,7 +193,7 @@ def test_a_mark_that_looks_at_the_word_before_it_holds_it(tokenizer, monkeypatch
     assert (one["more"], *one["more_interval"]) == paired_difference(hits, others) and one["more_p"] == mcnemar(
         hits, others
     )
-    assert by["mark", 1, 1]["decoded"] == by["mark", 1, 1]["majority"] == 1  # always the filler
+    assert by["mark", 1, 1]["decoded"] == by["mark", 1, 1]["majority"] == 1  # the token is always the filler
     assert all("more" not in other for key, other in by.items() if key[0] != "mark")
     judged(lines, CLAIMS, 0.0, 0.05)
     assert one["more_verdict"] == "undecided: n = 80, 1000 decide"
@@ -216,7 +218,7 @@ def test_verdicts_follow_the_intervals_and_holms_correction():
 
 
 @pytest.mark.parametrize(("second", "data"), [("meta", MARKED), ("causal", PLAIN)])
-def test_the_command(tokenizer, tmp_path, monkeypatch, capsys, second, data):
+def test_the_command_writes_and_draws_all_cells(tokenizer, tmp_path, monkeypatch, capsys, second, data):
     if second == "causal":
         monkeypatch.setattr(probe_command, "draw_picture", lambda name, lines: b"\x89PNG")
     run = small_run(tokenizer, data, position="rope", second_attention=second, n_layer=1)

@@ -43,7 +43,7 @@ def batch(data, windows):
     made.tokens.windows = windows.tolist()
     return made
 
-def objective(self, tokens, *rest):  # what is trained on, whenever it was loaded
+def objective(self, tokens, *rest):  # the windows that are trained on, whenever they were loaded
     with open(f"seen{{rank}}.jsonl", "a") as file:
         file.write(json.dumps({{"step": step, "rank": rank, "windows": tokens.windows}}) + "\\n")
     return forward(self, tokens, *rest)
