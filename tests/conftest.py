@@ -103,6 +103,14 @@ def workdir(prepared, tmp_path_factory) -> Path:
     return shutil.copytree(prepared, tmp_path_factory.mktemp("work"), dirs_exist_ok=True)
 
 
+@pytest.fixture(scope="module")
+def straight(workdir):
+    """A run of 30 uninterrupted steps, with dropout and two micro-batches."""
+    from tests.training_runs import run  # here, because training_runs imports this file
+
+    return run(workdir, "straight", "--max_steps=30", "--dropout=0.1", "--micro_batch_size=4")
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """A tokenizer for which each word of the tasks is one token. Some test modules define their own instead."""

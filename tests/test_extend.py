@@ -18,7 +18,7 @@ from nanometa.train import main as train_main
 from nanometa.training.checkpoint import load_run
 from nanometa.training.context_extension import interpolated, rescaled
 from tests.conftest import TINY, cli, losses, override, refusal
-from tests.test_train import equal, final
+from tests.training_runs import equal, final
 
 TEXT = (*TINY, "--dataset=data/u", "--block_size=32", "--max_steps=8")
 # the settings that are not of the model; those of the model come from the base run

@@ -19,7 +19,7 @@ from nanometa.layers.loss import Objective
 from nanometa.training.bad_steps import WINDOW, BadStepGuard
 from nanometa.training.distributed import Dist
 from tests.conftest import ROOT, cli, losses, override
-from tests.test_train import BASE, equal, final, metrics, run
+from tests.training_runs import BASE, equal, final, metrics, run
 
 CFG = TrainConfig()
 CPU = Dist(0, 0, 1, torch.device("cpu"))

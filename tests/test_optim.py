@@ -10,7 +10,7 @@ from nanometa.config import GPTConfig, TrainConfig
 from nanometa.model import GPT
 from nanometa.training.optimizer import Optimizer, learning_rate, norms, part_of
 from tests.conftest import cli, override, refusal
-from tests.test_train import BASE, equal, final, metrics, run
+from tests.training_runs import BASE, equal, final, metrics, run
 
 CFG = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64, content_vocab_size=60, bias=True)

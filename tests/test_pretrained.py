@@ -22,7 +22,7 @@ from nanometa.model import GPT
 from nanometa.training.pretrained import load_into
 from tests.conftest import TINY, cli, losses, override, refusal, tree
 from tests.test_model import WITH_MARKERS
-from tests.test_train import TORCHRUN, equal, final
+from tests.training_runs import TORCHRUN, equal, final
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 300}
 CFG = GPTConfig(

@@ -14,7 +14,7 @@ from nanometa.data.loader import Windows, step_windows
 from nanometa.data.shards import TokenStream
 from nanometa.data.tokenizer import META, Tokenizer
 from tests.conftest import ROOT, TINY, cli, manifest, override, refusal, tree
-from tests.test_train import TORCHRUN
+from tests.training_runs import TORCHRUN
 
 BASE = override(TINY, "--dataset=data/u", "--block_size=32", "--micro_batch_size=2")
 HEADER = (

@@ -23,8 +23,8 @@ from nanometa.tasks.source import TaskWindows
 from nanometa.train import main as train_main
 from nanometa.training.base_run import base_of, with_base
 from nanometa.training.checkpoint import load_run
-from tests.conftest import ROOT, TINY, cli, manifest, override, refusal
-from tests.test_train import TORCHRUN, equal, final, losses, metrics
+from tests.conftest import ROOT, TINY, cli, losses, manifest, override, refusal
+from tests.training_runs import TORCHRUN, equal, final, metrics
 
 TEXT = (*TINY, "--dataset=data/u", "--block_size=96", "--position=rope")
 MODEL = ("--n_layer", "--n_head", "--n_embd", "--block_size", "--position", "--dataset", "--second_attention")
