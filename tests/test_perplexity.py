@@ -96,7 +96,7 @@ def _count_and_mean(values):
 @pytest.mark.parametrize("rule", ["ignore", "skip"])
 @pytest.mark.parametrize(("position", "length", "stride"), [("learned", 24, 7), ("rope", 40, 40), ("rope", 40, 9)])
 def test_the_loss_equals_scoring_every_token_separately(workdir, rule, position, length, stride):
-    """Also beyond the trained window of 32 positions, if positions are rotary."""
+    """The trained window has 32 positions. With rotary positions, this also holds in longer windows."""
     run = double(run_on(workdir / "data/u", rule=rule, position=position))
     compare_with_reference(run, read_split(run, workdir / "data/u", None)[:110], length, stride)
 

@@ -228,7 +228,7 @@ def test_the_pictures_of_probes_show_the_figures():
 
 
 def test_means_without_heads_or_predictions_can_be_drawn():
-    """Some lines describe an arm whose second attention has all heads, or only a mean and no heads."""
+    """Some second attentions have only lines about the mean of all heads, and some lines have no predicted drop."""
     lines = [attention(None, None, 1.0, attention="second")]
     probe_pictures.draw_attention(figure := Figure(), lines)
     assert drawn(figure.axes[2]) == []
