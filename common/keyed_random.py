@@ -17,10 +17,11 @@ def stable_key(*parts) -> int:
 
 
 def uniform_bits(key: int, counter: np.ndarray) -> np.ndarray:
-    """Returns 64 random bits for every counter: output number `counter` of SplitMix64 seeded with `key`
-    (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
+    """Returns 64 random bits for every counter: output number `counter` of SplitMix64 seeded with `key` (Steele, Lea &
+    Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 
-    counter: integers of any shape -> uint64 of the same shape."""
+    counter: integers of any shape. The result is uint64 of the same shape.
+    """
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is intended
         z = np.array(counter, dtype=np.uint64)  # two buffers only: allocating more would cost more than the arithmetic
         high = np.empty_like(z)

@@ -120,7 +120,7 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def bits(outcomes: str) -> np.ndarray:
-    """Returns the outcomes of N texts as (N,) bool, from the form of the JSON lines, a string such as 0110."""
+    """Returns the outcomes of N texts as (N,) bool. JSON lines store them as a string such as 0110."""
     return np.frombuffer(outcomes.encode(), np.uint8) == ord("1")
 
 
@@ -130,7 +130,7 @@ def brief(verdict: str) -> str:
 
 
 def too_few(lines: list[dict]) -> str:
-    """Returns the note below a table that names the n of lines without a verdict, or "" if there are none."""
+    """Returns the note below a table for the lines that have too few texts for a verdict, or "" if there are none."""
     few = sorted({line["n"] for line in lines if line["n"] < DECIDES})
     if not few:
         return ""

@@ -8,7 +8,7 @@ run for every entry.
 A new value of `connects` also needs, in this file, a place in the type of `connects`, in `rows`, and in `gathers` if
 only some of the positions are computed; and a layer in SECOND_LAYERS of model.py. If the connected positions are not
 those of the markers, it also needs their selection in data/layout.py (connected_positions) and, for generated text, in
-inference/generation.py (takes_part, _slots); docs/extend.md lists what positions drawn at random need besides.
+inference/generation.py (takes_part, _slots). docs/extend.md lists what randomly drawn positions need in addition.
 
 A pattern that `connects` and `window` cannot describe must be implemented wherever attention is computed:
 meta_attention.py, the dynamic scale of layers/rope.py, inference/cache.py, probes/heads.py, and training/estimate.py

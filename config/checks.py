@@ -19,7 +19,7 @@ def is_folder_name(name: str) -> bool:
 
 
 def check(config, name: str, holds: bool, must: str) -> None:
-    """Raises UserError unless `holds`: the setting `name` has a value that is out of range, and it must `must`."""
+    """Raises UserError unless `holds`. The message says that the setting `name` is out of range and must `must`."""
     if not holds:
         raise UserError(f"{name}={getattr(config, name)!r} is out of range: it must {must}.")
 

@@ -186,7 +186,8 @@ def read_config_file(cls, path: str) -> tuple:
             owner
         )
         nested = {GPTConfig: "model", TaskConfig: "task"} if owner_class is TrainConfig else {}
-        for part, argument in nested.items():  # a command line has these settings beside the others
+        # on a command line, these settings are not nested, so the mistake is common
+        for part, argument in nested.items():
             if name in field_names(part):
                 raise UserError(
                     f"{path}: TrainConfig has no setting {name!r}, because it belongs to {part.__name__}: write "

@@ -15,8 +15,9 @@ class TaskConfig(Settings):
     """Synthetic tasks to train on instead of the text of a dataset."""
 
     tasks: tuple[Task, ...] = ()
-    """tasks to train on, in turn; by default the run trains on the text of the dataset. Model and tokenizer are those
-    of the run that init_from names, or with scratch a new model and the dataset's tokenizer"""
+    """tasks to train on, in turn; by default the run trains on the text of the dataset. The model and the tokenizer
+    come from the run that init_from names; with init_from=scratch, the model is new and the tokenizer is that of the
+    dataset"""
     train_length: int = setting(256, only_with={"tasks": SET})
     """positions of the longest texts, including markers, question and answer; the shortest texts have 32"""
     level: Level = setting("hard", only_with={"tasks": SET})  # noqa: RUF009

@@ -94,7 +94,7 @@ class TrainConfig(Settings):
     dry_run: bool = setting(False, on_resume="ignored")
     """print parameters, tokens, FLOPs, memory, hours and cost instead of training; needs neither data nor a GPU"""
     accelerator: str = setting("H100", only_with={"dry_run": (True,)}, on_resume="ignored")
-    """for dry_run: GPU model, such as A100 or H100; an unknown name lists the known ones"""
+    """for dry_run: GPU model, such as A100 or H100; the error message for an unknown model lists the known ones"""
     n_accelerators: int = setting(8, only_with={"dry_run": (True,)}, on_resume="ignored")
     """for dry_run: number of GPUs"""
     mfu: float = setting(0.4, only_with={"dry_run": (True,)}, on_resume="ignored")

@@ -149,7 +149,7 @@ def finished_segments(folder: Path, unit: int, token_bytes: int) -> list[Segment
             segment.check(unit, len(found))
             files = {split: folder / f"{segment.name}.{split}" for split in SPLITS}
             sizes = {split: path.stat().st_size if path.is_file() else None for split, path in files.items()}
-        except (OSError, ValueError, TypeError, KeyError):  # treat it as not written
+        except (OSError, ValueError, TypeError, KeyError):  # a damaged segment counts as not written
             break
         if any(sizes[split] != segment.splits[split]["tokens"] * token_bytes for split in SPLITS):
             break

@@ -49,7 +49,7 @@ def _kept_share(cfg: GPTConfig, plain: torch.Tensor) -> torch.Tensor:
     def pair(turns: float) -> float:
         return half * math.log(L / (2 * math.pi * turns)) / math.log(cfg.rope_theta)
 
-    # YaRN's code clamps the bounds to the head size D, although there are only D / 2 pairs; so does this
+    # YaRN's code clamps the bounds to the head size D, although there are only D / 2 pairs; this code does the same
     low, high = max(math.floor(pair(fast)), 0), min(math.ceil(pair(slow)), 2 * half - 1)
     numbers = torch.arange(half, device=plain.device, dtype=torch.float32)
     return 1 - ((numbers - low) / max(high - low, 0.001)).clamp(0, 1)

@@ -23,7 +23,7 @@ DRIVER = ROOT / "tests/golden_driver.py"
 
 
 def git(*args: str) -> str:
-    """Runs git in this checkout -> its output. Exits with git's message if git fails."""
+    """Runs git in this checkout and returns its output. Exits with git's message if git fails."""
     result = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"git {' '.join(args)} failed: {result.stderr.strip()}")
@@ -41,7 +41,7 @@ def worktree(commit: str, folder: Path) -> Iterator[Path]:
 
 
 def results_of(commit: str) -> tuple[dict[str, str], bool]:
-    """Runs the driver on a commit -> (name -> value, whether every command of the driver succeeded)."""
+    """Runs the driver on a commit. Returns its results by name, and whether every command of the driver succeeded."""
     with tempfile.TemporaryDirectory() as folder, worktree(commit, Path(folder, "checkout")) as checkout:
         work, output = Path(folder, "work"), Path(folder, "results")
         work.mkdir()
@@ -54,7 +54,7 @@ def results_of(commit: str) -> tuple[dict[str, str], bool]:
 
 
 def compare(old: dict[str, str], new: dict[str, str]) -> int:
-    """Prints every name with "equal" or with both values, then a summary -> the number of results that are equal."""
+    """Prints every name with "equal" or with both values, then a summary. Returns the number of equal results."""
     equal, names = 0, list(dict.fromkeys([*old, *new]))
     for name in names:
         before, after = old.get(name, "missing"), new.get(name, "missing")

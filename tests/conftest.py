@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the server of tests/forked.py
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the fork server of tests/forked.py
 
 from nanometa.data.tokenizer import Tokenizer  # noqa: E402
 from nanometa.tasks.words import ITEMS, NAMES  # noqa: E402
@@ -21,7 +21,7 @@ WORDS = tuple("the cat sat on a mat and saw that one dog had run over two hills 
 
 
 def write_texts(folder: Path, documents: int = 60, words: int = 300) -> None:
-    """Small documents of repeatable nonsense, enough for a few hundred windows of 32 positions."""
+    """Writes small documents of repeatable nonsense, enough for a few hundred windows of 32 positions."""
     state = 1
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(documents):
@@ -33,9 +33,9 @@ def write_texts(folder: Path, documents: int = 60, words: int = 300) -> None:
 
 
 def cli(*args: str, cwd: Path, env: dict | None = None, stdin: bytes = b"", launcher=(sys.executable,), timeout=280):
-    """Runs a command-line program of the repository in another folder, as a user would."""
+    """Runs a command-line program of the repository in the folder `cwd`, as a user would."""
     command = [*launcher, str(ROOT / args[0]), *args[1:]]
-    # what is read when an interpreter, torch or CUDA starts needs a start
+    # Variables that are read while the interpreter, torch or CUDA starts need a fresh process.
     early = any(name.startswith(("PYTHON", "TORCH_", "CUDA")) for name in env or {})
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
     if sys.platform == "linux" and launcher == (sys.executable,) and not early:
@@ -47,15 +47,18 @@ IDLE = {"--injection=none": "--chunk_markers", "--tokenizer=": "--bpe_vocab_size
 
 
 def override(base: tuple[str, ...], *args: str) -> list[str]:
-    """Returns the settings --name=value of `args` and those of `base` that neither repeat them nor have no effect with
-    them: a program refuses both."""
+    """Returns the settings --name=value of `args`, and those settings of `base` that a program would accept beside
+    them.
+
+    It would refuse a setting that is given twice or that has no effect together with `args`.
+    """
     given = {arg.split("=")[0] for arg in args}
     given |= {idle for arg in args for other, idle in IDLE.items() if arg.startswith(other)}
     return [arg for arg in base if arg.split("=")[0] not in given] + list(args)
 
 
 def refusal(result) -> str:
-    """The one sentence of a refused command: status 2, nothing else on stderr, no traceback."""
+    """Returns the one sentence of a refused command: status 2, one line on stderr, no traceback."""
     stderr = result.stderr.decode()
     assert result.returncode == 2, stderr + result.stdout.decode()
     assert "Traceback" not in stderr and stderr.count("\n") == 1 and stderr.startswith("error: "), stderr
@@ -63,7 +66,8 @@ def refusal(result) -> str:
 
 
 def tree(folder: Path) -> dict[str, tuple]:
-    """Every file and folder below one, files with size and change time: equal before and after means untouched."""
+    """Returns size and modification time of every file below a folder. Equal before and after means: nothing was
+    touched."""
     return {
         str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ()
         for path in sorted(folder.rglob("*"))
@@ -93,13 +97,23 @@ def prepared(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def workdir(prepared, tmp_path_factory) -> Path:
     """A folder with three prepared datasets of the same content: data/u (uniform), data/p (periodic), data/n (none).
-    Each test file has its own, so that names of runs need not differ between files."""
+
+    Each test module has its own copy, so different modules may use the same run names.
+    """
     return shutil.copytree(prepared, tmp_path_factory.mktemp("work"), dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def straight(workdir):
+    """A run of 30 uninterrupted steps, with dropout and two micro-batches."""
+    from tests.training_runs import run  # here, because training_runs imports this file
+
+    return run(workdir, "straight", "--max_steps=30", "--dropout=0.1", "--micro_batch_size=4")
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """Each word of the tasks is a token. Files that need another one have their own."""
+    """A tokenizer for which each word of the tasks is one token. Some test modules define their own instead."""
     return Tokenizer.train(
         [" " + " ".join(ITEMS + NAMES) + " zero one two three four mark : ? count # [ ] \n"] * 3, 2600
     )

@@ -1,4 +1,4 @@
-"""Damages, and a small world of files to damage: what tests/fuzz.py is made of."""
+"""Defines kinds of damage and a small set of files to damage, for tests/fuzz.py."""
 
 import base64
 import contextlib
@@ -50,7 +50,7 @@ VALUES = (*NUMBERS, *PATHS, *TEXTS, None, True, False, [], {}, [[]], {"a": None}
 CHUNK, C, M = 32, 28, 4
 
 
-# ----------------------------------------------------------------------------- damages
+# ----------------------------------------------------------------------------- damage
 
 
 def damage_bytes(raw: bytes, rng: random.Random) -> bytes:
@@ -82,7 +82,7 @@ def damage_bytes(raw: bytes, rng: random.Random) -> bytes:
 
 
 def damage_json(raw: bytes, rng: random.Random) -> bytes:
-    """One value at any depth replaced, removed, or joined by another; or the whole nested deeply."""
+    """Replaces, removes or adds one value of a JSON file at any depth, or nests the whole file deeply."""
     if rng.random() < 0.03:
         depth = rng.choice((50, 900, 100_000))
         return b"[" * depth + rng.choice((raw, b"")) + b"]" * depth
@@ -113,16 +113,17 @@ def damage(raw: bytes, rng: random.Random, is_json: bool) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         try:
             raw = (damage_json if is_json and rng.random() < 0.7 else damage_bytes)(raw, rng)
-        except (ValueError, RecursionError, IndexError, TypeError):  # no JSON any more
+        except (ValueError, RecursionError, IndexError, TypeError):  # no longer JSON
             raw = damage_bytes(raw, rng)
     return raw
 
 
-# ----------------------------------------------------------------------------- the world
+# ----------------------------------------------------------------------------- the files
 
 
 class World:
-    """A folder with a dataset, one part of another, a trained run, weights and texts; `restore` undoes damages."""
+    """A folder with a dataset, one part of another dataset, a trained run, weights and texts; `restore` undoes
+    damage."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -151,7 +152,7 @@ class World:
             )  # fmt: skip
             handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
             Trainer(self.cfg, CPU).run()
-            for number, handler in handlers:  # training has its own
+            for number, handler in handlers:  # training installs its own handlers
                 signal.signal(number, handler)
         self.data = open_windows(self.cfg, "train")
         self.cfg = with_vocabulary(self.cfg, self.data.tokenizer.n_vocab, self.data.tokenizer.n_content)
@@ -191,7 +192,7 @@ class World:
                 path.write_bytes(raw)
 
     def damage(self, paths: list[Path], rng: random.Random) -> Path:
-        """Damages one of the files, or puts a link, a folder or nothing in its place."""
+        """Damages one of the files, or replaces it by a link or deletes it, and returns its path."""
         path = rng.choice(paths)
         how = rng.random()
         if how < 0.06:
@@ -200,7 +201,7 @@ class World:
                 path.symlink_to(rng.choice(("/etc/passwd", "/dev/zero", "nowhere", path.name, "/", "../../elsewhere")))
             return path
         raw = path.read_bytes()
-        if path.suffix == ".safetensors":  # 8 bytes with the length of a JSON header, the header, the numbers
+        if path.suffix == ".safetensors":  # length of the header (8 bytes), a JSON header, the numbers
             length = int.from_bytes(raw[:8], "little")
             header = damage(raw[8 : 8 + length], rng, True)
             size = rng.choice((len(header),) * 6 + (length, 2**63, 0))
@@ -215,7 +216,7 @@ class World:
 
 
 def seal_tokenizer(folder: Path) -> None:
-    """Both hashes of tokenizer.json as those of a tokenizer that was saved so."""
+    """Writes both hashes of tokenizer.json anew, so that they match the damaged tokenizer."""
     with contextlib.suppress(Exception):
         spec, ranks = read_json(folder / SPEC_FILE), read_file(folder / RANKS_FILE)
         spec["ranks_sha256"] = hashlib.sha256(ranks).hexdigest()

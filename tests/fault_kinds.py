@@ -1,4 +1,4 @@
-"""The kinds of faults that faults.py tries: each a function of the Lab -> trials: (what is done, a function)."""
+"""Defines the kinds of faults that faults.py tries: each function yields trials (description, function) for a Lab."""
 
 import functools
 import itertools
@@ -18,7 +18,10 @@ def kill(at: int, rank: int | None = 0, do=("SIGKILL",)) -> dict:
 
 
 def trial(lab: Lab, world: int, *faults: dict, check=None, **limits):
-    """A trial: a start with each of the faults, then resumed to the end. check(attempt): what each must come to."""
+    """Returns a trial: one start of a run with each of the faults, then resumes until the run is finished.
+
+    check(attempt) verifies how each start with a fault ended.
+    """
 
     def tried():
         run = lab.run(world)
@@ -38,7 +41,7 @@ def trial(lab: Lab, world: int, *faults: dict, check=None, **limits):
 
 
 def random_kills(lab: Lab, world: int, kills: int):
-    """Three a run, and each goes on from the one before."""
+    """Kills each run three times at random moments; every start but the first resumes the run."""
 
     def tried(after: list[float]):
         run = lab.run(world)
@@ -55,7 +58,8 @@ def random_kills(lab: Lab, world: int, kills: int):
 
 
 def kills_in_saves(lab: Lab):
-    """Before every call of every save of both kinds, deletion of the old ones included; in the middle of its writes."""
+    """Kills before every call of both kinds of saves, which includes the deletion of old checkpoints, and amid their
+    writes."""
     moments = [(moment, ("SIGKILL",)) for moment in lab.at("saving")]
     halves = [m["moment"] for m in lab.moments[1] if m["phase"] == "saving" and m["halves"]]
     for at, do in lab.some(moments, None, 2) + [(at, "half") for at in lab.some(halves, None, 1)]:
@@ -63,7 +67,7 @@ def kills_in_saves(lab: Lab):
 
 
 def kills_elsewhere(lab: Lab):
-    """Before calls of the start, of training and of evaluation, and in the middle of their writes."""
+    """Kills before calls of the start, of training and of evaluation, and in the middle of their writes."""
     for at in lab.some(lab.at("start", "training", "evaluation"), 60, 1):
         yield trial(lab, 1, kill(at))
     for m in lab.some([m for m in lab.moments[1] if m["phase"] != "saving" and m["halves"]], 20, 1):
@@ -71,7 +75,7 @@ def kills_elsewhere(lab: Lab):
 
 
 def kills_of_the_resumed(lab: Lab):
-    """In a save, then while the next start clears up after it or trains on, then once more."""
+    """Kills in a save, then while the next start cleans up or trains on, then once more."""
     for at in lab.some(lab.at("saving"), 40, 1):
         yield trial(lab, 1, kill(at), kill(lab.rng.randrange(40)), kill(lab.rng.randrange(60)))
 
@@ -80,7 +84,7 @@ def kills_of_the_resumed(lab: Lab):
 
 
 def in_order(lab: Lab, world: int, at: int, rank: int | None = 0):
-    """A check: it has saved and ended, or, if the last step was under way, come to its end."""
+    """Returns a check that the process saved and ended, or finished if it was already in its last step."""
     moments = lab.moments_of[world, rank or 0]
     last = [m["moment"] for m in moments if m["call"] == "batch" and m["name"] == "train"][-2]
 
@@ -101,7 +105,7 @@ def signals(lab: Lab, world: int):
 
 
 def signals_twice(lab: Lab):
-    """The second at once (a launcher passes on what its processes got, too), or later, to end without waiting."""
+    """Sends two signals: at once, as a launcher does when it forwards a signal, or later, to end without waiting."""
 
     def ended_at_once(attempt):
         need(attempt.statuses[0] < 0, attempt)
@@ -117,25 +121,26 @@ def signals_twice(lab: Lab):
 
 
 def one_sentence(attempt) -> None:
-    """It failed, and said why."""
+    """Checks that the process failed with one sentence that says why."""
     need(attempt.statuses[0] == 2 and "Traceback" not in attempt.error, attempt)
     need(attempt.error.startswith("error: ") and attempt.error.count("\n") == 1, attempt)
 
 
 def full_disk(lab: Lab):
-    """From some write, fsync, rename ... on, all fail; or that one alone."""
+    """Lets all writes, fsyncs and renames fail from some moment on, or one of them alone."""
     filling = [m["moment"] for m in lab.moments[1] if m["call"] in ("open", "write", "fsync", "mkdir", "tensors")]
     filling += lab.at(*PHASES, calls=("rename", "replace"))
     for at in lab.some(filling, 60, 1):
         yield trial(lab, 1, kill(at, do="full"), check=one_sentence)
-    # what was verified is noted for the next start alone: a run does without
+    # A run can do without the cache of verified files, which serves only the next start.
     notes = {m["moment"] for m in lab.moments[1] if CACHE in m["name"]}
     for at in lab.some([at for at in filling if at not in notes], 30, 1):
         yield trial(lab, 1, kill(at, do="once"), check=one_sentence)
 
 
 def file_size_limit(lab: Lab):
-    """A real one, of the kernel: metrics, train.log, state, weights or the optimizer do not fit."""
+    """Sets the kernel's limit on file sizes so low that metrics, train.log, state, weights or the optimizer do not
+    fit."""
     for limit in lab.some([1500, 2000, 2500, 3000, 4000, 6000, 9000, 100_000, 178_000, 200_000, 359_000], None, 1):
         yield trial(lab, 1, {"limit": limit}, check=one_sentence)
 
@@ -157,7 +162,7 @@ DAMAGES = {
 
 @functools.cache
 def damaged_base(lab: Lab, world: int) -> Run:
-    """A run that was killed in its step 8, with checkpoints of steps 3 and 6 and the best of step 4."""
+    """Returns a run that was killed in step 8, with checkpoints of steps 3 and 6 and the best weights of step 4."""
     run = lab.run(world)
     batches = [m["moment"] for m in lab.moments[world] if m["call"] == "batch" and m["name"] == "train"]
     run.start(kill(batches[2 * 7 + 1], None))
@@ -167,8 +172,11 @@ def damaged_base(lab: Lab, world: int) -> Run:
 
 
 def damaged_checkpoints(lab: Lab, world: int):
-    """Any file of the newest checkpoint: the one before is used, and the damage named. Of the best one: not needed.
-    Of both step checkpoints: refused. The pointer: not trusted."""
+    """Damages files of checkpoints.
+
+    If a file of the newest checkpoint is damaged, the run names it and uses the checkpoint before. Damage to both step
+    checkpoints is refused. The best checkpoint is not needed to resume, and the file `latest` is not relied on.
+    """
     base = damaged_base(lab, world)
 
     def tried(names: list[str], damage, outcome: str):
@@ -183,7 +191,7 @@ def damaged_checkpoints(lab: Lab, world: int):
         else:
             run.finish(lab.references[world])
             said = [line for line in (run.folder / "train.log").read_text().splitlines() if "Falling back" in line]
-            # a flipped hash in the manifest says that of the file it is of
+            # a flipped hash in the manifest is reported as damage to the file that the hash belongs to
             name = Path(names[0]).parent.name if names[0].endswith("manifest.json") else Path(names[0]).name
             need(outcome != "named" or (len(said) == 1 and name in said[0]), f"it said of {names[0]}: {said}")
         run.delete()
@@ -201,7 +209,7 @@ def damaged_checkpoints(lab: Lab, world: int):
 
 
 def damaged_shards(lab: Lab):
-    """Refused by name, and once the file is whole again, the run goes on."""
+    """Damages a shard: the run refuses it by name, and continues once the file is restored."""
     base = damaged_base(lab, 1)
 
     def tried(shard: Path, damage):
@@ -238,14 +246,15 @@ def rank_dies(lab: Lab):
 
 
 def rank_hangs(lab: Lab):
-    """Stopped for longer than anyone waits: all are killed after some seconds."""
+    """Stops a process for longer than the others wait; after some seconds all are killed."""
     for rank in lab.some([0, 1], None, 0):
         for at in lab.some(lab.at("training", "evaluation", world=2, rank=rank), 3, 1):
             yield trial(lab, 2, kill(at, rank, ["SIGSTOP"]), patience=3)
 
 
 def under_torchrun(lab: Lab):
-    """What the launcher makes of it, restarted by it or by us; the first is also resumed under torchrun."""
+    """Kills processes or torchrun itself. The run is restarted by torchrun or by us, the first one again under
+    torchrun."""
 
     def tried(fault: dict, patience: float, check, number: int):
         run = lab.run(2)

@@ -1,4 +1,5 @@
-"""Runs for faults.py: started by forking this process, which has imported torch, or under torchrun; and compared."""
+"""Starts runs for faults.py, by forking this process, which has imported torch, or under torchrun; compares the
+runs."""
 
 import json
 import os
@@ -33,7 +34,7 @@ ARGS = override(
 
 
 class Lost(Exception):
-    """A run that did not come to what it would have been, and why."""
+    """Raised with the reason when a run differs from the uninterrupted one or cannot finish."""
 
 
 def need(condition, why) -> None:
@@ -43,7 +44,7 @@ def need(condition, why) -> None:
 
 @dataclass
 class Attempt:
-    """How one start of a run ended: a status per process (negative = killed by that signal), and what it printed."""
+    """The end of one start of a run: a status per process (negative if a signal killed it), stdout and stderr."""
 
     statuses: list[int]
     out: str
@@ -54,13 +55,13 @@ class Attempt:
 
 
 class Run:
-    """A run in its own folder, started as often as it takes, and the trace of all its starts."""
+    """A run in its own folder, which may be started many times, with one trace of all its starts."""
 
-    kills = 0  # starts of any run that ended by SIGKILL
+    kills = 0  # number of starts, of all runs, that ended by SIGKILL
 
     def __init__(self, name: str, world: int):
         self.name, self.world, self.attempts, self.started = name, world, 0, 0
-        self.was_damaged = False  # by us
+        self.was_damaged = False  # whether a test damaged its files
         self.folder, self.trace = Path("out") / name, Path("out") / f"{name}.trace"
         self.folder.parent.mkdir(exist_ok=True)
         self.argv = [*override(ARGS, f"--micro_batch_size={4 // world}"), f"--run_name={name}"]
@@ -86,8 +87,11 @@ class Run:
     # ------------------------------------------------------------------------- starting
 
     def start(self, fault: dict | None = None, kill_after: float | None = None, patience: float = 60) -> Attempt:
-        """Starts it by forking, until it ends. All processes are killed after kill_after or patience seconds; when one
-        has failed, the others are ended as torchrun does it."""
+        """Starts the run by forking and waits until it ends.
+
+        All processes are killed after kill_after or patience seconds. If one fails, the others get SIGTERM, as under
+        torchrun.
+        """
         sys.stdout.flush()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -139,8 +143,11 @@ class Run:
         os._exit(status)
 
     def torchrun(self, fault: dict | None = None, patience: float = 60, restarts: int = 0) -> Attempt:
-        """Starts it under torchrun, which restarts it so often -> an Attempt whose only status is torchrun's. What
-        survives that goes on. All are killed patience seconds after the processes are there."""
+        """Starts the run under torchrun with this number of restarts; the Attempt has only torchrun's status.
+
+        Processes that outlive torchrun keep running. Everything is killed `patience` seconds after all processes have
+        started.
+        """
         env = {**os.environ, "FAULT": json.dumps(fault or {}), "TRACE": str(self.trace), "ATTEMPT": str(self.attempts)}
         launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
         launcher += (f"--nproc_per_node={self.world}", f"--max_restarts={restarts}")
@@ -157,36 +164,37 @@ class Run:
                     process.kill()
                     self.kill_orphans()
         ended = self._ended([process.wait()], ["out0"])
-        # each restart was a start of its own
+        # each restart counts as another start
         self.attempts = max([self.attempts, *(line["attempt"] + 1 for line in self.lines())])
         return ended
 
     def has_struck(self) -> bool:
-        """Did what should go wrong in the last start go wrong?"""
+        """Returns whether the fault of the last start happened."""
         return any("strikes" in line and line["attempt"] == self.started for line in self.lines())
 
     def pids(self) -> list[int]:
-        """Of the processes of the last start."""
+        """Returns the ids of the processes of the last start."""
         return [line["pid"] for line in self.lines() if "pid" in line and line["attempt"] == self.attempts]
 
     def kill_orphans(self) -> None:
-        """Ends processes of it that their launcher left behind, and waits until they are gone."""
+        """Kills processes of the run that outlived their launcher, and waits until they have ended."""
         for pid in [line["pid"] for line in self.lines() if "pid" in line]:
             command = Path(f"/proc/{pid}/cmdline")
             while command.exists() and f"--run_name={self.name}".encode() in command.read_bytes():
                 os.kill(pid, signal.SIGKILL)
                 time.sleep(0.01)
 
-    # ------------------------------------------------------------------------- what came of it
+    # ------------------------------------------------------------------------- the outcome
 
     def finish(self, reference: "Run", start=None) -> None:
-        """Resumes until it is done. Raises Lost if it cannot, or comes to anything but what `reference` came to."""
+        """Resumes until the run is finished. Raises Lost if that fails or if the result differs from that of
+        `reference`."""
         for _ in range(3):
             attempt = (start or self.start)()
-            need(not any(attempt.statuses), f"resumed, it {attempt}")
+            need(not any(attempt.statuses), f"the resumed run {attempt}")
             if "done in" in attempt.out:
                 return self.compare(reference)
-        raise Lost("it does not come to an end")
+        raise Lost("the run does not finish")
 
     def compare(self, reference: "Run") -> None:
         self.compare_windows(reference)
@@ -199,7 +207,7 @@ class Run:
         need(names - older == expected and len(older) == 1, f"the folder holds {sorted(names)}")
         need((self.folder / "latest").read_text() == f"step_{STEPS:08d}\n", "latest names another checkpoint")
         ours, theirs = self.tensors(), reference.tensors()
-        need(ours.keys() == theirs.keys(), "the tensors are others")
+        need(ours.keys() == theirs.keys(), "the names of the tensors differ")
         for name, tensor in theirs.items():
             need(ours[name].tobytes() == tensor.tobytes(), f"{name} differs")
 
@@ -213,13 +221,13 @@ class Run:
         return {f"{file}:{name}": tensor for file, tensors in loaded.items() for name, tensor in tensors.items()}
 
     def check_kept(self) -> None:
-        """Raises Lost if saves that were over are not there: KEEP of them, or as many as there were."""
+        """Raises Lost if fewer checkpoints are there than the KEEP newest of those that were saved completely."""
         steps = [line["step"] for line in self.lines() if "windows" in line]
-        saves = max(0, max(steps, default=0) - 1) // SAVE_INTERVAL  # the windows of a step are read in the one before
+        saves = max(0, max(steps, default=0) - 1) // SAVE_INTERVAL  # a step's windows are loaded during the step before
         need(len(self.newest()) >= min(KEEP, saves), f"{saves} saves left {[path.name for path in self.newest()]}")
 
     def compare_windows(self, reference: "Run") -> None:
-        """Each start goes on at a step that was reached, step by step, and a step always sees the same windows."""
+        """Raises Lost unless each start continues at a step that was reached and every step sees the same windows."""
         expected = reference.windows()[0]
         seen, reached = {}, {}
         for attempt in self.windows():
@@ -236,7 +244,7 @@ class Run:
         need(seen == expected, "not all windows were seen")
 
     def windows(self) -> list[dict]:
-        """For each start: (step, rank) -> its micro-batches."""
+        """Returns for each start a dictionary from (step, rank) to the micro-batches."""
         starts = [{} for _ in range(self.attempts)]
         for line in self.lines():
             if "windows" in line:
@@ -246,12 +254,12 @@ class Run:
 
 
 class Lab:
-    """Uninterrupted runs of one and of two processes, what moments they had, and a name for each trial."""
+    """Uninterrupted runs of one and of two processes, the moments of both, and a name for each trial."""
 
     def __init__(self, rng: random.Random, quick: bool, kills: int):
         self.rng, self.quick, self.kills, self.count = rng, quick, kills, 0
         self.references, self.moments_of, self.seconds = {}, {}, {}
-        # once here instead of in every fork
+        # done here once instead of in every fork
         load_config(TrainConfig, ARGS)
         environment()
         for world in (1, 2):
@@ -266,17 +274,17 @@ class Lab:
         self.moments = {world: self.moments_of[world, 0] for world in (1, 2)}
 
     def run(self, world: int = 1, name: str = "") -> Run:
-        """A new one. What an earlier one verified is forgotten, so that all have the same moments."""
+        """Returns a new run. It deletes the cache of verified files, so that all runs have the same moments."""
         Path("data/u", CACHE).unlink(missing_ok=True)
         self.count += 1
         return Run(name or f"trial{self.count}", world)
 
     def some(self, items: list, full: int | None, quick: int) -> list:
-        """So many of the items, drawn; None = all."""
+        """Draws `full` of the items, or `quick` of them in a quick run. None means all."""
         number = quick if self.quick else full
         return items if number is None or number >= len(items) else self.rng.sample(items, number)
 
     def at(self, *phases: str, calls: tuple = (), world: int = 1, rank: int = 0) -> list[int]:
-        """The moments of a rank in these phases, of these calls (none = of all)."""
+        """Returns the moments of a rank in these phases and calls; without `calls`, those of all calls."""
         found = self.moments_of[world, rank]
         return [m["moment"] for m in found if m["phase"] in phases and (not calls or m["call"] in calls)]

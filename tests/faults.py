@@ -1,11 +1,12 @@
-"""What a run survives: real training processes are killed, stopped, starved of disk and robbed of files, then resumed.
+"""Kills real training processes, stops them, fills their disk and damages their files, and resumes them after each
+fault.
 
     python -m tests.faults [--kills=N] [--seed=S] [--only=KIND] [--quick]
 
-After each fault the run is resumed until it is finished. It has survived if its last weights, optimizer and best
-weights, the windows of every step, and metrics.jsonl without timings are, bit for bit, those of an uninterrupted run of
-as many processes, and nothing is left lying about. Exit status 1 if anything was lost. fault_kinds.py has the faults,
-faulty_train.py how a process comes to one, fault_lab.py runs and their comparison.
+After each fault the run is resumed until it is finished. It has survived if it equals, bit for bit, an uninterrupted
+run with as many processes: its last weights, optimizer and best weights, the windows of every step, and metrics.jsonl
+without timings. No temporary file may be left. The exit status is 1 if any run was lost. The faults are in
+fault_kinds.py; faulty_train.py makes a process meet one, and fault_lab.py starts and compares the runs.
 """
 
 import argparse
@@ -25,7 +26,8 @@ from tests.fault_lab import Lab, Lost, Run, need
 
 
 def run_all(lab: Lab, kinds: dict, out) -> bool:
-    """Runs all trials -> was nothing lost? A line a kind goes to `out` when it is through, a table at the end."""
+    """Runs all trials and returns whether no run was lost. Prints a line when a kind is finished, and a table at the
+    end."""
     trials = {name: list(make(lab)) for name, make in kinds.items()}
     total, done, began, rows = sum(map(len, trials.values())), 0, time.monotonic(), []
     shown = began
@@ -69,7 +71,7 @@ def main() -> None:
     if not kinds:
         parser.error(f"no kind is named {args.only!r}; there are: {', '.join(KINDS)}")
     torch.set_num_threads(1)
-    memory = "/dev/shm"  # a kill does not lose what the kernel has: a real fsync would only take time
+    memory = "/dev/shm"  # a kill loses nothing that the kernel has buffered, so a real fsync would only take time
     with tempfile.TemporaryDirectory(prefix="faults", dir=memory if os.path.isdir(memory) else None) as folder:
         os.chdir(folder)
         if args.workdir:

@@ -1,9 +1,10 @@
-"""Training as train.py does it, with a fault at a chosen moment. The product has no hook for it: calls are wrapped.
+"""Trains as train.py does, with a fault at a chosen moment. train.py has no hooks for this: its calls are wrapped.
 
     FAULT='{"at": 17, "do": ["SIGKILL"]}' TRACE=x.trace ATTEMPT=0 torchrun ... tests/faulty_train.py --run_name=x ...
 
-Moments are counted: each call that creates, fills, syncs, renames or deletes a file, each file hashed and each batch.
-The trace, a JSON line a moment or batch, says what they were, so that a first run without a fault tells what to aim at.
+A moment is a call that creates, fills, syncs, renames or deletes a file, a file that is hashed, or a batch. Moments are
+numbered. The trace is a file with one JSON line for each moment or batch. A first run without a fault writes it, and
+the faults of later runs are aimed at its moments.
 """
 
 import builtins
@@ -27,17 +28,22 @@ from nanometa.config.command_line import run_cli
 from nanometa.data import loader, shards
 from nanometa.training import checkpoint
 
-# what a full disk refuses; deleting and opening for reading go on
+# calls that fail on a full disk; deleting files and opening them for reading still work
 FILLING = ("open", "write", "fsync", "mkdir", "rename", "replace", "tensors")
 
 
 class Fault:
-    """What shall go wrong in this process.
+    """The fault that a process shall meet.
 
-    at: the moment's number; rank: whose (None = every process's); do: half (kill in the middle of a write), full (from
-    here on the disk is full), once (this call alone fails so), or signals to send before the call, one after another:
-    ["SIGTERM", 1.2, "parent SIGKILL"] has a pause, and means torchrun with `parent`.
-    limit: bytes that a file may have (RLIMIT_FSIZE), from the start."""
+    at: number of the moment. rank: the process that meets it, or None for all processes. limit: largest size of a file
+    in bytes (RLIMIT_FSIZE), in force from the start. do: what happens at the moment:
+
+        "half"    the process is killed in the middle of a write
+        "full"    the disk is full from here on
+        "once"    this one call fails as on a full disk
+        a list    signals that are sent before the call, one after another. A number is a pause in seconds, and "parent"
+                  sends the signal to torchrun: ["SIGTERM", 1.2, "parent SIGKILL"]
+    """
 
     def __init__(self, plan: dict, trace: Path, attempt: int):
         self.at, self.do, self.attempt = plan.get("at"), plan.get("do"), attempt
@@ -55,7 +61,7 @@ class Fault:
         os.write(self.trace, (json.dumps(line) + "\n").encode())
 
     def before(self, call: str, name="", half=None) -> None:
-        """A moment: `call` is about to happen to `name`; half() does the first half of it."""
+        """Counts a moment: `call` is about to happen to the file `name`, and half() would do the first half of it."""
         self.moment += 1
         if self.all_moments:
             self.note(moment=self.moment, call=call, name=str(name), phase=self.phase, halves=half is not None)
@@ -90,7 +96,7 @@ class Fault:
 
 
 class WatchedFile:
-    """An open file whose every write is a moment, and is in the file when it returns."""
+    """An open file in which every write is a moment and is flushed before it returns."""
 
     def __init__(self, file, name, fault: Fault):
         self._file, self._name, self._fault = file, name, fault
@@ -100,7 +106,7 @@ class WatchedFile:
             self._file.write(content[: len(content) // 2])
             self._file.flush()
 
-        if len(content) > 1:  # print writes the line's end apart
+        if len(content) > 1:  # print writes the end of a line separately
             self._fault.before("write", self._name, half)
         written = self._file.write(content)
         self._file.flush()
@@ -117,7 +123,7 @@ class WatchedFile:
 
 
 def wrap(fault: Fault) -> None:
-    """Makes moments of the calls by which train.py and its modules touch the disk, and of its batches."""
+    """Turns the calls by which train.py and its modules touch the disk, and their batches, into moments."""
     real_open, save_file, batch, windows = (
         open,
         safetensors.torch.save_file,
@@ -131,7 +137,7 @@ def wrap(fault: Fault) -> None:
         fault.before("open", path)
         return WatchedFile(real_open(path, mode, *args, **kwargs), path, fault)
 
-    builtins.open = io.open = watched_open  # pathlib takes io's
+    builtins.open = io.open = watched_open  # pathlib uses io.open
 
     def watch(module, name: str, call: str) -> None:
         real = getattr(module, name)
@@ -156,7 +162,7 @@ def wrap(fault: Fault) -> None:
 
         try:
             fault.before("tensors", path, half)
-        except OSError as error:  # as the library reports it
+        except OSError as error:  # as safetensors reports it
             raise safetensors.SafetensorError(f"Error while serializing: I/O error: {error}") from None
         save_file(tensors, path, *args, **kwargs)
 
@@ -183,8 +189,10 @@ def wrap(fault: Fault) -> None:
 
 
 def main(argv: list[str], plan: dict, trace: Path, attempt: int) -> None:
-    """Runs train.main(argv) under a fault and ends the process, as python train.py would. What torchrun restarts is
-    an attempt of its own, without the fault."""
+    """Runs train.main(argv) with a fault and ends the process as `python train.py` would.
+
+    If torchrun restarts the process, the restart counts as another attempt and has no fault.
+    """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     fault = Fault({} if restarts else plan, trace, attempt + restarts)
     fault.note(pid=os.getpid())

@@ -1,5 +1,8 @@
-"""A program of the repository as a fork of a process that has imported torch, which is most of what a short command
-takes. Nothing of the repository is imported before, so that it runs as in an interpreter of its own."""
+"""Runs a program of the repository in a fork of a process that has already imported torch.
+
+Importing torch takes most of the time of a short command. The forked process has imported no module of the repository,
+so the program runs as it would in an interpreter of its own.
+"""
 
 import atexit
 import multiprocessing
@@ -19,7 +22,7 @@ SERVER.set_forkserver_preload(
 
 
 def run(script: Path, args: tuple[str, ...], cwd: Path, env: dict, stdin: bytes, timeout: float):
-    """What subprocess.run of a Python program gives: returncode, stdout, stderr."""
+    """Runs a Python program and returns what subprocess.run would return: returncode, stdout and stderr."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("in", "out", "error")]
         for file, content in zip(files, (stdin, b"", b""), strict=True):
@@ -40,14 +43,15 @@ def _program(command: list[str], cwd: str, env: dict, files: list[str]) -> None:
         opened = os.open(file, os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)
         os.dup2(opened, number)
         os.close(opened)
-    # multiprocessing has closed the first, and the server's others may be a terminal's
+    # multiprocessing has closed this process's stdin, and its stdout and stderr may belong to a terminal
     own = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors, "closefd": False}
     sys.stdin, sys.stdout = open(0, **own), open(1, "w", **own)
     sys.stderr = open(2, "w", buffering=1, **own | {"errors": "backslashreplace"})
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    multiprocessing.set_start_method(None, force=True)  # the program's own processes are the platform's usual ones
+    # so that the program starts its own processes in the way that is usual on the platform
+    multiprocessing.set_start_method(None, force=True)
     sys.argv, sys.path[:0] = command, [str(Path(command[0]).parent)]
     code = 0
     try:
@@ -60,7 +64,8 @@ def _program(command: list[str], cwd: str, env: dict, files: list[str]) -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
-    threading._shutdown()  # as an interpreter does: wait for threads, then what is registered, then the last bytes
+    # ends in the order of an interpreter: wait for threads, call the registered exit functions, flush the output
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,13 +1,15 @@
-"""Thousands of damaged inputs against the entry points, in one process: refused in one sentence, or usable.
+"""Gives thousands of damaged inputs to the commands' functions, in one process: each must be refused or usable.
 
     python -m tests.fuzz                          # 3,000 inputs, some minutes
     python -m tests.fuzz --count=500 --seed=7 --only=checkpoint
 
-Each input is one of the KINDS below with one to three damages: bytes flipped, cut, inserted, lines doubled, values of
-JSON replaced by other types, huge, negative or non-finite numbers, deep nesting, keys lost or added, odd Unicode, paths
-that lead elsewhere, symbolic links. Where a hash stands before a parser it is made anew ("sealed"), so that the damage
-gets that far. An input passes if it is refused by a UserError of one line, or accepted and then usable; another
-exception, SECONDS without an answer, or a file that changed on disk is a failure, printed with what repeats it.
+Each input is one of the KINDS below with one to three kinds of damage: bytes are flipped, cut or inserted, lines are
+doubled, values in JSON become other types, huge, negative or non-finite numbers, or deep nesting, keys are lost or
+added, and text gets odd Unicode, paths that lead elsewhere, or symbolic links. A hash that is checked before the file
+is parsed is computed anew ("sealed"), so that the damage reaches the parser.
+
+An input passes if it is refused by a UserError of one line, or accepted and usable. Any other exception, SECONDS
+without an answer, and a file that changed on disk are failures, which are printed with the arguments that repeat them.
 """
 
 import argparse
@@ -71,7 +73,7 @@ from tests.damage import (
 )  # fmt: skip
 
 SECONDS = 5
-# ----------------------------------------------------------------------------- kinds: damage, then -> what to call
+# ----------------------------------------------------------------------------- kinds of input
 
 
 def value_text(rng: random.Random) -> str:
@@ -213,7 +215,7 @@ def prompt(world: World, rng: random.Random) -> Callable:
 
 
 def unfinished(world: World, rng: random.Random) -> Callable:
-    """A part of a preparation, that merging reads and that preparing goes on from."""
+    """Damages one part of a preparation, which `--merge` reads and a repeated preparation continues."""
     folder = Path("data/q.part1of1")
     files = [folder / "plan.json"] * 3 + [folder / SPEC_FILE, folder / RANKS_FILE] + 3 * [*folder.glob("unit_*.json")]
     world.damage(files + [*folder.glob("unit_*.train")], rng)
@@ -237,7 +239,7 @@ def unfinished(world: World, rng: random.Random) -> Callable:
 
 def source(world: World, rng: random.Random) -> Callable:
     path = Path(rng.choice(("rows.jsonl", "rows.jsonl.gz", "rows.parquet", "texts/doc000.txt")))
-    if path.suffix == ".gz" and rng.random() < 0.5:  # damaged lines, well compressed
+    if path.suffix == ".gz" and rng.random() < 0.5:  # damaged lines in an intact archive
         world.write(path, gzip.compress(damage(gzip.decompress(path.read_bytes()), rng, False)))
     elif path.suffix == ".jsonl" and rng.random() < 0.5:
         lines = path.read_bytes().splitlines()
@@ -258,7 +260,7 @@ def source(world: World, rng: random.Random) -> Callable:
 
 
 def weights(world: World, rng: random.Random) -> Callable:
-    """A Hugging Face GPT-2 that training starts from."""
+    """Damages a Hugging Face GPT-2 that training starts from."""
     world.damage([Path("hf/config.json"), Path("hf/model.safetensors")], rng)
     n_vocab = world.data.tokenizer.n_vocab
     cfg = GPTConfig(**{**to_dict(world.hf_config), "vocab_size": n_vocab})
@@ -276,7 +278,7 @@ KINDS = {
 
 
 class Hang(BaseException):
-    """No answer within SECONDS."""
+    """Raised if there is no answer within SECONDS."""
 
 
 def check_sentence(sentence: str) -> None:
@@ -284,7 +286,7 @@ def check_sentence(sentence: str) -> None:
 
 
 def on_disk() -> dict:
-    """Everything below the current folder: links by their target, files by size, change time and content's hash."""
+    """Returns the state of everything below the current folder: targets of links; time and hash of files."""
     found = {}
     for path in Path().rglob("*"):
         if path.is_symlink():
@@ -295,7 +297,7 @@ def on_disk() -> dict:
 
 
 def verdict(use: Callable) -> str:
-    """refused | accepted | failed: why."""
+    """Calls use() and returns "refused", "accepted", or "failed: " with the reason."""
 
     def ring(number, frame):
         raise Hang
@@ -303,7 +305,8 @@ def verdict(use: Callable) -> str:
     before = on_disk()
     signal.signal(signal.SIGALRM, ring)
     signal.alarm(SECONDS)
-    faulthandler.dump_traceback_later(20 * SECONDS, exit=True)  # where no Python code runs that could be interrupted
+    # for a hang outside Python code, which the alarm cannot interrupt
+    faulthandler.dump_traceback_later(20 * SECONDS, exit=True)
     out, outcome = io.StringIO(), "accepted"
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), warnings.catch_warnings():
@@ -316,7 +319,7 @@ def verdict(use: Callable) -> str:
         except AssertionError as wrong:
             outcome = f"failed: {wrong}"
     except SystemExit as end:
-        outcome = "accepted" if not end.code else f"failed: exit status {end.code}"  # --help
+        outcome = "accepted" if not end.code else f"failed: exit status {end.code}"  # --help ends with status 0
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -334,7 +337,7 @@ def verdict(use: Callable) -> str:
 
 
 def fuzz(count: int, seed: int, only: str = "", out=sys.stdout) -> int:
-    """Runs `count` inputs, in proportion to the weights of KINDS, prints the table -> how many failed."""
+    """Runs `count` inputs, shared out by the weights of KINDS, prints a table and returns the number of failures."""
     kinds = {name: kind for name, kind in KINDS.items() if only in name}
     total = sum(weight for _, weight in kinds.values())
     counts: Counter = Counter()

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-# name -> modules that may hold it, the newest layout first: the first one that the checkout has is taken
+# name -> modules that may define it, the newest layout first; the first one that the checkout has is used
 ROOMS = {
     "open_windows": ("nanometa.training.dataset", "training.dataset", "startup"),
     "load_config": ("nanometa.config.command_line", "config.command_line", "cli"),
@@ -84,7 +84,7 @@ class Results:
         self.failed: list[str] = []
 
     def add(self, name: str, value: str) -> None:
-        """Records a result. Raises ValueError if the name has one already, or if the line could not be read back."""
+        """Records a result. Raises ValueError if the name has a result already, or if the value has a line break."""
         if name in self.lines or " " in name or "\n" in value:
             raise ValueError(f"{name!r} is no new name, or its value has a line break")
         self.lines[name] = value
@@ -120,9 +120,10 @@ class Results:
 
 
 def program(name: str, *argv: str) -> str:
-    """Calls main(argv) of a program of the checkout -> what it wrote to standard output.
+    """Calls main(argv) of a program of the checkout and returns what it wrote to standard output.
 
-    The garbage collection closes the lock file of a trainer that has ended, so that its run can be resumed."""
+    Garbage collection then closes the lock file of a finished trainer, so that its run can be resumed.
+    """
     module = importlib.import_module(name)
     written, said = io.StringIO(), io.StringIO()
     try:
@@ -146,13 +147,13 @@ def room(name: str, root: Path):
 
 
 def flags(settings: dict) -> list[str]:
-    """Returns settings as a command line, without those that have no effect with the others, which is refused."""
+    """Returns settings as a command line, without those that a program would refuse for having no effect."""
     idle = {"min_lr"} if settings.get("schedule") == "constant" else set()
     return [f"--{name}={value}" for name, value in settings.items() if name not in idle]
 
 
 def write_texts(folder: Path, documents: int = 60, words: int = 300) -> None:
-    """Writes small documents of repeatable nonsense. Every fourth has three times the length of the others."""
+    """Writes small documents of repeatable nonsense. Every fourth document is three times as long as the others."""
     state = 1
     folder.mkdir(parents=True)
     for number in range(documents):
@@ -200,7 +201,7 @@ def batches(results: Results, name: str, argv: list[str]) -> None:
 
 
 def train(results: Results, name: str, settings: dict, *more: str, data: bool = False) -> str:
-    """Trains a run of that name and records its metrics, settings and newest checkpoint -> its folder."""
+    """Trains a run of that name, records its metrics, settings and newest checkpoint, and returns its folder."""
     folder = f"out/{name}"
     argv = [*flags({**STEPS, **settings}), f"--run_name={name}", *more]
     if data:
@@ -276,7 +277,7 @@ def variants(results: Results) -> None:
     for name, settings in VARIANTS.items():
         run = train(results, name, {**SIZE, **ROPE, **settings}, data="dataset" in settings)
         sample(results, f"{name}/drawn", run, "--temperature=0.8", "--max_new_tokens=40")
-    for position in ("learned", "rope"):  # long enough for text that does not repeat one word
+    for position in ("learned", "rope"):  # trained long enough to write more than one repeated word
         longer = {**STEPS, **SIZE, **ROPE, "position": position, "max_steps": 60, "eval_interval": 60}
         name = f"longer-{position}"
         samples(results, name, train(results, name, longer), position == "rope")
@@ -294,7 +295,7 @@ def variants(results: Results) -> None:
 
 
 def tasks(results: Results) -> None:
-    """Trains on the synthetic tasks, and evaluates and probes what comes of it."""
+    """Trains on the synthetic tasks, and evaluates and probes the trained runs."""
     settings = {**TASKS, "dataset": "data/u"}
     with results.case("batch/tasks"):
         scratch = flags({**STEPS, **SIZE, **settings, "block_size": 96, "position": "rope"})
@@ -313,7 +314,7 @@ def tasks(results: Results) -> None:
 
 
 def resumed(results: Results) -> None:
-    """Stops a run after three steps and resumes it, branches from it, and compares it with one that never stopped."""
+    """Stops a run after three steps, resumes it and branches from it, and compares it with an uninterrupted run."""
     settings = {**SIZE, **ROPE, "schedule": "constant", "eval_interval": 6}
     with results.case("train/resumed"):
         argv = [*flags({**STEPS, **settings, "max_steps": 3}), "--run_name=resumed"]

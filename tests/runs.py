@@ -1,4 +1,4 @@
-"""Runs with random weights, made in a moment: what evaluations look at, without a training."""
+"""Makes runs with random weights in a moment, so that evaluations can be tested without training."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,10 @@ from tests.test_model import sharpen, wake
 
 
 def small_run(tokenizer: Tokenizer, data: dict, rule: str = "ignore", seed: int = 3, **shape) -> Run:
-    """data: injection, chunk_content, chunk_markers, dataset. All weights matter, and predictions are far from even."""
+    """Returns a run whose weights all matter and whose predictions are far from uniform.
+
+    data: the entries injection, chunk_content, chunk_markers and dataset of the run's state.
+    """
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 64, "random_fraction": 0.3, **shape}
     model = GPTConfig(vocab_size=tokenizer.n_vocab, content_vocab_size=tokenizer.n_content, **shape)
     cfg = TrainConfig(model=model, run_name="small", target_rule=rule, dtype="float32", dataset=data["dataset"])
@@ -27,7 +30,7 @@ def small_run(tokenizer: Tokenizer, data: dict, rule: str = "ignore", seed: int 
 
 
 def run_on(folder: Path, **changes) -> Run:
-    """A run as if trained on a prepared dataset, in windows of one chunk."""
+    """Returns a run that looks as if it had been trained on a prepared dataset, in windows of one chunk."""
     manifest = read_manifest(folder)
     data = {key: manifest[key] for key in ("injection", "chunk_content", "chunk_markers")} | {"dataset": str(folder)}
     changes = {"block_size": data["chunk_content"] + data["chunk_markers"], **changes}
@@ -35,7 +38,7 @@ def run_on(folder: Path, **changes) -> Run:
 
 
 def saved(run: Run, run_dir: Path) -> Path:
-    """The run as a checkpoint in its folder, as train.py leaves it."""
+    """Saves the run as a checkpoint in run_dir, as train.py does, and returns run_dir."""
     run_dir.mkdir(parents=True)
     data = {**run.state["data"], "tokenizer": run.tokenizer.fingerprint, "content_sha256": {}, "shards": {}}
     state = {**run.state, "data": data, "config": to_dict(run.config), "best": None}

@@ -1,4 +1,5 @@
-"""probe.py attention: heads are those of the model, measures are their definition, and a planted boost is found."""
+"""Tests probe.py attention: it reads the model's own heads, its figures follow the definitions, it finds a planted
+boost."""
 
 import dataclasses
 import itertools
@@ -69,7 +70,7 @@ def hooks(model) -> int:
 @pytest.mark.parametrize("place", ["same", "none", "none_first"])
 @pytest.mark.parametrize("of", [inputs, crowded])
 @torch.no_grad()
-def test_weights_computed_again_give_what_the_attention_gave(second, position, place, of):
+def test_recomputed_weights_give_the_output_of_the_attention(second, position, place, of):
     if (place == "none_first" and position == "learned") or (place != "same" and second not in WITH_MARKERS):
         pytest.skip("the model has no such positions")
     model = restless(second, position).float()
@@ -84,7 +85,7 @@ def test_weights_computed_again_give_what_the_attention_gave(second, position, p
             )
     with observe_heads(model, lambda layer, which, rows: found.update({(layer, which): rows})):
         assert torch.equal(model(tokens, positions, index), plain)
-    assert hooks(model) == len(gave) == len(found) == 2 * (1 + (second != "none"))  # those of this test
+    assert hooks(model) == len(gave) == len(found) == 2 * (1 + (second != "none"))  # only the hooks of this test
     for key, rows in found.items():
         module, (x, *_), output = gave[key]
         y = (rows.logits().softmax(-1) @ rows.v).transpose(1, 2).flatten(2)
@@ -99,7 +100,7 @@ def test_weights_computed_again_give_what_the_attention_gave(second, position, p
             torch.testing.assert_close(y, output, rtol=1e-4, atol=1e-5)
 
 
-def test_no_hook_is_left_and_a_dynamic_scale_is_refused():
+def test_hooks_are_removed_and_a_dynamic_scale_is_refused():
     model = restless("meta", "rope").float()
     with pytest.raises(KeyboardInterrupt), observe_heads(model, lambda *_: None):
         assert hooks(model) == 8
@@ -140,13 +141,13 @@ def test_entropy_after_a_boost_where_one_key_has_nearly_all():
         assert boosted_entropy(p, H, t) == pytest.approx(entropy(softmax(boosted)), abs=1e-3)
 
 
-# ----------------------------------------------------------------------------- where things stand
+# ----------------------------------------------------------------------------- positions of marks and answers
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("task", TASKS)
-def test_places_are_those_that_a_reader_finds(tokenizer, task, placement):
-    """In the decoded text, without the draft."""
+def test_marks_and_answers_are_where_a_reader_finds_them(tokenizer, task, placement):
+    """The reader sees only the decoded text, not the draft."""
     maker = Maker(task, placement, TaskConfig(), tokenizer)
     mark = {"target": "<m>", "every": "<m>", "none": " mark(?![a-z])", "background": "<m>"}[placement]
     for example in texts(maker, "easy", 90, 8):
@@ -175,7 +176,7 @@ def test_places_are_those_that_a_reader_finds(tokenizer, task, placement):
             assert before.endswith(" [")
             if placement != "target":
                 assert re.search(r" mark(<m>| )*\[(<m>)*$", text[: starts[at]])
-        if placement != "background":  # behind the answer, at the end of its line
+        if placement != "background":  # directly after the answer, at the end of its line
             assert re.match(f"{mark}\n", text[starts[end] :]) and "\n" not in text[starts[at] : starts[end]]
 
 
@@ -183,7 +184,7 @@ def clean(text: str) -> str:
     return re.sub("<m>| mark(?![a-z])", "", text)
 
 
-def test_by_default_list_recall_is_asked(tokenizer):
+def test_list_recall_is_the_default_task_if_the_run_was_trained_on_it(tokenizer):
     run = small_run(tokenizer, MARKED, block_size=128)
     for tasks, asked in ((("parity", "list_recall"), ["list_recall"]), (("parity", "copying"), ["parity", "copying"])):
         run.config = dataclasses.replace(
@@ -201,13 +202,15 @@ def test_by_default_list_recall_is_asked(tokenizer):
         assert (maker.name, maker.placement, level, length) == ("copying", "target", "easy", 60)
 
 
-# ----------------------------------------------------------------------------- what is measured
+# ----------------------------------------------------------------------------- figures
 
 
 @pytest.mark.parametrize("second", [name for name in LAYERED if name in WITH_MARKERS])
-@pytest.mark.parametrize("placement", ["background", "none"])  # meta-tokens among all others, and the word as mark
-def test_measures_are_their_definition(tokenizer, second, placement):
-    """Query by query, under each condition, averaged by text."""
+@pytest.mark.parametrize(
+    "placement", ["background", "none"]
+)  # background: meta-tokens scattered over the text; none: the ordinary word as the mark
+def test_figures_equal_their_definition_query_by_query(tokenizer, second, placement):
+    """Computes the figures anew, query by query and under each condition, and averages them by text."""
     run = small_run(tokenizer, MARKED, position="rope", second_attention=second)
     maker = Maker("copying", placement, TaskConfig(meta_share=0.3), tokenizer)
     examples = texts(maker, "easy", 56, 3)
@@ -244,7 +247,7 @@ def test_measures_are_their_definition(tokenizer, second, placement):
                             for j in keys
                         ]
                         one[c] = reference.sharpness(logits, known)
-                        one[c]["sink"] *= keys[0] == 0  # the first of all, if it is seen
+                        one[c]["sink"] *= keys[0] == 0  # a sink is the first key of the text, if the query sees it
                         if (position := answer_position(maker, example)) in keys:
                             one[c]["logit_answer"] = logits[position]
                     full, zeroed = one["full"], one["no_embedding"]
@@ -268,8 +271,10 @@ def test_measures_are_their_definition(tokenizer, second, placement):
 
 
 def test_a_planted_boost_is_found(tokenizer):
-    """The question looks for the mark with a logit of 800, and without its embedding at all tokens alike; the word and
-    the line's end look at what they look at in any case."""
+    """The question attends to the mark with a logit of 800, and without its embedding to all tokens equally.
+
+    The word and the line's end attend to the same keys under both conditions.
+    """
     run = made_by_hand(tokenizer, "learned", [(0, ASK, 0.0, MARK)], {})
     maker, examples = Maker("parity", "target", TaskConfig(), tokenizer), []
     for filled in (3, 9):
@@ -280,11 +285,11 @@ def test_a_planted_boost_is_found(tokenizer):
         "boost": [800 / 3] * 2, "boost_mark": [800 / 3] * 2, "drop": [math.log(6) / 3, math.log(12) / 3],
     }.items():  # fmt: skip
         np.testing.assert_allclose(found[name][:, 0], values, rtol=1e-3, err_msg=name)
-    # one of three queries looks at the mark alone, the last at all alike
+    # one of three queries attends to the mark alone, and the last one to all tokens equally
     np.testing.assert_allclose(found["on_marks"][:, 0], [(1 + 1 / 8) / 3, (1 + 1 / 14) / 3], rtol=1e-3)
 
 
-def test_what_is_averaged_and_drawn_again_are_texts_not_queries():
+def test_means_and_bootstrap_are_over_texts_not_queries():
     full = {"max": torch.full((2, 1, 9), math.nan), "entropy": torch.zeros(2, 1, 9), "keys": torch.ones(2, 1, 9)}
     full["max"][0, 0, :8], full["max"][1, 0, 0] = 1.0, 3.0
     zeroed = {name: torch.zeros(2, 1, 9) for name in full}
@@ -301,7 +306,7 @@ def test_what_is_averaged_and_drawn_again_are_texts_not_queries():
     assert line["boost_mark"] == pytest.approx(values[values > 0].mean()) and line["boost_p"] == mean_p(values)
 
 
-def test_bootstrap_of_means():
+def test_bootstrap_of_means_agrees_with_the_ratio_bootstrap_and_skips_nan():
     values = np.random.default_rng(1).normal(size=(150, 2))
     low, high = bootstrap_means(values)
     assert (low[0], high[0]) == pytest.approx(bootstrap_ratio(values[:, 0], np.ones(150)), abs=0.03)
@@ -322,7 +327,7 @@ def line(boost=(0.5, 0.6), p=1e-9, n=1000, **other) -> dict:
     return out
 
 
-def test_verdicts_and_their_family():
+def test_verdicts_follow_the_intervals_and_holms_correction():
     (one,) = judged([line()], CLAIMS, 0.0, 0.1)
     assert (one["boost_verdict"], one["drop_verdict"], one["comparisons"]) == ("holds", "does not hold", 2)
     assert judged([line(n=999)], CLAIMS, 0.0, 0.1)[0]["boost_verdict"] == "undecided: n = 999, 1000 decide"
@@ -350,7 +355,7 @@ def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, s
     probe.main(["attention", f"--run={folder}", "--n=6", "--lengths=48"])
     lines, said = lines_of(folder / "attention.jsonl"), capsys.readouterr().out
     # copying with placement target has two marks
-    by_connects = {"markers": 5, "all": 20, "nothing": 0, "random": 0}  # what random connects is no mark
+    by_connects = {"markers": 5, "all": 20, "nothing": 0, "random": 0}  # the keys of "random" are not marks
     assert len(lines) == 20 + by_connects[SECOND_ATTENTIONS[second].connects]
     assert (folder / "attention.png").read_bytes().startswith(b"\x89PNG") and 'mark: the word "mark"' in said
     assert said.count("no better than a shortcut or chance") == said.count("texts: at least 1000 are needed.") == 1
@@ -385,7 +390,7 @@ def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, s
             assert sorted(float(mark.get_ydata()[0]) for mark in drawn) == expected
 
 
-def test_a_head_that_reads_itself_by_a_hand_gives_the_same_lines_twice(tokenizer):
+def test_attention_probe_gives_the_same_lines_twice(tokenizer):
     run = small_run(tokenizer, MARKED, position="learned")
     maker = Maker("list_recall", "every", TaskConfig(), tokenizer)
     first, again = (measure_attention(AttentionProbe(n=5), run, maker, "easy", 60) for _ in range(2))

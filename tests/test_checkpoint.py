@@ -50,7 +50,7 @@ def write(run_dir, step, kind="step", keep=2, fill=0.0):
     return save(run_dir, kind, step, files, keep)
 
 
-def test_newest_and_pruning(tmp_path):
+def test_the_newest_checkpoint_is_found_and_older_ones_are_pruned(tmp_path):
     assert newest(tmp_path, warn=print) is None
     for step in (1, 2, 10):
         write(tmp_path, step)
@@ -59,14 +59,14 @@ def test_newest_and_pruning(tmp_path):
     assert newest(tmp_path, warn=print).optimizer()["wte.weight/exp_avg"].tolist() == [10.0] * 3
     modes = {path.stat().st_mode for path in (tmp_path / "step_00000010").iterdir()}
     (tmp_path / "any").touch()
-    assert modes == {(tmp_path / "any").stat().st_mode}  # as the user's umask has it, of all files
+    assert modes == {(tmp_path / "any").stat().st_mode}  # all files have the permissions that the user's umask gives
 
 
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.ranks", "manifest.json"]
 )
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_any_damage_is_named_and_the_one_before_is_used(tmp_path, name, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, name, damage):
     write(tmp_path, 1)
     victim = write(tmp_path, 2) / name
     raw = victim.read_bytes()
@@ -85,7 +85,7 @@ def test_any_damage_is_named_and_the_one_before_is_used(tmp_path, name, damage):
         open_checkpoint(victim.parent)
 
 
-def test_a_newer_format_asks_for_an_update_and_nothing_falls_back(tmp_path):
+def test_a_newer_format_asks_for_an_update_without_falling_back(tmp_path):
     write(tmp_path, 1)
     path = write(tmp_path, 2) / "manifest.json"
     before = path.read_text()
@@ -99,14 +99,14 @@ def test_a_newer_format_asks_for_an_update_and_nothing_falls_back(tmp_path):
     assert newest(tmp_path, print).step == 2
 
 
-def test_if_all_are_damaged_that_is_an_error(tmp_path):
+def test_if_all_checkpoints_are_damaged_that_is_an_error(tmp_path):
     (write(tmp_path, 1) / "state.json").write_text("{}")
     with pytest.raises(UserError, match=r"no checkpoint in .* is intact \(.*state.json is damaged: its sha256 is "):
         newest(tmp_path, warn=lambda sentence: None)
 
 
-def test_a_save_that_fails_leaves_the_old_ones_and_no_half_one(tmp_path, monkeypatch):
-    """Whatever call fails, the newest checkpoint is the old one or the new one, whole."""
+def test_a_failed_save_leaves_the_old_checkpoints_and_no_partial_one(tmp_path, monkeypatch):
+    """Whichever call fails, the newest checkpoint is the old one or the complete new one."""
     hashing = "nanometa.training.checkpoint.file_sha256"
     calls = ["safetensors.torch.save_file", hashing, "os.fsync", "os.rename", "os.replace"]
     for call in calls:
@@ -141,9 +141,13 @@ def test_a_save_that_fails_leaves_the_old_ones_and_no_half_one(tmp_path, monkeyp
             assert newest(folder, warnings.append).step == 3
 
 
-def test_the_order_of_a_save(tmp_path, monkeypatch):
-    """All files are written, then synced, then the folder; it is renamed, and its parent synced; then the pointer is
-    written, synced and moved; then the old one goes. A kill does not lose what the kernel has: only this shows it."""
+def test_a_save_writes_syncs_and_renames_in_the_safe_order(tmp_path, monkeypatch):
+    """Records the calls of a save, because a kill cannot show a missing sync: it loses nothing that the kernel has
+    buffered.
+
+    All files are written, then synced, and then the folder is synced. The folder is renamed and its parent synced. Then
+    `latest` is written, synced and moved into place. Last, the oldest checkpoint is removed.
+    """
     write(tmp_path, 3)
     write(tmp_path, 4)
     events, opened = [], {}
@@ -198,8 +202,9 @@ def test_the_order_of_a_save(tmp_path, monkeypatch):
     ]
 
 
-def test_what_a_killed_save_left_undone_is_done_by_the_resumed(tmp_path, monkeypatch):
-    """Killed between the rename and the pointer: `latest` names the new one, and the old one goes."""
+def test_a_resumed_run_completes_a_save_that_was_killed(tmp_path, monkeypatch):
+    """After a kill between the rename and the update of `latest`, `latest` is corrected and the oldest checkpoint
+    removed."""
     write(tmp_path, 1)
     write(tmp_path, 2)
     with monkeypatch.context() as patch:
@@ -211,14 +216,14 @@ def test_what_a_killed_save_left_undone_is_done_by_the_resumed(tmp_path, monkeyp
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000002", "step_00000003"]
 
 
-def test_a_damaged_folder_of_the_same_step_is_replaced(tmp_path):
+def test_a_save_replaces_a_damaged_checkpoint_of_the_same_step(tmp_path):
     write(tmp_path, 1)
     (write(tmp_path, 2) / "model.safetensors").write_bytes(b"")
     write(tmp_path, 2)
     assert newest(tmp_path, warn=pytest.fail).step == 2
 
 
-def test_best_is_preferred_for_use_and_a_damaged_one_replaced(tmp_path, capsys):
+def test_the_best_checkpoint_is_loaded_unless_it_is_damaged(tmp_path, capsys):
     write(tmp_path, 3)
     write(tmp_path, 2, kind="best", keep=1)
     assert load_run(tmp_path).state["step"] == 2
@@ -230,8 +235,9 @@ def test_best_is_preferred_for_use_and_a_damaged_one_replaced(tmp_path, capsys):
     assert "best_00000005/model.safetensors is damaged" in capsys.readouterr().err
 
 
-def test_going_on_after_damage_never_deletes_what_is_whole(tmp_path):
-    """The newest are damaged, the one before is resumed: pruning by name alone would keep the damaged ones."""
+def test_a_run_resumed_after_damage_deletes_no_intact_checkpoint(tmp_path):
+    """The newest checkpoints are damaged and an older one is resumed. Pruning by name alone would keep the damaged
+    ones."""
     for step in (10, 15, 20):
         write(tmp_path, step, keep=3)
     for step in (15, 20):
@@ -248,7 +254,7 @@ def test_going_on_after_damage_never_deletes_what_is_whole(tmp_path):
     assert load_run(tmp_path).state["step"] == 13
 
 
-def test_a_users_copies_are_left_alone(tmp_path):
+def test_pruning_leaves_a_users_own_copies_alone(tmp_path):
     shutil.copytree(write(tmp_path, 1), tmp_path / "step_00000001_backup")
     (tmp_path / "step_notes.txt").write_text("mine")
     for step in (2, 3, 4):
@@ -257,7 +263,7 @@ def test_a_users_copies_are_left_alone(tmp_path):
     assert newest(tmp_path, pytest.fail).step == 4
 
 
-def test_no_run_is_one_sentence(tmp_path, monkeypatch):
+def test_a_missing_run_is_reported_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no trained run in out/"):
         load_run()
@@ -265,8 +271,8 @@ def test_no_run_is_one_sentence(tmp_path, monkeypatch):
         load_run("out/x")
 
 
-def test_best_weights_of_steps_that_were_gone_back_behind_are_set_aside(tmp_path):
-    """The run is resumed at step 20, and its best weights are of step 30: they are not of this run any more."""
+def test_best_weights_of_later_steps_are_set_aside_on_resume(tmp_path):
+    """The run resumes at step 20, so best weights of step 30 no longer belong to it."""
     for step in (10, 20):
         write(tmp_path, step)
     write(tmp_path, 30, kind="best", keep=1)
@@ -274,7 +280,7 @@ def test_best_weights_of_steps_that_were_gone_back_behind_are_set_aside(tmp_path
     checkpoint.sweep(tmp_path, 20, keep=2)
     assert {path.name for path in tmp_path.glob("*best*")} == {"abandoned_best_00000030"}
     assert load_run(tmp_path).state["step"] == 20
-    # the same step again: the copy that was set aside is not needed any more
+    # after the same step is reached again, the copy that was set aside is not needed
     write(tmp_path, 30, kind="best", keep=1)
     assert {path.name for path in tmp_path.glob("*best*")} == {"best_00000030"}
 
@@ -295,7 +301,7 @@ print(len(seen), warned)
 
 
 def test_a_reader_of_a_run_that_is_being_trained_sees_no_damage(tmp_path):
-    """One process saves, and deletes old checkpoints, without a pause; another one opens the newest 300 times."""
+    """One process saves and deletes checkpoints without pause; another one opens the newest checkpoint 300 times."""
     write(tmp_path, 1)
     write(tmp_path, 1, kind="best", keep=1)
     reader = subprocess.Popen(
@@ -314,8 +320,8 @@ def test_a_reader_of_a_run_that_is_being_trained_sees_no_damage(tmp_path):
     assert {path.name.split("_")[0] for path in tmp_path.iterdir()} == {"step", "best", "latest"}
 
 
-def test_a_checkpoint_that_vanishes_while_it_is_read_is_looked_for_anew(tmp_path, monkeypatch):
-    """Its run has deleted it, so there is a newer one; what is damaged is still named once."""
+def test_a_checkpoint_deleted_while_it_is_read_makes_the_reader_look_again(tmp_path, monkeypatch):
+    """The run has deleted the checkpoint, so a newer one exists. A damaged checkpoint is still named, once."""
     for step in (1, 2, 3):
         write(tmp_path, step, keep=3)
     (tmp_path / "step_00000003/model.safetensors").write_bytes(b"")
@@ -332,7 +338,7 @@ def test_a_checkpoint_that_vanishes_while_it_is_read_is_looked_for_anew(tmp_path
     assert newest(tmp_path, warnings.append).step == 4 and len(warnings) == 1 and "step_00000003" in warnings[0]
 
 
-def test_a_checkpoint_that_is_gone_is_not_called_damaged(tmp_path):
+def test_a_deleted_checkpoint_is_not_called_damaged(tmp_path):
     folder = write(tmp_path, 1)
     found = open_checkpoint(folder)
     shutil.rmtree(folder)

@@ -32,7 +32,7 @@ def load(*argv: str, cls=TrainConfig):
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, PrepareConfig, SampleConfig])
-def test_flat_names_are_unique(cls):
+def test_names_of_settings_are_unique_over_all_dataclasses(cls):
     names = field_names(cls)
     assert len(names) == len(set(names)) and "model" not in names
 
@@ -57,7 +57,7 @@ def test_every_dataset_of_a_config_has_a_recipe():
         assert recipe_of(load(str(path)).dataset).recipe in recipes
 
 
-def test_a_bool_needs_no_value():
+def test_a_bool_setting_needs_no_value():
     for argv in (["--dry_run"], ["--dry-run"], ["--dry_run", "True"], ["--dry_run=True"], ["--dry_run", "--n_layer=2"]):
         assert load(*argv).dry_run is True
     cfg = load("--n_layer=2", "--bias", "--compile=False", "--dry_run")
@@ -76,7 +76,7 @@ def test_a_bool_needs_no_value():
     ]
 
 
-def test_the_papers_recipe():
+def test_meta_gpt2_has_the_papers_settings():
     cfg = load(str(ROOT / "config/meta_gpt2.py"))
     m = cfg.model
     assert (m.n_layer, m.n_head, m.n_embd, m.block_size, m.dropout) == (12, 12, 768, 1024, 0.0)
@@ -86,8 +86,9 @@ def test_the_papers_recipe():
 
 
 @pytest.mark.parametrize("size", ["gpt2", "tiny"])
-def test_arms_differ_in_nothing_but_the_arm(size):
-    """Same steps, windows, rates and seeds; the content of a window is the same (922 of 1024, 461 of 512)."""
+def test_the_configs_of_arms_differ_only_in_the_arm(size):
+    """All arms have the same steps, windows, rates and seeds, and windows with the same content (922 of 1024, 461 of
+    512)."""
     file = {"gpt2": "config/{}_gpt2.py", "tiny": "config/tiny_{}.py"}[size].format
     meta = load(str(ROOT / file("meta")))
     bare = {"gpt2": "config/gpt2.py", "tiny": "config/tiny_gpt2.py"}[size]
@@ -106,7 +107,7 @@ def test_arms_differ_in_nothing_but_the_arm(size):
         assert load(str(ROOT / path)) == arm, path
 
 
-def test_overrides_of_every_kind(tmp_path):
+def test_settings_of_every_type_can_be_overridden(tmp_path):
     cfg = load("--n_layer=6", "--learning_rate=1", "--compile=False", "--second_attention=none", "--vocab_size=100",
                "--n-head=3", "--run_name", "x")  # fmt: skip
     assert cfg.model == GPTConfig(n_layer=6, n_head=3, second_attention="none", vocab_size=100)
@@ -205,7 +206,7 @@ def test_bad_config_files_get_one_sentence(tmp_path, text, sentence):
         (["--min_document_tokens=-1"], "min_document_tokens=-1 is out of range: it must lie in 0"),
     ],
 )
-def test_bad_preparation(argv, sentence):
+def test_bad_settings_of_prepare_are_refused(argv, sentence):
     with pytest.raises(UserError, match=sentence):
         load(*argv, cls=PrepareConfig)
 
@@ -216,12 +217,12 @@ def test_bad_preparation(argv, sentence):
      (["--top_k=0"], "top_k"), (["--count=0"], "count"), (["some.py"], "unexpected argument"),
      (["--prompt=a", "--prompt_file=b"], "both given")],
 )  # fmt: skip
-def test_bad_sampling(argv, sentence):
+def test_bad_settings_of_sample_are_refused(argv, sentence):
     with pytest.raises(UserError, match=sentence):
         load(*argv, cls=SampleConfig)
 
 
-def test_every_setting_says_what_it_is():
+def test_every_setting_has_a_help_text():
     """Every setting has a docstring, which --help shows without the line breaks of the source."""
     for cls in (TrainConfig, PrepareConfig, SampleConfig):
         join_help_lines(cls)
@@ -229,7 +230,7 @@ def test_every_setting_says_what_it_is():
             assert len(field.metadata["help"]) > 10 and "\n" not in field.metadata["help"], name
 
 
-def test_every_arm_has_a_name_of_its_own():
+def test_every_arm_has_its_own_label():
     allowed = {"needed": (True,), "refused": (False,), "allowed": (False, True)}
     cases = [(second, wide, marked) for second in SECOND_ATTENTIONS.values() for wide in (False, True)
              for marked in allowed[second.markers]]  # fmt: skip
@@ -240,11 +241,11 @@ def test_every_arm_has_a_name_of_its_own():
     }
 
 
-# ----------------------------------------------------------------------------- what was typed
+# ----------------------------------------------------------------------------- settings that were typed
 
 
-def test_what_was_typed_or_named_is_known_also_if_it_is_the_default(tmp_path):
-    """Values that a command line may write in several ways, and arguments of the calls in a config file."""
+def test_typed_and_named_settings_are_known_even_at_their_default(tmp_path):
+    """A value counts even if the command line writes it in another way, or if a call in a config file names it."""
     assert load().typed == ()
     cfg = load("--n-layer=12", "--position", "learned", "--bias=False", "--tasks", "parity", "copying")
     assert cfg.typed == ("bias", "n_layer", "position", "tasks") and cfg.model == GPTConfig()
@@ -254,18 +255,18 @@ def test_what_was_typed_or_named_is_known_also_if_it_is_the_default(tmp_path):
         "config = TrainConfig(GPTConfig(position='learned', n_embd=96), target_rule='ignore')"
     )
     assert load(str(path), "--seed=1337").typed == ("n_embd", "position", "seed", "target_rule")
-    # a recipe that is made from another one, by replace, names what differs from the defaults
+    # a recipe that is made from another one by `replace` names the settings that differ from the defaults
     path.write_text(
         "from dataclasses import replace\nfrom config.tiny_meta import config as meta\n"
         "config = replace(meta, model=replace(meta.model, bias=True))"
     )
-    for _ in range(2):  # whether or not the other recipe is read for the first time
+    for _ in range(2):  # once when the other recipe is read for the first time, and once when it is cached
         assert {"bias", "n_layer", "position"} <= {*load(str(path)).typed}
         assert not {"second_attention", "rope_theta", "target_rule", "seed"} & {*load(str(path)).typed}
     assert {"second_attention", "n_layer"} <= {*load(str(ROOT / "config/tiny_meta.py")).typed}
 
 
-def test_what_was_typed_is_not_part_of_the_settings(capsys):
+def test_the_list_of_typed_settings_is_not_a_setting(capsys):
     cfg = load("--n_layer=3")
     assert dataclasses.replace(cfg, seed=1).typed == ("n_layer",)
     assert cfg == dataclasses.replace(cfg, typed=()) and "typed" not in {**to_dict(cfg), **flat(cfg)}
@@ -314,7 +315,7 @@ def test_a_typed_setting_without_an_effect_is_refused(argv, sentence):
     ],
 )
 def test_a_typed_setting_with_an_effect_is_accepted(argv):
-    """Also a setting of the model that may be that of a run that is taken over, whatever that is."""
+    """A setting of the model also counts as having an effect if the run that is taken over may use it."""
     assert load(*argv.split())
 
 
@@ -332,18 +333,18 @@ def test_a_typed_setting_with_an_effect_is_accepted(argv):
         (SampleConfig, "--temperature=0 --top_p=1", "only used with --temperature"),
     ],
 )
-def test_so_is_one_of_prepare_and_sample(cls, argv, sentence):
+def test_prepare_and_sample_refuse_typed_settings_without_an_effect(cls, argv, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
         load(*argv.split(), cls=cls)
 
 
-def test_a_recipe_may_hold_what_the_command_line_makes_idle():
+def test_a_recipe_may_name_a_setting_that_the_command_line_makes_unused():
     """config/tiny_meta.py sets min_lr, which a constant schedule does not use."""
     assert load(str(ROOT / "config/tiny_meta.py"), "--schedule=constant").min_lr == 1e-4
     assert load(str(ROOT / "config/c4.py"), "--injection=none", cls=PrepareConfig).chunk_markers == 102
 
 
-def test_conditions_name_settings_and_their_values():
+def test_only_with_names_existing_settings_and_values():
     for cls in (TrainConfig, PrepareConfig, SampleConfig):
         declared = flat_fields(cls)
         for name, field in declared.items():
@@ -365,8 +366,8 @@ def schema_hints(cls) -> dict:
 # ----------------------------------------------------------------------------- what a resumed run may change
 
 
-def test_what_a_resumed_run_may_change():
-    """A new setting may not change unless its declaration says otherwise."""
+def test_the_settings_that_a_resumed_run_may_change():
+    """A setting may not change on resume unless its declaration allows it."""
     rules = {
         name: field.metadata.get("on_resume", "may not change") for name, field in flat_fields(TrainConfig).items()
     }
@@ -385,8 +386,8 @@ def test_what_a_resumed_run_may_change():
     assert setting(1).metadata["on_resume"] == "may not change"
 
 
-def test_saved_settings_of_other_versions(monkeypatch):
-    """A setting that is newer has its default; one that is unknown is refused; ALIASES translates old names."""
+def test_settings_saved_by_other_versions_load_or_are_refused(monkeypatch):
+    """A missing setting gets its default, an unknown one is refused, and ALIASES translates old names."""
     saved = to_dict(dataclasses.replace(TrainConfig(), seed=5))
     del saved["grad_clip"], saved["model"]["bias"], saved["task"]
     assert train_config_from_dict(saved) == dataclasses.replace(TrainConfig(), seed=5)

@@ -1,4 +1,4 @@
-"""The control arms: equal parameters, and every one trains and writes."""
+"""Tests the control arms: their parameter counts, and that every arm trains and generates text."""
 
 import copy
 import dataclasses
@@ -21,7 +21,7 @@ from nanometa.training.checkpoint import Run, load_run
 from tests.conftest import ROOT, TINY, cli, losses, override
 from tests.reference.generate import next_logits
 
-# the arms without markers have windows of content alone
+# windows of arms without markers contain only content
 CONTROLS = {
     "random": ("--second_attention=random", "--random_fraction=0.25", "--dataset=data/n", "--block_size=28"),
     "widemlp": ("--second_attention=none", "--n_inner=192", "--dataset=data/n", "--block_size=28"),
@@ -32,9 +32,9 @@ CONTROLS = {
 }
 
 
-def test_every_second_attention_is_trained_here():
+def test_every_second_attention_has_a_run_in_controls():
     trained = {setting.split("=")[1] for args in CONTROLS.values() for setting in args if "second_attention" in setting}
-    others = {"meta", "causal"}  # tests/test_train.py trains these in detail
+    others = {"meta", "causal"}  # tests/test_train.py trains these
     assert trained | others == set(SECOND_ATTENTIONS), "add a run of the new second attention to CONTROLS"
 
 
@@ -45,8 +45,8 @@ def test_every_second_attention_is_trained_here():
         ("tiny_{}", (4160, 4096), {"meta": 3_160_512, "widemlp": 3_159_744, "pause": 2_569_920}),
     ],
 )
-def test_controls_of_equal_size_have_the_parameters_of_meta(size, vocabulary, counts):
-    """The position table not counted, which differs with the window; the widened MLP lacks ln_second alone."""
+def test_controls_have_the_expected_numbers_of_parameters(size, vocabulary, counts):
+    """The position table is not counted, because it depends on the window. The widened MLP lacks only ln_second."""
     found = {}
     for arm in ("meta", "causal2", "random", "widemlp", "pause"):
         cfg = load_config(TrainConfig, [f"{ROOT}/config/{size.format(arm)}.py", f"--vocab_size={vocabulary[0]}",
@@ -67,7 +67,7 @@ def train(workdir, name: str, *args: str):
 
 
 @pytest.mark.parametrize("name", [name for name in CONTROLS if name != "random"])
-def test_every_control_trains_and_writes(workdir, name):
+def test_every_control_trains_and_generates_text(workdir, name):
     run_dir = train(workdir, name)
     assert losses(run_dir)[-1] < losses(run_dir)[0] - 0.1
     saved = json.loads((run_dir / "config.json").read_text())["config"]["model"]
@@ -86,10 +86,10 @@ def random_dir(workdir) -> Path:
     return train(workdir, "random", "--position=rope", "--seed=5")
 
 
-def test_the_random_arm_trains_and_is_judged_with_its_draws(random_dir, workdir):
+def test_the_random_arm_is_evaluated_with_the_draws_of_its_seed(random_dir, workdir):
     assert losses(random_dir)[-1] < losses(random_dir)[0] - 0.1
     run, found = load_run(random_dir / "step_00000012"), {}
-    for block in run.model.h:  # started at zero, and without positions it would have stayed there
+    for block in run.model.h:  # the weights started at zero and would still be zero if no position had been connected
         assert block.second_attn.c_proj.weight.abs().max() > 1e-3
     for seed in (5, 6):
         data = Windows(workdir / "data/n", "val", 28, "ignore", Draw(0.25, seed, "val"))
@@ -104,12 +104,12 @@ def test_the_random_arm_trains_and_is_judged_with_its_draws(random_dir, workdir)
 @pytest.fixture(scope="module")
 def random_run(random_dir) -> Run:
     run = load_run(random_dir)
-    for block in run.model.h:  # so that a wrong draw shows
+    for block in run.model.h:  # so that a wrong draw changes the text
         torch.nn.init.normal_(block.second_attn.c_proj.weight, std=0.3)
     return run
 
 
-def test_the_random_arm_writes_with_one_draw_of_its_own(random_run, workdir):
+def test_the_random_arm_generates_with_one_fixed_draw_of_positions(random_run, workdir):
     ids = list(range(10))
     drawn = random_positions(np.array([0]), 28, 0.25, 5, "generated")[0]
     inside = torch.tensor([[position for position in drawn.tolist() if position < 10]])
@@ -119,7 +119,7 @@ def test_the_random_arm_writes_with_one_draw_of_its_own(random_run, workdir):
     assert torch.equal(ours, model(tokens, torch.arange(10)[None], inside)[0])
     idle = model(tokens, torch.arange(10)[None], torch.empty(1, 0, dtype=torch.long))[0]
     assert (ours - idle).abs().max() > 1e-2
-    # what is written later moves nothing that was there
+    # later tokens do not change the states of earlier ones
     for n in range(1, 10):
         again = hidden_states(model, text_batch(random_run, ids[:n]))[0]
         torch.testing.assert_close(again, ours[:n], rtol=1e-4, atol=1e-5)
@@ -127,7 +127,7 @@ def test_the_random_arm_writes_with_one_draw_of_its_own(random_run, workdir):
     assert result.returncode == 0 and result.stdout.startswith(b"the cat"), result.stderr.decode()
 
 
-def test_the_random_arm_scores_what_it_would_write(random_run):
+def test_the_random_arm_scores_text_with_the_draw_it_generates_with(random_run):
     plan = MarkerPlan.of_run(random_run)
     ids, nats = score(random_run, "the cat sat on a mat", plan)
     prefix = lay_out(random_run, np.array([], dtype=int), plan)

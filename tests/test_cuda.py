@@ -1,4 +1,4 @@
-"""What only a GPU can show: run by pytest -m cuda where there is one, skipped elsewhere."""
+"""Tests that need a GPU: pytest -m cuda runs them where there is one; they are skipped elsewhere."""
 
 import dataclasses
 import os
@@ -34,7 +34,7 @@ def batch(device: str) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 300, (3, 128), generator=generator)
     index = torch.stack([torch.randperm(128, generator=generator)[:13].sort().values for _ in range(3)])
-    index[2, 9:] = 128  # pads
+    index[2, 9:] = 128  # padding
     tokens.scatter_(1, index.clamp(max=127), 301)
     targets = torch.where(tokens.roll(-1, 1) >= 300, -100, tokens.roll(-1, 1))
     positions = torch.arange(128).expand(3, 128)
@@ -58,7 +58,7 @@ def loss_and_gradients(device: str, dtype: torch.dtype, compiled: bool = False, 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize("second", LAYERED)
-def test_the_gpu_computes_what_the_cpu_does(second, position):
+def test_the_gpu_gives_the_loss_and_gradients_of_the_cpu(second, position):
     changes = {"second_attention": second, "position": position}
     nats, grads = loss_and_gradients("cpu", torch.float32, **changes)
     gpu_nats, gpu_grads = loss_and_gradients(DEVICE, torch.float32, **changes)
@@ -72,7 +72,7 @@ def test_the_gpu_computes_what_the_cpu_does(second, position):
 
 
 @pytest.mark.skipif(why_not_compile(torch.device(DEVICE)) is not None, reason="triton is missing")
-def test_compiled_equals_eager():
+def test_the_compiled_model_gives_the_loss_and_gradients_of_the_eager_one():
     nats, grads = loss_and_gradients(DEVICE, torch.float32)
     compiled_nats, compiled_grads = loss_and_gradients(DEVICE, torch.float32, compiled=True)
     assert compiled_nats == pytest.approx(nats, rel=1e-4)
@@ -87,7 +87,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("second", LAYERED)
-def test_decoding_gives_the_ids_of_the_cpu(second):
+def test_greedy_decoding_on_the_gpu_gives_the_ids_of_the_cpu(second):
     run, plan = random_run(second_attention=second, position="rope"), PLANS["uniform"]
     prompt = laid_out(5, plan)
     expected = list(generate(run, prompt, plan, 60, temperature=0))
@@ -110,7 +110,7 @@ def train(workdir, name, *args, **how):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_training_in_bf16_with_compile_and_resume(workdir, optimizer):
+def test_a_resumed_run_in_bf16_with_compile_has_the_losses_of_an_uninterrupted_one(workdir, optimizer):
     assert pick_dtype("auto", torch.device(DEVICE))[0] in (torch.bfloat16, torch.float32)
     args = ("--dtype=auto", "--compile=True", f"--optimizer={optimizer}", "--lr_decay_steps=20")
     straight = train(workdir, f"gpu_{optimizer}", *args)
@@ -165,7 +165,7 @@ def test_every_arm_trains_under_torchrun_and_writes_text(workdir, second):
     assert text.startswith("the cat")
 
 
-def test_a_longer_window_tasks_an_evaluation_and_a_probe(workdir):
+def test_a_longer_window_a_task_evaluations_and_a_probe_run_on_the_gpu(workdir):
     base = train(workdir, "gpu_base", "--position=rope", "--block_size=96")
     longer = train(
         workdir, "gpu_longer", f"--init_from={base}", "--rope_scaling=yarn", "--rope_factor=4", "--block_size=384",
@@ -185,7 +185,7 @@ def test_a_longer_window_tasks_an_evaluation_and_a_probe(workdir):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU alone")
-def test_two_gpus_equal_one(workdir):
+def test_two_gpus_give_the_losses_of_one(workdir):
     launcher = (*TORCHRUN, "--nproc_per_node=2")
     one = train(workdir, "gpu_one", "--micro_batch_size=4")
     two = train(workdir, "gpu_two", "--micro_batch_size=4", launcher=launcher)

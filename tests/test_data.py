@@ -21,7 +21,7 @@ from tests.reference.targets import stream_targets
 
 
 def windows_of(stream, T, meta, rule, lookahead):
-    """Targets of a stream cut into windows, each with its lookahead: what the loader does."""
+    """Returns the targets of a stream that is cut into windows, each with its lookahead, as in the loader."""
     stream, out = np.array(stream), []
     for start in range(0, len(stream) // T * T, T):
         before = int((stream[:start] != meta).sum())
@@ -32,7 +32,7 @@ def windows_of(stream, T, meta, rule, lookahead):
 
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.integers(1, 6), st.integers(0, 5), st.integers(1, 6), st.sampled_from(["ignore", "skip"]))
-def test_targets_equal_the_reference_over_window_borders_and_runs_of_markers(data, C, M, n_chunks, rule):
+def test_targets_equal_the_reference_across_window_borders_and_adjacent_markers(data, C, M, n_chunks, rule):
     meta, stream, token = 0, [], 1
     for _ in range(n_chunks):
         chunk = data.draw(st.permutations([meta] * M + list(range(token, token + C))))
@@ -43,7 +43,7 @@ def test_targets_equal_the_reference_over_window_borders_and_runs_of_markers(dat
         stream += chunk
     targets = windows_of(stream, C + M, meta, rule, lookahead=1 + M)
     assert targets == stream_targets(stream, meta, rule)
-    # every content token is scored exactly once, but for the first of the stream
+    # every content token is scored exactly once, except the first of the stream
     assert sorted(t for t in targets if t != IGNORE) == list(range(2, token))
 
 
@@ -57,12 +57,12 @@ def test_every_epoch_sees_every_window_once(n_windows, batch_size, seed):
     order = np.concatenate([window_order(step, batch_size, n_windows, seed) for step in range(steps)])
     for epoch in range(3):
         assert sorted(order[epoch * n_windows : (epoch + 1) * n_windows].tolist()) == list(range(n_windows))
-    # the same samples in steps of another size
+    # steps of another size read the same samples
     again = np.concatenate([window_order(step, 1, n_windows, seed) for step in range(3 * n_windows)])
     assert (again == order[: 3 * n_windows]).all()
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_every_epoch_and_seed_has_its_own_order():
     orders = [window_order(step, 100, 100, seed).tolist() for step in (0, 1) for seed in (1, 2)]
     assert len(set(map(tuple, orders))) == 4
 
@@ -72,7 +72,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), st.floats(0.001, 1), st.integers(0, 10**9), st.integers(0, 2**32))
-def test_a_draw_is_of_r_positions_and_of_its_window_alone(T, fraction, first, seed):
+def test_a_draw_has_r_positions_and_depends_only_on_its_window(T, fraction, first, seed):
     R = max(1, round(fraction * T))
     windows = np.array([first, first + 7, first, 10**12])
     drawn = random_positions(windows, T, fraction, seed, "train")
@@ -81,7 +81,7 @@ def test_a_draw_is_of_r_positions_and_of_its_window_alone(T, fraction, first, se
     assert (drawn == alone).all() and (drawn[0] == drawn[2]).all()
 
 
-def test_windows_splits_and_seeds_have_draws_of_their_own():
+def test_every_window_split_and_seed_has_its_own_draw():
     draws = [
         tuple(random_positions(np.array([window]), 100, 0.2, seed, split)[0])
         for window in range(20)
@@ -100,12 +100,12 @@ def test_each_position_is_drawn_equally_often(T, fraction, R):
     counts, expected = np.bincount(drawn.flatten(), minlength=T), 20_000 * R / T
     statistic = (((counts - expected) ** 2) / expected).sum() / ((T - R) / (T - 1))
     assert abs(statistic - (T - 1)) < 5 * np.sqrt(2 * (T - 1))
-    # and neighbours of the order are drawn apart from each other: both hold the same place in R of T cases
+    # Neighboring windows are drawn independently of each other: a position is in both draws in R of T cases.
     both = sum(np.isin(drawn[i], drawn[i + 1]).sum() for i in range(5000)) / (5000 * R)
     assert abs(both - R / T) < 5 * np.sqrt(R / T / (5000 * R))
 
 
-def test_a_window_brings_its_draw_into_every_batch(workdir):
+def test_a_window_has_the_same_draw_in_every_batch(workdir):
     data = Windows(workdir / "data" / "n", "train", 28, "ignore", Draw(0.25, 5, "train"))
     plain = Windows(workdir / "data" / "n", "train", 28, "ignore")
     batch = data.batch(np.array([9, 4, 30]))
@@ -113,7 +113,7 @@ def test_a_window_brings_its_draw_into_every_batch(workdir):
     assert batch.meta_index.tolist() == random_positions(np.array([9, 4, 30]), 28, 0.25, 5, "train").tolist()
     for i, window in enumerate((9, 4, 30)):
         assert data.batch(np.array([window])).meta_index[0].tolist() == batch.meta_index[i].tolist()
-    # nothing else of the batch differs from that of an arm without
+    # the rest of the batch equals that of an arm without random positions
     for ours, theirs in zip(batch[:3], plain.batch(np.array([9, 4, 30]))[:3], strict=True):
         assert (ours == theirs).all()
 
@@ -145,7 +145,7 @@ def test_window_i_of_every_arm_has_the_same_content(workdir):
 @pytest.mark.parametrize("rule", ["ignore", "skip"])
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_every_arm_scores_the_same_tokens(workdir, rule, chunks):
-    """The whole validation split: equal multisets of targets, each content token once, but for the first."""
+    """Over the whole validation split, all arms score each content token except the first exactly once."""
     scored = {}
     for name, T in (("u", 32), ("p", 32), ("n", 28)):
         data = Windows(workdir / "data" / name, "val", T * chunks, rule)
@@ -155,14 +155,14 @@ def test_every_arm_scores_the_same_tokens(workdir, rule, chunks):
         content = strip(data.stream.read(0, n * data.T), data.tokenizer.meta)
         following = data.stream.read(n * data.T, n * data.T + data.lookahead)
         extra = [t for t in following.tolist() if t != data.tokenizer.meta][:1]
-        # the last window's last target may lie in chunks that fill no window
+        # the target of the last window's last token may lie in chunks that fill no window
         assert scored[name] in (sorted(content[1:].tolist()), sorted(content[1:].tolist() + extra))
     if chunks == 1:
         assert scored["u"] == scored["p"] == scored["n"]
 
 
 def test_decoded_validation_text_is_the_source(workdir):
-    """Shards decode to the documents, in order: nothing is lost on the way but the end that fills no chunk."""
+    """Shards decode to the documents, in order. Only the end that fills no chunk is missing."""
     data = Windows(workdir / "data" / "u", "train", 32, "ignore")
     content = strip(data.stream.read(0, len(data.stream)), data.tokenizer.meta)
     documents = data.tokenizer.decode(content).split("<|endoftext|>")
@@ -170,12 +170,12 @@ def test_decoded_validation_text_is_the_source(workdir):
     assert len(documents) > 40
     remaining = iter(files)
     for document in documents[:-1]:
-        assert document in remaining  # a sub-sequence of the files, in their order
+        assert document in remaining  # the documents are a subsequence of the files, in the same order
     for name in "upn":
         assert manifest(workdir / "data" / name)["splits"]["train"]["documents"] >= len(documents) - 1
 
 
-def test_streams_read_across_shards(tmp_path):
+def test_a_stream_reads_across_shards(tmp_path):
     ids = np.arange(1000) % 300
     writer = ShardWriter(tmp_path, "train", n_vocab=320, shard_tokens=96)
     for part in np.array_split(ids, 7):
@@ -189,7 +189,7 @@ def test_streams_read_across_shards(tmp_path):
 
 
 @pytest.mark.parametrize("n_vocab, size", [(65_536, 2), (65_537, 4)])
-def test_ids_that_do_not_fit_are_refused_not_wrapped(tmp_path, n_vocab, size):
+def test_ids_beyond_the_dtype_are_refused_not_wrapped(tmp_path, n_vocab, size):
     writer = ShardWriter(tmp_path, "train", n_vocab, 100)
     with pytest.raises(ValueError, match="do not fit"):
         writer.write(np.array([1, n_vocab]))
@@ -242,7 +242,7 @@ def test_damaged_manifests_are_refused(copy, text):
 
 
 @pytest.mark.parametrize("older", [True, False])
-def test_a_manifest_of_this_format_or_without_one_is_read(copy, older):
+def test_a_manifest_with_this_format_or_without_a_format_is_read(copy, older):
     facts = manifest(copy)
     assert facts["format"] == 1
     if older:
@@ -263,7 +263,7 @@ def test_a_manifest_of_a_newer_format_is_not_called_damaged(copy):
             Windows(copy, "train", 32, "ignore")
 
 
-def test_another_tokenizer_in_the_folder_is_noticed(copy):
+def test_a_replaced_tokenizer_in_a_dataset_is_refused(copy):
     for name, content in Tokenizer.train(["some other text " * 50], 270).files().items():
         (copy / name).write_bytes(content)
     with pytest.raises(UserError, match="not the one of its manifest"):
@@ -277,7 +277,7 @@ def test_a_damaged_tokenizer_is_refused(copy):
         Windows(copy, "train", 32, "ignore")
 
 
-def test_windows_are_whole_chunks(workdir):
+def test_a_window_that_is_no_whole_number_of_chunks_is_refused(workdir):
     with pytest.raises(UserError, match=r"block_size=40 .*--block_size=32 or 64"):
         Windows(workdir / "data" / "u", "train", 40, "ignore")
     with pytest.raises(UserError, match="fewer than one window"):
@@ -297,9 +297,9 @@ def gpt2():
     return Tokenizer.gpt2()
 
 
-def test_gpt2_ids(gpt2):
+def test_gpt2_tokenizer_gives_the_ids_of_openais_encoder(gpt2):
     assert (gpt2.eot, gpt2.meta, gpt2.n_content, gpt2.n_vocab) == (50256, 50257, 50257, 50304)
-    # known answers of OpenAI's encoder
+    # outputs of OpenAI's encoder
     assert gpt2.encode("Hello world").tolist() == [15496, 995]
     assert gpt2.encode("It's  two  spaces\n\n").tolist() == [1026, 338, 220, 734, 220, 9029, 628]
     assert gpt2.token_bytes[15496] == 5 and gpt2.token_bytes[50256:].sum() == 0
@@ -307,7 +307,7 @@ def test_gpt2_ids(gpt2):
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=60))
-def test_round_trip_and_bytes(bpe, gpt2, text):
+def test_encoding_is_lossless_and_counts_bytes(bpe, gpt2, text):
     for tokenizer in (bpe, gpt2):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
@@ -315,7 +315,7 @@ def test_round_trip_and_bytes(bpe, gpt2, text):
         assert b"".join(tokenizer.decode_bytes(i) for i in ids) == text.encode()
 
 
-def test_corpora_cannot_contain_specials(bpe, gpt2):
+def test_text_of_a_corpus_never_becomes_a_marker(bpe, gpt2):
     text = "a <|meta|> b <|endoftext|>"
     for tokenizer in (bpe, gpt2):
         assert max(tokenizer.encode(text)) < tokenizer.eot
@@ -334,7 +334,7 @@ def test_prompts_place_markers_at_token_borders(bpe, gpt2):
         gpt2.encode_prompt(f"the {META}cat")
 
 
-def test_a_tokenizer_survives_saving(bpe, gpt2, tmp_path):
+def test_a_saved_tokenizer_loads_unchanged(bpe, gpt2, tmp_path):
     for tokenizer in (bpe, gpt2):
         for name, content in tokenizer.files().items():
             (tmp_path / name).write_bytes(content)

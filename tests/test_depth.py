@@ -59,7 +59,7 @@ def test_a_curve_averages_draws_and_pieces_and_uses_the_last_of_repeated_lines(t
     lines = [line(nats=(9, 9, 9, 9, 9)), line(draw=1, nats=(3.0, 2.0, 2.0, 3.0, 3.0)), stream(), line()]
     (level,) = drawn(tmp_path, lines).axes  # a single curve, so there is no panel of differences
     (curve,) = curves_of(level)
-    means = np.array([2.0, 2.0, 3.0, 3.0, 4.0])  # of the documents, over draws
+    means = np.array([2.0, 2.0, 3.0, 3.0, 4.0])  # of the documents, averaged over draws
     assert curve.get_xdata().tolist() == [32, 96]
     assert curve.get_ydata() == pytest.approx((np.array([1, 2]) * (means @ PIECES) / 10).tolist())
     (band,) = level.collections

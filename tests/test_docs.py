@@ -1,4 +1,4 @@
-"""The site builds from docs/ without a warning."""
+"""Tests that the documentation site builds from docs/ without a warning."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""eval.py perplexity --documents: pieces of single documents, and the loss by depth in them."""
+"""Tests eval.py perplexity --documents: pieces of single documents, and the loss by depth in them."""
 
 import json
 import math
@@ -25,15 +25,15 @@ EOT = 0
 
 
 @settings(max_examples=300, deadline=None)
-@example([1, 2, 3], 2)  # the end of the split may be within a document
+@example([1, 2, 3], 2)  # the split may end within a document
 @example([EOT, EOT, 5, EOT], 1)
 @given(st.lists(st.integers(0, 4)), st.integers(1, 7))
-def test_documents_are_cut_from_their_start_and_none_is_missed(content, size):
+def test_every_document_is_cut_from_its_start(content, size):
     content = np.array(content, dtype=np.uint16)
     before = content.copy()
     found, owners, longest = pieces(content, EOT, size)
     assert found.shape == (len(owners), size) and found.dtype == content.dtype and (content == before).all()
-    # all documents, each with the <|endoftext|> before it: split as text, in another way
+    # all documents, each with the <|endoftext|> before it, split by another method
     documents = [[EOT, *map(ord, text)] for text in "".join(map(chr, content)).split(chr(EOT))]
     assert longest == max(map(len, documents))
     for number, document in enumerate(documents):
@@ -44,7 +44,7 @@ def test_documents_are_cut_from_their_start_and_none_is_missed(content, size):
 
 
 def cut(run, folder: Path, longest: int, markers: str):
-    """The pieces of a split as main() has them, in one draw of a condition -> texts, their documents."""
+    """Returns the pieces of a split in one draw of a condition, as main() cuts them, and the document of each piece."""
     content, owners = long_pieces(run, strip(read_split(run, folder, None), run.tokenizer.meta), longest, folder)
     (_, tokens), *_ = streams(run, None, content, markers, 3)
     width = window(run.state["data"], markers, longest, 1)[0]
@@ -56,14 +56,15 @@ def cut(run, folder: Path, longest: int, markers: str):
     ("markers", "length", "stride", "bucket"),
     [("trained", 96, 96, 1), ("none", 84, 84, 7), ("trained", 32, 16, 7), ("none", 28, 14, 1)],
 )
-def test_it_is_the_loss_of_every_token_by_itself(workdir, rule, markers, length, stride, bucket):
-    """Windows of the longest length, three times that of training, and shorter ones that slide over the same pieces."""
+def test_the_loss_equals_scoring_every_token_separately(workdir, rule, markers, length, stride, bucket):
+    """Tests windows that are as long as a piece, and shorter windows that slide over the same pieces."""
     run = double(run_on(workdir / "data/u", rule=rule, position="rope"))
     texts, owners = cut(run, workdir / "data/u", 96, markers)
-    picked = [1, *np.unique(owners, return_index=True)[1][:3]]  # two pieces of the first document, one of two others
+    # two pieces of the first document, and one piece each of two others
+    picked = [1, *np.unique(owners, return_index=True)[1][:3]]
     texts, owners = [texts[i] for i in picked], owners[picked]
     assert owners.tolist() == [0, 0, 1, 2]
-    slow = {}  # depth, document -> nats
+    slow = {}  # depth -> document -> list of nats
     for owner, text in zip(owners.tolist(), texts, strict=True):
         for source, _, nats in reference.token_nats(run, text.tolist(), length, stride):
             depth = sum(token != run.tokenizer.meta for token in text[: source + 1]) - 1
@@ -81,7 +82,7 @@ def test_it_is_the_loss_of_every_token_by_itself(workdir, rule, markers, length,
     assert found["loss"] == pytest.approx(sum(row[1] * row[2] for row in rows) / (4 * 83))
 
 
-def test_pieces_have_their_own_draws_and_the_number_of_markers_of_training(workdir):
+def test_every_piece_has_its_own_draw_of_markers_at_the_trained_density(workdir):
     run = run_on(workdir / "data/u", position="rope")
     texts, _ = cut(run, workdir / "data/u", 64, "trained")
     plain, _ = cut(run, workdir / "data/u", 64, "none")
@@ -149,14 +150,14 @@ def test_all_lengths_conditions_scalings_and_arms_score_the_same_text(runs, caps
         ("plain", {"lengths": (2000,)}, "prepare other text with --min_document_tokens=2000"),
     ],
 )
-def test_bad_input_gets_one_sentence(runs, tmp_path, run, given, sentence):
+def test_bad_input_is_refused_in_one_sentence(runs, tmp_path, run, given, sentence):
     with pytest.raises(UserError) as error:
         cfg = PerplexityEval(run=str(runs[run]), output=str(tmp_path / "lines"), documents=True, **given)
         perplexity.main(cfg)
     assert sentence in str(error.value) and not (tmp_path / "lines").exists()
 
 
-def test_the_longest_document_is_named_and_is_long_enough_by_itself(workdir, runs, tmp_path):
+def test_the_refusal_names_the_longest_document_whose_length_is_accepted(workdir, runs, tmp_path):
     folder = workdir / "data/n"
     run = run_on(folder, second_attention="none", position="rope")
     content = read_split(run, folder, None)

@@ -1,4 +1,4 @@
-"""The dry run's figures against what PyTorch really multiplies, saves and allocates, and its report and refusals."""
+"""Compares the figures of --dry_run with the operations, saved tensors and memory of PyTorch, and tests its report."""
 
 import dataclasses
 import gc
@@ -33,13 +33,14 @@ GPT2 = GPTConfig(vocab_size=50304, content_vocab_size=50257)
 
 
 def arm(cfg: GPTConfig, second: str, **changes) -> tuple[GPTConfig, int]:
-    """The shape in an arm, and the meta-tokens of its window (a tenth of it, or none)."""
+    """Returns the shape with this second attention, and the number of meta-tokens in its window (a tenth of it, or
+    none)."""
     M = cfg.block_size // 10 if SECOND_ATTENTIONS[second].markers == "needed" else 0
     return dataclasses.replace(cfg, second_attention=second, block_size=cfg.block_size - (not M) * 51, **changes), M
 
 
 def random_batch(cfg: GPTConfig, B: int, M: int) -> tuple[torch.Tensor, ...]:
-    """tokens, targets, positions (B, T), meta_index (B, M) and scored_index (B, S), as in a Batch."""
+    """Returns tokens, targets, positions (B, T), meta_index (B, M) and scored_index (B, S), as in a Batch."""
     T, meta = cfg.block_size, cfg.content_vocab_size
     tokens = torch.randint(0, meta, (B, T))
     rows = estimate.second_rows(cfg, M) if cfg.second.connects == "random" else M
@@ -51,11 +52,12 @@ def random_batch(cfg: GPTConfig, B: int, M: int) -> tuple[torch.Tensor, ...]:
     return tokens, targets, torch.arange(T).expand(B, T).contiguous(), index, scored
 
 
-# ----------------------------------------------------------------------------- how it is measured
+# ----------------------------------------------------------------------------- measurements
 
 
 def counted_flops(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype) -> int:
-    """Forward and backward; the counter knows the products of the plain attention kernel, not the CPU's fused one."""
+    """Counts the FLOPs of a forward and backward pass, with the plain attention kernel, because PyTorch does not count
+    those of the CPU's fused kernel."""
     objective = Objective(GPT(cfg))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         with autocast(CPU, dtype):
@@ -65,9 +67,11 @@ def counted_flops(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype) -> int:
 
 
 def saved_bytes(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of what autograd saves in a forward, but parameters and batch: (activations, casts of weights).
+    """Returns the bytes that autograd saves in a forward pass: (activations, casts of weights).
 
-    Each storage is counted once, and kept, lest its address be given to another."""
+    Parameters and the batch are not counted. Each storage is counted once, and is kept until the end so that no other
+    tensor can get its address.
+    """
     model = GPT(cfg)
     batch = random_batch(cfg, B, M)
     shapes = {p.shape for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2}
@@ -89,10 +93,11 @@ def saved_bytes(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype) -> tuple[int
 
 
 def allocated_peak(prepare, tmp_path) -> int:
-    """The most that torch's CPU allocator holds during prepare()(), of what was allocated since the profiler's start.
+    """Returns the most that torch's CPU allocator holds during prepare()(), counted from the start of the profiler.
 
-    Every allocation writes the total into the trace. It is the process's: what an earlier profile saw allocated and
-    did not see freed is still in it, and is taken off."""
+    Every allocation writes the total of the process into the trace. That total still contains memory that an earlier
+    profile saw allocated but not freed, so the total at the start is subtracted.
+    """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         measured = prepare()
@@ -108,7 +113,7 @@ def allocated_peak(prepare, tmp_path) -> int:
 
 
 def step_peak(cfg: TrainConfig, M: int, dtype: torch.dtype, accumulation: int, tmp_path) -> int:
-    """The peak of the second update, when the optimizer has its state, as Trainer.train_step makes it."""
+    """Returns the peak memory of the second update, in which the optimizer has its state, computed as in train_step."""
 
     def prepare():
         model = GPT(cfg.model)
@@ -131,8 +136,8 @@ def step_peak(cfg: TrainConfig, M: int, dtype: torch.dtype, accumulation: int, t
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_the_allocator_is_read_rightly(again, tmp_path):
-    """80 MB held, 40 of it freed, and then on top 20 and 8, one after the other; also in a second profile."""
+def test_the_allocators_peak_is_measured_correctly(again, tmp_path):
+    """80 MB are held and 40 MB of them freed; then 20 and 8 MB are allocated in turn. A second profile must agree."""
 
     def prepare():
         held = [torch.empty(10_000_000), torch.empty(10_000_000)]
@@ -154,12 +159,12 @@ def compare(what: str, predicted: int, measured: int, unit: float, within: float
     assert predicted == pytest.approx(measured, rel=within), what
 
 
-# ----------------------------------------------------------------------------- small: the normal suite
+# ----------------------------------------------------------------------------- small models
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("second", "n_inner"), [*((name, None) for name in SECOND_ATTENTIONS), ("none", 6 * 192)])
-def test_flops_are_those_that_are_counted(second, n_inner, dtype):
+def test_flops_equal_those_that_pytorch_counts(second, n_inner, dtype):
     cfg, M = arm(TINY, second, n_inner=n_inner)
     assert 2 * estimate.flops_per_window(cfg, M) == counted_flops(cfg, 2, M, DTYPES[dtype])
 
@@ -167,7 +172,8 @@ def test_flops_are_those_that_are_counted(second, n_inner, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("dropout", "T"), [(0.0, 512), (0.1, 512), (0.0, 2600)])
 def test_the_mask_of_a_window_is_estimated_exactly(dropout, T, dtype):
-    """Diagonal saves what meta saves and its mask, which is too small for the tolerance of all activations."""
+    """Diagonal saves what meta saves and also a mask, which is too small for the tolerance of the test of all
+    activations."""
     shape = dataclasses.replace(TINY, n_layer=2, block_size=T, dropout=dropout)
     cfgs = [arm(shape, second) for second in ("diagonal", "meta")]
     (ours, _), (theirs, _) = (saved_bytes(cfg, 2, M, DTYPES[dtype]) for cfg, M in cfgs)
@@ -179,14 +185,14 @@ def test_the_mask_of_a_window_is_estimated_exactly(dropout, T, dtype):
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize(
     ("second", "dropout", "T"),
-    # the last two: above the 256 rows up to which the CPU's bfloat16 attention runs in fp32, meta-attention, too
+    # the last two have more than 256 rows, the most with which bfloat16 attention runs in fp32 on a CPU
     [
         *((second, p, 512) for second in SECOND_ATTENTIONS for p in (0.0, 0.1)),
         ("meta", 0.0, 2600),
         ("diagonal", 0.0, 2600),
     ],
 )
-def test_activations_are_those_that_autograd_saves(second, dropout, T, position, dtype):
+def test_activations_equal_those_that_autograd_saves(second, dropout, T, position, dtype):
     shape = dataclasses.replace(TINY, n_layer=2, block_size=T, position=position, dropout=dropout)
     cfg, M = arm(shape, second)
     measured, casts = saved_bytes(cfg, 2, M, DTYPES[dtype])
@@ -195,7 +201,8 @@ def test_activations_are_those_that_autograd_saves(second, dropout, T, position,
     assert parts.get("casts of weights", 0) == casts
 
 
-WIDE = dataclasses.replace(TINY, n_layer=8, n_head=4, n_embd=256, block_size=20)  # the peak is the backward's end
+# a shape whose peak is at the end of the backward pass
+WIDE = dataclasses.replace(TINY, n_layer=8, n_head=4, n_embd=256, block_size=20)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +220,9 @@ WIDE = dataclasses.replace(TINY, n_layer=8, n_head=4, n_embd=256, block_size=20)
         (WIDE, "meta", "learned", "bf16", 1, 2, "adamw"),
     ],
 )
-def test_peak_memory_of_a_tiny_step(shape, second, position, dtype, micro, accumulation, optimizer, tmp_path):
+def test_peak_memory_of_a_tiny_step_is_estimated_within_2_percent(
+    shape, second, position, dtype, micro, accumulation, optimizer, tmp_path
+):
     model, M = arm(shape, second, position=position)
     cfg = TrainConfig(model=model, micro_batch_size=micro, optimizer=optimizer, n_accelerators=1)
     predicted = max(estimate.memory(cfg, M, DTYPES[dtype], "cpu", accumulation)["phases"].values())
@@ -223,8 +232,9 @@ def test_peak_memory_of_a_tiny_step(shape, second, position, dtype, micro, accum
 
 
 @pytest.mark.parametrize(("T", "dtype"), [(512, "fp32"), (4096, "fp32"), (4096, "bf16")])
-def test_peak_memory_with_activation_checkpointing(T, dtype, tmp_path):
-    """Of a short window the peak is the forward's end, of a long one the backward of the last block."""
+def test_peak_memory_with_activation_checkpointing_is_within_6_percent(T, dtype, tmp_path):
+    """In a short window the peak is at the end of the forward pass, in a long one in the backward pass of the last
+    block."""
     model, M = arm(dataclasses.replace(TINY, n_layer=3, block_size=T), "meta")
     cfg = TrainConfig(model=model, micro_batch_size=2, n_accelerators=1, activation_checkpointing=True)
     predicted = max(estimate.memory(cfg, M, DTYPES[dtype], "cpu", 1)["phases"].values())
@@ -233,7 +243,7 @@ def test_peak_memory_with_activation_checkpointing(T, dtype, tmp_path):
     assert max(estimate.memory(kept, M, DTYPES[dtype], "cpu", 1)["phases"].values()) > 1.1 * predicted
 
 
-# ----------------------------------------------------------------------------- names, recipes, the report
+# ----------------------------------------------------------------------------- names, recipes and the report
 
 
 @pytest.mark.parametrize(
@@ -252,7 +262,7 @@ def test_peak_memory_with_activation_checkpointing(T, dtype, tmp_path):
         ("NVIDIA RTX A6000", 154.8e12),
         ("NVIDIA L4", 121e12),
         ("h100", 989e12),
-        # others, of which the table says nothing
+        # devices that the table does not list
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA GeForce RTX 3090 Ti", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
@@ -264,11 +274,11 @@ def test_peak_memory_with_activation_checkpointing(T, dtype, tmp_path):
         ("", None),
     ],
 )
-def test_peaks_by_device_name(name, peak):
+def test_a_devices_name_gives_its_peak_flops(name, peak):
     assert estimate.peak_flops(name) == peak
 
 
-def test_parameters_are_counted_on_the_model():
+def test_parameters_by_part_add_up_to_the_model():
     counts = estimate.parameters(estimate.skeleton(GPT2))
     assert sum(counts.values()) == GPT(GPT2).num_params()
     assert counts == {
@@ -281,7 +291,7 @@ def test_parameters_are_counted_on_the_model():
     }
 
 
-def test_recipes_have_the_sizes_of_what_they_make():
+def test_a_recipe_gives_the_sizes_of_its_dataset():
     tokenizer = Tokenizer.gpt2()
     assert estimate.data_of("data/c4_periodic")[:4] == (922, 102, tokenizer.n_vocab, tokenizer.n_content)
     assert estimate.data_of("data/c4_none")[:4] == (922, 0, 50304, 50257)
@@ -303,13 +313,13 @@ def test_recipes_have_the_sizes_of_what_they_make():
         assert estimate.recipe_of(f"data/{name}") is None
 
 
-def test_a_prepared_dataset_speaks_for_itself(workdir):
+def test_a_prepared_dataset_gives_its_own_sizes(workdir):
     found = estimate.data_of(str(workdir / "data/u"))
     assert found[:4] == (28, 4, 320, 300) and "as prepared" in found.origin
     assert estimate.data_of(str(workdir / "data/n")).chunk_markers == 0
 
 
-def test_dry_run_needs_nothing_and_leaves_nothing(tmp_path):
+def test_dry_run_needs_no_data_and_writes_nothing(tmp_path):
     result = cli(
         "train.py", str(ROOT / "config/meta_gpt2.py"), "--dry_run", "--n_accelerators=4", "--mfu=0.5", cwd=tmp_path
     )
@@ -326,7 +336,7 @@ def test_dry_run_needs_nothing_and_leaves_nothing(tmp_path):
     assert not tree(tmp_path)
 
 
-def test_dry_run_of_a_prepared_dataset(workdir):
+def test_dry_run_reads_a_prepared_dataset_and_names_unknown_peaks(workdir):
     args = ("--dataset=data/n", "--block_size=56", "--second_attention=none", "--n_accelerators=1", "--dry_run")
     before = tree(workdir)
     out = cli(
@@ -361,18 +371,20 @@ def test_dry_run_of_a_prepared_dataset(workdir):
         (("--n_accelerators=3",), "cannot be split over 3 processes"),
         (
             ("--dataset=data/tiny_meta_uniform",),
-            "neither a dataset in data/tiny_meta_uniform nor a recipe for it",  # config/tiny_meta.py trains
+            # the default dataset of config/tiny_meta.py would be stdlib_uniform
+            "neither a dataset in data/tiny_meta_uniform nor a recipe for it",
         ),
     ],
 )
-def test_refusals(args, sentence, tmp_path, capsys):
+def test_bad_settings_are_refused(args, sentence, tmp_path, capsys):
     with pytest.raises(UserError, match=sentence) as caught:
         train.main([str(ROOT / "config/tiny_meta.py"), *args, "--dry_run"])
     assert "\n" not in str(caught.value) and not capsys.readouterr().out
 
 
-def test_mfu_is_recorded_where_the_peak_is_known(workdir, monkeypatch):
-    """Also that it is the model's FLOPs over the peak of all processes; a CPU has no peak, nor has fp32."""
+def test_mfu_is_recorded_if_the_peak_is_known(workdir, monkeypatch):
+    """MFU is the model's FLOPs over the peak of all processes. It is not recorded for CPUs and fp32, which have no
+    known peak."""
     monkeypatch.chdir(workdir)
     monkeypatch.setattr(train, "peak_flops", lambda name: 1e12)
     for dtype in ("bfloat16", "float32"):
@@ -390,13 +402,13 @@ def test_mfu_is_recorded_where_the_peak_is_known(workdir, monkeypatch):
             assert "mfu" not in line
 
 
-# ----------------------------------------------------------------------------- GPT-2 124M: make test-slow
+# ----------------------------------------------------------------------------- GPT-2 124M (make test-slow)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("second", "micro"), [("meta", 1), ("none", 2)])
-def test_gpt2_takes_what_was_predicted(second, micro, dtype, tmp_path):
+def test_flops_and_peak_memory_of_gpt2_are_as_estimated(second, micro, dtype, tmp_path):
     model, M = (
         (GPT2, 102) if second == "meta" else (dataclasses.replace(GPT2, block_size=922, second_attention="none"), 0)
     )

@@ -1,4 +1,4 @@
-"""Runs that go on in a longer window, and runs that are read in one."""
+"""Tests runs that continue in a longer window, and runs that are only read in one."""
 
 import dataclasses
 import json
@@ -18,10 +18,10 @@ from nanometa.train import main as train_main
 from nanometa.training.checkpoint import load_run
 from nanometa.training.context_extension import interpolated, rescaled
 from tests.conftest import TINY, cli, losses, override, refusal
-from tests.test_train import equal, final
+from tests.training_runs import equal, final
 
 TEXT = (*TINY, "--dataset=data/u", "--block_size=32", "--max_steps=8")
-# what says nothing of the model: that is taken over
+# the settings that are not of the model; those of the model come from the base run
 MODEL = ("--n_layer", "--n_head", "--n_embd", "--block_size", "--position", "--second_attention")
 LONGER = [arg for arg in TEXT if not arg.startswith(MODEL)]
 
@@ -42,8 +42,8 @@ def four(workdir, rope):
     return train(workdir, "four", "--init_from=out/rope", "--rope_scaling=yarn", "--rope_factor=4", base=LONGER)
 
 
-def test_a_run_goes_on_in_a_longer_window(workdir, rope, four):
-    """Its model, weights and target rule need not be given again; windows are four chunks."""
+def test_a_run_continues_in_a_longer_window(workdir, rope, four):
+    """The model's settings, weights and target rule come from the base run. The new window is four chunks long."""
     was, now = load_run(rope).config, load_run(four).config
     assert (now.model.block_size, now.model.original_block_size) == (4 * was.model.block_size, was.model.block_size)
     assert (now.model.rope_scaling, now.model.position, now.target_rule) == ("yarn", "rope", "skip")
@@ -59,15 +59,15 @@ def test_a_run_goes_on_in_a_longer_window(workdir, rope, four):
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=1e-12)
 
 
-def test_stopped_and_resumed_is_as_if_never_stopped(workdir, four):
+def test_a_resumed_extension_equals_an_uninterrupted_one(workdir, four):
     args = ("--rope_scaling=yarn", "--rope_factor=4", "--lr_decay_steps=8")
     train(workdir, "halves", "--init_from=out/rope", *args, "--max_steps=5", base=LONGER)
     halves = train(workdir, "halves", "--init_from=resume", *args, base=LONGER)
     assert equal(final(halves), final(four)) and losses(halves) == losses(four)
 
 
-def test_further_and_back(workdir, four):
-    """Factors are those of the window before any extension; and an extended run learns tasks as it is."""
+def test_extended_runs_extend_further_and_learn_tasks(workdir, four):
+    """Factors are relative to the window before any extension, and an extended run can be fine-tuned on tasks."""
     eight = train(
         workdir,
         "eight",
@@ -96,13 +96,13 @@ def learned(workdir):
     return train(workdir, "learned", "--position=learned")
 
 
-def test_a_learned_table_is_interpolated(workdir, learned):
+def test_a_learned_position_table_is_interpolated(workdir, learned):
     args = ("--init_from=out/learned", "--rope_scaling=pi", "--rope_factor=2", "--learning_rate=1e-30", "--min_lr=0")
     longer = train(workdir, "learned2", *args, "--max_steps=1", base=LONGER)
     table, found = (load_run(folder).model.wpe.weight for folder in (learned, longer))
     torch.testing.assert_close(found, interpolated(table, 2.0, 64), rtol=0, atol=1e-12)
     assert "wpe.weight is interpolated from 32 to 64 positions" in (longer / "train.log").read_text()
-    # read so, it needs no training
+    # reading the base run with interpolation gives the same table without training
     read = rescaled(load_run(learned), Rescale("pi", 2.0))
     assert torch.equal(read.model.wpe.weight, interpolated(table, 2.0, 64)) and read.config.model.block_size == 64
 
@@ -114,8 +114,8 @@ def evaluated(workdir, which, config) -> list[dict]:
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
-def test_any_run_is_read_at_any_length(workdir, rope):
-    """Scaling changes what is predicted; if it is dynamic, nothing within the window of training."""
+def test_a_run_is_read_with_any_scaling_at_any_length(workdir, rope):
+    """Scaling changes the predictions; dynamic scaling does so only beyond the trained window."""
     found = {}
     for how in (None, ("pi", 3.0), ("ntk", 3.0), ("yarn", 3.0), ("yarn", 1.0, True), ("none", 3.0)):
         run = load_run(rope)
@@ -132,7 +132,7 @@ def test_any_run_is_read_at_any_length(workdir, rope):
         assert len(losses_) == different
 
 
-def test_lines_say_how_a_run_was_read(workdir, rope):
+def test_json_lines_name_the_scaling_that_a_run_was_read_with(workdir, rope):
     cfg = PerplexityEval(run=str(rope), dataset=str(workdir / "data/u"), markers=("none",), max_tokens=100)
     for rescale, scaling in (
         (Rescale(), "none"),
@@ -145,8 +145,8 @@ def test_lines_say_how_a_run_was_read(workdir, rope):
         assert (line["scaling"], line["arm"]) == (scaling, f"meta + rope{given}")
 
 
-def test_samples_reach_the_longer_window(workdir, rope):
-    """A prompt of more positions than the window of training."""
+def test_sampling_uses_the_longer_window(workdir, rope):
+    """The prompt has more positions than the trained window."""
     args = ("sample.py", "--run=out/rope", f"--prompt={'the cat ' * 20}", "--max_new_tokens=20", "--device=cpu")
     assert "the model's window has 32" in refusal(cli(*args, cwd=workdir))
     written = cli(*args, "--rope_scaling=yarn", "--rope_factor=4", cwd=workdir)
@@ -178,7 +178,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusals(case, workdir, rope, learned, monkeypatch):
+def test_bad_settings_are_refused(case, workdir, rope, learned, monkeypatch):
     monkeypatch.chdir(workdir)
     args, sentence = REFUSALS[case]
     with pytest.raises(UserError) as refused:
@@ -187,7 +187,7 @@ def test_refusals(case, workdir, rope, learned, monkeypatch):
     assert not (workdir / "out/refused").exists()
 
 
-def test_a_stretched_run_does_not_go_on_as_if_it_were_not(workdir, four, monkeypatch):
+def test_an_extended_run_cannot_continue_without_its_scaling(workdir, four, monkeypatch):
     args = override(TEXT, "--position=rope", "--init_from=out/four", "--run_name=refused", "--target_rule=skip")
     monkeypatch.chdir(workdir)
     with pytest.raises(UserError, match="rope_scaling=none, but out/four"):

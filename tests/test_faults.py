@@ -12,8 +12,8 @@ from nanometa.training.optimizer import Optimizer
 from tests.conftest import ROOT, cli
 
 
-def test_a_few_faults_of_every_kind(workdir):
-    """The short version of `make faults`."""
+def test_a_run_survives_a_few_faults_of_every_kind(workdir):
+    """Runs the short version of `make faults`."""
     result = cli("tests/faults.py", "--quick", f"--workdir={workdir}", cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
     out = result.stdout.decode()
     assert result.returncode == 0, out + result.stderr.decode()[-3000:]
@@ -22,7 +22,7 @@ def test_a_few_faults_of_every_kind(workdir):
 
 
 @pytest.mark.slow
-def test_time_of_a_checkpoint_at_gpt2_size(tmp_path):
+def test_a_checkpoint_at_gpt2_size_is_timed(tmp_path):
     """Prints how long a save and a verified load take, and the share of hashing (pytest -s)."""
     model = GPT(GPTConfig(vocab_size=50304, content_vocab_size=50303))
     optimizer = Optimizer(model, TrainConfig())

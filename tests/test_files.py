@@ -1,4 +1,4 @@
-"""Files that others may be reading, and locks."""
+"""Tests atomic writes of files and locks of folders."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, call):
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch, call):
     path = tmp_path / "facts.json"
     write_atomically(path, b"old")
 
@@ -27,7 +27,7 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, cal
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_is_locked_by_one_process_until_that_ends(tmp_path):
+def test_a_folder_stays_locked_until_the_locking_process_ends(tmp_path):
     code = (
         "import sys; from pathlib import Path; from nanometa.common.files import lock_folder\n"
         "held = lock_folder(Path(sys.argv[1])); print(held is not None, flush=True); sys.stdin.read()"

@@ -1,4 +1,4 @@
-"""A command as a fork is what it is as a program of its own."""
+"""Tests that a command in a forked process behaves like one in a process of its own."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ ENDS = {
 
 @pytest.mark.skipif(sys.platform != "linux", reason="commands are forked on Linux alone")
 @pytest.mark.parametrize("end", ENDS)
-def test_a_fork_is_as_a_program_of_its_own(tmp_path, end):
+def test_a_forked_command_behaves_like_a_process_of_its_own(tmp_path, end):
     script, args = tmp_path / "tells.py", ("--one=1", "two words")
     script.write_text(
         TELLS.replace("ROOT", repr(str(forked.Path(forked.__file__).parent.parent / "config"))).replace("END", end)
@@ -39,5 +39,6 @@ def test_a_fork_is_as_a_program_of_its_own(tmp_path, end):
     )
     assert one.returncode == other.returncode == ENDS[end]
     assert one.stdout == other.stdout
-    last = [said.stderr.decode().splitlines()[-1:] for said in (one, other)]  # a traceback has frames of its own
+    # only the last line, because the frames of the two tracebacks differ
+    last = [said.stderr.decode().splitlines()[-1:] for said in (one, other)]
     assert last[0] == last[1] and one.stderr.startswith(b"no end of line") == other.stderr.startswith(b"no end of line")

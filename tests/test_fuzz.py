@@ -1,4 +1,4 @@
-"""A short run of tests/fuzz.py, what fuzzing found before, and whether the fuzzer itself would notice."""
+"""Runs tests/fuzz.py briefly, repeats what fuzzing found before, and checks that the fuzzer notices failures."""
 
 import io
 import itertools
@@ -26,14 +26,14 @@ from tests.damage import CHUNK, QUIET, World, seal_checkpoint, seal_tokenizer
 DEEP = "[" * 100_000
 
 
-def test_three_hundred_damaged_inputs(tmp_path, monkeypatch):
-    monkeypatch.setattr(fuzz, "SECONDS", 30)  # of a busy machine
+def test_three_hundred_damaged_inputs_are_refused_or_usable(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "SECONDS", 30)  # for a busy machine
     out = io.StringIO()
     assert fuzz.fuzz(300, seed=4, out=out) == 0, out.getvalue()
     assert "| all " in out.getvalue()
 
 
-def test_the_fuzzer_notices(tmp_path, monkeypatch):
+def test_the_fuzzer_notices_failures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fuzz, "SECONDS", 30)
     Path("file").write_text("as it was")
@@ -60,7 +60,7 @@ def test_the_fuzzer_notices(tmp_path, monkeypatch):
     assert fuzz.verdict(lambda: time.sleep(60)).startswith("failed: Hang")
 
 
-# ----------------------------------------------------------------------------- what it found
+# ----------------------------------------------------------------------------- what fuzzing found
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +84,15 @@ def test_a_refusal_is_one_printable_line():
         load_config(TrainConfig, ["--n\0_head=1"])
 
 
-def test_the_reason_is_found_without_box_characters(monkeypatch):
-    """Where standard output has no UTF-8 the box of the command line's parser is of - and |."""
+def test_parser_errors_keep_their_reason_without_utf8(monkeypatch):
+    """If standard output is not UTF-8, the parser of the command line draws its boxes with - and |."""
     with pytest.raises(UserError) as caught, monkeypatch.context() as patch:
         patch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
         load_config(SampleConfig, ["--meta=x"])
     assert "invalid choice 'x'" in str(caught.value) and "----" not in str(caught.value)
 
 
-def test_paths_that_can_be_none(world):
+def test_impossible_paths_are_refused(world):
     for path in ("x" * 5000, "a\0b"):
         with pytest.raises(UserError, match="there is no config file"):
             load_config(TrainConfig, [path], config_file=True)
@@ -100,7 +100,7 @@ def test_paths_that_can_be_none(world):
             read_prompt(SampleConfig(prompt_file=path))
 
 
-def test_numbers_beyond_floats(world):
+def test_numbers_beyond_the_range_of_floats_are_refused(world):
     with pytest.raises(UserError, match="learning_rate=1000.* has the wrong type"):
         TrainConfig(learning_rate=10**400)
     config = json.loads(Path("hf/config.json").read_text())
@@ -110,8 +110,8 @@ def test_numbers_beyond_floats(world):
 
 
 @pytest.mark.parametrize("text", [DEEP, "3", '"x"', "[]", "{}", "null", "\0", "\ufeff{}"])
-def test_json_of_any_shape(world, text):
-    """Deep nesting ended in RecursionError, other shapes in AttributeError and more."""
+def test_json_of_any_shape_is_refused(world, text):
+    """Deep nesting once ended in RecursionError, and other shapes in AttributeError and other exceptions."""
     for path, use in (
         ("data/d/manifest.json", lambda: Windows("data/d", "train", CHUNK, "ignore")),
         (f"data/d/{SPEC_FILE}", lambda: Tokenizer.load(Path("data/d"))),
@@ -137,8 +137,9 @@ def world_weights(world):
     return pretrained.load_into(GPT(world.run.config.model), "hf", world.run.tokenizer)
 
 
-def test_tokenizers_that_would_fail_later(world):
-    """Sealed, so that no hash gives them away: a byte without a token, an id twice or left out, another pattern."""
+def test_damaged_tokenizers_with_valid_hashes_are_refused(world):
+    """A byte without a token, a doubled or missing id, or another pattern. The files are sealed, so no hash shows the
+    damage."""
     folder = Path("data/d")
     lines = (folder / RANKS_FILE).read_bytes().splitlines(keepends=True)
     for damaged in (lines[1:], lines[:-2] + lines[-1:], [*lines, lines[5]], lines + [b"YWFhYQ== 5\n"], [b"x y z\n"]):
@@ -154,8 +155,9 @@ def test_tokenizers_that_would_fail_later(world):
             Tokenizer.load(folder)
 
 
-def test_weights_that_do_not_fit(world):
-    """Headers that are none, tensors too few or of other shapes, models larger than the memory: sealed, too."""
+def test_damaged_weights_with_valid_hashes_are_refused(world):
+    """Headers that are not JSON, missing tensors or tensors of other shapes, and models larger than the memory, all
+    sealed."""
     weights, optimizer, state = (world.step / name for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER, "state.json"))
     raw = weights.read_bytes()
     for damaged in (b"\xff" * 8 + raw[8:], raw[:8] + b"x" + raw[9:], raw.replace(b"wte.weight", b"wte.wEight"), b""):
@@ -184,7 +186,7 @@ def test_weights_that_do_not_fit(world):
     [(("step",), "1"), (("step",), -1), (("best",), {}), (("best",), 3), (("data", "chunk_content"), 10**12),
      (("data", "injection"), "often"), (("data", "shards"), []), (("data",), None), (("config",), [])],
 )  # fmt: skip
-def test_states_that_would_fail_later(world, where, value):
+def test_damaged_states_with_valid_hashes_are_refused(world, where, value):
     path = world.step / "state.json"
     state = json.loads(path.read_text())
     holder = state if len(where) == 1 else state[where[0]]
@@ -195,17 +197,17 @@ def test_states_that_would_fail_later(world, where, value):
         checkpoint.load_run(world.step)
 
 
-def test_prompts_with_half_a_surrogate_pair(world):
+def test_prompts_with_half_a_surrogate_pair_are_refused(world):
     with pytest.raises(UserError, match="not valid Unicode at character 1: remove that character"):
         read_prompt(SampleConfig(prompt="a\ud800"))
     with pytest.raises(UserError, match="not UTF-8 at byte 1: convert it to UTF-8"):
-        read_prompt(SampleConfig(prompt="a\udc80"))  # as Python has a byte of the command line
+        read_prompt(SampleConfig(prompt="a\udc80"))  # Python represents an undecodable byte of the command line so
     with pytest.raises(UserError, match=r"not valid Unicode at character 3 \('\\udc80'\)"):
         world.run.tokenizer.encode_prompt("abc\udc80<|meta|>")
 
 
-def test_segments_that_lie(world):
-    """A .json of other types, or a link in the place of ids, counts as not written; a number of units is checked."""
+def test_damaged_parts_of_a_preparation_are_refused(world):
+    """A .json with wrong types, or a link in place of ids, counts as not written; the number of units is checked."""
     folder = Path("data/q.part1of1")
     path = sorted(folder.glob("unit_*.json"))[0]
     good = json.loads(path.read_text())
@@ -238,8 +240,9 @@ def test_segments_that_lie(world):
     assert read_plan(folder) == older
 
 
-def test_a_spare_row_is_no_token(world):
-    """Ids between the markers and n_vocab have a row of the embedding and no text: decoding one ended in KeyError."""
+def test_decoding_a_spare_id_is_refused(world):
+    """Ids between the markers and n_vocab have a row in the embedding but no text. Decoding one once ended in
+    KeyError."""
     tokenizer = world.run.tokenizer
     for token in (tokenizer.meta + 1, tokenizer.n_vocab, -1):
         with pytest.raises(UserError, match=f"{token} is not an id of the tokenizer"):

@@ -27,7 +27,7 @@ def with_rule(run: Run, rule: str) -> Run:
     return dataclasses.replace(run, config=dataclasses.replace(run.config, target_rule=rule))
 
 
-def test_markers_stand_where_the_plan_says_and_are_never_sampled(run):
+def test_markers_are_where_the_plan_puts_them_and_are_never_sampled(run):
     for injection in ("trained", "periodic", "uniform", "none"):
         plan = MarkerPlan.of_run(run, injection, seed=4)
         prompt = lay_out(run, run.tokenizer.encode("the cat sat"), plan)
@@ -36,18 +36,18 @@ def test_markers_stand_where_the_plan_says_and_are_never_sampled(run):
         assert [position in plan for position in range(len(ids))] == (tokens == run.tokenizer.meta).tolist()
         assert len(strip(tokens, run.tokenizer.meta)) == 1 + len(run.tokenizer.encode("the cat sat")) + 150
         assert tokens.max() <= run.tokenizer.meta and (injection != "none" or tokens.max() < run.tokenizer.meta)
-        whole = tokens[: len(tokens) // 32 * 32].reshape(-1, 32)  # chunks of 28 + 4
+        whole = tokens[: len(tokens) // 32 * 32].reshape(-1, 32)  # chunks of 28 content tokens and 4 markers
         assert ((whole == run.tokenizer.meta).sum(1) == (0 if injection == "none" else 4)).all()
 
 
-def test_markers_by_hand_are_left_alone(run):
+def test_markers_in_a_prompt_stay_where_they_are(run):
     plan = MarkerPlan.of_run(run, "none")
     content = run.tokenizer.encode_prompt("the<|meta|> cat")
     assert lay_out(run, content, plan) == [run.tokenizer.eot, *content]
     assert lay_out(run, content, MarkerPlan.of_run(run)) == [run.tokenizer.eot, *content]
 
 
-def test_seeds_repeat_and_differ(run):
+def test_a_seed_repeats_its_text_and_another_seed_gives_another(run):
     plan = MarkerPlan.of_run(run)
     prompt = lay_out(run, run.tokenizer.encode("the"), plan)
     texts = [tuple(generate(run, prompt, plan, 40, seed=seed)) for seed in (1, 1, 2)]
@@ -55,8 +55,8 @@ def test_seeds_repeat_and_differ(run):
 
 
 @pytest.mark.parametrize("rule", ["ignore", "skip"])
-def test_greedy_follows_the_models_own_predictions(run, rule):
-    """Every greedy token is the argmax at the position that the training targets score it from."""
+def test_greedy_decoding_takes_the_most_likely_token(run, rule):
+    """Every greedy token is the argmax at the position that predicts it in training."""
     run, meta = with_rule(run, rule), run.tokenizer.meta
     plan = MarkerPlan.of_run(run, "uniform", seed=9)
     prompt = lay_out(run, run.tokenizer.encode("the cat"), plan)
@@ -72,7 +72,7 @@ def test_greedy_follows_the_models_own_predictions(run, rule):
         assert ids[i] == int(logits[source].argmax())
 
 
-def test_past_the_window_the_older_half_is_dropped(run):
+def test_when_the_window_is_full_the_older_half_is_dropped(run):
     plan = MarkerPlan.of_run(run, "none")
     prompt = lay_out(run, run.tokenizer.encode("the"), plan)
     ids = prompt + list(generate(run, prompt, plan, 200, temperature=0))
@@ -125,7 +125,7 @@ def test_score_equals_the_log_probabilities(run, rule):
         prefix.append(token)
 
 
-def test_what_cannot_be_continued(run):
+def test_prompts_that_cannot_be_continued_are_refused(run):
     plan = MarkerPlan.of_run(run)
     with pytest.raises(UserError, match="the prompt is empty, so there is nothing to continue: give some text"):
         next(generate(run, [], plan, 5))
@@ -144,11 +144,11 @@ def test_what_cannot_be_continued(run):
 # ----------------------------------------------------------------------------- sample.py
 
 
-def test_sampling_the_newest_run(run, workdir):
+def test_sample_uses_the_newest_run_and_repeats_its_output(run, workdir):
     result = cli("sample.py", "--prompt=the cat", "--max_new_tokens=20", "--count=2", cwd=workdir)
     out = result.stdout.decode()
     assert result.returncode == 0 and out.count("the cat") >= 2 and "sample 2 of 2" in out
-    assert "<|meta|>" not in out and "\x1b" not in out  # not a terminal
+    assert "<|meta|>" not in out and "\x1b" not in out  # the output is not a terminal
     again = cli("sample.py", "--prompt=the cat", "--max_new_tokens=20", "--count=2", cwd=workdir)
     assert again.stdout == result.stdout
     shown = cli("sample.py", "--prompt=the cat", "--max_new_tokens=40", "--show_markers=yes", cwd=workdir)
@@ -156,13 +156,13 @@ def test_sampling_the_newest_run(run, workdir):
 
 
 def test_text_is_written_exactly(run, workdir):
-    """Tabs, carriage returns, colons and brackets: nothing is expanded, dropped or taken for markup."""
+    """Tabs, carriage returns, colons and brackets are neither expanded nor dropped, nor read as markup."""
     prompt = b"a\tb\r\nz\x0cq :smile: [red]x"
     result = cli("sample.py", "--run=out/gen", "--prompt_file=-", "--max_new_tokens=1", cwd=workdir, stdin=prompt)
     assert result.stdout.startswith(prompt), result.stderr.decode()
 
 
-def test_prompts_from_files_and_standard_input(run, workdir, tmp_path):
+def test_prompts_come_from_files_and_standard_input(run, workdir, tmp_path):
     (tmp_path / "p.txt").write_text("the cat")
     outs = [
         cli("sample.py", "--run=out/gen", "--max_new_tokens=9", *args, cwd=workdir, stdin=stdin).stdout
@@ -189,7 +189,7 @@ def test_prompts_from_files_and_standard_input(run, workdir, tmp_path):
         (["--temprature=1"], b"", "did you mean 'temperature'"),
     ],
 )
-def test_bad_prompts_get_one_sentence(run, workdir, args, stdin, sentence):
+def test_bad_prompts_are_refused_in_one_sentence(run, workdir, args, stdin, sentence):
     before = tree(workdir)
     result = cli("sample.py", *([] if "--run" in args[0] else ["--run=out/gen"]), *args, cwd=workdir, stdin=stdin)
     error = result.stderr.decode()
@@ -198,14 +198,14 @@ def test_bad_prompts_get_one_sentence(run, workdir, args, stdin, sentence):
     assert tree(workdir) == before
 
 
-def test_a_marker_inside_a_token_gets_one_sentence(run, workdir):
+def test_a_marker_inside_a_token_is_refused(run, workdir):
     token = next(token for token in map(run.tokenizer.decode_bytes, run.tokenizer.encode("the cat")) if len(token) > 1)
     text = token.decode()
     result = cli("sample.py", "--run=out/gen", f"--prompt={text[:1]}<|meta|>{text[1:]}", cwd=workdir)
     assert result.returncode == 2 and f"splits the token {text!r}" in result.stderr.decode()
 
 
-def test_markers_need_a_run_that_had_some(workdir):
+def test_generating_with_markers_needs_a_run_trained_with_markers(workdir):
     args = ("--dataset=data/n", "--block_size=28", "--run_name=plain", "--max_steps=1", "--second_attention=none")
     assert cli("train.py", *TINY, *args, cwd=workdir).returncode == 0
     assert (

@@ -1,4 +1,4 @@
-"""Decoding with the cache against the loop that computes everything again (tests/reference/generate.py)."""
+"""Compares cached decoding with the reference that computes everything anew for each token (reference/generate.py)."""
 
 import copy
 import dataclasses
@@ -18,7 +18,7 @@ from tests.reference import generate as reference
 from tests.test_model import ARMS_AND_PLACES, sharpen, wake
 from tests.test_rope import ARMS_AND_ALL_PLACES, SCALES
 
-META, EOT, V = 61, 60, 61  # markers are the id behind the content
+META, EOT, V = 61, 60, 61  # markers have the id after the content ids
 PLANS = {
     "uniform": MarkerPlan("uniform", 9, 3, stable_key("a")),
     "other": MarkerPlan("uniform", 7, 5, stable_key("b")),
@@ -28,7 +28,7 @@ PLANS = {
 
 
 def random_run(rule="ignore", seed=3, **changes):
-    """A model with random weights, all of which matter, and what of a run decoding looks at."""
+    """Returns a model with random weights, all of which matter, with the parts of a Run that decoding uses."""
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 24, "vocab_size": 64, "content_vocab_size": V}
     cfg = GPTConfig(**{**shape, "bias": True, "random_fraction": 0.4, **changes})
     model = sharpen(wake(GPT(cfg, seed)))
@@ -47,7 +47,7 @@ def random_run(rule="ignore", seed=3, **changes):
 
 
 def exact(run):
-    """The same in double precision, for the reference."""
+    """Returns a copy of the run in double precision, for the reference."""
     return types.SimpleNamespace(**{**vars(run), "model": copy.deepcopy(run.model).double()})
 
 
@@ -56,7 +56,8 @@ def content(n: int, seed: int = 0) -> list[int]:
 
 
 def laid_out(n: int, plan: MarkerPlan, seed: int = 0) -> list[int]:
-    """A prompt of n content tokens with the plan's markers between them, ending with the last content token."""
+    """Returns a prompt of n content tokens with the plan's markers between them. It ends with the last content
+    token."""
     ids: list[int] = []
     for token in content(n, seed):
         while len(ids) in plan:
@@ -67,7 +68,7 @@ def laid_out(n: int, plan: MarkerPlan, seed: int = 0) -> list[int]:
 
 @pytest.fixture
 def recorded(monkeypatch) -> list[torch.Tensor]:
-    """The logits of every step, as the decoder gives them."""
+    """A list to which the decoder's logits of every step are added."""
     steps, read = [], Decoder.read
 
     def recording(self, new, sources):
@@ -79,7 +80,8 @@ def recorded(monkeypatch) -> list[torch.Tensor]:
 
 
 def compare(run, prompts, plans, n, steps, tolerance=1e-4):
-    """Greedy continuations of all prompts in one batch: ids equal, logits close."""
+    """Continues all prompts greedily in one batch. The ids must equal those of the reference, and the logits be
+    close."""
     steps.clear()
     precise = exact(run)
     found: dict = {number: [] for number in range(len(prompts))}
@@ -97,7 +99,8 @@ def compare(run, prompts, plans, n, steps, tolerance=1e-4):
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize(("second", "place"), ARMS_AND_PLACES)
 def test_cached_equals_recomputed(second, place, position, rule, recorded):
-    """In every arm, through several windows: alone, and in a batch of unequal prompts with plans of their own."""
+    """Decodes across several windows in every arm: one prompt alone, and a batch of unequal prompts with different
+    plans."""
     run = random_run(rule, second_attention=second, meta_position=place, position=position)
     prompt = laid_out(5, PLANS["uniform"])
     compare(run, [prompt], [PLANS["uniform"]], 70, recorded)
@@ -108,7 +111,7 @@ def test_cached_equals_recomputed(second, place, position, rule, recorded):
 
 
 def compare_crowded(run, recorded):
-    """Prompts with more markers than a second attention's window reads, and one new marker in every text at a time."""
+    """Prompts have more markers than the second attention's window, and each text gets one new marker at a time."""
     window = run.config.model.second.window or 0
     every_other = MarkerPlan("periodic", 1, 1, 0)
     prompts = [laid_out(n, every_other, n) for n in (11, 10)]
@@ -120,8 +123,8 @@ def compare_crowded(run, recorded):
     ("scaling", "dynamic", "second", "place"),
     [(*scale, "meta", "same") for scale in SCALES[1:]] + [("yarn", True, *arm) for arm in ARMS_AND_ALL_PLACES],
 )
-def test_cached_equals_recomputed_in_a_stretched_window(second, place, scaling, dynamic, recorded):
-    """Also where every token has its own scale, and all keys turn anew with it."""
+def test_cached_equals_recomputed_in_an_extended_window(second, place, scaling, dynamic, recorded):
+    """Also with a dynamic scale, where every token has its own scale and all keys are rotated anew."""
     shape = {"position": "rope", "rope_scaling": scaling, "rope_dynamic": dynamic, "rope_factor": 3.0}
     run = random_run(second_attention=second, meta_position=place, yarn_beta_fast=0.9, yarn_beta_slow=0.05, **shape)
     compare(run, [laid_out(5, PLANS["uniform"])], [PLANS["uniform"]], 40, recorded)
@@ -131,8 +134,8 @@ def test_cached_equals_recomputed_in_a_stretched_window(second, place, scaling, 
     compare_crowded(run, recorded)
 
 
-def test_the_models_make_their_markers_matter():
-    """Otherwise no test here could see a marker that the cache lost: its causal key, its meta key, its position."""
+def test_markers_matter_to_the_models_of_these_tests():
+    """Otherwise no test here could notice a marker whose causal key, meta key or position the cache lost."""
     for second, place in (("meta", "same"), ("meta", "none")):
         run = random_run(second_attention=second, meta_position=place)
         ids = laid_out(12, PLANS["uniform"])
@@ -146,19 +149,20 @@ def test_the_models_make_their_markers_matter():
 
 
 @pytest.mark.parametrize("rule", ["ignore", "skip"])
-def test_prompts_that_end_before_at_and_after_a_marker(rule, recorded):
+def test_prompts_may_end_before_at_and_after_a_marker(rule, recorded):
     run, plan = random_run(rule), PLANS["uniform"]
     places = [position for position in range(24) if position in plan]
     ids = laid_out(16, plan)
     for place in places[:4]:
-        for end in (place, place + 1, place + 2):  # the marker is still to come; is the last; is followed by one more
+        # the marker is still to come, is the last token, or is followed by one more token
+        for end in (place, place + 1, place + 2):
             if 0 < end <= len(ids):
                 compare(run, [ids[:end]], [plan], 12, recorded)
 
 
 @pytest.mark.parametrize("rule", ["ignore", "skip"])
-def test_markers_placed_by_hand(rule, recorded):
-    """Anywhere, in runs, first, last, nothing else, a whole window of them; with and without those of a plan."""
+def test_markers_in_a_prompt_are_cached_like_planned_ones(rule, recorded):
+    """Markers first, last, anywhere, in a row, alone, or filling a window; with and without the markers of a plan."""
     run, tokens = random_run(rule), content(9)
     prompts = [
         [META, *tokens], [*tokens, META], [*tokens[:4], META, META, META, *tokens[4:]], [META], [META] * 3,
@@ -170,14 +174,14 @@ def test_markers_placed_by_hand(rule, recorded):
         compare(run, prompts, [plan] * len(prompts), 30, recorded)
 
 
-def test_a_full_window(recorded):
+def test_a_prompt_may_fill_the_window(recorded):
     run = random_run()
     for n in (22, 23, 24):
         compare(run, [content(n)], [PLANS["none"]], 30, recorded)
         compare(run, [content(n), content(3)], [PLANS["none"], PLANS["other"]], 30, recorded)
 
 
-def test_hundreds_of_tokens_in_a_long_window(recorded):
+def test_cached_equals_recomputed_over_hundreds_of_tokens(recorded):
     run = random_run(n_layer=3, block_size=200)
     plans = [MarkerPlan("uniform", 45, 5, stable_key(key)) for key in range(3)]
     compare(run, [laid_out(n, plan, n) for n, plan in zip((40, 2, 90), plans, strict=True)], plans, 250, recorded)
@@ -185,9 +189,10 @@ def test_hundreds_of_tokens_in_a_long_window(recorded):
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize("loss", ["meta_cache", "meta_keys", "late", "early", "marker_keys", "stale"])
-def test_what_a_broken_cache_would_do_is_seen(loss, position, recorded, monkeypatch):
-    """The comparison fails if the cache of the second attention is empty, if it misses its newest entry, if positions
-    are off by one, if the causal cache loses the markers, or if a new window finds what the last one left."""
+def test_the_comparison_notices_a_broken_cache(loss, position, recorded, monkeypatch):
+    """The comparison fails for each fault of the cache: the second attention's cache is empty or misses its newest
+    entry, positions are off by one, the causal cache loses the markers, or a new window contains entries of the
+    previous one."""
     run, plan = random_run(position=position), PLANS["uniform"]
     attend, read = Store.attend, Decoder.read
     if loss == "meta_cache":
@@ -222,7 +227,7 @@ def test_what_a_broken_cache_would_do_is_seen(loss, position, recorded, monkeypa
 
 
 def drop_markers(read, decoder, new, sources):
-    """Feeds what is to be read, and takes the markers out of the causal cache afterwards."""
+    """Reads the new tokens and then removes the markers from the causal cache."""
     before = decoder.causal.used[0]
     logits = read(decoder, new, sources)
     for i, token in enumerate(new[0]):
@@ -232,8 +237,8 @@ def drop_markers(read, decoder, new, sources):
 
 
 @pytest.mark.parametrize("rule", ["ignore", "skip"])
-def test_sampling_draws_what_the_recomputed_logits_give(rule):
-    """Not greedy: every prompt has its own generator, whatever else is in the batch."""
+def test_sampling_draws_as_from_recomputed_logits(rule):
+    """Draws at random: every prompt has its own generator, whatever else is in the batch."""
     run, plans = random_run(rule), [PLANS[name] for name in ("uniform", "none", "other")]
     prompts = [laid_out(n, plan, n) for n, plan in zip((3, 9, 6), plans, strict=True)]
     found: dict = {0: [], 1: [], 2: []}
@@ -247,10 +252,10 @@ def test_sampling_draws_what_the_recomputed_logits_give(rule):
     assert len(set(map(tuple, found.values()))) == 3
 
 
-def test_a_batch_goes_on_when_some_texts_have_ended():
+def test_a_batch_continues_when_some_texts_have_ended():
     run, plan = random_run(), PLANS["uniform"]
     with torch.no_grad():
-        run.model.wte.weight[EOT] *= 3  # so that it comes at last
+        run.model.wte.weight[EOT] *= 3  # so that <|endoftext|> is drawn at some point
     prompts, seeds = [laid_out(n, plan, n) for n in (2, 7, 12, 5)], [1, 2, 3, 4]
     found: dict = {number: [] for number in range(4)}
     for number, token in generate_batch(run, prompts, [plan] * 4, 60, 1.5, None, 1.0, seeds, stop_at_endoftext=True):
@@ -264,7 +269,7 @@ def test_a_batch_goes_on_when_some_texts_have_ended():
     assert len(set(ends)) >= 2 and all(EOT not in ids[:-1] for ids in alone)
 
 
-def test_markers_cost_no_step_and_old_tokens_are_not_read_again(recorded, monkeypatch):
+def test_markers_cost_no_extra_step_and_no_token_is_read_twice(recorded, monkeypatch):
     run, plan, sizes = random_run(block_size=100), PLANS["other"], []
     forward = GPT.forward
     monkeypatch.setattr(
@@ -276,8 +281,8 @@ def test_markers_cost_no_step_and_old_tokens_are_not_read_again(recorded, monkey
     assert ids.count(META) > 20 and max(sizes[1:]) > 2
 
 
-def test_samples_are_read_in_any_order():
-    """The samples of a batch come mixed; each stream has its own, whichever is read first."""
+def test_samples_of_a_batch_can_be_read_in_any_order():
+    """The samples of a batch are generated together; each can be read on its own, in any order."""
     run = random_run()
     run.state = {"data": {"chunk_content": 9, "chunk_markers": 3, "injection": "uniform"}}
     run.tokenizer.encode_prompt = lambda text: [3, 1, 4]
@@ -289,15 +294,15 @@ def test_samples_are_read_in_any_order():
     assert len({tuple(prompt) for prompt, _ in mixed}) > 1
 
 
-def test_prepared_weights_serve_several_calls():
+def test_prepared_weights_can_be_used_for_several_calls():
     run, plan = random_run(), PLANS["uniform"]
     weights, prompt = prepare_weights(run), laid_out(5, plan)
     texts = [list(generate(run, prompt, plan, 30, temperature=0, weights=weights)) for _ in range(2)]
     assert texts[0] == texts[1] == list(generate(run, prompt, plan, 30, temperature=0))
 
 
-def test_bfloat16_is_what_autocast_computes(recorded):
-    """The weights are cast once, for the decoder alone; its products are those of autocast, and so are its logits."""
+def test_bfloat16_decoding_gives_the_logits_of_autocast(recorded):
+    """The weights are cast once, for the decoder only. Its products and logits are those of autocast."""
     run, plan = random_run(), PLANS["uniform"]
     prompt, before = laid_out(9, plan), {name: p.clone() for name, p in run.model.named_parameters()}
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""A bad step changes nothing: it is skipped by all processes and recorded, and many in a row end the run."""
+"""Tests the guard against bad steps: all processes skip such a step, it is recorded, and many in a row end the run."""
 
 import dataclasses
 import json
@@ -19,14 +19,14 @@ from nanometa.layers.loss import Objective
 from nanometa.training.bad_steps import WINDOW, BadStepGuard
 from nanometa.training.distributed import Dist
 from tests.conftest import ROOT, cli, losses, override
-from tests.test_train import BASE, equal, final, metrics, run
+from tests.training_runs import BASE, equal, final, metrics, run
 
 CFG = TrainConfig()
 CPU = Dist(0, 0, 1, torch.device("cpu"))
 
 
 def judged_slowly(values: list[float], deviations: float) -> list[bool]:
-    """Which finite norms are spikes, by the definition."""
+    """Returns for each finite norm whether it is a spike by the definition."""
     out = []
     for i, value in enumerate(values):
         before = values[max(0, i - WINDOW) : i]
@@ -37,7 +37,7 @@ def judged_slowly(values: list[float], deviations: float) -> list[bool]:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.5, 6), st.integers(0, 299))
-def test_spikes_are_what_the_definition_says_also_after_a_resume(seed, deviations, cut):
+def test_spikes_follow_the_definition_also_after_a_resume(seed, deviations, cut):
     generator = torch.Generator().manual_seed(seed)
     norms = (torch.randn(300, generator=generator).exp() + 0.1).tolist()
     cfg = dataclasses.replace(CFG, spike_deviations=deviations)
@@ -46,12 +46,12 @@ def test_spikes_are_what_the_definition_says_also_after_a_resume(seed, deviation
         if i == cut:
             guard = BadStepGuard(cfg, json.loads(json.dumps(guard.state())))
         take, wrong = guard.judge(1.0, norm)
-        assert take  # spikes are logged, not skipped, unless asked for
+        assert take  # by default, spikes are logged but not skipped
         found.append(bool(wrong))
     assert found == judged_slowly(norms, deviations)
 
 
-def test_what_is_not_finite_is_skipped_and_counted():
+def test_steps_that_are_not_finite_are_skipped_and_counted():
     guard = BadStepGuard(dataclasses.replace(CFG, max_skipped=3))
     for loss, norm in ((1.0, float("nan")), (float("inf"), 1.0)):
         take, wrong = guard.judge(loss, norm)
@@ -71,7 +71,7 @@ def test_what_is_not_finite_is_skipped_and_counted():
         guard.check(9, "there")
 
 
-def test_a_spike_is_skipped_if_asked_for():
+def test_a_spike_is_skipped_with_skip_spikes():
     guard = BadStepGuard(dataclasses.replace(CFG, skip_spikes=True))
     for i in range(100):
         assert guard.judge(1.0, 1.0 + i % 2 / 10) == (True, "")
@@ -80,7 +80,7 @@ def test_a_spike_is_skipped_if_asked_for():
 
 
 def test_a_skipped_spike_does_not_hide_the_next_one():
-    """Norms of about 1, then 1000, which is skipped, then 50: judged by the steps that were taken, also a spike."""
+    """After norms of about 1 and a skipped norm of 1000, a norm of 50 is also a spike: skipped steps do not count."""
     guard = BadStepGuard(dataclasses.replace(CFG, skip_spikes=True))
     for i in range(WINDOW):
         guard.judge(1.0, 1.0 + i % 2 / 10)
@@ -91,7 +91,7 @@ def test_a_skipped_spike_does_not_hide_the_next_one():
     assert guard.judge(1.0, 1.0) == (True, "") and guard.skipped == 2
 
 
-# ----------------------------------------------------------------------------- in the loop
+# ----------------------------------------------------------------------------- in the training loop
 
 
 def trainer(workdir, monkeypatch, name, *args) -> train.Trainer:
@@ -100,7 +100,7 @@ def trainer(workdir, monkeypatch, name, *args) -> train.Trainer:
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_a_poisoned_step_changes_no_weight_and_no_moment(workdir, monkeypatch, bad):
+def test_a_step_with_nan_or_inf_changes_no_weight_and_no_moment(workdir, monkeypatch, bad):
     subject = trainer(workdir, monkeypatch, f"poison_{bad}")
     for _ in range(3):
         subject.train_step(False)
@@ -146,8 +146,8 @@ cli.run_cli(train.main)
 """
 
 
-def test_one_rank_with_a_bad_batch_stops_the_update_of_all(workdir, tmp_path):
-    """Rank 1 gets NaN in its third step (two micro-batches a step): both skip that step and go on alike."""
+def test_a_bad_batch_on_one_rank_makes_all_ranks_skip_the_step(workdir, tmp_path):
+    """Rank 1 gets NaN in its third step (two micro-batches per step). Both ranks skip that step and stay equal."""
     script = tmp_path / "poisoned.py"
     script.write_text(POISONED.format(root=str(ROOT)))
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -159,11 +159,12 @@ def test_one_rank_with_a_bad_batch_stops_the_update_of_all(workdir, tmp_path):
     assert found[2] is None and all(loss is not None for i, loss in enumerate(found) if i != 2)
     assert [line["step"] for line in metrics(folder) if line["kind"] == "guard"] == [3]
     assert all(torch.isfinite(tensor).all() for tensor in final(folder).values())
-    assert "NaN" not in (folder / "metrics.jsonl").read_text()  # it is JSON
+    assert "NaN" not in (folder / "metrics.jsonl").read_text()  # the file is valid JSON
 
 
-def test_an_evaluation_that_a_signal_ends_is_made_up_for(workdir, monkeypatch):
-    """Stopped in the evaluation after step 10, and again in the one at the end: the same run as without."""
+def test_an_interrupted_evaluation_is_done_on_resume(workdir, monkeypatch):
+    """The run is stopped in the evaluation after step 10 and again in the last one. It then equals an uninterrupted
+    run."""
     args = ("--eval_windows=40", "--micro_batch_size=2", "--max_steps=12")
     straight = run(workdir, "eval_straight", *args)
     batch, flag = Windows.batch, train.StopFlag
@@ -176,7 +177,7 @@ def test_an_evaluation_that_a_signal_ends_is_made_up_for(workdir, monkeypatch):
         def counted(self, windows):
             due = self is subject.val_data and (subject.step == 10 if kind == "val" else subject.step == 12)
             calls.append(due)
-            # the evaluation at step 12 comes before the final one
+            # step 12 is evaluated twice, and the final evaluation is the second
             if sum(calls) > (3 if kind == "val" else 25):
                 stop.raised = True
             return batch(self, windows)

@@ -19,7 +19,7 @@ META = 99
     st.integers(0, 6),
     st.integers(0, 2**63),
 )
-def test_stripping_gives_the_content_back(injection, C, M, n_chunks, key):
+def test_stripping_the_markers_restores_the_content(injection, C, M, n_chunks, key):
     M = 0 if injection == "none" else M
     content = np.arange(n_chunks * C, dtype=np.uint32).reshape(n_chunks, C) % 90
     places = marker_places(injection, 7, n_chunks, C, M, key)
@@ -30,7 +30,7 @@ def test_stripping_gives_the_content_back(injection, C, M, n_chunks, key):
 
 
 @given(st.integers(0, 50), st.integers(1, 20), st.integers(0, 2**63))
-def test_a_chunk_does_not_depend_on_its_batch(first, n_chunks, key):
+def test_a_chunk_does_not_depend_on_the_chunks_computed_with_it(first, n_chunks, key):
     together = marker_places("uniform", first, n_chunks, 9, 4, key)
     alone = np.concatenate([marker_places("uniform", first + i, 1, 9, 4, key) for i in range(n_chunks)])
     assert (together == alone).all()
@@ -40,10 +40,11 @@ def chi_square(counts, expected):
     return float((((counts - expected) ** 2) / expected).sum())
 
 
-def test_each_place_is_equally_likely():
-    """922 + 102 places, 20,000 chunks: chi-square with 1023 degrees of freedom, within 5 standard deviations.
+def test_each_place_of_a_marker_is_equally_likely():
+    """Chi-square of 922 + 102 places over 20,000 chunks, with 1023 degrees of freedom, within 5 standard deviations.
 
-    Drawing M of n without replacement shrinks the variance by (n - M) / (n - 1)."""
+    Drawing M of n without replacement reduces the variance by the factor (n - M) / (n - 1).
+    """
     C, M, chunks = 922, 102, 20_000
     counts = marker_places("uniform", 0, chunks, C, M, stable_key("chi")).sum(0)
     n = C + M
@@ -51,8 +52,8 @@ def test_each_place_is_equally_likely():
     assert abs(statistic - (n - 1)) < 5 * np.sqrt(2 * (n - 1))
 
 
-def test_each_set_is_equally_likely():
-    """All 20 sets of 3 of 6 places: neighbours, first and last included (19 degrees of freedom, p < 1e-6 beyond 67)."""
+def test_each_set_of_marker_places_is_equally_likely():
+    """Chi-square of all 20 sets of 3 of 6 places (19 degrees of freedom; beyond 67, p is below 1e-6)."""
     places = marker_places("uniform", 0, 40_000, 3, 3, stable_key("sets"))
     sets = list(itertools.combinations(range(6), 3))
     codes = (places * 2 ** np.arange(6)).sum(1)
@@ -60,12 +61,12 @@ def test_each_set_is_equally_likely():
     assert counts.sum() == 40_000 and chi_square(counts, 2000.0) < 67
 
 
-def test_keys_and_chunks_differ():
+def test_other_keys_and_chunks_give_other_places():
     draws = [marker_places("uniform", first, 1, 50, 10, key).tobytes() for first in range(5) for key in (1, 2)]
     assert len(set(draws)) == 10
 
 
-def test_periodic_is_even():
+def test_periodic_markers_are_evenly_spaced():
     for C, M in ((922, 102), (461, 51), (7, 3), (1, 5)):
         where = np.flatnonzero(marker_places("periodic", 3, 1, C, M, 0)[0])
         gaps = np.diff(np.concatenate([[-1], where]))
@@ -80,7 +81,7 @@ def test_impossible_rules_are_refused():
 
 
 def splitmix64(seed: int, n: int) -> list[int]:
-    """The generator as its authors give it, in Python's integers."""
+    """Implements the generator as its authors publish it, with Python's integers."""
     out, state = [], seed
     for _ in range(n):
         state = (state + 0x9E3779B97F4A7C15) % 2**64
@@ -92,12 +93,12 @@ def splitmix64(seed: int, n: int) -> list[int]:
 
 
 @given(st.integers(0, 2**64 - 1))
-def test_random_bits_are_splitmix64(seed):
+def test_random_bits_equal_splitmix64(seed):
     assert uniform_bits(seed, np.arange(10)).tolist() == splitmix64(seed, 10)
 
 
-def test_splitmix64_known_answer():
-    """First outputs for seed 1234567, as published with the reference implementation."""
+def test_splitmix64_gives_the_published_outputs():
+    """The first outputs for seed 1234567, as published with the reference implementation."""
     assert splitmix64(1234567, 3) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
@@ -116,5 +117,5 @@ def test_permutations_are_uniform():
     counts = np.zeros((n, n))
     for key in range(keys):
         counts[np.arange(n), permute(np.arange(n), n, stable_key(key))] += 1
-    # (n - 1)^2 = 121 degrees of freedom; 5 standard deviations
+    # (n - 1)^2 = 121 degrees of freedom; the bound is 5 standard deviations
     assert abs(chi_square(counts, keys / n) * (n - 1) / n - 121) < 5 * np.sqrt(2 * 121)

@@ -1,4 +1,4 @@
-"""Layouts and batches against a reference of plain loops; and who decides which positions are connected."""
+"""Compares layouts and batches with a reference of plain loops, and tests which positions are connected."""
 
 import numpy as np
 import pytest
@@ -26,11 +26,11 @@ MARKER, PAD = 99, 77
 
 @st.composite
 def marked_texts(draw):
-    """Texts of unequal length. Content ids are 1, 2, .. in each, so that an id says which token it is."""
+    """Draws texts of unequal length, whose content ids are 1, 2, ..., so that an id identifies its token."""
     texts = []
     for _ in range(draw(st.integers(1, 4))):
         is_marker = draw(st.lists(st.booleans(), max_size=11))
-        is_marker.insert(draw(st.integers(0, len(is_marker))), False)  # one content token at least
+        is_marker.insert(draw(st.integers(0, len(is_marker))), False)  # at least one content token
         numbers = np.cumsum(~np.array(is_marker))
         texts.append([MARKER if there else int(n) for there, n in zip(is_marker, numbers, strict=True)])
     return texts
@@ -46,7 +46,7 @@ def rounded(most: int, multiple: int, T: int) -> int:
 @given(
     marked_texts(), st.sampled_from(["ignore", "skip"]), st.integers(0, 4), st.integers(1, 5), st.booleans(), st.data()
 )
-def test_a_batch_is_the_reference(texts, rule, padding, multiple, random, data):
+def test_a_batch_equals_the_reference(texts, rule, padding, multiple, random, data):
     T = max(map(len, texts)) + padding
     counted = [data.draw(st.sets(st.integers(1, 12))) for _ in texts]
     numbers = np.array(data.draw(st.lists(st.integers(0, 10**6), min_size=len(texts), max_size=len(texts))))
@@ -73,7 +73,7 @@ def test_a_batch_is_the_reference(texts, rule, padding, multiple, random, data):
 
 @settings(max_examples=100, deadline=None)
 @given(marked_texts(), st.integers(0, 50), st.integers(0, 3))
-def test_a_layout_numbers_its_content_and_nothing_else(texts, first, padding):
+def test_a_layout_numbers_only_its_content_tokens(texts, first, padding):
     text = texts[0]
     layout, number = layout_of(np.array(text), MARKER, first, len(text) + padding, PAD), first
     for place, token in enumerate(text + [PAD] * padding):
@@ -83,23 +83,23 @@ def test_a_layout_numbers_its_content_and_nothing_else(texts, first, padding):
         number += is_content
 
 
-def test_all_tokens_count_unless_told_otherwise_and_an_unknown_rule_is_refused():
+def test_targets_follow_the_rule_and_an_unknown_rule_is_refused():
     layout = layout_of(np.array([1, MARKER, 2, 3]), MARKER)
     assert targets_of(layout, "ignore").tolist() == [IGNORE, 2, 3, IGNORE]
     assert targets_of(layout, "skip").tolist() == [2, IGNORE, 3, IGNORE]
-    # in the middle of a stream, the first content token has something before it
+    # in the middle of a stream, another content token precedes the first one
     assert targets_of(layout_of(np.array([MARKER, 7]), MARKER, first=3), "ignore").tolist() == [7, IGNORE]
     assert targets_of(layout_of(np.array([MARKER, 7]), MARKER), "ignore").tolist() == [IGNORE, IGNORE]
     with pytest.raises(ValueError, match="unknown target rule 'next'"):
         targets_of(layout, "next")
 
 
-def test_an_index_that_is_too_narrow_loses_nothing_silently():
+def test_an_index_that_is_too_narrow_is_refused():
     with pytest.raises(ValueError, match="a row has 2 positions, more than the 1"):
         places_of(np.array([[True, False, True]]), 1)
 
 
 @pytest.mark.parametrize("second", SECOND_ATTENTIONS)
-def test_only_the_random_arm_draws(second):
+def test_only_the_random_arm_draws_positions(second):
     cfg = TrainConfig(model=GPTConfig(second_attention=second, random_fraction=0.2), seed=8)
     assert draw_of(cfg, "val") == (Draw(0.2, 8, "val") if second == "random" else None)

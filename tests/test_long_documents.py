@@ -1,4 +1,4 @@
-"""--min_document_tokens: what stays is what an obvious loop over all documents keeps, and nothing else changes."""
+"""Tests --min_document_tokens: it keeps the documents that a simple loop keeps, and changes nothing else."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from tests.conftest import WORDS, cli, manifest, override, refusal, tree
 from tests.test_parts import content
 
 N = 200
-# chunks of one token, so that no token is dropped at a split's end
+# chunks of one token, so that no token at the end of a split is dropped
 FILES = ("--source=files", "--files=texts/*.txt", "--bpe_vocab_size=300", "--chunk_content=1", "--chunk_markers=1",
          "--val_fraction=0.3", "--workers=1")  # fmt: skip
 LONG = f"--min_document_tokens={N}"
@@ -39,8 +39,11 @@ def run(folder, *args) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Texts of 1 to 600 words, the short ones in words of their own; two that are cut between the splits; one that is
-    none. Prepared: data/all, and data/long with min_document_tokens."""
+    """Texts of 1 to 600 words, two that are cut between the splits, and one that is unreadable.
+
+    The short texts consist of words that occur nowhere else. data/all contains all texts, data/long only the long
+    ones.
+    """
     folder = tmp_path_factory.mktemp("long")
     (folder / "texts").mkdir()
     draw = random.Random(3)
@@ -55,7 +58,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def documents(dataset: Path, split: str) -> list[list[int]]:
-    """A split cut behind every <|endoftext|>, token by token."""
+    """Returns the documents of a split, cut after every <|endoftext|>, token by token."""
     data = Windows(dataset, split, 2 if manifest(dataset)["chunk_markers"] else 1, "ignore")
     out, document = [], []
     for token in strip(data.stream.read(0, len(data.stream)), data.tokenizer.meta).tolist():
@@ -67,7 +70,7 @@ def documents(dataset: Path, split: str) -> list[list[int]]:
     return out
 
 
-def test_what_stays_is_what_an_obvious_loop_keeps(folder):
+def test_the_kept_documents_equal_those_of_a_simple_loop(folder):
     all_, long = manifest(folder / "data/all"), manifest(folder / "data/long")
     assert Tokenizer.load(folder / "data/all").fingerprint == Tokenizer.load(folder / "data/long").fingerprint
     tokenizer = Tokenizer.load(folder / "data/all")
@@ -77,7 +80,7 @@ def test_what_stays_is_what_an_obvious_loop_keeps(folder):
         for document in documents(folder / "data/all", split):
             short["of_documents"] += 1
             short["of_tokens"] += len(document)
-            if len(document) >= N:  # <|endoftext|> counts
+            if len(document) >= N:  # <|endoftext|> is counted
                 expected.append(document)
             else:
                 short["documents"] += 1
@@ -88,14 +91,14 @@ def test_what_stays_is_what_an_obvious_loop_keeps(folder):
         assert long["splits"][split]["bytes"] == sum(len(tokenizer.text_bytes(np.array(ids))) for ids in expected)
         if split == "val":
             assert long["val_text_compressed"]["bytes"] == long["splits"]["val"]["bytes"]
-    assert short["of_documents"] > 59  # some are cut between the splits
+    assert short["of_documents"] > 59  # more than 59, because some texts are cut between the splits
     assert long["too_short"] == short and long["min_document_tokens"] == N
     assert long["documents_skipped"] == all_["documents_skipped"] == 1
     assert all_["min_document_tokens"] == 0 and all_["too_short"] == {**short, "documents": 0, "tokens": 0}
 
 
-def test_the_tokenizer_is_that_of_all_documents(folder):
-    """And these texts would show it if it were not."""
+def test_the_tokenizer_is_trained_on_all_documents(folder):
+    """The test would notice a tokenizer trained on the remaining documents only."""
     assert manifest(folder / "data/long")["tokenizer"] == manifest(folder / "data/all")["tokenizer"]
     for name, sha256 in content(folder / "data/all").items():
         assert not name.startswith("tokenizer.") or content(folder / "data/long")[name] == sha256
@@ -104,7 +107,7 @@ def test_the_tokenizer_is_that_of_all_documents(folder):
     assert Tokenizer.train(kept, 300).fingerprint != tokenizer.fingerprint
 
 
-def test_workers_sources_and_injections_change_nothing(folder):
+def test_workers_sources_and_injections_keep_the_same_documents(folder):
     texts = [path for path in sorted((folder / "texts").iterdir()) if path.name != "07.txt"]
     rows = [json.dumps({"text": path.read_text()}) for path in texts]
     (folder / "hub").mkdir()
@@ -114,7 +117,7 @@ def test_workers_sources_and_injections_change_nothing(folder):
     assert content(folder / "data/w3") == content(folder / "data/long")
     expected = {**content(folder / "data/long"), "manifest": None}
     assert {**content(folder / "data/rows"), "manifest": None} == expected
-    (folder / "hub/a.jsonl").write_text("\n".join(rows))  # `datasets` takes no broken row
+    (folder / "hub/a.jsonl").write_text("\n".join(rows))  # `datasets` refuses files with a broken row
     hub = [arg for arg in FILES if not arg.startswith(("--source", "--files"))]
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
     args = (*hub, "--source=hf", "--hf_dataset=hub", "--name=hub", LONG)
@@ -127,19 +130,19 @@ def test_workers_sources_and_injections_change_nothing(folder):
         assert {splits[split]["content_sha256"] for split in SPLITS} == sha256
 
 
-def test_parts_merged_equal_one(folder):
+def test_merged_parts_keep_the_same_documents(folder):
     for part in ("1/2", "2/2"):
         run(folder, "--name=m", LONG, f"--part={part}")
         run(folder, "--name=free", f"--part={part}")
     assert cli("prepare.py", "--merge", "data/m.part1of2", "data/m.part2of2", cwd=folder).returncode == 0
     assert content(folder / "data/m") == content(folder / "data/long")
-    # the length may be chosen when merging: one tokenization, several datasets
+    # the setting may also be given when merging, so one tokenization serves several datasets
     args = ("--merge", "data/free.part1of2", "data/free.part2of2", LONG)
     assert cli("prepare.py", *args, cwd=folder).returncode == 0
     assert content(folder / "data/free") == content(folder / "data/long")
 
 
-def test_it_is_said_at_the_end_and_by_inspect(folder):
+def test_left_out_documents_are_reported_at_the_end_and_by_inspect(folder):
     short = manifest(folder / "data/long")["too_short"]
     sentence = (
         f"  left out as too short: {short['documents']} of {short['of_documents']} documents, with {short['tokens']:,} "
@@ -154,7 +157,7 @@ def test_it_is_said_at_the_end_and_by_inspect(folder):
         assert said in out.getvalue() and ("left out" in out.getvalue()) == (name == "long")
 
 
-def test_manifests_from_before_the_setting(folder, tmp_path):
+def test_manifests_without_min_document_tokens_still_load(folder, tmp_path):
     (tmp_path / "manifest.json").write_bytes((folder / "data/all/manifest.json").read_bytes())
     facts = {k: v for k, v in manifest(tmp_path).items() if k not in ("min_document_tokens", "too_short")}
     (tmp_path / "manifest.json").write_text(json.dumps(facts))
@@ -166,7 +169,7 @@ def test_manifests_from_before_the_setting(folder, tmp_path):
             read_manifest(tmp_path)
 
 
-def test_names(folder):
+def test_the_name_of_a_dataset_contains_min_document_tokens(folder):
     root = Path("data")
     for cfg, name in (
         (PrepareConfig(), "stdlib_uniform"),
@@ -175,7 +178,7 @@ def test_names(folder):
         (PrepareConfig(min_document_tokens=2048, name="mine"), "mine"),
     ):
         assert prepare.dataset_folder(cfg, root) == root / name
-        if name != "mine":  # and back again
+        if name != "mine":  # the name leads back to the settings
             found = recipe_of(f"data/{name}")
             assert prepare.dataset_folder(found, root) == root / name
             assert (found.min_document_tokens, found.injection) == (cfg.min_document_tokens, cfg.injection)
@@ -184,7 +187,7 @@ def test_names(folder):
         open_windows(TrainConfig(dataset=str(folder / "stdlib_none_4096plus")), "train")
 
 
-def test_nothing_left_is_one_sentence_and_harms_nothing(folder):
+def test_a_split_without_documents_is_refused_and_changes_nothing(folder):
     longest = {split: max(map(len, documents(folder / "data/all", split))) for split in SPLITS}
     assert longest["val"] != longest["train"]
     least = min(longest.values())
@@ -195,7 +198,7 @@ def test_nothing_left_is_one_sentence_and_harms_nothing(folder):
         assert f"min_document_tokens={n} leaves no document in {where}, because the longest has " in error
         assert all(f"{longest[split]} tokens in {split}" in error for split in SPLITS)
         assert error.endswith(f"lower it to {least} or less, or give longer documents.\n")
-    # what is left fills no chunk
+    # the remaining text is less than one chunk
     args = override(FILES, "--chunk_content=1000000", "--name=x", LONG)
     error = refusal(cli("prepare.py", *args, cwd=folder))
     assert f"others were left out by min_document_tokens={N})" in error and "or lower --min_document_tokens" in error
@@ -206,8 +209,8 @@ def test_nothing_left_is_one_sentence_and_harms_nothing(folder):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 12), max_size=12), st.integers(0, 14), st.data())
-def test_blocks_of_any_size_pass_what_one_token_at_a_time_would(lengths, least, data):
-    """Documents of 1 to 13 tokens, <|endoftext|> = 0 included, every token another; blocks empty, too."""
+def test_documents_may_arrive_in_blocks_of_any_size(lengths, least, data):
+    """Documents have 1 to 13 tokens, <|endoftext|> = 0 included, and all other tokens differ. Blocks may be empty."""
     stream, kept, token = [], [], 1
     for length in lengths:
         document = [*range(token, token + length), 0]
@@ -226,7 +229,7 @@ def test_blocks_of_any_size_pass_what_one_token_at_a_time_would(lengths, least, 
     assert long.longest == (max((length + 1 for length in lengths), default=0) if least else 0)
 
 
-def test_a_long_document_is_not_held_in_memory():
+def test_long_documents_are_passed_on_before_their_end():
     long = LongDocuments(0, 1000)
     passed = [len(long.take(np.ones(300, np.uint16))) for _ in range(10)]
     assert passed == [0, 0, 0, 1200, *[300] * 6]

@@ -16,7 +16,7 @@ from nanometa.model import GPT
 
 
 def reference(hidden, weight, targets, n_content):
-    """Cross-entropy over whole logits, one row at a time."""
+    """Computes the cross-entropy over all logits, one row at a time."""
     total = []
     for h, t in zip(hidden, targets, strict=True):
         logits = (weight[:n_content] @ h).double() if h.dtype == torch.float64 else (weight[:n_content] @ h).float()
@@ -51,7 +51,7 @@ def test_a_compiled_loss_has_the_same_gradients():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 25), st.integers(1, 9), st.integers(0, 10**6))
-def test_equals_the_reference_for_any_chunk_and_block(N, chunk, block, seed):
+def test_the_loss_equals_the_reference_for_any_chunk_and_block(N, chunk, block, seed):
     hidden, weight, targets, n = case(N, seed)
     slow = reference(hidden, weight, targets, n)
     with mock.patch("nanometa.layers.loss.block_rows", lambda device, vocabulary: block):
@@ -70,7 +70,7 @@ def test_equals_the_reference_for_any_chunk_and_block(N, chunk, block, seed):
 
 @pytest.mark.parametrize("rule", ["ignore", "skip"])
 @pytest.mark.parametrize("name", ["u", "n"])
-def test_the_head_is_computed_where_a_target_is_scored_and_nothing_is_lost(workdir, rule, name):
+def test_a_head_at_scored_positions_only_gives_the_same_loss_and_gradients(workdir, rule, name):
     data = Windows(workdir / "data" / name, "val", 28 if name == "n" else 32, rule)
     batch = data.batch(np.arange(data.n_windows))
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def test_the_head_is_computed_where_a_target_is_scored_and_nothing_is_lost(workd
         torch.testing.assert_close(ours, expected)
 
 
-def test_gradcheck():
+def test_gradients_pass_gradcheck():
     hidden, weight, targets, n = case(7, 2)
     assert torch.autograd.gradcheck(lambda h, w: summed_nats(h, w, targets, n, 3), (hidden, weight))
 
@@ -104,7 +104,7 @@ def test_bfloat16_products_stay_near_the_float32_loss():
 def test_markers_and_spare_ids_get_neither_probability_nor_gradient():
     hidden, weight, targets, n = case(9, 4)
     with torch.no_grad():
-        weight[n:] *= 1000  # were they in the softmax, they would take all of it
+        weight[n:] *= 1000  # if they were in the softmax, they would take nearly all of the probability
     grad = torch.autograd.grad(summed_nats(hidden, weight, targets, n), weight)[0]
     assert (grad[n:] == 0).all() and (grad[:n] != 0).any()
     torch.testing.assert_close(
@@ -112,8 +112,8 @@ def test_markers_and_spare_ids_get_neither_probability_nor_gradient():
     )
 
 
-def test_all_agree_on_which_ids_can_be_predicted():
-    """The loss, the scorer, the model's logits, and the decoder's head, which leaves the other rows out."""
+def test_loss_scorer_logits_and_decoder_allow_the_same_ids():
+    """The loss, the scorer and the model's logits mask the other ids; the decoder's head leaves their rows out."""
     V, n = 64, 57
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=V, content_vocab_size=n))
     hidden, every = torch.randn(V, 8), torch.arange(V)
@@ -130,8 +130,8 @@ def test_all_agree_on_which_ids_can_be_predicted():
     torch.testing.assert_close(decoded, logits[:, :n])
 
 
-def test_figures_by_hand():
-    """Ids 0..2 stand for 1, 2, 5 bytes, id 3 is <|endoftext|>."""
+def test_figures_equal_a_calculation_by_hand():
+    """Ids 0, 1 and 2 stand for 1, 2 and 5 bytes, and id 3 is <|endoftext|>."""
     tally = Tally(torch.tensor([1, 2, 5, 0]), torch.device("cpu"))
     tally.add(torch.tensor([[0.5, 1.0, 9.0]]), torch.tensor([[0, 2, -100]]))
     tally.add(torch.tensor([2.0, 4.0]), torch.tensor([1, 3]))
@@ -143,7 +143,8 @@ def test_figures_by_hand():
 
 
 def test_bits_per_byte_of_a_uniform_model_do_not_depend_on_the_markers():
-    """A model that knows nothing pays log2(n_content) bits a token, however many markers stand between."""
+    """A model with uniform predictions costs log2(n_content) bits per token, however many markers lie between the
+    tokens."""
     n_bytes = torch.tensor([1, 1, 1, 1, 0])
     values = []
     for targets in ([0, 1, 2, 3], [0, -100, 1, -100, -100, 2, 3]):

@@ -1,4 +1,4 @@
-"""Preparation needs the same memory for any corpus size."""
+"""Tests that preparation needs the same memory for any size of the corpus."""
 
 import json
 import random
@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT, manifest
 
-# prepares, then prints the peak memory of this process and of its largest worker in KiB
+# prepares a dataset, then prints the peak memory in KiB of this process and of its largest worker
 MEASURED = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
@@ -20,7 +20,7 @@ print([resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resou
 
 
 def write_corpus(folder, megabytes: int) -> None:
-    """Rows of 4 KB of words, in files of 50 MB; words and their order are drawn, and no two rows are equal."""
+    """Writes rows of 4 KB of random words, in files of 50 MB. No two rows are equal."""
     draw = random.Random(1)
     words = ["".join(draw.choices("etaoinshrdlucmfw", k=draw.randrange(1, 12))) for _ in range(20_000)]
     block = [" ".join(draw.choices(words, k=600)) for _ in range(1000)]

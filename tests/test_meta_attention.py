@@ -8,7 +8,7 @@ from tests.reference.meta_attention import meta_attention, meta_index
 
 
 def layer(C=8, n_head=2, seed=0, window=None):
-    """The layer with its LayerNorm bound: layer()(x, index)."""
+    """Returns the layer with a LayerNorm as `norm` and the reference as `slow`."""
     torch.manual_seed(seed)
     m, norm = MetaAttention(C, n_head, bias=True, dropout=0.0, window=window).double(), torch.nn.LayerNorm(C).double()
     torch.nn.init.normal_(norm.weight)
@@ -29,7 +29,7 @@ def masks(B, T, density, seed):
     st.none() | st.integers(1, 15),
     st.integers(0, 10**6),
 )
-def test_equals_the_double_loop_in_value_and_gradient(B, T, density, window, seed):
+def test_value_and_gradient_equal_the_reference(B, T, density, window, seed):
     m, is_meta = layer(seed=seed, window=window), masks(B, T, density, seed)
     x = torch.randn(B, T, 8, dtype=torch.float64, requires_grad=True)
     g = torch.randn(B, T, 8, dtype=torch.float64)
@@ -37,13 +37,13 @@ def test_equals_the_double_loop_in_value_and_gradient(B, T, density, window, see
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
     inputs = [x, *m.parameters()]
     fast = torch.autograd.grad((fast * g).sum(), inputs)
-    # where there is no meta-token the loops never touch the parameters
+    # without a meta-token, the loops never use the parameters
     slow = torch.autograd.grad((slow * g).sum(), inputs, allow_unused=True)
     for ours, expected, to in zip(fast, slow, inputs, strict=True):
         torch.testing.assert_close(ours, torch.zeros_like(to) if expected is None else expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_marker_at_position_0_in_a_padded_row():
+def test_a_meta_token_at_position_0_in_a_padded_row_is_computed():
     m = layer()
     is_meta = torch.tensor([[True, False, False, False, False], [False, True, True, False, True]])
     index = meta_index(is_meta)
@@ -52,7 +52,7 @@ def test_a_marker_at_position_0_in_a_padded_row():
     torch.testing.assert_close(m(x, index, m.norm), m.slow(x, is_meta))
 
 
-def test_gradcheck():
+def test_gradients_pass_gradcheck():
     m = layer(C=4)
     index = meta_index(torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 0]]).bool())
     x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
@@ -60,8 +60,8 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x, w: m(x * w, index, m.norm), (x, w))
 
 
-def test_pads_cannot_be_seen():
-    """More pads change nothing, not even where the row that a pad points at is not a number."""
+def test_padding_changes_nothing():
+    """More padding changes nothing, even if the row that the padding index points at is NaN."""
     m, T = layer(), 6
     x = torch.randn(1, T, 8, dtype=torch.float64)
     x[0, T - 1] = float("nan")
@@ -70,7 +70,7 @@ def test_pads_cannot_be_seen():
     torch.testing.assert_close(m(x, torch.tensor([[1, 3, T, T, T]]), m.norm), out, equal_nan=True)
 
 
-def test_other_rows_stay_exactly_as_they_are():
+def test_rows_without_a_meta_token_stay_unchanged():
     m = layer()
     is_meta = masks(3, 20, 0.2, 5)
     x = torch.randn(3, 20, 8, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_no_meta_token_changes_nothing_and_gives_every_parameter_a_gradient():
         assert all((grad == 0).all() for grad in grads)
 
 
-def test_all_meta_is_ordinary_causal_attention():
+def test_with_meta_tokens_everywhere_it_equals_causal_attention():
     m = layer()
     x = torch.randn(2, 9, 8, dtype=torch.float64)
     everywhere = torch.arange(9).expand(2, 9)
@@ -99,7 +99,7 @@ def test_all_meta_is_ordinary_causal_attention():
 
 @given(st.integers(1, 12), st.integers(0, 10**6))
 @settings(max_examples=30, deadline=None)
-def test_gather_and_add(T, seed):
+def test_gathered_rows_are_added_at_their_positions(T, seed):
     is_meta = masks(2, T, 0.5, seed)
     x, y = torch.randn(2, T, 3), torch.randn(2, T, 3)
     index = meta_index(is_meta)
@@ -107,7 +107,7 @@ def test_gather_and_add(T, seed):
 
 
 def test_bfloat16_follows_float32():
-    """The short-sequence path of causal_sdpa and torch's own kernel, on both sides of their border."""
+    """Tests the short-sequence path of causal_sdpa and torch's own kernel, on both sides of the border between them."""
     m = MetaAttention(16, 2, bias=True, dropout=0.0)
     for M in (255, 256):
         x, index = torch.randn(1, 300, 16), torch.arange(M)[None]
@@ -118,7 +118,7 @@ def test_bfloat16_follows_float32():
         assert 0 < (rough - exact).abs().max() < 0.03
 
 
-def test_the_reference_can_fail():
+def test_the_comparison_with_the_reference_can_fail():
     m = layer()
     is_meta = masks(2, 8, 0.5, 1)
     x = torch.randn(2, 8, 8, dtype=torch.float64)

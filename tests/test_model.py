@@ -15,7 +15,7 @@ SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=64, 
 ARMS = tuple(SECOND_ATTENTIONS)
 LAYERED = [name for name, second in SECOND_ATTENTIONS.items() if second.has_layer]
 WITH_MARKERS = [name for name, second in SECOND_ATTENTIONS.items() if second.markers != "refused"]
-# second_attention and meta_position: all that goes together
+# all valid combinations of second_attention and meta_position
 ARMS_AND_PLACES = [(arm, place) for arm in ARMS for place in ("same", "none") if arm in WITH_MARKERS or place == "same"]
 
 
@@ -24,7 +24,7 @@ def build(seed=3, **changes) -> GPT:
 
 
 def wake(model: GPT, seed: int = 0) -> GPT:
-    """Random second projections: at their initial zero no test of the second attention could fail."""
+    """Draws the second attention's output projections at random. At their initial zeros, no test of it could fail."""
     torch.manual_seed(seed)
     for name, p in model.named_parameters():
         if "second_attn.c_proj.weight" in name:
@@ -33,7 +33,7 @@ def wake(model: GPT, seed: int = 0) -> GPT:
 
 
 def sharpen(model: GPT) -> GPT:
-    """Attention that shows where it looks: at GPT-2's initial weights it is nearly uniform."""
+    """Draws large weights for queries and keys, because attention is nearly uniform at GPT-2's initial weights."""
     for name, p in model.named_parameters():
         if "c_attn.weight" in name:
             torch.nn.init.normal_(p, std=0.5)
@@ -50,7 +50,7 @@ def inputs(T=12, B=3, meta=61):
 
 
 def crowded():
-    """inputs() with more markers in a row than any second attention's window has."""
+    """Returns inputs() with more markers in a row than the window of any second attention."""
     tokens, positions, _ = inputs()
     rows = [[*range(12)], [0, 1, 2, 4, 5, 6, 7, 8, 9, 11], [4]]
     index = torch.tensor([row + [12] * (12 - len(row)) for row in rows])
@@ -62,27 +62,29 @@ def crowded():
 @pytest.mark.parametrize("of", [inputs, crowded])
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize(("second", "meta_position"), ARMS_AND_PLACES)
-def test_the_model_is_its_definition(second, meta_position, position, of):
-    """Masked attention over all pairs of positions, in every block, with rows of different numbers of meta-tokens."""
+def test_the_model_equals_the_reference(second, meta_position, position, of):
+    """The definition is masked attention over all pairs of positions. Rows have different numbers of meta-tokens."""
     cfg = {"second_attention": second, "meta_position": meta_position, "position": position, "bias": True}
     model = sharpen(wake(build(**cfg))).double()
     for name, p in model.named_parameters():
         if name.endswith(("bias", "wpe.weight")):
             torch.nn.init.normal_(p, std=0.3)
     tokens, positions, index = of()
-    tokens = torch.randint(0, 60, tokens.shape)  # equal values would hide who is looked at; the model sees no ids
+    # different values everywhere, so that a wrong key shows; the model does not look for ids
+    tokens = torch.randint(0, 60, tokens.shape)
     members = torch.stack([torch.isin(torch.arange(12), row) for row in index])
     ours, expected = model(tokens, positions, index), reference.hidden_states(model, tokens, positions, members)
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)  # angles and turned q, k are fp32
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)  # angles and rotated q and k are in fp32
     others = reference.hidden_states(model, tokens, positions, members.roll(1, dims=1))
     if model.cfg.second.gathers or meta_position == "none":
-        assert (others - expected).abs().max() > 1e-2  # the tolerance can tell
+        assert (others - expected).abs().max() > 1e-2  # the difference is larger than the tolerance
 
 
-@pytest.mark.parametrize("dynamic", [None, 1.0, 3.0])  # all of the window is that of training, or its first third
+@pytest.mark.parametrize("dynamic", [None, 1.0, 3.0])  # the trained window is the whole window, or its first third
 @pytest.mark.parametrize("second", [name for name, second in SECOND_ATTENTIONS.items() if second.window is not None])
-def test_a_window_is_that_of_the_arm_and_no_more(second, dynamic):
-    """With causal attention silenced, the k-th marker sees the last markers alone; up to so many it is meta."""
+def test_a_second_attention_reads_exactly_its_window_of_markers(second, dynamic):
+    """Up to `window` markers, the arm equals meta. With causal attention silenced, a marker affects only the next
+    ones."""
     window = SECOND_ATTENTIONS[second].window
     assert window < 12, "crowded() has 12 markers: give it more, so that this window can be told from meta"
     scale = {"position": "rope", "rope_scaling": "ntk", "rope_dynamic": True, "rope_factor": dynamic} if dynamic else {}
@@ -101,10 +103,12 @@ def test_a_window_is_that_of_the_arm_and_no_more(second, dynamic):
 
 @pytest.mark.parametrize("silent", ["", "attn", "second_attn"])
 @pytest.mark.parametrize("position", ["learned", "rope"])
-def test_meta_tokens_without_a_position_can_be_moved(position, silent):
-    """Nothing changes at all, in either attention alone or in both; with a position, or a content token, it does."""
+def test_moving_meta_tokens_without_a_position_changes_nothing(position, silent):
+    """With one or both attentions active, nothing changes. With a position, or for a content token, the output
+    changes."""
     tokens, positions, index = inputs()
-    tokens = torch.randint(0, 60, tokens.shape)  # equal values would hide who is looked at; the model sees no ids
+    # different values everywhere, so that a wrong key shows; the model does not look for ids
+    tokens = torch.randint(0, 60, tokens.shape)
     moved, elsewhere = positions.clone(), positions.clone()
     moved[0, 3], moved[0, 7], moved[2, 4] = 9, 1, 0
     elsewhere[0, 4], elsewhere[0, 5] = 10, 2
@@ -118,13 +122,14 @@ def test_meta_tokens_without_a_position_can_be_moved(position, silent):
             assert torch.equal(here, there)
         else:
             assert (here - there).abs().amax((1, 2))[0] > 1e-3
-        if silent != "attn" or position == "learned":  # else content has no attention that its position could turn
+        # otherwise no attention of content tokens is left that depends on their positions
+        if silent != "attn" or position == "learned":
             assert (here - model(tokens, elsewhere, index)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize("second", WITH_MARKERS)
-def test_without_markers_meta_position_says_nothing(second, position):
+def test_without_markers_meta_position_has_no_effect(second, position):
     same, none = (wake(build(second_attention=second, position=position, meta_position=m)) for m in ("same", "none"))
     tokens, positions, index = inputs()
     for empty in (torch.empty(3, 0, dtype=torch.long), torch.full((3, 2), 12)):
@@ -134,7 +139,7 @@ def test_without_markers_meta_position_says_nothing(second, position):
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize(("second", "meta_position"), ARMS_AND_PLACES)
-def test_a_token_changes_nothing_before_it(second, meta_position, position):
+def test_a_token_does_not_affect_earlier_positions(second, meta_position, position):
     model = wake(build(second_attention=second, position=position, meta_position=meta_position))
     tokens, positions, index = inputs()
     before = model.logits(model(tokens, positions, index))
@@ -147,8 +152,8 @@ def test_a_token_changes_nothing_before_it(second, meta_position, position):
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
-def test_meta_tokens_reach_later_meta_tokens_and_only_them(position):
-    """With causal attention silenced, a meta-token's change is seen at later meta-tokens alone."""
+def test_meta_attention_connects_only_later_meta_tokens(position):
+    """With causal attention silenced, a change of a meta-token affects only later meta-tokens."""
     model = wake(build(second_attention="meta", position=position))
     for block in model.h:
         torch.nn.init.zeros_(block.attn.c_proj.weight)
@@ -161,7 +166,7 @@ def test_meta_tokens_reach_later_meta_tokens_and_only_them(position):
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
-def test_without_markers_the_meta_model_is_gpt2_to_the_bit(position):
+def test_without_markers_the_meta_model_equals_gpt2_to_the_bit(position):
     meta, plain = (
         wake(build(second_attention="meta", position=position)),
         build(second_attention="none", position=position),
@@ -185,12 +190,12 @@ def test_step_0_is_gpt2_in_every_arm_and_shared_weights_are_equal():
         assert meta.keys() == control.keys() and all(torch.equal(meta[name], control[name]) for name in meta)
     assert not torch.equal(meta["h.0.attn.c_attn.weight"], meta["h.1.attn.c_attn.weight"])
     assert not torch.equal(meta["h.0.attn.c_attn.weight"], build(seed=4).state_dict()["h.0.attn.c_attn.weight"])
-    # a control's window has fewer positions; the rows that it has are the same
+    # a control's window has fewer positions; its rows of the position table are the same
     short = build(second_attention="none", block_size=10).state_dict()["wpe.weight"]
     assert torch.equal(short, meta["wpe.weight"][:10])
 
 
-def test_every_parameter_gets_a_gradient_from_the_second_step_on():
+def test_every_parameter_gets_a_gradient_once_the_output_projections_are_not_zero():
     model = wake(build())
     model(*inputs()).sum().backward()
     assert all(
@@ -198,8 +203,8 @@ def test_every_parameter_gets_a_gradient_from_the_second_step_on():
     )
 
 
-def test_parameter_counts_of_the_paper():
-    """151.9M with meta-attention and 123.6M without, the position table not counted (the paper: 152M and 124M)."""
+def test_the_large_models_have_the_papers_numbers_of_parameters():
+    """151.9M with meta-attention and 123.6M without it, excluding the position table (the paper: 152M and 124M)."""
     counts = {}
     for arm in ARMS:
         with torch.device("meta"):
@@ -224,7 +229,7 @@ def hf_model(seed=0):
     return model
 
 
-def test_logits_of_hugging_faces_gpt2_both_ways():
+def test_weights_convert_from_and_to_hugging_face_with_equal_logits():
     theirs, ours = hf_model(), build(second_attention="none", bias=True)
     tokens, positions, index = inputs()
     ours.load_state_dict(from_hf(theirs.state_dict()))
@@ -247,25 +252,25 @@ def test_conversion_refuses_what_gpt2_cannot_hold():
             to_hf(build(**changes))
 
 
-def test_rope_depends_on_distance_alone():
+def test_with_rope_only_distances_matter():
     model = wake(build(position="rope"))
     tokens, positions, index = inputs()
     here = model.logits(model(tokens, positions, index))
     there = model.logits(model(tokens, positions + 5000, index))
     torch.testing.assert_close(
         there[..., :60], here[..., :60], rtol=1e-3, atol=1e-4
-    )  # fp32 angles of some 5000 radians
+    )  # fp32 angles of about 5000 radians
 
 
-def test_ids_that_no_position_predicts_have_no_probability():
+def test_markers_and_spare_ids_have_no_probability():
     model = build()
     logits = model.logits(model(*inputs()))
     assert torch.isinf(logits[..., 60:]).all() and torch.isfinite(logits[..., :60]).all()
 
 
 @pytest.mark.parametrize("second", ["meta", "none"])
-def test_what_is_made_again_gives_the_same_gradients_to_the_bit(second):
-    """Activation checkpointing, with dropout, which must draw the same masks again."""
+def test_activation_checkpointing_changes_no_bit_of_a_gradient(second):
+    """Tests activation checkpointing with dropout, whose masks must be the same when they are drawn again."""
     gradients = []
     for recompute in (False, True):
         model = wake(build(second_attention=second, dropout=0.3)).train()
@@ -281,7 +286,7 @@ def test_what_is_made_again_gives_the_same_gradients_to_the_bit(second):
         assert torch.equal(gradient, gradients[1][name]), name
 
 
-def test_dropout_is_dead_in_evaluation():
+def test_dropout_is_off_in_evaluation():
     tokens, positions, index = inputs()
     lively, without = build(dropout=0.5), build(dropout=0.0)
     assert torch.equal(lively(tokens, positions, index), without(tokens, positions, index))
@@ -289,7 +294,7 @@ def test_dropout_is_dead_in_evaluation():
     assert not torch.equal(lively(tokens, positions, index), without(tokens, positions, index))
 
 
-def test_the_vocabulary_must_be_known():
+def test_a_model_needs_the_sizes_of_the_vocabulary():
     with pytest.raises(UserError, match="vocab_size=None .* must both be numbers, .*: take them from the dataset's"):
         GPT(dataclasses.replace(SMALL, vocab_size=None))
     with pytest.raises(UserError, match="content_vocab_size=70 must lie in 1 .. vocab_size=64, .*: take both from"):

@@ -1,4 +1,5 @@
-"""Several machines: two torchrun agents that meet over a socket, and the SLURM script with SLURM played by the test."""
+"""Tests several machines: two torchrun agents that meet over a socket, and the SLURM script with imitated SLURM
+commands."""
 
 import os
 import subprocess
@@ -17,7 +18,7 @@ from tests.conftest import ROOT, TINY, cli, losses, override
 BASE = override(TINY, "--dataset=data/u", "--block_size=32", "--max_steps=5", "--micro_batch_size=4")
 
 
-def test_two_nodes_equal_one(workdir):
+def test_two_nodes_give_the_losses_of_one(workdir):
     args = [*BASE, "--run_name=nodes"]
     port = 20000 + os.getpid() % 20000
     agents = [
@@ -33,7 +34,7 @@ def test_two_nodes_equal_one(workdir):
     ]  # fmt: skip
     out = [agent.communicate(timeout=200) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], out
-    assert sum("2 processes" in stdout for stdout, _ in out) == 1  # one of them is rank 0 and speaks
+    assert sum("2 processes" in stdout for stdout, _ in out) == 1  # only rank 0 prints
     assert cli("train.py", *BASE, "--run_name=node", cwd=workdir).returncode == 0
     assert losses(workdir / "out/nodes") == pytest.approx(losses(workdir / "out/node"), rel=1e-5)
 
@@ -61,8 +62,8 @@ def test_the_slurm_script_starts_torchrun_on_every_node(tmp_path):
     assert result.stdout.splitlines() == [line, line]
 
 
-def test_every_start_gets_a_part_of_the_store_of_its_own():
-    """Three starts over one store that outlives them, as torchrun's does; in the second, rank 2 dies early on."""
+def test_every_start_gets_its_own_part_of_the_store():
+    """Three starts share one store, which outlives them as torchrun's does. In the second start, rank 2 dies early."""
     memory, wait = torch.distributed.HashStore(), timedelta(seconds=20)
 
     def start(ranks=(0, 1, 2), wait=wait) -> dict:

@@ -1,6 +1,7 @@
-"""Checks that current code reads a dataset and a run of an earlier version, and computes what that version computed.
+"""Tests that current code reads a dataset and a run of an earlier version, and computes what that version computed.
 
-tests/old_run/README.md says how the files were made."""
+tests/old_run/README.md says how the files were made.
+"""
 
 import json
 import shlex
@@ -22,7 +23,7 @@ def folder(tmp_path):
 
 
 def repeat(what: str, folder) -> str:
-    """Runs the recorded command of a result -> what it printed."""
+    """Runs the recorded command of a result and returns what it printed."""
     _, *args = shlex.split(EXPECTED[what]["command"])
     result = cli(*args, cwd=folder)
     assert result.returncode == 0, result.stderr.decode()
@@ -44,7 +45,8 @@ def test_the_evaluated_losses_are_the_recorded_ones(folder):
 
 
 def test_the_resumed_run_has_the_recorded_losses(folder):
-    """To the bit on the recorded processor with the recorded version of PyTorch, elsewhere to 1e-4."""
+    """The losses are equal to the bit on the recorded processor with the recorded PyTorch version, elsewhere to
+    1e-4."""
     run, expected = folder / "out/old", EXPECTED["resume"]
     before = (run / "metrics.jsonl").read_text().splitlines()
     repeat("resume", folder)

@@ -1,4 +1,4 @@
-"""Schedules against their formulas, Muon against what it promises, and one wsd run that branches into budgets."""
+"""Tests the schedules against their formulas, Muon's updates, and wsd runs that branch from one trunk."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from nanometa.config import GPTConfig, TrainConfig
 from nanometa.model import GPT
 from nanometa.training.optimizer import Optimizer, learning_rate, norms, part_of
 from tests.conftest import cli, override, refusal
-from tests.test_train import BASE, equal, final, metrics, run
+from tests.training_runs import BASE, equal, final, metrics, run
 
 CFG = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64, content_vocab_size=60, bias=True)
@@ -21,26 +21,26 @@ def rates(**changes) -> list[float]:
     return [learning_rate(step, cfg) for step in range(200)]
 
 
-def test_every_schedule_warms_up():
+def test_every_schedule_begins_with_a_linear_warm_up():
     for schedule in ("cosine", "wsd", "constant"):
         assert rates(schedule=schedule)[:11] == pytest.approx([(i + 1) / 11 for i in range(11)])
 
 
-def test_cosine():
+def test_cosine_decays_to_min_lr_and_stays_there():
     found = rates()
     assert found[60] == pytest.approx(0.55) and found[110] == pytest.approx(0.1) == found[199]
     assert found[10:111] == sorted(found[10:111], reverse=True)
     assert rates(lr_decay_steps=60)[60] == pytest.approx(0.1)
 
 
-def test_wsd_is_flat_and_then_decays_as_one_minus_root():
-    found = rates(schedule="wsd", decay_fraction=0.2)  # the last 22 of 110
+def test_wsd_is_constant_and_then_decays_as_one_minus_square_root():
+    found = rates(schedule="wsd", decay_fraction=0.2)  # the decay takes the last 22 of 110 steps
     assert set(found[10:89]) == {1.0} and found[89] < 1 and found[110] == pytest.approx(0.1) == found[199]
     assert found[88 + 11] == pytest.approx(0.1 + 0.9 * (1 - 0.5**0.5))
     assert set(rates(schedule="constant")[10:]) == {1.0}
 
 
-def test_the_stable_part_of_wsd_does_not_depend_on_the_budget():
+def test_the_constant_part_of_wsd_does_not_depend_on_the_number_of_steps():
     assert rates(schedule="wsd", max_steps=100)[:80] == rates(schedule="wsd", max_steps=1000)[:80]
 
 
@@ -52,7 +52,7 @@ def model_with_gradients() -> GPT:
     return model
 
 
-def test_muon_has_exactly_the_matrices_of_the_blocks():
+def test_muon_updates_exactly_the_matrices_of_the_blocks():
     model = model_with_gradients()
     muon, adamw = Optimizer(model, dataclasses.replace(CFG, optimizer="muon")).parts
     names = {id(p): name for name, p in model.named_parameters()}
@@ -63,7 +63,7 @@ def test_muon_has_exactly_the_matrices_of_the_blocks():
     assert mine | rest == set(names.values()) and not mine & rest
 
 
-def test_muon_moves_every_matrix_in_all_directions_alike_and_as_far_as_adamw_would():
+def test_muon_updates_are_near_orthogonal_and_of_the_size_of_adamws():
     """All singular values of an update are about equal, and its root mean square is 0.2 learning rates."""
     model = model_with_gradients()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -78,7 +78,7 @@ def test_muon_moves_every_matrix_in_all_directions_alike_and_as_far_as_adamw_wou
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_weight_decay_pulls_matrices_and_nothing_else(optimizer):
+def test_weight_decay_applies_only_to_matrices(optimizer):
     model = model_with_gradients()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
@@ -89,7 +89,7 @@ def test_weight_decay_pulls_matrices_and_nothing_else(optimizer):
         torch.testing.assert_close(p.detach(), expected)
 
 
-def test_norms_by_part_add_up():
+def test_norms_by_part_add_up_to_the_norm_of_the_model():
     model = model_with_gradients()
     found = {name: value.item() for name, value in norms(model).items()}
     parts = {part_of(name) for name, _ in model.named_parameters()}
@@ -100,7 +100,7 @@ def test_norms_by_part_add_up():
     assert found["weight_norm"] ** 2 == pytest.approx(sum(found[f"weight_norm_{part}"] ** 2 for part in parts))
 
 
-def test_muon_resumes_to_the_bit(workdir):
+def test_a_resumed_run_with_muon_equals_an_uninterrupted_one_to_the_bit(workdir):
     straight = run(workdir, "muon", "--optimizer=muon", "--max_steps=12", "--save_interval=6")
     run(workdir, "muon2", "--optimizer=muon", "--max_steps=6", "--lr_decay_steps=12")
     resumed = run(workdir, "muon2", "--optimizer=muon", "--max_steps=12", "--init_from=resume", "--lr_decay_steps=12")
@@ -115,7 +115,7 @@ def test_muon_resumes_to_the_bit(workdir):
     )
 
 
-def test_one_trunk_branches_into_budgets_and_each_is_as_if_run_alone(workdir):
+def test_branches_of_a_trunk_equal_wsd_runs_of_their_length(workdir):
     wsd = ("--schedule=wsd", "--decay_fraction=0.25", "--save_interval=1")
     trunk = run(workdir, "trunk", "--schedule=constant", "--max_steps=9", "--save_interval=3", "--keep=9")
     for steps, branch_at in ((8, 6), (12, 9)):
@@ -146,7 +146,7 @@ def test_one_trunk_branches_into_budgets_and_each_is_as_if_run_alone(workdir):
         (["--branch_from=out/trunk2/step_00000003", "--init_from=resume"], "both given"),
     ],
 )
-def test_impossible_branches(workdir, args, sentence):
+def test_impossible_branches_are_refused(workdir, args, sentence):
     if not (workdir / "out/trunk2").exists():
         run(workdir, "trunk2", "--schedule=constant", "--max_steps=3", "--save_interval=3")
     best = next((workdir / "out/trunk2").glob("best_*")).name

@@ -1,4 +1,4 @@
-"""Preparing in parts and after interruptions: whatever happens on the way, the same bytes come out."""
+"""Tests preparation in parts and after interruptions: the result always has the same bytes."""
 
 import dataclasses
 import json
@@ -29,10 +29,10 @@ FILES = ("--source=files", "--files=texts/*.txt", "--bpe_vocab_size=300", "--chu
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A folder with texts, and data/whole prepared from them at once."""
+    """A folder with texts, and with data/whole, which is prepared from them in one go."""
     folder = tmp_path_factory.mktemp("parts")
     write_texts(folder / "texts", documents=30)
-    (folder / "texts/doc007.txt").write_bytes(b"caf\xe9")  # one that is skipped
+    (folder / "texts/doc007.txt").write_bytes(b"caf\xe9")  # a document that is skipped
     run(folder, "--name=whole")
     return folder
 
@@ -44,19 +44,19 @@ def run(folder, *args):
 
 
 def content(folder: Path) -> dict:
-    """All that must be equal: the bytes of every file, and the manifest but for the command."""
+    """Returns all that must be equal: the bytes of every file, and the manifest except for the command."""
     files = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != "manifest.json"}
     return {**files, "manifest": {**manifest(folder), "command": ""}}
 
 
-def test_three_parts_merged_equal_one(whole):
+def test_three_merged_parts_equal_one_preparation(whole):
     for part in (3, 1, 2):
         run(whole, "--name=m", f"--part={part}/3")
     parts = [f"data/m.part{i}of3" for i in (1, 2, 3)]
-    result = cli("prepare.py", "--merge", *parts, cwd=whole)  # the settings come from the parts
+    result = cli("prepare.py", "--merge", *parts, cwd=whole)  # no other arguments: the settings come from the parts
     assert result.returncode == 0, result.stderr.decode()
     assert content(whole / "data/m") == content(whole / "data/whole")
-    # one tokenization, another arm
+    # the same parts give the dataset of another arm
     result = cli("prepare.py", "--merge", *parts[::-1], "--injection=none", "--name=n", cwd=whole)
     assert result.returncode == 0, result.stderr.decode()
     run(whole, "--name=whole_none", "--injection=none")
@@ -103,12 +103,13 @@ def test_parts_that_do_not_fit_together_are_refused(whole):
 
 
 class Pulled(BaseException):
-    """The plug."""
+    """Raised in place of a power failure."""
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_preparation_pulled_at_any_item_goes_on_to_the_same_bytes(tmp_path, monkeypatch, seed):
-    """Segments of 500 tokens in one file of many rows, the plug pulled a dozen times, also within the unit."""
+def test_an_interrupted_preparation_continues_to_the_same_bytes(tmp_path, monkeypatch, seed):
+    """Interrupts a preparation of one file with many rows a dozen times, also within the unit. Segments have 500
+    tokens."""
     write_texts(tmp_path / "texts", documents=60)
     rows = [json.dumps({"text": path.read_text()}) for path in sorted((tmp_path / "texts").iterdir())]
     rows[20] = "no json"
@@ -148,13 +149,13 @@ def start(folder, *args):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "prepare.py"), *FILES, *args], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # children of a background job ignore SIGINT
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def slow_folder(tmp_path_factory) -> Path:
-    """Enough text for an interruption to fall into it."""
+    """A folder with enough text that a signal arrives in the middle of its preparation."""
     folder = tmp_path_factory.mktemp("slow")
     for number in range(30):
         write_texts(folder / "texts", documents=1, words=100_000)
@@ -164,13 +165,13 @@ def slow_folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_killed_and_started_again(slow_folder, number):
+def test_a_killed_preparation_continues_to_the_same_bytes(slow_folder, number):
     process = start(slow_folder, "--name=cut")
     while not list(slow_folder.glob("data/.cut.partial/unit_*.json")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     process.send_signal(number)
-    out, error = process.communicate(timeout=60)  # ends only when the workers, who hold the pipes too, are gone
+    out, error = process.communicate(timeout=60)  # returns only when the workers, which also hold the pipes, have ended
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
@@ -203,8 +204,9 @@ with Encoders(Tokenizer.gpt2(), PrepareConfig(workers=1)) as encoders:
 """
 
 
-def test_an_interruption_in_the_middle_of_a_submission_ends(tmp_path):
-    """The item is noted, and its number never given to the workers: a plain shutdown waits for it for ever."""
+def test_an_interruption_while_work_is_submitted_does_not_hang(tmp_path):
+    """The item is registered but its number never reaches the workers, so a plain shutdown would wait for it
+    forever."""
     script = tmp_path / "interrupted.py"
     script.write_text(INTERRUPTED.format(root=str(ROOT)))
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=50)
@@ -212,8 +214,9 @@ def test_an_interruption_in_the_middle_of_a_submission_ends(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [20_000, 1_000_000])
-def test_a_full_disk(slow_folder, limit):
-    """No file may grow beyond `limit`: the tokenized text does, or the shards only."""
+def test_a_full_disk_is_reported_and_the_preparation_can_continue(slow_folder, limit):
+    """Limits the size of files: with the small limit the tokenized text does not fit, with the large one only the
+    shards."""
     command = [sys.executable, str(ROOT / "prepare.py"), *FILES, "--name=full"]
     result = subprocess.run(
         command, cwd=slow_folder, capture_output=True,
@@ -227,7 +230,7 @@ def test_a_full_disk(slow_folder, limit):
     shutil.rmtree(slow_folder / "data/full")
 
 
-def test_two_preparations_of_one_name_are_refused(whole):
+def test_a_second_preparation_of_the_same_name_is_refused(whole):
     (whole / "data/.two.partial").mkdir()
     held = staging.lock(whole / "data/.two.partial")
     assert "another process is preparing data/.two.partial" in refusal(
@@ -238,7 +241,7 @@ def test_two_preparations_of_one_name_are_refused(whole):
     assert content(whole / "data/two") == content(whole / "data/whole")
 
 
-def test_a_damaged_segment_is_named_with_its_cure(tmp_path, monkeypatch):
+def test_the_refusal_of_a_damaged_segment_says_how_to_repair_it(tmp_path, monkeypatch):
     write_texts(tmp_path / "texts", documents=30)
     run(tmp_path, "--name=a", "--part=1/1")
     part = tmp_path / "data/a.part1of1"
@@ -256,7 +259,7 @@ def test_a_damaged_segment_is_named_with_its_cure(tmp_path, monkeypatch):
     assert content(tmp_path / "data/a") == content(tmp_path / "data/b")
 
 
-def test_half_a_plan_is_damage(tmp_path):
+def test_an_incomplete_plan_counts_as_damaged(tmp_path):
     (tmp_path / staging.PLAN).write_text('{"config": {')
     with pytest.raises(UserError, match="is damaged"):
         staging.read_plan(tmp_path)

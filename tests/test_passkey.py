@@ -37,7 +37,7 @@ def run(tokenizer):
     return small_run(tokenizer, MARKED, block_size=128, position="rope")
 
 
-def test_the_text_is_the_published_one():
+def test_the_passkey_text_has_the_published_format():
     task = (
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
         "I will quiz you about the important information there.\n"
@@ -52,7 +52,7 @@ def test_the_text_is_the_published_one():
 
 @pytest.mark.parametrize("markers", ["trained", "none"])
 @pytest.mark.parametrize("length", [192, 333, 1024])
-def test_texts_are_as_promised(tokenizer, gpt2, markers, length):
+def test_passkey_texts_have_their_length_depth_key_and_markers(tokenizer, gpt2, markers, length):
     for tok in (tokenizer, gpt2):
         run = small_run(tok, {**MARKED, "injection": "periodic"} if length == 333 else MARKED, position="rope")
         for depth in (0.0, 0.3, 1.0):
@@ -67,7 +67,8 @@ def test_texts_are_as_promised(tokenizer, gpt2, markers, length):
                 key = tok.decode(answers[0])
                 assert ids[0] == content[0] == tok.eot and re.fullmatch(r" [1-5]\d{4}", key)
                 assert text.count(key.strip()) == 2 and text.endswith("The pass key is")
-                assert (tok.encode(text + key) == [*content[1:], *answers[0]]).all()  # the border splits no token
+                # no token contains both the end of the prompt and the start of the answer
+                assert (tok.encode(text + key) == [*content[1:], *answers[0]]).all()
                 assert len({tuple(answer) for answer in answers}) == 20
                 assert all(tok.decode(other).strip() not in text for other in answers[1:])
                 before, after = text.split(f"The pass key is{key}.")[0], text.split("is the pass key.")[1]
@@ -75,21 +76,23 @@ def test_texts_are_as_promised(tokenizer, gpt2, markers, length):
                 assert abs(filler[0] - depth * sum(filler)) <= 0.5
                 share = np.mean(ids[1:] == tok.meta)
                 assert share == (0 if markers == "none" else pytest.approx(0.1, abs=0.5 / (len(ids) - 1)))
-                if markers == "trained" and length == 333:  # periodic
+                if markers == "trained" and length == 333:  # evenly spaced
                     assert np.ptp(np.diff(np.flatnonzero(ids == tok.meta))) <= 1 and ids[-1] == tok.meta
                 again = Prompts(run, markers, length, depth).prompt(index, 20)
                 assert (again[0] == ids).all() and (again[1] == answers).all()
             assert len(totals) > 1
 
 
-def test_the_texts_are_the_same_with_and_without_markers_but_for_the_filler(run):
+def test_answers_are_the_same_with_and_without_markers(run):
     answers = [Prompts(run, markers, 128, 0.5).prompt(7, 30)[1] for markers in ("trained", "none")]
     assert (answers[0] == answers[1]).all()
 
 
 def reader(run, shift=0):
-    """A model that reads the key in the text and says it, or one that says another: only what stands before a position
-    decides, and never the answer."""
+    """Returns a stand-in for hidden_states that reads the key in the text and predicts it, or predicts another key.
+
+    The prediction at a position depends only on the text before it, never on the answer.
+    """
 
     def hidden_states(model, batch):
         tok, weight = run.tokenizer, run.model.wte.weight
@@ -99,10 +102,10 @@ def reader(run, shift=0):
             text = tok.decode(ids[content])
             key = int(re.search(r"The pass key is (\d+)\. Remember", text)[1])
             said = tok.encode(f" {10_000 + (key - 10_000 + shift) % 40_000}")
-            end = len(content) - Prompts(run, "none", 128, 0.5).k  # of the prompt, among the content
+            end = len(content) - Prompts(run, "none", 128, 0.5).k  # the end of the prompt, counted in content tokens
             for i, token in enumerate(said[: len(content) - end]):
                 at = content[end + i - 1]
-                # under "ignore" the marker before the answer predicts it
+                # under "ignore", a marker before the answer predicts it
                 hidden[row, at : content[end + i]] = 50 * weight[int(token)]
         return hidden
 
@@ -110,7 +113,7 @@ def reader(run, shift=0):
 
 
 @pytest.mark.parametrize("rule", ["ignore", "skip"])
-def test_a_model_that_knows_the_key_is_first_and_exact(tokenizer, monkeypatch, rule):
+def test_a_model_that_knows_the_key_ranks_it_first_and_is_exact(tokenizer, monkeypatch, rule):
     run = small_run(tokenizer, MARKED, rule=rule, block_size=128)
     for markers in ("trained", "none"):
         prompts = Prompts(run, markers, 128, 0.5)
@@ -122,7 +125,7 @@ def test_a_model_that_knows_the_key_is_first_and_exact(tokenizer, monkeypatch, r
         assert cell["exact"] == 0 and cell["outcomes"] == "0" * 6 and cell["top1"] < 1
 
 
-def test_random_weights_are_at_chance(run):
+def test_random_weights_perform_at_chance(run):
     cell = measure_passkey(run, Prompts(run, "trained", 128, 0.5), 120, 10)
     low, high = cell["top1_interval"]
     assert low < 0.1 < high and cell["chance"]["top1"] == 0.1 and cell["exact"] == 0
@@ -135,14 +138,14 @@ def test_random_weights_are_at_chance(run):
 
 @pytest.mark.parametrize("rule", ["ignore", "skip"])
 @pytest.mark.parametrize("second", ["meta", "none"])
-def test_exact_is_what_greedy_decoding_writes(tokenizer, rule, second):
+def test_answers_are_exact_if_greedy_decoding_writes_them(tokenizer, rule, second):
     run = small_run(tokenizer, MARKED, rule=rule, block_size=160, position="rope", second_attention=second)
     silent = MarkerPlan.of_run(run, "none")
     for index in range(4):
         ids, answers = Prompts(run, "trained", 150, 0.5).prompt(index, 4)
         written = np.array(list(generate(run, ids.tolist(), silent, answers.shape[1], temperature=0)))
         other = np.repeat(written[None], len(written), axis=0)
-        np.fill_diagonal(other, answers[0])  # one id is another
+        np.fill_diagonal(other, answers[0])  # each row differs in one id
         other[other.diagonal() == written] = answers[1]
         nats, right = score(run, ids, np.concatenate([written[None], other]), index)
         assert right.tolist() == [True] + [False] * len(written)
@@ -151,7 +154,7 @@ def test_exact_is_what_greedy_decoding_writes(tokenizer, rule, second):
 
 @pytest.mark.parametrize("second", ["meta", "random"])
 def test_a_score_is_the_sum_of_the_log_probabilities(tokenizer, monkeypatch, second):
-    """However the candidates are split into forwards."""
+    """The score does not depend on how the candidates are distributed over forward passes."""
     run = small_run(tokenizer, PLAIN if second == "random" else MARKED, block_size=128, second_attention=second)
     ids, answers = Prompts(run, "none" if second == "random" else "trained", 128, 0.25).prompt(0, 5)
     nats, _ = score(run, ids, answers, 0)
@@ -168,12 +171,13 @@ def test_a_score_is_the_sum_of_the_log_probabilities(tokenizer, monkeypatch, sec
             assert expected == pytest.approx(total, rel=1e-4)
 
 
-def test_ranks():
+def test_equal_scores_share_the_middle_rank():
     assert rank(np.array([1.0, 2, 3])) == 1 and rank(np.array([2.5, 2, 3])) == 2 and rank(np.array([9.0, 2, 3])) == 3
-    assert rank(np.array([1.0, 1, 1])) == 2  # a model that says the same of all is not first
+    # a model that gives all candidates the same score does not rank the true one first
+    assert rank(np.array([1.0, 1, 1])) == 2
 
 
-def test_the_command(run, tmp_path, capsys):
+def test_the_command_writes_a_line_per_length_and_depth(run, tmp_path, capsys):
     folder = saved(run, tmp_path / "small")
     command = ["passkey", f"--run={folder}", "--candidates=4"]
     evaluation.main([*command, "--lengths", "16", "128", "--depths", "0", "1", "--n=3"])
@@ -188,7 +192,7 @@ def test_the_command(run, tmp_path, capsys):
     assert "chance 25.0%" in capsys.readouterr().out
 
 
-def test_learned_positions_end(tokenizer):
+def test_texts_beyond_the_learned_positions_are_reported_as_impossible(tokenizer):
     run = small_run(tokenizer, MARKED, block_size=64)
     assert (
         "128 positions do not fit into the learned position table, which has 64"
@@ -208,15 +212,15 @@ def test_learned_positions_end(tokenizer):
         ({"run": "nowhere"}, "there is no checkpoint in 'nowhere'"),
     ],
 )
-def test_bad_input_gets_one_sentence(tokenizer, tmp_path, settings, sentence):
+def test_bad_input_is_refused_in_one_sentence(tokenizer, tmp_path, settings, sentence):
     folder = saved(small_run(tokenizer, PLAIN, second_attention="none"), tmp_path / "plain")
     with pytest.raises(UserError) as error:
         passkey.main(PasskeyEval(**{"run": str(folder), **settings}))
     assert sentence in str(error.value) and not Path(folder / "passkey.jsonl").exists()
 
 
-def test_weights_that_are_no_numbers_are_refused(tokenizer):
-    """Their ranks would all be 1."""
+def test_weights_that_are_not_finite_are_refused(tokenizer):
+    """Otherwise all ranks would be 1."""
     run = small_run(tokenizer, MARKED, block_size=128)
     with torch.no_grad():
         run.model.ln_f.weight[3] = float("nan")
@@ -232,7 +236,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(
     ("stream", "patience", "shown"), [(Terminal, 0, True), (Terminal, 9, False), (io.StringIO, 0, False)]
 )
-def test_progress_is_shown_on_a_terminal_alone_and_erased(monkeypatch, stream, patience, shown):
+def test_progress_is_shown_only_on_a_terminal_and_then_erased(monkeypatch, stream, patience, shown):
     out = stream()
     monkeypatch.setattr(common, "PATIENCE", patience)
     monkeypatch.setattr("sys.stdout", out)

@@ -1,5 +1,5 @@
-"""probe.py patching: what is replaced, what is counted, and that it tells a mark that carries the answer from one that
-does not."""
+"""Tests probe.py patching: which states it replaces, how it counts, and whether it recognizes a mark that carries the
+answer."""
 
 import json
 
@@ -53,12 +53,13 @@ from tests.test_positions import (
     made_by_hand,
 )
 
-# ----------------------------------------------------------------------------- what is replaced
+# ----------------------------------------------------------------------------- replaced states
 
 
 @pytest.mark.parametrize("second", ["meta", "random"])
-def test_the_answers_token_replaced_as_it_is_embedded_is_another_text(tokenizer, second):
-    """State 0 under rope is the token alone: the patched text answers as the text in which the donor's token stands."""
+def test_replacing_an_embedding_equals_replacing_the_token(tokenizer, second):
+    """With rope, state 0 is the token's embedding. The patched text must answer like the text that contains the donor's
+    token."""
     run = small_run(tokenizer, MARKED, position="rope", second_attention=second)
     maker = Maker("list_recall", "target", TaskConfig(), tokenizer)
     examples = texts(maker, "easy", 60, 7)
@@ -79,14 +80,14 @@ def test_the_answers_token_replaced_as_it_is_embedded_is_another_text(tokenizer,
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_texts_own_state_changes_no_bit(tokenizer, monkeypatch, placement):
+def test_patching_a_texts_own_state_changes_no_bit(tokenizer, monkeypatch, placement):
     run = small_run(tokenizer, MARKED, position="learned")
     maker = Maker("copying", placement, TaskConfig(), tokenizer)
     examples = texts(maker, "easy", 56, 4)
     sites = sites_of(run, maker, examples)
     check_own(run, examples, sites["mark"])
     base, entering = read(run, examples, sites)
-    for site, places in sites.items():  # several marks, and some again and again, too
+    for site, places in sites.items():  # includes several marks per text, and marks that are repeated
         assert torch.equal(patched(run, examples, 1, places, entering[site][1], sites["asked"]), base), site
     assert sites["marks"].shape[1] == max(len(marks(maker, example)) for example in examples)
     real = patching.replace_state
@@ -98,7 +99,7 @@ def test_a_texts_own_state_changes_no_bit(tokenizer, monkeypatch, placement):
     assert hooks(run.model) == 0
 
 
-def test_ordinary_places_are_in_the_body_and_no_marks(tokenizer):
+def test_ordinary_positions_are_in_the_body_and_are_not_marks(tokenizer):
     for placement in PLACEMENTS:
         maker = Maker("parity", placement, TaskConfig(), tokenizer)
         places = []
@@ -109,11 +110,12 @@ def test_ordinary_places_are_in_the_body_and_no_marks(tokenizer):
         assert len(set(places)) > 8
 
 
-def test_donors_have_another_answer_and_where_there_is_one_the_same_place():
+def test_donors_have_another_answer_and_if_possible_the_same_place():
     firsts = np.array([1, 1, 2, 1, 3, 3, 2])
     places = np.array([9, 9, 9, 4, 5, 5, 9])
     counts = np.array([2, 2, 2, 2, 2, 2, 1])
-    # 3 has no other one at 4, and the next is 4; 4 and 5 have one answer, and the next are those at 9
+    # 3 has no other text at 4 and takes the next one, 4; texts 4 and 5 have the same answer and take the next texts, at
+    # 9
     assert donors_of(firsts, places, counts).tolist() == [2, 2, 0, 4, 0, 0, 3]
     rng = np.random.default_rng(0)
     firsts, places, counts = (rng.integers(2, size=200), rng.integers(20, size=200), np.ones(200, dtype=int))
@@ -128,12 +130,14 @@ def test_donors_have_another_answer_and_where_there_is_one_the_same_place():
         donors_of(np.ones(5), places[:5], counts[:5])
 
 
-# ----------------------------------------------------------------------------- what it finds in a model
+# ----------------------------------------------------------------------------- what the probe finds in a model
 
 
 def by_hand(tokenizer, monkeypatch, position: str, looks: list, brings: dict, table=None) -> dict:
-    """Texts of ten fillers, one of them a mark, a question, and as answer the first word where it is early, the second
-    where it is late -> (site, layer) -> line."""
+    """Measures texts of ten positions, one of them a mark and the others filler, and a question.
+
+    The answer is the first word if the mark is early and the second word if it is late. Returns site -> line.
+    """
     run, examples = made_by_hand(tokenizer, position, looks, brings), []
     if table is not None:
         run.model.wpe.weight.data[1:6], run.model.wpe.weight.data[6:11] = table
@@ -147,8 +151,8 @@ def by_hand(tokenizer, monkeypatch, position: str, looks: list, brings: dict, ta
     return {line["site"]: line for line in lines}
 
 
-def test_a_mark_that_carries_the_answer(tokenizer, monkeypatch, capsys):
-    """Its place is in the table, added to its state: the donor's state brings the donor's answer."""
+def test_patching_recognizes_a_mark_that_carries_the_answer(tokenizer, monkeypatch, capsys):
+    """The mark's state contains its position, so the donor's state brings the donor's answer."""
     lines = by_hand(
         tokenizer, monkeypatch, "learned", [(0, ASK, 0.0, MARK)], {EARLY: FIRST, LATE: SECOND}, (EARLY, LATE)
     )
@@ -156,13 +160,13 @@ def test_a_mark_that_carries_the_answer(tokenizer, monkeypatch, capsys):
         assert (lines[site]["kept_unpatched"], lines[site]["kept"], lines[site]["donor"]) == (1, 0, 1)
         assert lines[site]["outcomes"] == "d" * 40 and lines[site]["carried"] == lines[site]["needed"] == 1
         assert lines[site]["logit_difference"] == pytest.approx(-lines[site]["logit_difference_unpatched"]) != 0
-        assert lines[site]["same_place"] == 0  # each place has one answer
+        assert lines[site]["same_place"] == 0  # each position has one answer
     assert_others_keep(lines)
     assert "kept / donor by layer: 0.0% / 100.0%" in capsys.readouterr().out
 
 
-def test_a_mark_whose_place_is_read_and_not_its_state(tokenizer, monkeypatch):
-    """With rope the distance is the answer: the state is another text's, its position stays the text's own."""
+def test_patching_recognizes_a_mark_of_which_only_the_position_is_read(tokenizer, monkeypatch):
+    """With rope, the answer depends on the distance. A donor's state is read at the text's own position."""
     looks = [(1, ASK, np.pi / 2 - 5.5 * 0.316, MARK)]
     lines = by_hand(tokenizer, monkeypatch, "rope", looks, {MARK: SECOND, FILL: FIRST})
     assert lines["mark"]["outcomes"] == lines["marks"]["outcomes"] == "k" * 40
@@ -170,19 +174,20 @@ def test_a_mark_whose_place_is_read_and_not_its_state(tokenizer, monkeypatch):
 
 
 def assert_others_keep(lines: dict) -> None:
-    """Behind a mark at 10 is the question, and an ordinary place may be the question's: without it nothing is asked."""
+    """After a mark at position 10 comes the question, and an ordinary position may be the question's. Patching it
+    removes the question."""
     assert lines["asked"]["outcomes"] == "k" * 40 and lines["ordinary"]["kept"] >= 0.9
     assert all(outcome == "k" for i, outcome in enumerate(lines["after"]["outcomes"]) if i % 10 != 9)
 
 
-# ----------------------------------------------------------------------------- what is counted
+# ----------------------------------------------------------------------------- counting
 
 
 def logits_of(named: list[int]) -> torch.Tensor:
     return 4.0 * torch.nn.functional.one_hot(torch.tensor(named), 6).float()
 
 
-def test_what_answers_become_is_counted_as_by_a_hand():
+def test_outcomes_equal_a_count_by_hand():
     own, donor = np.array([1, 1, 2, 2, 3]), np.array([2, 3, 1, 1, 1])
     base, now = [1, 1, 2, 1, 0], [1, 3, 5, 1, 3]
     found = compare(logits_of(base), logits_of(now), own, donor)
@@ -197,7 +202,7 @@ def test_what_answers_become_is_counted_as_by_a_hand():
 
 
 def line(kept: float, donor: float, site="mark", layer=0, n=1000) -> dict:
-    """As if 900 of 1000 were right without a patch, and now `kept` are, all of them among those."""
+    """Returns a line in which 900 of 1000 texts are right without a patch, and `kept` of them with it."""
     base, now = np.arange(n) < 0.9 * n, np.arange(n) < kept * n
     own, others = np.full(n, 1), np.full(n, 2)
     took = np.arange(n) >= (1 - donor) * n
@@ -219,7 +224,7 @@ def line(kept: float, donor: float, site="mark", layer=0, n=1000) -> dict:
         ((0.88, 0.0), "holds, within the margin", "does not hold"),
     ],
 )
-def test_verdicts(shares, needed, carried):
+def test_verdicts_follow_the_rules(shares, needed, carried):
     lines = judged([line(*shares), line(0.9, 0.0, "ordinary")], CLAIMS, 0.0, 0.05)
     assert (lines[0]["needed_verdict"], lines[0]["carried_verdict"]) == (needed, carried)
     assert lines[0]["comparisons"] == 4
@@ -244,7 +249,7 @@ def test_the_picture_shows_every_line():
 
 
 @pytest.mark.parametrize(("second", "data"), [("meta", MARKED), ("none", PLAIN)])
-def test_the_command(tokenizer, tmp_path, monkeypatch, capsys, second, data):
+def test_the_command_writes_and_draws_all_sites_and_layers(tokenizer, tmp_path, monkeypatch, capsys, second, data):
     drawn: list[list[dict]] = []
     if second == "none":
         monkeypatch.setattr(probe_command, "draw_picture", lambda name, lines: drawn.append(lines) or b"\x89PNG")
@@ -265,7 +270,7 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys, second, data):
         assert one["kept_interval"][0] <= one["kept"] <= one["kept_interval"][1] and one["run"] == "small"
     assert (folder / "patching.png").read_bytes().startswith(b"\x89PNG")
     assert "  mark      kept / donor by layer: " in said_out
-    if second == "none":  # what the file holds is drawn, of repeated lines that of most texts
+    if second == "none":  # the picture shows the lines of the file, and of repeated lines those with the most texts
         (folder / "patching.jsonl").write_text(
             (folder / "patching.jsonl").read_text() + json.dumps({**lines[0], "weights_sha256": "other"}) + "\n"
         )

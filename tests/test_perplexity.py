@@ -30,7 +30,7 @@ ALONE = Dist(0, 0, 1, torch.device("cpu"))
     ("data", "second", "rule"),
     [("u", "meta", "ignore"), ("u", "meta", "skip"), ("p", "causal", "ignore"), ("n", "random", "ignore")],
 )
-def test_windows_of_training_give_the_figures_of_training(workdir, data, second, rule):
+def test_perplexity_in_training_windows_equals_evaluation_in_training(workdir, data, second, rule):
     folder = workdir / "data" / data
     run = run_on(folder, second_attention=second, rule=rule)
     length, cfg = run.config.model.block_size, run.config
@@ -44,7 +44,7 @@ def test_windows_of_training_give_the_figures_of_training(workdir, data, second,
 
 @st.composite
 def marked_streams(draw):
-    """Content ids that are all different, so that a target says which token it is; 999 is the marker."""
+    """Draws a stream whose content ids all differ, so that a target identifies its token; 999 is the marker."""
     C, M, n = draw(st.integers(1, 12)), draw(st.integers(0, 5)), draw(st.integers(1, 6))
     places = marker_places("uniform" if M else "none", 0, n, C, M, draw(st.integers(0, 99)))
     tokens = inject(np.arange(n * C).reshape(n, C), places, 999).reshape(-1)
@@ -54,7 +54,7 @@ def marked_streams(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(marked_streams(), st.sampled_from(["ignore", "skip"]))
-def test_every_content_token_is_scored_once_and_from_enough_before_it(case, rule):
+def test_every_content_token_is_scored_once_with_enough_context(case, rule):
     tokens, length, stride, size = case
     if (tokens != 999).sum() < 2:
         return
@@ -95,13 +95,13 @@ def _count_and_mean(values):
 
 @pytest.mark.parametrize("rule", ["ignore", "skip"])
 @pytest.mark.parametrize(("position", "length", "stride"), [("learned", 24, 7), ("rope", 40, 40), ("rope", 40, 9)])
-def test_it_is_the_loss_of_every_token_by_itself(workdir, rule, position, length, stride):
-    """Also beyond the trained window of 32 positions, where these are rotary."""
+def test_the_loss_equals_scoring_every_token_separately(workdir, rule, position, length, stride):
+    """The trained window has 32 positions. With rotary positions, this also holds in longer windows."""
     run = double(run_on(workdir / "data/u", rule=rule, position=position))
     compare_with_reference(run, read_split(run, workdir / "data/u", None)[:110], length, stride)
 
 
-def test_a_model_that_sees_what_it_predicts_is_noticed(workdir):
+def test_the_comparison_notices_a_model_that_sees_its_targets(workdir):
     run = double(run_on(workdir / "data/u"))
     tokens, honest = read_split(run, workdir / "data/u", None)[:90], run.model.forward
 
@@ -123,7 +123,7 @@ def test_the_loss_by_position_adds_up_to_the_loss(workdir, bucket):
     assert np.dot(counts, means) / 600 == pytest.approx(found["loss"], rel=1e-9)
 
 
-def test_all_conditions_have_the_same_content(workdir):
+def test_all_conditions_read_the_same_content(workdir):
     run = run_on(workdir / "data/u")
     stored, meta = read_split(run, workdir / "data/u", 700), run.tokenizer.meta
     content = strip(stored, meta)
@@ -151,14 +151,14 @@ def test_all_conditions_have_the_same_content(workdir):
     assert window(rule, "trained", 64, 32) == (64, 32)
 
 
-def test_markers_are_placed_as_preparation_does(workdir):
+def test_markers_are_placed_as_in_prepared_data(workdir):
     run = run_on(workdir / "data/p")
     stored = read_split(run, workdir / "data/p", None)
     again = marked(strip(stored, run.tokenizer.meta), "periodic", 28, 4, 0, run.tokenizer.meta)
     assert (again == stored[: len(again)]).all() and (stored[len(again) :] == run.tokenizer.meta).all()
 
 
-def test_context_is_the_content_before_a_scored_token(workdir):
+def test_context_is_the_mean_number_of_content_tokens_before_a_scored_one(workdir):
     run = run_on(workdir / "data/n", second_attention="none")
     tokens = read_split(run, workdir / "data/n", 200)
     assert measure_perplexity(run, [tokens], 20, 1, 64)["context"] == pytest.approx(
@@ -176,7 +176,7 @@ def runs(workdir, tmp_path_factory):
     }
 
 
-def test_the_command(workdir, runs, capsys):
+def test_the_command_writes_a_line_per_length_condition_and_draw(workdir, runs, capsys):
     for name, lengths in (("meta", ("32", "64")), ("plain", ("28", "64"))):
         evaluation.main(["perplexity", f"--run={runs[name]}", "--lengths", *lengths, "--max_tokens=500"])
     lines = [json.loads(line) for line in (runs["meta"] / "perplexity.jsonl").read_text().splitlines()]
@@ -190,7 +190,8 @@ def test_the_command(workdir, runs, capsys):
     assert len({line["content_sha256"] for line in lines}) == 1
     assert [line["window"] for line in lines if line["markers"] == "none"] == [28, 56]
     trained, none = (np.mean([line["context"] for line in lines if line["markers"] == m]) for m in ("trained", "none"))
-    assert trained == pytest.approx(none, rel=0.05)  # the same content before a scored token, as nearly as can be
+    # about as much content before a scored token with markers as without
+    assert trained == pytest.approx(none, rel=0.05)
     plain = [json.loads(line) for line in (runs["plain"] / "perplexity.jsonl").read_text().splitlines()]
     assert [line["markers"] for line in plain] == ["none", "none"] and plain[0]["tokens"] == 500
     assert (
@@ -223,7 +224,7 @@ def test_the_command(workdir, runs, capsys):
         ),
     ],
 )
-def test_bad_input_gets_one_sentence(workdir, runs, tmp_path, run, settings, sentence):
+def test_bad_input_is_refused_in_one_sentence(workdir, runs, tmp_path, run, settings, sentence):
     if "dataset" in settings:
         settings = {**settings, "dataset": str(workdir / "data" / settings["dataset"])}
     with pytest.raises(UserError) as error:
@@ -231,7 +232,7 @@ def test_bad_input_gets_one_sentence(workdir, runs, tmp_path, run, settings, sen
     assert sentence in str(error.value) and not (tmp_path / "lines").exists()
 
 
-def test_weights_that_are_no_numbers_are_refused(workdir):
+def test_weights_that_are_not_finite_are_refused(workdir):
     run = run_on(workdir / "data/u")
     with torch.no_grad():
         run.model.ln_f.weight[3] = float("nan")
@@ -260,4 +261,4 @@ def test_another_tokenizer_and_damaged_text_are_refused(workdir, runs, tmp_path)
             else "do not match its manifest, .*: prepare the dataset again"
         )
         with pytest.raises(UserError, match=cause):
-            read_split(run, folder, 300 if change == "no id" else None)  # the sha256 is of the whole
+            read_split(run, folder, 300 if change == "no id" else None)  # the sha256 is that of the whole split

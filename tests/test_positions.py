@@ -1,4 +1,4 @@
-"""probe.py positions: what each condition takes away, and that it takes nothing else; what is compared, and refused."""
+"""Tests probe.py positions: each condition removes exactly what it should; comparisons; and refusals."""
 
 import copy
 import dataclasses
@@ -36,8 +36,8 @@ from tests.test_model import WITH_MARKERS, build, inputs, sharpen, wake
 MARKED = {"dataset": "data/x", "injection": "uniform", "chunk_content": 27, "chunk_markers": 3}
 PLAIN = {**MARKED, "injection": "none", "chunk_markers": 0}
 ARMS = [(second, position) for second in WITH_MARKERS for position in ("learned", "rope")]
-META = 61  # in inputs()
-# meta_position, and is the embedding kept?
+META = 61  # the id of the marker in inputs()
+# for each condition, its meta_position, and whether it keeps the marker's embedding
 MEANING = {
     "full": ("same", True), "no_position": ("none", True), "no_position_first": ("none_first", True),
     "no_position_second": ("none_second", True), "no_embedding": ("same", False), "neither": ("none", False),
@@ -49,7 +49,7 @@ def allowed(second: str, position: str) -> list[str]:
 
 
 def restless(second: str, position: str):
-    """A model to which every part matters."""
+    """Returns a model in which every part affects the output."""
     model = sharpen(wake(build(second_attention=second, position=position, bias=True))).double()
     for name, p in model.named_parameters():
         if name.endswith(("bias", "wpe.weight", "wte.weight")):
@@ -62,13 +62,14 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train([" " + " ".join(ITEMS + NAMES) + " zero one two three four : ? # \n" for _ in range(3)], 800)
 
 
-# ----------------------------------------------------------------------------- what a condition is
+# ----------------------------------------------------------------------------- conditions
 
 
 @pytest.mark.parametrize(("second", "position"), ARMS)
 @torch.no_grad()
-def test_conditions_are_their_definition(second, position):
-    """Attention over all pairs, in double precision, with the one change; and no condition is another's."""
+def test_conditions_equal_the_reference(second, position):
+    """The definition is attention over all pairs in double precision with one change. No two conditions are the
+    same."""
     model = restless(second, position)
     tokens, positions, index = inputs()
     members, before = tokens == META, {name: p.clone() for name, p in model.named_parameters()}
@@ -77,18 +78,19 @@ def test_conditions_are_their_definition(second, position):
         changed = copy.deepcopy(model)
         place, embedded = MEANING[name]
         changed.cfg = dataclasses.replace(model.cfg, meta_position=place)
-        changed.wte.weight[META] *= embedded  # it is read at the input alone
+        changed.wte.weight[META] *= embedded  # the reference reads it only at the input
         expected[name] = reference.hidden_states(changed, tokens, positions, members)
         with under(model, META, name):
             found[name] = model(tokens, positions, index)
             logits = model.logits(found[name])[..., :60]
         torch.testing.assert_close(logits.double(), expected[name] @ before["wte.weight"][:60].T, rtol=1e-4, atol=1e-4)
-    entry = SECOND_ATTENTIONS[second]  # an attention of one position has no distances
+    entry = SECOND_ATTENTIONS[second]  # a second attention with a window of one position has no distances
     assert len(found) == (6 if position == "rope" and entry.has_layer and entry.window != 1 else 4)
     for name, hidden in found.items():
         for other, theirs in expected.items():
             if name == other:
-                torch.testing.assert_close(hidden, theirs, rtol=1e-5, atol=1e-5)  # angles and turned q, k are fp32
+                # angles and rotated q and k are in fp32
+                torch.testing.assert_close(hidden, theirs, rtol=1e-5, atol=1e-5)
             else:
                 assert (hidden - theirs).abs().max() > 1e-2, (name, other)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -107,7 +109,7 @@ def test_without_markers_no_condition_changes_a_bit(second, position):
 
 
 @pytest.mark.parametrize("end", [None, KeyboardInterrupt, UserError("why")])
-def test_afterwards_the_model_is_as_before(end):
+def test_a_condition_leaves_the_model_unchanged(end):
     model = restless("meta", "rope")
     trained = model.cfg
     for name, (place, embedded) in MEANING.items():
@@ -125,7 +127,7 @@ def test_afterwards_the_model_is_as_before(end):
     assert learned.cfg.meta_position == "same" and not learned.wte._forward_hooks
 
 
-def test_a_reading_that_fails_leaves_the_model_as_it_was(tokenizer):
+def test_a_failed_reading_leaves_the_model_unchanged(tokenizer):
     run = small_run(tokenizer, MARKED, position="rope")
     trained = run.model.cfg
     run.model.ln_f.weight.data[3] = math.nan
@@ -135,17 +137,20 @@ def test_a_reading_that_fails_leaves_the_model_as_it_was(tokenizer):
     assert run.model.cfg is trained and not run.model.wte._forward_hooks
 
 
-# ----------------------------------------------------------------------------- what it finds in a model
+# ----------------------------------------------------------------------------- what the probe finds in a model
 
 
-# parts of a residual stream of 16 dimensions, of mean 0, so that LayerNorm keeps their direction
+# directions in a residual stream of 16 dimensions, with mean 0, so that LayerNorm keeps them
 MARK, ASK, FIRST, SECOND, END, EARLY, LATE, FILL = (torch.eye(16)[2 * k] - torch.eye(16)[2 * k + 1] for k in range(8))
-TOKENS = FILLER, QUESTION, APPLE, PEAR, LINE_END = range(10, 15)  # content, whatever it is
+TOKENS = FILLER, QUESTION, APPLE, PEAR, LINE_END = range(10, 15)  # arbitrary content ids
 
 
 def made_by_hand(tokenizer, position: str, looks: list, brings: dict):
-    """A run of one block and one head, all else zero. looks: (dimension of q and k, what asks, phase, what it looks
-    for); brings: what is found -> what it adds. A word is followed by the line's end."""
+    """Returns a run with one block and one head, whose weights are set by hand.
+
+    looks: tuples (dimension of q and k, the direction that asks, phase, the direction that is looked for). brings: from
+    the direction that is found to the direction that is added. A word is followed by the end of its line.
+    """
     run = small_run(tokenizer, MARKED, n_layer=1, n_head=1, position=position)
     for name, p in run.model.named_parameters():
         if ".ln_" not in name and not name.startswith("ln_f"):
@@ -163,7 +168,8 @@ def made_by_hand(tokenizer, position: str, looks: list, brings: dict):
 
 
 def outcomes(run, places: list[list[int]], words: list[int]) -> dict[str, str]:
-    """By condition, of texts of ten fillers, at 1 .. 10, meta-tokens at some of these places, a question and a word."""
+    """Returns for each condition the outcomes of texts with ten fillers, meta-tokens at `places`, a question and a
+    word."""
     examples, out = [], {}
     for at, word in zip(places, words, strict=True):
         ids = np.array([run.tokenizer.eot, *[FILLER] * 10, QUESTION, word, LINE_END, run.tokenizer.eot])
@@ -179,17 +185,20 @@ def outcomes(run, places: list[list[int]], words: list[int]) -> dict[str, str]:
 PLACES, EARLY_OR_LATE = [[place] for place in range(1, 11)], [APPLE] * 5 + [PEAR] * 5
 
 
-def test_where_the_place_of_a_marker_in_the_table_is_the_answer(tokenizer):
-    """What the table adds at the marker is brought to the question."""
+def test_the_probe_recognizes_use_of_a_learned_position(tokenizer):
+    """The position table adds a direction at the marker, and attention brings it to the question."""
     run = made_by_hand(tokenizer, "learned", [(0, ASK, 0.0, MARK)], {EARLY: FIRST, LATE: SECOND})
     run.model.wpe.weight.data[1:6], run.model.wpe.weight.data[6:11] = EARLY, LATE
     found = outcomes(run, PLACES, EARLY_OR_LATE)
     assert found["full"] == "1" * 10 and found["no_position"] == "0" * 10
 
 
-def test_where_the_distance_of_a_marker_is_the_answer(tokenizer):
-    """A marker at most five places before the question is seen, for a turn of 0.316 a place; with an angle of 0 it is
-    at the start, too far. To one marker alone the second attention is the same in any place."""
+def test_the_probe_recognizes_use_of_a_rotary_distance(tokenizer):
+    """The question finds a marker at most five positions before it, because the query is rotated by 0.316 per position.
+
+    With an angle of 0 the marker seems to be at the start, which is too far. With a single marker, the second attention
+    does not depend on its position.
+    """
     looks = [(1, ASK, math.pi / 2 - 5.5 * 0.316, MARK)]
     run = made_by_hand(tokenizer, "rope", looks, {MARK: SECOND, FILL: FIRST})
     found = outcomes(run, PLACES, EARLY_OR_LATE)
@@ -197,17 +206,18 @@ def test_where_the_distance_of_a_marker_is_the_answer(tokenizer):
     assert found["no_position"] == found["no_position_first"] == found["no_embedding"] == "1" * 5 + "0" * 5
 
 
-def test_where_only_what_a_marker_is_matters(tokenizer):
-    """Is there one? Its place is of no use, without its embedding it is not seen."""
+def test_the_probe_recognizes_use_of_the_embedding(tokenizer):
+    """The question asks whether there is a marker. Its position does not matter, but without its embedding it is not
+    found."""
     for position in ("learned", "rope"):
-        # the sixth pair turns by 0.001 a place
+        # the sixth pair of dimensions rotates by 0.001 per position
         run = made_by_hand(tokenizer, position, [(6, ASK, 0.0, MARK)], {MARK: SECOND, FILL: FIRST})
         found = outcomes(run, [[], [3], [], [9, 10], [1]], [APPLE, PEAR, APPLE, PEAR, PEAR])
         assert found.pop("no_embedding") == found.pop("neither") == "10100"
         assert set(found.values()) == {"11111"} and len(found) == (2 if position == "learned" else 4)
 
 
-# ----------------------------------------------------------------------------- what is compared
+# ----------------------------------------------------------------------------- comparisons
 
 
 def line(outcomes: str, condition: str = "full", **other) -> dict:
@@ -229,19 +239,20 @@ def compared(cells: list[list[dict]], effect: float, margin: float) -> list[dict
 
 
 def pair(both: int, lost: int, won: int, n: int) -> tuple[str, str]:
-    """Outcomes of full, and of a condition that loses so many of its right answers and wins others."""
+    """Returns the outcomes of full, and of a condition that loses `lost` right answers and gains `won`."""
     rest = n - both - lost - won
     return "1" * (both + lost) + "0" * (won + rest), "1" * both + "0" * lost + "1" * won + "0" * rest
 
 
-def test_differences_are_those_of_a_hand():
+def test_differences_equal_a_calculation_by_hand():
     full, worse = pair(40, 10, 2, 100)
     other, same = pair(50, 0, 0, 100)
     lines = compared([[line(full), line(worse, "no_position")], [line(other), line(same, "neither")]], 0.0, 0.05)
     assert [one["condition"] for one in lines] == ["full", "no_position", "full", "neither"]
     assert all("difference" not in one and "verdict" not in one for one in lines[::2])
     first, second = lines[1::2]
-    p = 2 * sum(math.comb(12, k) for k in range(3)) / 2**12  # 2 or fewer of 12 heads, twice
+    # the probability of at most 2 heads in 12 throws, two-sided
+    p = 2 * sum(math.comb(12, k) for k in range(3)) / 2**12
     assert first["difference"] == pytest.approx(-0.08) and first["p"] == pytest.approx(p)
     assert first["holm"] == pytest.approx(2 * p) and second["p"] == second["holm"] == 1
     sides = [np.array([c == "1" for c in text]) for text in (worse, full)]
@@ -262,14 +273,14 @@ def test_differences_are_those_of_a_hand():
         ((300, 150, 170), 0.0, "undecided"),
     ],
 )
-def test_verdicts(counts, effect, said):
+def test_verdicts_follow_the_rules(counts, effect, said):
     full, condition = pair(*counts, 1000)
     assert compared([[line(full), line(condition, "neither")]], effect, 0.05)[1]["verdict"] == said
     few = [[line(text[::2]) for text in (full, condition)]]
     assert compared(few, effect, 0.05)[1]["verdict"] == "undecided: n = 500, 1000 decide"
 
 
-def test_holm_takes_back_what_one_comparison_would_hold():
+def test_holms_correction_can_withdraw_a_verdict_over_comparisons():
     full, condition = pair(500, 20, 40, 1000)
     alone, many = (
         compared([[line(full), line(condition), *[line(full)] * more]], 0.0, 0.05)[1] for more in (0, 9)
@@ -278,7 +289,7 @@ def test_holm_takes_back_what_one_comparison_would_hold():
     assert many["holm"] == pytest.approx(10 * alone["p"]) and many["verdict"] == "undecided after Holm"
 
 
-def test_the_picture_has_a_panel_a_task_and_length_and_the_papers():
+def test_the_picture_has_a_panel_per_task_and_length_and_the_papers():
     shown = {"full": "10" * 10, "neither": "1000" * 5}
     cells = [
         [line(of, name, task=task, length=n, placement=p) for name, of in shown.items()]
@@ -300,7 +311,7 @@ def test_the_picture_has_a_panel_a_task_and_length_and_the_papers():
 # ----------------------------------------------------------------------------- the command
 
 
-def test_a_run_that_has_not_learned_what_is_asked_is_named(tokenizer, monkeypatch):
+def test_a_run_that_has_not_learned_the_task_is_reported(tokenizer, monkeypatch):
     run, maker = small_run(tokenizer, MARKED, position="rope"), Maker("parity", "target", TaskConfig(), tokenizer)
     assert "was trained on no task" in doubt(run, [(maker, 48, answered(run, maker, "easy", 48, 5))])
     run.config = dataclasses.replace(run.config, task=TaskConfig(tasks=("parity",), level="easy"))
@@ -315,7 +326,7 @@ def test_a_run_that_has_not_learned_what_is_asked_is_named(tokenizer, monkeypatc
 
 
 def kept(run, folder, **task):
-    """The run on disk, as if trained on tasks."""
+    """Saves the run, and makes it look as if it had been trained on tasks."""
     if task:
         run.config = dataclasses.replace(run.config, task=TaskConfig(level="easy", **task))
     return saved(run, folder)
@@ -326,11 +337,11 @@ def lines_of(path) -> list[dict]:
 
 
 def timeless(lines: list[dict]) -> list[dict]:
-    """Lines of two calls, but for what must differ."""
+    """Returns the lines without the fields that differ between two calls."""
     return [{name: value for name, value in one.items() if name not in ("seconds", "command")} for one in lines]
 
 
-def test_the_command(tokenizer, tmp_path, monkeypatch):
+def test_the_command_writes_repeatable_lines_that_agree_with_eval(tokenizer, tmp_path, monkeypatch):
     run = small_run(tokenizer, MARKED, position="rope")
     folder = kept(run, tmp_path / "out/small", tasks=("parity",), placements=("target", "every", "none"))
     command = ("positions", "--run=out/small", "--n=20", "--lengths", "48", "64")
@@ -367,16 +378,17 @@ def test_the_command(tokenizer, tmp_path, monkeypatch):
     nats = {}
     for one in lines:
         nats.setdefault((one["placement"], one["length"]), []).append(one["nats"])
-    for (placement, _), of in nats.items():  # with target there is one marker: its second attention sees itself alone
+    # with target there is one marker, so the second attention reads only itself
+    for (placement, _), of in nats.items():
         assert len(set(of)) == (4 if placement == "target" else 6)
-    # full is what eval.py measures
+    # the condition full equals the evaluation by eval.py
     evaluation.main(["tasks", "--run=out/small", "--n=20", "--lengths", "48", "64", "--placements", "target", "every"])
     same = ("task", "placement", "length", "correct", "outcomes", "nats", "token_accuracy", "tokens_per_item", "chance")
     theirs = [[one[name] for name in same] for one in lines_of(folder / "tasks.jsonl")]
     assert theirs == [[one[name] for name in same] for one in lines if one["condition"] == "full"]
 
 
-def test_texts_of_a_cell_are_made_once(tokenizer, monkeypatch):
+def test_the_texts_of_a_cell_are_generated_once(tokenizer, monkeypatch):
     made, make = [], Maker.example
 
     def counted(self, split, index, *rest):
@@ -401,9 +413,7 @@ def test_texts_of_a_cell_are_made_once(tokenizer, monkeypatch):
         ({"position": "rope", "meta_position": "none_second"}, ["full", "no_embedding"], "no position in training"),
     ],
 )  # fmt: skip
-def test_what_a_run_does_not_allow_is_left_out_and_said(
-    tokenizer, tmp_path, monkeypatch, capsys, shape, conditions, why
-):
+def test_impossible_conditions_are_left_out_and_named(tokenizer, tmp_path, monkeypatch, capsys, shape, conditions, why):
     monkeypatch.setattr(probe_command, "draw_picture", lambda name, lines: b"\x89PNG")
     folder = kept(small_run(tokenizer, MARKED, **shape), tmp_path / "out/small", tasks=("parity",))
     probe.main(["positions", f"--run={folder}", "--n=3", "--lengths=40", f"--output={tmp_path / 'x.jsonl'}"])
@@ -433,7 +443,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_refused_in_a_sentence_before_anything_is_written(tokenizer, tmp_path, monkeypatch, capsys, case):
+def test_bad_input_is_refused_in_one_sentence_before_anything_is_written(
+    tokenizer, tmp_path, monkeypatch, capsys, case
+):
     shape, task, args, sentence = REFUSED[case]
     run = small_run(tokenizer, PLAIN if task is None else MARKED, **{"position": "rope", **shape})
     kept(run, tmp_path / "out/small", **({} if task is None else {"tasks": ("parity",), **task}))
@@ -447,7 +459,7 @@ def test_bad_input_is_refused_in_a_sentence_before_anything_is_written(tokenizer
     assert tree(tmp_path) == before and capsys.readouterr().out == ""
 
 
-def test_a_name_that_is_none_is_refused():
+def test_an_unknown_probe_is_refused():
     with pytest.raises(UserError, match="there is no probe 'position': did you mean 'positions'"):
         probe.main(["position"])
 

@@ -41,11 +41,12 @@ def test_any_number_of_workers_gives_the_same_bytes(folder):
     assert hashes(folder / "data/w1") != hashes(folder / "data/seed2")
 
 
-def test_manifest_and_shards_agree(folder):
+def test_the_manifest_describes_the_shards(folder):
     out = prepare(folder, "--name=small", "--shard_tokens=500")
     facts = manifest(folder / "data/small")
     train = facts["splits"]["train"]
-    assert len(train["shards"]) > 10 and {entry["tokens"] for entry in train["shards"][:-1]} == {512}  # whole chunks
+    # shards are whole numbers of chunks
+    assert len(train["shards"]) > 10 and {entry["tokens"] for entry in train["shards"][:-1]} == {512}
     assert sum(entry["tokens"] for entry in train["shards"]) == train["content_tokens"] + train["markers"]
     assert train["markers"] == train["chunks"] * 4 and train["content_tokens"] == train["chunks"] * 28
     for split in facts["splits"].values():
@@ -55,7 +56,7 @@ def test_manifest_and_shards_agree(folder):
     assert sum(split["documents"] for split in facts["splits"].values()) == 30
     text = sum(path.stat().st_size for path in (folder / "texts").glob("*.txt"))
     kept = sum(split["bytes"] for split in facts["splits"].values())
-    assert 0 <= text - kept < 28 * 10 * 2  # what fills no chunk at the ends
+    assert 0 <= text - kept < 28 * 10 * 2  # only the ends that fill no chunk are missing
 
 
 def test_one_very_large_document_does_not_dominate_validation(tmp_path):
@@ -66,8 +67,8 @@ def test_one_very_large_document_does_not_dominate_validation(tmp_path):
     assert 0.02 < share < 0.25
 
 
-def test_the_split_looks_at_the_text_alone(folder):
-    """Documents that are added move no other document, and equal texts share a side."""
+def test_the_split_of_a_document_depends_only_on_its_text(folder):
+    """New documents do not move other documents to the other split, and equal texts go to the same split."""
     cfg = PrepareConfig(val_fraction=0.2)
     texts = [f"document number {i}" for i in range(2000)]
     sides = [split_of(text, cfg) for text in texts]
@@ -75,7 +76,7 @@ def test_the_split_looks_at_the_text_alone(folder):
     assert 320 < sides.count("val") < 480
 
 
-def test_a_bpe_is_trained_on_the_train_split_alone(folder):
+def test_a_bpe_is_trained_only_on_the_train_split(folder):
     prepare(folder, "--name=a")
     secret = "zqxzqx zqxzqx zqxzqx " * 200
     cfg = PrepareConfig(val_fraction=0.1)
@@ -87,7 +88,7 @@ def test_a_bpe_is_trained_on_the_train_split_alone(folder):
     assert manifest(folder / "data/b")["splits"]["val"]["bytes"] > manifest(folder / "data/a")["splits"]["val"]["bytes"]
 
 
-def test_training_a_bpe_says_that_it_goes_on(monkeypatch):
+def test_training_a_bpe_prints_signs_of_life(monkeypatch):
     monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.01)
     for terminal, said in ((False, r"(training: 0 s so far\n){2,}"), (True, r"(?s).*training.*0:00:00.*")):
         out = io.StringIO()
@@ -106,7 +107,7 @@ def test_unreadable_documents_are_counted_and_named(folder):
     assert "1 document was skipped" in out and "texts/latin1.txt: not UTF-8 at byte 3" in out
 
 
-def test_another_datasets_tokenizer(folder):
+def test_a_dataset_may_use_the_tokenizer_of_another(folder):
     prepare(folder, "--name=a")
     (folder / "texts/more.txt").write_text("entirely different words " * 500)
     prepare(folder, "--name=b", "--tokenizer=data/a")
@@ -119,7 +120,7 @@ def test_inspect_shows_the_markers(workdir):
     result = cli("prepare.py", "--inspect", "data/u", cwd=workdir)
     out = result.stdout.decode()
     assert result.returncode == 0 and "train, window 0 of" in out and "val, window 1 of" in out
-    assert out.count("<|meta|>") >= 16  # 4 in each of 4 windows
+    assert out.count("<|meta|>") >= 16  # 4 markers in each of 4 windows
 
 
 @pytest.mark.parametrize(
@@ -134,16 +135,16 @@ def test_inspect_shows_the_markers(workdir):
         (["--wokers=3"], "did you mean 'workers'"),
     ],
 )
-def test_bad_input_changes_nothing(folder, args, sentence):
+def test_bad_input_is_refused_and_changes_nothing_on_disk(folder, args, sentence):
     prepare(folder, "--name=taken")
     before = tree(folder)
-    base = () if "--inspect" in args else FILES  # nothing else has an effect with it
+    base = () if "--inspect" in args else FILES  # no other setting has an effect with --inspect
     error = refusal(cli("prepare.py", *override(base, *args), cwd=folder))
     assert re.search(sentence, error), error
     assert tree(folder) == before
 
 
-def test_the_manifest_is_json_a_person_can_read(workdir):
+def test_the_manifest_has_readable_settings(workdir):
     facts = json.loads((workdir / "data/u/manifest.json").read_text())
     assert facts["chunk_content"] == 28 and facts["chunk_markers"] == 4 and facts["injection"] == "uniform"
     assert facts["val_text_compressed"]["gzip_9_bits_per_byte"] > facts["val_text_compressed"]["bytes"] * 0

@@ -22,7 +22,7 @@ from nanometa.model import GPT
 from nanometa.training.pretrained import load_into
 from tests.conftest import TINY, cli, losses, override, refusal, tree
 from tests.test_model import WITH_MARKERS
-from tests.test_train import TORCHRUN, equal, final
+from tests.training_runs import TORCHRUN, equal, final
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 300}
 CFG = GPTConfig(
@@ -32,7 +32,7 @@ CFG = GPTConfig(
 
 
 def hf_folder(folder: Path, **changes) -> Path:
-    """A small random GPT-2 as transformers saves it; its vocabulary is that of the datasets of workdir."""
+    """Saves a small random GPT-2 as transformers does. Its vocabulary is that of the datasets in workdir."""
     torch.manual_seed(0)
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**SHAPE, **ends, **changes}))
@@ -43,7 +43,7 @@ def hf_folder(folder: Path, **changes) -> Path:
 
 
 def rewrite(folder: Path, change) -> None:
-    """change(state) of the weights of a folder."""
+    """Replaces the weights of a folder by change(weights)."""
     state = safetensors.torch.load_file(folder / "model.safetensors")
     safetensors.torch.save_file(change(state), folder / "model.safetensors")
 
@@ -71,13 +71,13 @@ def theirs(folder) -> transformers.GPT2LMHeadModel:
 
 
 def text(T=32, B=3):
-    """Random content without markers -> tokens, positions, an empty meta_index."""
+    """Returns random content without markers: tokens, positions and an empty meta_index."""
     tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 300, (B, T)))
     return tokens, torch.arange(T).expand(B, T), torch.empty(B, 0, dtype=torch.long)
 
 
 @pytest.mark.parametrize("second", WITH_MARKERS)
-def test_step_0_is_hugging_faces_gpt2_in_every_arm(hf, tokenizer, second):
+def test_every_arm_starts_with_the_logits_of_the_loaded_gpt2(hf, tokenizer, second):
     ours, plain = (loaded(hf, tokenizer, second_attention=arm) for arm in (second, "none"))
     tokens, positions, index = text()
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_step_0_is_hugging_faces_gpt2_in_every_arm(hf, tokenizer, second):
         assert ("second" in name) == torch.equal(p, fresh[name]), name
 
 
-def test_the_log_names_what_was_loaded_and_what_is_new(hf, tokenizer):
+def test_the_log_names_the_loaded_and_the_new_weights(hf, tokenizer):
     said, tokens = load_into(GPT(dataclasses.replace(CFG, second_attention="meta")), str(hf), tokenizer)
     assert "\n" not in said and re.search(
         r"model.safetensors \(sha256 [0-9a-f]{64}\): loaded .*h\.\*\.mlp\.c_proj", said
@@ -103,12 +103,12 @@ def test_the_log_names_what_was_loaded_and_what_is_new(hf, tokenizer):
         "ln_second.weight", "ln_second.bias", "second_attn.c_attn.weight", "second_attn.c_attn.bias",
         "second_attn.c_proj.weight", "second_attn.c_proj.bias"))  # fmt: skip
     assert "rows 300 .. 319 of wte.weight" in said and "the first 32 of 64 positions" in said
-    assert tokens is None  # nobody says what they were trained on
+    assert tokens is None  # nothing says how many tokens they were trained on
     assert "newly initialized: none;" in load_into(GPT(CFG), str(hf), tokenizer)[0]
 
 
-def test_names_without_prefix_masks_and_head(hf, tokenizer, tmp_path):
-    """As in the hub's own gpt2: h.0.attn.c_attn.weight, and the causal mask as a buffer; lm_head may be there."""
+def test_weights_with_the_hubs_names_and_masks_load(hf, tokenizer, tmp_path):
+    """As in the hub's own gpt2: names without a prefix, causal masks as buffers, and possibly lm_head."""
     folder = shutil.copytree(hf, tmp_path / "hub")
 
     def change(state):
@@ -129,7 +129,7 @@ def test_half_precision_weights_become_float32(hf, tokenizer, tmp_path):
     torch.testing.assert_close(model.wpe.weight, full.wpe.weight, rtol=1e-3, atol=1e-3)
 
 
-# ----------------------------------------------------------------------------- whole runs
+# ----------------------------------------------------------------------------- complete runs
 
 BASE = (*TINY, "--dataset=data/n", "--block_size=28", "--second_attention=none", "--bias=True")
 
@@ -145,7 +145,7 @@ def tuned(workdir, hf) -> Path:
     return run(workdir, "tuned", f"--init_from={hf}", "--max_steps=6")
 
 
-def test_the_first_loss_is_hugging_faces(workdir, hf, tuned):
+def test_the_first_loss_equals_that_of_transformers(workdir, hf, tuned):
     cfg = TrainConfig(batch_size=8, micro_batch_size=8)
     data = Windows(workdir / "data/n", "train", 28, "ignore")
     batch = data.batch(step_windows(0, cfg, data.n_windows, 0, 1)[0])
@@ -156,20 +156,20 @@ def test_the_first_loss_is_hugging_faces(workdir, hf, tuned):
     assert "newly initialized: none" in (tuned / "train.log").read_text()
 
 
-def test_resumed_equals_uninterrupted_to_the_bit(workdir, hf, tuned):
+def test_a_resumed_fine_tuning_equals_an_uninterrupted_one_to_the_bit(workdir, hf, tuned):
     run(workdir, "tuned_twice", f"--init_from={hf}", "--max_steps=3", "--lr_decay_steps=6")
     folder = run(workdir, "tuned_twice", "--init_from=resume", "--max_steps=6", "--lr_decay_steps=6")
     assert equal(final(folder), final(tuned)) and losses(folder) == losses(tuned)
 
 
-def test_a_restart_by_torchrun_resumes(workdir, hf, tuned):
+def test_a_run_restarted_by_torchrun_resumes(workdir, hf, tuned):
     args = (f"--init_from={hf}", "--lr_decay_steps=6")
     run(workdir, "restarted", *args, "--max_steps=3")
     folder = run(workdir, "restarted", *args, "--max_steps=6", env={"TORCHELASTIC_RESTART_COUNT": "1"})
     assert equal(final(folder), final(tuned))
     newest = folder / (folder / "latest").read_text().strip()
-    assert "newly initialized" in json.loads((newest / "state.json").read_text())["origin"]  # after the resume, too
-    # killed before its first checkpoint: the weights are read again
+    assert "newly initialized" in json.loads((newest / "state.json").read_text())["origin"]  # also after the resume
+    # After a kill before the first checkpoint, the initial weights are read again.
     (workdir / "out/early").mkdir()
     (workdir / "out/early/config.json").write_text("{}")
     early = run(workdir, "early", *args, "--max_steps=1", env={"TORCHELASTIC_RESTART_COUNT": "1"})
@@ -181,8 +181,9 @@ def test_two_processes_start_from_the_same_weights(workdir, hf, tuned):
     assert losses(run(workdir, "tuned_two", *args, launcher=TORCHRUN)) == pytest.approx(losses(tuned), rel=1e-5)
 
 
-def test_a_run_of_ours_gives_its_weights(workdir, tokenizer, tuned):
-    """A GPT-2 of ours into meta-attention, by its run's folder (the best checkpoint) and by a checkpoint's."""
+def test_a_run_may_start_from_the_weights_of_another_run(workdir, tokenizer, tuned):
+    """Loads a GPT-2 run into a model with meta-attention, from the run's folder (best checkpoint) and from a
+    checkpoint."""
     for source in (tuned, tuned / "step_00000006"):
         model = GPT(dataclasses.replace(CFG, block_size=28, second_attention="meta"))
         said, _ = load_into(model, str(source), tokenizer)
@@ -190,7 +191,7 @@ def test_a_run_of_ours_gives_its_weights(workdir, tokenizer, tuned):
         for name, p in weights.items():
             if name != "wte.weight":
                 assert torch.equal(model.state_dict()[name], p), name
-        wte = weights["wte.weight"][:300]  # it never saw a marker
+        wte = weights["wte.weight"][:300]  # this run had no markers
         assert torch.equal(model.wte.weight[:300], wte)
         torch.testing.assert_close(model.wte.weight[300:], wte.mean(0).expand(20, -1))
         assert "are the mean of the others" in said and "h.*.second_attn.c_attn.weight" in said
@@ -202,19 +203,19 @@ def meta_run(workdir) -> Path:
     return run(workdir, "with_meta", *args)
 
 
-def test_a_run_with_markers_gives_all_that_it_has(workdir, tokenizer, meta_run):
+def test_all_weights_of_a_run_with_markers_are_loaded(workdir, tokenizer, meta_run):
     model = GPT(dataclasses.replace(CFG, second_attention="meta", bias=False))
     said, tokens = load_into(model, str(meta_run / "step_00000002"), tokenizer)
     assert equal(model.state_dict(), safetensors.torch.load_file(meta_run / "step_00000002/model.safetensors"))
     assert "newly initialized: none; rows 300 .. 319 of wte.weight, the markers, are as trained" in said
-    assert tokens == 2 * 8 * 28  # steps, windows, content tokens
+    assert tokens == 2 * 8 * 28  # steps x windows x content tokens
 
 
 # ----------------------------------------------------------------------------- refusals
 
 
 def refused(workdir, monkeypatch, *args) -> str:
-    """The sentence of a refused start; nothing on disk has changed."""
+    """Starts training, which must be refused with nothing changed on disk, and returns the sentence."""
     monkeypatch.chdir(workdir)
     before = tree(workdir)
     with pytest.raises(UserError) as caught, contextlib.redirect_stdout(io.StringIO()):
@@ -242,7 +243,7 @@ FIT = "set --n_layer=2 --n_head=2 --n_embd=32 --bias=True --position=learned"
         (("--run_name=tuned",), "the run folder out/tuned exists"),
     ],
 )  # fmt: skip
-def test_settings_that_do_not_fit(workdir, hf, tuned, monkeypatch, args, sentence):
+def test_settings_that_do_not_fit_the_weights_are_refused(workdir, hf, tuned, monkeypatch, args, sentence):
     found = refused(workdir, monkeypatch, f"--init_from={hf}", *args)
     assert re.search(sentence, found), found
 
@@ -258,8 +259,8 @@ def test_settings_that_do_not_fit(workdir, hf, tuned, monkeypatch, args, sentenc
         ("texts", "init_from=texts has no config.json"),
     ],
 )
-def test_a_name_that_is_nothing(workdir, tuned, monkeypatch, name, sentence):
-    # the name is looked at first, also where the run's folder is in the way
+def test_an_unknown_init_from_is_refused(workdir, tuned, monkeypatch, name, sentence):
+    # the value is checked first, even if the run's folder exists
     for run_name in ("new", "tuned") if name != "texts" else ("new",):
         found = refused(workdir, monkeypatch, f"--init_from={name}", f"--run_name={run_name}")
         assert re.search(sentence, found), found
@@ -319,14 +320,14 @@ def drop(name: str):
         (drop("transformer.wte.weight"), "wte.weight .* is missing"),
     ],
 )  # fmt: skip
-def test_folders_that_do_not_fit(workdir, hf, monkeypatch, tmp_path, damage, sentence):
+def test_folders_that_do_not_fit_are_refused(workdir, hf, monkeypatch, tmp_path, damage, sentence):
     folder = shutil.copytree(hf, tmp_path / "copy")
     damage(folder)
     found = refused(workdir, monkeypatch, f"--init_from={folder}")
     assert re.search(sentence, found), found
 
 
-def test_a_vocabulary_of_gpt2s_size_must_be_gpt2s(tokenizer, hf, tmp_path):
+def test_gpt2_weights_need_gpt2s_tokenizer(tokenizer, hf, tmp_path):
     folder = shutil.copytree(hf, tmp_path / "copy")
     set_config(vocab_size=50257)(folder)
     for other in (tokenizer, SimpleNamespace(name="bpe50257", n_content=50257)):
@@ -334,7 +335,7 @@ def test_a_vocabulary_of_gpt2s_size_must_be_gpt2s(tokenizer, hf, tmp_path):
             load_into(GPT(CFG), str(folder), other)
 
 
-def test_a_refused_model_is_as_it_was(tokenizer, hf, tmp_path):
+def test_a_refused_load_leaves_the_model_unchanged(tokenizer, hf, tmp_path):
     folder = shutil.copytree(hf, tmp_path / "copy")
     set_tensor("transformer.ln_f.bias", torch.zeros(31))(folder)
     model = GPT(CFG)
@@ -358,26 +359,26 @@ def test_a_refused_model_is_as_it_was(tokenizer, hf, tmp_path):
         (("--init_from=out/nothing",), "init_from='out/nothing' is neither one of scratch"),
     ],
 )
-def test_runs_that_do_not_fit(workdir, meta_run, monkeypatch, args, sentence):
+def test_runs_that_do_not_fit_are_refused(workdir, meta_run, monkeypatch, args, sentence):
     same = ("--init_from=out/with_meta", "--dataset=data/u", "--block_size=32", "--second_attention=meta")
     found = refused(workdir, monkeypatch, *override((*same, "--bias=False"), *args))
     assert re.search(sentence, found), found
 
 
-def test_a_run_with_another_tokenizer(meta_run, tokenizer):
+def test_a_run_with_another_tokenizer_is_refused(meta_run, tokenizer):
     other = Tokenizer.train(["some other text " * 30], 300)
     with pytest.raises(UserError, match="another tokenizer .* prepare the dataset with --tokenizer=.*with_meta/"):
         load_into(GPT(CFG), str(meta_run), other)
 
 
-def test_a_damaged_run_is_refused(workdir, meta_run, monkeypatch, tmp_path):
+def test_damaged_initial_weights_are_refused(workdir, meta_run, monkeypatch, tmp_path):
     folder = shutil.copytree(meta_run / "step_00000002", tmp_path / "copy")
     (folder / "model.safetensors").write_bytes(b"")
     assert "model.safetensors is damaged: its sha256" in refused(workdir, monkeypatch, f"--init_from={folder}")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
-def test_without_network_there_is_one_sentence(workdir, tmp_path, name):
+def test_without_a_network_the_refusal_is_one_sentence(workdir, tmp_path, name):
     before = tree(workdir)
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     error = refusal(cli("train.py", *BASE, "--run_name=new", f"--init_from={name}", cwd=workdir, env=env))
@@ -385,8 +386,8 @@ def test_without_network_there_is_one_sentence(workdir, tmp_path, name):
     assert "--init_from=FOLDER" in error and tree(workdir) == before and not (tmp_path / "cache").exists()
 
 
-def test_a_name_of_the_hub_is_read_from_its_cache(hf, tokenizer, monkeypatch):
-    """No request where both files are there; else they are downloaded."""
+def test_weights_of_the_hub_are_read_from_the_cache(hf, tokenizer, monkeypatch):
+    """If both files are in the cache, nothing is requested. Otherwise they are downloaded."""
     import huggingface_hub
 
     asked = []
@@ -406,7 +407,7 @@ def test_a_name_of_the_hub_is_read_from_its_cache(hf, tokenizer, monkeypatch):
 
 
 def test_transformers_is_not_needed(workdir, hf):
-    """A folder in the way of the import: whoever imports transformers fails."""
+    """Importing transformers fails here, because a module of that name comes first on the path."""
     block = workdir / "block"
     block.mkdir()
     (block / "transformers.py").write_text("raise AssertionError('imported')")

@@ -1,6 +1,7 @@
-"""Laws that hold for any input: order over processes, shards, checkpoints, settings, batches.
+"""Tests laws that hold for any input: data order over processes, shards, checkpoints, settings and batches.
 
-Elsewhere: every epoch is a permutation, targets (test_data.py), inject and strip (test_injection.py)."""
+Other properties are tested elsewhere: epochs and targets in test_data.py, injection in test_injection.py.
+"""
 
 import dataclasses
 import json
@@ -34,8 +35,8 @@ from tests.test_checkpoint import write
 
 @settings(max_examples=80, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(1, 90), st.integers(0, 10**6), st.data())
-def test_processes_and_micro_batches_share_a_step_and_change_nothing(world, accum, micro, n_windows, seed, data):
-    """However a step is split, and wherever a run was stopped: the same windows, each in one process."""
+def test_the_windows_of_a_step_do_not_depend_on_how_it_is_split(world, accum, micro, n_windows, seed, data):
+    """However a step is split, and wherever a run was stopped, it has the same windows, each in one process."""
     batch = world * accum * micro
     cfg = TrainConfig(batch_size=batch, micro_batch_size=micro, seed=seed)
     assert accumulation(cfg, world) == accum
@@ -47,8 +48,8 @@ def test_processes_and_micro_batches_share_a_step_and_change_nothing(world, accu
         seen.append(np.concatenate([share.flatten() for share in shares]))
         assert (seen[-1] == window_order(step, batch, n_windows, seed)).all()
     whole = np.concatenate(seen)
-    assert sorted(whole[:n_windows]) == list(range(n_windows))  # disjoint over processes within an epoch
-    # one that starts in the middle, alone and with micro-batches of one, sees the rest
+    assert sorted(whole[:n_windows]) == list(range(n_windows))  # no window is in two processes within an epoch
+    # a run that starts in the middle, on one process with micro-batches of one window, sees the rest
     start = data.draw(st.integers(0, steps - 1))
     alone = dataclasses.replace(cfg, micro_batch_size=1)
     rest = [step_windows(step, alone, n_windows, 0, 1).flatten() for step in range(start, steps)]
@@ -63,7 +64,7 @@ def test_processes_and_micro_batches_share_a_step_and_change_nothing(world, accu
     st.lists(st.integers(0, 40), max_size=12), st.integers(1, 50), st.sampled_from([300, 2**16, 2**16 + 1, 2**31]),
     st.integers(0, 10**6), st.data(),
 )  # fmt: skip
-def test_shards_of_any_size_read_back(pieces, shard_tokens, n_vocab, seed, data):
+def test_shards_of_any_size_read_back_unchanged(pieces, shard_tokens, n_vocab, seed, data):
     rng = np.random.default_rng(seed)
     ids = [rng.integers(0, n_vocab, size) for size in pieces]
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +98,7 @@ def tensors(draw):
 
 @settings(max_examples=40, deadline=None)
 @given(st.dictionaries(NAMES, tensors(), max_size=5), st.binary(max_size=300), st.integers(0, 10**8 - 1))
-def test_what_is_saved_reads_back(saved, raw, step):
+def test_a_saved_checkpoint_reads_back_unchanged(saved, raw, step):
     with tempfile.TemporaryDirectory() as folder:
         other = write(Path(folder), 1)
         needed = {path.name: path.read_bytes() for path in other.iterdir() if path.name != "manifest.json"}
@@ -118,7 +119,7 @@ def whole(tmp_path_factory) -> Path:
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_one_flipped_bit_anywhere_is_refused_by_name(whole, data):
+def test_a_flipped_bit_is_refused_and_the_file_is_named(whole, data):
     path = data.draw(st.sampled_from(sorted(whole.iterdir())))
     raw = path.read_bytes()
     at, bit = data.draw(st.integers(0, len(raw) - 1)), data.draw(st.integers(0, 7))
@@ -128,7 +129,7 @@ def test_one_flipped_bit_anywhere_is_refused_by_name(whole, data):
             open_checkpoint(whole)
     finally:
         path.write_bytes(raw)
-    # a flip within the manifest may make another file the one that does not fit
+    # a flipped bit in the manifest may show as damage to another file
     assert path.name in str(caught.value) or path.name == "manifest.json"
     assert str(whole) in str(caught.value)
     open_checkpoint(whole)
@@ -136,7 +137,7 @@ def test_one_flipped_bit_anywhere_is_refused_by_name(whole, data):
 
 # ----------------------------------------------------------------------------- settings
 
-NUMBERS = {  # where the type alone says too little
+NUMBERS = {  # for settings whose type alone allows too many values
     "n_inner": st.none() | st.integers(1, 2**18), "n_layer": st.integers(1, 10**4), "block_size": st.integers(1, 2**24),
     "vocab_size": st.none() | st.integers(1, 10**6), "dropout": st.floats(0, 1, exclude_max=True),
     "random_fraction": st.floats(0, 1, exclude_min=True), "rope_theta": st.floats(1.5, 1e300),
@@ -150,7 +151,7 @@ NUMBERS = {  # where the type alone says too little
     "yarn_beta_slow": st.floats(1e-3, 1), "yarn_beta_fast": st.floats(2, 1e300),
     "yarn_attention_factor": st.none() | st.floats(1e-3, 1e300), "spike_deviations": st.floats(1e-3, 1e300),
 }  # fmt: skip
-# a text "None" cannot be told from no text on a command line, but no setting that is not also None has that
+# On a command line, a text "None" looks like no text. No setting may be both.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
 
 
@@ -199,7 +200,7 @@ def configs(draw, cls):
 
 @settings(max_examples=60, deadline=None)
 @given(configs(TrainConfig))
-def test_any_training_survives_saving_and_the_command_line(cfg):
+def test_training_settings_survive_saving_and_the_command_line(cfg):
     assert train_config_from_dict(json.loads(json.dumps(to_dict(cfg)))) == cfg
     argv, default = [], flat(TrainConfig())
     from_base = field_names(GPTConfig) if cfg.takes_over else ()
@@ -209,7 +210,7 @@ def test_any_training_survives_saving_and_the_command_line(cfg):
             argv += [f"--{name}", *value] if isinstance(value, tuple) else [f"--{name}={value}"]
     loaded = flat(load_config(TrainConfig, argv))
     assert loaded == {**flat(cfg), **{name: default[name] for name in idle}}
-    for name in idle[:1]:  # an idle one is refused
+    for name in idle[:1]:  # a setting without an effect is refused
         value = flat(cfg)[name]
         more = [f"--{name}", *value] if isinstance(value, tuple) else [f"--{name}={value}"]
         with pytest.raises(UserError, match=f"--{name} has no effect: it is only used "):
@@ -218,7 +219,7 @@ def test_any_training_survives_saving_and_the_command_line(cfg):
 
 @settings(max_examples=60, deadline=None)
 @given(configs(SampleConfig))
-def test_any_sampling_survives_the_command_line(cfg):
+def test_sampling_settings_survive_the_command_line(cfg):
     settings_ = to_dict(cfg)
     settings_ |= settings_.pop("rescale")
     idle = [name for name in settings_ if why_idle(cfg, name)]
@@ -233,7 +234,7 @@ def test_any_sampling_survives_the_command_line(cfg):
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 200), st.integers(1, 64))
-def test_a_step_has_batch_size_windows_and_what_is_offered_instead_works(batch, micro, world):
+def test_a_step_has_batch_size_windows_and_offered_batch_sizes_work(batch, micro, world):
     cfg = TrainConfig(batch_size=batch, micro_batch_size=micro)
     try:
         assert accumulation(cfg, world) * micro * world == batch

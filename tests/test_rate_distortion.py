@@ -1,4 +1,5 @@
-"""probe.py rate_distortion: the bottleneck at sources whose answer is known, what is read, asked, refused."""
+"""Tests probe.py rate_distortion: which states, targets and questions it reads, its lines and pictures, and
+refusals."""
 
 import dataclasses
 import re
@@ -37,7 +38,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train([" " + " ".join(ITEMS + NAMES) + " zero one two three four : ? # \n" for _ in range(3)], 800)
 
 
-# ----------------------------------------------------------------------------- what is read and asked
+# ----------------------------------------------------------------------------- states, targets and questions
 
 
 def makers(tokenizer, task="list_recall", **settings):
@@ -47,7 +48,7 @@ def makers(tokenizer, task="list_recall", **settings):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("rule", ["ignore", "skip"])
-def test_places_are_where_they_should_be(tokenizer, task, rule):
+def test_states_are_located_where_a_reader_finds_them(tokenizer, task, rule):
     run = small_run(tokenizer, MARKED, rule)
     for placement, maker in makers(tokenizer, task):
         for i in range(8):
@@ -85,7 +86,7 @@ def test_places_are_where_they_should_be(tokenizer, task, rule):
         assert {"meta", "delimiter"} & set(at) == expected[placement]
 
 
-def test_a_delimiter_is_no_part_of_another_word():
+def test_the_start_of_a_longer_word_is_not_taken_for_the_delimiter():
     tokenizer = Tokenizer.train([" mark mark mark set net let et et" for _ in range(9)], 300)
     (mark,) = tokenizer.encode(" mark").tolist()
     assert tokenizer.encode(" market").tolist()[0] == mark
@@ -97,17 +98,17 @@ def test_a_delimiter_is_no_part_of_another_word():
         last = len(pieces) - 1 - pieces[::-1].index(" mark")
         at = locate(run, maker, example, 0, i).at["delimiter"]
         assert tokenizer.decode(example.ids[: at + 1].tolist()) == "<|endoftext|>" + "".join(pieces[: last + 1])
-        assert at == marks(maker, example)[-1]  # as the other probes have it
+        assert at == marks(maker, example)[-1]  # the same position as in the other probes
         behind += " market" in pieces[last:]
-    assert behind  # where a mark's id is no mark
+    assert behind  # otherwise no text contains a longer word that starts with the mark's id
 
 
 def _plain(maker: Maker, example) -> str:
-    """The text of the body without meta-tokens."""
+    """Returns the text of the body without meta-tokens."""
     return maker.tokenizer.decode([k for k in maker.ids(example.draft.body) if k != maker.tokenizer.meta])
 
 
-def test_targets_are_ids_of_the_text(tokenizer):
+def test_targets_are_classes_of_the_texts_ids(tokenizer):
     run, maker = small_run(tokenizer, MARKED), Maker("copying", "target", TaskConfig(), tokenizer)
     splits = [
         locate_all(run, maker, [maker.example(split, i, 60, 90, ("easy",)) for i in range(n)], 4, split)
@@ -121,11 +122,11 @@ def test_targets_are_ids_of_the_text(tokenizer):
             for of, part in zip(splits, labels, strict=True):
                 for text, (label,) in zip(of, part.tolist(), strict=True):
                     k = int(text.ids[text.at[state] - back if back else text.answer])
-                    assert number.setdefault(k, label) == label  # an id is a class
+                    assert number.setdefault(k, label) == label  # each id is one class
             assert len(number) == K == len(set(number.values()))
 
 
-def test_queries_are_what_differs_between_questions(tokenizer):
+def test_queries_are_the_words_that_differ_between_questions(tokenizer):
     maker = Maker("list_recall", "target", TaskConfig(), tokenizer)
     of = [maker.example("test", i, 60, 90, ("easy",)) for i in range(30)]
     run = small_run(tokenizer, MARKED)
@@ -136,25 +137,27 @@ def test_queries_are_what_differs_between_questions(tokenizer):
     for a, text in zip(first, texts[:20], strict=True):
         for b, other in zip(first, texts[:20], strict=True):
             assert [x == y for x, y in zip(a, b, strict=True)] == [text.query[k] == other.query[k] for k in (1, 3)]
-    for text, row in zip(texts[20:], second.tolist(), strict=True):  # 0: what no training text asked
+    for text, row in zip(
+        texts[20:], second.tolist(), strict=True
+    ):  # 0 stands for words that no question of the training texts contains
         assert [number > 0 for number in row] == [text.query[1] in names, text.query[3] in places]
     assert (second == 0).any() and (second > 0).any()
     parity = Maker("parity", "target", TaskConfig(), tokenizer)
     of = locate_all(run, parity, [parity.example("test", i, 40, 60, ("easy",)) for i in range(3)], 0, "test")
-    assert queries_of([of])[0][0].shape == (3, 0)  # always the same question
+    assert queries_of([of])[0][0].shape == (3, 0)  # the question is always the same
 
 
 @pytest.mark.parametrize("second", ["meta", "random", "none"])
 @torch.no_grad()
-def test_states_are_the_models(tokenizer, second, monkeypatch):
+def test_the_states_read_are_those_of_the_model(tokenizer, second, monkeypatch):
     run = small_run(tokenizer, MARKED, position="rope", second_attention=second)
     maker = Maker("parity", "every", TaskConfig(), tokenizer)
     examples = [maker.example("test", i, 40, 60, ("easy",)) for i in range(7)]
     of = locate_all(run, maker, examples, 0, "test")
-    monkeypatch.setattr("nanometa.probes.marked_texts.READ", 120)  # two texts at a time
+    monkeypatch.setattr("nanometa.probes.marked_texts.READ", 120)  # so that two texts are read at a time
     found = states_of_texts(run, examples, of, list(STATES), [0, 2])
     assert found.shape == (2, len(STATES), 7, 16)
-    if second == "random":  # whose rows depend on a batch's length
+    if second == "random":  # the positions that random connects depend on the length of the batch
         assert found.isfinite().all()
         return
     for i, (example, text) in enumerate(zip(examples, of, strict=True)):
@@ -186,7 +189,7 @@ def timeless(lines: list[dict]) -> list[dict]:
     return [{name: value for name, value in one.items() if not name.startswith("seconds")} for one in lines]
 
 
-def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_and_draws_the_curves_of_all_cells(tokenizer, tmp_path, monkeypatch, capsys):
     run = small_run(tokenizer, MARKED, position="rope")
     folder = kept(run, tmp_path / "out/small", tasks=("list_recall", "copying"), placements=("target", "none"))
     made, make = [], Maker.example
@@ -205,7 +208,7 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
         probe.main([*command, "--targets", "answer", "back"])
         pictures.append((folder / "rate_distortion.png").read_bytes())
     said = capsys.readouterr().out
-    # no text of one split is in another, and those that measure are those of eval.py tasks
+    # no text is in two splits, and the texts that measure are those of eval.py tasks
     by_split = {split: {text for other, text in made if other == split} for split, _ in made}
     assert set(by_split) == {"train/rate_distortion", "val", "test"}
     assert not by_split["train/rate_distortion"] & by_split["test"] and not by_split["val"] & by_split["test"]
@@ -214,7 +217,7 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
     assert timeless(lines[: len(lines) // 2]) == timeless(lines[len(lines) // 2 :])
     assert pictures[0] == pictures[1] and pictures[0].startswith(b"\x89PNG")
     lines = lines[: len(lines) // 2]
-    # the picture is of all that was measured with the same settings of probes
+    # the picture shows all lines that were measured with the same settings
     drawn = []
     monkeypatch.setattr("nanometa.probes.probe_command.draw_picture", lambda name, lines: drawn.append(lines) or b"")
     for gates in (0.5, 8.0):
@@ -222,7 +225,7 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
     assert [{one["task"] for one in shown} for shown in drawn] == [{"list_recall", "copying", "parity"}, {"parity"}]
     curves = [one for one in lines if one["kind"] == "curve"]
     where = [(one["task"], one["placement"], one["target"], one["state"]) for one in curves]
-    # a bracket before what points, a word of the question before its colon: nothing to ask for
+    # here the token before is always the same, a bracket or a word of the question, so there is nothing to learn
     constant = {("copying", "back_1", state) for state in ("meta", "delimiter", "question")}
     assert where == [
         (task, placement, target, state) for task in ("list_recall", "copying")
@@ -254,7 +257,7 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
     assert re.search("answer +meta", said) and re.search("answer +delimiter", said)
 
 
-def test_states_differ_and_layers_are_those_asked_for(tokenizer, tmp_path):
+def test_states_and_layers_can_be_chosen(tokenizer, tmp_path):
     folder = kept(small_run(tokenizer, MARKED, position="rope"), tmp_path / "out/small", tasks=("parity",))
     out = tmp_path / "x.jsonl"
     command = ("rate_distortion", f"--run={folder}", *FAST, "--tasks=parity", f"--output={out}")
@@ -267,7 +270,7 @@ def test_states_differ_and_layers_are_those_asked_for(tokenizer, tmp_path):
     assert (tmp_path / "x.png").exists()
 
 
-def test_one_seed_has_no_interval_over_seeds(tokenizer, tmp_path):
+def test_a_single_seed_has_no_interval_over_seeds(tokenizer, tmp_path):
     folder = kept(small_run(tokenizer, MARKED, position="rope"), tmp_path / "out/small", tasks=("parity",))
     rest = [arg for arg in FAST if not arg.startswith("--seeds")]
     probe.main(["rate_distortion", f"--run={folder}", *rest, "--tasks=parity", "--seeds=1", "--states=meta"])
@@ -275,7 +278,7 @@ def test_one_seed_has_no_interval_over_seeds(tokenizer, tmp_path):
     assert {str(point["seed_interval"]) for point in one["points"]} == {"None"}
 
 
-def test_known_needs_no_run(tmp_path, monkeypatch, capsys):
+def test_the_self_check_needs_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nanometa.probes.rate_curves.DRAWS", 40)
     for name in ("GAUSSIAN", "CATEGORICAL"):
@@ -286,7 +289,7 @@ def test_known_needs_no_run(tmp_path, monkeypatch, capsys):
     curves, *lookups = said.split("planted: ")
     assert "NO" in curves and curves.count("beta") == len(
         self_check.GAUSSIAN_BETAS + self_check.CLASS_BETAS
-    )  # one epoch
+    )  # one epoch is too few
     asked = [re.search(r"holds (\d) .* (\d+) texts to train: ([a-z ]+)", one, re.S | re.I).groups() for one in lookups]
     assert asked == [("1", "400", "found"), ("7", "400", "NOTHING FOUND"), ("7", "1600", "NOTHING FOUND")]
     assert not list(tmp_path.iterdir())
@@ -320,7 +323,7 @@ def test_the_picture_and_the_table_show_the_points(tokenizer, tmp_path):
     assert f"{line['points'][2]['distortion']:.3f}" in said
 
 
-def test_a_picture_holds_its_legend_and_breaks_no_brackets():
+def test_legend_and_titles_fit_into_the_picture():
     point = {"rate": 3.0, "distortion": 2.0, "rate_interval": (2.5, 3.5), "distortion_interval": (1.5, 2.5)}
     line = {
         "arm": "meta + rope (with another attention, whose rows are drawn at random from all the others of a text)",
@@ -368,7 +371,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_refused_in_a_sentence(tokenizer, tmp_path, monkeypatch, case):
+def test_bad_input_is_refused_in_one_sentence(tokenizer, tmp_path, monkeypatch, case):
     shape, args, sentence = REFUSED[case]
     kept(small_run(tokenizer, MARKED, **{"position": "rope", **shape}), tmp_path / "out/small", tasks=("parity",))
     before = tree(tmp_path)
@@ -400,12 +403,12 @@ def pair(up_to: float, found: tuple[bool, bool], difference: tuple[float, float]
         (pair(5.0, (False, False), n=999), "undecided: n = 999, 1000 decide"),
     ],
 )
-def test_a_verdict_says_no_more_than_was_compared(line, verdict):
+def test_a_verdict_is_limited_to_the_compared_rates(line, verdict):
     rate_distortion.judged_within_reach([line], rate_distortion.CLAIMS, 0.0, 0.05)
     assert line["verdict"] == verdict
 
 
-def test_the_table_says_what_was_not_compared():
+def test_the_table_names_the_rates_that_were_not_reached():
     where = {"kind": "comparison", "task": "parity", "placement": "target", "length": 40, "layer": 2, "effect": 0.0}
     found = {"rates": [1.0, 4.0], "differences": [(-0.5, -0.75, -0.25), None], "difference": -0.85, "holm": 0.001}
     reached, nothing = (
@@ -417,7 +420,7 @@ def test_the_table_says_what_was_not_compared():
     assert "so it is" in said and not re.search(r"[+-]0\.", said)
 
 
-def test_missing_states_are_left_out_unless_named(tokenizer):
+def test_states_missing_from_the_texts_are_left_out_by_default(tokenizer):
     maker = Maker("list_recall", "every", TaskConfig(), tokenizer)
     run = small_run(tokenizer, MARKED)
     of = locate_all(run, maker, [maker.example("test", i, 60, 90, ("easy",)) for i in range(5)], 0, "test")

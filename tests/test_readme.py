@@ -1,4 +1,4 @@
-"""README, docs and docstrings are real: every command parses, the notebook runs, and links and tables are complete."""
+"""Tests that README, docs and docstrings are true: commands parse, the notebook runs, links and tables are complete."""
 
 import argparse
 import importlib
@@ -40,8 +40,10 @@ LOOP = rf"^ *for (\w+) in ([^;]*); do {START}(.*); done$"
 
 
 def commands() -> list[tuple[str, str]]:
-    """Lines that run one of the programs, with continued lines joined and loops unrolled; in README and docs also code
-    within a sentence."""
+    """Returns the pages and lines that run one of the programs, with continued lines joined and loops unrolled.
+
+    In README and docs this includes code within a sentence.
+    """
     found = []
     for page in PAGES:
         text = page.read_text().replace("\\\\\n", " ").replace("\\\n", " ")
@@ -49,17 +51,18 @@ def commands() -> list[tuple[str, str]]:
         for name, values, line in re.findall(LOOP, text, re.M):
             lines += [re.sub(rf"\$(?:{name}\b|{{{name}}})", value, line) for value in values.split()]
         if page in GUIDES:
-            lines += [line for line in re.findall(INLINE, text) if not re.search(r"\b[A-Z]{4,}\b", line)]  # NANOGPT
+            # a word in capitals, such as NANOGPT, stands for a value
+            lines += [line for line in re.findall(INLINE, text) if not re.search(r"\b[A-Z]{4,}\b", line)]
         found += [(page.name, line) for line in lines if "..." not in line]
     return found
 
 
 class Parsed(Exception):
-    """Raised in place of running a program whose arguments were parsed."""
+    """Raised instead of running a program once its arguments are parsed."""
 
 
 def parse_with_argparse(run, argv: list[str], monkeypatch) -> None:
-    """Fails unless argparse accepts argv; runs nothing."""
+    """Fails unless argparse accepts argv. The program does not run."""
     parse = argparse.ArgumentParser.parse_args
 
     def parse_alone(self, argv=None, namespace=None):
@@ -89,13 +92,13 @@ def test_every_command_parses(page, command, monkeypatch):
     assert isinstance(load_config(settings, argv, config_file=program in ("train.py", "prepare.py")), settings)
 
 
-def test_there_are_commands_to_test():
+def test_commands_are_found_on_all_kinds_of_pages():
     pages = {page for page, _ in commands()}
     assert len(commands()) > 130
     assert {"README.md", "train.py", "sample.py", "prepare.py", "meta_gpt2.py", "data.md", "reproduce.md"} <= pages
 
 
-def test_the_lines_of_the_quick_start_are_as_train_py_prints_them():
+def test_the_readme_quotes_lines_as_train_py_prints_them():
     quoted = re.findall(r"^    (step .*)\.\.\.$", (ROOT / "README.md").read_text(), re.M)
     assert len(quoted) == 3
     for line in quoted:
@@ -159,7 +162,7 @@ def test_internal_links_exist(page):
         assert not anchor or anchor in anchors(file), f"{page.name} links to {target}#{anchor}, which is no heading"
 
 
-def test_every_page_is_linked_and_short_enough():
+def test_every_page_is_linked_and_the_readme_is_short():
     readme, index = (path.read_text() for path in (ROOT / "README.md", ROOT / "docs/index.md"))
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "index.md" or (f"(docs/{page.name})" in readme and f"({page.name})" in index), page
@@ -171,7 +174,7 @@ def test_every_record_is_named_among_the_results():
     assert set(re.findall(r"records/([^/]+)/README", section)) == {path.name for path in (ROOT / "records").iterdir()}
 
 
-def test_the_map_of_the_readme_is_complete():
+def test_the_readme_lists_all_files_and_folders():
     section = (ROOT / "README.md").read_text().split("## The files")[1].split("\n## ")[0]
     files, folders = re.findall(r"^    (\w+\.py) ", section, re.M), re.findall(r"^    (\w+)/ ", section, re.M)
     assert sorted(files) == sorted(path.name for path in ROOT.glob("*.py"))
@@ -191,7 +194,7 @@ def pins() -> dict[str, str]:
 
 
 def test_the_pins_lie_within_the_ranges():
-    """constraints.txt has a pin for every dependency, within its range, and none that only a CUDA build brings."""
+    """constraints.txt has a pin within the range of every dependency, and none that only a CUDA build needs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     for text in [*project["dependencies"], *extras["dev"], *extras["docs"]]:
@@ -202,12 +205,12 @@ def test_the_pins_lie_within_the_ranges():
     assert "nanometa" not in pins()
 
 
-def test_the_hooks_before_a_commit_use_the_pinned_linter():
+def test_the_pre_commit_hooks_use_the_pinned_linter():
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     assert set(re.findall(r"ruff==([\d.]+)", hooks)) == {pins()["ruff"]}
 
 
-def test_the_workflow_runs_what_continuous_integration_runs():
+def test_the_github_workflow_runs_ci_run():
     assert "bash .ci/run" in (ROOT / ".github/workflows/test.yml").read_text() and (ROOT / ".ci/run").is_file()
 
 

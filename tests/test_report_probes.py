@@ -1,4 +1,4 @@
-"""report.py on the lines of probe.py: each section has their figures, and refuses lines that lack one."""
+"""Tests report.py on lines of probe.py: sections show their figures, and lines that lack one are refused."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from tests.test_report_sections import cells_of, rendered
 
 
 def of(probe: str, **fields) -> dict:
-    """A line of a probe, with the facts of a run."""
+    """Returns a line of a probe with the facts of a run."""
     one = task_line("1" * 50 + "0" * 50)
     measured = ("eval", "correct", "exact", "interval", "token_accuracy", "token_interval", "nats", "chance", "floors")
     facts = {name: value for name, value in one.items() if name not in (*measured, "outcomes")}
@@ -102,14 +102,14 @@ ROWS = {
 }  # fmt: skip
 
 
-def test_every_probe_has_a_section_and_every_section_is_tested():
+def test_every_probe_has_a_tested_section():
     assert set(SECTIONS) == set(PROBES)
-    assert {*LINES, "positions"} == set(SECTIONS)  # test_report_sections.py has the section of positions
+    assert {*LINES, "positions"} == set(SECTIONS)  # test_report_sections.py tests the section of positions
     assert LINES.keys() == PICTURES.keys() == ROWS.keys()
 
 
 @pytest.mark.parametrize("name", ["dreams", "attention"])
-def test_a_probe_without_a_section_or_the_reverse_stops_probe_py(monkeypatch, name):
+def test_probe_py_refuses_to_start_if_probes_and_sections_differ(monkeypatch, name):
     changed = {kind: SECTIONS.get(kind) for kind in SECTIONS.keys() ^ {name}}
     monkeypatch.setattr("nanometa.reports.probe_sections.SECTIONS", changed)
     with pytest.raises(ImportError, match=f"^{name}: a probe needs an entry in PROBES"):
@@ -122,32 +122,32 @@ def page() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", LINES)
-def test_a_probe_has_its_pictures_and_its_figures(page, kind):
+def test_a_section_has_its_pictures_and_figures(page, kind):
     assert {name for name in page if name.startswith(kind)} == {f"{kind}_{of}.png" for of in PICTURES[kind]}
     rows = [row[3:] for row in cells_of(page["report.html"])]
     assert ROWS[kind] in rows
 
 
-def test_sections_stand_in_their_order_and_say_what_the_paper_has(page):
+def test_sections_are_in_order_and_quote_the_paper(page):
     text = page["report.html"].decode()
     assert re.findall(r'<h2 id="(\w+)"', text) == [*LINES, "commands"]
     for figure in ("a boost of 1.26 and a drop of 1.40 nats", "10.0 to 10.75 nats", "ln 50257 = 10.82"):
         assert figure in text
 
 
-def test_a_run_that_has_not_learned_its_task_is_named():
+def test_a_run_that_has_not_learned_its_task_is_reported():
     lines = [patching("mark", 0, 0.75, answered={"better": better}, placement=name)
              for better, name in ((True, "target"), (False, "every"), (False, "every"))]  # fmt: skip
     assert unlearned(lines[:1] + LINES["patching"]) == ""
     assert unlearned(lines).count("every") == 1 and "target" not in unlearned(lines)
 
 
-def test_means_of_all_heads_come_before_the_heads(page):
+def test_the_means_over_heads_come_before_single_heads(page):
     rows = [row for row in cells_of(page["report.html"]) if len(row) > 4 and row[3] == "causal"]
     assert [row[4:6] for row in rows] == [("all", "+1.50"), ("all", "+1.00"), ("0.1", "+2.50")]
 
 
-def test_two_curves_are_compared_in_a_table_of_their_own(page):
+def test_comparisons_of_curves_have_their_own_table(page):
     rows = [row[3:] for row in cells_of(page["report.html"])]
     verdict = ("-0.250", "-0.500 .. -0.125", "0.020", "holds up to R = 4.50")
     assert ("4", "answer", "meta − question", "4.500", *verdict, "3", "100", "[1]") in rows
@@ -163,7 +163,7 @@ def test_two_curves_are_compared_in_a_table_of_their_own(page):
         (LINES["rate_distortion"][2], ("difference_interval", "states", "holm", "verdict", "up_to")),
     ],
 )
-def test_a_line_that_lacks_a_figure_is_named(tmp_path, one, names):
+def test_a_line_that_lacks_a_figure_is_refused_by_name(tmp_path, one, names):
     check = SECTIONS[one["probe"]].check
     check(one)
     for name in names:
@@ -190,13 +190,13 @@ def test_a_line_that_lacks_a_figure_is_named(tmp_path, one, names):
         (comparison("meta", "last") | {"states": ["meta"]}, "states is \"['meta']\""),
     ],
 )
-def test_a_line_that_cannot_be_drawn_is_refused(damaged, why):
+def test_a_line_with_an_impossible_value_is_refused(damaged, why):
     with pytest.raises(ValueError, match=re.escape(why)):
         SECTIONS[damaged["probe"]].check(damaged)
 
 
 @pytest.mark.parametrize("kind", LINES)
-def test_lines_of_one_call_are_told_apart_and_later_ones_count(tmp_path, kind):
+def test_a_later_line_about_the_same_measurement_replaces_the_earlier(tmp_path, kind):
     again = json.loads(json.dumps(LINES[kind][0])) | {"machine": "Abacus"}
     found = read((write(tmp_path / "x.jsonl", [*LINES[kind], again]),), sections_of(0.0, 0.05))
     assert len(found.lines[kind]) == len(LINES[kind]) and found.repeated == 1
@@ -204,11 +204,11 @@ def test_lines_of_one_call_are_told_apart_and_later_ones_count(tmp_path, kind):
 
 
 def drawn(axes) -> list[tuple[list, list]]:
-    """Points that have a marker."""
+    """Returns the points that are drawn with a marker."""
     return [(list(mark.get_xdata()), list(mark.get_ydata())) for mark in axes.lines if mark.get_marker() in "osDv^PX|"]
 
 
-def test_small_pictures_show_the_figures():
+def test_the_pictures_of_probes_show_the_figures():
     figure = Figure()
     probe_pictures.draw_attention(figure, LINES["attention"])
     boost, drop = figure.axes
@@ -230,14 +230,14 @@ def test_small_pictures_show_the_figures():
     assert rate_distortion.best(LINES["rate_distortion"][0])["rate"] == 4
 
 
-def test_heads_without_a_prediction_and_means_alone_can_be_drawn():
-    """Arms whose second attention has all of the heads that were read, or one mean and no head."""
+def test_means_without_heads_or_predictions_can_be_drawn():
+    """Some second attentions have only lines about the mean of all heads, and some lines have no predicted drop."""
     lines = [attention(None, None, 1.0, attention="second")]
     probe_pictures.draw_attention(figure := Figure(), lines)
     assert drawn(figure.axes[0]) == drawn(figure.axes[1]) == []
 
 
-def test_a_folder_of_a_run_has_them_and_the_report_starts_without_torch(tmp_path):
+def test_report_reads_a_folder_like_its_files_and_without_torch(tmp_path):
     for kind, lines in LINES.items():
         write(tmp_path / f"{kind}.jsonl", lines)
     files = [str(tmp_path / f"{kind}.jsonl") for kind in LINES]

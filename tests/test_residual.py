@@ -1,4 +1,5 @@
-"""probe.py residual: states are the model's, floors are floors, and what is planted in a state is decoded from it."""
+"""Tests probe.py residual: it reads the model's states, computes the floors, and decodes what was planted in a
+state."""
 
 import re
 
@@ -50,12 +51,12 @@ from tests.test_positions import (
     made_by_hand,
 )
 
-# ----------------------------------------------------------------------------- what is read
+# ----------------------------------------------------------------------------- states
 
 
 @torch.no_grad()
-def test_states_are_those_at_the_places_and_before_them(tokenizer):
-    """Against one text at a time, without a pad; the mean is over real positions."""
+def test_states_are_read_at_the_marks_and_before_them(tokenizer):
+    """Compares with reading one text at a time, without padding. The mean is over real positions only."""
     run = small_run(tokenizer, MARKED, position="rope", n_layer=1)
     maker = Maker("list_recall", "target", TaskConfig(), tokenizer)
     examples = marked_texts(maker, "easy", 52, 3)
@@ -83,7 +84,7 @@ def test_states_are_those_at_the_places_and_before_them(tokenizer):
     assert hooks(run.model) == 0
 
 
-def test_the_word_stands_in_the_marks_place_in_the_same_texts(tokenizer):
+def test_the_word_replaces_the_mark_in_the_same_texts(tokenizer):
     maker = Maker("copying", "target", TaskConfig(), tokenizer)
     examples = marked_texts(maker, "easy", 48, 5)
     places = places_of(maker, examples)
@@ -97,22 +98,24 @@ def test_the_word_stands_in_the_marks_place_in_the_same_texts(tokenizer):
     assert "word" not in places_of(without, marked_texts(without, "easy", 48, 2))
 
 
-def test_no_text_is_in_two_splits(tokenizer):
+def test_splits_of_the_probe_share_no_text(tokenizer):
     maker = Maker("parity", "target", TaskConfig(), tokenizer)
     splits = ("train/probe", "val", "test")
     made = [{tuple(e.ids.tolist()) for e in marked_texts(maker, "easy", 24, 60, split)} for split in splits]
     assert not (made[0] & made[1] or made[0] & made[2] or made[1] & made[2]) and all(len(of) > 20 for of in made)
 
 
-# ----------------------------------------------------------------------------- what is measured
+# ----------------------------------------------------------------------------- figures
 
 
-def test_cosines_and_their_floors_are_those_of_a_hand():
+def test_cosines_and_floors_equal_a_calculation_by_hand():
     here = torch.tensor([[1.0, 0, 2], [0, 2, 2], [3, 0, 2]])
     past = torch.tensor([[2.0, 0, 2], [0, 1, 2], [4, 0, 2]])
     found = similarity(here, past, torch.tensor([0.0, 0, 2]))
     assert found["cosine_centred"] == pytest.approx(1)
-    assert found["floor_centred"] == pytest.approx(1 / 3)  # with the next text's: 0, 0, and of the last the first's: 1
+    assert found["floor_centred"] == pytest.approx(
+        1 / 3
+    )  # compared with the next text's token: 0 and 0; the last text is compared with the first: 1
     cosines = [(2 + 4) / (5**0.5 * 8**0.5), (2 + 4) / (8**0.5 * 5**0.5), 16 / (13**0.5 * 20**0.5)]
     assert found["cosine"] == pytest.approx(np.mean(cosines), abs=1e-6)
     assert found["nearer"] == pytest.approx(2 / 3) and found["nearer_interval"][0] <= found["nearer"]
@@ -126,20 +129,20 @@ def planted(n: int, seed: int, noise: float, K: int = 12):
     return directions[y] * 0.5 + 3 + noise * torch.randn(n, 20), y.numpy() * 10
 
 
-def test_what_is_in_a_state_is_decoded_and_what_is_not_is_not():
+def test_only_what_a_state_contains_is_decoded():
     sets = [planted(n, seed, 0.4) for n, seed in ((300, 1), (60, 2), (200, 3))]
-    sets[2][1][:7] = -1  # no token there
+    sets[2][1][:7] = -1  # no token at this distance
     found = decoded(sets)
     assert found["decoded"] > 0.9 and found["shuffled"] < 0.25 and found["majority"] < 0.2 and found["classes"] == 12
     assert found["outcomes"][:7] == "-" * 7 and found["outcomes"].count("1") == round(193 * found["decoded"])
     nothing = [(torch.randn(len(y), 20), y) for _, y in sets]
     found = decoded(nothing)
     assert found["decoded"] < 0.2 and found["decoded"] < found["majority"] + 0.08
-    sets[2][1][7:] = 999  # a token that training had not
+    sets[2][1][7:] = 999  # a token that is not in the training texts
     assert decoded(sets)["decoded"] == 0
 
 
-def test_the_classifier_is_the_regularised_optimum():
+def test_the_classifier_reaches_the_regularized_optimum():
     """Plain gradient descent comes to the same."""
     x, y = planted(80, 1, 2.0, K=3)
     y = y // 10
@@ -167,10 +170,10 @@ def test_the_strength_is_the_one_that_validation_likes_best_and_of_equals_the_st
     assert found["strength"] == STRENGTHS[1] and found["decoded"] == 0.75 and found["outcomes"] == "1110"
 
 
-def test_a_mark_that_looks_at_the_word_before_it_holds_it(tokenizer, monkeypatch):
-    """From the block on its state names the token two back; the word in its place has nothing, nor has a filler."""
+def test_a_mark_that_attends_to_a_token_contains_it(tokenizer, monkeypatch):
+    """After the block, the mark's state determines the token two positions earlier. The word and the filler do not."""
     run = made_by_hand(tokenizer, "learned", [(0, MARK, 0.0, FIRST + SECOND), (1, ASK, 0.0, FILL)], {})
-    run.model.wte.weight.data[tokenizer.encode(" mark").item()] = ASK  # the word looks at fillers
+    run.model.wte.weight.data[tokenizer.encode(" mark").item()] = ASK  # the word attends to fillers
     attention = run.model.h[0].attn
     v = attention.c_attn.weight.data[32:]
     v.zero_()
@@ -198,7 +201,7 @@ def test_a_mark_that_looks_at_the_word_before_it_holds_it(tokenizer, monkeypatch
     assert (one["more"], *one["more_interval"]) == paired_difference(hits, others) and one["more_p"] == mcnemar(
         hits, others
     )
-    assert by["mark", 1, 1]["decoded"] == by["mark", 1, 1]["majority"] == 1  # always the filler
+    assert by["mark", 1, 1]["decoded"] == by["mark", 1, 1]["majority"] == 1  # the token is always the filler
     assert all("more" not in other for key, other in by.items() if key[0] != "mark")
     judged(lines, CLAIMS, 0.0, 0.05)
     assert one["more_verdict"] == "undecided: n = 80, 1000 decide"
@@ -209,7 +212,7 @@ def line(**other) -> dict:
     return {"n": 1000, "nearer": 0.15, "more": 0.0, **interval, **other}
 
 
-def test_verdicts_and_their_family():
+def test_verdicts_follow_the_intervals_and_holms_correction():
     alone = {name: value for name, value in line().items() if not name.startswith("more")}
     lines = judged([line(), alone, line(more_interval=(0.1, 0.3), more_p=0.012)], CLAIMS, 0.0, 0.05)
     assert [one["nearer_verdict"] for one in lines] == ["holds"] * 3
@@ -223,7 +226,7 @@ def test_verdicts_and_their_family():
 
 
 @pytest.mark.parametrize(("second", "data"), [("meta", MARKED), ("causal", PLAIN)])
-def test_the_command(tokenizer, tmp_path, monkeypatch, capsys, second, data):
+def test_the_command_writes_and_draws_all_cells(tokenizer, tmp_path, monkeypatch, capsys, second, data):
     if second == "causal":
         monkeypatch.setattr(probe_command, "draw_picture", lambda name, lines: b"\x89PNG")
     run = small_run(tokenizer, data, position="rope", second_attention=second, n_layer=1)

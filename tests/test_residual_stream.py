@@ -1,4 +1,5 @@
-"""probes/residual_stream.py: recording changes nothing; replacing a state changes what follows and nothing else."""
+"""Tests probes/residual_stream.py: recording states changes nothing, and a replaced state changes only later
+outputs."""
 
 import contextlib
 
@@ -28,7 +29,7 @@ def picked(state: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("second", "position"), ARMS)
 @torch.no_grad()
-def test_states_are_those_of_the_blocks(second, position):
+def test_recorded_states_are_the_outputs_of_the_blocks(second, position):
     model, (tokens, positions, index) = awake(second, position), inputs()
     plain = model(tokens, positions, index)
     outputs = []
@@ -44,7 +45,7 @@ def test_states_are_those_of_the_blocks(second, position):
     assert torch.equal(model.ln_f(read[-1]), plain)
 
 
-def test_states_are_of_the_last_forward_and_carry_no_gradient():
+def test_states_come_from_the_last_forward_pass_without_gradient():
     model, (tokens, positions, index) = awake(), inputs()
     with record_states(model) as read:
         model(tokens, positions, index)
@@ -60,31 +61,31 @@ def test_states_are_of_the_last_forward_and_carry_no_gradient():
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize(("second", "position"), ARMS)
 @torch.no_grad()
-def test_a_replaced_state_changes_what_follows_alone(second, position, layer):
+def test_a_replaced_state_changes_only_later_layers_and_positions(second, position, layer):
     model, (tokens, positions, index) = awake(second, position), inputs()
     with record_states(model) as read:
         plain = model(tokens, positions, index)
     with replace_state(model, layer, ROWS[:, None], picked(read[layer])[:, None]):
         assert torch.equal(model(tokens, positions, index), plain)
-    new = picked(read[layer]).flip(0)  # another text's
+    new = picked(read[layer]).flip(0)  # the state of another text
     with replace_state(model, layer, ROWS[:, None], new[:, None]), record_states(model) as seen:
         changed = model(tokens, positions, index)
     assert torch.equal(picked(seen[layer]), new)
     assert all(torch.equal(seen[i], read[i]) for i in range(layer))
     for row, t in enumerate(ROWS.tolist()):
-        if row == 1:  # its own value: flip leaves the middle
+        if row == 1:  # flip leaves the middle row in place, so its state is its own
             assert torch.equal(changed[row], plain[row])
             continue
         assert torch.equal(changed[row, :t], plain[row, :t])
         moved = (changed[row, t:] - plain[row, t:]).abs().amax(dim=-1)
         assert moved[0] > 1e-3
-        # causal attention carries it on, but for what enters ln_f, behind all attention
+        # causal attention passes the change on to later positions, except for a change of the input of ln_f
         assert (moved[1:] > 1e-6).all() if layer < 2 else (moved[1:] == 0).all()
     assert torch.equal(model(tokens, positions, index), plain)
 
 
 @torch.no_grad()
-def test_the_outer_with_is_the_first():
+def test_the_hook_of_an_outer_with_block_runs_first():
     model, (tokens, positions, index) = awake(), inputs()
     with record_states(model) as read:
         model(tokens, positions, index)
@@ -98,7 +99,7 @@ def test_the_outer_with_is_the_first():
 
 
 @pytest.mark.parametrize("end", [None, KeyboardInterrupt, UserError("why")])
-def test_no_hook_is_left(end):
+def test_no_hook_is_left_after_the_with_block(end):
     model, (tokens, positions, index) = awake(), inputs()
     for hold, n in (
         (record_states(model), len(stream_modules(model))),
@@ -116,7 +117,7 @@ def test_no_hook_is_left(end):
 
 
 @pytest.mark.parametrize("layer", [-1, 3])
-def test_a_layer_that_is_not_there(layer):
+def test_a_missing_layer_is_refused(layer):
     model = awake()
     with (
         pytest.raises(UserError, match=f"there is no layer {layer}: this model has states 0"),

@@ -1,4 +1,4 @@
-"""Holds the order of the folders: which may import which, and that everything is imported as nanometa.NAME."""
+"""Tests the order of the folders: which may import which, and that everything is imported as nanometa.NAME."""
 
 import ast
 import os
@@ -16,7 +16,7 @@ from nanometa.training.run_log import environment
 from tests.conftest import ROOT
 from tests.runs import run_on, saved
 
-# A folder imports those before it.
+# A folder may import only those before it in this list.
 ORDER = (
     "common", "config", "data", "tasks", "meta_attention", "layers", "model", "training", "inference", "evals",
     "reports", "probes", "interop", "benches",
@@ -27,13 +27,13 @@ PRODUCT = [path for path in FILES if path.relative_to(ROOT).parts[0] not in ("te
 
 
 def room_of(path: Path) -> str:
-    """common, config, ...: the folder, or for a file of the root its name."""
+    """Returns the folder of a file, or for a file in the root its name without the ending."""
     parts = path.relative_to(ROOT).parts
     return parts[0] if len(parts) > 1 else path.stem
 
 
 def imported(path: Path) -> list[str]:
-    """Full names of the modules that a file imports, wherever in it."""
+    """Returns the full names of the modules that a file imports, anywhere in the file."""
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -45,13 +45,13 @@ def imported(path: Path) -> list[str]:
     return names
 
 
-def test_every_file_has_its_place():
+def test_every_file_is_in_a_known_folder():
     assert {room_of(path) for path in PRODUCT} <= {*ORDER, *COMMANDS}
     assert {path.stem for path in ROOT.glob("*.py")} == {*COMMANDS, "model", "meta_attention"}
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_one_way(path):
+def test_a_folder_imports_only_folders_above_it(path):
     room = room_of(path)
     for name in imported(path):
         if name.startswith("nanometa."):
@@ -60,12 +60,12 @@ def test_imports_go_one_way(path):
             assert room in COMMANDS or ORDER.index(other) <= ORDER.index(room), f"{path} of {room} imports {name}"
 
 
-def test_no_flat_import_is_left():
+def test_own_modules_are_imported_as_nanometa():
     flat = {*ORDER, *COMMANDS} | {path.stem for path in PRODUCT if path.stem != "__init__"}
     for path in FILES:
         for name in imported(path):
             first = name.partition(".")[0]
-            # torch.profiler, dataclasses and so on are other people's; our own names are all below nanometa
+            # torch.profiler, dataclasses and similar names belong to others; our own names all start with nanometa
             ours = first in {*ORDER, *COMMANDS} or (first in flat and first not in sys.stdlib_module_names)
             assert not ours, f"{path} imports {name}: write from nanometa.… import"
 
@@ -92,10 +92,10 @@ for name in ("data", "model", "train", "tasks", "training", "common"):
 """
 
 
-def test_a_run_is_used_from_another_folder_that_has_a_config_of_its_own(workdir, tmp_path):
+def test_runs_load_in_a_folder_with_another_config_module(workdir, tmp_path):
     run = saved(run_on(workdir / "data/u"), tmp_path / "out/small")
     (tmp_path / "config.py").write_text("mine = True\n")
-    installed = tmp_path / "site"  # stands for what pip install -e puts on the path: nanometa alone
+    installed = tmp_path / "site"  # like pip install -e, it makes only nanometa importable
     installed.mkdir()
     (installed / "nanometa").symlink_to(ROOT / "nanometa")
     (tmp_path / "program.py").write_text(ELSEWHERE)
@@ -105,7 +105,8 @@ def test_a_run_is_used_from_another_folder_that_has_a_config_of_its_own(workdir,
 
 
 def test_config_files_may_import_config(tmp_path, monkeypatch):
-    """A user's file says `from config import …`, or builds on a recipe; the classes are ours, and nothing is left."""
+    """A user's file may say `from config import …` or build on a recipe. It gets our classes, and nothing stays in
+    sys.modules."""
     (tmp_path / "mine.py").write_text(
         "from dataclasses import replace\nfrom config import GPTConfig, TrainConfig\n"
         "from config.tiny_meta import config as base\n"
@@ -119,13 +120,14 @@ def test_config_files_may_import_config(tmp_path, monkeypatch):
     assert sys.modules["config"] is foreign and "config.tiny_meta" not in sys.modules
 
 
-def test_what_is_found_beside_the_code_is_found_from_any_folder(tmp_path, monkeypatch):
-    """Recipes, the commit, and the sources that benchmarks prepare: each by a path relative to its own file."""
+def test_files_of_the_repository_are_found_from_any_folder(tmp_path, monkeypatch):
+    """Recipes, the commit, and the sources that benchmarks prepare are found by paths relative to the file that uses
+    them."""
     monkeypatch.chdir(tmp_path)
     for recipe in ("c4", "stdlib", "fineweb_edu"):
         found = recipe_of(f"data/{recipe}_periodic_2048plus")
         assert (found.recipe, found.injection, found.min_document_tokens) == (recipe, "periodic", 2048)
-    for name in ("unheard_of", "checks", "gpt2"):  # no file, a file of the code, a recipe of training
+    for name in ("unheard_of", "checks", "gpt2"):  # no such file, a file with code, a training config
         assert recipe_of(f"data/{name}_none") is None
     assert preparing.ROOT == ROOT
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Rotary positions and the ways to stretch them: against the formulas, and against Hugging Face's."""
+"""Tests rotary positions and their scalings against the formulas and against Hugging Face's implementation."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ SCALINGS = ("none", "pi", "ntk", "yarn")
 SCALES = [("none", False)] + [(name, dynamic) for name in SCALINGS[1:] for dynamic in (False, True)]
 PLACES = ("same", "none", "none_first", "none_second")
 ARMS_AND_ALL_PLACES = [(arm, place) for arm in ARMS for place in PLACES if arm in WITH_MARKERS or place == "same"]
-# a window of 12 that was 4: most of a test's positions are beyond it
+# a window of 4 that was extended to 12, so that most positions of a test lie beyond the trained window
 STRETCHED = {"position": "rope", "block_size": 12, "rope_factor": 3.0, "yarn_beta_fast": 0.9, "yarn_beta_slow": 0.05}
 
 
@@ -43,7 +43,7 @@ def build(cfg: GPTConfig) -> GPT:
     theta=st.floats(100, 1e6), window=st.integers(16, 8192), factor=st.integers(1, 64),
     betas=st.tuples(st.floats(0.1, 4), st.floats(5, 64)),
 )  # fmt: skip
-def test_speeds_are_those_of_the_formulas(scaling, ramp, half, theta, window, factor, betas):
+def test_rotation_speeds_equal_the_formulas(scaling, ramp, half, theta, window, factor, betas):
     cfg = GPTConfig(
         n_head=1, n_embd=2 * half, block_size=window * factor, position="rope", rope_theta=theta, rope_scaling=scaling,
         rope_factor=factor, yarn_ramp=ramp, yarn_beta_slow=betas[0], yarn_beta_fast=betas[1],
@@ -61,8 +61,8 @@ def llama(rope: dict, D: int, window: int) -> LlamaConfig:
 @pytest.mark.parametrize("D", [16, 64, 128])
 @pytest.mark.parametrize("window", [256, 1024, 4096])
 @pytest.mark.parametrize("factor", [1.0, 2.0, 4.0, 8.0])
-def test_hugging_face_has_the_same(D, window, factor):
-    """attention_factor means the same in both: None is YaRN's own, 1.0 is off."""
+def test_rotation_speeds_equal_those_of_hugging_face(D, window, factor):
+    """attention_factor has the same meaning in both: None is YaRN's own temperature, and 1.0 switches it off."""
     base = {"rope_theta": 10000.0, "factor": factor}
     for name, theirs, more in (
         ("pi", "linear", {}),
@@ -78,7 +78,7 @@ def test_hugging_face_has_the_same(D, window, factor):
         scale = fixed_scale(cfg, torch.device("cpu"))
         torch.testing.assert_close(rope_speeds(cfg, scale), speeds, rtol=1e-5, atol=0)
         assert attention_factor(cfg, scale).item() == pytest.approx(temperature, rel=1e-6)
-    # NTK: theirs is dynamic alone, with the scale of a text of so many positions
+    # In transformers, NTK is always dynamic, with the scale of a text of this length.
     cfg = GPTConfig(n_head=1, n_embd=D, block_size=window, position="rope", rope_scaling="ntk", rope_dynamic=True)
     found = llama({"rope_theta": 10000.0, "factor": 1.0, "rope_type": "dynamic"}, D, window)
     length = round(window * factor)
@@ -86,8 +86,8 @@ def test_hugging_face_has_the_same(D, window, factor):
     torch.testing.assert_close(rope_speeds(cfg, torch.tensor(length / window)), speeds, rtol=1e-4, atol=0)
 
 
-def test_figures_that_are_known():
-    """The ramp's bounds in YaRN's code, and its temperatures (shared by all implementations)."""
+def test_yarn_has_the_published_ramp_and_temperatures():
+    """The bounds of the ramp in YaRN's code, and its temperatures, which all implementations share."""
     for D, window, low, high in ((128, 4096, 20, 46), (64, 1024, 5, 18), (64, 512, 3, 16), (32, 256, 0, 7)):
         cfg = GPTConfig(n_head=1, n_embd=D, block_size=window * 4, position="rope", rope_scaling="yarn", rope_factor=4)
         speeds = rope_speeds(cfg, torch.tensor(4.0))
@@ -103,29 +103,29 @@ def test_figures_that_are_known():
 @pytest.mark.parametrize(("scaling", "dynamic"), SCALES)
 @pytest.mark.parametrize(("second", "place"), ARMS_AND_ALL_PLACES)
 @pytest.mark.parametrize("of", [inputs, crowded])
-def test_the_model_is_its_definition(scaling, dynamic, second, place, of):
-    """Every query under its own scale, over all pairs of positions, in both attentions."""
+def test_the_model_equals_the_reference(scaling, dynamic, second, place, of):
+    """Every query has its own scale, over all pairs of positions, in both attentions."""
     model = build(small(scaling, dynamic, second_attention=second, meta_position=place)).double()
     tokens, positions, index = of()
     tokens = torch.randint(0, 60, tokens.shape)
     members = torch.stack([torch.isin(torch.arange(12), row) for row in index])
     ours, expected = model(tokens, positions, index), reference.hidden_states(model, tokens, positions, members)
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-5)  # angles and turned q, k are fp32
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-5)  # angles and rotated q and k are in fp32
     if scaling != "none":
         model.cfg = small("none", second_attention=second, meta_position=place)
         plain = model(tokens, positions, index)
-        assert (plain - expected).abs().max() > 1e-2  # the tolerance can tell
+        assert (plain - expected).abs().max() > 1e-2  # the difference is larger than the tolerance
 
 
 @pytest.mark.parametrize("scaling", SCALINGS[1:])
 @pytest.mark.parametrize("second", ["meta", "causal"])
-def test_scale_one_is_plain_rope_to_the_bit(scaling, second):
-    """A factor of 1, and under a dynamic scale all positions of the window of training, whatever comes after."""
+def test_a_scale_of_one_equals_plain_rope_to_the_bit(scaling, second):
+    """With a factor of 1, and with a dynamic scale at all positions of the trained window, whatever follows."""
     tokens, positions, index = inputs()
     plain = build(small("none", second_attention=second))
     model = build(small(scaling, second_attention=second, rope_factor=1.0))
     assert torch.equal(model(tokens, positions, index), plain(tokens, positions, index))
-    model = build(small(scaling, True, second_attention=second))  # it was trained in 4
+    model = build(small(scaling, True, second_attention=second))  # trained in windows of 4
     assert torch.equal(*(m(tokens[:, :4], positions[:, :4], index[:, :1].clamp(max=4)) for m in (model, plain)))
     whole, first = model(tokens, positions, index), model(tokens[:, :4], positions[:, :4], index.clamp(max=4))
     torch.testing.assert_close(whole[:, :4], first)
@@ -133,7 +133,7 @@ def test_scale_one_is_plain_rope_to_the_bit(scaling, second):
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_only_distances_matter(scaling):
+def test_with_any_scaling_only_distances_matter(scaling):
     model = build(small(scaling))
     tokens, positions, index = inputs()
     here, there = (model.logits(model(tokens, positions + by, index)) for by in (0, 50))
@@ -143,8 +143,8 @@ def test_only_distances_matter(scaling):
 
 
 @pytest.mark.parametrize(("scaling", "dynamic"), SCALES)
-def test_a_token_changes_nothing_before_it(scaling, dynamic):
-    """Under a dynamic scale neither: it does not know how long the text will be."""
+def test_a_token_does_not_affect_earlier_positions(scaling, dynamic):
+    """This also holds for a dynamic scale, which does not depend on later text."""
     model = build(small(scaling, dynamic))
     tokens, positions, index = inputs()
     before = model(tokens, positions, index)
@@ -155,9 +155,8 @@ def test_a_token_changes_nothing_before_it(scaling, dynamic):
         assert torch.equal(after[:, :t], before[:, :t]) and not torch.equal(after[:, t], before[:, t])
 
 
-def test_the_temperature_is_applied_once():
-    """At distance 0 the product of q and k is theirs times 1 / t, however large the factor; in each attention alike
-    (the definition's test); and 1.0 is none."""
+def test_yarns_temperature_is_applied_once():
+    """At distance 0, rotation multiplies the product of q and k only by the temperature. 1.0 switches it off."""
     q, k = torch.randn(2, 1, 1, 5, 8, dtype=torch.float64).float()
     for given_factor, root in ((None, 0.1 * math.log(3) + 1), (1.0, 1.0), (1.3, 1.3)):
         cfg = small("yarn", yarn_attention_factor=given_factor)
@@ -167,7 +166,7 @@ def test_the_temperature_is_applied_once():
 
 
 def test_tables_are_fp32_under_autocast():
-    """bf16 cannot count past 256."""
+    """bf16 cannot represent all integers above 256."""
     cfg = small("yarn", block_size=9000)
     with torch.autocast("cpu", torch.bfloat16):
         cos, sin = rope_tables(torch.arange(9000)[None], cfg, fixed_scale(cfg, torch.device("cpu")))
@@ -176,8 +175,8 @@ def test_tables_are_fp32_under_autocast():
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_autocast_rounds_and_changes_nothing_else(dynamic):
-    """Far beyond 256, where a position in bf16 would be another one."""
+def test_autocast_changes_outputs_only_by_rounding(dynamic):
+    """The positions are far above 256, where bf16 would round them to others."""
     model = build(small("yarn", dynamic))
     tokens, positions, index = inputs()
     tokens, positions = torch.randint(0, 60, tokens.shape), positions + 3001
@@ -189,10 +188,10 @@ def test_autocast_rounds_and_changes_nothing_else(dynamic):
     assert error < 0.05 < apart
 
 
-# ----------------------------------------------------------------------------- windows that are stretched
+# ----------------------------------------------------------------------------- extended windows
 
 
-def test_an_interpolated_table_is_the_old_one_read_at_fractions():
+def test_an_interpolated_table_is_the_old_one_at_fractional_positions():
     table = torch.randn(5, 3, dtype=torch.float64)
     longer = interpolated(table, 2.5, 12)
     for m in range(12):
@@ -203,14 +202,14 @@ def test_an_interpolated_table_is_the_old_one_read_at_fractions():
     assert torch.equal(interpolated(table, 1.0, 5), table)
 
 
-def test_windows_are_stretched_from_the_first_one():
+def test_factors_are_relative_to_the_window_before_any_extension():
     base = GPTConfig(position="rope", block_size=512)
     four = stretched(base, "yarn", 4.0)
     assert (four.block_size, four.original_block_size, scaling_of(four)) == (2048, 512, "yarn 4x")
     eight = stretched(four, "yarn", 8.0)
     assert (eight.block_size, eight.original_block_size) == (4096, 512)
     assert stretched(eight, "none", 1.0) == base
-    plain = stretched(base, "none", 4.0)  # longer, and not scaled
+    plain = stretched(base, "none", 4.0)  # a longer window without scaling
     assert (plain.block_size, plain.original_block_size, scaling_of(plain), scaling_of(base)) == (
         2048,
         512,
@@ -243,7 +242,7 @@ def test_windows_are_stretched_from_the_first_one():
         ({"meta_position": "none_first", "position": "learned"}, "meta_position=none_first needs position=rope"),
     ],
 )
-def test_refusals(settings_, sentence):
+def test_bad_settings_are_refused(settings_, sentence):
     with pytest.raises(UserError) as refusal:
         GPT(small("none", **settings_))
     assert sentence in str(refusal.value)

@@ -1,4 +1,4 @@
-"""Files that others made are data: they are never run, and do not choose what else is read."""
+"""Tests that files are treated as data: their contents are never run, and do not lead to other files."""
 
 import ast
 import json
@@ -22,7 +22,7 @@ FORBIDDEN_CALLS = {
 
 
 def offences(text: str) -> list[str]:
-    """Imports and calls that would run what a file or a command line says."""
+    """Returns the imports and calls that could run the contents of a file or a command line."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -39,16 +39,16 @@ def offences(text: str) -> list[str]:
     return found
 
 
-def test_nothing_is_unpickled_and_no_shell_sees_a_users_string():
+def test_no_code_unpickles_evaluates_or_uses_a_shell():
     assert len(PRODUCT) > 30
     for path in PRODUCT:
         assert offences(path.read_text()) == [], path
     bad = "import pickle\nfrom dill import x\ntorch.load(f)\nos.system('x')\nsubprocess.run('x', shell=True)\neval('1')"
-    assert len(offences(bad)) == 6  # it would notice
+    assert len(offences(bad)) == 6  # the check finds all of these
 
 
-def test_a_config_file_is_the_one_thing_that_is_run():
-    """Running a config is running code, which the README says; nothing else goes that way."""
+def test_config_files_are_the_only_files_that_are_run():
+    """Running a config file is running code, as the README says. No other file is run."""
     assert [path.name for path in PRODUCT if "runpy.run_path(" in path.read_text()] == ["command_line.py"]
     assert "running one is running code" in (ROOT / "README.md").read_text()
 
@@ -68,8 +68,8 @@ def test_a_checkpoint_is_loaded_without_pickle(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["../elsewhere", "/etc/passwd", "..", ".", "", "sub/file", "a\0b", "~/x", "link", "x" * 300, ".hidden"]
 )
-def test_a_checkpoints_manifest_cannot_leave_its_folder(tmp_path, name):
-    """Neither by a name nor by a link; that the hash is right does not help."""
+def test_a_checkpoints_manifest_cannot_lead_out_of_its_folder(tmp_path, name):
+    """Neither a name nor a link may lead elsewhere, even if the hash is right."""
     folder = write(tmp_path, 3)
     (tmp_path / "elsewhere").write_text("not yours")
     (folder / "link").symlink_to("../elsewhere")
@@ -91,5 +91,5 @@ def test_a_link_out_of_a_checkpoint_is_refused(tmp_path, name):
         open_checkpoint(folder)
     (folder / name).unlink()
     (tmp_path / "moved").rename(folder / name)
-    (tmp_path / "linked").symlink_to(folder)  # the folder itself may be behind one
+    (tmp_path / "linked").symlink_to(folder)  # a link to the folder itself is allowed
     assert open_checkpoint(tmp_path / "linked").step == 3

@@ -14,7 +14,7 @@ from nanometa.data.loader import Windows, step_windows
 from nanometa.data.shards import TokenStream
 from nanometa.data.tokenizer import META, Tokenizer
 from tests.conftest import ROOT, TINY, cli, manifest, override, refusal, tree
-from tests.test_train import TORCHRUN
+from tests.training_runs import TORCHRUN
 
 BASE = override(TINY, "--dataset=data/u", "--block_size=32", "--micro_batch_size=2")
 HEADER = (
@@ -22,7 +22,7 @@ HEADER = (
     r"(\d+) content tokens, (\d+) markers, (\d+) scored targets ---\n"
 )
 
-# Trains and writes down what each train_step loads: a line {"step", "rank", "windows"} a micro-batch.
+# Trains, and writes a line {"step", "rank", "windows"} for each micro-batch that train_step computes.
 SPY = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -43,7 +43,7 @@ def batch(data, windows):
     made.tokens.windows = windows.tolist()
     return made
 
-def objective(self, tokens, *rest):  # what is trained on, whenever it was loaded
+def objective(self, tokens, *rest):  # the windows that are trained on, whenever they were loaded
     with open(f"seen{{rank}}.jsonl", "a") as file:
         file.write(json.dumps({{"step": step, "rank": rank, "windows": tokens.windows}}) + "\\n")
     return forward(self, tokens, *rest)
@@ -61,7 +61,7 @@ def show(workdir, step: int, *args: str, **how) -> str:
 
 
 def windows_of(out: str) -> list[tuple[dict, str]]:
-    """The numbers of every window's header, and the text under it."""
+    """Returns the numbers in each window's header, and the text below it."""
     names = ("window", "sample", "epoch", "rank", "world", "micro", "micros", "content", "markers", "scored")
     heads = list(re.finditer(HEADER, out))
     ends = [head.start() for head in heads[1:]] + [len(out)]
@@ -72,8 +72,8 @@ def windows_of(out: str) -> list[tuple[dict, str]]:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_it_shows_what_a_step_loads(workdir, tmp_path, world):
-    """Also a step that lies in two epochs."""
+def test_show_batch_lists_the_windows_that_the_step_trains_on(workdir, tmp_path, world):
+    """Includes a step whose windows belong to two epochs."""
     (tmp_path / "data").symlink_to(workdir / "data")
     (tmp_path / "spy.py").write_text(SPY)
     launcher = TORCHRUN if world == 2 else (sys.executable,)
@@ -101,7 +101,7 @@ def test_it_shows_what_a_step_loads(workdir, tmp_path, world):
 
 
 @pytest.mark.parametrize("rule", ["ignore", "skip"])
-def test_the_text_is_that_of_the_content_stream(workdir, rule):
+def test_show_batch_prints_the_text_with_its_markers(workdir, rule):
     tokenizer = Tokenizer.load(workdir / "data/u")
     contents = manifest(workdir / "data/n")["splits"]["train"]["shards"]
     content = TokenStream(workdir / "data/n", contents, tokenizer.n_vocab)  # the same content without markers
@@ -115,7 +115,7 @@ def test_the_text_is_that_of_the_content_stream(workdir, rule):
         assert head["scored"] == int((data.batch(torch.tensor([window]).numpy()).targets >= 0).sum())
 
 
-def test_it_writes_nothing_and_needs_no_name(workdir, monkeypatch):
+def test_show_batch_writes_nothing_and_needs_no_run_name(workdir, monkeypatch):
     monkeypatch.setattr(train, "GPT", lambda *args: pytest.fail("a model was built"))
     monkeypatch.chdir(workdir)
     before = tree(workdir)
@@ -123,7 +123,7 @@ def test_it_writes_nothing_and_needs_no_name(workdir, monkeypatch):
     assert tree(workdir) == before
 
 
-def test_a_reader_that_leaves_gets_no_traceback(workdir):
+def test_a_closed_pipe_causes_no_traceback(workdir):
     command = (
         f"{sys.executable} {ROOT}/train.py {' '.join(override(BASE, '--batch_size=128'))} --show_batch=3 | head -c 100"
     )
@@ -144,17 +144,17 @@ def test_a_reader_that_leaves_gets_no_traceback(workdir):
         (("--show_batch=0", "--block_size=33"), "use --block_size=32 or 64"),
     ],
 )
-def test_bad_input(workdir, monkeypatch, args, sentence):
+def test_bad_settings_of_show_batch_are_refused(workdir, monkeypatch, args, sentence):
     monkeypatch.chdir(workdir)
     with pytest.raises(UserError, match=sentence):
         train.main(override(BASE, *args))
 
 
-def test_bad_input_of_the_command_line(workdir):
+def test_show_batch_beyond_the_run_is_refused_on_the_command_line(workdir):
     assert "whose last step is 4" in refusal(cli("train.py", *BASE, "--show_batch=9", "--max_steps=5", cwd=workdir))
 
 
-def test_shares_of_a_step_are_the_step():
+def test_the_shares_of_all_processes_are_the_step():
     cfg = TrainConfig(batch_size=12, micro_batch_size=2)
     whole = step_windows(5, cfg, 50, 0, 1)
     assert whole.shape == (6, 2)

@@ -1,4 +1,4 @@
-"""Every kind of source gives the same documents as plain text would, and what cannot be read is counted and named."""
+"""Tests that every kind of source gives the same documents, and that unreadable input is counted and named."""
 
 import gzip
 import importlib.metadata
@@ -26,7 +26,7 @@ SMALL = ("--bpe_vocab_size=300", "--chunk_content=28", "--chunk_markers=4", "--v
 
 
 def texts_of(source) -> list[str]:
-    """The documents of a source, whole."""
+    """Returns the documents of a source, with their pieces joined."""
     documents, text = [], ""
     for unit in range(source.n_units):
         for item in source.read(unit):
@@ -44,10 +44,11 @@ def files_source(*patterns, **settings) -> FileSource:
 
 @pytest.fixture(scope="module")
 def formats(tmp_path_factory) -> tuple[Path, list[str]]:
-    """The same documents as text files, jsonl, jsonl.gz and parquet (each in two files), one of them long."""
+    """The same documents as text files, jsonl, jsonl.gz and parquet (two files of each), one of the documents long."""
     folder = tmp_path_factory.mktemp("formats")
     write_texts(folder / "texts", documents=40)
-    (folder / "texts/doc999.txt").write_text("é𝄞\r\n and more of it\n" * 9000)  # several pieces, and line ends to keep
+    # long enough for several pieces, with line ends that must be kept
+    (folder / "texts/doc999.txt").write_text("é𝄞\r\n and more of it\n" * 9000)
     documents = [path.read_bytes().decode() for path in sorted((folder / "texts").iterdir())]
     for number, rows in enumerate((documents[:17], documents[17:])):
         lines = "".join(json.dumps({"id": i, "body": text}) + "\n" for i, text in enumerate(rows)).encode()
@@ -87,7 +88,7 @@ def test_every_format_gives_the_same_shards(formats):
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(alphabet="ab\n\r é𝄞", max_size=200), st.integers(4, 50), st.integers(1, 60), st.integers(1, 300))
-def test_pieces_join_to_the_document_however_it_comes(tmp_path_factory, text, limit, step, read_bytes):
+def test_pieces_join_to_the_document_however_it_is_read(tmp_path_factory, text, limit, step, read_bytes):
     path = tmp_path_factory.mktemp("p") / "f.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
@@ -104,26 +105,26 @@ def test_pieces_join_to_the_document_however_it_comes(tmp_path_factory, text, li
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=300), st.floats(0, 500))
-def test_units_are_the_files_in_order(sizes, least):
+def test_units_contain_the_files_in_order(sizes, least):
     paths = [Path(str(i)) for i in range(len(sizes))]
     groups = list(sources._grouped(paths, sizes, least))
     assert [path for group in groups for path in group] == paths
     assert all(sum(sizes[int(path.name)] for path in group) >= least for group in groups[:-1])
 
 
-def test_the_place_of_bad_utf8_is_the_files(tmp_path):
+def test_the_place_of_bad_utf8_is_counted_from_the_start_of_the_file(tmp_path):
     path = tmp_path / "bad.txt"
     for n in (0, 5, 2**20 - 1, 2**20 + 3):
-        for bad in (b"\xc3\x28", b"\xc3"):  # also where the file ends within a character
+        for bad in (b"\xc3\x28", b"\xc3"):  # also if the file ends within a character
             path.write_bytes(b"a" * n + bad)
             with pytest.raises(UnicodeDecodeError) as caught:
-                next(read_pieces(path))  # before any of the text
+                next(read_pieces(path))  # the error comes before any text
             assert caught.value.start == n
-    path.write_bytes(b"a" + "é".encode() * 2**20)  # characters across block borders are fine
+    path.write_bytes(b"a" + "é".encode() * 2**20)  # a character may lie across the border of two blocks
     assert "".join(piece.text for piece in read_pieces(path)) == "a" + "é" * 2**20
 
 
-def test_the_embedded_sources_are_in_the_order_of_their_names():
+def test_the_stdlib_source_has_the_library_without_tests():
     stdlib = open_source(PrepareConfig())
     assert 40 < stdlib.n_units <= 65 and stdlib.total_bytes > 5e6
     names = [str(path) for unit in stdlib.units for path in unit]
@@ -131,7 +132,7 @@ def test_the_embedded_sources_are_in_the_order_of_their_names():
     assert any(name.endswith("/json/decoder.py") for name in names)
 
 
-def test_packages():
+def test_the_packages_source_reads_the_required_versions():
     version = importlib.metadata.version("einops")
     source = open_source(PrepareConfig(source="packages", packages=(f"einops=={version}", "tyro")))
     files = [path for unit in source.units for path in unit]
@@ -145,7 +146,7 @@ def test_packages():
             open_source(PrepareConfig(source="packages", packages=(wanted,)))
 
 
-# ----------------------------------------------------------------------------- what cannot be read
+# ----------------------------------------------------------------------------- input that cannot be read
 
 
 def test_broken_lines_are_counted_by_file_and_line(tmp_path):
@@ -183,7 +184,7 @@ def damaged(formats, tmp_path, name: str, cut: int | None = None, flip: bool = F
     return [item for unit in range(source.n_units) for item in source.read(unit)]
 
 
-def test_a_damaged_file_is_named_and_what_was_read_stays(formats, tmp_path):
+def test_a_damaged_file_is_named_and_its_readable_part_is_kept(formats, tmp_path):
     whole = damaged(formats, tmp_path, "1.jsonl.gz")
     assert not [item for item in whole if isinstance(item, Skipped)]
     cut = damaged(formats, tmp_path, "1.jsonl.gz", cut=-200)
@@ -197,7 +198,7 @@ def test_a_damaged_file_is_named_and_what_was_read_stays(formats, tmp_path):
     assert isinstance(next(iter(files_source(tmp_path / "empty.parquet").read(0))), Skipped)
 
 
-def test_skipped_rows_reach_the_screen_and_the_manifest(tmp_path):
+def test_skipped_rows_are_printed_and_recorded_in_the_manifest(tmp_path):
     write_texts(tmp_path / "texts", documents=30)
     rows = [json.dumps({"text": path.read_text()}) for path in sorted((tmp_path / "texts").iterdir())]
     rows[7] = "oops"
@@ -228,7 +229,7 @@ def test_skipped_rows_reach_the_screen_and_the_manifest(tmp_path):
         (["--files=empty/*.jsonl"], ["there is no text in files empty/*.jsonl: give files"]),
     ],
 )  # fmt: skip
-def test_bad_sources_change_nothing(formats, args, sentences):
+def test_bad_sources_are_refused_and_change_nothing_on_disk(formats, args, sentences):
     folder, _ = formats
     for name in ("empty", "data"):
         (folder / name).mkdir(exist_ok=True)
@@ -245,8 +246,8 @@ def test_bad_sources_change_nothing(formats, args, sentences):
     assert after == {name: facts for name, facts in before.items() if not name.startswith("cache")}
 
 
-def test_a_document_whose_rest_cannot_be_read_ends_there(tmp_path, monkeypatch):
-    """No document runs into the next one: a file that fails in its middle is ended before what follows."""
+def test_an_unreadable_rest_ends_the_document(tmp_path, monkeypatch):
+    """A file that fails in its middle ends its document, so no document continues in the next one."""
     write_texts(tmp_path / "texts", documents=4)
     whole = FileSource.read
 

@@ -1,4 +1,4 @@
-"""Intervals and tests, against published figures and against arithmetic by hand."""
+"""Tests intervals and tests against published figures and against calculations by hand."""
 
 import math
 
@@ -16,7 +16,7 @@ from nanometa.common.statistics import (
 )
 
 
-def test_wilson_against_newcombes_table():
+def test_wilson_equals_newcombes_table():
     """Newcombe, Statistics in Medicine 17, 857 (1998), table I, method 3."""
     for (right, n), interval in {
         (81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0.0, 0.1611), (1, 29): (0.0061, 0.1718),
@@ -30,13 +30,14 @@ def table(both, only_first, only_second, neither):
     return (np.array(side, dtype=bool) for side in zip(*pairs, strict=True))
 
 
-def test_paired_difference_against_newcombes_table():
+def test_paired_difference_equals_newcombes_table():
     """Newcombe, Statistics in Medicine 17, 2635 (1998), table II, method 10."""
     for cells, interval in {(36, 12, 2, 0): (0.0569, 0.3404), (36, 14, 0, 0): (0.1528, 0.4167)}.items():
         difference, low, high = paired_difference(*table(*cells))
         assert difference == pytest.approx((cells[1] - cells[2]) / sum(cells))
         assert (low, high) == pytest.approx(interval, abs=1e-4)
-    difference, low, high = paired_difference(*table(53, 0, 0, 1))  # no pair differs: still no certainty
+    # no pair differs, and still the interval has a width
+    difference, low, high = paired_difference(*table(53, 0, 0, 1))
     assert difference == 0 and -0.1 < low == -high < -0.05
 
 
@@ -46,24 +47,24 @@ def test_mcnemar_counts_only_the_pairs_that_differ():
     assert mcnemar(*table(5, 0, 0, 5)) == 1 and mcnemar(*table(1, 4, 4, 1)) == 1
 
 
-def test_bootstrap_resamples_examples_not_ids():
-    """40 examples of 25 ids, each right as a whole or not at all: the interval is that of 40 draws, not of 1000."""
+def test_bootstrap_resamples_examples_not_single_ids():
+    """For 40 examples of 25 ids that are all right or all wrong, the interval is that of 40 draws, not of 1000."""
     right = np.repeat([25, 0], 20)
     low, high = bootstrap_ratio(right, np.full(40, 25))
     assert (low, high) == pytest.approx((0.5 - 1.96 * 0.5 / math.sqrt(40), 0.5 + 1.96 * 0.5 / math.sqrt(40)), abs=0.03)
     assert bootstrap_ratio(right, np.full(40, 25)) == (low, high)
 
 
-def test_clusters_of_equal_size_are_a_sample_of_means():
+def test_clusters_of_equal_size_give_students_interval_of_their_means():
     means = np.array([1.0, 2.0, 4.0, 5.0])
     half = 3.18244631 * math.sqrt(10 / 3 / 4)
     assert clustered_ratio(7 * means, np.full(4, 7)) == pytest.approx((3 - half, 3 + half))
     assert clustered_ratio([3.0], [2]) == (-math.inf, math.inf)
 
 
-def test_few_clusters_of_uneven_size_are_covered():
-    """Eight documents of 1 to 8 parts, 2000 times: 95 % of the intervals hold the truth, nearly, where the percentile
-    bootstrap's do not."""
+def test_intervals_of_few_uneven_clusters_have_their_coverage():
+    """For eight documents of 1 to 8 pieces, about 95 % of 2000 intervals contain the truth. The percentile bootstrap
+    fails."""
     rng, sizes = np.random.default_rng(0), np.arange(1, 9)
     held = {clustered_ratio: 0, bootstrap_ratio: 0}
     for _ in range(2000):
@@ -74,13 +75,13 @@ def test_few_clusters_of_uneven_size_are_covered():
     assert 0.92 < held[clustered_ratio] / 2000 < 0.97 and held[bootstrap_ratio] / 2000 < 0.89, held
 
 
-def test_between_arms_the_unit_is_the_run():
+def test_the_difference_between_arms_is_over_runs():
     mean, low, high = seed_difference([0.5, 0.6, 0.7], [0.4, 0.4, 0.4])
     half = 4.302653 * 0.1 / math.sqrt(3)
     assert (mean, low, high) == pytest.approx((0.2, 0.2 - half, 0.2 + half))
     assert seed_difference([0.9], [0.1]) == (pytest.approx(0.8), -math.inf, math.inf)
 
 
-def test_holm_by_hand():
+def test_holm_equals_a_calculation_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == pytest.approx([1, 1]) and holm([]) == []

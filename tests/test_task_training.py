@@ -1,4 +1,4 @@
-"""Training on tasks, and measuring it: eval.py tasks."""
+"""Tests training on tasks, and its evaluation by eval.py tasks."""
 
 import json
 
@@ -23,8 +23,8 @@ from nanometa.tasks.source import TaskWindows
 from nanometa.train import main as train_main
 from nanometa.training.base_run import base_of, with_base
 from nanometa.training.checkpoint import load_run
-from tests.conftest import ROOT, TINY, cli, manifest, override, refusal
-from tests.test_train import TORCHRUN, equal, final, losses, metrics
+from tests.conftest import ROOT, TINY, cli, losses, manifest, override, refusal
+from tests.training_runs import TORCHRUN, equal, final, metrics
 
 TEXT = (*TINY, "--dataset=data/u", "--block_size=96", "--position=rope")
 MODEL = ("--n_layer", "--n_head", "--n_embd", "--block_size", "--position", "--dataset", "--second_attention")
@@ -54,13 +54,13 @@ def bases(workdir):
     }
 
 
-def test_a_run_learns_all_tasks_with_its_model_tokenizer_and_rule(workdir, bases):
+def test_fine_tuning_on_tasks_keeps_model_tokenizer_and_target_rule(workdir, bases):
     base = pretrain(workdir, "base_skip", "--target_rule=skip")
     run_dir = tune(workdir, "tuned", base, "--max_steps=20", "--placements=every", "--learning_rate=1e-2", tasks=TASKS)
     tuned, was = load_run(run_dir), load_run(workdir / base)
     assert tuned.config.model == was.config.model and tuned.config.target_rule == "skip"
     assert tuned.tokenizer.fingerprint == was.tokenizer.fingerprint
-    origin, seen = facts_of(tuned)["origin"], 10 * 8 * 84  # steps, windows, content tokens
+    origin, seen = facts_of(tuned)["origin"], 10 * 8 * 84  # steps x windows x content tokens
     assert origin["weights"].startswith(f"weights of {base}/best_00000010/model.safetensors (sha256 ")
     assert (
         origin["dataset"] == "data/u"
@@ -71,7 +71,7 @@ def test_a_run_learns_all_tasks_with_its_model_tokenizer_and_rule(workdir, bases
     assert {f"exact_{task}" for task in TASKS} | {f"tokens_{task}" for task in TASKS} <= lines[-1].keys()
     trained = [line["loss"] for line in lines if line["kind"] == "train"]
     assert np.mean(trained[-5:]) < 0.8 * np.mean(trained[:2])
-    # what sampling needs is still there
+    # the facts that sampling needs are kept
     assert MarkerPlan.of_run(tuned).M == was.state["data"]["chunk_markers"] > 0
 
 
@@ -84,8 +84,9 @@ def test_marker_rows_of_an_arm_without_markers_start_at_the_mean(workdir, bases)
 
 
 @pytest.mark.slow
-def test_marker_rows_that_tasks_have_trained_are_kept(workdir, bases):
-    """When another training goes on from the weights of an arm without markers: by then it has seen some."""
+def test_marker_rows_that_were_trained_on_tasks_are_kept(workdir, bases):
+    """The weights of an arm without markers are fine-tuned, which trains the marker's row, and then used for another
+    run."""
     further = tune(workdir, "tuned_further", bases["plain"], "--max_steps=20", "--learning_rate=1e-2")
     again = tune(workdir, "tuned_again", f"{further}", "--max_steps=1", "--learning_rate=1e-9", "--min_lr=0")
     runs = [load_run(folder) for folder in (further, again / "step_00000001")]
@@ -94,16 +95,17 @@ def test_marker_rows_that_tasks_have_trained_are_kept(workdir, bases):
     assert torch.allclose(*rows, atol=1e-6) and not torch.allclose(rows[0], mean, atol=1e-4)
 
 
-def test_resumed_equals_uninterrupted_and_processes_equal_one(workdir, bases):
+def test_a_resumed_task_run_equals_an_uninterrupted_one_on_any_processes(workdir, bases):
     args = ("--curriculum_steps=12", "--placements=background", "--train_length=192")
     tasks = ("parity", "copying")
     straight = tune(workdir, "t_straight", bases["meta"], "--max_steps=20", *args, tasks=tasks)
     tune(workdir, "t_resumed", bases["meta"], "--max_steps=13", *args, "--lr_decay_steps=20", tasks=tasks)
     resumed = tune(workdir, "t_resumed", "resume", "--max_steps=20", *args, "--lr_decay_steps=20", tasks=tasks)
     assert equal(final(resumed), final(straight))
-    assert load_run(resumed).state["content_before"] == 10 * 8 * 84  # of its base, after the resume, too
+    # the content tokens of its base run, also after the resume
+    assert load_run(resumed).state["content_before"] == 10 * 8 * 84
     assert [line for line in metrics(resumed) if (line["step"], line["kind"]) != (13, "val")] == metrics(straight)
-    # two processes, and two micro-batches in each
+    # two processes with two micro-batches each
     args += ("--max_steps=20", "--micro_batch_size=4")
     other = tune(workdir, "t_two", bases["meta"], *args, tasks=tasks, launcher=TORCHRUN)
     assert losses(other) == pytest.approx(losses(straight), rel=2e-5, abs=2e-5)
@@ -129,7 +131,7 @@ def test_the_curriculum_grows_in_five_phases():
 
 
 @pytest.mark.parametrize("curriculum", [0, 7, 100])
-def test_texts_are_padded_to_what_their_step_needs_and_positions_counted_so(curriculum):
+def test_texts_are_padded_to_the_length_of_their_step_and_padding_counts(curriculum):
     task = TaskConfig(tasks=("parity", "copying"), train_length=256, curriculum_steps=curriculum)
     cfg = TrainConfig(task=task, batch_size=4, micro_batch_size=4)
     windows, counted = TaskWindows(cfg, "train", Tokenizer.gpt2()), 0
@@ -140,14 +142,14 @@ def test_texts_are_padded_to_what_their_step_needs_and_positions_counted_so(curr
         if curriculum < 100:
             counted += batch.tokens.numel()
             assert windows.counted(4 * (step + 1)) == {"texts": 4 * (step + 1), "positions": counted}
-    if curriculum == 100:  # 49, 75, 114, 170, 256 positions at most
+    if curriculum == 100:  # texts have at most 49, 75, 114, 170 and 256 positions
         assert windows.counted(4 * 100)["positions"] == 4 * 20 * (64 + 96 + 128 + 192 + 256)
     assert TaskWindows(cfg, "val", Tokenizer.gpt2()).batch(np.arange(4)).tokens.size(1) == 256
 
 
 @pytest.mark.parametrize("rule", ("ignore", pytest.param("skip", marks=pytest.mark.slow)))
-def test_exact_is_what_greedy_decoding_writes(workdir, bases, rule):
-    """Half-trained, so that some answers are right and some are not, among them some that are right in part."""
+def test_answers_are_exact_if_greedy_decoding_writes_them(workdir, bases, rule):
+    """The run is half-trained: some answers are right, some wrong, and some partly right."""
     base = pretrain(workdir, f"base_{rule}_greedy", f"--target_rule={rule}")
     run_dir = tune(
         workdir, f"tuned_{rule}", base, "--max_steps=150", "--learning_rate=1e-2", "--placements=background",
@@ -166,7 +168,7 @@ def test_exact_is_what_greedy_decoding_writes(workdir, bases, rule):
     assert 0 < cell["correct"] < 60 and cell["exact"] == cell["correct"] / 60
 
 
-def test_eval_writes_a_line_a_cell_and_says_what_is_impossible(workdir, bases):
+def test_eval_tasks_writes_a_line_per_cell_and_names_impossible_cells(workdir, bases):
     tune(workdir, "tuned_learned", bases["learned"], "--max_steps=2", tasks=("parity", "copying"))
     args = ("--run=out/tuned_learned", "--n=40", "--placements", "every", "none", "--lengths", "64", "128")
     for _ in range(2):
@@ -186,16 +188,16 @@ def test_eval_writes_a_line_a_cell_and_says_what_is_impossible(workdir, bases):
     weights = safetensors.torch.load_file(workdir / cell["checkpoint"] / "model.safetensors")
     assert "wte.weight" in weights and len(cell["weights_sha256"]) == 64
     assert all(line["n"] == 0 and "exact" not in line for line in lines if line["length"] == 128)
-    found = read((str(workdir / "out/tuned_learned"),), sections_of(0.0, 0.05))  # as report.py does
+    found = read((str(workdir / "out/tuned_learned"),), sections_of(0.0, 0.05))  # as report.py reads them
     assert found.lines["tasks"] == lines[8:] and found.repeated == 8 and len(found.runs) == 1
 
 
-def test_rotary_runs_are_measured_beyond_their_window(workdir, bases):
+def test_runs_with_rotary_positions_are_evaluated_beyond_their_window(workdir, bases):
     run = load_run(workdir / bases["meta"])
     assert measure_tasks(run, Maker("parity", "every", TaskConfig(), run.tokenizer), "easy", 256, 5)["n"] == 5
 
 
-def test_show_batch_prints_the_texts(workdir, bases):
+def test_show_batch_prints_the_texts_of_tasks(workdir, bases):
     args = [*TUNE, "--init_from=" + bases["meta"], "--run_name=shown", "--train_length=96", "--show_batch=3"]
     result = cli("train.py", *args, "--tasks", "list_recall", "parity", cwd=workdir)
     assert result.returncode == 0, result.stderr.decode()
@@ -220,8 +222,8 @@ REFUSED = {
 }
 
 
-def test_what_is_typed_must_agree_with_the_run_that_is_taken_over(workdir, tmp_path, monkeypatch):
-    """A value that equals the default is compared, too, whether it was typed or stands in a config file."""
+def test_settings_must_agree_with_the_run_given_as_init_from(workdir, tmp_path, monkeypatch):
+    """A value that equals the default is compared too, whether it was typed or is in a config file."""
     monkeypatch.chdir(workdir)
     shape = ("--dataset=data/n", "--block_size=84", "--second_attention=causal", "--target_rule=skip")
     base = pretrain(workdir, "base_typed", *shape)
@@ -245,7 +247,7 @@ def test_what_is_typed_must_agree_with_the_run_that_is_taken_over(workdir, tmp_p
             train_main([*argv, f"--init_from={base}", "--run_name=refused"])
     with pytest.raises(UserError, match="^dataset=data/u has no effect, because the texts of the tasks are generated"):
         train_main([tiny_tasks, "--dataset=data/u", f"--init_from={base}", "--run_name=refused"])
-    # recipes for all arms say nothing of their model
+    # the recipes that serve all arms name no setting of the model
     for name in ("finetune_tasks", "tiny_tasks"):
         assert not {"second_attention", "position", "target_rule", "n_layer"} & {
             *load_config(TrainConfig, [str(ROOT / f"config/{name}.py")], config_file=True).typed
@@ -254,20 +256,20 @@ def test_what_is_typed_must_agree_with_the_run_that_is_taken_over(workdir, tmp_p
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_refused_in_a_sentence(workdir, bases, case):
+def test_bad_input_is_refused_in_one_sentence(workdir, bases, case):
     (setting, task), expected = REFUSED[case]
     given = override(TUNE, f"--init_from={bases['learned']}", "--run_name=refused", setting)
     assert expected in refusal(cli("train.py", *given, "--tasks", task, cwd=workdir))
     assert not (workdir / "out/refused").exists()
 
 
-def test_a_changed_task_cannot_be_resumed(workdir, bases):
+def test_a_run_cannot_resume_with_changed_tasks(workdir, bases):
     tune(workdir, "fixed", bases["meta"], "--max_steps=2")
     given = [*TUNE, "--init_from=resume", "--run_name=fixed", "--train_length=64", "--level=easy", "--tasks", "parity"]
     assert "train_length=64 differs from train_length=96 of out/fixed/" in refusal(cli("train.py", *given, cwd=workdir))
 
 
-def test_a_new_model_takes_the_tokenizer_of_the_dataset(workdir):
+def test_a_new_task_run_uses_the_tokenizer_of_its_dataset(workdir):
     args = override(TEXT, "--run_name=scratch_tasks", "--max_steps=3", "--train_length=96", "--placements=target")
     result = cli("train.py", *args, "--tasks", "parity", cwd=workdir)
     assert result.returncode == 0, result.stderr.decode()
@@ -277,12 +279,12 @@ def test_a_new_model_takes_the_tokenizer_of_the_dataset(workdir):
     assert facts_of(run)["origin"] == {"weights": "scratch", "dataset": None, "train_sha256": None, "content_tokens": 0}
 
 
-def test_base_is_what_goes_on_or_what_is_named():
+def test_a_run_from_scratch_has_no_base_run():
     cfg = TrainConfig(model=GPTConfig(n_layer=2))
     assert base_of(cfg, None) is None and with_base(cfg, None) is cfg
 
 
-def test_draws_are_uniform_and_their_own():
+def test_draws_are_uniform_and_repeat_by_key():
     draws, again = Draws(7), Draws(7)
     numbers = [draws.below(10) for _ in range(20_000)]
     assert numbers == [again.below(10) for _ in range(20_000)] != [Draws(8).below(10) for _ in range(20_000)]

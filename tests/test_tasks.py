@@ -1,4 +1,4 @@
-"""The synthetic tasks: texts, lengths, splits, markers, answers, shortcuts."""
+"""Tests the synthetic tasks: their texts, lengths, splits, markers, answers and shortcuts."""
 
 import collections
 import math
@@ -24,12 +24,12 @@ from nanometa.tasks.source import collate, count_right
 from tests.reference.targets import stream_targets
 from tests.reference.tasks import pointed_and_named, solve
 
-SOLVED_QUESTIONS = ("index", "after")  # misnamed has tests of its own below
+SOLVED_QUESTIONS = ("index", "after")  # the question "misnamed" has its own tests below
 
 
 @pytest.fixture(scope="module")
 def small():
-    """A small BPE, to which many of the words are several tokens."""
+    """A small BPE, in which many of the words are several tokens."""
     return Tokenizer.train(["the file is a list of names: one two three four\n" * 50 + "return value zero\n" * 50], 320)
 
 
@@ -58,18 +58,20 @@ def draw(task, tokenizer, index, length=128, level="medium", split="test", **set
     st.sampled_from((1, 4)),
     st.booleans(),
 )
-def test_a_text_is_what_it_says(small, gpt2, task, placement, question, index, length, level, questions, is_small):
+def test_a_text_has_its_length_markers_and_right_answers(
+    small, gpt2, task, placement, question, index, length, level, questions, is_small
+):
     tokenizer = small if is_small else gpt2
     if is_small and length == 128:
-        length = 200  # words of several tokens need room
+        length = 200  # words of several tokens need more room
     example = draw(task, tokenizer, index, length, level, placement=placement, question=question, questions=questions)
     ids, text = example.ids, tokenizer.decode(example.ids)
     assert math.ceil(0.9 * length) <= len(ids) <= length and ids[0] == ids[-1] == tokenizer.eot
-    # the ids are those of the text, with its markers and without
+    # encoding the text gives these ids, with its markers and without
     inner = text.removeprefix("<|endoftext|>").removesuffix("<|endoftext|>")
     assert tokenizer.encode_prompt(inner).tolist() == ids[1:-1].tolist()
     assert tokenizer.encode(inner.replace(META, "")).tolist() == strip(ids[1:-1], tokenizer.meta).tolist()
-    # every answer is right, and marked as the answer, with its line's end
+    # every answer is right, and is marked as an answer together with its line's end
     solved = solve(task, text, placement)
     assert all(given == true for given, true in solved), (solved, text)
     assert 1 <= len(solved) <= questions
@@ -86,8 +88,8 @@ def test_a_text_is_what_it_says(small, gpt2, task, placement, question, index, l
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("level", ["hard", "long"])
-def test_texts_have_any_length(gpt2, task, level):
-    """Beyond 200 lists, whose names are then of two words, each still of one list alone."""
+def test_texts_may_have_any_length(gpt2, task, level):
+    """Texts with more than 200 lists have names of two words, and still each name is used for only one list."""
     for index, length in enumerate((3072, 10_000)):
         example = draw(task, gpt2, index, length, level, placement="every")
         assert 0.9 * length <= len(example.ids) <= length
@@ -99,7 +101,7 @@ def test_texts_have_any_length(gpt2, task, level):
             assert len(set(names)) == len(names) > 200 and names[200].count(" ") == 2
 
 
-def test_background_markers_are_the_share_that_is_asked_for_and_anywhere(gpt2):
+def test_background_markers_have_their_share_and_are_spread_evenly(gpt2):
     examples = [draw("parity", gpt2, i, placement="background", meta_share=0.2) for i in range(200)]
     share = np.mean([(e.ids == gpt2.meta).sum() / (len(e.ids) - 3) for e in examples])
     assert share == pytest.approx(0.2, abs=0.005)
@@ -109,7 +111,7 @@ def test_background_markers_are_the_share_that_is_asked_for_and_anywhere(gpt2):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_text_number_i_is_always_the_same_and_in_one_split(gpt2, task):
+def test_a_texts_number_determines_it_and_splits_share_no_text(gpt2, task):
     def texts(split, n, **settings):
         examples = [draw(task, gpt2, i, 48, "easy", split, **settings) for i in range(n)]
         return [gpt2.decode(e.ids) for e in examples]
@@ -121,21 +123,22 @@ def test_text_number_i_is_always_the_same_and_in_one_split(gpt2, task):
     assert texts("train/1", 5, **placement) != texts("train/2", 5, **placement)
 
 
-def test_splits_hold_apart_texts_that_are_likely_to_repeat(gpt2):
-    """32 positions of parity with 20 bits and few cuts: 400,000 draws would repeat a text across splits."""
+def test_splits_share_no_text_even_if_texts_repeat(gpt2):
+    """Texts of 10 to 14 positions are few, so many of these draws repeat a text, but never one of another split."""
     make = maker("parity", gpt2, "none")
     seen = {}
     for split in ("train/1", "val", "test"):
         for i in range(700):
             text = gpt2.decode(make.example(split, i, 10, 14, ("easy",)).ids)
             assert seen.setdefault(text, split) == split
-    assert len(seen) < 1500  # else nothing repeated, and this shows nothing
+    assert len(seen) < 1500  # otherwise no text was repeated, and the test would show nothing
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_question_and_frequency_alone_are_at_chance(gpt2, task, placement):
-    """The most frequent answer in training, in all and to this question, is right no more often than chance."""
+def test_the_most_frequent_answer_is_right_at_chance(gpt2, task, placement):
+    """Always giving the answer that was most frequent in training, overall or for this question, is right no more often
+    than chance."""
     make = maker(task, gpt2, placement)
 
     def pairs(split, n):
@@ -157,16 +160,18 @@ def test_question_and_frequency_alone_are_at_chance(gpt2, task, placement):
     assert sum(asked) / n <= bound
 
 
-# the share of texts that a shortcut can get right, from the task's numbers: (task, level, question) -> bounds
+# bounds of the share of texts that a shortcut can get right, derived from the task: (task, level, question) -> bounds
 ATTAINABLE = {
-    # 8 lists of 6 to 8 items at least: the target is the last with 1/8; an item of the list 1/6 to 1/8
+    # At least 8 lists of 6 to 8 items: the target is the last list with probability 1/8, and an item of the list is the
+    # answer with 1/6 to 1/8.
     ("list_recall", "hard", "index"): {name: (0.05, 0.16) for name in (
         "the same place in the last list", "the same place in any list", "any item of the list",
         "the list's first item")},
-    # another list's successor may be the same anchor
+    # the item after the anchor may be the same in another list
     ("list_recall", "hard", "after"): {"the same place in the last list": (0.07, 0.2),
                                        "the same place in any list": (0.07, 0.2)},
-    # counts 1 to 4 and 0 to 12 beside: 16 sums, each from equally many of the 52 pairs for every count it allows
+    # 1 to 4 inside the span and 0 to 12 outside give 16 sums; for every sum, the possible counts are equally frequent
+    # among the 52 pairs.
     ("segment_counting", "hard", "index"): {"from the count of the whole text": (16 / 52, 16 / 52),
                                             "always the same": (0.25, 0.25)},
     ("parity", "hard", "index"): {"the bit before the mark": (0.5, 0.5), "the parity of all bits": (0.5, 0.5),
@@ -177,12 +182,12 @@ ATTAINABLE = {
 }  # fmt: skip
 
 
-def test_the_shortcuts_of_every_task_are_held_to_arithmetic():
+def test_every_task_has_bounds_for_its_shortcuts():
     assert {task for task, _, _ in ATTAINABLE} == set(TASKS)
 
 
 @pytest.mark.parametrize("case", ATTAINABLE, ids="-".join)
-def test_shortcuts_get_what_arithmetic_says(gpt2, case):
+def test_shortcuts_are_right_as_often_as_calculated(gpt2, case):
     task, level, question = case
     n, counts = 300, collections.Counter()
     for i in range(n):
@@ -194,8 +199,8 @@ def test_shortcuts_get_what_arithmetic_says(gpt2, case):
         assert low - noise <= counts[name] / n <= high + noise, (name, counts[name] / n)
 
 
-def test_every_shortcut_can_be_right(gpt2):
-    """A floor that is always 0 for want of a space would floor nothing."""
+def test_every_shortcut_is_sometimes_right(gpt2):
+    """A shortcut that is never right, for example because of a missing space, would be no floor."""
     for task in TASKS:
         right = collections.Counter()
         for i in range(200):
@@ -212,18 +217,18 @@ def test_counts_and_parities_are_equally_frequent(gpt2):
         assert all(abs(count - 800 / options) < 4 * math.sqrt(800 / options) for count in answers.values()), answers
 
 
-def test_shuffled_answers_are_those_of_another_text(gpt2):
+def test_shuffled_answers_come_from_another_text(gpt2):
     make = maker("list_recall", gpt2, shuffle_answers=True, placement="every", questions=3)
     pairs = [pair for i in range(100) for pair in solve("list_recall", gpt2.decode(
         make.example("train/1", i, 40, 64, ("easy",)).ids), "every")]  # fmt: skip
     assert sum(given == true for given, true in pairs) < 0.1 * len(pairs)
-    held_out = make.example("val", 0, 40, 64, ("easy",))  # what is evaluated is true
+    held_out = make.example("val", 0, 40, 64, ("easy",))  # answers in evaluations are not shuffled
     assert all(given == true for given, true in solve("list_recall", gpt2.decode(held_out.ids), "every"))
 
 
 @pytest.mark.parametrize("rule", ("ignore", "skip"))
 @pytest.mark.parametrize("loss_on", ("answer", "all"))
-def test_targets_of_a_batch_are_the_references(gpt2, rule, loss_on):
+def test_targets_of_a_task_batch_equal_the_reference(gpt2, rule, loss_on):
     make = maker("list_recall", gpt2, placement="background", questions=3)
     examples = [make.example("train/1", i, 32, 128, ("easy", "medium")) for i in range(8)]
     batch = collate(examples, np.arange(8), 128, TrainConfig(target_rule=rule), gpt2, "tasks train", loss_on)
@@ -231,7 +236,8 @@ def test_targets_of_a_batch_are_the_references(gpt2, rule, loss_on):
         ids, n = example.ids.tolist(), len(example.ids)
         wanted = stream_targets(ids, gpt2.meta, rule)
         if loss_on == "answer":
-            # the position that predicts an answer's id: the one before it, or under skip the last content before it
+            # the position that predicts an answer's id: the one before it, or under skip the last content token before
+            # it
             sources = set()
             for i in np.flatnonzero(example.answers):
                 source = i - 1
@@ -247,13 +253,13 @@ def test_targets_of_a_batch_are_the_references(gpt2, rule, loss_on):
         assert scored == [i for i, t in enumerate(batch.targets[row].tolist()) if t >= 0]
 
 
-def test_exact_means_all_and_tokens_leave_out_the_lines_end():
+def test_exact_needs_all_tokens_and_token_accuracy_excludes_the_lines_end():
     targets = torch.tensor([[5, 6, 9, -100], [5, 6, 9, -100], [7, 9, -100, -100]])
     right = torch.tensor([[True, True, True, False], [True, False, True, False], [True, False, False, True]])
     assert count_right(targets, right).tolist() == [[1, 2, 2], [0, 2, 1], [0, 1, 1]]
 
 
-def test_words_are_single_tokens_where_that_is_possible(gpt2, small):
+def test_words_are_single_tokens_if_the_tokenizer_has_enough(gpt2, small):
     items, names = words.pools(gpt2)
     assert words.tokens_per_item(gpt2) == 1 and len(set(items)) == len(set(names)) == words.POOL
     assert not set(items) & set(names) and not (set(items) | set(names)) & words.OWN
@@ -261,7 +267,7 @@ def test_words_are_single_tokens_where_that_is_possible(gpt2, small):
     assert words.tokens_per_item(small) > 1
 
 
-def test_what_cannot_be_written_is_refused_in_a_sentence(gpt2):
+def test_impossible_lengths_and_settings_of_tasks_are_refused(gpt2):
     with pytest.raises(UserError, match="no text of level hard with 29 to 32 positions, .*: use another length"):
         draw("segment_counting", gpt2, 0, 32, "hard")
     for wrong in ({"train_length": 8}, {"meta_share": 1.0}, {"tasks": ("parity", "parity")}, {"questions": 0}):
@@ -269,17 +275,18 @@ def test_what_cannot_be_written_is_refused_in_a_sentence(gpt2):
             TaskConfig(**wrong)
 
 
-def test_levels_grow(gpt2):
-    """Lists of list recall, bits before the mark: what a level means."""
+def test_higher_levels_are_harder(gpt2):
+    """Higher levels mean longer spans in copying."""
     sizes = [np.mean([len(draw("copying", gpt2, i, 256, level).draft.questions[0][1]) for i in range(30)])
              for level in LEVELS]  # fmt: skip
     assert sizes == sorted(sizes) and sizes[0] < 5 and sizes[-1] > 15
 
 
-# every placement with a pointer in list recall; `every` has none, see test_what_has_nothing_to_misname_is_refused
+# every placement that points at a list in list recall; test_questions_that_cannot_be_misnamed_are_refused has the
+# others
 @pytest.mark.parametrize("placement", [name for name, of in PLACEMENTS.items() if of.points_at_named])
-def test_a_misnamed_question_is_answered_from_the_list_that_is_pointed_at(gpt2, placement):
-    """With that list's name in the question the answer is the same, and true."""
+def test_a_misnamed_question_is_answered_from_the_marked_list(gpt2, placement):
+    """With the name of the marked list in the question, the answer stays the same and is true."""
     make = maker("list_recall", gpt2, question="misnamed", placement=placement)
     for index in range(20):
         text = gpt2.decode(make.example("test", index, 90, 128, ("medium",)).ids)
@@ -291,7 +298,7 @@ def test_a_misnamed_question_is_answered_from_the_list_that_is_pointed_at(gpt2, 
         assert given == true
 
 
-def test_what_has_nothing_to_misname_is_refused(gpt2):
+def test_questions_that_cannot_be_misnamed_are_refused(gpt2):
     silent = [("list_recall", name) for name, of in PLACEMENTS.items() if not of.points_at_named]
     for task, placement in (*silent, ("parity", "target")):
         with pytest.raises(UserError, match="question=misnamed needs a task that both points at a list and names one"):
@@ -302,7 +309,7 @@ def test_what_has_nothing_to_misname_is_refused(gpt2):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_registered_task_is_a_whole_module(task):
+def test_every_task_module_defines_its_parts(task):
     module = load_task(task)
     assert 0 <= module.CHANCE < 1 and module.__doc__
     for name in ("QUESTION_NAMES_PLACE", "ANSWER_IN_TEXT"):

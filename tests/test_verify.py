@@ -1,4 +1,4 @@
-"""Verification of shards' bodies: what it finds, what it remembers, how long it may take."""
+"""Tests the verification of shards: which damage it finds, what it remembers, and how long it may take."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from nanometa.data.verify import CACHE, verify
 from tests.conftest import ROOT, TINY, cli, manifest, override, refusal
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-N_IDS = 301  # 299 tokens and <|endoftext|>, <|meta|>
+N_IDS = 301  # 299 tokens, <|endoftext|> and <|meta|>
 BASE = (*TINY, "--dataset=data/u", "--block_size=32")
 
 
@@ -29,7 +29,7 @@ def folder(workdir, tmp_path):
 
 
 def seal(folder) -> None:
-    """The manifest says what the shards are now."""
+    """Writes the shards' current hashes into the manifest."""
     facts = manifest(folder)
     for split in facts["splits"].values():
         for entry in split["shards"]:
@@ -37,8 +37,8 @@ def seal(folder) -> None:
     (folder / "manifest.json").write_text(json.dumps(facts))
 
 
-def test_an_id_beyond_the_vocabulary_is_named_with_its_place(folder, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 128)  # the place is counted over blocks
+def test_an_id_beyond_the_vocabulary_is_named_with_its_position(folder, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 128)  # so that the position is counted over several blocks
     ids = np.memmap(folder / "val_000000.bin", dtype="<u2", mode="r+", offset=HEADER.size)
     ids[500], ids[700] = N_IDS, 65535
     ids.flush()
@@ -48,7 +48,7 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_place(folder, monkeypatch
     assert not (folder / CACHE).exists()
 
 
-def test_what_is_verified_and_unchanged_is_not_read_again(folder, monkeypatch):
+def test_a_verified_and_unchanged_shard_is_not_read_again(folder, monkeypatch):
     read, real = [], module._hash_and_check
     monkeypatch.setattr(module, "_hash_and_check", lambda path, *args: (read.append(path.name), real(path, *args))[1])
     shards = ["train_000000.bin", "val_000000.bin"]
@@ -70,7 +70,7 @@ def test_what_is_verified_and_unchanged_is_not_read_again(folder, monkeypatch):
     for key, value in (("size", 1), ("sha256", "0"), ("n_ids", 300)):
         (folder / CACHE).write_text(json.dumps({**known, shards[0]: {**known[shards[0]], key: value}}))
         assert names() == [shards[0]]
-    # another manifest is another expectation, whatever was verified
+    # a manifest with another hash is not satisfied by an earlier verification
     facts = manifest(folder)
     facts["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
     with pytest.raises(UserError, match=r"train_000000.bin is damaged: its sha256 is .*, the manifest says 0000"):
@@ -81,7 +81,7 @@ def test_what_is_verified_and_unchanged_is_not_read_again(folder, monkeypatch):
             verify(folder, manifest(folder), N_IDS)
 
 
-def test_a_folder_that_cannot_be_written_is_only_not_remembered(folder, monkeypatch):
+def test_a_read_only_dataset_is_verified_each_time(folder, monkeypatch):
     def refuse(*args):
         raise PermissionError(30, "Read-only file system")
 
@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_written_is_only_not_remembered(folder, monkeypa
     assert "of 0 shards" in verify(folder, manifest(folder), N_IDS)
 
 
-def test_a_file_that_changes_while_it_is_read_is_no_verified_one(folder, monkeypatch):
+def test_a_shard_that_changes_while_it_is_read_is_refused(folder, monkeypatch):
     real = module._hash_and_check
 
     def touched(path, *args):
@@ -108,7 +108,7 @@ def test_a_file_that_changes_while_it_is_read_is_no_verified_one(folder, monkeyp
     assert not (folder / CACHE).exists()
 
 
-def test_long_hashing_shows_how_far_it_is(folder, monkeypatch):
+def test_verification_reports_its_progress(folder, monkeypatch):
     monkeypatch.setattr(module, "REPORT_SECONDS", 0)
     monkeypatch.setattr(module, "BLOCK", 4096)
     lines = []
@@ -116,8 +116,8 @@ def test_long_hashing_shows_how_far_it_is(folder, monkeypatch):
     assert len(lines) > 5 and all("GB/s" in line and "to go" in line for line in lines)
 
 
-def test_shards_cannot_lie_elsewhere(folder, tmp_path):
-    """Names in a manifest, and links in the place of a shard, do not lead out of the dataset's folder."""
+def test_shards_outside_the_dataset_are_refused(folder, tmp_path):
+    """Neither a name in the manifest nor a link in place of a shard may lead out of the dataset's folder."""
     shutil.copy(folder / "val_000000.bin", tmp_path / "val_000000.bin")
     facts = manifest(folder)
     for name in ("../val_000000.bin", str(tmp_path / "val_000000.bin"), "/etc/passwd", ".", "", "sub/val_000000.bin"):
@@ -135,7 +135,7 @@ def test_shards_cannot_lie_elsewhere(folder, tmp_path):
         for use in (lambda: verify(folder, manifest(folder), N_IDS), lambda: Windows(folder, "val", 32, "ignore")):
             with pytest.raises(UserError, match="val_000000.bin is a link out of its folder"):
                 use()
-    # a dataset that is itself behind a link, and a link within it, are as good as any
+    # a link to the dataset, and a link within it, are allowed
     (folder / "val_000000.bin").unlink()
     os.rename(tmp_path / "val_000000.bin", folder / "body")
     (folder / "val_000000.bin").symlink_to("body")
@@ -144,7 +144,7 @@ def test_shards_cannot_lie_elsewhere(folder, tmp_path):
     assert Windows(tmp_path / "link", "val", 32, "ignore").n_windows > 0
 
 
-def test_the_log_says_what_was_verified_and_other_data_need_leave(workdir, tmp_path):
+def test_the_log_says_what_was_verified_and_other_data_need_permission(workdir, tmp_path):
     shutil.copytree(workdir / "data/u", tmp_path / "data/u")
     result = cli(
         "prepare.py", "--source=files", f"--files={workdir}/texts/*.txt", "--name=other", "--tokenizer=data/u",
@@ -170,14 +170,14 @@ def test_the_log_says_what_was_verified_and_other_data_need_leave(workdir, tmp_p
         in text
     )
     assert "verified the sha256 of 2 shards" in text and (tmp_path / "data/other" / CACHE).exists()
-    # it now is that dataset's run
+    # the run now belongs to the other dataset
     again = override(tuple(args), "--max_steps=5")
     assert cli("train.py", *again, cwd=tmp_path).returncode == 0
     assert "2 are unchanged since they were verified" in log.read_text()
 
 
-def test_waiting_for_a_process_that_hashes_outlasts_the_timeout_of_collectives(tmp_path):
-    """With 4 seconds in the place of 30 minutes, and a process that takes 9."""
+def test_slow_hashing_does_not_run_into_the_timeout_of_collectives(tmp_path):
+    """The timeout is 4 seconds instead of 30 minutes, and one process takes 9 seconds."""
     script = tmp_path / "script.py"
     script.write_text(
         f"""
@@ -197,4 +197,5 @@ with dist.processes("cpu") as d:
     )
     result = cli(str(script), cwd=tmp_path, launcher=TORCHRUN)
     assert result.returncode == 0, result.stderr.decode()[-3000:]
-    assert result.stdout.decode().count("['word 0', 'word 1']") == 2  # their lines may run into each other
+    # the output of the two processes may be on one line
+    assert result.stdout.decode().count("['word 0', 'word 1']") == 2

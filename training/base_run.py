@@ -58,10 +58,11 @@ def with_base(cfg: TrainConfig, base: Checkpoint | None) -> TrainConfig:
 
 
 def _taken_over(cfg: TrainConfig, base: Checkpoint) -> TrainConfig:
-    """Returns cfg with the model and the target rule of `base`, whose window is stretched if cfg asks for that.
+    """Returns cfg with the model and the target rule of `base`, whose window is extended if cfg asks for it.
 
-    Raises UserError if cfg has another value for one of these settings, and the value was typed, stands in the config
-    file, or differs from the default."""
+    Raises UserError if cfg has another value for one of these settings, and the value was typed, is in the config file,
+    or differs from the default.
+    """
     model, asked = base.config.model, flat(cfg)
     window = {
         name: asked[name] for name in to_dict(model) if name.startswith(("rope_", "yarn_")) and name != "rope_theta"

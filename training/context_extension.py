@@ -10,11 +10,12 @@ from nanometa.training.checkpoint import Run
 
 
 def stretched(m: GPTConfig, scaling: str, factor: float, **more) -> GPTConfig:
-    """Returns the settings m with a window that is `factor` times as long as the one in which the positions were first
+    """Returns the model settings m with a window `factor` times as long as the one in which positions were first
     trained.
 
     more: other settings of the scaling. Raises UserError if the new length is not a whole number, or if learned
-    positions were interpolated before, which is possible only once."""
+    positions were interpolated before, which is possible only once.
+    """
     window = m.original_block_size
     if m.position == "learned" and m.rope_factor != 1:
         raise UserError(

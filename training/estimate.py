@@ -26,8 +26,8 @@ from nanometa.training.dataset import check_arm, recipe_of, with_vocabulary
 from nanometa.training.distributed import pick_dtype
 from nanometa.training.optimizer import part_of
 
-# Dense bfloat16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets, which print twice these numbers where they
-# count structured sparsity. Keys are the names of torch.cuda.get_device_name() without maker, form and size of memory.
+# Dense bfloat16 FLOP/s with fp32 accumulation. NVIDIA's data sheets give twice these numbers where they assume
+# structured sparsity. Keys are the names of torch.cuda.get_device_name() without maker, form factor and memory size.
 PEAK = {
     "A100": 312e12,
     "A100 PCIe": 312e12,
@@ -166,7 +166,7 @@ def activations(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
     inner, rope = cfg.n_inner or 4 * C, cfg.position == "rope"
 
     def norm(rows: int) -> int:
-        # the input, which is fp32 as the residual stream, and the mean and 1/deviation of each row
+        # the input, which is in fp32 like the residual stream, and the mean and 1/deviation of each row
         return B * rows * (4 * C + 4 + 4)
 
     def dropout(rows: int, width: int) -> int:  # the mask: booleans on CUDA, elsewhere numbers of the input's dtype

@@ -17,7 +17,7 @@ from nanometa.training.checkpoint import WEIGHTS, read_tensors
 
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names in the hub's organization openai-community
 CONFIG = "config.json"
-# The values of Hugging Face's GPT2Config that nanoMeta's GPT computes. A config.json without the name means the first.
+# Values of GPT2Config's fields that nanoMeta's GPT supports. If config.json lacks a field, the first value applies.
 COMPUTED = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -63,8 +63,8 @@ class StartWeights:
     file: Path
     tensors: dict[str, torch.Tensor]
     fit: str  # the settings of a model that they fit, as command-line arguments
-    note: str  # an addition to the sentence in the log
-    content_tokens: int | None = None  # how many they were trained on; None = unknown
+    note: str  # appended to the sentence in the log
+    content_tokens: int | None = None  # number of content tokens that they were trained on; None = unknown
     sha256: str = ""  # hash of the file, if it was computed before
 
 

@@ -7,7 +7,7 @@ from nanometa.model import GPT
 from nanometa.tasks.source import TaskWindows
 from nanometa.tasks.words import tokens_per_item
 
-# Not listed among the settings: the first is the line's subject, the tokenizer decides the others.
+# These are not listed: the line starts with the first, and the tokenizer decides the others.
 UNLISTED = ("run_name", "vocab_size", "content_vocab_size")
 
 

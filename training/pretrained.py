@@ -103,7 +103,7 @@ def _run_of_ours(saved: Checkpoint, init_from: str, cfg: GPTConfig, tokenizer: T
     shared = ["n_head"]
     if cfg.position == theirs.position == "rope":
         shared.append("rope_theta")
-        if cfg.rope_scaling == "none":  # otherwise with_base has stretched the base run's window
+        if cfg.rope_scaling == "none":  # otherwise with_base has extended the base run's window
             shared.append("rope_scaling")
     if cfg.second.has_layer and theirs.second.has_layer:
         shared.append("second_attention")

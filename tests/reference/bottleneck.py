@@ -1,4 +1,4 @@
-"""Reference for probes/bottleneck.py, which trains many bottlenecks at once: one bottleneck, computed text by text."""
+"""Reference for probes/bottleneck.py, which trains many bottlenecks at once: trains a single one, text by text."""
 
 import math
 
@@ -40,7 +40,8 @@ def text_loss(w, h, query, label, noise) -> tuple[torch.Tensor, torch.Tensor]:
 def trained(train, val, K: int, Q: int, beta: float, seed: int, kind: str, how) -> tuple[dict, int]:
     """Trains one bottleneck on train and selects the epoch by its loss on val; both are (states, query, labels).
 
-    Returns the weights of the best epoch, and its number."""
+    Returns the weights of the best epoch, and the number of that epoch.
+    """
     counts = torch.tensor([1.0 + sum(k == c for c in train[2].flatten().tolist()) / train[2].size(1) for k in range(K)])
     log_shares = torch.log(counts / counts.sum())
     w = draw(seed, train[0].size(1), Q, how.z_dim, how.hidden, how.gates, log_shares)

@@ -10,7 +10,8 @@ from tests.reference import gpt
 def next_logits(run, ids: list[int]) -> torch.Tensor:
     """Returns the logits (n_content,) of the content token that follows `ids`, the tokens of a window so far.
 
-    With rotary positions the model must be in double precision, since the reference computes its angles so."""
+    With rotary positions the model must be in double precision, because the reference computes its angles in it.
+    """
     m, meta, T = run.config.model, run.tokenizer.meta, len(ids)
     if m.second_attention == "random":
         drawn = random_positions(np.array([0]), m.block_size, m.random_fraction, run.config.seed, "generated")[0]

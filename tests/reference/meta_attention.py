@@ -9,7 +9,8 @@ def meta_attention(x, is_meta, c_attn, c_proj, n_head, window=None):
     """Returns the meta-attention output (B, T, C) of x (B, T, C), with the linear layers c_attn and c_proj.
 
     Query i attends to key j if and only if j <= i and both are meta positions, is_meta (B, T) bool. With a window it
-    attends only to the last `window` of these keys. All other positions get 0."""
+    attends only to the last `window` of these keys. All other positions get 0.
+    """
     B, T, C = x.shape
     D = C // n_head
     out = torch.zeros_like(x)

@@ -7,8 +7,9 @@ from tests.reference.targets import IGNORE, stream_targets
 def token_nats(run, stream: list[int], length: int, stride: int) -> list[tuple[int, int, float]]:
     """Returns a tuple (position in the stream, position in the window, nats) for every scored token.
 
-    The positions are those of its predicting token, and the window is the first one that contains this token.
-    Windows start at 0, stride, 2 * stride, ... The model must be in double precision."""
+    The positions are those of the token that predicts it, and the window is the first one that contains that token.
+    Windows start at 0, stride, 2 * stride, ... The model must be in double precision.
+    """
     out = []
     for source, target in enumerate(stream_targets(stream, run.tokenizer.meta, run.config.target_rule)):
         if target != IGNORE:

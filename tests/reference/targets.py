@@ -1,4 +1,4 @@
-"""Reference for the two target rules: one token at a time, on a whole stream instead of windows."""
+"""Reference for the two target rules: determines one target at a time, on a whole stream instead of windows."""
 
 IGNORE = -100
 

@@ -3,7 +3,7 @@
 import re
 
 META = "<|meta|>"
-# for each placement, the regular expression of the sign that points at the place that a task is about
+# for each placement, the regular expression of the sign that points at the answer's place
 SIGNS = {"target": re.escape(META), "every": r" mark\b", "none": r" mark\b", "background": r" mark\b"}
 
 
