@@ -23,11 +23,11 @@ from pathlib import Path
 
 import torch
 
-from nanometa.benches import gpu_picture
 from nanometa.benches.gpu_stages import STAGES
 from nanometa.common.errors import UserError
 from nanometa.common.files import write_atomically
 from nanometa.config.command_line import run_cli
+from nanometa.reports import gpu_picture
 from nanometa.training.distributed import pick_device
 from nanometa.training.run_log import environment
 
@@ -73,14 +73,19 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
+def stage_command(name: str, args) -> list[str]:
+    """Returns the command that runs one stage."""
+    command = [sys.executable, "-m", "nanometa.benches.gpu_stages", name, f"--output={args.output.resolve()}"]
+    command += [f"--device={args.device.type}"] + ["--tiny"] * args.tiny
+    return command + ([f"--nanogpt={args.nanogpt.resolve()}"] if args.nanogpt else [])
+
+
 def run_stage(name: str, args, seconds: float) -> str:
     """Runs one stage in a process of its own. Returns the verdict: passed, failed, or timed out.
 
     Its results are printed as soon as they are known; its other output is appended to log.txt. seconds: its time
     limit."""
-    command = [sys.executable, "-m", "nanometa.benches.gpu_stages", name, f"--output={args.output.resolve()}"]
-    command += [f"--device={args.device.type}"] + ["--tiny"] * args.tiny
-    command += [f"--nanogpt={args.nanogpt.resolve()}"] if args.nanogpt else []
+    command = stage_command(name, args)
     environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with open(args.output / "log.txt", "a") as log:
         print(f"\n[{name}]", file=log, flush=True)
@@ -145,6 +150,12 @@ def table(facts: dict, results: list[dict], verdicts: dict[str, dict]) -> str:
     return "\n".join(out) + "\n"
 
 
+def heading(facts: dict) -> str:
+    """Returns the heading of the picture."""
+    commit = f", commit {facts['commit'][:8]}" if facts["commit"] else ""
+    return f"nanoMeta on {facts['device']}, driver {facts['driver']}, torch {facts['torch']}{commit}"
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = "; ".join(f"{name}: {stage.about}" for name, stage in STAGES.items())
@@ -203,7 +214,7 @@ def main(argv: list[str]) -> None:
     results = [line for line in lines if "what" in line]
     verdicts = {line["stage"]: line for line in lines if "verdict" in line}
     write_atomically(args.output / "table.md", table(facts, results, verdicts).encode())
-    gpu_picture.draw(facts, results, args.output / "gpu.png")
+    gpu_picture.draw(heading(facts), results, args.output / "gpu.png")
     print(f"\nwrote {path}, {args.output / 'table.md'}, {args.output / 'gpu.png'} and {args.output / 'log.txt'}")
     wrong = [name for name in args.stages if verdicts.get(name, {}).get("verdict") != "passed"]
     if wrong:

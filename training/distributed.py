@@ -166,7 +166,11 @@ def pick_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
     auto chooses bfloat16 where the hardware computes it, else float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        why = "this GPU computes bfloat16" if native else "this GPU does not compute bfloat16"
+        why = (
+            "this GPU computes bfloat16"
+            if native
+            else "this GPU does not compute bfloat16, and there is no float16 mode"
+        )
     elif device.type == "cpu":
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         why = "this CPU has AVX512-BF16 or AMX" if native else "this CPU has neither AVX512-BF16 nor AMX"
