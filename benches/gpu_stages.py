@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -63,35 +64,33 @@ class Lab:
 
     @property
     def work(self) -> Path:
-        """The folder of datasets and runs, which later stages may reuse."""
-        folder = self.output / "work"
-        folder.mkdir(exist_ok=True)
-        return folder
+        """The folder of the stage's runs. It is emptied when the stage starts."""
+        return self.output / "work" / self.stage
 
     def shape(self) -> tuple[int, int, int, int, int]:
         """Returns layers, heads, width, positions per window and windows per step."""
         return (2, 2, 64, 64, 2) if self.tiny else (12, 12, 768, 1024, 12)
 
-    def run(self, *command: str, launcher: tuple[str, ...] = (sys.executable,)) -> float:
-        """Runs a program of the repository in the folder `work`. Returns the seconds that it took.
+    def run(self, *command: str, launcher: tuple[str, ...] = (sys.executable,), folder: Path | None = None) -> float:
+        """Runs a program of the repository in the folder `work` or another one. Returns the seconds that it took.
 
         Raises CalledProcessError if it fails."""
         started = time.perf_counter()
-        subprocess.run([*launcher, str(ROOT / command[0]), *command[1:]], cwd=self.work, check=True)
+        subprocess.run([*launcher, str(ROOT / command[0]), *command[1:]], cwd=folder or self.work, check=True)
         return time.perf_counter() - started
 
-    def dataset(self, kind: str) -> str:
+    def dataset(self, name: str) -> str:
         """Returns the path of a dataset of Python's standard library, and prepares it if it is missing.
 
-        kind: "gpt2" has GPT-2's tokenizer and windows of 1024 positions, "bpe" is the dataset of the quick start."""
-        name = f"data/stdlib_{'uniform' if kind == 'bpe' else kind}"
-        for folder in (ROOT / name, self.work / name):
+        name: stdlib_uniform, the dataset of the quick start, or stdlib_gpt2, with GPT-2's tokenizer and windows of 1024
+        positions."""
+        for folder in (ROOT / "data" / name, self.output / "data" / name):
             if (folder / "manifest.json").exists():
                 return str(folder)
-        recipe = ["config/stdlib.py"] if kind == "bpe" else ["config/c4.py", "--source=stdlib", "--val_fraction=0.05"]
-        recipe[0] = str(ROOT / recipe[0])
-        self.run("prepare.py", *recipe, f"--name={Path(name).name}")
-        return str(self.work / name)
+        recipes = {"stdlib_uniform": ["stdlib.py"], "stdlib_gpt2": ["c4.py", "--source=stdlib", "--val_fraction=0.05"]}
+        config, *settings = recipes[name]
+        self.run("prepare.py", str(ROOT / "config" / config), *settings, f"--name={name}", folder=self.output)
+        return str(self.output / "data" / name)
 
     def metrics(self, run: str) -> list[dict]:
         """Returns the metrics of a run in the folder `work`."""
@@ -225,32 +224,27 @@ def training_speed(lab: Lab) -> None:
 
 
 def short_run(lab: Lab, name: str, *settings: str) -> list[str]:
-    """Returns the command of a short run of tiny_meta with 60 steps."""
-    command = [str(ROOT / "train.py"), str(ROOT / "config/tiny_meta.py"), f"--run_name={name}", "--eval_windows=8"]
-    command += [
-        f"--dataset={lab.dataset('bpe')}",
-        f"--device={lab.device.type}",
-        "--lr_decay_steps=60",
-        "--wandb=disabled",
-    ]
-    command += ["--log_interval=1", "--eval_interval=30", "--save_interval=15", *settings]
+    """Returns the command of a short run of tiny_meta with a schedule of 60 steps."""
+    command = [str(ROOT / "train.py"), str(ROOT / "config/tiny_meta.py"), f"--run_name={name}", "--wandb=disabled"]
+    command += [f"--dataset={lab.dataset('stdlib_uniform')}", f"--device={lab.device.type}", "--lr_decay_steps=60"]
+    command += ["--log_interval=1", "--eval_interval=30", "--eval_windows=8", "--save_interval=15", *settings]
     if lab.tiny:
         command += ["--n_layer=2", "--n_head=2", "--n_embd=32", "--batch_size=2", "--micro_batch_size=2"]
     return command
 
 
-def losses(lab: Lab, run: str) -> list[float]:
+def logged_losses(lab: Lab, run: str) -> list[float]:
     return [line["loss"] for line in lab.metrics(run) if line["kind"] == "train"]
 
 
 def quickstart(lab: Lab) -> None:
     """Trains the quick start's model, and compares a stopped and resumed run with two that were not stopped."""
-    steps = ("--max_steps=12", "--lr_decay_steps=12", "--warmup_steps=2", "--n_layer=2", "--n_head=2", "--n_embd=32")
-    extra = steps if lab.tiny else ()
-    seconds = lab.run(
-        "train.py", str(ROOT / "config/tiny_meta.py"), "--run_name=quickstart", f"--dataset={lab.dataset('bpe')}",
-        "--init_from=auto", "--wandb=disabled", f"--device={lab.device.type}", *extra,
-    )  # fmt: skip
+    command = ["train.py", str(ROOT / "config/tiny_meta.py"), "--run_name=quickstart", "--wandb=disabled"]
+    command += [f"--dataset={lab.dataset('stdlib_uniform')}", f"--device={lab.device.type}"]
+    if lab.tiny:
+        command += ["--max_steps=12", "--lr_decay_steps=12", "--warmup_steps=2"]
+        command += ["--n_layer=2", "--n_head=2", "--n_embd=32"]
+    seconds = lab.run(*command)
     lab.report("training of the quick start, with start and evaluations", seconds, "s")
     final = lab.metrics("quickstart")[-1]
     bound = QUICKSTART + QUICKSTART_TOLERANCE
@@ -266,7 +260,7 @@ def quickstart(lab: Lab) -> None:
     whole = "--max_steps=60"
     together(short_run(lab, "one", whole), short_run(lab, "two", whole), short_run(lab, "stopped", stop))
     together(short_run(lab, "stopped", whole, "--init_from=resume"))
-    one, two, stopped = (losses(lab, name) for name in ("one", "two", "stopped"))
+    one, two, stopped = (logged_losses(lab, name) for name in ("one", "two", "stopped"))
     assert len(one) == len(two) == len(stopped) == 60, "a step is missing"
 
     def difference(a: list[float], b: list[float]) -> float:
@@ -303,7 +297,7 @@ def torchrun(lab: Lab) -> None:
     settings = [*small, "--compile=False"] if lab.tiny else ["--batch_size=24"]
     settings += ["--max_steps=60", "--lr_decay_steps=60", "--warmup_steps=10", "--log_interval=10"]
     settings += ["--eval_interval=60", "--eval_windows=24", "--save_interval=60", f"--device={lab.device.type}"]
-    settings += ["--init_from=auto", "--wandb=disabled", f"--dataset={lab.dataset('bpe' if lab.tiny else 'gpt2')}"]
+    settings += ["--wandb=disabled", f"--dataset={lab.dataset('stdlib_uniform' if lab.tiny else 'stdlib_gpt2')}"]
     lab.run("train.py", str(ROOT / "config/meta_gpt2.py"), "--run_name=meta_gpt2", *settings, launcher=launcher)
     steps = [line for line in lab.metrics("meta_gpt2") if line["kind"] == "train"]
     lab.check("the loss of meta_gpt2 falls", steps[-1]["loss"] < steps[0]["loss"])
@@ -325,7 +319,7 @@ def torchrun(lab: Lab) -> None:
                     killed = True
         time.sleep(0.005)
     lab.check("a killed process was restarted, and the run came to its end", killed and process.returncode == 0)
-    assert len(losses(lab, "killed")) == 60, "a step is missing"
+    assert len(logged_losses(lab, "killed")) == 60, "a step is missing"
     log = (lab.work / "out/killed/train.log").read_text()
     lab.report("it continued from step", int(re.findall(r"at step (\d+)", log)[-1]))
 
@@ -376,7 +370,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--nanogpt", type=Path)
     args = parser.parse_args(argv)
-    STAGES[args.stage].function(Lab(args.stage, args.output, torch.device(args.device), args.tiny, args.nanogpt))
+    lab = Lab(args.stage, args.output, torch.device(args.device), args.tiny, args.nanogpt)
+    shutil.rmtree(lab.work, ignore_errors=True)
+    lab.work.mkdir(parents=True)
+    STAGES[args.stage].function(lab)
 
 
 if __name__ == "__main__":
