@@ -8,7 +8,7 @@ import torch
 
 from nanometa.config import GPTConfig, TrainConfig
 from nanometa.model import GPT
-from nanometa.training.optimizer import Optimizer, learning_rate, norms, part_of
+from nanometa.training.optimizer import Muon, Optimizer, learning_rate, norms, part_of
 from tests.conftest import cli, override, refusal
 from tests.training_runs import BASE, equal, final, metrics, run
 
@@ -75,6 +75,27 @@ def test_muon_updates_are_near_orthogonal_and_of_the_size_of_adamws():
             values = torch.linalg.svdvals(update) / (0.01 * 0.2 * max(p.shape) ** 0.5)
             assert 0.5 < values.min() and values.max() < 1.35, (name, values)
             assert update.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batched_muon_makes_the_updates_of_torchs_muon(monkeypatch, dtype):
+    # torch's Muon always computes in bfloat16, so in fp32 the updates agree only up to its rounding
+    monkeypatch.setattr("nanometa.training.optimizer.pick_dtype", lambda dtype_name, device: (dtype, ""))
+    shapes, generator = [(6, 4), (4, 6), (5, 5), (6, 4), (4, 6)], torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    batched = Muon(ours, weight_decay=0.1)
+    single = torch.optim.Muon(theirs, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        for optimizer in (batched, single):
+            optimizer.param_groups[0]["lr"] = 0.1
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=3 * 0.1 * 0.2 * 2.5 * 0.02)  # 2 % of three updates
+        assert batched.state[a].keys() == single.state[b].keys()
+        torch.testing.assert_close(batched.state[a]["momentum_buffer"], single.state[b]["momentum_buffer"])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

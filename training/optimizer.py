@@ -7,6 +7,7 @@ from torch.nn.utils import get_total_norm
 
 from nanometa.config import TrainConfig
 from nanometa.model import GPT
+from nanometa.training.distributed import pick_dtype
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
@@ -30,8 +31,47 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
 
 
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with the Newton-Schulz steps of all matrices of one shape in one batched product.
+
+    The steps run in bfloat16 where the hardware computes it, as in torch.optim.Muon, and elsewhere in fp32: a processor
+    that emulates bfloat16 takes seconds for them."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Makes one update, as torch.optim.Muon does."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+            for p in group["params"]:
+                by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                grads, momentum = [p.grad for p in params], group["momentum"]
+                buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+                torch._foreach_lerp_(buffers, grads, 1 - momentum)
+                directions = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov
+                updates = orthogonalized(torch.stack(directions), group).to(params[0].dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                # 0.2 sqrt(larger side) gives updates the root mean square of AdamW's (arXiv 2502.16982, section 2.2)
+                torch._foreach_add_(params, updates.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+
+
+def orthogonalized(matrices: torch.Tensor, group: dict) -> torch.Tensor:
+    """Returns matrices (N, rows, columns) with their singular values brought near 1 by Newton-Schulz steps.
+
+    group: a parameter group of Muon, for the coefficients, the number of steps and eps."""
+    a, b, c = group["ns_coefficients"]
+    tall = matrices.size(1) > matrices.size(2)  # the products of the shorter side are smaller
+    x = matrices.to(pick_dtype("auto", matrices.device)[0])
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])  # no singular value is above 1
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
 # The state that each optimizer keeps per parameter: "step" is a number, the other tensors have the parameter's shape.
-STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
+STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
 
 
 class Optimizer:
@@ -49,7 +89,7 @@ class Optimizer:
             matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2]
             ids = {id(p) for p in matrices}
             groups = [{**group, "params": [p for p in group["params"] if id(p) not in ids]} for group in groups]
-            self.parts.append(torch.optim.Muon(matrices, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(Muon(matrices, weight_decay=cfg.weight_decay))
         self.parts.append(torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=True))
         mine = [p for part in self.parts for group in part.param_groups for p in group["params"]]
         assert len(mine) == len({id(p) for p in mine}) == len(list(model.parameters())), "a parameter is missing"
