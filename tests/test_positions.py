@@ -348,7 +348,7 @@ def test_the_command_writes_repeatable_lines_that_agree_with_eval(tokenizer, tmp
     result = cli("probe.py", *command, cwd=tmp_path)
     assert result.returncode == 0, result.stderr.decode()
     said, picture = result.stdout.decode(), (folder / "positions.png").read_bytes()
-    assert "without placement none, whose texts have no meta-tokens\n" in said and "no_position_second" in said
+    assert "texts without meta-tokens are left out: placement none\n" in said and "no_position_second" in said
     monkeypatch.chdir(tmp_path)
     probe.main(list(command))
     lines = lines_of(folder / "positions.jsonl")
