@@ -273,7 +273,7 @@ def quickstart(lab: Lab) -> None:
         return max(abs(x - y) / x for x, y in zip(a, b, strict=True))
 
     lab.report("equal runs: largest relative difference of their losses", difference(one, two))
-    resumed = "stopped and resumed run: largest relative difference of its losses from those of an equal run"
+    resumed = "stopped and resumed run: largest relative difference of its losses from an uninterrupted run"
     lab.report(resumed, difference(one, stopped), at_most=RESUME_TOLERANCE)
 
 

@@ -94,8 +94,9 @@ PATCHING = probe(
     "States replaced by another text's",
     "Is the answer read from the meta-token? At one place of a text, the state that enters a layer is replaced by that "
     "of a donor, a text with another answer. If the text's own answer disappears, the state is needed; if the donor's "
-    "answer appears, the state carries it. If neither changes at the mark, the answer is not read there. The answer itself in the text and the token that "
-    f"predicts it show the effect at places that are read. {CHECKPOINT}",
+    "answer appears, the state carries it. If neither changes at the mark, the answer is not read there. The answer "
+    "itself in the text and the token that predicts it show the effect at places that are read. "
+    f"{CHECKPOINT}",
     known("kept", "kept_unpatched", "donor", "donor_unpatched", site=(str,), layer=(int,))
     | {"kept_interval": (list,), "donor_interval": (list,)}
     | judged("needed", "carried"),
@@ -124,8 +125,8 @@ RESIDUAL = probe(
     '"Nearer" is their cosine, with the layer\'s mean state subtracted, minus that with the token of another text. '
     '"Decoded" is how often a linear classifier, trained on other texts, names that token from the state; its floors '
     'are naming the most frequent token and training on shuffled labels. "More than the word" lists the layers in '
-    'which more is named from the mark than from the word "mark" in its place. The paper shows cosines without a floor. '
-    f"Decodable information need not be used: patching tests that. {CHECKPOINT}",
+    'which more is named from the mark than from the word "mark" in its place. The paper shows cosines without a '
+    f"floor. Decodable information need not be used: patching tests that. {CHECKPOINT}",
     known("cosine_centred", "floor_centred", "decoded", "majority", "shuffled")
     | {"place": (str,), "layer": (int,), "distance": (int,), "cosine_centred_interval": (list,)}
     | {"decoded_interval": (list,)}

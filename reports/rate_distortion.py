@@ -15,9 +15,9 @@ ABOUT = (
     "figure is the difference of two states of the same texts at equal rates: below 0, the first has less distortion. "
     '"No bottleneck" is the same probe without noise and with a rate that costs nothing; it is not a bound. "Nothing '
     'found" means that no point is below both H(Y) and the constant: this probe did not find the target, which the '
-    "state may still contain. The constant is the cross-entropy under the class frequencies of the training texts. The paper's "
-    f"bottlenecks, trained on 50 texts, have distortions of {DISTORTION[0]:.1f} to {DISTORTION[1]:.2f} nats, where "
-    f"guessing among all ids has ln 50257 = {GUESSING:.2f}. Intervals are over texts and probe seeds. Verdicts are "
+    "state may still contain. The constant is the cross-entropy under the class frequencies of the training texts. "
+    f"The paper's bottlenecks, trained on 50 texts, have distortions of {DISTORTION[0]:.1f} to {DISTORTION[1]:.2f} nats, "
+    f"where guessing among all ids has ln 50257 = {GUESSING:.2f}. Intervals are over texts and probe seeds. Verdicts are "
     "about this checkpoint, not about its arm."
 )
 TEXTS = ("task", "placement", "level", "question", "length", "layer", "target")
@@ -136,8 +136,8 @@ def terminal(lines: list[dict]) -> str:
 KEY = (
     "All in nats. Rate R is at most what the code tells about the state; distortion D is the cross-entropy of the "
     "target. constant: by the class frequencies of the training texts. shuffled: trained on other texts' targets. no "
-    "bottleneck: the same probe without noise and with a rate that costs nothing; it is not a bound. Intervals are 95 "
-    "% over texts and probe seeds, and are about this run, not its arm."
+    "bottleneck: the same probe without noise and with a rate that costs nothing; it is not a bound. Intervals are "
+    "95 % over texts and probe seeds, and are about this run, not its arm."
 )
 
 

@@ -87,8 +87,8 @@ class Optimizer:
             wanted = {key: torch.Size() if key == "step" else p.shape for key in keys}
             if here != wanted:
                 raise ValueError(
-                    f"{name} has the state {', '.join(sorted(here)) or 'nothing'}, but needs {', '.join(keys)} with the "
-                    f"shape of the parameter"
+                    f"{name} has the state {sorted(here) or 'nothing'}, but needs {', '.join(keys)} with the shape of "
+                    f"the parameter"
                 )
         for name in tensors:
             if name.rpartition("/")[0] not in params:
