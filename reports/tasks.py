@@ -65,8 +65,8 @@ do not record it (see origin in the table of weights), so a difference between a
 than {percent(effect)} points. It <b>holds</b> if the interval lies above that, and p, after Holm's correction over all
 rows with {SEEDS} seeds or more, is below 0.05; the reverse holds if the second is better by as much. It
 <b>does not hold</b> if the whole interval lies within the margin, ±{percent(margin)} points. Otherwise, and with fewer
-than {SEEDS} seeds, it is <b>undecided</b>. All seeds answer the same texts, so the interval does not cover other texts. Effect, margin and the
-cells to compare must be fixed before looking at results.</p>
+than {SEEDS} seeds, it is <b>undecided</b>. All seeds answer the same texts, so the interval does not cover other texts.
+Effect, margin and the cells to compare must be fixed before looking at results.</p>
 """
     single = f"""<p class="warn">These rows are about two checkpoints, not their arms, and are
 undecided with fewer than {SEEDS} seeds: trained again with another seed, the checkpoints would differ in another way.

@@ -250,7 +250,7 @@ def test_the_command_writes_and_draws_the_curves_of_all_cells(tokenizer, tmp_pat
     for word in (
         "shuffled",
         "D of meta minus D of question",
-        "Rate R is at most what the code tells",
+        "The code tells at most its rate R about the state",
         "not its arm",
     ):
         assert word in said
