@@ -418,9 +418,9 @@ def test_impossible_conditions_are_left_out_and_named(tokenizer, tmp_path, monke
     folder = kept(small_run(tokenizer, MARKED, **shape), tmp_path / "out/small", tasks=("parity",))
     probe.main(["positions", f"--run={folder}", "--n=3", "--lengths=40", f"--output={tmp_path / 'x.jsonl'}"])
     assert [one["condition"] for one in lines_of(tmp_path / "x.jsonl")] == conditions
-    without = [row for row in capsys.readouterr().out.splitlines() if row.startswith("without ")]
+    without = [row for row in capsys.readouterr().out.splitlines() if " is left out for a run " in row]
     left_out = [name for name in MEANING if name not in conditions]
-    assert [row.split(",")[0] for row in without] == [f"without {name}" for name in left_out]
+    assert [row.partition(" is left out for a run ")[0] for row in without] == left_out
     assert all(why in row for row in without)
     assert not (folder / "positions.jsonl").exists() and (tmp_path / "x.png").exists()
 
