@@ -44,8 +44,8 @@ class MarkedTextsProbe(TasksEval):
     margin: float = 0.05
     """the verdict on a difference is "does not hold" if its whole interval lies within +- this share"""
     effect: float = 0.0
-    """the verdict on a difference is "holds" if its interval lies above this share; choose this value and the margin
-    before you look at results"""
+    """the verdict on a difference is "holds" if its interval lies above this value, in the unit of the difference;
+    choose this value and the margin before you look at results"""
 
     BELOW = 1.0  # exclusive upper bound of margin and effect
 

@@ -101,6 +101,7 @@ class RateDistortionProbe(MarkedTextsProbe):
     """layers to read: 0 is the embedding, and i is the state after i blocks; by default the last"""
     targets: tuple[Literal["answer", "back"], ...] = ("answer",)
     back: tuple[int, ...] = setting((1,), only_with={"targets": ("back",)})
+    """distances of the target back, in positions before the state"""
     seeds: int = 3
     """number of probes of each kind, which differ in initial weights, noise and order of texts"""
     training: Training = field(default_factory=Training)
