@@ -1,14 +1,14 @@
-"""Looks into a trained run: probes its attention, its states, and what its meta-tokens are good for.
+"""Probes a trained run: its attention, its states, and the use that it makes of meta-tokens.
 
-python probe.py positions --run=out/recall --lengths 128 256         # meta-tokens without position, without embedding
+python probe.py positions --run=out/recall --lengths 128 256         # meta-tokens without their position or embedding
 python probe.py attention --run=out/recall                           # logit boost and entropy drop of every head
 python probe.py patching --run=out/recall                            # states replaced by those of another text
 python probe.py residual --run=out/recall                            # what the states of meta-tokens contain
 python probe.py rate_distortion --run=out/recall                     # how much can be read from a meta-token's state
 
-A call appends lines to a file in the run's folder and draws a picture beside it, of all lines in the file that are
-about the same weights. If a cell was measured more than once, the line with the most texts counts, and the last among
-equals."""
+A call appends lines to a file in the run's folder, and redraws a picture beside it from all lines about the same
+weights. If a cell was measured more than once, the line with the most texts counts, or the last of those with equally
+many."""
 
 from nanometa.config.command_line import run_cli, run_named
 from nanometa.probes import attention, patching, positions, rate_distortion, residual

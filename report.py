@@ -22,7 +22,8 @@ from nanometa.reports.files import Found, read
 from nanometa.reports.page import Page, Section
 from nanometa.reports.probe_sections import SECTIONS
 
-# Evaluations that the page does not show. A test fails for an evaluation that has no section and is not listed here.
+# Evaluations that the page does not show. tests/test_report.py fails for an evaluation that has no section and is not
+# listed here.
 NO_SECTION = ("passkey",)
 
 
@@ -39,7 +40,8 @@ class Report:
     margin: float = 0.05
     """a difference between arms "does not hold" if its whole interval over seeds lies within +- this share"""
     effect: float = 0.0
-    """a difference "holds" if its interval lies above this share; choose both before you look at results"""
+    """a difference "holds" if its interval lies above this share; choose effect and margin before you look at
+    results"""
 
     def __post_init__(self):
         check_types(self)

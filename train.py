@@ -168,8 +168,8 @@ class Trainer:
             self.log.say(line)
 
     def read(self, step: int) -> tuple[list[Batch], int]:
-        """Returns the micro-batches that this process trains on in a step, on its device, and the number of their
-        scored targets. The copy to a GPU is asynchronous."""
+        """Returns the micro-batches of this process for a step, on its device, and the number of their scored targets.
+        The copy to a GPU is asynchronous."""
         mine = step_windows(step, self.cfg, self.train_data.n_windows, self.dist.rank, self.dist.world)
         batches = [self.train_data.batch(windows) for windows in mine]
         scored = sum(int((batch.targets >= 0).sum()) for batch in batches)
@@ -192,7 +192,8 @@ class Trainer:
             if cfg.model.dropout:
                 torch.manual_seed(stable_key(cfg.seed, "dropout", self.step, dist.rank, micro) >> 1)
             last = micro == len(batches) - 1
-            # Exchange gradients once per step. DDP reads the flag in the forward pass, so that must lie inside no_sync.
+            # Exchange gradients once per step. DDP reads the no_sync flag in the forward pass, so the forward pass must
+            # be inside the with block.
             postpone = dist.has_group and not last
             with self.objective.no_sync() if postpone else nullcontext():
                 with autocast(dist.device, self.dtype):

@@ -38,7 +38,7 @@ SHORTEST = 10  # seconds: with less time left, no stage is started
 
 
 def facts_of(args) -> dict:
-    """Returns what the results depend on. A second call continues a first one only if these are equal."""
+    """Returns the facts that the results depend on. A second call continues a first one only if these are equal."""
     here = environment()
     gpu = args.device.type == "cuda"
     return {
@@ -175,7 +175,7 @@ def main(argv: list[str]) -> None:
     if not args.deadline > 0:
         raise UserError(f"--deadline={args.deadline:g} leaves no time for any stage: give a number of seconds above 0.")
     if args.device == "cpu" and not args.tiny:
-        raise UserError("--device=cpu would take hours at the size that a GPU is measured at: add --tiny.")
+        raise UserError("--device=cpu would take hours at the full size, which is meant for a GPU: add --tiny.")
     args.device = pick_device(args.device)
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / RESULTS
@@ -220,7 +220,8 @@ def main(argv: list[str]) -> None:
     wrong = [name for name in args.stages if verdicts.get(name, {}).get("verdict") != "passed"]
     if wrong:
         raise UserError(
-            f"these stages have not passed: {', '.join(wrong)}. See {args.output / 'log.txt'}, then repeat."
+            f"these stages have not passed: {', '.join(wrong)}. See {args.output / 'log.txt'}, then run the command "
+            f"again."
         )
 
 

@@ -101,8 +101,8 @@ class Lab:
 
 
 def turns(pipe, step: Step) -> None:
-    """Compiles a training step in a process of its own, and does what the parent asks for: a number of steps to time,
-    "profile", or None to end. Several such processes compile at the same time, then they take turns."""
+    """Compiles a training step in a process of its own, and then answers requests of the parent: a number of steps to
+    time, "profile", or None to end. Several such processes compile at the same time, then they take turns."""
     started = time.perf_counter()
     one = training_step(step)
     losses = [one().item()]
@@ -181,7 +181,7 @@ def training_speed(lab: Lab) -> None:
         lab.report(f"{arm}: first step, with compilation", seconds, "s")
         lab.report(f"{arm}: peak memory", peaks[arm] / 1e9, "GB")
     for arm, losses in first.items():
-        # wrong gradients can leave a loss that falls a little (weight decay alone lowers it)
+        # wrong gradients can leave a loss that falls a little (weight decay by itself lowers it)
         lab.check(f"{arm}: the loss falls within four steps", losses[-1] < losses[0] - (0.01 if lab.tiny else 0.1))
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     for _ in range(3 if lab.tiny else 7):
@@ -267,7 +267,8 @@ def quickstart(lab: Lab) -> None:
         return max(abs(x - y) / x for x, y in zip(a, b, strict=True))
 
     lab.report("equal runs: largest relative difference of their losses", difference(one, two))
-    lab.report("stopped and resumed, against one of them: the same", difference(one, stopped), at_most=RESUME_TOLERANCE)
+    resumed = "stopped and resumed run: largest relative difference of its losses from an uninterrupted run"
+    lab.report(resumed, difference(one, stopped), at_most=RESUME_TOLERANCE)
 
 
 # ----------------------------------------------------------------------------- decoding
@@ -321,7 +322,7 @@ def torchrun(lab: Lab) -> None:
     lab.check("a killed process was restarted, and the run came to its end", killed and process.returncode == 0)
     assert len(logged_losses(lab, "killed")) == 60, "a step is missing"
     log = (lab.work / "out/killed/train.log").read_text()
-    lab.report("it continued from step", int(re.findall(r"at step (\d+)", log)[-1]))
+    lab.report("the restarted run continued from step", int(re.findall(r"at step (\d+)", log)[-1]))
 
 
 # ----------------------------------------------------------------------------- tests

@@ -14,7 +14,8 @@ DENSE_AT_MOST = 4096  # with longer windows, the masks and scores of "dense" wou
 def bench(args, peaks: dict[str, float]) -> list[dict]:
     """Measures models of 6 layers of width 384 in bf16 and eager mode, each in a fresh process.
 
-    The vocabulary is small, so that the head does not dominate."""
+    The vocabulary is small, so that the head does not dominate. The column "s at the matmul peak" has the seconds of a
+    step if all FLOPs ran at the speed of a matrix product."""
     rows = []
     for T in LENGTHS:
         for arm, share in ARMS:

@@ -1,4 +1,4 @@
-"""Compares the speed of prepare.py with that of its tokenizer alone, tiktoken, on the same text and cores."""
+"""Compares the speed of prepare.py with that of tiktoken, its tokenizer, by itself, on the same text and cores."""
 
 import itertools
 import subprocess

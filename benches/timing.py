@@ -31,8 +31,8 @@ def alternate(functions: dict[str, Callable], repeats: int) -> dict[str, list[fl
 
 
 def quartiles(times: list[float]) -> tuple[float, float, float]:
-    """Returns the lower quartile, the median and the upper quartile. For fewer than three times, the minimum and the
-    maximum stand for the quartiles."""
+    """Returns the lower quartile, the median and the upper quartile. With fewer than three measurements, the
+    minimum and the maximum replace the quartiles."""
     if len(times) < 3:
         return min(times), statistics.median(times), max(times)
     return tuple(statistics.quantiles(times, n=4))

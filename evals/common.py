@@ -25,7 +25,7 @@ from nanometa.training.context_extension import rescaled, scaling_of
 from nanometa.training.distributed import autocast, pick_device, pick_dtype
 from nanometa.training.run_log import environment
 
-POSITIONS = 16384  # positions in one forward pass, which takes some 0.1 GB per layer at GPT-2's width
+POSITIONS = 16384  # positions in one forward pass, which takes about 0.1 GB per layer at GPT-2's width
 PATIENCE = 2.0  # seconds after which a cell shows a progress bar
 
 
@@ -72,7 +72,7 @@ class Evaluation:
         """Appends lines to the file of evaluation `name` as soon as they are measured, and prints the texts among them.
 
         measured: lines and texts, computed while this function iterates, under the setting dtype.
-        heading: text behind the arm and the folder in the first printed line."""
+        heading: text after the arm and the folder in the first printed line."""
         output = self.lines(run, name)
         write(f"{facts['arm']}, {run.folder}{heading}\n", BOLD)
         with self.autocast(run):

@@ -21,16 +21,16 @@ def pieces(content: np.ndarray, eot: int, size: int) -> tuple[np.ndarray, np.nda
 
 
 class ByDepth:
-    """Sums of nats of scored tokens, by depth in the piece and by document; a bucket of depths is summed together.
+    """Sums of nats of scored tokens, by depth in the piece and by document. The depths of a bucket are summed together.
 
     The depth of a token is the index of its predicting token among the content tokens of its piece. It does not depend
     on markers or on the length of windows."""
 
     def __init__(self, owners: np.ndarray, size: int, bucket: int):
-        """owners (P,): the number of each piece's document; size: content tokens in a piece; bucket: depths in one."""
+        """owners (P,): number of each piece's document; size: content tokens in a piece; bucket: depths in a bucket."""
         _, self.document, self.pieces = np.unique(owners, return_inverse=True, return_counts=True)
         self.bucket = bucket
-        # every piece has the same scored tokens, all but its first, so documents differ only in their number of pieces
+        # all tokens of a piece but its first are scored, so documents differ only in their number of pieces
         self.tokens = np.bincount(np.arange(size - 1) // bucket)
         self.nats = np.zeros((len(self.pieces), len(self.tokens)))
 

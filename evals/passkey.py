@@ -4,7 +4,7 @@ The text is that of Mohtashami & Jaggi (Landmark Attention, arXiv 2305.16300; ge
 their repository): a task, filler, the sentence with the key, filler, a question. Its sentences are quoted verbatim,
 since results with another wording could not be compared. Three things differ from the original:
 1. The filler consists of whole sentences; theirs is cut at a number of characters.
-2. Keys have five digits, and the number of tokens that most such keys have; theirs are 1 .. 50000.
+2. Keys have five digits, and all have the same number of tokens, the most common one; theirs are 1 .. 50000.
 3. Besides the exact answer, which a small model never gives, the key is ranked by probability among other keys.
 
 Markers, if the run has them, are placed by its rule and at its density from <|endoftext|> to the end of the question.
@@ -47,7 +47,7 @@ class PasskeyEval(Evaluation):
     lengths: tuple[int, ...] = (256, 512)
     """maximum positions of the texts of a cell, markers and answer included; the shortest have nine tenths of that"""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """share of the filler that stands before the key"""
+    """share of the filler that comes before the key"""
     markers: tuple[Literal["trained", "none"], ...] = ()
     """trained: throughout the prompt, by the run's rule and at its density; none: no markers; if empty, trained, or
     none for a run without markers"""
@@ -72,7 +72,7 @@ def main(cfg: PasskeyEval) -> None:
 
 
 def prompt_text(key: int, sentences: int, depth: float) -> str:
-    """Returns the prompt with this many sentences of filler, of which the share `depth` stands before the key.
+    """Returns the prompt with this many sentences of filler, of which the share `depth` comes before the key.
 
     The parts are joined as in the paper's code."""
     before = round(depth * sentences)
@@ -186,7 +186,7 @@ def measure_passkey(run: Run, prompts: Prompts, n: int, candidates: int) -> dict
         "exact": 1 / len(prompts.keys), "top1": 1 / candidates, "median_rank": (candidates + 1) / 2,
         "mrr": sum(1 / place for place in range(1, candidates + 1)) / candidates,
     }  # fmt: skip
-    # ranks and outcomes: by text, for paired tests
+    # ranks, outcomes: one rank and one outcome per text, in the same order, for paired tests
     return {
         **cell, "n": n, "positions": positions / n, "key_tokens": prompts.k, "candidates": candidates,
         "correct": sum(exact), "exact": sum(exact) / n, "interval": wilson(sum(exact), n),

@@ -8,10 +8,10 @@ positions. With stride = length and the stored markers, windows and targets are 
 Conditions. The content and the scored tokens are the same in all conditions; only the places of the markers are drawn
 anew. Markers take positions, so a window without markers would contain more text. `none` therefore uses windows of
 length * C / (C + M) positions, which is the average number of content tokens in a window with markers, and the window
-in which the arms without markers are trained. `none_wide` uses all `length` positions for text. The figure "context"
-is the resulting mean number of content tokens in the window up to the predicting token.
+length with which the arms without markers are trained. `none_wide` uses all `length` positions for text. The figure
+"context" is the resulting mean number of content tokens in the window up to the predicting token.
 
-Chunks. Chunks of markers keep their places in the stream. If stride and length are whole chunks, a window contains
+Chunks. Chunks with markers keep their places in the stream. If stride and length are multiples of a chunk, a window has
 exactly as many markers as in training; otherwise it contains nearly as many, and periodic markers are shifted.
 
 Documents. With --documents the text consists of pieces of long documents instead of the stream (evals/documents.py).
@@ -72,11 +72,11 @@ class PerplexityEval(Evaluation):
     stride: int | None = None
     """positions from the start of one window to the next; None = half of each length"""
     markers: tuple[Markers, ...] = ()
-    """trained: new draws by the run's rule; uniform, periodic: as many by that rule; stored: those of the dataset;
-    none: no markers, in shorter windows with the same amount of content; none_wide: no markers, in windows of all
-    positions; if empty, trained and none, or none for a run without markers"""
+    """trained: new draws by the run's rule; uniform, periodic: the same number of markers, placed by that rule; stored:
+    the markers of the dataset; none: no markers, in shorter windows with the same amount of content; none_wide: no
+    markers, in windows of all positions; if empty, trained and none, or none for a run without markers"""
     draws: int = setting(3, only_with={"markers": ((), "trained", "uniform")})
-    """number of draws of the marker places, for markers trained and uniform; fewer than 3 would not show the spread"""
+    """number of random draws of the marker positions, for markers trained and uniform; at least 3 show the spread"""
     documents: bool = False
     """read pieces of single documents instead of the stream; a piece fills a window of the longest of lengths"""
     max_tokens: int | None = None

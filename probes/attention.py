@@ -3,15 +3,19 @@
 The paper (theorem 4.1, figure 2) says that meta-tokens boost the logits of a head and lower its entropy: by 1.26 in the
 largest logit and by 1.40 nats, "meta against token-embedding-zeroed". It does not name layers, heads or queries. Here
 the same weights read the same texts twice: as trained, and with zeros in place of the embedding of <|meta|>. (This does
-not remove the token: a key of zeros has the logit 0 and is still seen.) Every head is measured over the queries behind
+not remove the token: a key of zeros has the logit 0 and is still seen.) Every head is measured over the queries after
 the last meta-token of a text:
 
     boost         largest logit as trained, minus the largest logit with zeros
     boost_mark    the same for the logit of the last meta-token
-    boost_answer  the same for the logit of the answer in the text, of the query that predicts it (list recall, copying)
+    boost_answer  the same for the logit of the answer's position in the text, for the query that predicts the answer
+                  (list recall, copying)
     drop          entropy with zeros, minus entropy as trained, in nats
-    entropy, normalised, sink, on_marks   as trained and with zeros (.._zeroed): entropy, entropy over the log of the
-                  number of keys, weight on the first token, weight on all meta-tokens
+    entropy       entropy as trained, in nats
+    normalised    entropy as trained, divided by the log of the number of keys
+    sink          weight on the first token as trained
+    on_marks      weight on all meta-tokens as trained
+    .._zeroed     the previous four figures with zeros
     applies       share of queries that fulfill the theorem's condition: with zeros, the last meta-token has a weight p
                   with ln p > -H. Boosting a less likely key makes entropy rise at first
     predicted     the drop that would result if only the logit of the last meta-token had changed, by boost_mark
@@ -19,9 +23,9 @@ the last meta-token of a text:
 The second attention of arm meta connects meta-tokens only. Its queries are the meta-tokens from the second one on, its
 keys are few (`keys`), its sink is the first meta-token, and it lacks boost_mark, boost_answer, on_marks and applies.
 
-With placement none the word "mark" takes the place of the meta-token and its embedding is zeroed, which shows the
-effect of an ordinary word. Queries are averaged within a text, and the text is the unit of every interval and test. The
-verdicts are about this checkpoint; verdicts about its arm need several seeds."""
+With placement none, the word "mark" takes the place of the meta-token, and the embedding of this word is zeroed. That
+shows the effect of an ordinary word. Queries are averaged within a text, and the text is the unit of every interval and
+test. The verdicts are about this checkpoint; verdicts about its arm need several seeds."""
 
 import itertools
 import math
@@ -53,7 +57,7 @@ from nanometa.training.checkpoint import Run
 
 CLAIMS = {"boost": "boost_", "drop": "drop_"}  # as in marked_texts.judged
 FEW_KEYS = "In the table, (few) marks a softmax over few keys, which has little entropy to lose.\n"
-SCORES = 2**23  # logits of one attention in a batch: 32 MB in fp32, and some copies
+SCORES = 2**23  # at most this many logits of one attention in a batch: 32 MB in fp32, plus a few copies
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,8 @@ def summarise(lines: list[dict]) -> None:
 
 
 def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, str], dict[str, np.ndarray]]:
-    """Returns the values (texts, H) of each figure of each (layer, attention). They are NaN where a text has no such
-    query."""
+    """Returns the values (texts, H) of each figure of each (layer, attention). They are NaN where a text has no query
+    for the figure."""
     m, parts = run.model.cfg, []
     longest = max(len(example.ids) for example in examples)
     for rows, batch in batches(run, examples, SCORES // (m.n_head * longest**2)):
@@ -133,8 +137,8 @@ def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, 
             look = looks[condition] = {}
 
             def see(layer: int, which: str, of: HeadInputs, look=look, places=places):
-                # the random attention connects tokens that are not marks; with placement none there may be no tokens
-                # to connect
+                # skip the random attention, which connects tokens that are not marks, and a second attention that has
+                # no tokens to connect, which is possible with placement none
                 if which == FIRST or (m.second.connects != "random" and of.at.size(1)):
                     gathered = which == SECOND and m.second.gathers
                     look[layer, which] = (among_marks if gathered else after_marks)(of, places)
@@ -163,7 +167,7 @@ class QueryPositions:
             self.is_mark[row, marks(maker, example).tolist()] = True
         ends = torch.tensor([len(example.ids) - 1 for example in examples], device=device)
         at = torch.arange(T, device=device)
-        # queries stand behind the last mark; the end of the text is not a query, because it predicts nothing
+        # queries come after the last mark; the end of the text is not a query, because it predicts nothing
         self.queries = (at > self.last[:, None]) & (at < ends[:, None])
 
 
@@ -222,6 +226,6 @@ def paired(full: dict[str, torch.Tensor], zeroed: dict[str, torch.Tensor]) -> di
         boost, p, H = full["logit_mark"] - zeroed["logit_mark"], zeroed["p_mark"], zeroed["entropy"]
         out["boost_mark"], out["boost_answer"] = boost, full["logit_answer"] - zeroed["logit_answer"]
         out["applies"] = (p.log() > -H).to(H).masked_fill(H.isnan(), math.nan)
-        p = p.double().clamp(1e-30, 1 - 1e-9)  # a weight of 0 or 1 in fp32
+        p = p.double().clamp(1e-30, 1 - 1e-9)  # the weight may be 0 or 1 in fp32
         out["predicted"] = H.double() - torch.from_numpy(boosted_entropy(p, H, boost))
     return {name: value.double().nanmean(-1).numpy() for name, value in out.items()}

@@ -7,8 +7,8 @@ R is an upper bound of the information that z contains about h, so (R, D) lies o
 the best encoder and decoder, and D + R >= H(Y | query) for every h. Only the decoder sees the query.
 
 Probes are independent of each other. Those that differ only in beta or seed are rows (P, ...) of the same tensors, so
-that one batched product computes all of them. A row gets the same weights as a probe trained alone
-(tests/reference/bottleneck.py)."""
+that one batched product computes all of them. A row gets the same weights as a probe that is trained by
+itself (tests/reference/bottleneck.py)."""
 
 import math
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from nanometa.config.checks import check_types
 from nanometa.config.settings import SET, setting
 from nanometa.evals.common import check_ranges
 
-NARROW = -2.0  # initial ln sigma^2: codes are informative from the start; from sigma = 1 many stay at rate 0
+NARROW = -2.0  # initial ln sigma^2: codes are informative from the start, while with sigma = 1 many stay at rate 0
 
 
 class Source(NamedTuple):
@@ -33,11 +33,14 @@ class Source(NamedTuple):
 
 
 class Member(NamedTuple):
-    """The settings of one probe."""
+    """The settings of one probe.
+
+    kind: "bottleneck"; "ceiling", where z = mu(h) and the rate costs nothing; or "shuffled", a ceiling trained on the
+    labels of other texts."""
 
     beta: float
     seed: int
-    kind: str  # bottleneck; ceiling: z = mu(h), with no price; shuffled: a ceiling trained on other texts' labels
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,18 @@ class Training:
     hidden: int = 64
     """width of the decoder's layer that the question gates; 0 for a linear decoder, as in the paper"""
     gates: float = setting(0.5, only_with={"hidden": SET})
-    """initial standard deviation of the question's gates, beside the 1 that all questions share"""
+    """initial standard deviation of the gates over questions, around their mean of 1"""
     epochs: int = 30
     patience: int = 10
-    """epochs without a better validation after which a probe stops"""
+    """a probe stops after this many epochs without a lower loss on the validation texts"""
     batch: int = 200
     learning_rate: float = 0.01
     """initial learning rate, which falls to 0 at the last epoch"""
     weight_decay: float = 3.0
-    """weight decay of AdamW for matrices; with less, a probe memorizes 20 texts per class, and its D at a rate of 0 is
-    far above that of a constant"""
+    """weight decay of AdamW for matrices; with less, a probe memorizes the 20 training texts per class, and its D at
+    rate 0 is far above that of the class frequencies"""
     draws: int = 8
-    """draws of the code for each measured text"""
+    """number of codes that are drawn for each measured text"""
 
     def __post_init__(self):
         check_types(self)
@@ -129,8 +132,8 @@ def fit(
     train: Source, val: Source, K: int, Q: int, members: list[Member], how: Training, advance=lambda epochs: None
 ) -> dict:
     """Trains all members. Returns their weights (P, ...) by name; each member's are from its epoch with the least D +
-    beta R on `val`. A member stops once this minimum has not fallen for `patience` epochs. K: number of classes, or of
-    values of a text; Q: size of the queries' vocabulary.
+    beta R on `val`. A member stops once this minimum has not fallen for `patience` epochs. K: number of classes,
+    or 1 for float labels; Q: size of the queries' vocabulary.
 
     advance: called with 1 after each epoch, to show progress."""
     device, (N, C) = train.states.device, train.states.shape
@@ -140,13 +143,14 @@ def fit(
         name: torch.stack([alone[member.seed][name] for member in members]).to(device).requires_grad_()
         for name in next(iter(alone.values()))
     }
-    row = torch.tensor([list(alone).index(member.seed) for member in members], device=device)  # of each seed
+    # row of each probe's seed
+    row = torch.tensor([list(alone).index(member.seed) for member in members], device=device)
     betas = torch.tensor([member.beta for member in members], device=device)
     noisy = torch.tensor([member.kind == "bottleneck" for member in members], device=device)[:, None, None]
     shuffled = torch.tensor([member.kind == "shuffled" for member in members], device=device)[:, None]
     generators = [torch.Generator().manual_seed(seed + 1_000_003) for seed in alone]
 
-    def each(draw) -> torch.Tensor:  # the same for all probes of a seed
+    def each(draw) -> torch.Tensor:  # all probes with the same seed get the same draws
         return torch.stack([draw(generator) for generator in generators]).to(device)
 
     def orders(n: int) -> torch.Tensor:

@@ -63,7 +63,7 @@ class _HeadHooks:
         x, *rest = inputs
         self.window = attention.window
         self.T, self.index = x.size(1), None
-        if torch.is_tensor(rest[0]):  # MetaAttention(x, meta_index, norm, rotate, ..): (B, M)
+        if torch.is_tensor(rest[0]):  # MetaAttention gets x, meta_index (B, M), norm, rotate, ..
             self.index, _, *rest = rest
         self.rotate = rest[0]
 

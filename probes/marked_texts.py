@@ -34,18 +34,18 @@ class MarkedTextsProbe(TasksEval):
     """Settings of the probes that read task texts in which a meta-token or a word marks a place."""
 
     tasks: tuple[Task, ...] = ()
-    """tasks to read: by default list_recall, because its answer stands in the text, or, for a run that was not trained
+    """tasks to read: by default list_recall, because its answer is in the text, or, for a run that was not trained
     on list_recall, the tasks that the run was trained on"""
     lengths: tuple[int, ...] = (128,)
     """maximum positions of the texts of a cell; the shortest texts have nine tenths of that"""
     placements: tuple[Placement, ...] = ()
-    """placements to read: by default those that the run was trained with, restricted for probe.py positions to those
-    with meta-tokens, for patching to target and none, and for residual to target"""
+    """placements to read: by default those that the run was trained with; of these, probe.py positions reads those with
+    meta-tokens, patching reads target and none, and residual reads target"""
     margin: float = 0.05
     """the verdict on a difference is "does not hold" if its whole interval lies within +- this share"""
     effect: float = 0.0
-    """the verdict on a difference is "holds" if its interval lies above this share; choose this value and the margin
-    before you look at results"""
+    """the verdict on a difference is "holds" if its interval lies above this value, in the unit of the difference;
+    choose this value and the margin before you look at results"""
 
     BELOW = 1.0  # exclusive upper bound of margin and effect
 
@@ -57,7 +57,7 @@ class MarkedTextsProbe(TasksEval):
                 check(self, field.name, len(set(value)) == len(value), "name each once")
         check(self, "margin", 0 < self.margin < self.BELOW, f"lie strictly between 0 and {self.BELOW:g}")
         check(self, "effect", 0 <= self.effect < self.BELOW, f"be at least 0 and below {self.BELOW:g}")
-        check(self, "output", not self.output.endswith(".png"), "be a file of JSON lines; the picture lies beside it")
+        check(self, "output", not self.output.endswith(".png"), "be a file of JSON lines; the picture is put beside it")
 
     def cells(self, run: Run) -> list[tuple[Maker, str, int]]:
         """Returns the Maker of each cell's texts, their level and length. Raises UserError if there are no such texts
@@ -97,7 +97,7 @@ class MarkedTextsProbe(TasksEval):
 
 
 def knows_meta(run: Run) -> bool:
-    """Returns whether the run met meta-tokens in training, in its dataset or in the texts of its tasks."""
+    """Returns whether the run saw meta-tokens in training, in its dataset or in the texts of its tasks."""
     task = run.config.task
     placed = task.tasks and any(PLACEMENTS[name].has_meta for name in task.placements)
     return bool(placed or run.state["data"]["chunk_markers"])
@@ -150,8 +150,8 @@ def marked_texts(maker: Maker, level: str, length: int, n: int, split: str = "te
 
 
 def answer_query_position(run: Run, example: Example) -> int:
-    """Returns the position that predicts the first id of the answer: the position before it, which may be a mark, or
-    under target_rule skip the last position before it that is not a mark."""
+    """Returns the position that predicts the first id of the answer. This is the position before it, which may be a
+    mark; under target_rule skip it is the last position before it that is not a mark."""
     before = int(np.flatnonzero(example.answers)[0])
     skips = run.config.target_rule == "skip"
     return int(np.flatnonzero(example.ids[:before] != run.tokenizer.meta)[-1]) if skips else before - 1
@@ -179,7 +179,7 @@ def span(maker: Maker, example: Example) -> tuple[int, int]:
 
 def span_end_mark(maker: Maker, example: Example) -> int:
     """Returns the position of the mark that ends the span of the question. Where meta-tokens follow every list, it is
-    the one behind the list, span or group in which the span ends; otherwise it is the last mark of the text."""
+    the one after the list, span or group in which the span ends; otherwise it is the last mark of the text."""
     found = marks(maker, example)
     if not maker.markers.after_lists:
         return int(found[-1])
@@ -195,8 +195,7 @@ def random_ordinary_position(maker: Maker, example: Example, number: int) -> int
 
 
 def batches(run: Run, examples: list[Example], most: int | None = None) -> Iterator[tuple[slice, Batch]]:
-    """Yields the texts as Batches of at most `most` texts on the model's device. Before each Batch stands the slice of
-    the texts that it holds."""
+    """Yields Batches of at most `most` texts on the model's device, each with the slice of the texts that it holds."""
     device, longest = run.model.wte.weight.device, max(len(example.ids) for example in examples)
     size = max(1, (READ if device.type == "cpu" else POSITIONS) // longest)
     return batches_of(run, examples, size if most is None else max(1, min(size, most)))
@@ -229,8 +228,9 @@ def at_places(states: list[torch.Tensor], places: np.ndarray) -> torch.Tensor:
 
 
 def paired_claim(figure: str, prefix: str, first: np.ndarray, second: np.ndarray) -> dict:
-    """Returns the fields of the claim that a condition has a larger share of right texts than another. first, second:
-    whether the same texts (N,) are right. The p-value is that of McNemar's test of no difference at all."""
+    """Returns the fields of the claim that more texts are right under a first condition than under a second. first,
+    second: whether each of the same texts (N,) is right. The p-value is that of McNemar's test that there is no
+    difference."""
     difference, low, high = paired_difference(first, second)
     return {figure: difference, f"{figure}_interval": (low, high), f"{prefix}p": mcnemar(first, second)}
 
@@ -238,8 +238,8 @@ def paired_claim(figure: str, prefix: str, first: np.ndarray, second: np.ndarray
 def judged(lines: list[dict], claims: dict[str, str], effect: float, margin: float, sign: int = 1) -> list[dict]:
     """Adds Holm's p and a verdict to the lines for each of their claims. Holm's family is all claims of the lines.
 
-    claims: figures, each with the prefix of its p, Holm's p and verdict in a line. A claim says that the figure, times
-    `sign`, is more than `effect` above 0."""
+    claims: for each figure, the prefix of the fields with its p, Holm's p and verdict. A claim says that `sign` times
+    the figure is larger than `effect`."""
     pairs = [(line, figure, prefix) for line in lines for figure, prefix in claims.items() if figure in line]
     adjusted = holm([line[f"{prefix}p"] for line, _, prefix in pairs])
     for (line, figure, prefix), p in zip(pairs, adjusted, strict=True):

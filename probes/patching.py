@@ -2,25 +2,26 @@
 
 The run reads a text, and at one position the state that enters a block (probes/residual_stream.py) is replaced by the
 state of another text, the donor, at its position of the same kind. The position stays the text's own: only the vector
-comes from the donor. The donor is a text with another answer whose mark stands at the same position, or else the
-nearest such text.
+comes from the donor. The donor is a text with another answer and with its mark at the same position, or, if there is
+none, the next such text in the order by number of marks and position of the mark.
 
-    mark      the mark that ends the span of the question: with placement target and background a meta-token (with
-              background the last one where none points), with none the word "mark", with every the meta-token at the
-              end of the list
+    mark      the mark that ends the span of the question: with placement target a meta-token; with none the word
+              "mark"; with every the meta-token at the end of the list; with background, where no meta-token points,
+              the last meta-token of the text
     marks     all marks at once, if the donor has as many
-    after     the token right behind the mark
-    ordinary  a random token of the body that is no mark
+    after     the token right after the mark
+    ordinary  a random token of the body that is not a mark
     answer    the first id of the answer in the text (list recall, copying), which is known to be read
     asked     the token that predicts the answer, where everything the answer needs comes together
 
-Replacing the state at the mark by itself must not change any text by a bit, which is checked first.
+Replacing the state at the mark by itself must not change a single bit of any answer. This is checked first.
 
-The figure is the most likely first id of the answer: the text's own (`kept`), the donor's (`donor`), or another one.
-"needed" holds where `kept` falls, "carried" where `donor` rises, both against the same texts without a patch. Carried
-means that the state contains the answer. Needed alone means that the answer depends on the state and that the other
-text's does not fit. If neither holds, whatever is read there is the same in both texts, such as the fact that it is a
-mark; this is not a summary. The verdicts are about this checkpoint; verdicts about its arm need several seeds."""
+The most likely first id of the answer is the text's own (`kept`), the donor's (`donor`), or another one. "needed" holds
+if `kept` falls, and "carried" holds if `donor` rises, compared with the same texts without a patch. "carried" means
+that the state contains the answer. If only "needed" holds, the answer depends on the state, but the state does not
+carry it. If neither holds, whatever the model reads there is the same in both texts, for example that the token is a
+mark; the state is then not a summary. The verdicts are about this checkpoint; verdicts about its arm need several
+seeds."""
 
 import bisect
 import itertools
@@ -141,7 +142,7 @@ def donors_of(firsts: np.ndarray, places: np.ndarray, counts: np.ndarray) -> np.
     order, donors = sorted(range(len(keys)), key=keys.__getitem__), np.empty(len(keys), dtype=int)
     ranked = [keys[i] for i in order]
     for at, i in enumerate(order):
-        start, end = bisect.bisect_left(ranked, keys[i]), bisect.bisect_right(ranked, keys[i])  # of the texts alike
+        start, end = bisect.bisect_left(ranked, keys[i]), bisect.bisect_right(ranked, keys[i])  # with this key
         candidates = itertools.chain(order[at + 1 : end], order[start:at], order[end:], order[:start])
         donors[i] = next(j for j in candidates if firsts[j] != firsts[i])
     return donors

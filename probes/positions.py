@@ -1,8 +1,8 @@
 """python probe.py positions: tests whether a trained run needs the position and the embedding of its meta-tokens.
 
-In the paper's Table 2, more answers are right if the position encoding at meta-tokens is zeroed, only at inference, in
-cells of about 18 texts. The paper says that zeroing their token embedding instead hurts. Here the same weights read the
-same texts under these conditions:
+In the paper's Table 2, whose cells have about 18 texts, more answers are right if the position encoding of meta-tokens
+is zeroed at inference only. The paper says that zeroing their token embedding instead hurts. Here the same weights read
+the same texts under these conditions:
 
     full                as the run was trained
     no_position         with no position at meta-tokens: no row of the learned table, or with rope an angle of 0 for
@@ -58,9 +58,9 @@ def main(cfg: PositionsProbe) -> None:
     placements = run.config.task.placements
     without = [name for name in placements if not PLACEMENTS[name].has_meta]
     cells = cfg.marked_cells(run, tuple(name for name in placements if name not in without), only_meta=True)
-    left_out = [f"without {name}, for a run {why}\n" for name in CONDITIONS if (why := useless(name, run.model.cfg))]
+    left_out = [f"{name} is left out for a run {why}\n" for name in CONDITIONS if (why := useless(name, run.model.cfg))]
     if without and not cfg.placements:
-        left_out.append(f"without placement {', '.join(without)}, whose texts have no meta-tokens\n")
+        left_out.append(f"texts without meta-tokens are left out: placement {', '.join(without)}\n")
     run_probe(cfg, "positions", run, facts, cells, CLAIMS, measure_positions, preface="".join(left_out))
 
 

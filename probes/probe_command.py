@@ -29,11 +29,11 @@ def run_probe(
     alike: dict | None = None,
 ) -> None:
     """Measures all cells, judges their lines together, and prints, saves and draws them. The settings and the cells
-    have been checked before. Only a damaged output file is still refused here, before anything is measured.
+    are already checked; only a damaged output file is refused here, before anything is measured.
 
     claims: the figures that get verdicts, as in `judged`. measure: returns the lines of a cell, without the fields that
-    every line has. judge: used in place of `judged`. preface: text to print first. alike: further values that earlier
-    lines must have to be drawn, too."""
+    every line has. judge: used in place of `judged`. preface: text to print first. alike: fields in which earlier
+    lines must have these values, in addition to the same arm and weights, to be drawn too."""
     output = cfg.lines(run, name)
     same = {"arm": facts["arm"], "weights_sha256": facts["weights_sha256"], **(alike or {})}
     before = read_earlier_lines(output, name, same)

@@ -13,11 +13,12 @@ class Points(NamedTuple):
 
     distortion: np.ndarray  # (betas, seeds, N)
     rate: np.ndarray  # (betas, seeds, N)
-    constant: np.ndarray  # (N,): distortion of the training texts' frequencies, which needs no rate
+    # (N,): distortion of a decoder that knows only the class frequencies of the training texts; its rate is 0
+    constant: np.ndarray
 
 
 def entropy(labels: np.ndarray, K: int) -> float:
-    """Returns the entropy of the class frequencies in `labels`, in nats. It is too low by about (K - 1) / 2n."""
+    """Returns the entropy of the class frequencies in n labels, in nats. It is too low by about (K - 1) / 2n."""
     p = np.bincount(labels, minlength=K) / labels.size
     return float(-(p[p > 0] * np.log(p[p > 0])).sum())
 
@@ -44,9 +45,9 @@ def constant_distortion(train: np.ndarray, test: np.ndarray, K: int) -> np.ndarr
 
 
 def converse(distortion: np.ndarray, rate: np.ndarray, known: dict[str, float]) -> dict:
-    """Returns D + R - H for distortion and rate (seeds, N) of one beta, its tolerance (three standard errors of the
-    texts' own sums and of H), and whether D + R - H lies below 0 by more than the tolerance, which is impossible for
-    every state."""
+    """Returns D + R - H for distortion and rate (seeds, N) of one beta, its tolerance, and whether D + R - H is below 0
+    by more than the tolerance, which is impossible for every state. The tolerance is three times the sum of two
+    standard errors: that of the mean of D + R over texts, and that of H."""
     sums = (distortion + rate).mean(axis=0)
     above = float(sums.mean()) - known["entropy"]
     tolerance = 3 * (float(sums.std(ddof=1)) / math.sqrt(len(sums)) + known["entropy_error"])
@@ -119,10 +120,10 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
 
 
 def found(points: Points, entropy: float) -> bool:
-    """Returns whether a point has less distortion than the class frequencies alone. The class frequencies have a
-    distortion of at least H(Y). Here the frequencies of the training texts stand for them, and have somewhat more. The
-    interval of a point's gain over the latter, computed text by text and corrected by Bonferroni over the points, must
-    therefore lie above that surplus."""
+    """Returns whether a point has less distortion than a decoder that knows only the class frequencies, whose
+    distortion is at least H(Y). The frequencies of the training texts have a slightly larger distortion than the true
+    ones. The interval of a point's gain over them, computed text by text and with Bonferroni's correction over the
+    points, must therefore lie above that surplus."""
     _, distortion, constant, weights = resampled(points)
     gain = constant[1:, None] - np.einsum("dsb,ds->db", distortion, weights)[1:]
     surplus = max(0.0, float(points.constant.mean()) - entropy)

@@ -1,33 +1,41 @@
-"""python probe.py rate_distortion: measures how much of a text can be read from one hidden state, at which rate.
+"""python probe.py rate_distortion: measures how much of a text can be read from one hidden state, by rate.
 
-The paper argues that a meta-token compresses what stands before it, and shows bottlenecks trained on 50 texts with a
-distortion of 10.0 to 10.8 nats, close to ln 50257 = 10.8, which is guessing. Here the run is frozen and the states of
+The paper argues that a meta-token compresses what comes before it, and shows bottlenecks trained on 50 texts with a
+distortion of 10.0 to 10.8 nats, close to the ln 50257 = 10.8 of guessing. Here the run is frozen and the states of
 thousands of texts are read. On each state a variational bottleneck (probes/bottleneck.py) is trained at ten weights
-beta of its rate, with early stopping on other texts. It is measured on texts that no probe has seen, those of eval.py
-tasks. The states meta, delimiter, last, random and mean (probes/text_positions.py) precede the question, so their
-decoder is given it; the state question follows it.
+beta of its rate, with early stopping on other texts. It is measured on the texts of eval.py tasks, which no probe has
+seen. The states meta, delimiter, last, random and mean (probes/text_positions.py) precede the question, so their
+decoder is given the question; the state `question` follows it.
 
 Targets (the classes are the ids that occur as this target in the texts, and distortions are in nats):
     answer    the first id of the answer
     back_D    the id D positions before the state's (--targets back --back D ..)
 
-Beside each curve stand ln K; the entropy of the labels, both of all texts, with the correction of Miller and Madow, and
-of the test texts, without it; the cross-entropy of the test texts by the frequencies of the training texts, which a
-constant reaches; the same probe without noise or price (`ceiling` in the lines: it is no bound, because noise keeps a
-probe from memorizing texts, and a bottleneck may do better); and the same with shuffled labels. The converse D + R >=
-H(Y) must hold at every point within three standard errors, and a point below it is flagged. (H is the entropy of Y
-given the question. They are independent in every task but for --question=after, whose question excludes one of 200
-answers.) Something is found if a point has less distortion than both H(Y) and the constant.
+Each curve is compared with
+    ln K       for K classes
+    H(Y)       the entropy of the labels: of all texts, with the correction of Miller and Madow, and of the test texts,
+               without the correction
+    constant   the cross-entropy of the test texts under the class frequencies of the training texts
+    ceiling    the distortion of the same probe without noise and with a rate that costs nothing. It is not a bound: a
+               bottleneck may do better, because noise keeps a probe from memorizing texts
+    shuffled   a ceiling trained on shuffled labels
+
+The converse D + R >= H(Y) must hold at every point within three standard errors, and a point below it is flagged. (H is
+the entropy of Y given the question. Y and the question are independent in every task, except with --question=after,
+whose question excludes one of 200 answers.) Something is found if a point has less distortion than both H(Y) and the
+constant.
 
 A rate is an upper bound of the information in the code, and a distortion is an upper bound that depends on this decoder
 and the number of texts: a high curve means that the probe did not find the target, not that the state lacks it. Planted
 states of width 192 show what can be found (--known; 1000 texts, one seed). If a state holds one item of 200, 0.04 of
-5.30 nats are left after 4000 + 1000 texts. If it holds seven and the question names one, 5.23 nats are left, and 5.17
-after 16000 + 1000. So "nothing found" says next to nothing about a lookup among several items. With --z_dim 192
---hidden 512 --gates 8 --learning_rate 0.001 4.52 and 3.97 nats are left, but no probe reaches a rate below 17 nats.
+5.30 nats are left after training on 4000 texts (and 1000 more for early stopping). If it holds seven items and the
+question names one, 5.23 nats are left, and 5.17 after training on 16000 texts. So "nothing found" says next to nothing
+about a lookup among several items. With the settings --z_dim 192 --hidden 512 --gates 8 --learning_rate 0.001, these
+two figures are 4.52 and 3.97 nats, but no probe reaches a rate below 17 nats.
 
-States of one checkpoint are compared on the same texts, at equal rates, as far as both reach, unless nothing was found
-from either. This says nothing about arms, which need five or more seeds of training."""
+The states of one checkpoint are compared on the same texts and at equal rates, up to the largest rate that both reach.
+If nothing was found from either state, there is no verdict. The comparison says nothing about arms, which need five or
+more seeds of training."""
 
 import dataclasses
 import itertools
@@ -68,7 +76,8 @@ from nanometa.training.checkpoint import Run
 SPLITS = ("train/rate_distortion", "val", "test")  # no text is in two splits (tasks/example.py)
 VAL_TEXTS = 1000  # texts that stop the training of probes
 BETAS = tuple(np.geomspace(2.0, 0.003, 10).tolist())  # prices of the rate; above 1 a rate costs more than it can gain
-RATES = (1.0, 2.0, 4.0, 8.0)  # in nats: where two curves are compared if both reach them, beside their mean difference
+# rates in nats at which two curves are compared, if both reach them; the mean difference over all rates is also given
+RATES = (1.0, 2.0, 4.0, 8.0)
 CLAIMS = {"difference": ""}  # as in marked_texts.judged
 
 
@@ -85,20 +94,21 @@ class RateDistortionProbe(MarkedTextsProbe):
     n: int = 1000
     """number of test texts in each cell"""
     train_texts: int = 4000
-    """number of texts that probes are trained on; 1000 more stop the training"""
+    """number of texts that probes are trained on; 1000 more texts decide when the training stops"""
     states: tuple[Literal["meta", "delimiter", "last", "random", "mean", "question"], ...] = ()
     """states to read; by default meta, delimiter, last and question, as far as the texts have them"""
     layers: tuple[int, ...] = ()
-    """layers to read, 0 for the embedding and i for the output of block i; by default the last"""
+    """layers to read: 0 is the embedding, and i is the state after i blocks; by default the last"""
     targets: tuple[Literal["answer", "back"], ...] = ("answer",)
     back: tuple[int, ...] = setting((1,), only_with={"targets": ("back",)})
+    """distances of the target back, in positions before the state"""
     seeds: int = 3
     """number of probes of each kind, which differ in initial weights, noise and order of texts"""
     training: Training = field(default_factory=Training)
     effect: float = 0.0
     margin: float = 0.05
-    """in nats: verdicts are about "less distortion by more than effect", and are "does not hold" if the whole interval
-    lies within +- margin"""
+    """in nats: the claim is "less distortion by more than effect"; its verdict is "does not hold" if the whole interval
+    of the difference lies within +- margin"""
 
     BELOW = math.inf
 
@@ -132,7 +142,7 @@ def main(cfg: RateDistortionProbe) -> None:
     for layer in cfg.layers:
         check_layer(run.model, layer)
     cells = cfg.cells(run)
-    for maker, level, length in cells:  # refuses texts, states and targets that the run lacks
+    for maker, level, length in cells:  # raises UserError for texts, states or targets that the run lacks
         states_of(cfg, maker, locate_all(run, maker, texts(maker, level, length, 20), cfg.reach, "test"))
     # curves of probes with other training settings belong in another picture
     how = dataclasses.asdict(cfg.training)
@@ -174,8 +184,8 @@ def measure_cell(cfg: RateDistortionProbe, run: Run, maker: Maker, level: str, l
     ):
         labels, K = labels_of(back, name, splits)
         if K < 2 or (back and name == "mean"):
-            why = "is always the same id" if K < 2 else "has no position"
-            write(f"  without {target} at the state {name}, which {why}\n")
+            why = "the target is always the same id" if K < 2 else "this state has no position"
+            write(f"  {target} at the state {name} is left out, because {why}\n")
             continue
         here = [part[i, j] for part in read]
         mean, deviation = here[0].mean(dim=0), here[0].std(dim=0).clamp(min=1e-6)
@@ -265,8 +275,8 @@ def compare_states(curves: list[tuple[dict, Points]]) -> list[dict]:
 
 
 def judged_within_reach(lines: list[dict], claims: dict[str, str], effect: float, margin: float) -> list[dict]:
-    """Adds verdicts on "the first has less distortion at equal rates by more than `effect`". A verdict is restricted to
-    the rates that were compared, and withdrawn where nothing was found from either state."""
+    """Adds verdicts on the claim that the first state has less distortion at equal rates by more than `effect`.
+    Restricts a verdict to the compared rates, and withdraws it if the probe found nothing in either state."""
     for line in judged(lines, claims, effect, margin, sign=-1):
         if "verdict" not in line or line["n"] < DECIDES:
             continue

@@ -1,27 +1,28 @@
 """python probe.py residual: tests whether the state of a meta-token contains the tokens before it.
 
-The paper calls meta-tokens summaries of what comes before them, and shows cosine similarities of a meta-token's states
-with those of past tokens that differ by some hundredths. Here the residual stream that enters every block and the last
-LayerNorm (probes/residual_stream.py) is read at one place of each text:
+The paper calls meta-tokens summaries of what comes before them, and shows cosine similarities between a meta-token's
+states and those of past tokens, which differ by a few hundredths. Here the residual stream that enters every block and
+the last LayerNorm (probes/residual_stream.py) is read at one place of each text:
 
     mark      the mark that ends the span of the question, as in probe.py patching: a meta-token, or with placement
               none the word "mark"
     word      the same texts and place with each meta-token replaced by the word "mark", which shows what an ordinary
               token has there (with placement target this is a text of placement none; with others no run has seen such
               texts)
-    ordinary  a random token of the body that is no mark
+    ordinary  a random token of the body that is not a mark
 
 and compared with the token d positions back:
 
-    cosine    between the state at the place and that of the token d back; `floor`: the same with the token d back from
-              the place of another text; `centred`: after subtracting the layer's mean state over all texts and
-              positions
-    decoded   share of texts in which a linear classifier (multinomial logistic regression, trained on other texts, with
-              L2 chosen on yet others) names the token d back from the state alone; `majority`: share if it always named
-              the commonest token of its training; `shuffled`: trained on labels in random order
+    cosine    the cosine between the state at the place and the state of the token d back; `floor`: the same with the
+              token d back from the place of another text; `centred`: the same after subtracting the layer's mean state
+              over all texts and positions
+    decoded   share of texts in which a linear classifier that sees only the state names the token d back (multinomial
+              logistic regression, trained on other texts, with L2 chosen on yet others); `majority`: the share if it
+              always named the most frequent token of its training texts; `shuffled`: the share after training on labels
+              in random order
 
-"nearer" holds where the centred cosine is above its floor, "more" where more is decoded from the mark than from the
-word in its place, on the same test texts. With placement none the word is the mark, and nothing is compared. Decodable
+"nearer" holds if the centred cosine is above its floor. "more" holds if more is decoded from the mark than from the
+word in its place, on the same test texts. With placement none, the word is the mark, and nothing is compared. Decodable
 information need not be used by the model; probe.py patching tests that. The verdicts are about this checkpoint;
 verdicts about its arm need several seeds."""
 
@@ -70,7 +71,7 @@ class ResidualProbe(MarkedTextsProbe):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, distances=(1, 2**20), train=(8, 10**6), n=(2, 10**6))  # a text needs another one
+        check_ranges(self, distances=(1, 2**20), train=(8, 10**6), n=(2, 10**6))  # a floor needs another text
 
 
 def main(cfg: ResidualProbe) -> None:
@@ -180,7 +181,7 @@ def decoded(sets: list[tuple[torch.Tensor, np.ndarray]]) -> dict:
     (x, y), (x_val, y_val), (x_test, y_test) = ((x[y >= 0], y[y >= 0]) for x, y in sets)
     classes, y = np.unique(y, return_inverse=True)
     fits = zip(STRENGTHS, classify(x, y, len(classes), [x_val, x_test], STRENGTHS), strict=True)
-    strength, (_, named) = max(fits, key=lambda fit: (classes[fit[1][0]] == y_val).mean())  # of equals the first
+    strength, (_, named) = max(fits, key=lambda fit: (classes[fit[1][0]] == y_val).mean())  # the first of equals
     order = np.random.default_rng(0).permutation(len(y))
     ((by_chance,),) = classify(x, y[order], len(classes), [x_test], (strength,))
     right, outcomes = classes[named] == y_test, np.full(len(sets[2][1]), "-")

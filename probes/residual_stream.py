@@ -22,7 +22,8 @@ def stream_modules(model: GPT) -> list[torch.nn.Module]:
 def record_states(model: GPT) -> Iterator[list[torch.Tensor]]:
     """Yields a list that holds, after every forward within the context, its n_layer + 1 states (B, T, C), detached.
 
-    A state changed by `replace_state` is recorded as changed if that context is the outer one."""
+    A state that `replace_state` replaces is recorded after the replacement if the context of `replace_state` is the
+    outer one, and before it otherwise."""
     recorded: list[torch.Tensor] = []
 
     def record(number: int, site: torch.nn.Module, inputs: tuple) -> None:

@@ -1,7 +1,7 @@
 """Finds positions in a task's text, reads the states there, and builds the questions and labels of a bottleneck.
 
     meta       the last meta-token before the question
-    delimiter  the ordinary word that stands where meta-tokens could ("mark": placement none, or where others point)
+    delimiter  the last word "mark" that marks a place, in texts of placements that use this word
     last       the last ordinary token before the question, which in every task is the end of a line
     random     an ordinary token before the question
     mean       the mean state of all positions before the question
@@ -39,7 +39,7 @@ def locate(run: Run, maker: Maker, example: Example, reach: int, key: int) -> Lo
     with this `key`."""
     meta, ids, (question, _) = maker.tokenizer.meta, example.ids, example.draft.questions[0]
     answer = int(np.flatnonzero(example.answers)[0])
-    content = np.flatnonzero(ids != meta)  # with placement background, meta-tokens stand between any of them
+    content = np.flatnonzero(ids != meta)  # with placement background, meta-tokens are spread among them
     before = content[: int((content < answer).sum()) - len(maker.ids(question))]
     start = int(before[-1]) + 1
     at = {"last": start - 1, "mean": start, "question": answer_query_position(run, example)}

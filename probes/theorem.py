@@ -1,7 +1,7 @@
 """Computes what the paper's theorem 4.1 claims about the entropy of attention.
 
 The theorem says that a meta-token boosts the logit of a key by t > 0 and entropy falls. For a key of weight p this is
-true only while ln p > -H, for a key more likely than the typical one: dH/dt = -p (ln p + H). Once this
+true only while ln p > -H, that is, for a key more likely than a typical one, because dH/dt = -p (ln p + H). Once this
 holds, it holds for every larger t, because the derivative of ln p + H at ln p = -H is 1 - p > 0."""
 
 import numpy as np

@@ -1,1 +1,1 @@
-"""Builds the pages and pictures of report.py, and all other pictures."""
+"""Builds the pages of report.py, and draws the pictures of all commands."""

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from nanometa.common.files import write_atomically
 from nanometa.reports.drawing import ARM_COLOURS, COLOURS, GREY, MARKERS, key, legend, length_axis, png, tiled
 
-KNOWN = {  # colors of contestants; the arms have those of their other pictures
+KNOWN = {  # colors of the implementations; an arm has the same color in all pictures
     "none": ARM_COLOURS["gpt2"], "meta": ARM_COLOURS["meta"], "gathered": ARM_COLOURS["meta"],
     "meta, one plan": "#56B4E9", "dense": "#D55E00", "nanogpt": GREY, "hf": "#E69F00",
 }  # fmt: skip
@@ -19,7 +19,7 @@ BARS = (  # section, columns that name a group of bars, measured column
 
 
 def draw(results: dict[str, list[dict]], path: Path, machine: str = "") -> None:
-    """Writes a PNG of the sections that can be drawn, if there is one: a profile has only a table."""
+    """Writes a PNG of the sections that can be drawn, or nothing if there are none. A profile is only a table."""
     measured = [(section, keys, value, [row for row in results.get(section, ()) if value in row])
                 for section, keys, value in BARS]  # fmt: skip
     panels = [
@@ -63,7 +63,7 @@ def bars(figure: Figure, title: str, rows: list[dict], keys: tuple[str, ...], va
 
 
 def lines(figure: Figure, rows: list[dict], value: str) -> None:
-    """Draws a value by window length; dotted, the time that the arithmetic alone would take at the matmul peak."""
+    """Draws a value by window length. Dotted: the time if all FLOPs ran at the speed of a matrix product."""
     axes, handles = figure.subplots(), []
     for number, (who, share) in enumerate(dict.fromkeys((row["who"], row["markers"]) for row in rows)):
         mine = [row for row in rows if (row["who"], row["markers"]) == (who, share)]
@@ -74,7 +74,7 @@ def lines(figure: Figure, rows: list[dict], value: str) -> None:
         if value == "s a step" and "s at the matmul peak" in mine[0]:
             axes.plot(x, [row["s at the matmul peak"] for row in mine], ":", color=look["color"])
     if value == "s a step":
-        handles.append(key("at the matmul peak", linestyle=":"))
+        handles.append(key("if all FLOPs ran at the speed of a matrix product", linestyle=":"))
     length_axis(axes, {row["T"] for row in rows})
     axes.set_ylim(bottom=0)
     axes.set(title=f"lengths: {value}", xlabel="positions of a window (8192 in a step)", ylabel=value)

@@ -47,7 +47,7 @@ def unequal(first: dict, second: dict) -> str:
     for name in ("n", "tokens_per_item"):
         if first[name] != second[name]:
             return f"{name} {first[name]:g} against {second[name]:g}"
-    # the shares of shortcuts depend on the texts alone
+    # the shares of shortcuts depend only on the texts
     return "" if first["floors"] == second["floors"] else "the texts differ, because the shortcuts' shares differ"
 
 

@@ -104,7 +104,7 @@ def draw(figure, curves: list[Curve], pieces: np.ndarray, text: str) -> None:
         below[0].set(ylabel="more nats per token", title=wrapped(above, width))
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", nbins=width // 8)
-    before = "content tokens that precede in the document, or in its piece"
+    before = "content tokens before the predicted one, in the document or in its piece"
     axes.set_xlabel(f"{wrapped(before, width)}\n{wrapped(text, width)}")
     legend(figure, handles)
 
@@ -167,9 +167,10 @@ def body(page, lines: list[dict]) -> str:
     return f"""<h2 id="lengths">Longer windows: validation text</h2>
 <div>{"".join(figures)}</div>
 <p class="small">All conditions below one heading are about the same text. Where documents were cut into pieces of the
-longest window, all score the same tokens, and the picture shows their loss by the number of tokens that precede in the
+longest window, all score the same tokens, and the picture shows their loss by the number of tokens before them in the
 document. Documents differ more in their loss than conditions do, so compare the differences in the lower half. Bands
-are 95 % over documents, and are drawn for {FEWEST} documents or more.</p>
+are 95 % intervals over documents, and are drawn for {FEWEST} documents or more; the upper half has only the band of the
+first curve.</p>
 {details("All windows", table(head, groups, (0, 1, 3, 10)))}"""
 
 

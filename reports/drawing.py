@@ -93,7 +93,7 @@ def key(label: str, **look) -> Line2D:
 def legend(figure: Figure, handles: list, columns: int = 2) -> None:
     """Puts a legend below the figure, in as many columns as the labels allow, and makes the figure taller for it."""
 
-    def letters() -> int:  # that fit into one label
+    def letters() -> int:  # number of letters that fit into one label
         return int(figure.get_figwidth() * 72 / columns / 5.6) - 7
 
     while columns > 1 and max(len(handle.get_label()) for handle in handles) > letters():
@@ -122,7 +122,7 @@ def percent_axis(axes, low: float = -4) -> None:
 
 
 def length_axis(axes, lengths: set[int], most: int = 6) -> None:
-    """Scales the horizontal axis logarithmically and labels at most so many of the lengths."""
+    """Scales the horizontal axis logarithmically and labels at most `most` of the lengths."""
     axes.set_xscale("log", base=2)
     axes.set_xlim(min(lengths) / 1.3, max(lengths) * 1.3)
     shown = sorted(lengths)[:: -(-len(lengths) // most)]
@@ -138,7 +138,7 @@ def run_title(lines: list[dict]) -> str:
 
 
 def text_count(lines: list[dict]) -> str:
-    """Returns the number of texts behind the lines, and whether it is too small to decide anything."""
+    """Returns the number of texts that the lines are about, and whether it is too small to decide anything."""
     n = sorted({line["n"] for line in lines})
     many = f"n = {n[0]} to {n[-1]}" if len(n) > 1 else f"n = {n[0]}"
     return f"{many} texts{' (too few to decide)' if n[-1] < DECIDES else ''}"

@@ -109,21 +109,21 @@ def check(line: dict) -> None:
     """Raises ValueError, with the reason, for a damaged line of eval.py tasks."""
     check_facts(line, CELL if "impossible" in line else CELL | MEASURED)
     if not 0 < line["length"] <= 2**30:
-        raise ValueError(f"its lengths are {line['length']} and {line['train_length']}")
+        raise ValueError(f"its length is {line['length']}")
     if not math.isfinite(line["tokens_per_item"]) or type(line.get("impossible", "")) is not str:
-        raise ValueError("tokens_per_item is infinite, or impossible is not a reason")
+        raise ValueError("tokens_per_item is not finite, or the reason in the field impossible is not text")
     if "impossible" in line:
         return
     n, right = line["n"], line["correct"]
     if not 0 <= right <= n or n == 0 or not math.isclose(line["exact"], right / n, abs_tol=1e-9):
-        raise ValueError(f"exact is {line['exact']}, and correct {right} of n {n}")
+        raise ValueError(f"exact is {line['exact']}, but {right} of {n} answers are correct")
     if len(line["outcomes"]) != n or Counter(line["outcomes"]) != Counter({"1": right, "0": n - right}):
         raise ValueError(f"its outcomes are not {right} ones and {n - right} zeros")
     shares = [line["token_accuracy"], line["chance"], *line["token_interval"], *line["floors"].values()]
     if not all(type(share) in NUMBER and 0 <= share <= 1 for share in shares):
-        raise ValueError("token_accuracy, token_interval, chance and floors are not all shares")
+        raise ValueError("token_accuracy, token_interval, chance or floors is not a share from 0 to 1")
     if not line["floors"] or not math.isfinite(line["nats"]):
-        raise ValueError("floors or nats is out of range")
+        raise ValueError("floors is empty, or nats is not finite")
 
 
 def key(line: dict) -> tuple:
@@ -190,8 +190,8 @@ def trained_on(line: dict) -> tuple[str, ...]:
 def told_apart(labels: list[str], details: Iterable[Iterable[str]], groups: list | None = None) -> list[str]:
     """Returns the labels, extended by the details that distinguish equal ones.
 
-    details: lists of further facts, one for each label; a list is used only where labels are still equal. groups: what
-    already distinguishes the labels, such as their dashes in a picture."""
+    details: lists of further facts, one for each label; a list is used only where labels are still equal. groups: for
+    each label something else that already distinguishes it, such as its dashes in a picture."""
     groups = groups or [""] * len(labels)
     for detail in details:
         known = set(zip(labels, groups, detail, strict=True))
@@ -202,7 +202,7 @@ def told_apart(labels: list[str], details: Iterable[Iterable[str]], groups: list
 
 
 def has_learned(line: dict) -> bool:
-    """Returns whether the run of a probe's line has learned the task; True if the line does not say it."""
+    """Returns whether the run of a probe's line has learned the task; True if the line does not record it."""
     return (line.get("answered") or {}).get("better", True)
 
 

@@ -19,7 +19,7 @@ class Section(NamedTuple):
 
     kind: str  # value of "eval" or "probe" in the lines; in a run's folder they are in <kind>.jsonl
     check: Callable[[dict], None]  # raises ValueError for a line that the section cannot draw
-    key: Callable[[dict], tuple]  # equal for lines of the same figure; only the last of them counts
+    key: Callable[[dict], tuple]  # equal for lines of the same figure, of which only one counts (see most_texts)
     body: Callable[["Page", list[dict]], str]  # its HTML, with headings <h2 id=..>
     picture: Callable[[list[dict]], bytes] | None = None  # one PNG of all lines of a checkpoint, for probe.py
     table: Callable[[list[dict]], str] | None = None  # the table of these lines for a terminal
@@ -98,7 +98,7 @@ def origin(line: dict) -> str:
 
 
 def footer(lines: list[dict]) -> str:
-    """Returns n and the seeds of the lines behind a picture or figure."""
+    """Returns n and the seeds of the lines that a picture or figure summarizes."""
     n, seeds = sorted({line["n"] for line in lines if line.get("n")}), sorted({line["seed"] for line in lines})
     few = ", ".join(map(str, seeds)) if len(seeds) < 6 else f"{len(seeds)} from {seeds[0]} to {seeds[-1]}"
     if not n:

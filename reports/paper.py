@@ -36,8 +36,8 @@ FIGURE_1 = {
 }
 LENGTH = 512  # evaluation length of Figure 1
 
-# Table 1, list recall, from a digest of the ICLR version that calls it an excerpt: token accuracy in %. Lengths are
-# multiples of the window before extension: (extended to, fine-tuned at) -> {evaluated at: accuracy}
+# Table 1 of the paper, list recall with YaRN: token accuracy in %, from an excerpt in a digest of the ICLR version.
+# Lengths are multiples of the window before extension: (extended to, fine-tuned at) -> {evaluated at: accuracy}
 WINDOW = 1024
 TABLE_1 = {
     (4, 2): {2: 19.5, 4: 13.7, 6: 0.0, 8: 0.9, 10: 1.1},
@@ -45,10 +45,13 @@ TABLE_1 = {
     (8, 4): {2: 85.0, 4: 91.2, 6: 98.2, 8: 93.9, 10: 31.9},
     (8, 8): {2: 92.9, 4: 97.1, 6: 98.2, 8: 100.0, 10: 89.0},
 }
-TABLE_1_SOURCE = "a digest of the paper's ICLR version (papernotes.org), an excerpt; its cells fit 55 to 114 texts each"
+TABLE_1_SOURCE = (
+    "an excerpt in a digest of the paper's ICLR version (papernotes.org). n is unknown; the fractions fit 55 to 114 "
+    "texts per cell"
+)
 
-# Figure 2: the change of attention from meta-tokens with an embedding of zeros to meta-tokens as trained, a mean over
-# heads and queries that the paper does not name: growth of the largest logit, drop of entropy (nats)
+# Figure 2: growth of the largest logit and drop of the entropy (nats), from meta-tokens with an embedding of zeros to
+# meta-tokens as trained. Both are means over heads and queries that the paper does not name.
 FIGURE_2 = {"boost": 1.26, "drop": 1.40}
 
 # the paper's picture of rate and distortion: distortion of bottlenecks trained on 50 texts, in nats, and the distortion

@@ -114,7 +114,7 @@ def draw_residual(figure, lines: list[dict]) -> None:
     distances = sorted({line["distance"] for line in lines})
     rows = [(f"{distance} back", [line for line in lines if line["distance"] == distance]) for distance in distances]
     figure.set_figheight(1.1 + 1.25 * len(rows))
-    baselines = [key("floors: the token of another text; commonest token", linestyle="--", linewidth=1.2),
+    baselines = [key("floors: the token of another text; the most frequent token", linestyle="--", linewidth=1.2),
                  key("floor: shuffled labels", linestyle=":", linewidth=1.2)]  # fmt: skip
     _draw_by_layer(figure, lines, rows, RESIDUAL, "place", PLACE_NAMES, baselines)
 

@@ -92,10 +92,11 @@ ATTENTION = probe(
 PATCHING = probe(
     "patching",
     "States replaced by another text's",
-    "At one place of a text, the state that enters a layer is replaced by that of a donor, a text with another answer. "
-    "If the text's own answer disappears, the state is needed; if the donor's answer appears, the state carries it. If "
-    "neither changes at the mark, the answer is not read there. The answer itself in the text and the token that "
-    f"predicts it show the effect at places that are read. {CHECKPOINT}",
+    "Is the answer read from the meta-token? At one place of a text, the state that enters a layer is replaced by that "
+    "of a donor, a text with another answer. If the text's own answer disappears, the state is needed; if the donor's "
+    "answer appears, the state carries it. If neither changes at the mark, the answer is not read there. The answer "
+    "itself in the text and the token that predicts it show the effect at places that are read. "
+    f"{CHECKPOINT}",
     known("kept", "kept_unpatched", "donor", "donor_unpatched", site=(str,), layer=(int,))
     | {"kept_interval": (list,), "donor_interval": (list,)}
     | judged("needed", "carried"),
@@ -119,13 +120,13 @@ PATCHING = probe(
 
 RESIDUAL = probe(
     "residual",
-    "What the states of marks hold of the tokens before them",
+    "What the states of marks contain about the tokens before them",
     "The state that enters a layer (the last is the final norm) is compared with the token some positions back. "
     '"Nearer" is their cosine, with the layer\'s mean state subtracted, minus that with the token of another text. '
     '"Decoded" is how often a linear classifier, trained on other texts, names that token from the state; its floors '
-    'are naming the commonest token and training on shuffled labels. "More than the word" lists the layers in which '
-    'more is named from the mark than from the word "mark" in its place. The paper shows cosines without a floor. '
-    f"Decodable information need not be used: patching tests that. {CHECKPOINT}",
+    'are naming the most frequent token and training on shuffled labels. "More than the word" lists the layers in '
+    'which more is named from the mark than from the word "mark" in its place. The paper shows cosines without a '
+    f"floor. Decodable information need not be used: patching tests that. {CHECKPOINT}",
     known("cosine_centred", "floor_centred", "decoded", "majority", "shuffled")
     | {"place": (str,), "layer": (int,), "distance": (int,), "cosine_centred_interval": (list,)}
     | {"decoded_interval": (list,)}
@@ -137,7 +138,7 @@ RESIDUAL = probe(
         Column("state of", lambda line: probe_pictures.PLACE_NAMES[line["place"]], text=True),
         Column("back", lambda line: line["distance"]),
         Column("decoded, %, by layer", lambda line: by_layer(line, share("decoded"))),
-        Column("commonest, %", share("majority")),
+        Column("most frequent, %", share("majority")),
         Column("shuffled, %", lambda line: share("shuffled")(max(line["lines"], key=lambda of: of["shuffled"]))),
         Column("more than the word, in layers", lambda line: layers_where(line["lines"], "more")),
         Column("cosine minus floor, by layer", lambda line: by_layer(line, lambda of: f"{of['nearer']:+.2f}")),
@@ -149,5 +150,5 @@ RESIDUAL = probe(
     choices={"place": probe_pictures.PLACE_NAMES},
 )
 
-# sections by probe, in the order of the page; probe.py refuses to start if a probe has no section or the reverse
+# sections by probe, in the order of the page; probe.py refuses to start if a probe has no section or a section no probe
 SECTIONS = {section.kind: section for section in (POSITIONS, ATTENTION, PATCHING, RESIDUAL, rate_distortion.SECTION)}

@@ -10,14 +10,15 @@ from nanometa.reports.table_sections import WHERE, Column, claim, rows
 TITLE = "Rate and distortion of hidden states"
 ABOUT = (
     "A variational bottleneck is trained on each state at several prices of its rate, and measured in nats on texts "
-    "that no probe has seen. The rate R is at most what the code tells about the state, and the distortion D is the "
+    "that no probe has seen. The code tells at most its rate R about the state, and the distortion D is the "
     "cross-entropy of the target. By the converse no code of rate R has a distortion below H(Y) − R. The decisive "
     "figure is the difference of two states of the same texts at equal rates: below 0, the first has less distortion. "
-    '"No bottleneck" is the same probe without a price, which is no bound. "Nothing found" means that no point is '
-    "below both H(Y) and a constant: this probe did not find the target, which the state may still hold. The paper's "
-    f"bottlenecks, trained on 50 texts, have distortions of {DISTORTION[0]:.1f} to {DISTORTION[1]:.2f} nats, where "
-    f"guessing among all ids has ln 50257 = {GUESSING:.2f}. Intervals are over texts and probe seeds. Verdicts are "
-    "about this checkpoint, not about its arm."
+    '"No bottleneck" is the same probe without noise and with a rate that costs nothing; it is not a bound. "Nothing '
+    'found" means that no point is below both H(Y) and the constant: this probe did not find the target, which the '
+    "state may still contain. The constant is the cross-entropy under the class frequencies of the training texts. "
+    f"The paper's bottlenecks, trained on 50 texts, have distortions of {DISTORTION[0]:.1f} to {DISTORTION[1]:.2f} "
+    f"nats, where guessing among all ids has ln 50257 = {GUESSING:.2f}. Intervals are over texts and probe seeds. "
+    "Verdicts are about this checkpoint, not about its arm."
 )
 TEXTS = ("task", "placement", "level", "question", "length", "layer", "target")
 SHARED = {name: CELL[name] for name in ("task", "placement", "level", "question", "length", "n")} | {
@@ -133,10 +134,10 @@ def terminal(lines: list[dict]) -> str:
 
 
 KEY = (
-    "All in nats. Rate R is at most what the code tells about the state; distortion D is the cross-entropy of the "
-    "target. constant: by the frequencies of the training texts. shuffled: trained on other texts' targets. no "
-    "bottleneck: the same probe without a price, which is no bound. Intervals are 95 % over texts and probe seeds, and "
-    "are about this run, not its arm."
+    "All in nats. The code tells at most its rate R about the state; distortion D is the cross-entropy of the "
+    "target. constant: by the class frequencies of the training texts. shuffled: trained on other texts' targets. no "
+    "bottleneck: the same probe without noise and with a rate that costs nothing; it is not a bound. Intervals are "
+    "95 % over texts and probe seeds, and are about this run, not its arm."
 )
 
 
@@ -144,7 +145,7 @@ def compared(line: dict) -> str:
     """Returns the difference between two curves as text for a terminal."""
     first, second = line["states"]
     where = f"{line['task']}, {line['placement']}, {line['length']} positions, layer {line['layer']}"
-    head = f"{where}: D of {first} less D of {second} at equal R"
+    head = f"{where}: D of {first} minus D of {second} at equal R"
     if not any(line["found"]):
         return f"{head}\n  {line['verdict']}"
     at = "  ".join(

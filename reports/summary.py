@@ -14,7 +14,7 @@ SHOWN = 6  # verdicts on the first screen; the others are folded
 
 
 def body(lines: dict[str, list[dict]], runs: list[Metrics], effect: float, margin: float) -> str:
-    """Returns the summary of the lines of each kind and of the runs; effect and margin are those of the verdicts."""
+    """Returns the summary of the lines of each kind and of the runs; effect and margin set the verdicts."""
     return weights(lines, runs) + verdicts(lines, effect, margin)
 
 
@@ -48,8 +48,9 @@ def weights(lines: dict[str, list[dict]], runs: list[Metrics]) -> str:
                **dict(zip(heads, figures, strict=True))}  # fmt: skip
     columns = {name: of for name, of in columns.items() if any(cell not in ("", "–") for cell in of)}
     minor = tuple(i for i, name in enumerate(columns) if name in ("seed", "parameters"))
-    about = """<p class="small">Lengths, and exact answers at each: in training → the longest in an evaluation. Markers
-are placed as in training. A single figure is of the last evaluation during training.</p>
+    about = """<p class="small">Arrows lead from the training length to the longest evaluated length, and from the exact
+answers at the one to those at the other. Markers are placed as in training. A single figure is that of the last
+evaluation during training.</p>
 """
     table = first_table(list(columns), list(zip(*columns.values(), strict=True)), (0,), minor)
     return table + about * any(task in columns for task in heads[1:])

@@ -56,7 +56,7 @@ def probe(
     """Returns the section of a probe.
 
     about: paragraph that explains it. fields: types that a line must have, by name; choices: allowed values, by field.
-    cell: fields that tell lines about the same weights apart. draw: draws those with equal `panel` fields. row: if
+    cell: fields that distinguish lines about the same weights. draw: draws lines with equal `panel` fields. row: if
     one row of the table summarizes several lines, the fields that distinguish the rows; a row then contains its lines
     as `lines`."""
 
@@ -157,7 +157,7 @@ def layers_where(lines: list[dict], claim: str) -> str:
         " ".join(str(line["layer"]) for line in judged if line[f"{claim}_verdict"].startswith(verdict))
         for verdict in ("holds", "the reverse")
     )
-    return (holds or "none") + (f"; less: {reverse}" if reverse else "")
+    return (holds or "none") + (f"; the reverse: {reverse}" if reverse else "")
 
 
 def rows(page: Page, lines: list[dict], columns: tuple[Column, ...], row: tuple[str, ...] = ()) -> Markup:

@@ -62,19 +62,21 @@ do not record it (see origin in the table of weights), so a difference between a
 """
     over_seeds = f"""{difference_table(by_seed)}
 <p class="small">Student's t over pairs of equal seed. The claim is that the first arm is better than the second by more
-than {percent(effect)} points. It <b>holds</b> if the interval lies above that, and p, after Holm over all rows with
-{SEEDS} seeds or more, is below 0.05; the reverse holds if the second is better by as much. It <b>does not hold</b> if
-the whole interval lies within the margin, ±{percent(margin)} points. Otherwise, and with fewer than {SEEDS} seeds, it
-is <b>undecided</b>. All seeds answer the same texts, so the interval does not cover other texts. Effect, margin and the
-cells to compare must be fixed before looking at results.</p>
+than {percent(effect)} points. It <b>holds</b> if the interval lies above that, and p, after Holm's correction over all
+rows with {SEEDS} seeds or more, is below 0.05; the reverse holds if the second is better by as much. It
+<b>does not hold</b> if the whole interval lies within the margin, ±{percent(margin)} points. Otherwise, and with fewer
+than {SEEDS} seeds, it is <b>undecided</b>. All seeds answer the same texts, so the interval does not cover other texts.
+Effect, margin and the cells to compare must be fixed before looking at results.</p>
 """
     single = f"""<p class="warn">These rows are about two checkpoints, not their arms, and are
 undecided with fewer than {SEEDS} seeds: trained again with another seed, the checkpoints would differ in another way.
 </p>
-<p class="small">Newcombe's interval for paired texts, McNemar's exact test, and its p after Holm over all rows.</p>
+<p class="small">Newcombe's interval for paired texts, McNemar's exact test, and its p after Holm's correction over all
+rows.</p>
 {difference_table(checkpoints)}"""
     return f"""{head}{warning if len(started) > 1 or (None, None) in started else ""}
-<p>First minus second arm, in points, for arms of the same training, in the same cell and on the same texts.</p>
+<p>Differences are the first arm minus the second, in points. Arms are compared if they had the same training, in the
+same cell and on the same texts.</p>
 {over_seeds if by_seed else ""}{details("All differences between single checkpoints", single)}"""
 
 
@@ -166,7 +168,7 @@ def longer_windows(lines: list[dict]) -> str:
     if all(line.get("scaling", "none") == "none" for line in lines):
         return ""
     rows = [[f"{extended}x", f"{tuned}x", *of.values()] for (extended, tuned), of in TABLE_1.items()]
-    head = ["extended by YaRN to", "fine-tuned at", *(f"asked at {x}x" for x in TABLE_1[4, 2])]
+    head = ["extended by YaRN to", "fine-tuned at", *(f"evaluated at {x}x" for x in TABLE_1[4, 2])]
     about = f"""{table(head, {"": rows}, ())}<p class="small">Token accuracy in % in list recall with markers where the
 task points. Lengths are multiples (x) of the window before extension, {WINDOW}, like those in the table of all cells.
 Source: {escaped(TABLE_1_SOURCE)}.</p>
@@ -182,7 +184,7 @@ def like_paper(arm: Arm, panel: Panel) -> bool:
 
 
 def cell_text(of: dict[int, dict]) -> str:
-    """Returns the text that stands for one cell of an arm in a table."""
+    """Returns the text of one cell of an arm in a table."""
     if impossible(of):
         return "impossible"
     mean, low, high = summary(of)

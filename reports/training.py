@@ -117,14 +117,15 @@ def read_run(folder: Path) -> Metrics:
         facts["data"].items()
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{folder} has no readable metrics ({type(error).__name__}: {error}): give folders of runs, as out/NAME."
+            f"{folder} has no readable metrics ({type(error).__name__}: {error}): give folders of runs, such as "
+            f"out/NAME."
         ) from error
     kinds = {kind: [] for kind in ("train", "val", "final", "guard")}
 
     def check(line: dict) -> None:
         numbers = [value for name, value in line.items() if name not in ("kind", "what", "why", "windows")]
         if not all(value is None or (type(value) in (int, float) and math.isfinite(value)) for value in numbers):
-            raise ValueError("a value is no number")
+            raise ValueError("a value is not a number")
         if type(line["step"]) is not int or line["kind"] not in kinds:
             raise ValueError(f"step is {line['step']!r}, kind is {str(line['kind'])[:40]!r}")
 
@@ -189,7 +190,7 @@ def draw(figure: Figure, runs: list[Metrics], of: str, name: str, title: str, un
 
 
 def smooth(values: list[float], share: float = 0.05) -> np.ndarray:
-    """Returns the mean over a centered window of `share` of the points, which shows the curve behind the noise."""
+    """Returns the mean over a centered window of `share` of the points, which removes most of the noise."""
     width = int(len(values) * share) | 1  # odd, so that the window has a center
     kernel = np.ones(width)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")

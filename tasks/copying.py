@@ -14,7 +14,7 @@ QUESTION_NAMES_PLACE = False
 ANSWER_IN_TEXT = True
 CHANCE = 0.0  # chance of guessing a whole span; for its first word it is 1/200
 SIZES = {"easy": (1, 3), "medium": (2, 5), "hard": (4, 8), "extra_hard": (8, 16), "long": (16, 32)}
-BETWEEN = 6  # at most this many words stand before a span
+BETWEEN = 6  # at most this many words precede a span
 
 
 def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:

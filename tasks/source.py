@@ -16,7 +16,7 @@ from nanometa.data.tokenizer import Tokenizer
 from nanometa.tasks.example import Example, Maker
 
 SHORTEST = 32  # positions of the shortest training texts
-PHASES = 5  # of the curriculum
+PHASES = 5  # number of phases of the curriculum
 VALIDATION = 256  # number of validation texts of each task
 MULTIPLE = 32  # the widths of batches and their indices are multiples of this, so that torch.compile sees few shapes
 

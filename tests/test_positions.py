@@ -348,7 +348,7 @@ def test_the_command_writes_repeatable_lines_that_agree_with_eval(tokenizer, tmp
     result = cli("probe.py", *command, cwd=tmp_path)
     assert result.returncode == 0, result.stderr.decode()
     said, picture = result.stdout.decode(), (folder / "positions.png").read_bytes()
-    assert "without placement none, whose texts have no meta-tokens\n" in said and "no_position_second" in said
+    assert "texts without meta-tokens are left out: placement none\n" in said and "no_position_second" in said
     monkeypatch.chdir(tmp_path)
     probe.main(list(command))
     lines = lines_of(folder / "positions.jsonl")
@@ -418,9 +418,9 @@ def test_impossible_conditions_are_left_out_and_named(tokenizer, tmp_path, monke
     folder = kept(small_run(tokenizer, MARKED, **shape), tmp_path / "out/small", tasks=("parity",))
     probe.main(["positions", f"--run={folder}", "--n=3", "--lengths=40", f"--output={tmp_path / 'x.jsonl'}"])
     assert [one["condition"] for one in lines_of(tmp_path / "x.jsonl")] == conditions
-    without = [row for row in capsys.readouterr().out.splitlines() if row.startswith("without ")]
+    without = [row for row in capsys.readouterr().out.splitlines() if " is left out for a run " in row]
     left_out = [name for name in MEANING if name not in conditions]
-    assert [row.split(",")[0] for row in without] == [f"without {name}" for name in left_out]
+    assert [row.partition(" is left out for a run ")[0] for row in without] == left_out
     assert all(why in row for row in without)
     assert not (folder / "positions.jsonl").exists() and (tmp_path / "x.png").exists()
 

@@ -249,8 +249,8 @@ def test_the_command_writes_and_draws_the_curves_of_all_cells(tokenizer, tmp_pat
     assert all(one["verdict"] == "undecided: n = 24, 1000 decide" and one["comparisons"] == 8 for one in pairs)
     for word in (
         "shuffled",
-        "D of meta less D of question",
-        "Rate R is at most what the code tells",
+        "D of meta minus D of question",
+        "The code tells at most its rate R about the state",
         "not its arm",
     ):
         assert word in said

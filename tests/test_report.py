@@ -327,7 +327,7 @@ def test_no_input_becomes_markup_or_mathematics():
     ("change", "why"),
     [
         ({"n": None}, "n is missing"),
-        ({"n": 99}, "exact is 0.5, and correct 50 of n 99"),
+        ({"n": 99}, "exact is 0.5, but 50 of 99 answers are correct"),
         ({"correct": 51}, "exact is 0.5"),
         ({"outcomes": "1" * 100}, "its outcomes are not 50 ones"),
         ({"outcomes": None}, "outcomes is missing"),
@@ -339,7 +339,7 @@ def test_no_input_becomes_markup_or_mathematics():
         ({"chance": math.nan}, "NaN is no figure"),
         ({"floors": {}}, "floors"),
         ({"token_interval": [0.5, 7]}, "token_interval"),
-        ({"length": 0}, "its lengths are 0"),
+        ({"length": 0}, "its length is 0"),
         ({"nats": 10**400}, "too large"),
         ({"run": "\ud800"}, "surrogates not allowed"),
     ],

@@ -121,7 +121,7 @@ def test_a_run_read_with_two_scalings_has_two_lines(tmp_path):
             {"kind": "dream", "step": 1},
             "metrics.jsonl, line 2 is no line of train.py (step is 1, kind is 'dream'",
         ),
-        ("metrics.jsonl", {"kind": "val", "step": 1, "loss": "low"}, "a value is no number"),
+        ("metrics.jsonl", {"kind": "val", "step": 1, "loss": "low"}, "a value is not a number"),
         ("positions.jsonl", {"probe": "positions"}, "positions.jsonl, line 2 is no line of eval.py or probe.py (arm"),
         ("positions.jsonl", position_line("full", 50, interval=[0.5]), "interval is '[0.5]'"),
         ("positions.jsonl", position_line("full", 50, placement="here"), "placement is 'here'"),

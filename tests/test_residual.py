@@ -237,7 +237,7 @@ def test_the_command_writes_and_draws_all_cells(tokenizer, tmp_path, monkeypatch
     names = ("mark", "ordinary", "word") if second == "meta" else ("mark", "ordinary")
     where = [(one["placement"], one["layer"], one["distance"], one["place"]) for one in lines]
     assert where == [(placements[0], layer, d, name) for layer in (0, 1) for d in (1, 3) for name in names]
-    assert (folder / "residual.png").read_bytes().startswith(b"\x89PNG") and "commonest" in said
+    assert (folder / "residual.png").read_bytes().startswith(b"\x89PNG") and "frequent," in said
     shares = [f"{100 * one['decoded']:.1f}" for one in lines if (one["place"], one["distance"]) == ("mark", 1)]
     assert re.search(rf"the mark +1  +{shares[0]} {shares[1]} ", said)
     for one in lines:

@@ -50,7 +50,7 @@ class Dist:
         return tensor
 
     def hear(self, name: str, word: str) -> list[str]:
-        """Returns the words of all processes in the order of their ranks. A name can be used only once.
+        """Returns one word from every process, in the order of their ranks. A name can be used only once.
 
         This is not a collective, because collectives give up after 30 minutes and keep the GPU busy while they wait. It
         waits on the store's socket for up to 7 days, since a process may hash terabytes. If a process dies, torchrun

@@ -126,7 +126,10 @@ class Optimizer:
             keys = STATE[type(owner[id(p)])]
             wanted = {key: torch.Size() if key == "step" else p.shape for key in keys}
             if here != wanted:
-                raise ValueError(f"{name} has {sorted(here) or 'nothing'} but needs {', '.join(keys)} of its shape")
+                raise ValueError(
+                    f"{name} has the state {sorted(here) or 'nothing'}, but needs {', '.join(keys)} with the shape of "
+                    f"the parameter"
+                )
         for name in tensors:
             if name.rpartition("/")[0] not in params:
                 raise ValueError(f"{name} belongs to no parameter")
