@@ -24,7 +24,7 @@ from nanometa.layers.loss import SLICE, block_rows, chunk_rows
 from nanometa.model import GPT
 from nanometa.training.dataset import check_arm, recipe_of, with_vocabulary
 from nanometa.training.distributed import pick_dtype
-from nanometa.training.optimizer import part_of
+from nanometa.training.optimizer import muon_transient, part_of
 
 # Dense bfloat16 FLOP/s with fp32 accumulation. NVIDIA's data sheets give twice these numbers where they assume
 # structured sparsity. Keys are the names of torch.cuda.get_device_name() without maker, form factor and memory size.
@@ -226,7 +226,8 @@ def memory(cfg: TrainConfig, M: int, dtype: torch.dtype, device: str, accumulati
     model, size = skeleton(cfg.model), dtype.itemsize
     B, wte, L = cfg.micro_batch_size, cfg.model.vocab_size * cfg.model.n_embd, cfg.model.n_layer
     P = model.num_params()
-    matrices = sum(p.numel() for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2)
+    blocks = [p for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2]
+    matrices = sum(p.numel() for p in blocks)
     saved = activations(cfg.model, B, M, size, device)
     if cfg.activation_checkpointing:
         block = activations(dataclasses.replace(cfg.model, n_layer=L + 1), B, M, size, device) - saved
@@ -254,6 +255,8 @@ def memory(cfg: TrainConfig, M: int, dtype: torch.dtype, device: str, accumulati
         # fused update needs no further memory.
         "end of backward pass": kept + parts["gradients"] + 4 * wte * (2 if accumulation > 1 else 1),
     }
+    if cfg.optimizer == "muon":
+        phases["update"] = kept + parts["gradients"] + muon_transient(blocks, torch.device(device))
     if cfg.activation_checkpointing:
         # the recomputed activations and casts of the last block, and the gradients of the head, of the residual stream
         # and of the MLP's input and output

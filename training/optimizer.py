@@ -31,42 +31,77 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
 
 
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon with the Newton-Schulz steps of all matrices of one shape in one batched product.
+MUON_BATCH = 2**21  # numbers in the matrices that Muon computes at once, which limits its temporary memory
 
-    The steps run in bfloat16 where the hardware computes it, as in torch.optim.Muon, and elsewhere in fp32: a processor
-    that emulates bfloat16 takes seconds for them."""
+
+def muon_batches(matrices: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Returns the matrices in lists of one shape, each with at most MUON_BATCH numbers or a single matrix."""
+    by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+    for matrix in matrices:
+        by_shape.setdefault(matrix.shape, []).append(matrix)
+    batches = []
+    for same in by_shape.values():
+        n = max(1, MUON_BATCH // same[0].numel())
+        batches += [same[start : start + n] for start in range(0, len(same), n)]
+    return batches
+
+
+def muon_transient(matrices: list[torch.Tensor], device: torch.device) -> int:
+    """Returns the largest number of bytes that an update of Muon holds at once beside its state."""
+    size, most = muon_dtype(device).itemsize, 0
+    for batch in muon_batches(matrices):
+        n, gram = len(batch) * batch[0].numel(), len(batch) * min(batch[0].shape) ** 2
+        # the directions with their stacked copy, in fp32; then the largest of two moments of a Newton-Schulz step
+        most = max(most, 2 * 4 * n, size * (2 * n + gram), size * (n + 2 * gram))
+    return most
+
+
+def muon_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype of the Newton-Schulz steps: bfloat16, or fp32 on a CPU or Apple GPU that would emulate it."""
+    return torch.bfloat16 if device.type == "cuda" else pick_dtype("auto", device)[0]
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon that computes the Newton-Schulz steps of several matrices of one shape in batched products.
+
+    torch.optim.Muon always takes these steps in bfloat16. Here they are in fp32 on a processor without bfloat16, where
+    emulating it would take seconds for each update."""
 
     @torch.no_grad()
     def step(self) -> None:
-        """Makes one update, as torch.optim.Muon does."""
+        """Makes one update, as torch.optim.Muon does with adjust_lr_fn="match_rms_adamw"."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
-            for p in group["params"]:
-                by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                grads, momentum = [p.grad for p in params], group["momentum"]
-                buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
-                torch._foreach_lerp_(buffers, grads, 1 - momentum)
-                directions = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov
-                updates = orthogonalized(torch.stack(directions), group).to(params[0].dtype)
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                # 0.2 sqrt(larger side) gives updates the root mean square of AdamW's (arXiv 2502.16982, section 2.2)
-                torch._foreach_add_(params, updates.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+            for params in muon_batches(group["params"]):
+                self._update(params, group)
+
+    def _update(self, params: list[torch.Tensor], group: dict) -> None:
+        grads, momentum = [p.grad for p in params], group["momentum"]
+        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        directions = list(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        # 0.2 sqrt(larger side) gives updates the root mean square of AdamW's (arXiv 2502.16982, section 2.2)
+        scale = group["lr"] * 0.2 * math.sqrt(max(params[0].shape))
+        for p, update in zip(params, orthogonalized(directions, group), strict=True):
+            p.add_(update, alpha=-scale)
 
 
-def orthogonalized(matrices: torch.Tensor, group: dict) -> torch.Tensor:
-    """Returns matrices (N, rows, columns) with their singular values brought near 1 by Newton-Schulz steps.
+def orthogonalized(matrices: list[torch.Tensor], group: dict) -> torch.Tensor:
+    """Returns matrices of one shape, stacked (N, rows, columns), with their singular values brought near 1. Empties the
+    list, to free its memory.
 
-    group: a parameter group of Muon, for the coefficients, the number of steps and eps."""
+    group: a parameter group of Muon, with the coefficients and number of Newton-Schulz steps, and eps."""
     a, b, c = group["ns_coefficients"]
-    tall = matrices.size(1) > matrices.size(2)  # the products of the shorter side are smaller
-    x = matrices.to(pick_dtype("auto", matrices.device)[0])
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])  # no singular value is above 1
+    x = torch.stack(matrices)
+    matrices.clear()
+    x = x.to(muon_dtype(x.device))
+    tall = x.size(1) > x.size(2)
+    x.div_(x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"]))  # now no singular value is above 1
+    x = x.mT if tall else x  # the product of the shorter sides is smaller
     for _ in range(group["ns_steps"]):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
     return x.mT if tall else x
 
 
