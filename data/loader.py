@@ -73,6 +73,10 @@ class Windows:
         """Returns the numbers of content tokens and positions in the first n windows of training."""
         return {"content_tokens": n * self.content_per_window, "positions": n * self.T}
 
+    def sample(self, n: int) -> np.ndarray:
+        """Returns n windows, evenly spread over the split."""
+        return np.arange(n) * self.n_windows // n
+
     def batch(self, windows: np.ndarray) -> Batch:
         """Builds the Batch of the given windows (B,), on the CPU."""
         T, meta, layouts, targets = self.T, self.tokenizer.meta, [], []

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import torch
 
+from nanometa.common.errors import UserError
 from nanometa.config import TrainConfig
 from nanometa.config.tasks import LEVELS
 from nanometa.data.layout import Batch, batch_of, connected_positions, draw_of, layout_of, targets_of
@@ -60,6 +61,12 @@ class TaskWindows:
         self.makers = [Maker(*pair, settings, tokenizer) for pair in pairs]
         self.n_windows = None if train else VALIDATION * len(cfg.task.tasks)  # None: endless
         self.loss_on = cfg.task.loss_on if train else "answer"
+        if not train and cfg.eval_windows is not None and cfg.eval_windows < len(pairs):
+            raise UserError(
+                f"eval_windows={cfg.eval_windows} is too few to validate each of {len(cfg.task.tasks)} tasks with each "
+                f"of {len(cfg.task.placements)} placements: set --eval_windows={len(pairs)} or more, or None for all "
+                f"texts."
+            )
         # write one text of every kind, so that impossible settings are refused here and not in the middle of a run
         phases = {self.reached(phase * cfg.task.curriculum_steps // PHASES) for phase in range(PHASES + 1)}
         for maker in self.makers:
@@ -100,6 +107,11 @@ class TaskWindows:
         starts = [min(n, math.ceil(phase * C / PHASES) * B) for phase in range(PHASES)]  # first text of each phase
         ends = [*starts[1:], n]
         return {"texts": n, "positions": sum((b - a) * self.width(a) for a, b in zip(starts, ends, strict=True))}
+
+    def sample(self, n: int) -> np.ndarray:
+        """Returns n texts, the first ones. Their tasks and placements take turns, which texts at equal distances would
+        not show: every 32nd of them can be of one task."""
+        return np.arange(n)
 
     def batch(self, windows: np.ndarray) -> Batch:
         """Builds the Batch of the texts with the given numbers (B,), on the CPU."""

@@ -114,6 +114,16 @@ def test_a_resumed_task_run_equals_an_uninterrupted_one_on_any_processes(workdir
     assert theirs["tokens"] == ours["tokens"]
 
 
+def test_a_partial_validation_reads_every_task_and_placement_equally_often(tokenizer):
+    task = TaskConfig(tasks=tuple(TASKS), placements=("target", "none"), train_length=96, level="easy")
+    data = TaskWindows(TrainConfig(model=GPTConfig(), task=task, eval_windows=64), "val", tokenizer)
+    for n in (len(data.makers), 64, data.n_windows):
+        kinds = [window % len(data.makers) for window in data.sample(n)]
+        assert {kinds.count(kind) for kind in range(len(data.makers))} == {n // len(data.makers)}, n
+    with pytest.raises(UserError, match=f"eval_windows=7 is too few .* set --eval_windows={len(data.makers)} or more"):
+        TaskWindows(TrainConfig(model=GPTConfig(), task=task, eval_windows=7), "val", tokenizer)
+
+
 def test_the_curriculum_grows_in_five_phases():
     task = TaskConfig(tasks=TASKS, train_length=512, curriculum_steps=100, level="hard")
     cfg = TrainConfig(task=task, batch_size=8, micro_batch_size=8)

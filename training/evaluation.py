@@ -33,12 +33,12 @@ def evaluate(
     """Evaluates windows of the validation split. Returns the figures of loss.Tally, and those of tasks.source.Answers
     if the windows are texts of tasks.
 
-    The windows are n_windows validation windows, evenly spread over the split, or all of them if n_windows is None.
+    The windows are those that data.sample chooses, or all of them if n_windows is None.
     Processes evaluate disjoint windows and add up their sums, so the result does not depend on their number.
     stop: returns None early if it is raised in any process. progress: called every 10 s with the number of windows
     that are done. compiled: Scorer(model) under torch.compile; None evaluates the eager model."""
     n_windows = min(n_windows or data.n_windows, data.n_windows)
-    windows = (np.arange(n_windows) * data.n_windows // n_windows)[dist.rank :: dist.world]
+    windows = data.sample(n_windows)[dist.rank :: dist.world]
     tally = Tally(torch.from_numpy(data.tokenizer.token_bytes), dist.device)
     answers = Answers(cfg.task.tasks, dist.device)
     dtype = pick_dtype(cfg.dtype, dist.device)[0]
