@@ -44,9 +44,7 @@ class Page:
             f"the most texts counts, or the last of those with equally many.</p>\n"
         )
         facts = details("All facts of the weights", runs_table(lines)) if lines else ""
-        commands = "".join(
-            f'<li id="command{n}">{command_line(command)}</li>\n' for command, n in self.numbers.items()
-        )
+        commands = "".join(f'<li id="command{n}">{command_line(command)}</li>\n' for command, n in self.numbers.items())
         page = f"""<h1>Results of the runs</h1>
 {summary}{again if self.repeated else ""}<p class="small">{links}</p>
 {body}<h2 id="commands">Commands</h2>

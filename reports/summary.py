@@ -31,8 +31,8 @@ def weights(lines: dict[str, list[dict]], runs: list[Metrics]) -> str:
         ends = list(dict.fromkeys([first["train_length"], longest]))
         figures = [exact(tasks, records.get(name, {}), task, *ends) for task in TASKS]
         rows.append([arm, ", ".join(first["train_placements"] or ()) or "text", name, first["step"],
-                     first["train_length"], first["seed"], f"{first['parameters'] / 1e6:.2f}M", " → ".join(map(str, ends)),
-                     bits(records.get(name, {})), *figures])  # fmt: skip
+                     first["train_length"], first["seed"], f"{first['parameters'] / 1e6:.2f}M",
+                     " → ".join(map(str, ends)), bits(records.get(name, {})), *figures])  # fmt: skip
     for run in runs:
         if all(of[0]["run"] != run.name for of in groups):
             config = run.facts.get("config", {})

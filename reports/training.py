@@ -114,9 +114,11 @@ def require_folder(folder: Path) -> None:
     """Raises UserError for a folder that does not exist. The error names the run beside it with the most similar
     name."""
     if not folder.is_dir():
-        beside = [str(path.parent) for path in folder.parent.glob(f"*/{CONFIG}")]
-        close = difflib.get_close_matches(str(folder), beside, n=1)
-        what = f"did you mean {close[0]!r}?" if close else "give folders of runs, such as out/NAME."
+        beside = [path.parent.name for path in folder.parent.glob(f"*/{CONFIG}")]
+        close = difflib.get_close_matches(folder.name, beside, n=1)
+        what = (
+            f"did you mean {str(folder.parent / close[0])!r}?" if close else "give folders of runs, such as out/NAME."
+        )
         raise UserError(f"there is no folder {folder}: {what}")
 
 
