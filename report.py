@@ -8,6 +8,7 @@ python report.py curves out/meta_128 out/pause_128 --output=curves.png        # 
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -52,6 +53,8 @@ class Report:
 def main(argv: list[str]) -> None:
     if argv[:1] == ["curves"]:
         return curves.main(argv[1:])
+    if argv and not Path(argv[0]).exists() and get_close_matches(argv[0], ["curves"]):
+        raise UserError(f"there is no folder or command {argv[0]}: did you mean 'curves'?")
     cfg = load_config(Report, argv)
     if not cfg.runs:
         raise UserError("runs is empty: name folders of runs, such as out/meta_128.")

@@ -146,9 +146,10 @@ def body(page, lines: list[dict]) -> str:
     """Returns a picture for each text of documents, and a table with the loss of every condition."""
     texts = apart((line for line in lines if "document_nats" in line), text_of)
     measured = [line for line in lines if "impossible" not in line]
+    drawn = [curves(of) for of in texts]
     figures = [
-        page.picture(f"depth_{number}.png", "loss by depth in documents", png(draw, *curves(of)), of)
-        for number, of in enumerate(texts, 1)
+        page.picture(f"depth_{number}.png", "loss by depth in documents", png(draw, *what), of)
+        for number, (what, of) in enumerate(zip(drawn, texts, strict=True), 1)
     ]
     groups: dict[str, list[list]] = {}
     for of in apart(measured, lambda line: (*_key(line)[:7], "document_nats" in line)):
@@ -164,14 +165,30 @@ def body(page, lines: list[dict]) -> str:
         )  # fmt: skip
     head = ["arm", "run", "window", "markers", "nats per token", "over draws", "perplexity", "bits per byte", "draws",
             "seed", "command"]  # fmt: skip
-    return f"""<h2 id="lengths">Longer windows: validation text</h2>
+    rows = table(head, groups, (0, 1, 3, 10))
+    return f"""<h2 id="lengths">Loss on validation text</h2>
 <div>{"".join(figures)}</div>
-<p class="small">All conditions below one heading are about the same text. Where documents were cut into pieces of the
-longest window, all score the same tokens, and the picture shows their loss by the number of tokens before them in the
-document. Documents differ more in their loss than conditions do, so compare the differences in the lower half. Bands
-are 95 % intervals over documents, and are drawn for {FEWEST} documents or more; the upper half has only the band of the
-first curve.</p>
-{details("All windows", table(head, groups, (0, 1, 3, 10)))}"""
+<p class="small">{" ".join(notes(drawn))}</p>
+{details("All windows", rows) if figures else rows}"""
+
+
+def notes(drawn: list[tuple[list[Curve], np.ndarray, str]]) -> list[str]:
+    """Returns sentences about the table and about the marks in the pictures of these curves."""
+    said = ["All conditions below one heading are about the same text."]
+    if drawn:
+        said.append(
+            "Documents were cut into pieces of the longest window, so that all conditions score the same tokens, and "
+            "the picture shows their loss by the number of tokens before them in the document."
+        )
+    several = any(len(of) > 1 for of, _, _ in drawn)
+    if several:
+        said.append(
+            "Documents differ more in their loss than conditions do, so compare the differences in the lower half."
+        )
+    if any(len(pieces) >= FEWEST for _, pieces, _ in drawn):
+        said.append(f"Bands are 95 % intervals over documents, and are drawn for {FEWEST} documents or more.")
+        said += ["The upper half has only the band of the first curve."] * several
+    return said
 
 
 SECTION = Section("perplexity", check, _key, body)

@@ -7,7 +7,7 @@ from nanometa.common.errors import UserError
 from nanometa.common.files import read_json_lines
 from nanometa.reports.lines import most_texts
 from nanometa.reports.page import Section
-from nanometa.reports.training import METRICS, Metrics, read_run
+from nanometa.reports.training import METRICS, Metrics, read_run, require_folder
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ def read(sources: tuple[str, ...], sections: list[Section]) -> Found:
     runs = []
     for source in dict.fromkeys(sources):
         path = Path(source)
+        if not source.endswith(".jsonl"):
+            require_folder(path)
         paths = [path] if source.endswith(".jsonl") else [path / f"{kind}.jsonl" for kind in kinds]
         paths = [file for file in paths if file.exists() or file == path]
         if not source.endswith(".jsonl") and (path / METRICS).exists():

@@ -73,6 +73,13 @@ def details(name: str, content: str) -> Markup:
     return Markup(f"<details><summary>{escaped(name)}</summary>\n{content}</details>\n")
 
 
+def command_line(command: str) -> Markup:
+    """Returns a command that can be pasted into a shell. A line breaks between its arguments, not inside them."""
+    words = command.split(" ")
+    words = ["python", *words] if words[0].endswith(".py") else words
+    return Markup(f"<code>{' '.join(f'<span>{escaped(word)}</span>' for word in words)}</code>")
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 

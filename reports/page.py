@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from nanometa.reports.lines import trained_on
-from nanometa.reports.markup import Markup, details, document, escaped, table
+from nanometa.reports.markup import Markup, command_line, details, document, escaped, table
 
 HASH = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")
 
@@ -44,13 +44,11 @@ class Page:
             f"the most texts counts, or the last of those with equally many.</p>\n"
         )
         facts = details("All facts of the weights", runs_table(lines)) if lines else ""
-        commands = "".join(
-            f'<li id="command{n}"><code>{escaped(command)}</code></li>\n' for command, n in self.numbers.items()
-        )
+        commands = "".join(f'<li id="command{n}">{command_line(command)}</li>\n' for command, n in self.numbers.items())
         page = f"""<h1>Results of the runs</h1>
 {summary}{again if self.repeated else ""}<p class="small">{links}</p>
 {body}<h2 id="commands">Commands</h2>
-<p class="small"><code>{escaped(self.command)}</code></p>
+<p class="small">{command_line(self.command)}</p>
 {facts}<ol class="small">{commands}</ol>"""
         return {"report.html": document("nanoMeta report", page).encode(), **self.files}
 

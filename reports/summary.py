@@ -8,7 +8,7 @@ from nanometa.config.tasks import TASKS
 from nanometa.reports.compare import between_arms, between_checkpoints
 from nanometa.reports.lines import apart, arms_of, told_apart
 from nanometa.reports.markup import Markup, details, escaped, first_table, percent
-from nanometa.reports.training import Metrics, parameters
+from nanometa.reports.training import Metrics, groups_of, parameters
 
 SHOWN = 6  # verdicts on the first screen; the others are folded
 
@@ -23,28 +23,30 @@ def weights(lines: dict[str, list[dict]], runs: list[Metrics]) -> str:
     everything = itertools.chain(*lines.values())
     groups = apart(everything, lambda line: (line["run"], line["weights_sha256"]))
     records = {run.name: run.last for run in runs}
-    rows = []  # arm, placements, run, seed, parameters, lengths, bits per byte, figure of each task
+    rows = []  # arm, placements, run, step, training length, seed, parameters, lengths, bits per byte, task figures
     for of in groups:
         first, name, arm = of[0], of[0]["run"], of[0]["arm"].partition(", read with ")[0]
         tasks = [line for line in of if line.get("eval") == "tasks" and line["arm"] == arm]
         longest = max((line["length"] for line in tasks), default=first["train_length"])
         ends = list(dict.fromkeys([first["train_length"], longest]))
         figures = [exact(tasks, records.get(name, {}), task, *ends) for task in TASKS]
-        rows.append([arm, ", ".join(first["train_placements"] or ()) or "text", name, first["seed"],
-                     f"{first['parameters'] / 1e6:.2f}M", " → ".join(map(str, ends)),
-                     bits(records.get(name, {})), *figures])  # fmt: skip
+        rows.append([arm, ", ".join(first["train_placements"] or ()) or "text", name, first["step"],
+                     first["train_length"], first["seed"], f"{first['parameters'] / 1e6:.2f}M",
+                     " → ".join(map(str, ends)), bits(records.get(name, {})), *figures])  # fmt: skip
     for run in runs:
         if all(of[0]["run"] != run.name for of in groups):
             config = run.facts.get("config", {})
             task = config.get("task", {}) if run.tasks else {}
             length = task.get("train_length") or config.get("model", {}).get("block_size", "")
-            rows.append([run.arm, ", ".join(task.get("placements", ())) or "text", run.name, run.seed, parameters(run),
-                         length, bits(run.last),
+            rows.append([run.arm, ", ".join(task.get("placements", ())) or "text", run.name, run.last.get("step", 0),
+                         length, run.seed, parameters(run), length, bits(run.last),
                          *(exact([], run.last, task) for task in TASKS)])  # fmt: skip
-    arms, placements, names, seeds, sizes, lengths, *figures = map(list, zip(*rows, strict=True))
-    labels = told_apart(arms, [[f"with {of}" for of in placements], names], list(zip(seeds, lengths, strict=True)))
+    arms, placements, names, steps, trained, seeds, sizes, lengths, *figures = map(list, zip(*rows, strict=True))
+    labels = told_apart(arms, [[f"with {of}" for of in placements]], list(zip(seeds, trained, strict=True)))
+    cells = [Markup(f"{escaped(label)}<br><small>{escaped(name)}, step {step}</small>")
+             for label, name, step in zip(labels, names, steps, strict=True)]  # fmt: skip
     heads = ["bits per byte at the end", *(f"{task.replace('_', ' ')}, %" for task in TASKS)]
-    columns = {"run": labels, "seed": seeds, "parameters": sizes, "lengths": lengths,
+    columns = {"run": cells, "seed": seeds, "parameters": sizes, "lengths": lengths,
                **dict(zip(heads, figures, strict=True))}  # fmt: skip
     columns = {name: of for name, of in columns.items() if any(cell not in ("", "–") for cell in of)}
     minor = tuple(i for i, name in enumerate(columns) if name in ("seed", "parameters"))
@@ -53,7 +55,24 @@ answers at the one to those at the other. Markers are placed as in training. A s
 evaluation during training.</p>
 """
     table = first_table(list(columns), list(zip(*columns.values(), strict=True)), (0,), minor)
-    return table + about * any(task in columns for task in heads[1:])
+    cautions = " ".join(cautions_of(list(zip(labels, trained, strict=True)), seeds, runs))
+    warning = f'<p class="small warn">{cautions}</p>\n' if cautions else ""
+    return table + warning + about * any(task in columns for task in heads[1:])
+
+
+def cautions_of(arms: list[tuple], seeds: list, runs: list[Metrics]) -> list[str]:
+    """Returns sentences that warn of wrong conclusions from the table. arms, seeds: those of its rows."""
+    said = []
+    if len(arms) > 1 and len(set(arms)) == len(set(zip(arms, seeds, strict=True))):
+        said.append("One seed per arm: differences between rows may be chance.")
+    if any(len(set(map(budget, group))) > 1 for group in groups_of(runs)):
+        said.append("Training budgets differ: a run may be better only because it was trained on more.")
+    return said
+
+
+def budget(run: Metrics) -> int:
+    """Returns the content tokens or texts that a run has seen until its last evaluation."""
+    return run.last.get("texts" if run.tasks else "content_tokens", 0)
 
 
 def bits(record: dict) -> str:

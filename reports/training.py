@@ -2,6 +2,7 @@
 
 import bisect
 import datetime
+import difflib
 import json
 import math
 import statistics
@@ -17,7 +18,7 @@ from matplotlib.ticker import EngFormatter
 from nanometa.common.errors import UserError
 from nanometa.common.files import read_json_lines
 from nanometa.config.arms import SECOND_ATTENTIONS, arm_label
-from nanometa.reports.drawing import COLOURS, DASHES, arm_looks, key, legend, png, wrapped
+from nanometa.reports.drawing import COLOURS, DASHES, GREY, arm_looks, key, legend, png, wrapped
 from nanometa.reports.lines import apart, told_apart
 from nanometa.reports.markup import details, escaped, percent, table
 
@@ -109,9 +110,22 @@ class Metrics:
         return [(line[of], line[name]) for line in lines if of in line]
 
 
+def require_folder(folder: Path) -> None:
+    """Raises UserError for a folder that does not exist. The error names the run beside it with the most similar
+    name."""
+    if not folder.is_dir():
+        beside = [path.parent.name for path in folder.parent.glob(f"*/{CONFIG}")]
+        close = difflib.get_close_matches(folder.name, beside, n=1)
+        what = (
+            f"did you mean {str(folder.parent / close[0])!r}?" if close else "give folders of runs, such as out/NAME."
+        )
+        raise UserError(f"there is no folder {folder}: {what}")
+
+
 def read_run(folder: Path) -> Metrics:
     """Returns the record of a run. Leaves out losses that were not finite, and a last line without a newline. Raises
     UserError, naming file and line, for a damaged line."""
+    require_folder(folder)
     try:
         facts = json.loads((folder / CONFIG).read_text())
         facts["data"].items()
@@ -137,6 +151,7 @@ def read_run(folder: Path) -> Metrics:
 
 # ----------------------------------------------------------------------------- curves
 
+FINAL = {"marker": "D", "markersize": 6, "fillstyle": "none", "linestyle": ""}  # the evaluation at the end of a run
 AXES = {"content_tokens": "content tokens", "minutes": "minutes, with evaluations", "step": "steps"}
 
 
@@ -170,29 +185,39 @@ def draw(figure: Figure, runs: list[Metrics], of: str, name: str, title: str, un
             continue
         x, values = zip(*shown, strict=True)
         if name == "loss":
-            axes.plot(x, values, color=style["color"], alpha=0.25, linewidth=0.8)
+            if smoothing(len(values)) > 1:
+                axes.plot(x, values, color=style["color"], alpha=0.25, linewidth=0.8)
             axes.plot(x, smooth(values), **style)
         else:
             axes.plot(x, values, marker="o", markersize=3, **style)
+            for point in run.points("final", of, name):
+                axes.plot(*point, color=style["color"], **FINAL)
+    keys = [key(**look) for look in {look["label"]: look for look in looks.values()}.values()]
+    if name != "loss" and any(run.points("final", of, name) for run in runs):
+        keys.append(key("all texts" if runs[0].tasks else "whole split", **FINAL))
     packed = runs[0].facts["data"].get("val_text_compressed") or {}
-    for packer, field, side in (("gzip -9", "gzip_9_bits_per_byte", "bottom"), ("xz", "xz_bits_per_byte", "top")):
+    for packer, field, style in (("gzip -9", "gzip_9_bits_per_byte", "--"), ("xz", "xz_bits_per_byte", ":")):
         if name == "bits_per_byte" and field in packed:
-            axes.axhline(packed[field], color="grey", linestyle="--", linewidth=0.8)
-            axes.text(1, packed[field], f"{packer} ", va=side, ha="right", color="grey",
-                      transform=axes.get_yaxis_transform())  # fmt: skip
+            axes.axhline(packed[field], color=GREY, linestyle=style, linewidth=1.2)
+            keys.append(key(packer, linestyle=style, linewidth=1.2))
     if name.startswith("exact_"):
         axes.set_ylim(-0.03, 1.03)
     axes.set(title=wrapped(title), xlabel=AXES[of], ylabel=unit)
     axes.locator_params(axis="x", nbins=5)
     if of != "minutes":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    legend(figure, [key(**look) for look in {look["label"]: look for look in looks.values()}.values()])
+    legend(figure, keys)
 
 
-def smooth(values: list[float], share: float = 0.05) -> np.ndarray:
-    """Returns the mean over a centered window of `share` of the points, which removes most of the noise."""
-    width = int(len(values) * share) | 1  # odd, so that the window has a center
-    kernel = np.ones(width)
+def smoothing(points: int) -> int:
+    """Returns the width of the window that smooths so many points: a twentieth of them, and odd, so that the window has
+    a center."""
+    return points // 20 | 1
+
+
+def smooth(values: list[float]) -> np.ndarray:
+    """Returns the mean over a centered window of `smoothing` points, which removes most of the noise."""
+    kernel = np.ones(smoothing(len(values)))
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
@@ -222,9 +247,20 @@ def curves(page, runs: list[Metrics]) -> str:
         out += f"<div>{''.join(figures)}</div>\n<p class=small>{escaped(heading(group))}.</p>\n"
     apart = "<p>Runs validated on different texts have separate axes.</p>\n" if len(groups) > 1 else ""
     return f"""<h2 id="training">Training</h2>
-{out}{apart}<p class="small">Curves were recorded during training. Validation uses windows spread evenly over the split.
-The training loss is smoothed over a twentieth of the run; the pale line is the loss as recorded.</p>
+{out}{apart}<p class="small">{" ".join(notes(runs))}</p>
 {details("Runs in detail: end of training, speed and cost", costs(page, runs))}"""
+
+
+def notes(runs: list[Metrics]) -> list[str]:
+    """Returns sentences that explain the curves. Each is about marks that are drawn for these runs."""
+    said = ["Curves were recorded during training."]
+    if any(run.val for run in runs):
+        said.append("Dots are evaluations on windows or texts spread evenly over the validation split.")
+    if any(run.final for run in runs):
+        said.append("A hollow diamond is the evaluation of the whole split at the end, which the tables give.")
+    if any(smoothing(len(run.train)) > 1 for run in runs):
+        said.append("The training loss is smoothed over a twentieth of the run; the pale line is the loss as recorded.")
+    return said
 
 
 def heading(runs: list[Metrics]) -> str:

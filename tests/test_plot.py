@@ -57,19 +57,31 @@ def test_runs_on_tasks_have_a_panel_per_task_over_steps(run_dir, tmp_path):
     assert list(panels) == [(title, "steps") for title in titles]
     curves = {title: [(list(x), list(y)) for x, y in (line.get_data() for line in axes.lines)]
               for (title, _), axes in panels.items()}  # fmt: skip
-    assert curves["parity"] == [([0, 49], [0.0, 1.0])] and curves["copying"] == [
+    # a curve of the evaluations during training, and the point of the final one
+    assert curves["parity"] == [([0, 49], [0.0, 1.0]), ([49], [1.0])] and curves["copying"] == [
         ([0, 49], [0.25, 0.25]),
+        ([49], [0.25]),
         ([0, 49], [0.0, 1.0]),
+        ([49], [1.0]),
     ]
     assert curves["training loss"][0][0] == list(range(50))
     bits = drawn([run_dir])["validation", "content tokens"]
     assert list(bits.lines[0].get_xdata()) == [0, 2500, 4900]
+    # an unfinished run has no final point; the levels of the compressors are named in the legend
+    assert [list(line.get_ydata()) for line in bits.lines[1:]] == [[2.0, 2.0], [1.5, 1.5]]
+    assert [text.get_text() for text in bits.figure.legends[0].get_texts()] == ["some", "gzip -9", "xz"]
     with pytest.raises(UserError, match="some was trained on text and others on tasks"):
         picture([four, run_dir])
 
 
 def test_runs_without_metrics_are_refused(run_dir, tmp_path):
-    for name, sentence in (("other", "no readable metrics"), ("some", "no evaluation yet")):
+    (tmp_path / "out/other").mkdir()
+    for name, sentence in (
+        ("other", "no readable metrics"),
+        ("some", "no evaluation yet"),
+        ("nothing", "there is no folder out/nothing: give folders of runs, such as out/NAME."),
+        ("sone", "there is no folder out/sone: did you mean 'out/some'?"),
+    ):
         (run_dir / "metrics.jsonl").write_text("")
         # matplotlib may also print a line about its font cache
         result = cli("report.py", "curves", f"out/{name}", cwd=tmp_path)

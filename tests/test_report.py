@@ -21,6 +21,7 @@ from nanometa.reports import drawing
 from nanometa.reports.compare import between_arms, between_checkpoints, beyond
 from nanometa.reports.files import Found, read
 from nanometa.reports.lines import Panel, arms_of, share_interval
+from nanometa.reports.markup import command_line
 from nanometa.reports.page import Page
 from nanometa.reports.paper import FIGURE_1
 from nanometa.reports.task_pictures import accuracy
@@ -98,6 +99,7 @@ def read_tasks(path: str) -> tuple[list[dict], int]:
 
 def words(text: str) -> str:
     """Returns the text of a page as a reader sees it, with cells separated by |."""
+    text = re.sub(r"</?span>", "", text)  # the arguments of a command
     return html.unescape(re.sub(r"<[^>]+>", "|", re.sub(r"data:image/png;base64,[^\"]+", "", text)))
 
 
@@ -297,8 +299,29 @@ def test_the_first_table_has_one_row_for_each_weights_labelled_by_training():
     first, *_ = page(lines).split("</table>")
     rows = [tuple(filter(None, row.split("|"))) for row in words(first).split("\n")][-3:-1]
     assert "scroll" not in first.partition("<body>")[2]
-    assert rows == [("meta + rope", "1", "3.20M", "128 → 512", "50.0 → 25.0", "50.0 → –"),
-                    ("meta + rope", "2", "3.20M", "128", "50.0")]  # fmt: skip
+    assert rows == [("meta + rope", "meta_128_1, step 2000", "1", "3.20M", "128 → 512", "50.0 → 25.0", "50.0 → –"),
+                    ("meta + rope", "meta_128_2, step 2000", "2", "3.20M", "128", "50.0")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "warned"),
+    [
+        ([line()], False),
+        ([line(), line(arm="gpt2 + rope")], True),
+        ([line(), line(run="again", weights_sha256="b" * 64)], True),
+        ([line(), line(arm="gpt2 + rope"), line(seed=2)], False),
+    ],
+)
+def test_the_page_warns_of_differences_between_arms_of_one_seed(lines, warned):
+    assert ("One seed per arm: differences between rows may be chance." in page(lines)) == warned
+
+
+def test_commands_can_be_pasted_and_break_only_between_arguments():
+    text = command_line("train.py config/a.py --run_name=<b>")
+    assert text == "<code><span>python</span> <span>train.py</span> <span>config/a.py</span> " + (
+        "<span>--run_name=&lt;b&gt;</span></code>"
+    )
+    assert command_line("train.py, out/old") == "<code><span>train.py,</span> <span>out/old</span></code>"
 
 
 def test_every_evaluation_has_a_section_or_is_listed_without_one():
@@ -358,7 +381,8 @@ def test_bad_arguments_and_files_are_refused_in_one_sentence(tmp_path, monkeypat
     (tmp_path / "cut.jsonl").write_text(json.dumps(line()) + "\n" + json.dumps(line())[:50])
     for args, sentence in (
         ((), "name folders of runs"),
-        (("nowhere",), "nowhere has none of metrics.jsonl, tasks.jsonl, perplexity.jsonl, positions.jsonl"),
+        (("nowhere",), "there is no folder nowhere: give folders of runs, such as out/NAME."),
+        (("curve", "nowhere"), "there is no folder or command curve: did you mean 'curves'?"),
         (("nowhere.jsonl",), "nowhere.jsonl cannot be read"),
         (("empty.jsonl",), "empty.jsonl has no line"),
         ((good, "--margin=0"), "margin=0.0 is out of range"),

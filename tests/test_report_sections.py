@@ -18,7 +18,7 @@ from nanometa.reports.lines import arms_of
 from nanometa.reports.page import Page, footer, origin, runs_table
 from nanometa.reports.paper import TABLE_1
 from nanometa.reports.probe_pictures import draw_positions
-from nanometa.reports.training import costs, curves, looks_of, read_run
+from nanometa.reports.training import costs, curves, draw, looks_of, panels_of, read_run
 from tests.test_depth import line as depth_line
 from tests.test_depth import stream
 from tests.test_report import line, words, write
@@ -177,6 +177,37 @@ def test_curves_are_labelled_by_arm_and_seeds_look_alike(tmp_path):
     assert looks[3][0] == "gpt2 + rope, d" and looks[3][1] not in (meta, gpt2)
 
 
+def test_the_final_evaluation_is_a_point_of_its_own(tmp_path):
+    run = read_run(trained(tmp_path / "one"))
+    for name, panel in panels_of([run]).items():
+        draw(figure := Figure(), *panel)
+        points = [(line.get_marker(), *line.get_ydata()) for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
+        named = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert points == ([] if name.startswith("loss") else [("D", 1.75)])
+        assert ("whole split" in named) == bool(points)
+
+
+def test_the_text_about_curves_describes_only_what_is_drawn(tmp_path):
+    short, long = (read_run(trained(tmp_path / f"{n}", n=n)) for n in (20, 40))
+    for run, smoothed in ((short, False), (long, True)):
+        text = curves(Page(""), [run])
+        draw(figure := Figure(), *panels_of([run])["loss_content_tokens"])
+        assert len(figure.axes[0].lines) == 1 + smoothed and ("pale line" in text) == smoothed
+        assert "hollow diamond" in text
+    short.final.clear()
+    assert "hollow diamond" not in curves(Page(""), [short])
+
+
+def test_the_first_table_warns_of_different_budgets(tmp_path):
+    same, again, longer = (read_run(trained(tmp_path / name, n=n)) for name, n in (("a", 20), ("b", 20), ("c", 30)))
+    said = "Training budgets differ"
+    assert said not in rendered({}, [same, again])["report.html"].decode()
+    text = rendered({}, [same, again, longer])["report.html"].decode()
+    assert said in text and "<small>c, step 30</small>" in text
+    other = read_run(trained(tmp_path / "d", n=30, content={"train": "c" * 64, "val": "d" * 64}))
+    assert said not in rendered({}, [same, other])["report.html"].decode()  # they have no row to be compared with
+
+
 def test_wall_time_continues_after_a_resume(tmp_path):
     run = read_run(trained(tmp_path / "one", restart=True))
     assert [run.seconds(step) for step in (0, 1, 10, 11, 20)] == [0, 2, 20, 22, 40]
@@ -224,6 +255,23 @@ def test_documents_of_two_texts_have_separate_pictures():
         ("128", "trained", "1.5000", "–", f"{np.exp(1.5):.2f}", "0.7500", "1"),
         ("512", "trained", "1.5000", "–", f"{np.exp(1.5):.2f}", "0.7500", "1"),
     ]
+
+
+def test_the_text_about_validation_describes_only_the_pictures_that_are_there():
+    few = {"document_pieces": [2], "document_nats": [[1.0, 2.0]], "documents": 1, "pieces": 2}
+    for lines, marks in (
+        ([stream()], ()),
+        ([depth_line(**few)], ("the picture shows",)),
+        ([depth_line()], ("the picture shows", "Bands are")),
+        ([depth_line(**few), depth_line(**few, length=64)], ("the picture shows", "lower half")),
+        ([depth_line(), depth_line(length=64)], ("the picture shows", "lower half", "Bands are", "upper half")),
+    ):
+        section = rendered({"perplexity": lines})["report.html"].decode().partition('<h2 id="lengths">')[2]
+        said = section.partition("<table>")[0]
+        assert {mark for mark in ("the picture shows", "lower half", "Bands are", "upper half") if mark in said} == set(
+            marks
+        )
+        assert ("<figure>" in said) == ("<details>" in said) == bool(marks)
 
 
 def test_positions_have_a_picture_for_each_task():
