@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import shlex
 import shutil
 import signal
 import threading
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nanometa.common.errors import UserError
+from nanometa.common.terminal import shortened
 from nanometa.config import PrepareConfig
 from nanometa.config.checks import to_dict
 from nanometa.config.command_line import load_config, run_cli
@@ -220,7 +222,7 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
     source = open_source(cfg)
     units_of(cfg.part, source.n_units)  # raises UserError if there are too many parts
     size = f", {source.total_bytes:,} bytes" if source.total_bytes else ""
-    console.print(f"{source.description}: {source.n_units:,} units{size}")
+    console.print(f"{shortened(source.description)}: {source.n_units:,} units{size}")
 
     work = folder.with_name(f".{folder.name}.partial")
     fresh = not (work / PLAN).exists()
@@ -318,8 +320,8 @@ def merge_config(argv: list[str]) -> PrepareConfig:
 def print_summary(folder: Path, manifest: dict, console: Console) -> None:
     """Prints the sizes of a dataset, how it was made, and what was left out."""
     C, M = manifest["chunk_content"], manifest["chunk_markers"]
-    console.print(f"\n{folder}: {manifest['source']}")
-    console.print(f"command: {manifest['command']}")
+    console.print(f"\n{folder}: {shortened(manifest['source'])}")
+    console.print(f"command: {shortened(manifest['command'])}")
     console.print(
         f"each chunk has {C} content tokens and {M} markers (injection {manifest['injection']}, share of markers k = "
         f"{M / (C + M):.4f}); seed {manifest['seed']}; tokenizer {manifest['tokenizer']['name']}"
@@ -375,7 +377,7 @@ def main(argv: list[str]) -> None:
     """Prepares, merges or inspects a dataset, as argv says."""
     cfg = load_config(PrepareConfig, argv, config_file=True)
     console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
-    command = " ".join(["python prepare.py", *argv])
+    command = shlex.join(["python", "prepare.py", *argv])
     if cfg.inspect:
         inspect(Path(cfg.inspect), console)
         return

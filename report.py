@@ -7,6 +7,7 @@ python report.py curves out/meta_128 out/pause_128 --output=curves.png        # 
 """
 
 import re
+import shlex
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> None:
         raise UserError("runs is empty: name folders of runs, such as out/meta_128.")
     sections = sections_of(cfg.effect, cfg.margin)
     found = read(cfg.runs, sections)
-    files = render(found, sections, " ".join(["report.py", *argv]), cfg.effect, cfg.margin)
+    files = render(found, sections, shlex.join(["report.py", *argv]), cfg.effect, cfg.margin)
     output = Path(cfg.output)
     output.mkdir(parents=True, exist_ok=True)
     for old in pictures_of(output / "report.html") - files.keys():

@@ -70,8 +70,10 @@ class Trainer:
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
         dist.agree("folder", self._take_folder)
         self.log = RunLog(self.run_dir, self.cfg, self.facts, self.step if saved else -1, dist.is_main)
-        start = f"resumed from {saved.folder} at step {saved.step:,}; " if self._is_own(saved) else ""
-        self._introduce([*notes, f"{start}started from {self.origin}", verified], why_dtype, no_compile)
+        start = f"started from {self.origin}"
+        if self._is_own(saved):
+            start = f"resumed from {saved.folder} at step {saved.step:,}; the run originally {start}"
+        self._introduce([*notes, start, verified], why_dtype, no_compile)
 
     def _open_data(self, cfg: TrainConfig, notes: list[str]) -> Checkpoint | None:
         """Opens the data and the checkpoint that the run continues, and completes the settings.

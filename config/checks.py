@@ -6,6 +6,8 @@ import math
 import re
 import types
 import typing
+from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Literal
 
 from nanometa.common.errors import UserError
@@ -31,15 +33,19 @@ def check_types(config) -> None:
     hints = typing.get_type_hints(type(config))
     for name, hint in hints.items():
         value = getattr(config, name)
-        is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)  # Literal[..] | None is a typing.Union
-        options = typing.get_args(hint) if is_union else (hint,)
+        options = _options(hint)
         if float in options and type(value) is int and abs(value) < 2**1000:  # float() overflows above 1e308
             object.__setattr__(config, name, float(value))
         elif type(value) is float and not math.isfinite(value):
             raise UserError(f"{name}={value} is out of range: it must be finite.")
         elif not any(_is_a(value, option) for option in options):
-            wanted = " or ".join(_type_name(option) for option in options)
-            raise UserError(f"{name}={value!r} has the wrong type: it must be {wanted}.")
+            raise UserError(f"{name}={value!r} has the wrong type: it must be {type_name(hint)}.")
+
+
+def _options(hint) -> tuple:
+    """Returns the types that a union allows, or the annotated type itself if it is not a union."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)  # Literal[..] | None is a typing.Union
+    return typing.get_args(hint) if is_union else (hint,)
 
 
 def _is_a(value, hint) -> bool:
@@ -51,11 +57,16 @@ def _is_a(value, hint) -> bool:
     return type(value) is hint  # not isinstance, because True must not count as an int
 
 
-def _type_name(hint) -> str:
-    """Returns the name of an annotated type for an error message."""
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", types.NoneType: "None"}
+
+
+def type_name(hint) -> str:
+    """Returns an annotated type in words, for an error message."""
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return "None" if hint is types.NoneType else str(getattr(hint, "__name__", hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each item of which is {type_name(typing.get_args(hint)[0])}"
+    return " or ".join(TYPE_NAMES[option] if option in TYPE_NAMES else type_name(option) for option in _options(hint))
 
 
 def nearest_multiples(value: int, step: int) -> str:
@@ -64,10 +75,24 @@ def nearest_multiples(value: int, step: int) -> str:
     return f"{below} or {below + step}" if below else f"{step}"
 
 
+def similar_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Returns the known name that is most similar, or None if none is similar.
+
+    Only the last parts of paths are compared, because a folder in common does not make two names similar."""
+    ends = {PurePath(path).name: path for path in known}
+    close = difflib.get_close_matches(PurePath(name).name, ends, n=1, cutoff=cutoff)
+    return ends[close[0]] if close else None
+
+
+def similar_path(path: str, known: Iterable[str]) -> str | None:
+    """Returns the known path that `path` probably misspells, or None. data/x_none does not misspell data/x_uniform."""
+    return similar_name(path, known, cutoff=0.75)
+
+
 def nearest_name(name: str, known: list[str]) -> str:
     """Returns the end of an error message: the known name that is most similar, or else all known names."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}."
+    close = similar_name(name, known)
+    return f"did you mean {close!r}?" if close else f"known are {', '.join(sorted(known))}."
 
 
 def hidden_fields(cls) -> set[str]:

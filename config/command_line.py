@@ -22,7 +22,7 @@ import tyro
 import nanometa.config
 from nanometa.common.errors import UserError
 from nanometa.config import GPTConfig, PrepareConfig, SampleConfig, TaskConfig, TrainConfig
-from nanometa.config.checks import bool_names, field_names, nearest_name
+from nanometa.config.checks import bool_names, field_names, flat_fields, nearest_name, type_name
 from nanometa.config.settings import Settings, named_settings, refuse_idle
 
 
@@ -76,13 +76,16 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None, p
     started. Raises UserError if a setting of the command line is unknown, has a value of the wrong type, or has no
     effect. Settings of the config file may lose their effect through the command line."""
     named: set[str] = set()
-    if config_file and argv and not argv[0].startswith("-"):
+    has_file = config_file and bool(argv) and not argv[0].startswith("-")
+    if has_file:
         default, named = read_config_file(cls, argv[0])
         argv = argv[1:]
     known = field_names(cls)
     argv = spell_out_flags(argv, cls)
     given = [arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")]
     for name in given:
+        if name == "config" and config_file:
+            raise UserError("unknown setting --config: give the config file as the first argument, without --config=.")
         if name not in known + ["help"]:
             raise UserError(f"unknown setting --{name}: {nearest_name(name, known)}")
         if given.count(name) > 1:
@@ -108,9 +111,16 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None, p
         lines = [line.strip("│╭╮╰╯ ") for line in complaint.getvalue().splitlines()[1:]]
         paragraphs = itertools.groupby(lines, key=lambda line: bool(line.strip("─-")))
         sentence = next((" ".join(text) for is_text, text in paragraphs if is_text), "").rstrip(" .")
+        if (found := re.search(r"--(\w+)", sentence)) and found[1] in given:
+            sentence = _invalid_value(cls, found[1], argv)
         raise UserError(f"{sentence}; --help lists all settings.") from None
     if unknown:
-        raise UserError(f"unexpected argument {unknown[0]!r}: give settings as --name=value.")
+        cure = "give settings as --name=value."
+        if config_file and unknown[0].endswith(".py"):
+            cure = "give only one config file." if has_file else "the config file must be the first argument."
+        elif "run" in known and os.path.isdir(unknown[0]):
+            cure = f"did you mean --run={unknown[0]}?"
+        raise UserError(f"unexpected argument {unknown[0]!r}: {cure}")
     if isinstance(config, TrainConfig):
         # the model settings of the base run are not known yet; base_run.py later compares them with the given ones
         from_base = set(field_names(GPTConfig)) if config.takes_over else set()
@@ -118,6 +128,16 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None, p
         return dataclasses.replace(config, typed=tuple(sorted(named.union(given))))
     refuse_idle(config, given)
     return config
+
+
+def _invalid_value(cls, name: str, argv: list[str]) -> str:
+    """Returns the sentence that the value of the setting `name` in argv does not have the type of the setting."""
+    words = itertools.dropwhile(lambda arg: arg.split("=")[0].replace("-", "_") != f"__{name}", argv)
+    first, *rest = words
+    values = [first.partition("=")[2], *itertools.takewhile(lambda arg: not arg.startswith("--"), rest)]
+    value = " ".join(filter(None, values))
+    what = f"--{name}={value} is invalid" if value else f"--{name} has no value"
+    return f"{what}: it must be {type_name(flat_fields(cls)[name].type)}"
 
 
 def join_help_lines(cls) -> None:
@@ -173,7 +193,8 @@ def read_config_file(cls, path: str) -> tuple:
     Raises UserError if the file is missing, fails, or does not define a `config` of class cls."""
     if not os.path.isfile(path):  # also False for text that cannot be a path
         here = [str(config) for config in recipes(Path("config"))]
-        raise UserError(f"there is no config file {path!r}: {nearest_name(path, here)}")
+        elsewhere = "run this in the folder of the repository, which contains config/, or give the file's full path."
+        raise UserError(f"there is no config file {path!r}: {nearest_name(path, here) if here else elsewhere}")
     try:
         with _importable_as_config():
             config = runpy.run_path(path).get("config")

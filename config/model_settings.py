@@ -89,15 +89,16 @@ class GPTConfig(Settings):
             raise UserError(
                 "rope_dynamic has no effect with rope_scaling=none: add --rope_scaling=yarn, or leave rope_dynamic out."
             )
+        possible = nearest_multiples(self.n_embd, self.n_head * (2 if self.position == "rope" else 1))
         if self.n_embd % self.n_head:
             raise UserError(
-                f"n_embd={self.n_embd} cannot be split into n_head={self.n_head} heads: use "
-                f"n_embd={nearest_multiples(self.n_embd, self.n_head)} or another n_head."
+                f"n_embd={self.n_embd} cannot be split into n_head={self.n_head} heads: use n_embd={possible} or "
+                f"another n_head."
             )
         if self.position == "rope" and (self.n_embd // self.n_head) % 2:
             raise UserError(
-                f"position=rope needs an even head size, but n_embd/n_head = {self.n_embd // self.n_head}: "
-                f"choose n_embd and n_head so that their ratio is even."
+                f"position=rope needs an even head size, but n_embd/n_head = {self.n_embd // self.n_head}: use "
+                f"n_embd={possible} or another n_head."
             )
         if self.rope_scaling == "ntk" and self.n_embd // self.n_head == 2:
             raise UserError(

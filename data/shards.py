@@ -13,6 +13,7 @@ import numpy as np
 from nanometa.common.errors import UserError
 from nanometa.common.files import file_inside, file_sha256, is_count, read_json
 from nanometa.common.formats import check_format
+from nanometa.config.checks import similar_path
 
 HEADER = struct.Struct("<8sIIQ8x")
 MAGIC, VERSION = b"NANOMETA", 1
@@ -79,8 +80,11 @@ def read_manifest(folder: Path) -> dict:
             raise UserError(
                 f"{folder} is only a part of a dataset: merge all parts first, with prepare.py --merge."
             ) from None
+        beside = [*Path(folder).parent.glob(f"*/{MANIFEST}"), *Path("data").glob(f"*/{MANIFEST}")]
+        close = similar_path(str(folder), [str(found.parent) for found in beside])
         raise UserError(
-            f"there is no dataset in {folder} ({MANIFEST} is missing): create it with prepare.py."
+            f"there is no dataset in {folder} ({MANIFEST} is missing): "
+            f"{f'did you mean {close!r}? If not, ' if close else ''}create it with prepare.py."
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the dataset again.") from error

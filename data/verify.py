@@ -47,6 +47,8 @@ def verify(folder: Path, manifest: dict, n_ids: int, say: Callable[[str], None] 
     if pending:
         _write_cache(folder, facts)
     before = len(shards) - len(pending)
+    if not pending:
+        return f"all {before} shards are unchanged since they were verified ({CACHE})"
     return (
         f"verified the sha256 of {len(pending)} shards ({progress.done / 1e9:.2f} GB in {progress.seconds():.1f} s)"
         f"{f'; {before} are unchanged since they were verified ({CACHE})' if before else ''}"

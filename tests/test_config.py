@@ -16,7 +16,7 @@ from nanometa.config import (
     train_settings,
 )
 from nanometa.config.arms import SECOND_ATTENTIONS, arm_label
-from nanometa.config.checks import bool_names, field_names, flat, flat_fields, to_dict
+from nanometa.config.checks import bool_names, field_names, flat, flat_fields, similar_path, to_dict
 from nanometa.config.command_line import join_help_lines, load_config, recipes
 from nanometa.config.settings import setting
 from nanometa.training.dataset import recipe_of
@@ -130,11 +130,15 @@ def test_command_line_beats_file_beats_default():
     [
         (["--n_leyer=4"], "unknown setting --n_leyer: did you mean 'n_layer'?"),
         (["--learning_rte=1"], "did you mean 'learning_rate'?"),
-        (["--n_layer=six"], "--n_layer.*six.*--help lists all settings"),
-        (["--compile=maybe"], "maybe.*--compile.*True.*False"),
-        (["--second_attention=metta"], "metta.*meta.*causal.*none"),
-        (["--n_layer"], "n_layer"),
-        (["--dry_run", "perhaps"], "perhaps.*--dry_run.*True.*False"),
+        (["--n_layer=six"], "^--n_layer=six is invalid: it must be a whole number; --help lists all settings"),
+        (["--n-layer", "six"], "^--n_layer=six is invalid: it must be a whole number"),
+        (["--learning_rate=fast"], "^--learning_rate=fast is invalid: it must be a number;"),
+        (["--n_inner=x"], "^--n_inner=x is invalid: it must be a whole number or None;"),
+        (["--tasks", "copying", "x"], "^--tasks=copying x is invalid: it must be a list, each item of .* one of .*copying"),
+        (["--compile=maybe"], "^--compile=maybe is invalid: it must be True or False"),
+        (["--second_attention=metta"], "^--second_attention=metta is invalid: it must be one of meta.*causal.*none"),
+        (["--n_layer"], "^--n_layer has no value: it must be a whole number"),
+        (["--dry_run", "perhaps"], "^--dry_run=perhaps is invalid: it must be True or False"),
         (["--dry_run", "--dry_run=True"], "--dry_run is given 2 times"),
         (["--n_layer=4", "--n_layer=5"], "--n_layer is given 2 times: give it once"),
         (["--n_layer=4", "--n-layer=5"], "--n_layer is given 2 times"),
@@ -147,7 +151,11 @@ def test_command_line_beats_file_beats_default():
         (["--learning_rate=nan"], "learning_rate=nan is out of range"),
         (["--learning_rate=1e-5"], "min_lr=6e-05 is out of range: it must be at most learning_rate=1e-05"),
         (["--n_embd=100"], r"n_embd=100 cannot be split into n_head=12 heads: use n_embd=96 or 108"),
-        (["--n_embd=36", "--position=rope"], "even head size, but n_embd/n_head = 3"),
+        (["--n_embd=36", "--position=rope"], "even head size, but n_embd/n_head = 3: use n_embd=24 or 48"),
+        (["config/tiny_meta.py", "--n_head=5"], "use n_embd=190 or 200 or another n_head"),
+        (["--config=config/tiny_meta.py"], "unknown setting --config: give the config file as the first argument"),
+        (["config/tiny_meta.py", "config/tiny_gpt2.py"], "config/tiny_gpt2.py': give only one config file"),
+        (["--n_layer=2", "config/tiny_meta.py"], "config/tiny_meta.py': the config file must be the first argument"),
         (["--keep=1"], "keep=1 is out of range.*damaged"),
         (["--run_name=../x"], "run_name='../x' is out of range.*folder name"),
         (["config/tiny_mata.py"], "no config file 'config/tiny_mata.py': did you mean 'config/tiny_meta.py'"),
@@ -171,14 +179,20 @@ def test_bad_command_lines_get_one_sentence(argv, sentence, monkeypatch):
             "config = TrainConfig(n_layer=4)",
             r"TrainConfig has no setting 'n_layer', because it belongs to GPTConfig: write model=GPTConfig\(n_layer",
         ),
-        ("config = TrainConfig(model=GPTConfig(n_layer='6'))", "n_layer='6' has the wrong type: it must be int"),
-        ("config = TrainConfig(model=GPTConfig(bias=1))", "bias=1 has the wrong type: it must be bool"),
+        (
+            "config = TrainConfig(model=GPTConfig(n_layer='6'))",
+            "n_layer='6' has the wrong type: it must be a whole number",
+        ),
+        ("config = TrainConfig(model=GPTConfig(bias=1))", "bias=1 has the wrong type: it must be True or False"),
         (
             "config = TrainConfig(dtype='float16')",
             "dtype='float16' has the wrong type: it must be one of auto, bfloat16, float32",
         ),
         ("config = TrainConfig(max_steps=True)", "max_steps=True has the wrong type"),
-        ("config = TrainConfig(eval_windows=2.5)", "eval_windows=2.5 has the wrong type: it must be int or None"),
+        (
+            "config = TrainConfig(eval_windows=2.5)",
+            "eval_windows=2.5 has the wrong type: it must be a whole number or None",
+        ),
         ("config = {}", "must define `config = TrainConfig"),
         ("confg = TrainConfig()", r"must define `config = TrainConfig\(...\)`, but it defines no config"),
         ("config = TrainConfig(", "SyntaxError"),
@@ -192,6 +206,26 @@ def test_bad_config_files_get_one_sentence(tmp_path, text, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         load(str(path))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_config_file_that_is_missing_in_a_folder_without_any_is_looked_for_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="'config/tiny_meta.py': run this in the folder of the repository.* full path"):
+        load("config/tiny_meta.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "similar"),
+    [
+        ("data/mine_unifrom", ["data/mine_none", "data/mine_uniform"], "data/mine_uniform"),
+        ("mine_uniform", ["data/mine_uniform"], "data/mine_uniform"),
+        ("data/mine_none", ["data/mine_uniform"], None),
+        ("out/quickstart", ["out/my_meta", "out/stand_in"], None),
+        ("x", [], None),
+    ],
+)
+def test_a_suggested_path_is_similar_in_its_last_part(name, known, similar):
+    assert similar_path(name, known) == similar
 
 
 @pytest.mark.parametrize(
@@ -220,6 +254,13 @@ def test_bad_settings_of_prepare_are_refused(argv, sentence):
 def test_bad_settings_of_sample_are_refused(argv, sentence):
     with pytest.raises(UserError, match=sentence):
         load(*argv, cls=SampleConfig)
+
+
+def test_a_run_without_its_option_is_offered_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/my_meta").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"unexpected argument 'out/my_meta': did you mean --run=out/my_meta\?"):
+        load("out/my_meta", cls=SampleConfig)
 
 
 def test_every_setting_has_a_help_text():

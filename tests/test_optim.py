@@ -154,7 +154,11 @@ def test_branches_of_a_trunk_equal_wsd_runs_of_their_length(workdir):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--branch_from=out/nothing"], "out/nothing does not exist"),
+        (["--branch_from=out/nothing"], "branch_from=out/nothing is not a checkpoint: name a run"),
+        (
+            ["--branch_from=out/trunk2"],
+            "branch_from=out/trunk2 is not a checkpoint: the checkpoints of out/trunk2 are step_00000003",
+        ),
         (["--branch_from=out/trunk2/BEST"], "contains weights but no optimizer state: give a step_ folder"),
         (
             ["--branch_from=out/trunk2/step_00000003", "--max_steps=2"],

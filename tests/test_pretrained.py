@@ -253,7 +253,13 @@ def test_settings_that_do_not_fit_the_weights_are_refused(workdir, hf, tuned, mo
     [
         ("gpt2-medum", "did you mean 'gpt2-medium'"),
         ("resum", "did you mean 'resume'"),
-        ("qqqqqqqq", "init_from='qqqqqqqq' is neither one of scratch, resume, .*known are auto, gpt2"),
+        (
+            "qqqqqqqq",
+            "init_from='qqqqqqqq' is neither one of scratch, resume, .*nor a folder: name a run that train.py made",
+        ),
+        ("out/quickstart", "nor a folder: name a run that train.py made"),
+        ("tuned", "did you mean 'out/tuned'"),
+        ("out/tuned/step_00000099", r"the checkpoints of out/tuned are step_0.*; name one of them"),
         ("out/tund", "did you mean 'out/tuned'"),
         ("texts/doc000.txt", "is a file: give the folder"),
         ("texts", "init_from=texts has no config.json"),

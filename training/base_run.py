@@ -7,9 +7,11 @@ from pathlib import Path
 from nanometa.common.errors import UserError
 from nanometa.config import TrainConfig
 from nanometa.config.checks import flat, to_dict
+from nanometa.data.tokenizer import SPEC_FILE
 from nanometa.training import checkpoint, pretrained
-from nanometa.training.checkpoint import Checkpoint, holds_run
+from nanometa.training.checkpoint import Checkpoint
 from nanometa.training.context_extension import stretched
+from nanometa.training.run_folders import holds_run
 
 
 def base_of(cfg: TrainConfig, saved: Checkpoint | None) -> Checkpoint | None:
@@ -30,8 +32,8 @@ def _with_tokenizer(found: Checkpoint) -> Checkpoint:
 def with_base(cfg: TrainConfig, base: Checkpoint | None) -> TrainConfig:
     """Returns cfg with the model and the target rule of the base run, which need not be given again.
 
-    Raises UserError if cfg contradicts the base run's model, asks for texts with more positions than the model has, or
-    sets a dynamic scale."""
+    Raises UserError if cfg contradicts the base run's model, has tasks but no tokenizer, asks for texts with more
+    positions than the model has, or sets a dynamic scale."""
     if cfg.model.rope_dynamic:
         raise UserError(
             "rope_dynamic=True only works for reading a trained run, not in training: leave --rope_dynamic out, and "
@@ -44,6 +46,12 @@ def with_base(cfg: TrainConfig, base: Checkpoint | None) -> TrainConfig:
         )
     if (cfg.task.tasks or cfg.extends) and base:
         cfg = _taken_over(cfg, base)
+    if cfg.task.tasks and not base and not (Path(cfg.dataset) / SPEC_FILE).is_file():
+        raise UserError(
+            f"the tasks need the tokenizer of a run or of a dataset, but init_from={cfg.init_from} names no run and "
+            f"there is no dataset in {cfg.dataset}: give --init_from=out/RUN to train the model of that run, or "
+            f"--dataset=FOLDER to train a new model with the tokenizer of that dataset."
+        )
     if cfg.task.tasks and base and "dataset" in cfg.typed and cfg.dataset != base.config.dataset:
         raise UserError(
             f"dataset={cfg.dataset} has no effect, because the texts of the tasks are generated with the tokenizer of "
@@ -82,6 +90,6 @@ def _taken_over(cfg: TrainConfig, base: Checkpoint) -> TrainConfig:
             )
         raise UserError(
             f"{name}={given} differs from {name}={value} of the model in {base.folder}, which this run takes over: "
-            f"leave --{name} out."
+            f"leave {name} out of the command line and of the config file."
         )
     return dataclasses.replace(cfg, model=model, target_rule=found["target_rule"])

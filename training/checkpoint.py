@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -39,9 +38,10 @@ from nanometa.config import TrainConfig, train_config_from_dict
 from nanometa.data.tokenizer import RANKS_FILE, SPEC_FILE, Tokenizer
 from nanometa.model import GPT
 from nanometa.training.optimizer import Optimizer
+from nanometa.training.run_folders import STATE, checkpoint_folders, newest_run, suggestion
 
 T = TypeVar("T")
-WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+WEIGHTS, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
 ABANDONED = "abandoned_"  # prefix of best weights from steps after the checkpoint that the run resumed from
 DELETING = ".deleting"  # suffix of a hidden folder that is being deleted; a kill may leave one behind, as with WRITING
 
@@ -86,7 +86,7 @@ def _settle(final: Path, kind: str, keep: int) -> None:
     if kind == "step":
         write_atomically(final.with_name("latest"), f"{final.name}\n".encode())
     shutil.rmtree(final.with_name(f"{ABANDONED}{final.name}"), ignore_errors=True)
-    others = [folder for folder in _folders(final.parent, kind) if folder != final]
+    others = [folder for folder in checkpoint_folders(final.parent, kind) if folder != final]
     for old in others[: max(0, len(others) - (keep - 1))]:
         _delete(old)
 
@@ -95,15 +95,9 @@ def _manifest(hashes: dict[str, str]) -> bytes:
     return json.dumps({"format": 1, "sha256": hashes}, indent=2).encode() + b"\n"
 
 
-def _folders(run_dir: Path, kind: str) -> list[Path]:
-    """Returns the folders named exactly <kind>_<8 digits>, oldest first; copies with other names are not ours."""
-    folders = (path for path in run_dir.glob(f"{kind}_*") if re.fullmatch(rf"{kind}_\d{{8}}", path.name))
-    return sorted(path for path in folders if path.is_dir())
-
-
 def latest(run_dir: Path) -> str:
     """Returns the name of the newest checkpoint, or "none was saved yet", for use in a sentence."""
-    folders = _folders(run_dir, "step")
+    folders = checkpoint_folders(run_dir, "step")
     return folders[-1].name if folders else "none was saved yet"
 
 
@@ -123,7 +117,7 @@ def sweep(run_dir: Path, step: int, keep: int) -> None:
     Files that a killed process left half written or half deleted are removed, and an interrupted save of the resumed
     checkpoint is finished."""
     for kind, prefix in (("step", "damaged_"), ("best", ABANDONED)):
-        for folder in _folders(run_dir, kind):
+        for folder in checkpoint_folders(run_dir, kind):
             if int(folder.name.split("_")[1]) > step:
                 aside = folder.with_name(f"{prefix}{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -300,7 +294,7 @@ def _newest_of(run_dir: Path, kind: str, warn) -> Checkpoint | None:
     folder is listed again."""
     why: dict[Path, str] = {}
     while True:
-        for folder in reversed([folder for folder in _folders(run_dir, kind) if folder not in why]):
+        for folder in reversed([folder for folder in checkpoint_folders(run_dir, kind) if folder not in why]):
             try:
                 return open_checkpoint(folder)
             except NewerFormatError:  # the checkpoint is intact, and falling back would train finished steps again
@@ -329,24 +323,18 @@ class Run:
     folder: Path
 
 
-def holds_run(path: Path) -> bool:
-    """Returns whether a path is the folder of a checkpoint, or of a run that train.py made and that has a
-    checkpoint."""
-    return (path / STATE).is_file() or bool(_folders(path, "step") + _folders(path, "best"))
-
-
 def open_run(path: str | Path = "") -> Checkpoint:
     """Opens the best checkpoint of a run, or the newest one if no best is intact.
 
     path: out/<run>, or the folder of one checkpoint; "" means the run in out/ that saved last. Raises UserError if
     there is no checkpoint, or none that is intact."""
-    path = Path(path) if path else _newest_run(Path("out"))
+    path = Path(path) if path else newest_run(Path("out"))
     if (path / STATE).is_file():
         return open_checkpoint(path)
     best = _newest_of(path, "best", lambda error: _warn(f"{error} Using the newest checkpoint instead."))
     found = best or newest(path, _warn)
     if found is None:
-        raise UserError(f"there is no checkpoint in {str(path)!r}: name a run that train.py made, such as out/NAME.")
+        raise UserError(f"there is no checkpoint in {str(path)!r}: {suggestion(path)}")
     return found
 
 
@@ -383,12 +371,3 @@ def _load(checkpoint: Checkpoint) -> Run:
 
 def _warn(sentence: str) -> None:
     print(f"warning: {sentence}", file=sys.stderr)
-
-
-def _newest_run(out: Path) -> Path:
-    pointers = sorted(out.glob("*/latest"), key=lambda path: path.stat().st_mtime)
-    if not pointers:
-        raise UserError(
-            f"there is no trained run in {out}/: train one first, with python train.py config/tiny_meta.py."
-        )
-    return pointers[-1].parent

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nanometa.common.errors import UserError
 from nanometa.config import PrepareConfig, TrainConfig
+from nanometa.config.checks import nearest_multiples
 from nanometa.config.command_line import read_config_file, recipes
 from nanometa.data.layout import draw_of
 from nanometa.data.loader import Windows
@@ -45,12 +46,13 @@ def open_windows(cfg: TrainConfig, split: str, base: Checkpoint | None = None) -
             f"there is no dataset in {cfg.dataset}: prepare it with python prepare.py config/{recipe.recipe}.py "
             f"--injection={recipe.injection}{length}."
         )
-    check_arm(cfg, read_manifest(Path(cfg.dataset))["chunk_markers"])
+    manifest = read_manifest(Path(cfg.dataset))
+    check_arm(cfg, manifest["chunk_content"], manifest["chunk_markers"])
     return Windows(cfg.dataset, split, cfg.model.block_size, cfg.target_rule, draw_of(cfg, split))
 
 
-def check_arm(cfg: TrainConfig, markers: int) -> None:
-    """Raises UserError if the arm does not fit a dataset with this number of markers per chunk."""
+def check_arm(cfg: TrainConfig, content: int, markers: int) -> None:
+    """Raises UserError if the arm does not fit a dataset with these numbers of content tokens and markers per chunk."""
     second = cfg.model.second
     if second.markers == "needed" and not markers:
         raise UserError(
@@ -67,6 +69,27 @@ def check_arm(cfg: TrainConfig, markers: int) -> None:
             f"meta_position=none has no effect, because {cfg.dataset} has no markers: set --meta_position=same, or "
             f"give a dataset prepared with --injection=uniform."
         )
+    if second.markers == "allowed":
+        check_window(cfg, content, markers)
+
+
+def check_window(cfg: TrainConfig, content: int, markers: int) -> None:
+    """Raises UserError if the window of an arm that may have markers is that of the other kind of dataset.
+
+    The other kind of dataset is offered before another block_size, which would turn the run into another arm."""
+    size, chunk = cfg.model.block_size, content + markers
+    if size % chunk == 0 or (markers and size % content):
+        return
+    offer = f"--block_size={nearest_multiples(size, chunk)}"
+    if markers:
+        raise UserError(
+            f"{cfg.dataset} has {markers} markers per chunk, but block_size={size} is for data without markers: give a "
+            f"dataset prepared with --injection=none, or train another arm, one with markers, with {offer}."
+        )
+    raise UserError(
+        f"{cfg.dataset} has no markers, and block_size={size} is not a whole number of its {chunk}-position chunks: "
+        f"for an arm with markers give a dataset prepared with --injection=uniform, else use {offer}."
+    )
 
 
 def with_vocabulary(cfg: TrainConfig, n_vocab: int, n_content: int) -> TrainConfig:

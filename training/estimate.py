@@ -280,7 +280,7 @@ def describe_estimate(cfg: TrainConfig, accumulation: int) -> str:
             f"the peak FLOP/s of accelerator={cfg.accelerator!r} are not known: give one of {', '.join(PEAK)}."
         )
     data = data_of(cfg.dataset)
-    check_arm(cfg, data.chunk_markers)
+    check_arm(cfg, data.chunk_content, data.chunk_markers)
     chunk = data.chunk_content + data.chunk_markers
     if cfg.model.block_size % chunk:
         raise UserError(

@@ -15,10 +15,9 @@ import torch
 from nanometa.common.errors import UserError
 from nanometa.common.files import file_sha256
 from nanometa.config import GPTConfig
-from nanometa.config.checks import nearest_name
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.model import GPT
-from nanometa.training.checkpoint import WEIGHTS, Checkpoint, content_tokens, holds_run, read_run, read_tensors
+from nanometa.training.checkpoint import WEIGHTS, Checkpoint, content_tokens, read_run, read_tensors
 from nanometa.training.context_extension import interpolated
 from nanometa.training.hugging_face import (
     HUB,
@@ -30,6 +29,7 @@ from nanometa.training.hugging_face import (
     read_hugging_face,
     with_markers,
 )
+from nanometa.training.run_folders import holds_run, suggestion
 
 KEYWORDS = ("scratch", "resume", "auto")  # values of init_from that name no weights
 
@@ -40,11 +40,11 @@ def check_name(init_from: str) -> None:
         return
     if Path(init_from).is_file():
         raise UserError(f"init_from={init_from} is a file: give the folder that contains it.")
-    beside = sorted(map(str, Path(init_from).parent.glob("*/"))) if "/" in init_from else []
-    known = [*KEYWORDS, *HUB]
+    names = [*KEYWORDS, *HUB]
+    known = map(str, Path(init_from).parent.glob("*/")) if "/" in init_from else names
     raise UserError(
-        f"init_from={init_from!r} is neither one of {', '.join(known)} nor a folder: "
-        f"{nearest_name(init_from, beside or known)}"
+        f"init_from={init_from!r} is neither one of {', '.join(names)} nor a folder: "
+        f"{suggestion(Path(init_from), known)}"
     )
 
 

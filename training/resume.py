@@ -12,6 +12,7 @@ from nanometa.config.checks import flat, flat_fields
 from nanometa.training import checkpoint, pretrained
 from nanometa.training.checkpoint import Checkpoint
 from nanometa.training.optimizer import learning_rate
+from nanometa.training.run_folders import STATE, holds_run, suggestion
 
 
 def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[str]:
@@ -23,6 +24,16 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
         raise UserError(
             f"{cfg.dataset} was prepared with another tokenizer (fingerprint {facts['tokenizer'][:12]}..) than "
             f"{saved.folder} was trained with ({old['tokenizer'][:12]}..): give the run's dataset, {old['dataset']}."
+        )
+    was, declared = flat(saved.config), flat_fields(TrainConfig)
+    differing = {name: value for name, value in flat(cfg).items() if value != was[name]}
+    rules = {name: declared[name].metadata.get("on_resume", "may not change") for name in differing}
+    if fixed := [name for name in differing if rules[name] == "may not change"]:
+        name, more = fixed[0], f", as do {', '.join(fixed[1:])}" if fixed[1:] else ""
+        raise UserError(
+            f"{name}={differing[name]} differs from {name}={was[name]} of {saved.folder}{more}, and a resumed run "
+            f"cannot change this: give the settings that {_start_of(saved)} was started with, or start a run with "
+            f"another --run_name."
         )
     changed = []
     names = sorted(old["shards"].keys() | facts["shards"].keys())
@@ -45,23 +56,25 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
             f"max_steps={cfg.max_steps} is less than the {saved.step} steps that {saved.folder} has done: set "
             f"--max_steps to at least {saved.step}."
         )
-    was, declared = flat(saved.config), flat_fields(TrainConfig)
-    for name, value in flat(cfg).items():
-        rule = declared[name].metadata.get("on_resume", "may not change")
-        if value == was[name] or rule == "ignored":
-            continue
-        if rule != "may change":
-            raise UserError(
-                f"{name}={value} differs from {name}={was[name]} of {saved.folder}, and a resumed run cannot change "
-                f"it: leave --{name} as it was, or start a run with another --run_name."
-            )
-        changed.append(f"changed since the checkpoint: {name} {was[name]} -> {value}")
+    changed += [
+        f"changed since the checkpoint: {name} {was[name]} -> {differing[name]}"
+        for name in differing
+        if rules[name] == "may change"
+    ]
     if any(learning_rate(step, cfg) != learning_rate(step, saved.config) for step in range(saved.step)):
         changed.append(
             f"the learning rates up to step {saved.step} were not those of the present settings, so the result will "
             f"differ from a run that has these settings from the start"
         )
     return changed
+
+
+def _start_of(saved: Checkpoint) -> str:
+    """Returns the arm of a checkpoint and, if it is recorded, the command of its run's last start, in words."""
+    arm = saved.config.model.arm_name(bool(saved.state["data"]["chunk_markers"]))
+    environment = saved.state.get("environment")
+    command = environment.get("command") if isinstance(environment, dict) else None
+    return f"the run of the {arm} arm" + (f" ({command})" if command else "")
 
 
 def occupied(run_dir: Path) -> bool:
@@ -91,7 +104,7 @@ def check_folder(cfg: TrainConfig, run_dir: Path) -> None:
             )
     elif cfg.init_from == "resume" and not occupied(run_dir):
         raise UserError(f"there is no checkpoint to resume in {run_dir}: start the run with --init_from=auto.")
-    elif occupied(run_dir) and not (run_dir / "config.json").exists() and not checkpoint.holds_run(run_dir):
+    elif occupied(run_dir) and not (run_dir / "config.json").exists() and not holds_run(run_dir):
         raise UserError(f"{run_dir} exists, but train.py did not make it: choose another --run_name.")
 
 
@@ -150,10 +163,13 @@ def find_checkpoint(cfg: TrainConfig, run_dir: Path, warn) -> Checkpoint | None:
 def open_branch(cfg: TrainConfig) -> Checkpoint | None:
     """Returns the checkpoint of cfg.branch_from without the record of that run's best result; None if there is none.
 
-    Raises UserError if the checkpoint has no optimizer state."""
+    Raises UserError if it is no checkpoint or has no optimizer state."""
     if not cfg.branch_from:
         return None
-    saved = checkpoint.open_checkpoint(Path(cfg.branch_from))
+    folder = Path(cfg.branch_from)
+    if not folder.is_dir() or (holds_run(folder) and not (folder / STATE).is_file()):
+        raise UserError(f"branch_from={cfg.branch_from} is not a checkpoint: {suggestion(folder)}")
+    saved = checkpoint.open_checkpoint(folder)
     if not (saved.folder / checkpoint.OPTIMIZER).is_file():
         raise UserError(
             f"branch_from={cfg.branch_from} contains weights but no optimizer state: give a step_ folder of the run, "

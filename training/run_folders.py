@@ -1,0 +1,52 @@
+"""Finds runs and checkpoints by the names of their folders, and suggests one for a path that has none."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from nanometa.common.errors import UserError
+from nanometa.config.checks import similar_path
+
+STATE = "state.json"  # a file that every checkpoint contains
+
+
+def checkpoint_folders(run_dir: Path, kind: str) -> list[Path]:
+    """Returns the folders named exactly <kind>_<8 digits>, oldest first; copies with other names are not ours."""
+    folders = (path for path in run_dir.glob(f"{kind}_*") if re.fullmatch(rf"{kind}_\d{{8}}", path.name))
+    return sorted(path for path in folders if path.is_dir())
+
+
+def holds_run(path: Path) -> bool:
+    """Returns whether a path is the folder of a checkpoint, or of a run that train.py made and that has a
+    checkpoint."""
+    return (path / STATE).is_file() or bool(checkpoint_folders(path, "step") + checkpoint_folders(path, "best"))
+
+
+def newest_run(out: Path) -> Path:
+    """Returns the run in a folder of runs that saved last. Raises UserError if there is none."""
+    pointers = sorted(out.glob("*/latest"), key=lambda path: path.stat().st_mtime)
+    if not pointers:
+        raise UserError(
+            f"there is no trained run in {out}/: train one first, with python train.py config/tiny_meta.py."
+        )
+    return pointers[-1].parent
+
+
+def suggestion(path: Path, known: Iterable[str] = ()) -> str:
+    """Returns the end of an error message about a path that is not a checkpoint: which one may be meant.
+
+    known: other names that may be misspelled, in addition to those of runs."""
+    for run in (path, path.parent):
+        if kept := [folder.name for kind in ("step", "best") for folder in checkpoint_folders(run, kind)]:
+            return f"the checkpoints of {run} are {', '.join(kept)}; name one of them."
+    if inside := _runs_in(path):
+        return f"name one of the runs in it, such as {inside[0]}."
+    close = similar_path(str(path), [*known, *map(str, _runs_in(path.parent) + _runs_in(Path("out")))])
+    if close:
+        return f"did you mean {close!r}?"
+    return "name a run that train.py made, such as out/NAME, or one of its checkpoints."
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """Returns the runs in a folder, sorted by name."""
+    return sorted(path for path in folder.iterdir() if holds_run(path)) if folder.is_dir() else []
