@@ -134,7 +134,7 @@ def test_command_line_beats_file_beats_default():
         (["--n-layer", "six"], "^--n_layer=six is invalid: it must be a whole number"),
         (["--learning_rate=fast"], "^--learning_rate=fast is invalid: it must be a number;"),
         (["--n_inner=x"], "^--n_inner=x is invalid: it must be a whole number or None;"),
-        (["--tasks", "copying", "x"], "^--tasks=copying x is invalid: it must be a list, each item of .* one of .*copying"),
+        (["--tasks", "copying", "x"], "^--tasks=copying x is invalid: it must be a list, each item of .*copying"),
         (["--compile=maybe"], "^--compile=maybe is invalid: it must be True or False"),
         (["--second_attention=metta"], "^--second_attention=metta is invalid: it must be one of meta.*causal.*none"),
         (["--n_layer"], "^--n_layer has no value: it must be a whole number"),

@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import shlex
 import time
 
 import pytest
@@ -39,6 +40,24 @@ def test_any_number_of_workers_gives_the_same_bytes(folder):
     assert hashes(folder / "data/w1") == hashes(folder / "data/w5")
     prepare(folder, "--name=seed2", "--seed=2")
     assert hashes(folder / "data/w1") != hashes(folder / "data/seed2")
+
+
+def test_a_long_list_of_files_is_printed_shortened_and_recorded_whole(folder):
+    names = [f"texts/a file with a long name {i}.txt" for i in range(40)]
+    for i, name in enumerate(names):
+        (folder / name).write_text(f"text number {i} of many, with its own words. " * 60)
+    try:
+        args = ("--source=files", "--name=listed", "--bpe_vocab_size=300", "--chunk_content=28", "--chunk_markers=4",
+                "--val_fraction=0.1", "--files", *names)  # fmt: skip
+        result = cli("prepare.py", *args, cwd=folder)
+    finally:
+        for name in names:
+            (folder / name).unlink()
+    assert result.returncode == 0, result.stderr.decode()
+    facts, out = manifest(folder / "data/listed"), result.stdout.decode()
+    assert shlex.split(facts["command"]) == ["python", "prepare.py", *args]
+    assert facts["source"] == f"files {' '.join(names)}"
+    assert len(re.findall("characters ...", out)) == 3 and max(map(len, out.splitlines())) < 600
 
 
 def test_the_manifest_describes_the_shards(folder):

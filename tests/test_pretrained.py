@@ -255,7 +255,7 @@ def test_settings_that_do_not_fit_the_weights_are_refused(workdir, hf, tuned, mo
         ("resum", "did you mean 'resume'"),
         (
             "qqqqqqqq",
-            "init_from='qqqqqqqq' is neither one of scratch, resume, .*nor a folder: name a run that train.py made",
+            "'qqqqqqqq' is neither one of scratch, resume, .*gpt2-xl nor a folder: name a run that train.py",
         ),
         ("out/quickstart", "nor a folder: name a run that train.py made"),
         ("tuned", "did you mean 'out/tuned'"),

@@ -31,7 +31,9 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(workdir, straight):
     assert equal(final(result), final(straight))
     lines = [line for line in metrics(result) if (line["step"], line["kind"]) != (17, "val")]
     assert lines == metrics(straight)  # the first part evaluated once more, at its end in step 17
-    assert "changed since the checkpoint: max_steps 17 -> 30" in (result / "train.log").read_text()
+    log = (result / "train.log").read_text()
+    assert "changed since the checkpoint: max_steps 17 -> 30" in log
+    assert "resumed from out/resumed/step_00000017 at step 17; the run originally started from scratch\n" in log
 
 
 def test_best_weights_newer_than_the_resumed_step_are_set_aside(workdir, straight, tmp_path):

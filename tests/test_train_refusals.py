@@ -31,25 +31,25 @@ from tests.training_runs import BASE, TORCHRUN
         ),
         (
             ("--init_from=resume", "--n_layer=3", "--seed=2"),
-            "n_layer=3 differs from n_layer=2 of out/straight/.*, as do seed, and a resumed run cannot change this: give "
-            "the settings that the run of the meta arm \\(train.py .*--run_name=straight.*\\) was started with",
+            "n_layer=3 differs from n_layer=2 of out/straight/.* \\(as does seed\\), and a resumed run cannot change "
+            "this: give the settings that .* of the meta arm \\(train.py .*--run_name=straight.*\\) was started with",
         ),
         (
             ("--init_from=resume", "--dataset=data/n", "--second_attention=none", "--block_size=28"),
-            "block_size=28 differs from block_size=32 of .*, as do second_attention, and",
+            r"block_size=28 differs from block_size=32 of .* \(as does second_attention\), and",
         ),
         (("--init_from=resume", "--batch_size=16"), "batch_size=16 differs from batch_size=8 of out/straight/"),
         (("--init_from=resume", "--seed=2"), "seed=2 differs from seed=1337 of out/straight/"),
         (("--init_from=resume", "--dataset=data/p"), "data/p is not the dataset of .*train_000000.bin"),
         (
             ("--run_name=new", "--dataset=data/nothing"),
-            "there is no dataset in data/nothing .*: create it with prepare.py",
+            "no dataset in data/nothing .*: create it with prepare.py",
         ),
         (("--run_name=new", "--dataset=u"), "there is no dataset in u .*: did you mean 'data/u'"),
         (
             ("--run_name=new", "--second_attention=none", "--block_size=28"),
-            "data/u has 4 markers per chunk, but block_size=28 is for data without markers: give a dataset prepared with "
-            "--injection=none, or train another arm, one with markers, with --block_size=32",
+            "data/u has 4 markers per chunk, but block_size=28 is for data without markers: give a dataset prepared "
+            "with --injection=none, or train another arm, one with markers, with --block_size=32",
         ),
         (
             ("--run_name=new", "--second_attention=causal", "--dataset=data/n"),

@@ -29,7 +29,7 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
     differing = {name: value for name, value in flat(cfg).items() if value != was[name]}
     rules = {name: declared[name].metadata.get("on_resume", "may not change") for name in differing}
     if fixed := [name for name in differing if rules[name] == "may not change"]:
-        name, more = fixed[0], f", as do {', '.join(fixed[1:])}" if fixed[1:] else ""
+        name, more = fixed[0], f" (as does {', '.join(fixed[1:])})" if fixed[1:] else ""
         raise UserError(
             f"{name}={differing[name]} differs from {name}={was[name]} of {saved.folder}{more}, and a resumed run "
             f"cannot change this: give the settings that {_start_of(saved)} was started with, or start a run with "
