@@ -89,7 +89,7 @@ def test_parser_errors_keep_their_reason_without_utf8(monkeypatch):
     with pytest.raises(UserError) as caught, monkeypatch.context() as patch:
         patch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
         load_config(SampleConfig, ["--meta=x"])
-    assert "invalid choice 'x'" in str(caught.value) and "----" not in str(caught.value)
+    assert "--meta=x is invalid: it must be one of trained" in str(caught.value) and "----" not in str(caught.value)
 
 
 def test_impossible_paths_are_refused(world):

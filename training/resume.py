@@ -25,13 +25,13 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
             f"{cfg.dataset} was prepared with another tokenizer (fingerprint {facts['tokenizer'][:12]}..) than "
             f"{saved.folder} was trained with ({old['tokenizer'][:12]}..): give the run's dataset, {old['dataset']}."
         )
-    was, declared = flat(saved.config), flat_fields(TrainConfig)
-    differing = {name: value for name, value in flat(cfg).items() if value != was[name]}
+    saved_settings, declared = flat(saved.config), flat_fields(TrainConfig)
+    differing = {name: value for name, value in flat(cfg).items() if value != saved_settings[name]}
     rules = {name: declared[name].metadata.get("on_resume", "may not change") for name in differing}
     if fixed := [name for name in differing if rules[name] == "may not change"]:
         name, more = fixed[0], f" (as does {', '.join(fixed[1:])})" if fixed[1:] else ""
         raise UserError(
-            f"{name}={differing[name]} differs from {name}={was[name]} of {saved.folder}{more}, and a resumed run "
+            f"{name}={differing[name]} differs from {name}={saved_settings[name]} of {saved.folder}{more}, and a resumed run "
             f"cannot change this: give the settings that {_start_of(saved)} was started with, or start a run with "
             f"another --run_name."
         )
@@ -57,7 +57,7 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
             f"--max_steps to at least {saved.step}."
         )
     changed += [
-        f"changed since the checkpoint: {name} {was[name]} -> {differing[name]}"
+        f"changed since the checkpoint: {name} {saved_settings[name]} -> {differing[name]}"
         for name in differing
         if rules[name] == "may change"
     ]
