@@ -31,9 +31,9 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
     if fixed := [name for name in differing if rules[name] == "may not change"]:
         name, more = fixed[0], f" (as does {', '.join(fixed[1:])})" if fixed[1:] else ""
         raise UserError(
-            f"{name}={differing[name]} differs from {name}={saved_settings[name]} of {saved.folder}{more}, and a resumed run "
-            f"cannot change this: give the settings that {_start_of(saved)} was started with, or start a run with "
-            f"another --run_name."
+            f"{name}={differing[name]} differs from {name}={saved_settings[name]} of {saved.folder}{more}, and a "
+            f"resumed run cannot change this: give the settings that {_start_of(saved)} was started with, or start a "
+            f"run with another --run_name."
         )
     changed = []
     names = sorted(old["shards"].keys() | facts["shards"].keys())
