@@ -229,7 +229,7 @@ REFUSED = {
     "dry run": (("--dry_run=True", "parity"), "dry_run estimates training on text"),
     "no such task": (
         ("--train_length=96", "lists"),
-        "--tasks=lists is invalid: it must be a list, .* one of list_recall",
+        "--tasks=lists is invalid: it must be a list, each item of which is one of",
     ),
     "nothing so short": (("--train_length=32", "segment_counting"), "no text of level easy or medium or hard"),
 }
