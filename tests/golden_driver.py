@@ -56,7 +56,8 @@ ARMS = {
     "gpt2": {**PLAIN, "second_attention": "none"},
 }
 ROPE = {**ARMS["meta"], "position": "rope"}
-TASKS = {"train_length": 96, "level": "easy", "batch_size": 8, "micro_batch_size": 4}
+# eval_windows: all validation texts, because versions before 0.2.0 chose a part of them in another way
+TASKS = {"train_length": 96, "level": "easy", "batch_size": 8, "micro_batch_size": 4, "eval_windows": None}
 ALL_TASKS = ("--tasks", "list_recall", "segment_counting", "parity", "copying")
 ALL_PLACEMENTS = ("--placements", "target", "every", "none", "background")
 # Runs beside those of every arm: name -> settings that differ from ROPE and STEPS.

@@ -66,6 +66,14 @@ def test_two_processes_and_accumulation_equal_one_process(workdir, second):
     assert losses(one)[-1] < losses(one)[0]
 
 
+def test_one_process_under_torchrun_gives_the_weights_of_a_process_without_it(workdir):
+    """It joins a process group and wraps the model in DDP, as several processes do."""
+    alone = run(workdir, "alone", "--max_steps=6", "--micro_batch_size=4")
+    launcher = (*TORCHRUN[:-1], "--nproc_per_node=1")
+    grouped = run(workdir, "grouped", "--max_steps=6", "--micro_batch_size=4", launcher=launcher)
+    assert equal(final(grouped), final(alone)) and metrics(grouped) == metrics(alone)
+
+
 def test_a_step_sees_the_same_windows_on_any_number_of_processes(workdir):
     """The windows of all ranks and micro-batches together are the step's slice of the order."""
     from nanometa.data.loader import window_order
