@@ -9,7 +9,6 @@ python report.py curves out/meta_128 out/pause_128 --output=curves.png        # 
 import re
 import shlex
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -17,7 +16,7 @@ from tyro.conf import Positional
 from nanometa.common.errors import UserError
 from nanometa.common.files import write_atomically
 from nanometa.common.terminal import write
-from nanometa.config.checks import check, check_types
+from nanometa.config.checks import check, check_types, similar_name
 from nanometa.config.command_line import load_config, run_cli
 from nanometa.reports import curves, depth, summary, tasks, training
 from nanometa.reports.files import Found, read
@@ -54,7 +53,7 @@ class Report:
 def main(argv: list[str]) -> None:
     if argv[:1] == ["curves"]:
         return curves.main(argv[1:])
-    if argv and not Path(argv[0]).exists() and get_close_matches(argv[0], ["curves"]):
+    if argv and not Path(argv[0]).exists() and similar_name(argv[0], ["curves"]):
         raise UserError(f"there is no folder or command {argv[0]}: did you mean 'curves'?")
     cfg = load_config(Report, argv)
     if not cfg.runs:

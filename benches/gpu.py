@@ -25,7 +25,7 @@ import torch
 
 from nanometa.benches.gpu_stages import STAGES
 from nanometa.common.errors import UserError
-from nanometa.common.files import write_atomically
+from nanometa.common.files import read_json_lines, write_atomically
 from nanometa.config.command_line import run_cli
 from nanometa.reports import gpu_picture
 from nanometa.training.distributed import pick_device
@@ -70,8 +70,7 @@ def _version(package: str) -> str | None:
 
 def read_lines(path: Path) -> list[dict]:
     """Returns the complete lines of a JSON-lines file. A kill can leave half a line at the end, which is dropped."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return read_json_lines(path, lambda line: None, "benches/gpu.py", growing=True) if path.exists() else []
 
 
 def stage_command(name: str, args) -> list[str]:
@@ -216,7 +215,9 @@ def main(argv: list[str]) -> None:
     verdicts = {line["stage"]: line for line in lines if "verdict" in line}
     write_atomically(args.output / "table.md", table(facts, results, verdicts).encode())
     gpu_picture.draw(heading(facts), results, args.output / "gpu.png")
-    print(f"\nwrote {path}, {args.output / 'table.md'}, {args.output / 'gpu.png'} and {args.output / 'log.txt'}")
+    names = (RESULTS, "table.md", "gpu.png", "log.txt")
+    written = [str(args.output / name) for name in names if (args.output / name).exists()]
+    print(f"\nwrote {', '.join(written)}")
     wrong = [name for name in args.stages if verdicts.get(name, {}).get("verdict") != "passed"]
     if wrong:
         raise UserError(

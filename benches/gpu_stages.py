@@ -24,6 +24,7 @@ from nanometa.benches.training import CONTENT, MARKERS, VOCABULARY, Step, traini
 from nanometa.config import TrainConfig
 from nanometa.config.command_line import run_cli
 from nanometa.training import estimate
+from nanometa.training.run_log import finite
 
 ROOT = Path(__file__).resolve().parent.parent
 # bits per byte of the quick start on a CPU (README.md), and how far a GPU's result may be from it
@@ -52,6 +53,7 @@ class Lab:
         if bound is not None and not self.tiny:
             goal = f"{'at most' if at_least is None else 'at least'} {bound:g}"
             met = value <= bound if at_least is None else value >= bound
+        value = finite(value) if isinstance(value, float) else value
         line = {"stage": self.stage, "what": what, "value": value, "unit": unit, "goal": goal, "met": met}
         with open(self.output / "results.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")

@@ -2,7 +2,6 @@
 
 import bisect
 import datetime
-import difflib
 import json
 import math
 import statistics
@@ -18,6 +17,7 @@ from matplotlib.ticker import EngFormatter
 from nanometa.common.errors import UserError
 from nanometa.common.files import read_json_lines
 from nanometa.config.arms import SECOND_ATTENTIONS, arm_label
+from nanometa.config.checks import similar_name
 from nanometa.reports.drawing import COLOURS, DASHES, GREY, arm_looks, key, legend, png, wrapped
 from nanometa.reports.lines import apart, told_apart
 from nanometa.reports.markup import details, escaped, percent, table
@@ -115,10 +115,8 @@ def require_folder(folder: Path) -> None:
     name."""
     if not folder.is_dir():
         beside = [path.parent.name for path in folder.parent.glob(f"*/{CONFIG}")]
-        close = difflib.get_close_matches(folder.name, beside, n=1)
-        what = (
-            f"did you mean {str(folder.parent / close[0])!r}?" if close else "give folders of runs, such as out/NAME."
-        )
+        close = similar_name(folder.name, beside)
+        what = f"did you mean {str(folder.parent / close)!r}?" if close else "give folders of runs, such as out/NAME."
         raise UserError(f"there is no folder {folder}: {what}")
 
 

@@ -69,6 +69,13 @@ def test_the_time_limit_also_ends_processes_in_sessions_of_their_own(call, tmp_p
     assert state == "" or state.startswith("Z")
 
 
+def test_damaged_results_are_refused_in_one_sentence_and_kept(call, tmp_path):
+    path = tmp_path / gpu.RESULTS
+    path.write_text('{"device": "x"}\nnot json\n')
+    _, error = call({"training": "pass"})
+    assert "line 2 is no line of benches/gpu.py" in error and path.read_text() == '{"device": "x"}\nnot json\n'
+
+
 def test_results_of_another_version_are_not_mixed_in(call, tmp_path):
     call({"training": "pass"})
     path = tmp_path / gpu.RESULTS

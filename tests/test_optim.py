@@ -8,7 +8,7 @@ import torch
 
 from nanometa.config import GPTConfig, TrainConfig
 from nanometa.model import GPT
-from nanometa.training.optimizer import Muon, Optimizer, learning_rate, norms, part_of
+from nanometa.training.optimizer import MUON_BATCH, Muon, Optimizer, learning_rate, norms, part_of
 from tests.conftest import cli, override, refusal
 from tests.training_runs import BASE, equal, final, metrics, run
 
@@ -77,8 +77,10 @@ def test_muon_updates_are_near_orthogonal_and_of_the_size_of_adamws():
             assert update.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.3)
 
 
+@pytest.mark.parametrize("most", [MUON_BATCH, 30])  # all matrices of a shape at once, or one by one
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batched_muon_makes_the_updates_of_torchs_muon(monkeypatch, dtype):
+def test_batched_muon_makes_the_updates_of_torchs_muon(monkeypatch, dtype, most):
+    monkeypatch.setattr("nanometa.training.optimizer.MUON_BATCH", most)
     # torch's Muon always computes in bfloat16, so in fp32 the updates agree only up to its rounding
     monkeypatch.setattr("nanometa.training.optimizer.pick_dtype", lambda dtype_name, device: (dtype, ""))
     shapes, generator = [(6, 4), (4, 6), (5, 5), (6, 4), (4, 6)], torch.Generator().manual_seed(0)

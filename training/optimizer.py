@@ -76,7 +76,10 @@ class Muon(torch.optim.Muon):
 
     def _update(self, params: list[torch.Tensor], group: dict) -> None:
         grads, momentum = [p.grad for p in params], group["momentum"]
-        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         directions = list(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
