@@ -1,12 +1,12 @@
 """Measures the speed and memory of training, decoding and preparing, and compares them with other implementations.
 
-    python bench.py                                        # all sections: one to two hours on 2 cores
-    python bench.py --only=training --shapes tiny --modes eager --dtypes bf16      # minutes
-    python bench.py --nanogpt=../nanoGPT --only decoding layer
+    python bench.py --quick --nanogpt=../nanoGPT           # about ten minutes on 2 cores
+    python bench.py --nanogpt=../nanoGPT                   # all sections: two hours or more
+    python bench.py --only=training --shapes tiny --modes eager --dtypes bf16
 
-The implementations take turns within one process, after a warm-up. Medians with quartiles are printed, and the ratios
-within one run are meaningful even on a busy machine. Peak memory is measured in a fresh process for each
-implementation. All results are also written to the folder --output, as results.json and as a picture, bench.png.
+Each implementation runs in a process of its own. The processes take turns, after a warm-up. Medians with quartiles are
+printed, and the ratios within one run are meaningful even on a busy machine. All results are also written to the folder
+--output: results.json, details.png, and bench.png, the comparison with the others.
 --nanogpt names a checkout of nanoGPT, which is imported and not changed. Hugging Face's GPT-2 takes part in training if
 --hf is given, and in decoding whenever transformers is installed.
 """
@@ -25,6 +25,7 @@ from nanometa.training.distributed import pick_device, why_not_compile
 from nanometa.training.run_log import environment
 
 SECTIONS = ("training", "profile", "decoding", "preparing", "layer", "lengths")
+QUICK = {"only": ["training", "decoding"], "shapes": ["tiny", "small"], "modes": ["eager"], "batches": [1]}
 
 
 def table(rows: list[dict]) -> str:
@@ -41,7 +42,9 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     shapes = (
         "gpt2: 12 layers of width 768 and 4 windows of 1024 positions; small: 6 layers of width 384 and 8 windows of "
         "256; tiny: 4 layers of width 192 and 8 windows of 512"
@@ -66,10 +69,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="texts decoded at once (default: 1 8)")
     parser.add_argument("--repeats", type=int, default=3, help="measured turns, after two of warm-up (default: 3)")
     parser.add_argument("--nanogpt", type=Path, help="the folder of a nanoGPT checkout to compare with")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="changes the defaults: training at the shapes tiny and small without torch.compile, and decoding of 64 "
+        "tokens with a batch of 1",
+    )
     parser.add_argument("--hf", action="store_true", help="also train Hugging Face's GPT-2")
     parser.add_argument(
         "--output", type=Path, default=Path("out/bench"), help="the folder of the results (default: out/bench)"
     )
+    if "--quick" in argv:
+        parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
     for name, values in (("repeats", [args.repeats]), ("batches", args.batches)):
         if min(values) < 1:
@@ -105,8 +116,8 @@ def main(argv: list[str]) -> None:
         # Save after every section, so that its results remain if the next one is interrupted.
         text = json.dumps({"environment": facts, **results}, indent=1) + "\n"
         write_atomically(args.output / "results.json", text.encode())
-        bench_picture.draw(results, args.output / "bench.png", f"{facts['processor']}, {facts['threads']} threads")
-    print(f"\nwrote {args.output / 'bench.png'} and {args.output / 'results.json'}")
+        pictures = bench_picture.draw(results, args.output, f"{facts['processor']}, {facts['threads']} threads")
+    print(f"\nwrote {', '.join(map(str, [*pictures, args.output / 'results.json']))}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ therefore gathers those M rows, runs ordinary causal attention over them, and ad
 3. The softmax of a row that may attend to nothing is undefined; here such a row gets exactly 0 added.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -65,12 +67,74 @@ def causal_sdpa(q, k, v, dropout_p, window=None):
 
     window: number of most recent keys that a query attends to, its own included; None for all previous keys."""
     mask = recent(q.size(2), window, q.device)
+    bf16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if bf16_on_cpu and torch.is_grad_enabled() and mask is None and dropout_p == 0:
+        # contiguous here, so that the backward pass keeps these and not the projection's output, and copies nothing
+        return blockwise_attention(q.contiguous(), k.contiguous(), v.contiguous())
     options = {"attn_mask": mask, "is_causal": mask is None, "dropout_p": dropout_p}
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) < 256:
+    if bf16_on_cpu and q.size(2) < 256:
         # on few rows, such as the meta-tokens, torch 2.13's bf16 kernel takes 1.5 to 4 times as long as its fp32 kernel
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
     return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+# ------------------------------------------------------- causal attention in plain products, for bf16 on a CPU
+
+BLOCK = 128  # queries at a time: more would compute more hidden scores, and fewer would make the products slow
+
+
+# an operator of its own, because torch.compile miscompiles the loop over the blocks (seen with torch 2.13)
+@torch.library.custom_op("nanometa::blockwise_attention", mutates_args=())
+def blockwise_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Computes causal attention of q, k, v (B, H, T, D), block by block of queries. Returns (B, H, T, D).
+
+    In bf16 on a CPU, forward and backward together take about half as long as torch's kernel, whose backward does not
+    use the processor's bf16 instructions. Like the kernel, this function keeps no attention weights for the backward
+    pass. Unlike the kernel, it rounds the scores to bf16 before the softmax."""
+    shape, (T, D) = q.shape, q.shape[2:]
+    q, k, v = (x.reshape(-1, T, D) for x in (q * D**-0.5, k, v))  # (N, T, D) with N = B * H
+    out = torch.empty_like(q)
+    for rows, keys, weights in _blocks(q, k):
+        torch.bmm(weights, v[:, keys], out=out[:, rows])
+    return out.view(shape)
+
+
+@torch.library.custom_op("nanometa::blockwise_attention_backward", mutates_args=())
+def _blockwise_attention_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the gradients of q, k and v for the gradient (B, H, T, D) of the output."""
+    shape, (T, D) = q.shape, q.shape[2:]
+    q, k, v, grad = (x.reshape(-1, T, D) for x in (q * D**-0.5, k, v, grad))
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows, keys, weights in _blocks(q, k):
+        d_weights = grad[:, rows] @ v[:, keys].mT
+        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+        torch.bmm(d_scores, k[:, keys], out=dq[:, rows])
+        dk[:, keys].baddbmm_(d_scores.mT, q[:, rows])
+        dv[:, keys].baddbmm_(weights.mT, grad[:, rows])
+    return tuple(x.view(shape) for x in (dq.mul_(D**-0.5), dk, dv))
+
+
+def _blocks(q: torch.Tensor, k: torch.Tensor):
+    """Yields for each block of queries the slice of its rows, the slice of the keys that they may see, and the
+    attention weights (N, rows, keys) of scaled q (N, T, D) and k (N, T, D)."""
+    future = torch.full((BLOCK, BLOCK), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    for start in range(0, q.size(1), BLOCK):
+        rows, keys = slice(start, start + BLOCK), slice(start + BLOCK)
+        scores = q[:, rows] @ k[:, keys].mT
+        n = scores.size(1)
+        scores[:, :, start:] += future[:n, :n]
+        yield rows, keys, scores.softmax(-1)
+
+
+blockwise_attention.register_fake(lambda q, k, v: q.new_empty(q.shape))
+_blockwise_attention_backward.register_fake(lambda grad, q, k, v: tuple(x.new_empty(x.shape) for x in (q, k, v)))
+blockwise_attention.register_autograd(
+    lambda ctx, grad: _blockwise_attention_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 def recent(T: int, window: int | None, device) -> torch.Tensor | None:

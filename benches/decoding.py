@@ -9,12 +9,13 @@ before the clock starts, except for nanoGPT, which uses autocast.
 import importlib.util
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from nanometa.benches.timing import DTYPES, alternate, quartiles, say
+from nanometa.benches.timing import DTYPES, Contestant, alternate, contest, memory_bandwidth, quartiles, say
 from nanometa.benches.training import Step, nanogpt_model
 from nanometa.common.keyed_random import stable_key
 from nanometa.config import GPTConfig
@@ -22,7 +23,8 @@ from nanometa.inference.generation import MarkerPlan, generate_batch, lay_out, p
 from nanometa.model import GPT
 from nanometa.training.distributed import autocast
 
-PROMPT, NEW = 32, 256
+PROMPT, NEW, QUICK_NEW = 32, 256, 64
+WEIGHTS = 12 * 12 * 768**2 + 50304 * 768  # numbers that are read for every token: the blocks' matrices and the head
 CPU = torch.device("cpu")
 
 
@@ -98,14 +100,22 @@ def nanogpt(folder: str, cfg: GPTConfig, batch: int, dtype: torch.dtype, new: in
 
 
 def bench(args, peaks: dict[str, float]) -> list[dict]:
-    """Measures content tokens per second and the time to the first token, on the CPU."""
-    rows = []
+    """Measures content tokens per second and the time to the first token, on the CPU.
+
+    The column "share of the bandwidth" compares the speed of batch 1 with the limit that reading all weights once per
+    token sets."""
+    rows, bandwidth = [], memory_bandwidth()
+    print(f"reading memory: {bandwidth / 1e9:.1f} GB/s")
     for dtype, batch in itertools.product(args.dtypes, args.batches):
-        rows += contest(batch, dtype, args.repeats, args.nanogpt)
+        found = compare(batch, dtype, args.repeats, args.nanogpt, new=QUICK_NEW if args.quick else NEW)
+        for row in found:
+            if batch == 1 and row["who"] != "nanogpt":
+                row["share of the bandwidth"] = row["content tokens/s"] * WEIGHTS * DTYPES[dtype].itemsize / bandwidth
+        rows += found
     return rows
 
 
-def contest(
+def compare(
     batch: int,
     name: str,
     repeats: int,
@@ -120,17 +130,18 @@ def contest(
     dtype = DTYPES[name]
     shape = {"n_layer": layers, "vocab_size": 50304, "content_vocab_size": 50257}
     plain, meta = (GPTConfig(**shape, second_attention=second) for second in ("none", "meta"))
-    writers = {"none": ours("none", plain, batch, dtype, False, device)}
-    writers["meta"] = ours("meta", meta, batch, dtype, False, device)
+    makers = {"none": (ours, "none", plain, batch, dtype, False, device)}
+    makers["meta"] = (ours, "meta", meta, batch, dtype, False, device)
     if batch > 1:
-        writers["meta, one plan"] = ours("meta", meta, batch, dtype, True, device)
+        makers["meta, one plan"] = (ours, "meta", meta, batch, dtype, True, device)
     if importlib.util.find_spec("transformers"):
-        writers["hf"] = hugging_face(plain, batch, dtype, device)
-    tokens = dict.fromkeys(writers, new)
+        makers["hf"] = (hugging_face, plain, batch, dtype, device)
+    tokens = dict.fromkeys(makers, new)
     if checkout is not None:
-        writers["nanogpt"], tokens["nanogpt"] = nanogpt(str(checkout), plain, batch, dtype, new, device), 3
-    first = alternate({who: lambda w=write: w(1) for who, write in writers.items()}, repeats)
-    whole = alternate({who: lambda w=write, n=tokens[who]: w(n) for who, write in writers.items()}, repeats)
+        makers["nanogpt"], tokens["nanogpt"] = (nanogpt, str(checkout), plain, batch, dtype, new, device), 3
+    writers = {who: Contestant(*maker, keep_freed=who not in ("hf", "nanogpt")) for who, maker in makers.items()}
+    first = alternate({who: partial(write, 1) for who, write in writers.items()}, repeats)
+    whole, _ = contest(writers, repeats, {who: (tokens[who],) for who in writers})
     rows = []
     for who in writers:
         low, middle, high = (batch * tokens[who] / seconds for seconds in quartiles(whole[who])[::-1])

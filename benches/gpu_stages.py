@@ -280,7 +280,7 @@ def decoding_speed(lab: Lab) -> None:
     """Measures decoding at several batch sizes, in turns with Hugging Face's GPT-2."""
     for batch in (1, 2) if lab.tiny else (1, 8, 64):
         options = {"new": 4, "layers": 2} if lab.tiny else {"new": 48}
-        rows = decoding.contest(batch, "bf16", 2, None, device=lab.device, **options)
+        rows = decoding.compare(batch, "bf16", 2, None, device=lab.device, **options)
         speed = {row["who"]: row["content tokens/s"] for row in rows}
         for who, value in speed.items():
             lab.report(f"batch {batch}, {who}", value, "content tokens/s")

@@ -1,14 +1,17 @@
 """Measures the time of functions that take turns, and the peak memory of functions in fresh processes."""
 
+import contextlib
 import multiprocessing
 import resource
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
+
+from nanometa.common.memory import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP = 2  # calls that are not measured
@@ -62,19 +65,85 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _measured(make: Callable, args: tuple, repeats: int) -> tuple[list[float], int]:
-    """Measures make(*args) in this process; in_fresh_process calls it in a new process."""
-    times = alternate({"": make(*args)}, repeats)[""]
-    return times, peak_memory()
+class Contestant:
+    """A function in a process of its own. Calling the contestant calls the function and waits for it.
+
+    Contestants do not share the settings of a process, such as the memory allocator's, nor its peak memory."""
+
+    def __init__(self, make: Callable, *args, keep_freed: bool = True):
+        """Starts the process, which calls make(*args) to get the function. make must be at the top level of a module.
+
+        keep_freed: whether the process keeps freed memory (common/memory.py), as all commands of nanoMeta do."""
+        context = multiprocessing.get_context("spawn")
+        self.pipe, end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(end, make, args, keep_freed), daemon=True)
+        self.process.start()
+        end.close()  # so that the parent notices if the child ends
+
+    def __call__(self, *args) -> None:
+        """Calls the function with these arguments. Raises RuntimeError if it fails."""
+        self._ask(args)
+
+    def peak(self) -> int:
+        """Returns the peak memory of the process in bytes."""
+        return self._ask(None)
+
+    def _ask(self, request):
+        try:
+            self.pipe.send(request)
+            right, answer = self.pipe.recv()
+        except (EOFError, OSError):
+            raise RuntimeError("the process of a contestant ended, perhaps for lack of memory") from None
+        if not right:
+            raise RuntimeError(answer)
+        return answer
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.terminate()
+        self.process.join()
+        self.pipe.close()
 
 
-def in_fresh_process(make: Callable, *args, repeats: int = 3) -> tuple[list[float], int]:
-    """Measures the function that make(*args) returns in a fresh process.
+def _serve(pipe, make: Callable, args: tuple, keep_freed: bool) -> None:
+    """Answers the requests of a Contestant: arguments to call the function with, or None for the peak memory."""
+    if keep_freed:
+        keep_freed_memory()
+    function = failure = None
+    try:
+        function = make(*args)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    with contextlib.suppress(EOFError):  # the parent has closed its end
+        while True:
+            request = pipe.recv()
+            answer = None
+            try:
+                if request is None:
+                    answer = peak_memory()
+                elif function:
+                    function(*request)
+                    if torch.cuda.is_available():
+                        torch.cuda.synchronize()
+            except Exception as error:
+                failure = f"{type(error).__name__}: {error}"
+            pipe.send((failure is None, failure or answer))
 
-    make must be defined at the top level of a module. Returns the seconds of each call and the peak memory in bytes."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(_measured, make, args, repeats).result()
+
+def contest(
+    contestants: dict[str, Contestant], repeats: int, arguments: dict[str, tuple] | None = None
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Returns the seconds of each call and the peak memory in bytes, by contestant. They take turns, and then end.
+
+    arguments: what each contestant is called with; nothing by default."""
+    try:
+        times = alternate(
+            {who: partial(call, *(arguments or {}).get(who, ())) for who, call in contestants.items()}, repeats
+        )
+        return times, {who: contestant.peak() for who, contestant in contestants.items()}
+    finally:
+        for contestant in contestants.values():
+            contestant.close()
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device, n: int = 4096) -> float:
@@ -82,3 +151,9 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, n: int = 4096) -> floa
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * n**3 / min(alternate({"": lambda: torch.mm(a, b, out=out)}, 5)[""])
+
+
+def memory_bandwidth(bytes_read: int = 2**29) -> float:
+    """Returns the bytes per second of the fastest of five passes over a tensor that no cache holds."""
+    numbers = torch.ones(bytes_read // 4)
+    return bytes_read / min(alternate({"": numbers.sum}, 5)[""])

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from nanometa.benches.timing import DTYPES, alternate, in_fresh_process, quartiles, say
+from nanometa.benches.timing import DTYPES, Contestant, contest, quartiles, say
 from nanometa.config import GPTConfig, TrainConfig
 from nanometa.data.layout import IGNORE, places_of
 from nanometa.layers.loss import Objective
@@ -27,6 +27,7 @@ from nanometa.training.optimizer import Optimizer
 VOCABULARY, CONTENT = 50304, 50257
 # layers, heads, width, positions per window, windows per step
 SHAPES = {"gpt2": (12, 12, 768, 1024, 4), "small": (6, 6, 384, 256, 8), "tiny": (4, 3, 192, 512, 8)}
+KEPT = "nanogpt, memory kept"
 MARKERS = 0.1  # share of the positions, in the arm with meta-tokens
 
 
@@ -153,29 +154,34 @@ def _peer(step: Step, device: torch.device) -> tuple[Callable, list, Callable]:
 
 
 def bench(args, peaks: dict[str, float]) -> list[dict]:
-    """Returns one row per shape, dtype, mode and implementation. Peak memory is measured in eager mode only."""
+    """Returns one row per shape, dtype, mode and implementation, each of which runs in a process of its own.
+
+    nanoGPT takes part twice: as its users run it, and as "nanogpt, memory kept", with the setting of the memory
+    allocator that nanoMeta's commands make."""
     rows = []
     for name in args.shapes:
         shape = SHAPES[name]
         vocabulary = (4160, 4096) if name == "tiny" else (VOCABULARY, CONTENT)
         arms = {"none": 0, "meta": round(MARKERS * shape[3])}
-        arms |= ({"nanogpt": 0} if args.nanogpt else {}) | ({"hf": 0} if args.hf else {})
+        arms |= ({"nanogpt": 0, KEPT: 0} if args.nanogpt else {}) | ({"hf": 0} if args.hf else {})
         for dtype, mode in itertools.product(args.dtypes, args.modes):
             steps = {
-                arm: Step(arm, dtype, mode == "compiled", shape, markers, vocabulary, str(args.nanogpt))
-                for arm, markers in arms.items()
+                who: Step(who.split(",")[0], dtype, mode == "compiled", shape, markers, vocabulary, str(args.nanogpt))
+                for who, markers in arms.items()
             }
-            torch._dynamo.reset()  # it gives up after compiling a function eight times, counted over all models
-            times = alternate({arm: training_step(step) for arm, step in steps.items()}, args.repeats)
-            for arm, step in steps.items():
-                low, middle, high = (step.positions / seconds for seconds in quartiles(times[arm])[::-1])
-                row = {"shape": name, "dtype": dtype, "mode": mode, "who": arm, "positions/s": middle}
+            contestants = {
+                who: Contestant(training_step, step, keep_freed=who in ("none", "meta", KEPT))
+                for who, step in steps.items()
+            }
+            times, peak = contest(contestants, args.repeats)
+            for who, step in steps.items():
+                low, middle, high = (step.positions / seconds for seconds in quartiles(times[who])[::-1])
+                row = {"shape": name, "dtype": dtype, "mode": mode, "who": who, "positions/s": middle}
                 row |= {"quartiles": f"{low:,.0f} .. {high:,.0f}", "content/s": middle * step.content / step.positions}
-                if arm in ("none", "meta"):
+                if who in ("none", "meta"):
                     flops = flops_per_window(step.config(), step.markers) / shape[3]
                     row["share of the matmul peak"] = middle * flops / peaks[dtype]
-                if mode == "eager":
-                    row["peak GB"] = in_fresh_process(training_step, step, repeats=1)[1] / 1e9
+                row["peak GB"] = peak[who] / 1e9
                 rows.append(row)
                 say(row)
     return rows
@@ -193,11 +199,10 @@ def ratios(rows: list[dict]) -> list[str]:
             f"{' '.join(key)}: meta / none {group['meta']['positions/s'] / plain['positions/s']:.3f} in positions/s"
         )
         sentence += f", {group['meta']['content/s'] / plain['content/s']:.3f} in content tokens/s"
-        for peer in ("nanogpt", "hf"):
+        for peer in ("nanogpt", KEPT, "hf"):
             if peer in group:
                 sentence += f"; none / {peer} {plain['positions/s'] / group[peer]['positions/s']:.3f}"
-                if "peak GB" in plain:
-                    sentence += f", memory {plain['peak GB'] / group[peer]['peak GB']:.2f}"
+                sentence += f", memory {plain['peak GB'] / group[peer]['peak GB']:.2f}"
         out.append(sentence)
     return out
 

@@ -21,6 +21,7 @@ import tyro
 
 import nanometa.config
 from nanometa.common.errors import UserError
+from nanometa.common.memory import keep_freed_memory
 from nanometa.config import GPTConfig, PrepareConfig, SampleConfig, TaskConfig, TrainConfig
 from nanometa.config.checks import bool_names, field_names, flat_fields, nearest_name, type_name
 from nanometa.config.settings import Settings, named_settings, refuse_idle
@@ -29,6 +30,7 @@ from nanometa.config.settings import Settings, named_settings, refuse_idle
 def run_cli(main) -> None:
     """Runs main(argv) of a command and exits. A UserError is printed as one line, and the exit status is then 2."""
     status = 0
+    keep_freed_memory()
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -54,17 +54,21 @@ def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
 
 
 def _nats_and_slopes(logits: torch.Tensor, targets: torch.Tensor, n_content: int) -> torch.Tensor:
-    """Returns the summed nats () of the scored targets (N,), and overwrites logits (N, V) with d nats / d logits."""
+    """Returns the summed nats () of the scored targets (N,), and overwrites logits (N, V) with d nats / d logits.
+
+    The rows of logits without a scored target get slopes, too, which the caller must not use."""
     total = torch.zeros((), dtype=_sum_dtype(logits.dtype), device=logits.device)
     block = block_rows(logits.device.type, logits.size(1))
     for part, t in zip(logits.split(block), targets.split(block), strict=True):
-        logp, scored, t = _log_probs(part, n_content), (t >= 0)[:, None], t.clamp(min=0)[:, None]
-        total -= torch.where(scored, logp.gather(1, t), 0).sum()
+        x = mask_unpredictable_(part.to(_sum_dtype(part.dtype), copy=True), n_content)
+        p, scored, t = x.softmax(1), t >= 0, t.clamp(min=0)[:, None]
+        # log p[t], also where p[t] is too small to be represented: take the normalizer from the largest entry
+        logp = (x.gather(1, t) - x.amax(1, keepdim=True) + p.amax(1, keepdim=True).log()).squeeze(1)
+        total -= torch.where(scored, logp, 0).sum()
         # the gradient is softmax - onehot; subtract before rounding, since the difference is small for a likely target
-        d = logp.exp_()
-        d.scatter_add_(1, t, -torch.ones_like(t, dtype=d.dtype))
-        part.copy_(d.masked_fill_(~scored, 0))
-        del logp, d  # free them before the next block allocates its own
+        p.scatter_add_(1, t, -torch.ones_like(t, dtype=p.dtype))
+        part.copy_(p)
+        del x, p  # free them before the next block allocates its own
     return total
 
 
@@ -75,19 +79,24 @@ class _SummedNats(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, n_content, dtype, chunk):
         w, n = weight.to(dtype), hidden.size(0)
         total = torch.zeros((), dtype=_sum_dtype(dtype), device=hidden.device)
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=total.dtype)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight, dtype=total.dtype)
         # on a CPU, mapping the memory pages of a new tensor of this size costs a third of the product's time
         buffer = torch.empty(min(n, chunk), w.size(0), dtype=dtype) if hidden.device.type == "cpu" else None
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk)
-            h = hidden[rows].to(dtype)
+            # zeros in rows that are not scored cost less here than in the larger gradient of the logits
+            unscored = (targets[rows] < 0)[:, None]
+            h = hidden[rows].to(dtype).masked_fill(unscored, 0)
             d = torch.mm(h, w.T, out=None if buffer is None else buffer[: h.size(0)])
             # not in place: under torch.compile, torch 2.11 gives zero gradients if the result was changed in place
             total = total + _nats_and_slopes(d, targets[rows], n_content)
-            d_hidden[rows] = d @ w
+            d_hidden[rows] = (d @ w).masked_fill_(unscored, 0)
             # one slice of the vocabulary at a time, to avoid a second tensor of the head's size
             for part, d_part in zip(d_weight.split(SLICE), d.split(SLICE, 1), strict=True):
-                part += d_part.T @ h
+                if start == 0:
+                    part.copy_(d_part.T @ h)
+                else:
+                    part += d_part.T @ h
             del d  # free it before the next chunk allocates its own
         ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
         return total
@@ -95,7 +104,11 @@ class _SummedNats(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), d_weight * grad.to(d_weight.dtype), None, None, None, None
+        if d_weight.device.type == "cpu":  # in place, to save a tensor of the head's size when memory use is highest
+            d_weight = d_weight.mul_(grad)  # a second backward pass through the same graph is an error
+        else:  # torch.compile cannot do that
+            d_weight = d_weight * grad.to(d_weight.dtype)
+        return d_hidden * grad.to(d_hidden.dtype), d_weight, None, None, None, None
 
 
 def summed_nats(hidden, weight, targets, n_content: int, chunk: int | None = None) -> torch.Tensor:

@@ -1,14 +1,19 @@
 """Tests that bench.py measures what it claims to measure, but not how fast it is."""
 
+import ctypes
 import math
+import resource
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from nanometa.benches.timing import alternate, in_fresh_process, quartiles
+from nanometa.benches.timing import Contestant, alternate, contest, quartiles
 from nanometa.benches.training import DenseMeta, Step, training_step
 from nanometa.meta_attention import MetaAttention
 from nanometa.reports import bench_picture
+from tests.conftest import ROOT
 
 SMALL = (1, 2, 32, 40, 2)
 
@@ -43,10 +48,74 @@ def _holding(megabytes: int):
     return lambda: kept.append(torch.ones(megabytes * 250_000)) if not kept else None
 
 
-def test_peak_memory_is_measured_in_a_fresh_process():
+def test_peak_memory_is_that_of_a_contestants_own_process():
     ours = torch.ones(100_000_000)  # 400 MB of this process, which must not count
-    small, large = (in_fresh_process(_holding, size, repeats=1)[1] for size in (1, 300))
-    assert 250e6 < large - small < 350e6 and len(ours)
+    _, peaks = contest({size: Contestant(_holding, size) for size in (1, 300)}, repeats=1)
+    assert 250e6 < peaks[300] - peaks[1] < 350e6 and len(ours)
+
+
+def _breaking():
+    def fail(message="nothing"):
+        raise ValueError(message)
+
+    return fail
+
+
+def test_a_failing_contestant_ends_the_contest_with_its_message():
+    for maker, message in (((_breaking,), "ValueError: nothing"), ((_holding, "x"), "TypeError")):
+        contestants = {"fails": Contestant(*maker)}
+        with pytest.raises(RuntimeError, match=message):
+            contest(contestants, repeats=1)
+        assert not contestants["fails"].process.is_alive()
+
+
+def _step_with_large_tensors():
+    def step():
+        for _ in range(3):
+            torch.ones(25_000_000)  # 100 MB, above glibc's default threshold
+        return None
+
+    return step
+
+
+def _faults(keep_freed: bool) -> int:
+    contestant = Contestant(_counted_faults, keep_freed=keep_freed)
+    try:
+        for _ in range(3):
+            contestant()
+        with pytest.raises(RuntimeError) as told:
+            contestant("report")
+        return int(str(told.value).split()[-1])
+    finally:
+        contestant.close()
+
+
+def _counted_faults():
+    counts, step = [], _step_with_large_tensors()
+
+    def call(report=""):
+        if report:
+            raise ValueError(counts[-1])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        step()
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+    return call
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="only glibc has this setting")
+def test_freed_memory_is_kept():
+    """Without the setting, each tensor of 100 MB costs a page fault for every 4 kB (or 2 MB) of it."""
+    assert _faults(keep_freed=True) < 100 < _faults(keep_freed=False)
+
+
+def test_every_command_keeps_freed_memory():
+    code = (
+        "import sys; from nanometa.config import command_line as c; c.keep_freed_memory = lambda: print('kept'); "
+        "c.run_cli(lambda argv: print('ran'))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["kept", "ran"]
 
 
 def test_the_bench_picture_is_drawn(tmp_path):
@@ -54,9 +123,20 @@ def test_the_bench_picture_is_drawn(tmp_path):
         {"shape": "tiny", "dtype": "fp32", "mode": "eager", "who": who, "positions/s": rate, "peak GB": 1.0}
         for who, rate in (("none", 10.0), ("meta", 9.0))
     ]
+    decoding = [
+        {"batch": 8, "dtype": "bf16", "who": who, "content tokens/s": rate}
+        for who, rate in (("none", 30.0), ("hf", 10.0), ("nanogpt", 1.0))
+    ]
     lines = [
         {"T": T, "who": "meta", "markers": 0.1, "s a step": T / 99, "peak GB": 1.0, "s at the matmul peak": T / 999}
         for T in (256, 512)
     ]
-    bench_picture.draw({"training": rows, "lengths": lines}, tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").stat().st_size > 10_000
+    assert bench_picture.draw({"training": rows, "lengths": lines}, tmp_path) == [tmp_path / "details.png"]
+    rows.append({**rows[0], "who": "nanogpt", "positions/s": 4.0})
+    results = {"training": rows, "decoding": decoding}
+    assert bench_picture.speedups(results) == [
+        ("training, tiny, fp32, eager", "nanogpt", 2.5),
+        ("decoding, batch 8, bf16", "hf", 3.0),
+    ]
+    for picture in bench_picture.draw(results, tmp_path):
+        assert picture.stat().st_size > 10_000

@@ -3,14 +3,17 @@
 import dataclasses
 import gc
 import json
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanometa import train
+from nanometa import meta_attention, train
 from nanometa.common.errors import UserError
 from nanometa.config import GPTConfig, TrainConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
@@ -60,10 +63,13 @@ def random_batch(cfg: GPTConfig, B: int, M: int) -> tuple[torch.Tensor, ...]:
 
 
 def counted_flops(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype) -> int:
-    """Counts the FLOPs of a forward and backward pass, with the plain attention kernel, because PyTorch does not count
-    those of the CPU's fused kernel."""
+    """Counts the FLOPs of a forward and backward pass, with PyTorch's plain attention, because PyTorch counts neither
+    those of the CPU's fused kernel nor those of blockwise_attention."""
     objective = Objective(GPT(cfg))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    plain = mock.patch.object(
+        meta_attention, "blockwise_attention", partial(scaled_dot_product_attention, is_causal=True)
+    )
+    with plain, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         with autocast(CPU, dtype):
             nats = objective(*random_batch(cfg, B, M))
         nats.backward()

@@ -1,9 +1,14 @@
+from functools import partial
+from unittest import mock
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanometa.meta_attention import CausalSelfAttention, MetaAttention, add_rows, gather_rows
+import nanometa.meta_attention as meta_attention_file
+from nanometa.meta_attention import CausalSelfAttention, MetaAttention, add_rows, blockwise_attention, gather_rows
 from tests.reference.meta_attention import meta_attention, meta_index
 
 
@@ -106,16 +111,77 @@ def test_gathered_rows_are_added_at_their_positions(T, seed):
     assert torch.equal(add_rows(x, gather_rows(y, index), index), torch.where(is_meta[..., None], x + y, x))
 
 
-def test_bfloat16_follows_float32():
-    """Tests the short-sequence path of causal_sdpa and torch's own kernel, on both sides of the border between them."""
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "evaluation"])
+def test_bfloat16_follows_float32(grad):
+    """In evaluation, causal_sdpa has a path for short sequences; both sides of its border are tested."""
     m = MetaAttention(16, 2, bias=True, dropout=0.0)
     for M in (255, 256):
         x, index = torch.randn(1, 300, 16), torch.arange(M)[None]
         exact = m(x, index, torch.nn.Identity())
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
             rough = m(x, index, torch.nn.Identity())
         assert rough.dtype == torch.float32
         assert 0 < (rough - exact).abs().max() < 0.03
+
+
+# one row; one block; a block and a part; several blocks, the last one full or of a single row
+@pytest.mark.parametrize("T", [1, 2, 128, 129, 200, 384, 385])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_blockwise_attention_equals_torchs_kernel(T, contiguous):
+    def inputs(seed):
+        torch.manual_seed(seed)
+        shape = (2, 3, T, 5) if contiguous else (2, T, 3, 5)
+        x = torch.randn(shape, dtype=torch.float64)
+        return x if contiguous else x.transpose(1, 2)
+
+    q, k, v, grad = (inputs(seed) for seed in range(4))
+    results = []
+    for attend in (blockwise_attention, partial(F.scaled_dot_product_attention, is_causal=True)):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves)
+        results.append((out, *torch.autograd.grad(out, leaves, grad)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_blockwise_attention_in_bfloat16_is_nearly_as_exact_as_torchs_kernel():
+    """Both are compared with the attention of the same bf16 numbers in float64."""
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(2, 3, 300, 64).bfloat16() for _ in range(4))
+
+    def results(attend, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves)
+        return [x.double() for x in (out, *torch.autograd.grad(out, leaves, grad.to(dtype)))]
+
+    kernel = partial(F.scaled_dot_product_attention, is_causal=True)
+    exact = results(kernel, torch.float64)
+    ours, theirs = (
+        [((x - e).norm() / e.norm()).item() for x, e in zip(results(attend, torch.bfloat16), exact, strict=True)]
+        for attend in (blockwise_attention, kernel)
+    )
+    assert max(theirs) < 0.01
+    assert all(our < 2 * their for our, their in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+def test_training_in_bfloat16_uses_blockwise_attention_where_it_may():
+    """A window or dropout needs torch's kernel; evaluation uses it because it is more exact."""
+    q = torch.randn(1, 2, 300, 8).bfloat16().requires_grad_()
+
+    def used(x, dropout=0.0, window=None):
+        with mock.patch.object(meta_attention_file, "blockwise_attention", side_effect=blockwise_attention) as spy:
+            meta_attention_file.causal_sdpa(x, x, x, dropout, window)
+        return spy.called
+
+    assert used(q) and used(q, window=300)
+    assert not used(q, dropout=0.1) and not used(q, window=10) and not used(q.float())
+    with torch.no_grad():
+        assert not used(q)
+
+
+def test_blockwise_attention_compiles_without_a_graph_break_and_passes_the_operator_tests():
+    arguments = [torch.randn(1, 2, 150, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    torch.library.opcheck(blockwise_attention, arguments)
 
 
 def test_the_comparison_with_the_reference_can_fail():

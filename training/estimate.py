@@ -172,13 +172,15 @@ def activations(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
     def dropout(rows: int, width: int) -> int:  # the mask: booleans on CUDA, elsewhere numbers of the input's dtype
         return B * rows * C * (1 if device == "cuda" else width) if cfg.dropout else 0
 
-    def attention(rows: int) -> int:
+    def attention(rows: int, masked: bool = False) -> int:
         n = B * rows
         saved = norm(rows) + n * C * size + dropout(rows, size)  # the second term is c_attn's input
         if device == "cpu" and cfg.dropout:
             # With dropout, torch has no fused kernel on a CPU: it saves q, k, v and three matrices of rows x rows in
             # fp32. The last term is c_proj's input.
             return saved + 4 * (3 * n * C + 3 * B * H * rows * rows) + n * C * size
+        if device == "cpu" and size == 2 and not masked:
+            return saved + (3 + 1) * n * C * size  # blockwise_attention's q, k and v; c_proj's input
         saved += 4 * n * H  # the log-sum-exp of each softmax
         if device == "cpu" and size == 2 and rows < 256:
             return saved + 4 * 4 * n * C + n * C * size  # causal_sdpa's fp32 q, k, v and output; c_proj's bf16 input
@@ -192,8 +194,9 @@ def activations(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
     rows = second_rows(cfg, M)
     tables = T
     if cfg.second.gathers:
-        block += attention(rows) + B * rows * (2 * 8 + 2 * 1)  # the indices of gather and scatter, and the pad masks
-        if cfg.second.window is not None and rows > cfg.second.window and not (device == "cpu" and cfg.dropout):
+        masked = cfg.second.window is not None and rows > cfg.second.window
+        block += attention(rows, masked) + B * rows * (2 * 8 + 2 * 1)  # indices of gather and scatter, and pad masks
+        if masked and not (device == "cpu" and cfg.dropout):
             # one mask for all windows of a batch, as numbers of the dtype in which causal_sdpa computes
             block += rows * rows * (4 if device == "cpu" and rows < 256 else size)
         tables += rows
@@ -211,10 +214,11 @@ def loss_transient(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> in
     n, C, V = B * scored_rows(cfg, M), cfg.n_embd, cfg.vocab_size
     chunk = min(n, chunk_rows(device, torch.Size((V, C))))
     block = min(chunk, block_rows(device, V))
-    # The largest of: a block's fp32 logits with their log-softmax; the gradient of the hidden states; and a slice of
-    # the head's gradient, which under autocast has an fp32 copy.
-    most = max(2 * 4 * block * V, chunk * C * size, min(V, SLICE) * C * (size + (4 if size == 2 else 0)))
-    casts = (V + chunk) * C * size if size == 2 else 0  # casts of the head's weight and of the hidden states
+    # The largest of: a block's fp32 logits with their softmax; the gradient of the hidden states; and a slice of the
+    # head's gradient, which from the second chunk on has an fp32 copy under autocast.
+    fp32_copy = 4 if size == 2 and n > chunk else 0
+    most = max(2 * 4 * block * V, chunk * C * size, min(V, SLICE) * C * (size + fp32_copy))
+    casts = (V if size == 2 else 0) * C * size + chunk * C * size  # the head's weight; the hidden states
     # the last three terms: the gradients of the head and of the hidden states, and the hidden states themselves
     return chunk * V * size + most + casts + 4 * V * C + 4 * n * C + 4 * n * C
 
@@ -248,8 +252,10 @@ def memory(cfg: TrainConfig, M: int, dtype: torch.dtype, device: str, accumulati
         forward += parts["gradients"]
     phases = {
         "end of forward pass": forward + parts["temporary, for the loss"],
-        # the gradients of the head and of the hidden states, both as saved and as scaled by the loss's gradient
-        "start of backward pass": forward + 2 * 4 * (wte + B * scored_rows(cfg.model, M) * cfg.model.n_embd),
+        # the gradients of the head and of the hidden states, as saved and as scaled by the loss's gradient; on a CPU
+        # the gradient of the head is scaled in place
+        "start of backward pass": forward
+        + 4 * ((1 if device == "cpu" else 2) * wte + 2 * B * scored_rows(cfg.model, M) * cfg.model.n_embd),
         # In between, activations are freed while gradients are made. At the end, the dense gradient of the embedding
         # is made beside that of the head; the gradient of earlier micro-batches is the third of this size. AdamW's
         # fused update needs no further memory.
