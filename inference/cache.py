@@ -220,27 +220,26 @@ class Decoder:
 
 
 class Product(nn.Module):
-    """A linear layer for decoding. Its weight is cast once and, on a CPU, packed into the layout of oneDNN's kernels.
+    """A linear layer for decoding. Its weight is cast once and, on a CPU, multiplied by oneDNN's kernels.
 
-    On few rows, F.linear repacks a bf16 weight in every call, and is slow in fp32. The packed product, which
-    torch.compile also emits, reads every weight once and takes as long for 10 rows as for 1. Weights are not packed for
-    a single fp32 row: F.linear already reads them at memory bandwidth, and packing would only copy them."""
+    On few rows, F.linear repacks a bf16 weight in every call. In fp32 it multiplies in MKL, which on AMD's processors
+    reads the weight of a single row at half of the memory's bandwidth. oneDNN, whose products torch.compile also emits,
+    reads every weight once and takes as long for 10 rows as for 1. The weight is packed into the layout of its kernels,
+    except for a single fp32 row, which gains little from that for a copy of all weights."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, rows: int):
         """rows: number of rows of the input in most steps."""
         super().__init__()
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
-        on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if dtype == torch.bfloat16:
-            self.packed = on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # a CPU without AVX512 cannot pack it
-        else:
-            self.packed = on_cpu and rows > 1
-        if self.packed:
+        self.onednn = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if dtype == torch.bfloat16:  # a CPU without AVX512 has no such kernels in bf16
+            self.onednn = self.onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if self.onednn and (rows > 1 or dtype == torch.bfloat16):
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
 
     def forward(self, x):
         x = x.to(self.weight.dtype)
-        if self.packed:
+        if self.onednn:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)

@@ -85,9 +85,44 @@ def test_a_head_at_scored_positions_only_gives_the_same_loss_and_gradients(workd
         torch.testing.assert_close(ours, expected)
 
 
-def test_gradients_pass_gradcheck():
+def test_gradients_equal_finite_differences():
+    """gradcheck cannot be used, because it calls backward more than once."""
     hidden, weight, targets, n = case(7, 2)
-    assert torch.autograd.gradcheck(lambda h, w: summed_nats(h, w, targets, n, 3), (hidden, weight))
+    with torch.no_grad():
+        for x, slopes in zip(
+            (hidden, weight),
+            torch.autograd.grad(_tripled(hidden, weight, targets, n), (hidden, weight)),
+            strict=True,
+        ):
+            for place in range(x.numel()):
+                ends = []
+                for step in (1e-6, -2e-6, 1e-6):  # forward, then backward, then back
+                    x.view(-1)[place] += step
+                    ends.append(_tripled(hidden, weight, targets, n))
+                torch.testing.assert_close((ends[0] - ends[1]) / 2e-6, slopes.view(-1)[place], rtol=1e-6, atol=1e-8)
+
+
+@torch.enable_grad()
+def _tripled(hidden, weight, targets, n):
+    """Returns three times the loss, so that the gradient that reaches summed_nats is not 1."""
+    return 3 * summed_nats(hidden, weight, targets, n, 3)
+
+
+def test_a_second_backward_pass_is_an_error():
+    """On a CPU the first one scales the gradient in place, so a second one would be wrong."""
+    hidden, weight, targets, n = case(7, 2)
+    loss = _tripled(hidden, weight, targets, n)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_an_extremely_unlikely_target_has_a_finite_loss():
+    """Its probability, exp(-300), is too small for fp32."""
+    weight, hidden = torch.eye(4), torch.tensor([[300.0, 0, 0, 0]], requires_grad=True)
+    loss = summed_nats(hidden, weight, torch.tensor([1]), 4)
+    assert loss == 300
+    assert torch.autograd.grad(loss, hidden)[0].tolist() == [[1.0, -1.0, 0.0, 0.0]]
 
 
 def test_bfloat16_products_stay_near_the_float32_loss():
