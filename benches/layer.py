@@ -1,10 +1,14 @@
-"""Compares the speed of one meta-attention layer with attention over all rows under the paper's masks."""
+"""Compares the speed of one meta-attention layer with attention over all rows under the paper's masks, and that of
+causal attention in plain products with PyTorch's kernel."""
+
+import functools
 
 import torch
+import torch.nn.functional as F
 
 from nanometa.benches.timing import DTYPES, alternate, quartiles
 from nanometa.benches.training import DenseMeta
-from nanometa.meta_attention import MetaAttention
+from nanometa.meta_attention import MetaAttention, blockwise_attention
 from nanometa.training.distributed import autocast, pick_device
 
 WIDTH, HEADS = 768, 12
@@ -32,14 +36,43 @@ def bench(args, peaks: dict[str, float]) -> list[dict]:
         times = alternate({"gathered": lambda m=layer: run(m), "dense": lambda m=dense: run(m)}, 3 * args.repeats)
         for who, seconds in times.items():
             low, middle, high = quartiles(seconds)
-            row = {"T": T, "markers": T // 10, "windows": B, "dtype": dtype, "who": who, "ms": middle * 1e3}
+            row = {
+                "what": "meta-attention",
+                "T": T,
+                "markers": T // 10,
+                "windows": B,
+                "dtype": dtype,
+                "who": who,
+                "ms": middle * 1e3,
+            }
+            rows.append(row | {"quartiles": f"{low * 1e3:.1f} .. {high * 1e3:.1f}"})
+    return rows + (causal(args.repeats) if device.type == "cpu" and "bf16" in args.dtypes else [])
+
+
+def causal(repeats: int) -> list[dict]:
+    """Measures the forward and backward pass of causal attention in bf16 on a CPU, as kernel and in plain products."""
+    rows, heads = [], WIDTH // 64
+    kernel = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+    for T, B in ((256, 16), (512, 8), (1024, 4)):
+        torch.manual_seed(0)
+        inputs = [torch.randn(B, heads, T, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        grad = torch.randn_like(inputs[0])
+
+        def run(attend, inputs=inputs, grad=grad):
+            torch.autograd.grad(attend(*inputs), inputs, grad)
+
+        ways = {"kernel": lambda run=run: run(kernel), "plain products": lambda run=run: run(blockwise_attention)}
+        for who, seconds in alternate(ways, 3 * repeats).items():
+            low, middle, high = quartiles(seconds)
+            row = {"what": "causal", "T": T, "windows": B, "dtype": "bf16", "who": who, "ms": middle * 1e3}
             rows.append(row | {"quartiles": f"{low * 1e3:.1f} .. {high * 1e3:.1f}"})
     return rows
 
 
 def ratios(rows: list[dict]) -> list[str]:
-    """Returns sentences that compare the two layers at each length and dtype."""
-    pairs = zip(rows[::2], rows[1::2], strict=True)
+    """Returns sentences that compare the two ways of each pair of rows."""
     return [
-        f"T = {ours['T']}, {ours['dtype']}: dense / gathered {dense['ms'] / ours['ms']:.1f}" for ours, dense in pairs
+        f"{one['what']}, T = {one['T']}, {one['dtype']}: the time of {other['who']} divided by that of {one['who']} is "
+        f"{other['ms'] / one['ms']:.2f}"
+        for one, other in zip(rows[::2], rows[1::2], strict=True)
     ]

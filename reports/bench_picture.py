@@ -23,7 +23,7 @@ PEERS = {
 }  # fmt: skip
 BARS = (  # section, columns that name a group of bars, measured column
     ("training", ("shape", "dtype", "mode"), "positions/s"), ("training", ("shape", "dtype"), "peak GB"),
-    ("layer", ("T", "dtype"), "ms"), ("decoding", ("batch", "dtype"), "content tokens/s"),
+    ("layer", ("what", "T", "dtype"), "ms"), ("decoding", ("batch", "dtype"), "content tokens/s"),
     ("preparing", ("corpus",), "MB/s"),
 )  # fmt: skip
 
