@@ -79,7 +79,8 @@ class _SummedNats(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, n_content, dtype, chunk):
         w, n = weight.to(dtype), hidden.size(0)
         total = torch.zeros((), dtype=_sum_dtype(dtype), device=hidden.device)
-        d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight, dtype=total.dtype)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = (torch.empty_like if n else torch.zeros_like)(weight, dtype=total.dtype)  # the first chunk fills it
         # on a CPU, mapping the memory pages of a new tensor of this size costs a third of the product's time
         buffer = torch.empty(min(n, chunk), w.size(0), dtype=dtype) if hidden.device.type == "cpu" else None
         for start in range(0, n, chunk):

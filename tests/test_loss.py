@@ -117,6 +117,26 @@ def test_a_second_backward_pass_is_an_error():
         loss.backward()
 
 
+def test_no_rows_have_no_loss_and_no_gradient():
+    weight, hidden = torch.randn(5, 3, requires_grad=True), torch.zeros(0, 3, requires_grad=True)
+    loss = summed_nats(hidden, weight, torch.zeros(0, dtype=torch.long), 5)
+    assert loss == 0 and torch.autograd.grad(loss, weight)[0].eq(0).all()
+
+
+def test_rows_without_a_target_do_not_matter():
+    """Not even if they are NaN: neither the loss nor a gradient sees them."""
+    hidden, weight, targets, n = case(7, 2)
+    with torch.no_grad():
+        hidden[targets < 0] = math.nan
+    loss = _tripled(hidden, weight, targets, n)
+    kept = targets >= 0
+    few = _tripled(hidden[kept], weight, targets[kept], n)
+    torch.testing.assert_close(loss, few)
+    ours, expected = (torch.autograd.grad(of, (hidden, weight)) for of in (loss, few))
+    torch.testing.assert_close(ours[1], expected[1])
+    assert (targets < 0).any() and ours[0][~kept].eq(0).all()
+
+
 def test_an_extremely_unlikely_target_has_a_finite_loss():
     """Its probability, exp(-300), is too small for fp32."""
     weight, hidden = torch.eye(4), torch.tensor([[300.0, 0, 0, 0]], requires_grad=True)

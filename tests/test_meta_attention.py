@@ -124,8 +124,8 @@ def test_bfloat16_follows_float32(grad):
         assert 0 < (rough - exact).abs().max() < 0.03
 
 
-# one row; one block; a block and a part; several blocks, the last one full or of a single row
-@pytest.mark.parametrize("T", [1, 2, 128, 129, 200, 384, 385])
+# no row; one row; one block; a block and a part; several blocks, the last one full or of a single row
+@pytest.mark.parametrize("T", [0, 1, 2, 128, 129, 200, 384, 385])
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_blockwise_attention_equals_torchs_kernel(T, contiguous):
     def inputs(seed):
