@@ -69,15 +69,6 @@ def test_a_failing_contestant_ends_the_contest_with_its_message():
         assert not contestants["fails"].process.is_alive()
 
 
-def _step_with_large_tensors():
-    def step():
-        for _ in range(3):
-            torch.ones(25_000_000)  # 100 MB, above glibc's default threshold
-        return None
-
-    return step
-
-
 def _faults(keep_freed: bool) -> int:
     contestant = Contestant(_counted_faults, keep_freed=keep_freed)
     try:
@@ -91,13 +82,14 @@ def _faults(keep_freed: bool) -> int:
 
 
 def _counted_faults():
-    counts, step = [], _step_with_large_tensors()
+    counts = []
 
     def call(report=""):
         if report:
             raise ValueError(counts[-1])
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        step()
+        for _ in range(10):
+            torch.ones(25_000_000)  # 100 MB, above glibc's default threshold
         counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
     return call
