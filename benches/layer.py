@@ -34,38 +34,33 @@ def bench(args, peaks: dict[str, float]) -> list[dict]:
             out.float().sum().backward()
 
         times = alternate({"gathered": lambda m=layer: run(m), "dense": lambda m=dense: run(m)}, 3 * args.repeats)
-        for who, seconds in times.items():
-            low, middle, high = quartiles(seconds)
-            row = {
-                "what": "meta-attention",
-                "T": T,
-                "markers": T // 10,
-                "windows": B,
-                "dtype": dtype,
-                "who": who,
-                "ms": middle * 1e3,
-            }
-            rows.append(row | {"quartiles": f"{low * 1e3:.1f} .. {high * 1e3:.1f}"})
+        rows += rows_of(times, what="meta-attention", T=T, markers=T // 10, windows=B, dtype=dtype)
     return rows + (causal(args.repeats) if device.type == "cpu" and "bf16" in args.dtypes else [])
 
 
 def causal(repeats: int) -> list[dict]:
     """Measures the forward and backward pass of causal attention in bf16 on a CPU, as kernel and in plain products."""
-    rows, heads = [], WIDTH // 64
+    rows = []
     kernel = functools.partial(F.scaled_dot_product_attention, is_causal=True)
     for T, B in ((256, 16), (512, 8), (1024, 4)):
         torch.manual_seed(0)
-        inputs = [torch.randn(B, heads, T, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        inputs = [torch.randn(B, HEADS, T, WIDTH // HEADS, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
         grad = torch.randn_like(inputs[0])
 
         def run(attend, inputs=inputs, grad=grad):
             torch.autograd.grad(attend(*inputs), inputs, grad)
 
         ways = {"kernel": lambda run=run: run(kernel), "plain products": lambda run=run: run(blockwise_attention)}
-        for who, seconds in alternate(ways, 3 * repeats).items():
-            low, middle, high = quartiles(seconds)
-            row = {"what": "causal", "T": T, "windows": B, "dtype": "bf16", "who": who, "ms": middle * 1e3}
-            rows.append(row | {"quartiles": f"{low * 1e3:.1f} .. {high * 1e3:.1f}"})
+        rows += rows_of(alternate(ways, 3 * repeats), what="causal", T=T, windows=B, dtype="bf16")
+    return rows
+
+
+def rows_of(times: dict[str, list[float]], **facts) -> list[dict]:
+    """Returns one row per contestant of `alternate`: the facts, and the median and the quartiles in milliseconds."""
+    rows = []
+    for who, seconds in times.items():
+        low, middle, high = (1e3 * value for value in quartiles(seconds))
+        rows.append(facts | {"who": who, "ms": middle, "quartiles": f"{low:.1f} .. {high:.1f}"})
     return rows
 
 

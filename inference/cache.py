@@ -223,7 +223,7 @@ class Product(nn.Module):
     """A linear layer for decoding. Its weight is cast once and, on a CPU, multiplied by oneDNN's kernels.
 
     On few rows, F.linear repacks a bf16 weight in every call. In fp32 it multiplies in MKL, which on AMD's processors
-    reads the weight of a single row at half of the memory's bandwidth. oneDNN, whose products torch.compile also emits,
+    leaves much of the memory's bandwidth unused for a single row. oneDNN, whose products torch.compile also emits,
     reads every weight once and takes as long for 10 rows as for 1. The weight is packed into the layout of its kernels,
     except for a single fp32 row, which gains little from that for a copy of all weights."""
 

@@ -38,8 +38,12 @@ def mask_unpredictable_(logits: torch.Tensor, n_content: int) -> torch.Tensor:
 
 def _log_probs(logits: torch.Tensor, n_content: int) -> torch.Tensor:
     """Returns the log-softmax (N, V) of logits (N, V) over the content ids, in fp32 or wider."""
-    logits = logits.to(_sum_dtype(logits.dtype), copy=True)
-    return torch.log_softmax(mask_unpredictable_(logits, n_content), -1)
+    return torch.log_softmax(_predictable(logits, n_content), -1)
+
+
+def _predictable(logits: torch.Tensor, n_content: int) -> torch.Tensor:
+    """Returns a copy of logits (N, V) in fp32 or wider, with -inf at the ids that are never predicted."""
+    return mask_unpredictable_(logits.to(_sum_dtype(logits.dtype), copy=True), n_content)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,7 +64,7 @@ def _nats_and_slopes(logits: torch.Tensor, targets: torch.Tensor, n_content: int
     total = torch.zeros((), dtype=_sum_dtype(logits.dtype), device=logits.device)
     block = block_rows(logits.device.type, logits.size(1))
     for part, t in zip(logits.split(block), targets.split(block), strict=True):
-        x = mask_unpredictable_(part.to(_sum_dtype(part.dtype), copy=True), n_content)
+        x = _predictable(part, n_content)
         p, scored, t = x.softmax(1), t >= 0, t.clamp(min=0)[:, None]
         # log p[t], also where p[t] is too small to be represented: take the normalizer from the largest entry
         logp = (x.gather(1, t) - x.amax(1, keepdim=True) + p.amax(1, keepdim=True).log()).squeeze(1)

@@ -185,6 +185,20 @@ def test_blockwise_attention_passes_torchs_tests_of_operators():
     torch.library.opcheck(blockwise_attention, arguments)
 
 
+@pytest.mark.slow
+def test_six_compiled_layers_of_blockwise_attention_have_the_gradients_of_eager_ones():
+    """As an autograd function, torch 2.13 compiled them wrongly: a segmentation fault, or tensors of wrong shapes."""
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(*(CausalSelfAttention(64, 2, bias=False, dropout=0.0) for _ in range(6)))
+    x, results = torch.randn(2, 300, 64), []
+    for model in (layers, torch.compile(layers, dynamic=False)):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+        results.append(torch.autograd.grad(out.float().square().sum(), list(layers.parameters())))
+    for compiled, eager in zip(results[1], results[0], strict=True):
+        assert (compiled - eager).norm() < 0.02 * eager.norm()
+
+
 def test_the_comparison_with_the_reference_can_fail():
     m = layer()
     is_meta = masks(2, 8, 0.5, 1)
