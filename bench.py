@@ -1,6 +1,6 @@
 """Measures the speed and memory of training, decoding and preparing, and compares them with other implementations.
 
-    python bench.py --quick --nanogpt=../nanoGPT           # about ten minutes on 2 cores
+    python bench.py --quick --nanogpt=../nanoGPT           # about five minutes on 2 cores
     python bench.py --nanogpt=../nanoGPT                   # all sections: two hours or more
     python bench.py --only=training --shapes tiny --modes eager --dtypes bf16
 
@@ -75,6 +75,11 @@ def main(argv: list[str]) -> None:
         help="changes the defaults: training at the shapes tiny and small without torch.compile, and decoding of 64 "
         "tokens with a batch of 1",
     )
+    parser.add_argument(
+        "--without", nargs="+", choices=("meta", "nanogpt", training.KEPT), default=[],
+        help="implementations that take no part in training, for example because all of them together need more memory "
+        "than the machine has",
+    )  # fmt: skip
     parser.add_argument("--hf", action="store_true", help="also train Hugging Face's GPT-2")
     parser.add_argument(
         "--output", type=Path, default=Path("out/bench"), help="the folder of the results (default: out/bench)"

@@ -164,6 +164,7 @@ def bench(args, peaks: dict[str, float]) -> list[dict]:
         vocabulary = (4160, 4096) if name == "tiny" else (VOCABULARY, CONTENT)
         arms = {"none": 0, "meta": round(MARKERS * shape[3])}
         arms |= ({"nanogpt": 0, KEPT: 0} if args.nanogpt else {}) | ({"hf": 0} if args.hf else {})
+        arms = {who: markers for who, markers in arms.items() if who not in args.without}
         for dtype, mode in itertools.product(args.dtypes, args.modes):
             steps = {
                 who: Step(who.split(",")[0], dtype, mode == "compiled", shape, markers, vocabulary, str(args.nanogpt))
@@ -194,16 +195,16 @@ def ratios(rows: list[dict]) -> list[str]:
         groups.setdefault((row["shape"], row["dtype"], row["mode"]), {})[row["who"]] = row
     out = []
     for key, group in groups.items():
-        plain = group["none"]
-        sentence = (
-            f"{' '.join(key)}: meta / none {group['meta']['positions/s'] / plain['positions/s']:.3f} in positions/s"
-        )
-        sentence += f", {group['meta']['content/s'] / plain['content/s']:.3f} in content tokens/s"
+        plain, parts = group["none"], []
+        if "meta" in group:
+            positions, content = (group["meta"][unit] / plain[unit] for unit in ("positions/s", "content/s"))
+            parts.append(f"meta / none {positions:.3f} in positions/s, {content:.3f} in content tokens/s")
         for peer in ("nanogpt", KEPT, "hf"):
             if peer in group:
-                sentence += f"; none / {peer} {plain['positions/s'] / group[peer]['positions/s']:.3f}"
-                sentence += f", memory {plain['peak GB'] / group[peer]['peak GB']:.2f}"
-        out.append(sentence)
+                speed, memory = (plain[unit] / group[peer][unit] for unit in ("positions/s", "peak GB"))
+                parts.append(f"none / {peer} {speed:.3f}, memory {memory:.2f}")
+        if parts:
+            out.append(f"{' '.join(key)}: {'; '.join(parts)}")
     return out
 
 

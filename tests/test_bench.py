@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanometa.benches.timing import Contestant, alternate, contest, quartiles
-from nanometa.benches.training import DenseMeta, Step, training_step
+from nanometa.benches.training import KEPT, DenseMeta, Step, ratios, training_step
 from nanometa.meta_attention import MetaAttention
 from nanometa.reports import bench_picture
 from tests.conftest import ROOT
@@ -34,6 +34,19 @@ def test_the_dense_layer_equals_meta_attention():
     dense.load_state_dict(gathered.state_dict())
     x, index, norm = torch.randn(2, 12, 32), torch.tensor([[0, 3, 11], [2, 5, 7]]), torch.nn.LayerNorm(32)
     torch.testing.assert_close(dense(x, index, norm), gathered(x, index, norm))
+
+
+def test_ratios_name_only_the_implementations_that_took_part():
+    rows = [
+        {"shape": "tiny", "dtype": "fp32", "mode": "eager", "who": who, "positions/s": rate, "content/s": 0.9 * rate}
+        | {"peak GB": memory}
+        for who, rate, memory in (("none", 10.0, 1.0), ("meta", 9.0, 1.0), (KEPT, 4.0, 2.0))
+    ]
+    with_meta = "meta / none 0.900 in positions/s, 0.900 in content tokens/s; "
+    with_peer = "none / nanogpt, memory kept 2.500, memory 0.50"
+    assert ratios(rows) == [f"tiny fp32 eager: {with_meta}{with_peer}"]
+    assert ratios(rows[::2]) == [f"tiny fp32 eager: {with_peer}"]
+    assert ratios(rows[:1]) == []
 
 
 def test_functions_take_turns_and_quartiles_are_in_order():
