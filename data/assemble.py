@@ -6,6 +6,7 @@ import hashlib
 import json
 import lzma
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -213,6 +214,8 @@ def assemble(
         },
         "documents_skipped": n_skipped,
         "skipped": skipped,
+        "skipped_by_kind": dict(sum((Counter(segment.skipped_by_kind) for _, segment in segments), Counter())),
+        "endoftext_in_text": sum(segment.endoftext for _, segment in segments),
         "val_text_compressed": compressing.result(),
         "splits": splits,
     }
