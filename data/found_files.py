@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanometa.common.errors import UserError
 
-JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl", ".json")  # each line is a document, and may be compressed
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")  # each line is a document, and may be compressed
 PARQUET = (".parquet", ".parq", ".pq")
 STDLIB_SUFFIXES = (".py", ".txt", ".rst")
 LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
@@ -20,14 +20,15 @@ AS_ROWS = "convert it to .jsonl or .parquet with a column of text"
 AS_TEXT = "save its text as .txt"
 OR_SYNTAX = ", or rename it to .txt if the model should learn its syntax"
 UNPACK = "unpack it, or compress each file with gzip (.txt.gz, .jsonl.gz)"
-# Formats that contain text, but are not text themselves: a model would learn their syntax.
+# Formats that contain text, but are not text themselves: a model would learn their syntax. Codes of languages are not
+# listed, because they are suffixes of plain text in translation corpora (.pt, .ps, .br).
 UNREAD = {
-    **dict.fromkeys(".csv .tsv .psv .geojson .ipynb".split(), AS_ROWS + OR_SYNTAX),
+    **dict.fromkeys(".csv .tsv .tab .psv .geojson .ipynb".split(), AS_ROWS + OR_SYNTAX),
     **dict.fromkeys(".html .htm .xhtml .mhtml .xml .rss .svg .rtf".split(), AS_TEXT + OR_SYNTAX),
-    **dict.fromkeys(".xls .xlsx .ods .arrow .feather .ipc .orc .avro .tfrecord .h5 .hdf5 .npy .npz .pkl .pickle .pt "
+    **dict.fromkeys(".xls .xlsx .ods .arrow .feather .ipc .orc .avro .tfrecord .h5 .hdf5 .npy .npz .pkl .pickle "
                     ".safetensors .msgpack .db .sqlite .sqlite3 .warc .wet .wat".split(), AS_ROWS),
-    **dict.fromkeys(".pdf .ps .doc .docx .odt .ppt .pptx .odp .epub .mobi .djvu".split(), AS_TEXT),
-    **dict.fromkeys(".zst .zstd .bz2 .xz .lzma .lz4 .lz .z .br .sz .zip .tar .tgz .tbz2 .txz .7z .rar".split(), UNPACK),
+    **dict.fromkeys(".pdf .doc .docx .odt .ppt .pptx .odp .epub .mobi .djvu".split(), AS_TEXT),
+    **dict.fromkeys(".zst .zstd .bz2 .xz .lzma .lz4 .zip .tar .tgz .tbz2 .txz .7z .rar".split(), UNPACK),
 }  # fmt: skip
 
 
@@ -141,8 +142,12 @@ def package_files(requirements: tuple[str, ...]) -> tuple[list[Path], Path, str]
     """Returns the .py files of installed packages, in the given order, the folder of packages, and a description.
 
     requirements: each NAME or NAME==VERSION. Raises UserError if a package is not installed or has another version."""
+    names = [requirement.split("==")[0] for requirement in requirements]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--packages names {name} {names.count(name)} times: name it once.")
     paths = [path for requirement in requirements for path in _files_of_package(requirement)]
-    versions = (f"{name}=={importlib.metadata.version(name)}" for name in (r.split("==")[0] for r in requirements))
+    versions = (f"{name}=={importlib.metadata.version(name)}" for name in names)
     return paths, Path(sysconfig.get_paths()["purelib"]), f"Python source of {', '.join(versions)}"
 
 

@@ -12,6 +12,7 @@ from nanometa.config import PrepareConfig
 from nanometa.data.rows import SAMPLED_ROWS, Skipped, cell_of, check_column, check_schema, text_of
 from nanometa.data.sources import Piece, content_digest, pieces_of, refuse_changes, stamp_of
 
+MAX_VALUES = 100_000  # in the metadata of a local dataset
 UNITS = 64  # of a dataset that was downloaded as a whole; a streamed dataset has one unit for each of its files
 
 
@@ -107,8 +108,11 @@ def _check_card(folder: Path) -> None:
         try:
             text = path.read_text(encoding="utf-8")
             card = DatasetCard(text if name == "README.md" else f"---\n{text}\n---\n", ignore_metadata_errors=True)
-            for entry in card.data.to_dict().get("configs") or []:
-                for value in _texts({key: entry.get(key) for key in ("data_files", "data_dir")}):
+            values = card.data.to_dict()
+            if _n_values(values, {}) > MAX_VALUES:
+                raise ValueError(f"they have more than {MAX_VALUES:,} values")
+            for entry in values.get("configs") or []:
+                for value in _texts([entry.get("data_files"), entry.get("data_dir")]):
                     if "://" in value or "::" in value or os.path.isabs(value) or ".." in PurePath(value).parts:
                         raise UserError(_outside(str(path), value))
         except UserError:
@@ -127,12 +131,30 @@ def _texts(value) -> Iterator[str]:
             yield from _texts(item)
 
 
+def _n_values(value, known: dict[int, int]) -> int:
+    """Returns the number of values in nested lists and dictionaries, in which a shared part counts repeatedly.
+
+    known: numbers of the parts that were visited, by id. In few bytes, aliases of YAML can stand for billions of
+    values."""
+    if isinstance(value, dict | list) and id(value) not in known:
+        known[id(value)] = 0  # for a part that contains itself
+        items = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_n_values(item, known) for item in items)
+    return known.get(id(value), 1)
+
+
 def _check_files(files: list[str], folder: Path | None) -> None:
-    """Raises UserError if a dataset reads files outside of its folder, or local files if it has no folder (None)."""
+    """Raises UserError if a dataset reads files outside of its folder, or local files if it has no folder (None).
+
+    Also refuses a folder in which links lead to a file repeatedly, as a link to the folder itself does."""
+    real: dict[str, str] = {}
     for name in files:
-        inside = folder and Path(os.path.realpath(name)).is_relative_to(os.path.realpath(folder))
+        path = os.path.realpath(name)
+        inside = folder and Path(path).is_relative_to(os.path.realpath(folder))
         if not inside and (folder or "://" not in name):
             raise UserError(_outside(str(folder or "the dataset"), name))
+        if folder and real.setdefault(path, name) != name:
+            raise UserError(f"{name} and {real[path]} are the same file: remove links from the folder of the dataset.")
 
 
 def _outside(where: str, name: str) -> str:

@@ -4,7 +4,6 @@ import gzip
 import itertools
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from nanometa.common.errors import UserError, printable
@@ -194,18 +193,18 @@ def texts_in_parquet(file: BinaryIO, column: str, name: str) -> Iterator[str | S
         yield Skipped(f"{name}:{number + 1}", "damaged from here on", f" ({reason})")
 
 
-def check_parquet(path: Path, column: str) -> None:
-    """Raises UserError if a Parquet file lacks the column, or if the column holds no text.
+def check_parquet(file: BinaryIO, column: str, name: str) -> None:
+    """Raises UserError if a Parquet file lacks the column, or if the column holds no text. name: name of the file.
 
-    Says nothing about a file that cannot be read: texts_in_parquet reports it."""
+    Raises OSError for a file that cannot be read."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        schema = pyarrow.parquet.read_schema(path)
-    except (pyarrow.ArrowException, OSError):
-        return
-    check_schema(str(path), column, schema)
+        schema = pyarrow.parquet.read_schema(file)
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)) from error
+    check_schema(name, column, schema)
 
 
 def check_schema(where: str, column: str, schema) -> None:

@@ -33,6 +33,7 @@ from nanometa.data.rows import (
 PIECE_CHARS = 64 * 1024  # much smaller than a validation split, much longer than a window
 READ_BYTES = 2**20  # bytes of a file that are read at a time
 UNITS, UNIT_BYTES = 64, 256 * 2**20  # files form about 64 units, or more if units would exceed this size
+SAMPLED_FILES = 10  # in which a misspelled text column is looked for before the preparation starts
 BOM = "\ufeff"
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 starts with the same two bytes, or with zeros
 
@@ -107,9 +108,7 @@ class FileSource:
         self.unit_sizes = [sum(self.stamps[path][0] for path in unit) for unit in self.units]
         self.fingerprint = hashlib.sha256(repr([*zip(names, sizes, strict=True)]).encode()).hexdigest()
         self._before, self._file = 0, None  # bytes of the files that were read, and the file that is being read
-        first = next((path for path in paths if is_rows(path) and path.is_file()), None)
-        if first is not None:  # report a misspelled column now, not after hours
-            _check_rows(first, column)
+        _check_columns([path for path in paths if is_rows(path) and path.is_file()][:SAMPLED_FILES], column)
 
     @property
     def position(self) -> int:
@@ -204,12 +203,15 @@ def open_regular(path: Path) -> BinaryIO:
 def _unpacked(path: Path, file: BinaryIO) -> BinaryIO:
     """Returns a reader of the content of an open file: that of the gzip archive, if its name ends with .gz.
 
-    Raises Unreadable if the content starts with the byte-order mark of UTF-16."""
+    Raises Unreadable if the start of the content shows that it is not UTF-8."""
     content = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
-    if content.peek(2)[:2] in UTF16:
+    start = content.peek(READ_BYTES)
+    if start[:2] in UTF16:
         raise Unreadable(
             "UTF-16 or UTF-32, not UTF-8", f": convert it, for example with iconv -f UTF-16 -t UTF-8 {path}"
         )
+    if start and 4 * start.count(0) >= len(start):  # half of the bytes of English in UTF-16 are zero
+        raise Unreadable("binary or UTF-16, because at least a quarter of its first bytes are zero")
     return content
 
 
@@ -237,23 +239,30 @@ def _refuse_other_json(content: BinaryIO) -> None:
     content.seek(0)
 
 
-def _check_rows(path: Path, column: str) -> None:
-    """Raises UserError if the text column is missing in a file of rows, or holds something else than text.
+def _check_columns(paths: list[Path], column: str) -> None:
+    """Raises UserError if no file of rows has text in the text column, so that a misspelled name is reported at once.
 
-    Says nothing about a file that cannot be read: its reader reports that."""
-    if kind_of(path) not in JSON_LINES:
-        check_parquet(path, column)
-        return
-    try:
-        with open_regular(path) as file:
-            content = _unpacked(path, file)
-            if kind_of(path) == ".json":
-                _refuse_other_json(content)
-            check_column(str(path), column, sampled_rows(content))
-    except (OSError, EOFError, zlib.error):
-        return
-    except Unreadable as error:
-        raise UserError(f"{path} is {''.join(error.args)}.") from None
+    Says nothing about files that cannot be read: their reader reports that."""
+    refusals = []
+    for path in paths:
+        try:
+            with open_regular(path) as file:
+                if kind_of(path) in JSON_LINES:
+                    content = _unpacked(path, file)
+                    if kind_of(path) == ".json":
+                        _refuse_other_json(content)
+                    check_column(str(path), column, sampled_rows(content))
+                else:
+                    check_parquet(file, column, str(path))
+            return
+        except (OSError, EOFError, zlib.error):
+            continue
+        except Unreadable as error:
+            refusals.append(UserError(f"{path} is {''.join(error.args)}."))
+        except UserError as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
 
 
 # ----------------------------------------------------------------------------- text
@@ -270,7 +279,7 @@ def read_pieces(
     with opened(path) as file:
         content = _unpacked(path, file)
         start = content.read(READ_BYTES)
-        _refuse_other_content(path, start)
+        _refuse_json(path, start)
         if len(start) < READ_BYTES:  # true of most files
             yield from _documents([start.decode()], separator)
             return
@@ -281,10 +290,8 @@ def read_pieces(
         yield from _documents(_decoded(content), separator)
 
 
-def _refuse_other_content(path: Path, start: bytes) -> None:
-    """Raises Unreadable if the start of a file shows that it is not text."""
-    if start and 4 * start.count(0) >= len(start):  # half of the bytes of English in UTF-16 are zero
-        raise Unreadable("not text, because at least a quarter of its bytes are zero", " (perhaps UTF-16)")
+def _refuse_json(path: Path, start: bytes) -> None:
+    """Raises Unreadable if the first line in the start of a file is JSON, unless the file is called .txt."""
     line = start.removeprefix(BOM.encode()).lstrip().partition(b"\n")[0]
     if line[:1] not in (b"{", b"[") or kind_of(path) == ".txt":
         return

@@ -95,6 +95,25 @@ def test_columns_are_checked_as_in_files(folder, streaming):
         opened(folder, streaming, text_column="time")
 
 
+def test_links_that_repeat_files_are_refused(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub/a.jsonl").write_text(ROWS)
+    (folder / "sub/again").symlink_to("..")
+    (folder / "b.jsonl").symlink_to("sub/a.jsonl")
+    with pytest.raises(UserError, match="are the same file: remove links from the folder of the dataset"):
+        opened(folder)
+
+
+def test_aliases_in_the_metadata_are_not_expanded(folder):
+    """Ten levels of ten aliases stand for ten billion values."""
+    (folder / "a.jsonl").write_text(ROWS)
+    levels = "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]\n" for i in range(1, 11))
+    text = f"---\nl0: &l0 [a.jsonl]\n{levels}configs:\n- config_name: x\n  data_files: *l10\n---\n"
+    (folder / "README.md").write_text(text)
+    with pytest.raises(UserError, match=r"README.md are damaged \(they have more than 100,000 values\)"):
+        opened(folder)
+
+
 def test_a_revision_of_a_local_folder_is_refused(folder):
     (folder / "a.jsonl").write_text(ROWS)
     with pytest.raises(UserError, match="hf_revision=v1 has no effect, because .* is a local folder: leave it out"):

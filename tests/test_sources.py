@@ -142,9 +142,13 @@ def test_the_packages_source_reads_the_required_versions():
     assert "einops/einops.py" in first and names[: len(first)] == first == sorted(first)
     assert not any("/tests/" in name for name in names) and len(texts_of(source)) > 20
     assert source.description.startswith(f"Python source of einops=={version}, tyro==")
-    for wanted, sentence in (("einops==0.0.1", "pip install einops==0.0.1"), ("nosuchthing", "not installed: pip")):
+    for wanted, sentence in (
+        (("einops==0.0.1",), "pip install einops==0.0.1"),
+        (("nosuchthing",), "not installed: pip"),
+        (("tyro", "einops", f"einops=={version}"), "--packages names einops 2 times: name it once"),
+    ):
         with pytest.raises(UserError, match=sentence):
-            open_source(PrepareConfig(source="packages", packages=(wanted,)))
+            open_source(PrepareConfig(source="packages", packages=wanted))
 
 
 # ----------------------------------------------------------------------------- input that cannot be read
