@@ -172,7 +172,7 @@ def assemble(
     UserError for a damaged segment, and if a split has no document that is long enough or no whole chunk."""
     skipped = [item for _, segment in segments for item in segment.skipped_named][:100]
     n_skipped = sum(segment.skipped for _, segment in segments)
-    note = f" ({n_skipped} documents were skipped, the first is {': '.join(skipped[0])})" if skipped else ""
+    note = f" (documents that were skipped: {n_skipped:,}, the first is {': '.join(skipped[0])})" if skipped else ""
     if not any(segment.splits[split]["tokens"] for _, segment in segments for split in SPLITS):
         raise UserError(f"there is no text in {description}{note}: give files with text.")
     writers = {split: SplitWriter(folder, split, cfg, tokenizer) for split in SPLITS}
