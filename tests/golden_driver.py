@@ -96,7 +96,7 @@ class Results:
             self.add(f"{name}/line-{number:03}", json.dumps(line))
 
     def file(self, name: str, path: Path) -> None:
-        """Records the sha256 of a file; of a part's plan and segments, without the random name of the plan and times."""
+        """Records the sha256 of a file. In the JSON of a part, the random name of the plan and times are left out."""
         raw = path.read_bytes()
         if path.name.endswith(".json") and path.name.startswith(("plan", "unit_")):
             values = json.loads(raw)
