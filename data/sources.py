@@ -251,7 +251,10 @@ def _check_columns(paths: list[Path], column: str) -> None:
                     content = _unpacked(path, file)
                     if kind_of(path) == ".json":
                         _refuse_other_json(content)
-                    check_column(str(path), column, sampled_rows(content))
+                    rows = sampled_rows(content)
+                    check_column(str(path), column, rows)
+                    if not rows:
+                        continue
                 else:
                     check_parquet(file, column, str(path))
             return

@@ -188,6 +188,8 @@ def test_rows_without_the_column_are_skipped_and_counted(tmp_path):
     with pytest.raises(UserError, match="a.jsonl has no column 'text', its columns are meta, body: name the column"):
         files_source(write(path, '{"meta": 1}\n{"body": "x"}\n'))
     assert items_of(path, write(tmp_path / "b.jsonl", ROWS))[2:] == DOCUMENTS  # the rows of another file may have it
+    with pytest.raises(UserError, match="a.jsonl has no column 'text'"):  # a file without rows says nothing
+        files_source(write(tmp_path / "0.jsonl", "\n"), path)
 
 
 @pytest.mark.parametrize("column", ["content.text", "a.b.c"])
@@ -237,8 +239,8 @@ def test_every_kind_of_text_column_is_read(tmp_path):
     texts = ["a", None, "b"]
     for number, kind in enumerate((pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), None)):
         column = pyarrow.array(texts, kind) if kind else pyarrow.array(texts).dictionary_encode()
-        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{number}.parquet")
-        first, skipped, last = items_of(tmp_path / f"{number}.parquet")
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{number}.Parquet")
+        first, skipped, last = items_of(tmp_path / f"{number}.Parquet")
         assert (first, last) == ("a", "b") and "NoneType" in skipped.reason
     offsets = pyarrow.array([0, 1, 2], pyarrow.int32()).buffers()[1]
     bad = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, offsets, pyarrow.py_buffer(b"a\xff")])
