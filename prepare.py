@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -31,9 +30,10 @@ from nanometa.common.terminal import shortened
 from nanometa.config import PrepareConfig
 from nanometa.config.checks import to_dict
 from nanometa.config.command_line import load_config, run_cli
+from nanometa.config.settings import why_idle
 from nanometa.data.assemble import assemble
 from nanometa.data.encoders import Encoders, Item, split_of
-from nanometa.data.shards import read_manifest, token_dtype
+from nanometa.data.shards import token_dtype
 from nanometa.data.sources import Piece, Skipped, Source, open_source
 from nanometa.data.staging import (  # fmt: skip
     FREE,
@@ -42,19 +42,24 @@ from nanometa.data.staging import (  # fmt: skip
     SPLITS,
     Segment,
     SegmentWriter,
+    discard,
     finished_segments,
     lock,
     make_plan,
     plan_config,
     plan_conflict,
     read_plan,
+    remove_leftovers,
     units_of,
     write_plan,
 )
-from nanometa.data.tokenizer import SPEC_FILE, Tokenizer, write_tokens
+from nanometa.data.summary import inspect, print_summary, say
+from nanometa.data.tokenizer import ENDOFTEXT, SPEC_FILE, Tokenizer
 
 TOKENIZER_BYTES = 64 * 2**20  # maximum text that a BPE is trained on, counted in characters
 HEARTBEAT_SECONDS = 10
+# settings that act when the shards are written, so that a merge may change them
+SHARD_SETTINGS = ("injection", "chunk_content", "chunk_markers", "min_document_tokens", "shard_tokens")
 
 
 def make_tokenizer(cfg: PrepareConfig, source: Source, console: Console) -> Tokenizer:
@@ -107,12 +112,15 @@ def heartbeat(console: Console, activity: str) -> Iterator[None]:
         reporter.join()
 
 
-def new_items(source: Source, work: Path, units: list[int], token_bytes: int) -> Iterator[Item]:
-    """Yields the items that no finished segment contains, as (unit, number in the unit, piece or None at its end)."""
+def new_items(
+    source: Source, work: Path, units: list[int], token_bytes: int, digests: dict[int, str]
+) -> Iterator[Item]:
+    """Yields the items that no finished segment contains, as (unit, number in the unit, piece or None at its end).
+
+    digests: receives the hash of a unit's files before the first item of the unit is read."""
     for unit in units:
+        digests[unit] = source.digest(unit)
         done = finished_segments(work, unit, token_bytes)
-        if done and done[-1].ends_unit:
-            continue
         start = done[-1].items if done else 0
         number = start
         for number, item in enumerate(itertools.islice(source.read(unit), start, None), start + 1):
@@ -121,15 +129,19 @@ def new_items(source: Source, work: Path, units: list[int], token_bytes: int) ->
 
 
 def tokenize(source: Source, work: Path, cfg: PrepareConfig, tokenizer: Tokenizer, console: Console) -> None:
-    """Writes the missing segments of this part into the folder `work`."""
+    """Writes the missing segments of this part into the folder `work`.
+
+    Raises UserError if the files of a unit were replaced or changed since some of it was tokenized."""
     units = units_of(cfg.part, source.n_units)
     token_bytes = token_dtype(tokenizer.n_vocab).itemsize
     finished = [segment for unit in units for segment in finished_segments(work, unit, token_bytes)]
+    done = {segment.unit for segment in finished if segment.ends_unit}
     if finished:
-        units_done = sum(segment.ends_unit for segment in finished)
-        console.print(f"continuing the preparation in {work}: {units_done} of {len(units)} units are already tokenized")
-    bytes_done = sum(segment.splits[split]["bytes"] for segment in finished for split in SPLITS)
-    total = source.total_bytes * len(units) // source.n_units or None
+        say(console, f"continuing the preparation in {work}: {len(done)} of {len(units)} units are already tokenized")
+        with heartbeat(console, "comparing the files of these units with their hashes"):
+            check_digests(source, finished, work)
+    missing = [unit for unit in units if unit not in done]
+    start, size_done = source.position, sum(source.unit_sizes[unit] for unit in done)  # position: read for the BPE
     columns = (
         TextColumn("tokenizing"),
         BarColumn(),
@@ -138,12 +150,13 @@ def tokenize(source: Source, work: Path, cfg: PrepareConfig, tokenizer: Tokenize
     )
     writer, open_split = None, None  # open_split = split of the last piece, while its document has not ended
     with Encoders(tokenizer, cfg) as encoders, Progress(*columns, console=console) as progress:
-        bar, tokens = progress.add_task("", total=total, completed=bytes_done, rate=""), 0
-        for task in encoders.in_order(new_items(source, work, units, token_bytes)):
-            n_bytes = 0
+        bar = progress.add_task("", total=sum(source.unit_sizes[unit] for unit in units), completed=size_done, rate="")
+        tokens, digests = 0, {}
+        for task in encoders.in_order(new_items(source, work, missing, token_bytes, digests)):
             for (unit, number, item), encoded in task:
                 if writer is None:
-                    writer = SegmentWriter(work, unit, len(finished_segments(work, unit, token_bytes)), tokenizer)
+                    segments = len(finished_segments(work, unit, token_bytes))
+                    writer = SegmentWriter(work, unit, segments, tokenizer, digests[unit])
                 split = encoded.split if encoded else None
                 if open_split not in (None, split):  # the document continues in the other split, or cannot be read on
                     writer.end_document(open_split)
@@ -152,7 +165,8 @@ def tokenize(source: Source, work: Path, cfg: PrepareConfig, tokenizer: Tokenize
                     writer.skip(item)
                 elif encoded:
                     writer.add(*encoded)
-                    tokens, n_bytes = tokens + len(encoded.ids), n_bytes + encoded.n_bytes
+                    writer.segment.endoftext += item.text.count(ENDOFTEXT)
+                    tokens += len(encoded.ids)
                     open_split = split
                     if item.last:
                         writer.end_document(split)
@@ -160,9 +174,23 @@ def tokenize(source: Source, work: Path, cfg: PrepareConfig, tokenizer: Tokenize
                 if item is None or (open_split is None and writer.tokens >= SEGMENT_TOKENS):
                     writer.close(number, ends_unit=item is None)
                     writer = None
-            units_text = "" if total else f", unit {units.index(unit) + 1:,} of {len(units):,}"
+            units_text = "" if source.total_bytes else f", unit {units.index(unit) + 1:,} of {len(units):,}"
             rate = f"{tokens / max(progress.tasks[0].elapsed or 0, 1e-9):,.0f} tokens/s{units_text}"
-            progress.update(bar, advance=n_bytes, rate=rate)
+            progress.update(bar, completed=size_done + source.position - start, rate=rate)
+
+
+def check_digests(source: Source, finished: list[Segment], work: Path) -> None:
+    """Raises UserError if the content of a unit is no longer the one that its finished segments were made from."""
+    digests: dict[int, str] = {}
+    for segment in finished:
+        if segment.unit not in digests:
+            digests[segment.unit] = source.digest(segment.unit)
+        if segment.digest not in ("", digests[segment.unit]):  # "": earlier versions recorded none
+            raise UserError(
+                f"{work} is an unfinished preparation of files that have changed since (those of unit "
+                f"{segment.unit + 1} of {source.n_units}): restore them to continue, choose another --name, or delete "
+                f"it."
+            )
 
 
 def all_segments(folders: list[Path], n_units: int, token_bytes: int) -> list[tuple[Path, Segment]]:
@@ -222,13 +250,17 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
     source = open_source(cfg)
     units_of(cfg.part, source.n_units)  # raises UserError if there are too many parts
     size = f", {source.total_bytes:,} bytes" if source.total_bytes else ""
-    console.print(f"{shortened(source.description)}: {source.n_units:,} units{size}")
+    say(console, f"{shortened(source.description)}: {source.n_units:,} units{size}")
+    for note in source.notes:
+        say(console, shortened(note))
 
     work = folder.with_name(f".{folder.name}.partial")
-    fresh = not (work / PLAN).exists()
     work.mkdir(parents=True, exist_ok=True)
     held = lock(work)
+    fresh = not (work / PLAN).exists()
     try:
+        if fresh:
+            remove_leftovers(work)
         tokenizer = make_tokenizer(cfg, source, console) if fresh else Tokenizer.load(work)
         plan = make_plan(cfg, source, tokenizer)
         if fresh:
@@ -240,22 +272,23 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
                 f"{work} is an unfinished preparation that differs from this one ({conflict}): finish it with its "
                 f"original command, choose another --name, or delete it."
             )
-        console.print(
-            f"tokenizer {tokenizer.name}: {tokenizer.n_content:,} tokens, {tokenizer.n_vocab:,} rows in the embedding"
+        say(
+            console,
+            f"tokenizer {tokenizer.name}: {tokenizer.n_content:,} tokens, {tokenizer.n_vocab:,} rows in the embedding",
         )
         tokenize(source, work, cfg, tokenizer, console)
         if cfg.part:
             os.replace(work, folder)
             all_parts = f"{dataset_folder(cfg, root)}.part*of{cfg.part.split('/')[1]}"
-            console.print(f"{folder} is finished. To merge all parts, run: python prepare.py --merge {all_parts}")
+            say(console, f"{folder} is finished. To merge all parts, run: python prepare.py --merge {all_parts}")
             return folder
         token_bytes = token_dtype(tokenizer.n_vocab).itemsize
         segments = all_segments([work], source.n_units, token_bytes)
         manifest = write_dataset(folder, segments, cfg, tokenizer, source.description, command, console)
-        shutil.rmtree(work)
+        discard(work)
     except UserError:
         if fresh:
-            shutil.rmtree(work, ignore_errors=True)
+            discard(work)
         raise
     except BrokenProcessPool:
         raise UserError(
@@ -269,9 +302,9 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
         ) from error
     except KeyboardInterrupt:
         if (work / PLAN).exists():
-            console.print(f"the tokenized text is kept in {work}: give the same command again to continue")
+            say(console, f"the tokenized text is kept in {work}: give the same command again to continue")
         else:
-            shutil.rmtree(work)
+            discard(work)
         raise
     finally:
         held.release()
@@ -289,6 +322,13 @@ def merge(cfg: PrepareConfig, command: str, console: Console, root: Path = Path(
         if conflict := plan_conflict(plan, plans[0]):
             raise UserError(
                 f"{part} and {parts[0]} do not fit together ({conflict}): prepare both with the same settings."
+            )
+    for name in SHARD_SETTINGS:
+        values = [getattr(plan_config(plan), name) for plan in plans]
+        if len(set(values)) > 1 and name not in cfg.given and not why_idle(cfg, name):
+            raise UserError(
+                f"the parts were prepared with different --{name} ({' and '.join(map(str, dict.fromkeys(values)))}): "
+                f"say which to use with --{name}."
             )
     folder = dataset_folder(cfg, root)
     if folder.exists():
@@ -315,62 +355,6 @@ def merge_config(argv: list[str]) -> PrepareConfig:
                 f"{name}={getattr(whole, name)}: leave it out, or prepare the parts again."
             )
     return cfg
-
-
-def print_summary(folder: Path, manifest: dict, console: Console) -> None:
-    """Prints the sizes of a dataset, how it was made, and what was left out."""
-    C, M = manifest["chunk_content"], manifest["chunk_markers"]
-    console.print(f"\n{folder}: {shortened(manifest['source'])}")
-    console.print(f"command: {shortened(manifest['command'])}")
-    console.print(
-        f"each chunk has {C} content tokens and {M} markers (injection {manifest['injection']}, share of markers k = "
-        f"{M / (C + M):.4f}); seed {manifest['seed']}; tokenizer {manifest['tokenizer']['name']}"
-    )
-    for name, split in manifest["splits"].items():
-        console.print(
-            f"  {name:5} {split['content_tokens']:>14,} content tokens and {split['markers']:,} markers, from "
-            f"{plural(split['documents'], 'document')} with {split['bytes']:,} bytes "
-            f"({split['bytes'] / split['content_tokens']:.2f} bytes per content token), in "
-            f"{plural(len(split['shards']), 'shard')}; SHA-256 of the content {split['content_sha256'][:12]}"
-        )
-    packed = manifest["val_text_compressed"]
-    console.print(
-        f"  for comparison, gzip -9 compresses the validation text to {packed['gzip_9_bits_per_byte']:.3f} bits per "
-        f"byte and xz to {packed['xz_bits_per_byte']:.3f} (measured on {packed['bytes']:,} bytes)"
-    )
-    if least := manifest["min_document_tokens"]:
-        short = manifest["too_short"]
-        console.print(
-            f"  left out as too short: {short['documents']:,} of {short['of_documents']:,} documents, with "
-            f"{short['tokens']:,} of {short['of_tokens']:,} content tokens, because each of them had fewer than "
-            f"{least:,} tokens (min_document_tokens)"
-        )
-    if skipped := manifest["documents_skipped"]:
-        verb = "was" if skipped == 1 else "were"
-        console.print(f"  {plural(skipped, 'document')} {verb} skipped:", style="yellow")
-        for path, reason in manifest["skipped"][:10]:
-            console.print(f"    {path}: {reason}", style="yellow")
-
-
-def plural(n: int, noun: str) -> str:
-    """Returns a number and its noun: "1 shard", "2,000 shards"."""
-    return f"{n:,} {noun}{'s' * (n != 1)}"
-
-
-def inspect(folder: Path, console: Console, windows: int = 2) -> None:
-    """Prints a summary of a dataset and its first windows, with visible markers."""
-    from nanometa.data.loader import Windows  # imported here, because torch takes seconds and 200 MB to import
-
-    manifest = read_manifest(folder)
-    print_summary(folder, manifest, console)
-    chunk = manifest["chunk_content"] + manifest["chunk_markers"]
-    for split in SPLITS:
-        data = Windows(folder, split, chunk, "ignore")
-        for window in range(min(windows, data.n_windows)):
-            tokens = data.batch(np.array([window])).tokens[0].tolist()
-            console.rule(f"{split}, window {window} of {data.n_windows:,}", style="dim")
-            write_tokens(tokens, data.tokenizer)
-            console.print()
 
 
 def main(argv: list[str]) -> None:

@@ -129,7 +129,7 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None, p
         refuse_idle(config, [name for name in given if name not in from_base])
         return dataclasses.replace(config, typed=tuple(sorted(named.union(given))))
     refuse_idle(config, given)
-    return config
+    return dataclasses.replace(config, given=tuple(given)) if isinstance(config, PrepareConfig) else config
 
 
 def _invalid_value(cls, name: str, argv: list[str]) -> str:

@@ -2,8 +2,10 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from tyro.conf import Suppress
 
 from nanometa.common.errors import UserError
 from nanometa.config.checks import FOLDER_NAME, check, check_types, is_folder_name
@@ -20,9 +22,12 @@ class PrepareConfig(Settings):
     your own files; packages: Python source of installed packages; hf: a Hugging Face dataset"""
     files: tuple[str, ...] = setting((), only_with={"source": ("files",)})
     """for source=files: glob patterns, where ** also matches folders. UTF-8 text files (each file is a document), or
-    .jsonl, .jsonl.gz and .parquet files (each row is a document)"""
+    .jsonl, .ndjson, .json and .parquet files (each row is a document). All but .parquet may be compressed (.gz)"""
+    separator: str = setting("", only_with={"source": ("files",)})
+    """for text files that hold several documents: text between two documents, such as '<|endoftext|>'"""
     text_column: str = setting("text", only_with={"source": ("files", "hf")})
-    """field or column that holds the text, for .jsonl, .parquet and source=hf"""
+    """field or column that holds the text, for .jsonl, .parquet and source=hf; content.text is the field text of the
+    column content"""
     hf_dataset: str = setting("", only_with={"source": ("hf",)})
     """for source=hf: name on the Hugging Face hub (allenai/c4), or a local folder"""
     hf_config: str = setting("", only_with={"source": ("hf",)})
@@ -72,8 +77,10 @@ class PrepareConfig(Settings):
     data/NAME.part2of3"""
     merge: tuple[str, ...] = ()
     """folders of all parts (data/NAME.part*of3), to merge into one dataset"""
-    recipe: str = ""
+    recipe: str = setting("", only_with={"name": EMPTY})
     """first part of the default name; by default the name of the config file, else the source"""
+    # names of the settings on the command line
+    given: Suppress[tuple[str, ...]] = field(default=(), compare=False, repr=False, metadata={"hidden": True})
 
     def __post_init__(self):
         check_types(self)

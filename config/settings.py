@@ -7,7 +7,7 @@ from nanometa.common.errors import UserError
 from nanometa.config.checks import flat, flat_fields, hidden_fields
 
 SET = "set"  # condition: any value except None, False, 0 and empty ones
-EMPTY = ((),)  # condition: an empty tuple
+EMPTY = ((), "")  # condition: an empty tuple or text
 
 
 def setting(default, *, only_with: Mapping | None = None, on_resume: str = "may not change", alone: bool = False):

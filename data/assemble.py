@@ -6,6 +6,7 @@ import hashlib
 import json
 import lzma
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -171,7 +172,7 @@ def assemble(
     UserError for a damaged segment, and if a split has no document that is long enough or no whole chunk."""
     skipped = [item for _, segment in segments for item in segment.skipped_named][:100]
     n_skipped = sum(segment.skipped for _, segment in segments)
-    note = f" ({n_skipped} documents were skipped, the first is {': '.join(skipped[0])})" if skipped else ""
+    note = f" (documents that were skipped: {n_skipped:,}, the first is {': '.join(skipped[0])})" if skipped else ""
     if not any(segment.splits[split]["tokens"] for _, segment in segments for split in SPLITS):
         raise UserError(f"there is no text in {description}{note}: give files with text.")
     writers = {split: SplitWriter(folder, split, cfg, tokenizer) for split in SPLITS}
@@ -213,6 +214,8 @@ def assemble(
         },
         "documents_skipped": n_skipped,
         "skipped": skipped,
+        "skipped_by_kind": dict(sum((Counter(segment.skipped_by_kind) for _, segment in segments), Counter())),
+        "endoftext_in_text": sum(segment.endoftext for _, segment in segments),
         "val_text_compressed": compressing.result(),
         "splits": splits,
     }

@@ -72,7 +72,9 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = read_json(path)
         check_format(path, manifest)
-        manifest.setdefault("min_document_tokens", 0)  # older versions left out no documents
+        # fields that earlier versions lack
+        for field, value in (("min_document_tokens", 0), ("skipped_by_kind", {}), ("endoftext_in_text", 0)):
+            manifest.setdefault(field, value)
         _check_manifest(manifest)
         return manifest
     except (FileNotFoundError, NotADirectoryError):
@@ -98,7 +100,7 @@ def _check_manifest(manifest: dict) -> None:
     texts += [text for where_and_reason in manifest["skipped"] for text in where_and_reason]
     packed = manifest["val_text_compressed"]
     counts = [C, M, manifest["seed"], manifest["documents_skipped"], manifest["tokenizer"]["n_vocab"], packed["bytes"]]
-    counts.append(manifest["min_document_tokens"])
+    counts += [manifest["min_document_tokens"], manifest["endoftext_in_text"], *manifest["skipped_by_kind"].values()]
     if manifest["min_document_tokens"]:
         counts += [manifest["too_short"][key] for key in ("documents", "of_documents", "tokens", "of_tokens")]
     rates = [packed["gzip_9_bits_per_byte"], packed["xz_bits_per_byte"]]

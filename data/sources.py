@@ -6,31 +6,36 @@ Hugging Face dataset). Machines share the work by units, and an interrupted prep
 so that nothing is lost silently."""
 
 import codecs
-import glob
 import gzip
 import hashlib
-import importlib.metadata
 import itertools
 import os
-import sysconfig
+import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
-from nanometa.common.errors import UserError, printable
+from nanometa.common.errors import UserError
 from nanometa.common.files import parse_json
 from nanometa.config import PrepareConfig
-from nanometa.config.checks import nearest_name
+from nanometa.data.found_files import JSON_LINES, files_of, is_rows, kind_of, package_files, stdlib_files
+from nanometa.data.rows import (
+    Skipped,
+    Unreadable,
+    check_column,
+    check_parquet,
+    sampled_rows,
+    texts_in_json_lines,
+    texts_in_parquet,
+)
 
 PIECE_CHARS = 64 * 1024  # much smaller than a validation split, much longer than a window
 READ_BYTES = 2**20  # bytes of a file that are read at a time
 UNITS, UNIT_BYTES = 64, 256 * 2**20  # files form about 64 units, or more if units would exceed this size
-ROWS = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")  # files whose rows are documents
-STDLIB_SUFFIXES = (".py", ".txt", ".rst")
-LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
-# written when a package is built, so their content differs between the wheels of different machines
-BUILD_FILES = ("version.py", "_version.py", "__config__.py")
+SAMPLED_FILES = 10  # in which a misspelled text column is looked for before the preparation starts
+BOM = "\ufeff"
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 starts with the same two bytes, or with zeros
 
 
 class Piece(NamedTuple):
@@ -40,93 +45,136 @@ class Piece(NamedTuple):
     last: bool
 
 
-class Skipped(NamedTuple):
-    """A document or file that could not be read: where it is, and why."""
-
-    where: str
-    reason: str
-
-
 class Source(Protocol):
     """The interface of all sources."""
 
     description: str
+    notes: list[str]  # what was left out when the source was opened
     n_units: int
-    total_bytes: int  # total size, for a progress bar; 0 = unknown
-    fingerprint: str  # changes if the documents change
+    total_bytes: int  # 0 = unknown
+    fingerprint: str  # changes if the names, the number or the sizes of the files change
+    stamps: dict[Path, tuple[int, int]]  # stamp_of each local file
+    unit_sizes: list[int]  # for a progress bar: in bytes, or 1 for each unit if these are unknown
+    position: int  # how much was read so far, in the same measure
 
     def read(self, unit: int) -> Iterator[Piece | Skipped]: ...
 
+    def digest(self, unit: int) -> str: ...  # changes if the content of a unit changes
+
 
 def open_source(cfg: PrepareConfig) -> Source:
-    """Returns the source that cfg names. Raises UserError if it has no documents or lacks the text column."""
+    """Returns the source that cfg names.
+
+    Raises UserError if it has no documents or lacks the text column, and for a setting that has no effect on it."""
     if cfg.source == "hf":
+        from nanometa.data.hub import HubSource  # imported here, because it imports this module
+
         return HubSource(cfg)
-    root = None
+    root, notes = None, []
     if cfg.source == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        paths = sorted(_files_below(root, STDLIB_SUFFIXES))
-        description = f"standard library of Python {sysconfig.get_python_version()} ({', '.join(STDLIB_SUFFIXES)})"
+        paths, root, description = stdlib_files()
     elif cfg.source == "packages":
-        paths = [path for name in cfg.packages for path in _package_files(name)]
-        root = Path(sysconfig.get_paths()["purelib"])
-        versions = (f"{name}=={importlib.metadata.version(name)}" for name in map(_package_name, cfg.packages))
-        description = f"Python source of {', '.join(versions)}"
+        paths, root, description = package_files(cfg.packages)
     else:
-        found: set[Path] = set()
-        for pattern in cfg.files:
-            # a broken link is kept here, so that it is reported as skipped
-            matches = {Path(name) for name in glob.glob(pattern, recursive=True) if not Path(name).is_dir()}
-            if not matches and Path(pattern).is_dir():
-                raise UserError(
-                    f"{pattern!r} is a folder: give a pattern for its files, such as --files '{pattern}/**/*.txt'."
-                )
-            if not matches:
-                raise UserError(
-                    f"no file matches {pattern!r}: give a glob pattern of text files, such as 'texts/**/*.txt'."
-                )
-            found |= matches
-        paths, description = sorted(found), f"files {' '.join(cfg.files)}"
+        (paths, notes), description = files_of(cfg.files), f"files {' '.join(cfg.files)}"
+        for name, used, kind in (("text_column", True, "JSON lines or Parquet"), ("separator", False, "text")):
+            if name in cfg.given and getattr(cfg, name) and not any(is_rows(path) is used for path in paths):
+                raise UserError(f"--{name} has no effect, because no {kind} file matches --files: leave --{name} out.")
     if not paths:
         raise UserError(f"source={cfg.source!r} has no documents on this machine: use --source=files instead.")
-    return FileSource(paths, description, cfg.text_column, root)
+    return FileSource(paths, description, cfg.text_column, root, cfg.separator, notes)
 
 
 # ----------------------------------------------------------------------------- files
 
 
 class FileSource:
-    """A source of files in the given order. A text file is a document; of the file types in ROWS, each row is one."""
+    """A source of files in the given order. In files of rows, each row is a document.
 
-    def __init__(self, paths: list[Path], description: str, column: str, root: Path | None = None):
+    In a text file, a document is the whole file, or the text between two separators."""
+
+    def __init__(
+        self, paths: list[Path], description: str, column: str, root: Path | None = None, separator: str = "",
+        notes: Iterable[str] = (),
+    ):  # fmt: skip
         """root: makes the fingerprint independent of the machine, by using file names relative to this folder."""
-        self.description, self.column = description, column
-        sizes = [path.stat().st_size if path.exists() else 0 for path in paths]
+        self.description, self.column, self.separator, self.notes = description, column, separator, list(notes)
+        self.stamps = {path: stamp_of(path) for path in paths}
+        sizes = [size for size, _ in self.stamps.values()]
         names = [os.path.relpath(path, root) if root else str(path) for path in paths]
         self.total_bytes = sum(sizes)
         self.units = list(_grouped(paths, sizes, min(self.total_bytes / UNITS, UNIT_BYTES)))
         self.n_units = len(self.units)
+        self.unit_sizes = [sum(self.stamps[path][0] for path in unit) for unit in self.units]
         self.fingerprint = hashlib.sha256(repr([*zip(names, sizes, strict=True)]).encode()).hexdigest()
-        first = next((path for path in paths if path.name.endswith(ROWS)), None)
-        if first is not None:  # report a misspelled column now, not after hours
-            columns = _columns(first)
-            if columns and column not in columns:
-                raise UserError(_no_column(str(first), column, columns))
+        self._before, self._file = 0, None  # bytes of the files that were read, and the file that is being read
+        _check_columns([path for path in paths if is_rows(path) and path.is_file()][:SAMPLED_FILES], column)
+
+    @property
+    def position(self) -> int:
+        """Bytes of the files that were read so far."""
+        return self._before + (self._file.tell() if self._file and not self._file.closed else 0)
 
     def read(self, unit: int) -> Iterator[Piece | Skipped]:
-        """Yields the pieces of all documents of a unit, and a Skipped for each one that cannot be read."""
+        """Yields the pieces of all documents of a unit, and a Skipped for each one that cannot be read.
+
+        Raises UserError if a file of the unit has changed since the source was opened."""
         for path in self.units[unit]:
             try:
-                if path.name.endswith(".parquet"):
-                    yield from _read_parquet(path, self.column)
-                elif path.name.endswith(ROWS):
-                    yield from _read_jsonl(path, self.column)
+                if is_rows(path):
+                    for text in _texts_of_rows(path, self.column, self._open):
+                        yield from [text] if isinstance(text, Skipped) else pieces_of([text])
                 else:
-                    yield from read_pieces(path)
+                    yield from read_pieces(path, self.separator, self._open)
             except UnicodeDecodeError as error:
-                yield Skipped(str(path), f"not UTF-8 at byte {error.start}")
+                yield Skipped(str(path), "not UTF-8", f" at byte {error.start}")
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                yield Skipped(str(path), "damaged", f" ({error})")
+            except Unreadable as error:
+                yield Skipped(str(path), *error.args)
             except OSError as error:
                 yield Skipped(str(path), error.strerror or str(error))
+            self._file, self._before = None, self._before + self.stamps[path][0]
+        refuse_changes({path: self.stamps[path] for path in self.units[unit]})
+
+    def digest(self, unit: int) -> str:
+        """Returns a hash of the content of a unit's files."""
+        return content_digest(self.units[unit])
+
+    def _open(self, path: Path) -> BinaryIO:
+        """Opens a file so that `position` follows its reader."""
+        self._file = open_regular(path)
+        return self._file
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Returns the size and the time (ns) of the last change of a regular file, and (0, 0) for anything else."""
+    if not path.is_file():
+        return 0, 0
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns
+
+
+def refuse_changes(stamps: dict[Path, tuple[int, int]]) -> None:
+    """Raises UserError if a file no longer has its stamp, because a part of the old and of the new text was read."""
+    for path, stamp in stamps.items():
+        if stamp_of(path) != stamp:
+            raise UserError(
+                f"{path} has changed during the preparation, so its text may be a mixture of two versions: start "
+                f"again when no other program writes to it."
+            )
+
+
+def content_digest(paths: Iterable[Path]) -> str:
+    """Returns a hash of the content of files, in their order. Anything but a readable file counts as empty."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with open_regular(path) as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except (OSError, Unreadable):
+            digest.update(b"unreadable")
+    return digest.hexdigest()
 
 
 def _grouped(paths: list[Path], sizes: list[int], least: float) -> Iterator[list[Path]]:
@@ -142,20 +190,123 @@ def _grouped(paths: list[Path], sizes: list[int], least: float) -> Iterator[list
         yield group
 
 
-def read_pieces(path: Path) -> Iterator[Piece]:
+# ----------------------------------------------------------------------------- opening
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file. Raises Unreadable for a pipe, a socket or a device, because reading one might never end."""
+    if path.exists() and not path.is_file():
+        raise Unreadable("not a regular file", ": copy its content to a file")
+    return open(path, "rb")
+
+
+def _unpacked(path: Path, file: BinaryIO) -> BinaryIO:
+    """Returns a reader of the content of an open file: that of the gzip archive, if its name ends with .gz.
+
+    Raises Unreadable if the start of the content shows that it is not UTF-8."""
+    content = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
+    start = content.peek(READ_BYTES)
+    if start[:2] in UTF16:
+        raise Unreadable(
+            "UTF-16 or UTF-32, not UTF-8", f": convert it, for example with iconv -f UTF-16 -t UTF-8 {path}"
+        )
+    if start and 4 * start.count(0) >= len(start):  # half of the bytes of English in UTF-16 are zero
+        raise Unreadable("binary or UTF-16, because at least a quarter of its first bytes are zero")
+    return content
+
+
+# ----------------------------------------------------------------------------- rows
+
+
+def _texts_of_rows(path: Path, column: str, opened: Callable[[Path], BinaryIO]) -> Iterator[str | Skipped]:
+    """Yields the texts of the rows of a file. opened: opens the file."""
+    with opened(path) as file:
+        if kind_of(path) in JSON_LINES:
+            content = _unpacked(path, file)
+            if kind_of(path) == ".json":  # the name is also used for files with one array or object
+                _refuse_other_json(content)
+            yield from texts_in_json_lines(content, column, str(path))
+        else:
+            yield from texts_in_parquet(file, column, str(path))
+
+
+def _refuse_other_json(content: BinaryIO) -> None:
+    """Raises Unreadable if a file of JSON does not have an object on each line. Goes back to its start otherwise."""
+    start = content.peek(1)[:READ_BYTES].removeprefix(BOM.encode()).lstrip()
+    rows = sampled_rows(content)
+    if start[:1] != b"{" or not any(isinstance(row, dict) for row in rows):
+        raise Unreadable("JSON, but not one object per line", ": convert it to .jsonl, for example with jq -c '.[]'")
+    content.seek(0)
+
+
+def _check_columns(paths: list[Path], column: str) -> None:
+    """Raises UserError if no file of rows has text in the text column, so that a misspelled name is reported at once.
+
+    Says nothing about files that cannot be read: their reader reports that."""
+    refusals = []
+    for path in paths:
+        try:
+            with open_regular(path) as file:
+                if kind_of(path) in JSON_LINES:
+                    content = _unpacked(path, file)
+                    if kind_of(path) == ".json":
+                        _refuse_other_json(content)
+                    rows = sampled_rows(content)
+                    check_column(str(path), column, rows)
+                    if not rows:
+                        continue
+                else:
+                    check_parquet(file, column, str(path))
+            return
+        except (OSError, EOFError, zlib.error):
+            continue
+        except Unreadable as error:
+            refusals.append(UserError(f"{path} is {''.join(error.args)}."))
+        except UserError as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
+
+
+# ----------------------------------------------------------------------------- text
+
+
+def read_pieces(
+    path: Path, separator: str = "", opened: Callable[[Path], BinaryIO] = open_regular
+) -> Iterator[Piece]:  # fmt: skip
     """Yields the text of a UTF-8 file in pieces, with at most about two megabytes of it in memory.
 
-    Raises UnicodeDecodeError, with the byte's position in the file, before it yields the first piece."""
-    with open(path, "rb") as file:
-        start = file.read(READ_BYTES)
+    separator: text that separates the documents of the file; "" = the file is one document. opened: opens the file.
+    Raises UnicodeDecodeError, with the byte's position in the file, before it yields the first piece, and Unreadable if
+    the file is something else than text."""
+    with opened(path) as file:
+        content = _unpacked(path, file)
+        start = content.read(READ_BYTES)
+        _refuse_json(path, start)
         if len(start) < READ_BYTES:  # true of most files
-            yield from pieces_of([start.decode()])
+            yield from _documents([start.decode()], separator)
             return
-        file.seek(0)
-        for _ in _decoded(file):  # read a long file twice, to find a bad byte before its first piece
+        content.seek(0)
+        for _ in _decoded(content):  # read a long file twice, to find a bad byte before its first piece
             pass
-        file.seek(0)
-        yield from pieces_of(_decoded(file))
+        content.seek(0)
+        yield from _documents(_decoded(content), separator)
+
+
+def _refuse_json(path: Path, start: bytes) -> None:
+    """Raises Unreadable if the first line in the start of a file is JSON, unless the file is called .txt."""
+    line = start.removeprefix(BOM.encode()).lstrip().partition(b"\n")[0]
+    if line[:1] not in (b"{", b"[") or kind_of(path) == ".txt":
+        return
+    try:
+        first = parse_json(line)
+    except ValueError:
+        return
+    if first and isinstance(first[0] if isinstance(first, list) else first, dict):
+        raise Unreadable(
+            "JSON, to judge by its first line",
+            ": rename it to .jsonl to read its rows, or to .txt if the model should learn JSON",
+        )
 
 
 def _decoded(file: BinaryIO) -> Iterator[str]:
@@ -173,12 +324,41 @@ def _decoded(file: BinaryIO) -> Iterator[str]:
         yield text
 
 
+def _documents(parts: Iterable[str], separator: str) -> Iterator[Piece]:
+    """Yields the pieces of the documents of a file, given its text in parts of any size."""
+    if not separator:
+        yield from pieces_of(parts)
+        return
+    for is_text, document in itertools.groupby(_split(parts, separator), key=lambda text: text is not None):
+        if is_text:
+            yield from pieces_of(document)
+
+
+def _split(parts: Iterable[str], separator: str) -> Iterator[str | None]:
+    """Yields a text that is given in parts, with None in place of each separator and of the line break after it."""
+    border, held = re.compile(re.escape(separator) + r"(?:\r?\n)?"), ""
+    for part in itertools.chain(parts, [None]):
+        held, start = held + (part or ""), 0
+        for found in border.finditer(held):
+            if part is not None and found.end() > len(held) - 2:  # a line break may follow in the next part
+                break
+            yield held[start : found.start()]
+            yield None
+            start = found.end()
+        # the end may be the beginning of a separator and a line break
+        end = len(held) if part is None else max(start, len(held) - len(separator) - 3)
+        yield held[start:end]
+        held = held[end:]
+
+
 def pieces_of(parts: Iterable[str]) -> Iterator[Piece]:
-    """Cuts a document, given in parts of any size, into pieces.
+    """Cuts a document, given in parts of any size, into pieces. A byte-order mark at its start is left out.
 
     A piece ends after the last line break within PIECE_CHARS characters, or at that length if there is none."""
-    text = ""
+    text, at_start = "", True
     for part in parts:
+        if at_start and part:
+            part, at_start = part.removeprefix(BOM), False
         text, start = text + part, 0
         while len(text) - start > PIECE_CHARS:
             end = start + PIECE_CHARS
@@ -188,168 +368,3 @@ def pieces_of(parts: Iterable[str]) -> Iterator[Piece]:
         text = text[start:]
     if text:
         yield Piece(text, last=True)
-
-
-def _read_jsonl(path: Path, column: str) -> Iterator[Piece | Skipped]:
-    """Yields the documents of a .jsonl or .jsonl.gz file."""
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = parse_json(line)
-                except ValueError as error:  # includes invalid UTF-8
-                    yield Skipped(f"{path}:{number}", f"invalid JSON ({error})")
-                    continue
-                yield from _row(row if isinstance(row, dict) else {}, column, f"{path}:{number}")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield Skipped(f"{path}:{number + 1}", f"damaged from here on ({error})")
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[Piece | Skipped]:
-    """Yields the documents of a .parquet file."""
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            if column not in file.schema_arrow.names:
-                yield Skipped(str(path), f"no column {column!r}, only {', '.join(file.schema_arrow.names)}")
-                return
-            for batch in file.iter_batches(batch_size=64, columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    yield from _row({column: text}, column, f"{path}:{number}")
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = printable(" ".join(str(error).split()))
-        yield Skipped(f"{path}:{number + 1}", f"damaged from here on ({reason})")
-
-
-def _row(row: dict, column: str, where: str) -> Iterator[Piece | Skipped]:
-    """Yields the pieces of a row's document, or a Skipped if the row has none."""
-    text = row.get(column)
-    if not isinstance(text, str):
-        reason = f"its {column!r} is {type(text).__name__}, not text" if column in row else f"no {column!r}"
-        yield Skipped(where, reason)
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # "\ud800" is valid JSON, but invalid Unicode
-        yield Skipped(where, f"invalid Unicode at character {error.start}")
-        return
-    yield from pieces_of([text])
-
-
-def _columns(path: Path) -> list[str]:
-    """Returns the columns of a file of rows, or [] if it cannot be read. Its reader then reports the reason."""
-    if path.name.endswith(".parquet"):
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.read_schema(path).names
-        except (pyarrow.ArrowException, OSError):
-            return []
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            for line in itertools.islice(file, 100):
-                row = parse_json(line) if line.strip() else None
-                if isinstance(row, dict):
-                    return list(row)
-    except (ValueError, OSError, EOFError, zlib.error):
-        pass
-    return []
-
-
-def _no_column(where: str, column: str, columns: list[str]) -> str:
-    """Returns the error message for a missing text column."""
-    close = nearest_name(column, columns)
-    cure = close if close.startswith("did you") else "name the column that holds the text, with --text_column=NAME."
-    return f"{where} has no column {column!r}, its columns are {', '.join(columns)}: {cure}"
-
-
-def _files_below(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Yields all files below root with one of the suffixes, except in the folders of LEFT_OUT."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in LEFT_OUT]  # do not enter these folders
-        paths = (Path(folder, name) for name in names if os.path.splitext(name)[1] in suffixes)
-        yield from (path for path in paths if path.is_file())
-
-
-def _package_name(requirement: str) -> str:
-    """Returns the name in a requirement NAME or NAME==VERSION."""
-    return requirement.split("==")[0]
-
-
-def _package_files(requirement: str) -> list[Path]:
-    """Returns the .py files of an installed package, sorted by name.
-
-    Raises UserError if the package is not installed or has another version than the requirement."""
-    name, _, version = requirement.partition("==")
-    try:
-        package = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"the package {name!r} is not installed: pip install {requirement}.") from None
-    if (
-        version and package.version.split("+")[0] != version
-    ):  # the version 2.13.0+cpu of torch has the same source code as 2.13.0
-        raise UserError(f"{name} {package.version} is installed, but {version} is required: pip install {requirement}.")
-    files = [file for file in package.files or [] if file.suffix == ".py" and file.name not in BUILD_FILES]
-    wanted = sorted(str(file) for file in files if not any(part in LEFT_OUT for part in file.parts))
-    return [Path(package.locate_file(file)) for file in wanted]
-
-
-# ----------------------------------------------------------------------------- Hugging Face datasets
-
-
-class HubSource:
-    """A source that reads a dataset of the Hugging Face hub, or a local folder that `datasets` can load.
-
-    Each row is a document."""
-
-    def __init__(self, cfg: PrepareConfig):
-        import datasets
-        from huggingface_hub import HfApi, constants
-
-        self.name, self.column = cfg.hf_dataset, cfg.text_column
-        what = f"the dataset {cfg.hf_dataset!r} (configuration {cfg.hf_config or 'default'}, split {cfg.hf_split})"
-        revision = cfg.hf_revision or None
-        try:
-            if not Path(cfg.hf_dataset).is_dir() and not constants.HF_HUB_OFFLINE:
-                # pin the commit, so that all parts and restarts read the same rows
-                revision = HfApi().dataset_info(cfg.hf_dataset, revision=revision).sha
-            self.dataset = datasets.load_dataset(
-                cfg.hf_dataset, cfg.hf_config or None, split=cfg.hf_split, streaming=cfg.streaming, revision=revision
-            )
-        except Exception as error:  # many types: no network, unknown name or split, damaged file
-            reason = " ".join(str(error).split())[:300].rstrip(".")
-            raise UserError(
-                f"{what} could not be opened ({type(error).__name__}: {reason}): check the names and the network; "
-                f"without a network, use the standard library with python prepare.py, or local files with "
-                f"--source=files --files='*.jsonl.gz'."
-            ) from error
-        columns = self.dataset.column_names or list(next(iter(self.dataset), {}))
-        if columns and self.column not in columns:
-            raise UserError(_no_column(what, self.column, columns))
-        self.dataset = self.dataset.select_columns([self.column])
-        self.n_units = self.dataset.num_shards if cfg.streaming else max(1, min(UNITS, len(self.dataset)))
-        self.total_bytes = 0
-        self.description = f"Hugging Face {' '.join(filter(None, (cfg.hf_dataset, cfg.hf_config, cfg.hf_split)))}"
-        self.description += f" at {revision}" if revision else ""
-        self.fingerprint = hashlib.sha256(f"{self.description} {self.n_units}".encode()).hexdigest()
-
-    def read(self, unit: int) -> Iterator[Piece | Skipped]:
-        """Yields the pieces of all documents of a unit. Raises OSError if the dataset cannot be read any further."""
-        rows = iter(self.dataset.shard(self.n_units, unit, contiguous=True))
-        for number in itertools.count():
-            try:
-                row = next(rows, None)
-            except Exception as error:  # many types: lost network, damaged file
-                reason = " ".join(str(error).split())[:300]
-                raise OSError(f"{self.name}, shard {unit}, row {number}: {type(error).__name__}: {reason}") from error
-            if row is None:
-                return
-            yield from _row(row, self.column, f"{self.name} shard {unit} row {number}")

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,6 +29,20 @@ SPEC_FILE, RANKS_FILE = "tokenizer.json", "tokenizer.ranks"
 GPT2_VOCAB_BPE = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_ENCODER_JSON = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# of the tokenizers that `train` makes: rustbpe's default, which is close to GPT-4's pattern
+BPE_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+)
+# The regex engine fails at `\s+(?!\S)` for about a million blanks in a row. Fewer are left to it, and no piece of a
+# document is as long as this.
+LONG_BLANKS = 100_000
+LINE_BLANKS = " \t\v\f\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s of the engine without \r and \n
+# Pattern -> (an equal pattern without that failure at the end of a text, the blanks that make it fail elsewhere). Only
+# these patterns are accepted, because another one may lose text or take forever.
+PATTERNS = {
+    GPT2_PATTERN: (GPT2_PATTERN, LINE_BLANKS + r"\r\n"),
+    BPE_PATTERN: (BPE_PATTERN.replace(r"\s+(?!\S)", r"\s++$|\s+(?!\S)"), LINE_BLANKS),
+}
 
 
 class Tokenizer:
@@ -43,8 +58,12 @@ class Tokenizer:
         self.meta = self.eot + 1
         self.n_content = self.eot + 1
         self.n_vocab = -(-(self.meta + 1) // 64) * 64
+        if pattern not in PATTERNS:
+            raise ValueError(f"its pattern {pattern!r} is neither GPT-2's nor that of prepare.py")
+        engine_pattern, blanks = PATTERNS[pattern]
+        self._long_blanks = re.compile(rf"(?<![{blanks}])[{blanks}]{{{LONG_BLANKS},}}+(?=[^{LINE_BLANKS}\r\n])")
         self._encoding = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={ENDOFTEXT: self.eot, META: self.meta}
+            name, pat_str=engine_pattern, mergeable_ranks=ranks, special_tokens={ENDOFTEXT: self.eot, META: self.meta}
         )
         self.token_bytes = np.zeros(self.n_vocab, dtype=np.int64)
         for token, rank in ranks.items():
@@ -55,7 +74,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of a text, (N,) uint32. "<|meta|>" and "<|endoftext|>" in the text are ordinary text."""
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        if len(text) <= LONG_BLANKS:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        # both patterns start a new pre-token at the last of several blanks before other text, so the text is cut there
+        cuts = [0, *(found.end() - 1 for found in self._long_blanks.finditer(text)), len(text)]
+        parts = (text[start:end] for start, end in itertools.pairwise(cuts))
+        return np.concatenate([self._encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
 
     def encode_prompt(self, text: str) -> np.ndarray:
         """Returns the ids of a prompt, (N,) uint32, in which <|meta|> stands for the marker.
@@ -165,11 +189,11 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Trains a byte-level BPE of vocab_size tokens, <|endoftext|> included, with GPT-4's pre-token pattern."""
+        """Trains a byte-level BPE of vocab_size tokens, <|endoftext|> included, with a pattern close to GPT-4's."""
         bpe = rustbpe.Tokenizer()
-        bpe.train_from_iterator(iter(texts), vocab_size - 1)
+        bpe.train_from_iterator(iter(texts), vocab_size - 1, pattern=BPE_PATTERN)
         ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
-        return cls(f"bpe{len(ranks) + 1}", bpe.get_pattern(), ranks)  # it has fewer tokens if there is too little text
+        return cls(f"bpe{len(ranks) + 1}", BPE_PATTERN, ranks)  # it has fewer tokens if there is too little text
 
 
 def write_tokens(tokens: Iterable[int], tokenizer: Tokenizer) -> None:

@@ -1,18 +1,21 @@
 import json
+import random
 import shutil
 
 import numpy as np
 import pytest
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanometa.common.errors import UserError
 from nanometa.common.files import file_sha256
+from nanometa.data import tokenizer as tokenizers
 from nanometa.data.inject import strip
 from nanometa.data.layout import IGNORE, Draw, layout_of, random_positions, targets_of
 from nanometa.data.loader import Windows, window_order
 from nanometa.data.shards import HEADER, ShardWriter, TokenStream, read_manifest
-from nanometa.data.tokenizer import META, Tokenizer
+from nanometa.data.tokenizer import GPT2_PATTERN, META, Tokenizer
 from nanometa.data.verify import verify
 from tests.conftest import manifest
 from tests.reference.targets import stream_targets
@@ -313,6 +316,48 @@ def test_encoding_is_lossless_and_counts_bytes(bpe, gpt2, text):
         assert tokenizer.decode(ids) == text
         assert tokenizer.token_bytes[ids].sum() == len(text.encode())
         assert b"".join(tokenizer.decode_bytes(i) for i in ids) == text.encode()
+
+
+BLANKS = ("  ", "    ", " ", "\n", "\r\n", "\t", "x", "'s", "!", "1", "\u00a0", "é", "\x1c", "\u3000")
+
+
+def test_cutting_a_text_at_long_blanks_changes_no_id(bpe, gpt2, monkeypatch):
+    """Compares with tiktoken. Here, three blanks in a row already count as long."""
+    monkeypatch.setattr(tokenizers, "LONG_BLANKS", 3)
+    draw = random.Random(1)
+    texts = ["".join(draw.choices(BLANKS, k=draw.randrange(1, 14))) for _ in range(5000)]
+    for tokenizer in (bpe, gpt2):
+        cutting = Tokenizer(tokenizer.name, tokenizer.pattern, tokenizer.ranks)
+        plain = tiktoken.Encoding("x", pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.ranks, special_tokens={})
+        for text in texts:
+            assert cutting.encode(text).tolist() == plain.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\t", " \n", "\u00a0", "\r\n", "\u3000"])
+@pytest.mark.parametrize("end", ["", "x", "\nx"])
+def test_a_million_blanks_are_encoded(bpe, gpt2, blank, end):
+    """The regex engine of tiktoken gives up: "Max stack size exceeded for backtracking"."""
+    text = "a!" + blank * 1_100_000 + end
+    for tokenizer in (bpe, gpt2):
+        ids = tokenizer.encode_prompt(text)
+        assert tokenizer.text_bytes(ids) == text.encode()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"(\p{L}+)+x", r"\p{L}+", "", r"(?s:.)", GPT2_PATTERN + "|", GPT2_PATTERN[:-3], r"(a+)+b|(?s:.)", None, ["x"]],
+)
+def test_only_known_patterns_are_loaded(gpt2, tmp_path, monkeypatch, pattern):
+    """Another pattern may take forever or lose text."""
+    monkeypatch.setattr(tokenizers, "PATTERNS", {**tokenizers.PATTERNS, str(pattern): (r"(?s:.)", "x")})
+    files = Tokenizer(gpt2.name, str(pattern), gpt2.ranks).files()
+    monkeypatch.undo()
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**spec, "pattern": pattern}))
+    with pytest.raises(UserError, match="the tokenizer in .* is damaged"):
+        Tokenizer.load(tmp_path)
 
 
 def test_text_of_a_corpus_never_becomes_a_marker(bpe, gpt2):

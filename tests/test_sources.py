@@ -74,7 +74,8 @@ def test_every_format_gives_the_same_shards(formats):
     }
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
     for name, args in kinds.items():
-        result = cli("prepare.py", *args, *SMALL, "--text_column=body", f"--name={name}", cwd=folder, env=env)
+        args += () if name == "txt" else ("--text_column=body",)
+        result = cli("prepare.py", *args, *SMALL, f"--name={name}", cwd=folder, env=env)
         assert result.returncode == 0, result.stderr.decode()
     expected = {path.name: file_sha256(path) for path in (folder / "data/txt").iterdir() if path.suffix == ".bin"}
     assert set(expected) == {"train_000000.bin", "val_000000.bin"}
@@ -141,9 +142,13 @@ def test_the_packages_source_reads_the_required_versions():
     assert "einops/einops.py" in first and names[: len(first)] == first == sorted(first)
     assert not any("/tests/" in name for name in names) and len(texts_of(source)) > 20
     assert source.description.startswith(f"Python source of einops=={version}, tyro==")
-    for wanted, sentence in (("einops==0.0.1", "pip install einops==0.0.1"), ("nosuchthing", "not installed: pip")):
+    for wanted, sentence in (
+        (("einops==0.0.1",), "pip install einops==0.0.1"),
+        (("nosuchthing",), "not installed: pip"),
+        (("tyro", "einops", f"einops=={version}"), "--packages names einops 2 times: name it once"),
+    ):
         with pytest.raises(UserError, match=sentence):
-            open_source(PrepareConfig(source="packages", packages=(wanted,)))
+            open_source(PrepareConfig(source="packages", packages=wanted))
 
 
 # ----------------------------------------------------------------------------- input that cannot be read
@@ -211,6 +216,20 @@ def test_skipped_rows_are_printed_and_recorded_in_the_manifest(tmp_path):
     )
     facts = manifest(tmp_path / "data/a")
     assert facts["documents_skipped"] == 1 and facts["skipped"][0][0] == "a.jsonl:8"
+    assert facts["skipped_by_kind"] == {"invalid JSON": 1} and b"    1 x invalid JSON\n" in result.stdout
+
+
+def test_skipped_rows_are_counted_by_their_kind_with_a_warning_if_they_are_most(tmp_path):
+    write_texts(tmp_path / "texts", documents=40)
+    rows = [json.dumps({"text": path.read_text()}) for path in sorted((tmp_path / "texts").iterdir())]
+    rows[10:10] = ['{"text": 1}'] * 7 + ["no json"] * 30 + ["{}"] * 5
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    result = cli("prepare.py", "--source=files", "--files=a.jsonl", "--name=a", *SMALL, cwd=tmp_path)
+    out = result.stdout.decode()
+    assert result.returncode == 0 and "  most of the source could not be read; 42 documents were skipped:\n" in out
+    assert "    30 x invalid JSON\n    7 x its 'text' is int, not text\n    5 x no 'text'\n" in out
+    by_kind = {"its 'text' is int, not text": 7, "invalid JSON": 30, "no 'text'": 5}
+    assert manifest(tmp_path / "data/a")["skipped_by_kind"] == by_kind
 
 
 @pytest.mark.parametrize(
