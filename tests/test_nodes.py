@@ -185,7 +185,7 @@ def test_a_refusal_of_rank_1_under_torchrun_is_one_sentence(workdir, tmp_path):
     assert result.returncode == 1 and error.count("error: rank 1 has seed=5, but rank 0 has seed=1337") == 1, error
 
 
-def test_the_code_and_torch_are_compared(monkeypatch):
+def test_the_code_and_torch_are_compared():
     facts = agreement.program_and_settings(TrainConfig())
     assert {"nanometa.model", "nanometa.training.optimizer", "torch", "learning_rate"} <= facts.keys()
     assert not [name for name in facts if name.startswith("torch.")]
@@ -200,9 +200,7 @@ def test_the_code_and_torch_are_compared(monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         said = set(pool.map(process, range(2)))
     assert len(said) == 1
-    assert re.match(
-        f"rank 1 has (torch=2.0 and )?nanometa.model=edited.* rank 0 has .*torch={torch.__version__}", *said
-    )
+    assert re.match("rank 1 has torch=2.0 and nanometa.model=edited, but rank 0 has torch=", *said), said
 
 
 # ----------------------------------------------------------------------------- the environment variables of torchrun

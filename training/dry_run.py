@@ -101,8 +101,9 @@ def describe_estimate(cfg: TrainConfig, accumulation: int) -> str:
         for number, width in load.widths
     )
     rows = {name: f"{f / T:.3e}  per position  {100 * f / window:5.1f} %" for name, f in flops.items()}
-    rows |= {"total": f"{window / T:.3e}  per position, {window / (T - M):.3e} per content token"}
-    if M:
+    per_content = "" if cfg.task.tasks else f", {window / (T - M):.3e} per content token"
+    rows |= {"total": f"{window / T:.3e}  per position{per_content}"}
+    if M and not cfg.task.tasks:
         rows |= {"markers": f"{100 * M / T:.1f} % of the positions, so also of the projections and the MLP"}
     rows |= {"a step": f"{window * cfg.batch_size:.3e}", "the run": f"{all_flops:.3e}"}
     if cfg.activation_checkpointing:
