@@ -29,7 +29,8 @@ def report(error: UserError) -> None:
 def in_words(error: BaseException) -> UserError | None:
     """Returns an error of the input or of the machine as a UserError; None for any other error, a fault of the code.
 
-    The machine can lack memory, for which torch raises a RuntimeError, or files, permissions and disk space."""
+    The machine can lack memory, for which torch raises a RuntimeError, or files, permissions and disk space. A closed
+    pipe is no error of the machine."""
     if isinstance(error, UserError):
         return error
     text = " ".join(str(error).split())
@@ -42,6 +43,6 @@ def in_words(error: BaseException) -> UserError | None:
             f"batches (train.py has --micro_batch_size and --activation_checkpointing, and --dry_run estimates its "
             f"memory)."
         )
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         return UserError(f"{text or type(error).__name__}: check the path, its permissions and the free space.")
     return None

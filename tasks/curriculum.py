@@ -5,7 +5,7 @@ import math
 from nanometa.config import TrainConfig
 from nanometa.config.tasks import LEVELS
 
-SHORTEST = 32  # positions of the shortest training texts, unless the tokenizer needs longer ones
+SHORTEST = 32  # positions of the shortest training texts, if the tokenizer allows
 PHASES = 5  # number of phases of the curriculum
 MULTIPLE = 32  # the widths of batches and their indices are multiples of this, so that torch.compile sees few shapes
 
@@ -13,10 +13,10 @@ MULTIPLE = 32  # the widths of batches and their indices are multiples of this, 
 class Curriculum:
     """The lengths and levels of the training texts of a run. Without curriculum_steps, they never change.
 
-    shortest: positions of the shortest texts."""
+    start: positions from which the maximum length grows."""
 
-    def __init__(self, cfg: TrainConfig, shortest: int = SHORTEST):
-        self.cfg, self.T, self.shortest = cfg, cfg.task.train_length, shortest
+    def __init__(self, cfg: TrainConfig, start: int = SHORTEST):
+        self.cfg, self.T, self.start = cfg, cfg.task.train_length, start
 
     def reached(self, step: int) -> tuple[int, tuple[str, ...]]:
         """Returns the longest length and the levels of training texts at a step.
@@ -25,7 +25,7 @@ class Curriculum:
         task = self.cfg.task
         levels = LEVELS[: LEVELS.index(task.level) + 1]
         share = 1.0 if step >= task.curriculum_steps else (1 + step * PHASES // task.curriculum_steps) / PHASES
-        longest = round(self.shortest * (self.T / self.shortest) ** share)
+        longest = round(self.start * (self.T / self.start) ** share)
         return longest, levels[: math.ceil(share * len(levels))]
 
     def phases(self) -> list[tuple[int, tuple[str, ...]]]:

@@ -17,7 +17,7 @@ from nanometa.tasks.curriculum import MULTIPLE, SHORTEST, Curriculum
 from nanometa.tasks.example import Example, Maker
 
 VALIDATION = 256  # number of validation texts of each task
-TRIED = 8  # texts of the shortest length that each maker writes before the run starts
+TRIED = 8  # texts of the first, shortest phase that each maker writes before the run starts
 
 
 def collate(
@@ -72,26 +72,25 @@ class TaskWindows:
                 maker.example(split, 0, math.ceil(0.9 * self.T), self.T, (cfg.task.level,))
 
     def _fitting_curriculum(self) -> Curriculum:
-        """Returns the curriculum with the shortest start, in steps of 8 positions, for which every maker has texts.
+        """Returns the curriculum with the lowest start, in steps of 8 positions, for which every maker has texts.
 
-        Texts are longer if words have more tokens, as with a small vocabulary. Writes texts of every phase. Raises
-        UserError if no start is long enough."""
+        Words of several tokens, as with a small vocabulary, need a higher start. Writes texts of every phase, so that
+        impossible settings are refused here and not in the middle of a run: raises UserError."""
 
-        def write(n: int, shortest: int, longest: int, levels: tuple[str, ...]) -> None:
+        def write(n: int, longest: int, levels: tuple[str, ...]) -> None:
             for maker in self.makers:
                 for index in range(n):
-                    maker.example("train/0", index, shortest, longest, levels)
+                    maker.example("train/0", index, SHORTEST, longest, levels)
 
-        write(1, SHORTEST, *Curriculum(self.cfg).phases()[-1])  # no start makes texts of the full length possible
-        refusal = None
-        for shortest in range(SHORTEST, self.T + 1, 8):
-            curriculum = Curriculum(self.cfg, shortest)
+        write(1, *Curriculum(self.cfg).phases()[-1])  # a text of the full length and level does not depend on the start
+        for start in range(SHORTEST, self.T + 1, 8):
+            curriculum = Curriculum(self.cfg, start)
             try:
                 for phase, reached in enumerate(curriculum.phases()):
-                    write(1 if phase else TRIED, shortest, *reached)
+                    write(1 if phase else TRIED, *reached)
                 return curriculum
             except UserError as error:
-                refusal = refusal or error
+                refusal = error
         raise refusal
 
     def reached(self, step: int) -> tuple[int, tuple[str, ...]]:
@@ -104,7 +103,7 @@ class TaskWindows:
         if self.split != "train":
             return maker.example(self.split, index, math.ceil(0.9 * self.T), self.T, (self.cfg.task.level,))
         longest, levels = self.reached(window // self.cfg.batch_size)
-        return maker.example(f"train/{self.cfg.seed}", index, self.curriculum.shortest, longest, levels)
+        return maker.example(f"train/{self.cfg.seed}", index, SHORTEST, longest, levels)
 
     def counted(self, n: int) -> dict[str, int]:
         """Returns the numbers of texts and positions, padding included, in the first n training texts.

@@ -403,16 +403,17 @@ def test_bad_settings_are_refused(args, sentence, tmp_path, capsys):
 def test_dry_run_estimates_runs_on_tasks(workdir, monkeypatch, capsys):
     """Texts count with their padded widths under the curriculum, and the model is that of init_from."""
     monkeypatch.chdir(workdir)
-    train.main(override(SMALL, "--run_name=base", "--dataset=data/u", "--block_size=32", "--max_steps=1"))
+    shape = ("--dataset=data/u", "--block_size=32", "--position=rope")
+    train.main(override(SMALL, "--run_name=base", "--max_steps=1", *shape))
     capsys.readouterr()
-    tasks = ("--tasks=parity", "--train_length=32", "--init_from=out/base", "--max_steps=100", "--dry_run=True")
+    tasks = ("--tasks=parity", "--train_length=64", "--init_from=out/base", "--max_steps=100", "--dry_run=True")
     shape = ("--n_layer", "--n_head", "--n_embd")
     args = [arg for arg in override(SMALL, *tasks, "--n_accelerators=1") if not arg.startswith((*shape, "--device"))]
     before = tree(workdir)
     train.main(args)
     out = capsys.readouterr().out
     assert "tasks parity\n  model: out/base/" in out and "an embedding of 320 rows" in out
-    assert "100 steps                       800 texts in 2.560e+04 positions, padding included" in out
+    assert "100 steps                       800 texts in 5.120e+04 positions, padding included" in out
     assert re.search(f"\n  total +{load_run('out/base').model.num_params() / 1e6:.3f} M\n", out)
     assert tree(workdir) == before
     # the curriculum's texts have 49, 75, 114, 170 and 256 positions, padded to multiples of 32

@@ -226,7 +226,10 @@ REFUSED = {
         ("--train_length=128", "parity"),
         "train_length=128 is too long, because the model has only 96 learned positions",
     ),
-    "dry run": (("--dry_run=True", "--train_length=128", "parity"), "train_length=128 is too long"),
+    "dry run": (
+        ("--dry_run=True", "--n_accelerators=1", "--train_length=128", "parity"),
+        "train_length=128 is too long",
+    ),
     "no such task": (
         ("--train_length=96", "lists"),
         "--tasks=lists is invalid: it must be a list, each item of which is one of",
@@ -258,8 +261,8 @@ def test_settings_must_agree_with_the_run_given_as_init_from(workdir, tmp_path, 
             match=f"^{said} differs from {said.partition('=')[0]}=.* of the model in {base}/best_00000010, which",
         ):
             train_main([*argv, f"--init_from={base}", "--run_name=refused"])
-    with pytest.raises(UserError, match="^dataset=data/u has no effect, because the texts of the tasks are generated"):
-        train_main([tiny_tasks, "--dataset=data/u", f"--init_from={base}", "--run_name=refused"])
+    with pytest.raises(UserError, match="^dataset=data/n has no effect, because the texts of the tasks are generated"):
+        train_main([tiny_tasks, "--dataset=data/n", f"--init_from={base}", "--run_name=refused"])
     # the recipes that serve all arms name no setting of the model
     for name in ("finetune_tasks", "tiny_tasks"):
         assert not {"second_attention", "position", "target_rule", "n_layer"} & {

@@ -118,7 +118,7 @@ class Dist:
         for rank, other in enumerate(others, start=1):
             if names := [fact for fact in {**first, **other} if first.get(fact) != other.get(fact)]:
                 wanted, found = (
-                    " and ".join(f"{fact}={have.get(fact, 'none')}" for fact in names[:SHOWN])
+                    " and ".join(f"{fact}={shortened(have.get(fact, 'none'))}" for fact in names[:SHOWN])
                     for have in (first, other)
                 )
                 more = f", and {len(names) - SHOWN} more differ" if names[SHOWN:] else ""
@@ -299,7 +299,8 @@ def why_not_compile(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x * constant + 1)(torch.ones(16, device=device))
     except Exception as error:
-        return f"the compiler fails: {shortened(' '.join(str(error).split()))}"
+        reason = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0]  # what follows is for developers of PyTorch
+        return f"the compiler fails: {shortened(' '.join(reason.split()))}"
     return None
 
 

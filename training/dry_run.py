@@ -15,8 +15,11 @@ from nanometa.common.errors import UserError, printable
 from nanometa.config import GPTConfig, TrainConfig
 from nanometa.config.checks import nearest_multiples, similar_name
 from nanometa.config.tasks import PLACEMENTS
+from nanometa.data.tokenizer import SPEC_FILE, Tokenizer
 from nanometa.tasks.curriculum import MULTIPLE, Curriculum
+from nanometa.tasks.source import TaskWindows
 from nanometa.training.base_run import base_of, check_length, with_base
+from nanometa.training.checkpoint import Checkpoint
 from nanometa.training.dataset import check_arm, with_vocabulary
 from nanometa.training.distributed import pick_dtype
 from nanometa.training.estimate import (
@@ -152,7 +155,7 @@ def _load_of(cfg: TrainConfig) -> tuple[TrainConfig, Load]:
         if base := base_of(cfg, None):
             cfg = with_base(cfg, base)
     if cfg.task.tasks:
-        return _load_of_tasks(cfg, base.folder if base else None)
+        return _load_of_tasks(cfg, base)
     data = data_of(cfg.dataset)
     check_arm(cfg, data.chunk_content, data.chunk_markers)
     chunk = data.chunk_content + data.chunk_markers
@@ -173,24 +176,28 @@ def _load_of(cfg: TrainConfig) -> tuple[TrainConfig, Load]:
     return cfg, Load("window", cfg.model, T // chunk * data.chunk_markers, widths, origin, note="")
 
 
-def _load_of_tasks(cfg: TrainConfig, base: Path | None) -> tuple[TrainConfig, Load]:
+def _load_of_tasks(cfg: TrainConfig, base: Checkpoint | None) -> tuple[TrainConfig, Load]:
     """Does the same for a run on tasks. base: the checkpoint that gives the model; None for a new model."""
-    if base is None:
+    if base:
+        tokenizer, model = base.tokenizer(), printable(str(base.folder))
+    else:
         check_length(cfg)
         refuse_idle(cfg, 0)
         data = data_of(cfg.dataset)
         cfg = with_vocabulary(cfg, data.n_vocab, data.n_content)
+        tokenizer = Tokenizer.load(Path(cfg.dataset)) if (Path(cfg.dataset) / SPEC_FILE).is_file() else None
+        model = f"a new one, with the vocabulary of the dataset {printable(data.origin)}"
+    curriculum = TaskWindows(cfg, "train", tokenizer).curriculum if tokenizer else Curriculum(cfg)
     T = cfg.task.train_length
     # the texts of one batch are padded to the same number of markers; about every tenth position follows a list
     share = max(_marker_share(name, cfg.task.meta_share) for name in cfg.task.placements)
     M = min(T, -(-round(share * T) // MULTIPLE) * MULTIPLE)
-    model = printable(str(base)) if base else f"a new one, with the vocabulary of the dataset {printable(data.origin)}"
     note = (
         f"  (every text counts with its padded width, with up to {M} places for meta-tokens, and as if all its tokens\n"
         f"  were scored)\n"
     )
     origin = f"tasks {', '.join(cfg.task.tasks)}\n  model: {model}; {_vocabulary(cfg)}"
-    widths = Curriculum(cfg).widths(cfg.max_steps * cfg.batch_size)
+    widths = curriculum.widths(cfg.max_steps * cfg.batch_size)
     return cfg, Load("text", dataclasses.replace(cfg.model, block_size=T), M, widths, origin, note)
 
 

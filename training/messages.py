@@ -80,9 +80,10 @@ def data_lines(
     source: where the tokenizer of the tasks comes from; world: processes; accumulation: micro-batches in each."""
     split = f"{count(world, 'process')} x {count(accumulation, 'micro-batch')} x {cfg.micro_batch_size}"
     if cfg.task.tasks:
-        shortest = train.curriculum.shortest
+        start, _ = train.reached(0)
+        growth = f", growing from {start} by the curriculum" if cfg.task.curriculum_steps else ""
         return [
-            f"data: new texts of {shortest} to {train.T} positions, with the tokenizer of {source} "
+            f"data: new texts of at most {train.T} positions{growth}, with the tokenizer of {source} "
             f"({tokens_per_item(train.tokenizer):.3f} tokens per item); {val.n_windows:,} validation texts",
             f"each step: {count(cfg.batch_size, 'text')} ({split})",
             f"whole run: {count(cfg.max_steps, 'step')} = {count(cfg.max_steps * cfg.batch_size, 'text')}",
