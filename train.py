@@ -16,7 +16,6 @@ import json
 import math
 import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,18 +32,21 @@ from nanometa.data.verify import verify
 from nanometa.layers.loss import Objective
 from nanometa.layers.scores import Scorer
 from nanometa.model import GPT
-from nanometa.training import checkpoint, messages, pretrained
+from nanometa.training import agreement, checkpoint, messages, pretrained
 from nanometa.training.bad_steps import BadStepGuard
 from nanometa.training.base_run import base_of, with_base
 from nanometa.training.checkpoint import Checkpoint
 from nanometa.training.clock import Clock, hms
 from nanometa.training.dataset import data_facts, open_windows, with_vocabulary
-from nanometa.training.distributed import Dist, accumulation, autocast, pick_dtype, processes, ranks, why_not_compile
-from nanometa.training.estimate import describe_estimate, flops_per_window, peak_flops
+from nanometa.training.distributed import Dist, accumulation, autocast, pick_dtype, processes, why_eager
+from nanometa.training.dry_run import describe_estimate
+from nanometa.training.estimate import flops_per_window, peak_flops
 from nanometa.training.evaluation import evaluate
+from nanometa.training.failed_start import Start
+from nanometa.training.idle import refuse_idle
 from nanometa.training.optimizer import Optimizer, learning_rate, norms
-from nanometa.training.resume import check_resumable, find_checkpoint, lock_existing, lock_new
-from nanometa.training.run_log import RunLog, environment, finite
+from nanometa.training.resume import check_resumable, find_checkpoint, lock_existing
+from nanometa.training.run_log import RunLog, environment, finite, show
 from nanometa.training.show_batch import show_batch
 from nanometa.training.signals import StopFlag
 
@@ -60,20 +62,29 @@ class Trainer:
         self.dist, self.run_dir = dist, Path(cfg.out_dir) / cfg.run_name
         self.ahead: tuple[list[Batch], int] | None = None  # what `read` returned for the next step
         self.measured: tuple = ()  # the last evaluation: step, windows, figures, seconds
+        self.start = Start()  # ends with the first step; removes the folder of a new run if it fails
         notes: list[str] = []  # kept for the log, which is opened last
         self.lock = dist.agree("lock", lambda: lock_existing(cfg, self.run_dir, dist.is_main))
         saved = dist.agree("data", lambda: self._open_data(cfg, notes))
         dist.agree("weights", lambda: self._make_model(saved))
+        facts = dist.agree("facts", lambda: agreement.data_and_start(self.facts, saved, self.origin, notes))
+        dist.compare("facts of all", facts | {"dtype": pick_dtype(cfg.dtype, dist.device)[0]})
         verified = dist.agree("shards", self._verify)
-        why_dtype, no_compile = dist.agree("device", lambda: self._place(saved))
+        why_dtype = dist.agree("device", lambda: self._place(saved))
+        no_compile = why_eager(self.cfg, dist)
+        if not no_compile:
+            self.objective = torch.compile(self.objective, dynamic=False)
+            self.scorer = torch.compile(Scorer(self.model), dynamic=False)
         if dist.has_group:  # DDP waits for the other processes, and after `agree` all of them arrive here
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
-        dist.agree("folder", self._take_folder)
-        self.log = RunLog(self.run_dir, self.cfg, self.facts, self.step if saved else -1, dist.is_main)
-        start = f"started from {self.origin}"
-        if self._is_own(saved):
-            start = f"resumed from {saved.folder} at step {saved.step:,}; the run originally {start}"
-        self._introduce([*notes, start, verified], why_dtype, no_compile)
+        with self.start:
+            dist.agree("folder", self._take_folder)
+            resumed_at = self.step if saved else -1
+            self.log = dist.agree("log", lambda: RunLog(self.run_dir, self.cfg, self.facts, resumed_at, dist.is_main))
+            start = f"started from {self.origin}"
+            if self._is_own(saved):
+                start = f"resumed from {saved.folder} at step {saved.step:,}; the run originally {start}"
+            self._introduce([*notes, start, verified], why_dtype, no_compile)
 
     def _open_data(self, cfg: TrainConfig, notes: list[str]) -> Checkpoint | None:
         """Opens the data and the checkpoint that the run continues, and completes the settings.
@@ -90,6 +101,9 @@ class Trainer:
         self.tokenizer_from = base.folder if base else cfg.dataset
         if saved:
             notes += check_resumable(saved, self.cfg, self.facts)
+        if not base:
+            refuse_idle(self.cfg, self.facts["chunk_markers"])
+        notes += messages.warnings(self.cfg, self.train_data.n_windows)
         return saved
 
     def _is_own(self, saved: Checkpoint | None) -> bool:
@@ -122,14 +136,12 @@ class Trainer:
         if cfg.task.tasks:
             return "the texts of the tasks are generated during training, so there are no shards to verify"
         if cfg.verify == "full" and self.dist.local_rank == 0:
-            say = partial(print, flush=True) if self.dist.is_main else lambda line: None
+            say = show if self.dist.is_main else lambda line: None
             return verify(Path(cfg.dataset), data.manifest, data.tokenizer.meta + 1, say)
         return "only the headers and sizes of the shards were verified, not their contents (--verify=header)"
 
-    def _place(self, saved: Checkpoint | None) -> tuple[str, str | None]:
-        """Moves the model to its device, makes the optimizer, and compiles the model.
-
-        Returns the reason for the dtype, and the reason why nothing is compiled (None if the model is)."""
+    def _place(self, saved: Checkpoint | None) -> str:
+        """Moves the model to its device and makes the optimizer. Returns the reason for the dtype."""
         cfg, dist = self.cfg, self.dist
         self.dtype, why_dtype = pick_dtype(cfg.dtype, dist.device)
         name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type
@@ -139,17 +151,13 @@ class Trainer:
         self.optimizer = Optimizer(self.model, cfg)
         if saved:
             saved.restore(self.optimizer)
-        no_compile = why_not_compile(dist.device) if cfg.compile else "as requested"
         self.objective, self.scorer = Objective(self.model), None  # None: evaluate the eager model
-        if not no_compile:
-            self.objective = torch.compile(self.objective, dynamic=False)
-            self.scorer = torch.compile(Scorer(self.model), dynamic=False)
-        return why_dtype, no_compile
+        return why_dtype
 
     def _take_folder(self) -> None:
         """Creates and locks the folder of a new run, or tidies the folder of a resumed run."""
         if self.dist.is_main:
-            self.lock = self.lock or lock_new(self.run_dir)
+            self.lock = self.lock or self.start.new_folder(self.run_dir)
             checkpoint.sweep(self.run_dir, self.step, self.cfg.keep)
 
     def _introduce(self, notes: list[str], why_dtype: str, no_compile: str | None) -> None:
@@ -299,7 +307,11 @@ class Trainer:
 
     def run(self) -> None:
         """Trains to the last step, or until a signal arrives, with evaluations and checkpoints on the way."""
-        cfg, log, stop, clock = self.cfg, self.log, StopFlag(), Clock()
+        with self.start, self.log:
+            self._train(StopFlag())
+
+    def _train(self, stop: StopFlag) -> None:
+        cfg, log, clock = self.cfg, self.log, Clock()
         saved_at, stopping = self.step, False
         # at the start of a run, or if a signal interrupted the evaluation after this step
         if self.evaluates() and self.evaluated != self.step:
@@ -308,6 +320,7 @@ class Trainer:
         while self.step < cfg.max_steps and not stopping:
             rate = learning_rate(self.step, cfg)
             loss, norm, stopping = self.train_step(stop.raised)
+            self.start.succeeded()
             clock.step()
             if self.logs(self.step):
                 self._log_step(loss, norm, rate, clock.look(), clock)
@@ -327,7 +340,6 @@ class Trainer:
             log.say(f"stopped by a signal after step {self.step:,}, which is saved; continue with --init_from=resume")
         else:
             log.say(f"done in {hms(time.perf_counter() - clock.started)}; the results are in {self.run_dir}")
-        log.close()
 
     def _diverged(self, what: str) -> None:
         raise UserError(
@@ -364,23 +376,19 @@ class Trainer:
 
 
 def main(argv: list[str]) -> None:
-    cfg = load_config(TrainConfig, argv, config_file=True)
-    if cfg.dry_run:
-        if cfg.task.tasks:
-            raise UserError(
-                "--dry_run estimates training on text, not on tasks: leave --tasks out, or train a few steps and read "
-                "the speed."
-            )
-        print(describe_estimate(cfg, accumulation(cfg, cfg.n_accelerators)))
-        return
-    if cfg.show_batch is not None:
-        rank, _, world = ranks()
-        accumulation(cfg, world)  # raises UserError if the batch cannot be split
-        return show_batch(cfg, world) if rank == 0 else None
-    if not cfg.run_name:
-        raise UserError("the run has no name: give a config file, such as config/tiny_meta.py, or --run_name=NAME.")
-    with processes(cfg.device) as dist:
-        Trainer(cfg, dist).run()
+    with processes() as dist:
+        cfg = dist.agree("settings", lambda: load_config(TrainConfig, argv, config_file=True))
+        dist.compare("settings of all", agreement.program_and_settings(cfg))
+        if cfg.dry_run:
+            if dist.is_main:
+                print(describe_estimate(cfg, accumulation(cfg, cfg.n_accelerators)))
+            return
+        if cfg.show_batch is not None:
+            accumulation(cfg, dist.world)  # raises UserError if the batch cannot be split
+            return show_batch(cfg, dist.world) if dist.is_main else None
+        if not cfg.run_name:
+            raise UserError("the run has no name: give a config file, such as config/tiny_meta.py, or --run_name=NAME.")
+        Trainer(cfg, dist.on(cfg.device)).run()
 
 
 if __name__ == "__main__":

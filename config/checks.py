@@ -39,7 +39,7 @@ def check_types(config) -> None:
         elif type(value) is float and not math.isfinite(value):
             raise UserError(f"{name}={value} is out of range: it must be finite.")
         elif not any(_is_a(value, option) for option in options):
-            raise UserError(f"{name}={value!r} has the wrong type: it must be {type_name(hint)}.")
+            raise UserError(f"{name}={value!r} has the wrong type: it must be {type_name(hint, value)}.")
 
 
 def _options(hint) -> tuple:
@@ -60,19 +60,45 @@ def _is_a(value, hint) -> bool:
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", types.NoneType: "None"}
 
 
-def type_name(hint) -> str:
-    """Returns an annotated type in words, for an error message."""
+def type_name(hint, value=None) -> str:
+    """Returns an annotated type in words, for an error message, and the allowed choice that `value` may misspell.
+
+    value: the wrong value, as text or as a list of texts; other values are not compared with the choices."""
     if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+        choices = typing.get_args(hint)
+        wrong = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
+        close = [similar_name(str(item).lower(), choices) for item in wrong if item not in choices]
+        offer = f" (did you mean {' '.join(filter(None, close))!r}?)" if any(close) else ""
+        return "one of " + ", ".join(map(str, choices)) + offer
     if typing.get_origin(hint) is tuple:
-        return f"a list, each item of which is {type_name(typing.get_args(hint)[0])}"
-    return " or ".join(TYPE_NAMES[option] if option in TYPE_NAMES else type_name(option) for option in _options(hint))
+        return f"a list, each item of which is {type_name(typing.get_args(hint)[0], value)}"
+    options = _options(hint)
+    return " or ".join(TYPE_NAMES[option] if option in TYPE_NAMES else type_name(option, value) for option in options)
 
 
 def nearest_multiples(value: int, step: int) -> str:
     """Returns the positive multiples of step below and above value, as text: "96 or 108"."""
     below = value // step * step
     return f"{below} or {below + step}" if below else f"{step}"
+
+
+# Short and common names of settings, and the names of our settings, of which the first that a command has is suggested
+SHORT_NAMES = {
+    "lr": ("learning_rate",), "rate": ("learning_rate",), "max_lr": ("learning_rate",),
+    "bs": ("batch_size",), "batch": ("batch_size",), "mbs": ("micro_batch_size",), "wd": ("weight_decay",),
+    "gradient_accumulation_steps": ("micro_batch_size",), "grad_accum": ("micro_batch_size",),
+    "epochs": ("max_steps", "epochs"), "iters": ("max_steps",), "max_iters": ("max_steps",),
+    "steps": ("max_steps", "max_new_tokens"), "n": ("n", "count"), "samples": ("n", "count"),
+    "warmup": ("warmup_steps",), "decay_steps": ("lr_decay_steps",), "clip": ("grad_clip",),
+    "layers": ("n_layer",), "depth": ("n_layer",), "heads": ("n_head",), "dim": ("n_embd",), "width": ("n_embd",),
+    "d_model": ("n_embd",), "hidden_size": ("n_embd",), "d_ff": ("n_inner",),
+    "context": ("block_size",), "ctx": ("block_size",), "seq_len": ("block_size",), "window": ("block_size",),
+    "length": ("train_length", "lengths", "max_new_tokens"), "max_tokens": ("max_new_tokens", "max_tokens"),
+    "opt": ("optimizer",), "sched": ("schedule",), "precision": ("dtype",), "gpus": ("n_accelerators",),
+    "data": ("dataset",), "name": ("run_name", "name"), "out": ("out_dir", "output"), "output": ("out_dir", "output"),
+    "resume": ("init_from",), "checkpoint": ("init_from", "run"), "ckpt": ("init_from", "run"), "model": ("run",),
+    "temp": ("temperature",), "vocab": ("vocab_size", "bpe_vocab_size"),
+}  # fmt: skip
 
 
 def similar_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -90,8 +116,9 @@ def similar_path(path: str, known: Iterable[str]) -> str | None:
 
 
 def nearest_name(name: str, known: list[str]) -> str:
-    """Returns the end of an error message: the known name that is most similar, or else all known names."""
-    close = similar_name(name, known)
+    """Returns the end of an error message: the known name that is probably meant, or else all known names."""
+    meant = [ours for ours in SHORT_NAMES.get(name.lower(), ()) if ours in known]
+    close = meant[0] if meant else similar_name(name, known)
     return f"did you mean {close!r}?" if close else f"known are {', '.join(sorted(known))}."
 
 

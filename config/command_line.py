@@ -20,7 +20,7 @@ from pathlib import Path
 import tyro
 
 import nanometa.config
-from nanometa.common.errors import UserError
+from nanometa.common.errors import UserError, in_words, report
 from nanometa.common.memory import keep_freed_memory
 from nanometa.config import GPTConfig, PrepareConfig, SampleConfig, TaskConfig, TrainConfig
 from nanometa.config.checks import bool_names, field_names, flat_fields, nearest_name, type_name
@@ -31,17 +31,18 @@ def run_cli(main) -> None:
     """Runs main(argv) of a command and exits. A UserError is printed as one line, and the exit status is then 2."""
     status = 0
     keep_freed_memory()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller has closed it
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process per machine prints it
-            print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except (OSError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of the output, such as head, has ended
-            os._exit(1)
-        reason = str(error) or "there is not enough memory"
-        print(f"error: {reason}: check the path, its permissions and the free space.", file=sys.stderr)
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
+        os._exit(1)
+    except Exception as error:
+        words = in_words(error)
+        if words is None:
+            raise
+        report(words)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -49,8 +50,9 @@ def run_cli(main) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # DDP keeps gloo's threads alive beyond destroy_process_group. If one of them frees a tensor during the shutdown
         # of the interpreter, the process aborts (seen in 4 of 99 runs of two processes): exit without that shutdown.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a closed pipe
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
@@ -139,7 +141,7 @@ def _invalid_value(cls, name: str, argv: list[str]) -> str:
     values = [first.partition("=")[2], *itertools.takewhile(lambda arg: not arg.startswith("--"), rest)]
     value = " ".join(filter(None, values))
     what = f"--{name}={value} is invalid" if value else f"--{name} has no value"
-    return f"{what}: it must be {type_name(flat_fields(cls)[name].type)}"
+    return f"{what}: it must be {type_name(flat_fields(cls)[name].type, value.split())}"
 
 
 def join_help_lines(cls) -> None:

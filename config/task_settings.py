@@ -19,7 +19,8 @@ class TaskConfig(Settings):
     come from the run that init_from names; with init_from=scratch, the model is new and the tokenizer is that of the
     dataset"""
     train_length: int = setting(256, only_with={"tasks": SET})
-    """positions of the longest texts, including markers, question and answer; the shortest texts have 32"""
+    """positions of the longest texts, including markers, question and answer; the shortest texts have 32, or more if
+    the tokenizer needs many tokens for a word"""
     level: Level = setting("hard", only_with={"tasks": SET})  # noqa: RUF009
     """highest difficulty (the sizes of lists, segments and spans); training also includes all lower levels"""
     placements: tuple[Placement, ...] = setting(("target",), only_with={"tasks": SET})
@@ -28,7 +29,7 @@ class TaskConfig(Settings):
     positions, and an ordinary word points"""
     curriculum_steps: int = setting(0, only_with={"tasks": SET})
     """number of initial steps with a curriculum: the maximum length and the level grow in five phases, starting at 32
-    positions and level easy; 0 = no curriculum"""
+    positions, or more if the tokenizer needs many tokens for a word, and level easy; 0 = no curriculum"""
     loss_on: Literal["answer", "all"] = setting("answer", only_with={"tasks": SET})
     """tokens to train on: only the answers, or all content tokens"""
     meta_share: float = setting(0.1, only_with={"placements": SCATTERED_PLACEMENTS})

@@ -22,4 +22,5 @@ config = replace(
     eval_interval=250,
     save_interval=500,
     compile=False,
+    n_accelerators=1,  # for --dry_run: the batch is not split
 )

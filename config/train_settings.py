@@ -85,7 +85,8 @@ class TrainConfig(Settings):
     dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", on_resume="may change")
     """precision of the forward pass; auto = bfloat16 autocast where the hardware supports it, else float32"""
     compile: bool = setting(True, on_resume="may change")
-    """use torch.compile; it is turned off, with a message, if no C++ compiler is found"""
+    """use torch.compile; if the compiler is missing or broken, the run goes on without it and says so, unless
+    compile=True was given explicitly"""
     activation_checkpointing: bool = setting(False, on_resume="may change")
     """keep only the inputs of each block and recompute the rest in the backward pass: less memory, a third more
     computation"""
@@ -149,6 +150,8 @@ class TrainConfig(Settings):
         check(self, "price", self.price >= 0, "be at least 0")
         check(self, "show_batch", self.show_batch is None or self.show_batch >= 0, "be at least 0, or None")
         check(self, "init_from", self.init_from != "", "be scratch, resume, auto, gpt2 or a folder")
+        if self.dry_run and self.show_batch is not None:
+            raise UserError(f"dry_run and show_batch={self.show_batch} are both given: give only one of them.")
         if self.branch_from and self.init_from not in ("scratch", "auto"):
             raise UserError(
                 f"init_from={self.init_from} and branch_from={self.branch_from} are both given: give only one of them."

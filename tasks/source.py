@@ -11,15 +11,13 @@ import torch
 
 from nanometa.common.errors import UserError
 from nanometa.config import TrainConfig
-from nanometa.config.tasks import LEVELS
 from nanometa.data.layout import Batch, batch_of, connected_positions, draw_of, layout_of, targets_of
 from nanometa.data.tokenizer import Tokenizer
+from nanometa.tasks.curriculum import MULTIPLE, SHORTEST, Curriculum
 from nanometa.tasks.example import Example, Maker
 
-SHORTEST = 32  # positions of the shortest training texts
-PHASES = 5  # number of phases of the curriculum
 VALIDATION = 256  # number of validation texts of each task
-MULTIPLE = 32  # the widths of batches and their indices are multiples of this, so that torch.compile sees few shapes
+TRIED = 8  # texts of the first, shortest phase that each maker writes before the run starts
 
 
 def collate(
@@ -67,29 +65,37 @@ class TaskWindows:
                 f"of {len(cfg.task.placements)} placements: set --eval_windows={len(pairs)} or more, or None for all "
                 f"texts."
             )
-        # write one text of every kind, so that impossible settings are refused here and not in the middle of a run
-        phases = {self.reached(phase * cfg.task.curriculum_steps // PHASES) for phase in range(PHASES + 1)}
-        for maker in self.makers:
-            if train:
-                for longest, levels in phases:
-                    maker.example("train/0", 0, SHORTEST, longest, levels)
-            else:
+        if train:
+            self.curriculum = self._fitting_curriculum()
+        else:  # so that impossible settings are refused here and not in the middle of a run
+            for maker in self.makers:
                 maker.example(split, 0, math.ceil(0.9 * self.T), self.T, (cfg.task.level,))
 
+    def _fitting_curriculum(self) -> Curriculum:
+        """Returns the curriculum with the lowest start, in steps of 8 positions, for which every maker has texts.
+
+        Words of several tokens, as with a small vocabulary, need a higher start. Writes texts of every phase, so that
+        impossible settings are refused here and not in the middle of a run: raises UserError."""
+
+        def write(n: int, longest: int, levels: tuple[str, ...]) -> None:
+            for maker in self.makers:
+                for index in range(n):
+                    maker.example("train/0", index, SHORTEST, longest, levels)
+
+        write(1, *Curriculum(self.cfg).phases()[-1])  # a text of the full length and level does not depend on the start
+        for start in range(SHORTEST, self.T + 1, 8):
+            curriculum = Curriculum(self.cfg, start)
+            try:
+                for phase, reached in enumerate(curriculum.phases()):
+                    write(1 if phase else TRIED, *reached)
+                return curriculum
+            except UserError as error:
+                refusal = error
+        raise refusal
+
     def reached(self, step: int) -> tuple[int, tuple[str, ...]]:
-        """Returns the longest length and the levels of training texts at a step.
-
-        The curriculum has five phases, over which the length grows geometrically and the levels are added in order."""
-        task = self.cfg.task
-        levels = LEVELS[: LEVELS.index(task.level) + 1]
-        share = 1.0 if step >= task.curriculum_steps else (1 + step * PHASES // task.curriculum_steps) / PHASES
-        longest = round(SHORTEST * (self.T / SHORTEST) ** share)
-        return longest, levels[: math.ceil(share * len(levels))]
-
-    def width(self, window: int) -> int:
-        """Returns the padded width of a training text, which depends on the longest text of its step."""
-        longest, _ = self.reached(window // self.cfg.batch_size)
-        return min(self.T, -(-longest // MULTIPLE) * MULTIPLE)
+        """Returns the longest length and the levels of training texts at a step."""
+        return self.curriculum.reached(step)
 
     def example(self, window: int) -> Example:
         """Returns text number `window` of the split."""
@@ -103,10 +109,7 @@ class TaskWindows:
         """Returns the numbers of texts and positions, padding included, in the first n training texts.
 
         n must be a whole number of steps."""
-        C, B = self.cfg.task.curriculum_steps, self.cfg.batch_size
-        starts = [min(n, math.ceil(phase * C / PHASES) * B) for phase in range(PHASES)]  # first text of each phase
-        ends = [*starts[1:], n]
-        return {"texts": n, "positions": sum((b - a) * self.width(a) for a, b in zip(starts, ends, strict=True))}
+        return {"texts": n, "positions": sum(texts * width for texts, width in self.curriculum.widths(n))}
 
     def sample(self, n: int) -> np.ndarray:
         """Returns n texts, the first ones. Their tasks and placements take turns, which texts at equal distances would
@@ -115,7 +118,9 @@ class TaskWindows:
 
     def batch(self, windows: np.ndarray) -> Batch:
         """Builds the Batch of the texts with the given numbers (B,), on the CPU."""
-        T = self.T if self.split != "train" else max(self.width(int(window)) for window in windows)
+        T = self.T
+        if self.split == "train":
+            T = max(self.curriculum.width(int(window) // self.cfg.batch_size) for window in windows)
         examples = [self.example(int(window)) for window in windows]
         return collate(examples, windows, T, self.cfg, self.tokenizer, f"tasks {self.split}", self.loss_on)
 

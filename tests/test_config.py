@@ -130,6 +130,17 @@ def test_command_line_beats_file_beats_default():
     [
         (["--n_leyer=4"], "unknown setting --n_leyer: did you mean 'n_layer'?"),
         (["--learning_rte=1"], "did you mean 'learning_rate'?"),
+        (["--lr=3"], "unknown setting --lr: did you mean 'learning_rate'?"),
+        (["--bs=3"], "did you mean 'batch_size'?"),
+        (["--wd=3"], "did you mean 'weight_decay'?"),
+        (["--epochs=3"], "did you mean 'max_steps'?"),
+        (["--max-iters=3"], "did you mean 'max_steps'?"),
+        (["--seq_len=3"], "did you mean 'block_size'?"),
+        (["--optimizer=moun"], r"it must be one of adamw, muon \(did you mean 'muon'\?\); --help"),
+        (["--optimizer=AdamW"], r"it must be one of adamw, muon \(did you mean 'adamw'\?\); --help"),
+        (["--dtype", "bf16"], r"float32 \(did you mean 'bfloat16'\?\)"),
+        (["--tasks", "parity", "copyng"], r"parity, copying \(did you mean 'copying'\?\)"),
+        (["--optimizer=sgd"], "it must be one of adamw, muon; --help"),
         (["--n_layer=six"], "^--n_layer=six is invalid: it must be a whole number; --help lists all settings"),
         (["--n-layer", "six"], "^--n_layer=six is invalid: it must be a whole number"),
         (["--learning_rate=fast"], "^--learning_rate=fast is invalid: it must be a number;"),
@@ -186,7 +197,7 @@ def test_bad_command_lines_get_one_sentence(argv, sentence, monkeypatch):
         ("config = TrainConfig(model=GPTConfig(bias=1))", "bias=1 has the wrong type: it must be True or False"),
         (
             "config = TrainConfig(dtype='float16')",
-            "dtype='float16' has the wrong type: it must be one of auto, bfloat16, float32",
+            "dtype='float16' has the wrong type: it must be one of auto, bfloat16, float32 .did you mean 'bfloat16'",
         ),
         ("config = TrainConfig(max_steps=True)", "max_steps=True has the wrong type"),
         (

@@ -138,8 +138,8 @@ def test_a_step_waits_for_the_gpu_once(workdir, monkeypatch):
     monkeypatch.chdir(workdir)
     settings = ("--dataset=data/u", "--block_size=32", "--run_name=gpu_wait", "--micro_batch_size=4")
     cfg = load_config(TrainConfig, override(without_device(*TINY), *settings, "--log_interval=50", "--max_steps=50"))
-    with processes(DEVICE) as dist:
-        trainer = Trainer(cfg, dist)
+    with processes() as dist:
+        trainer = Trainer(cfg, dist.on(DEVICE))
         for _ in range(3):
             trainer.train_step(False)
         torch.cuda.synchronize()

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import re
 from functools import partial
 from unittest import mock
 
@@ -23,6 +24,7 @@ from nanometa.data.tokenizer import Tokenizer
 from nanometa.layers.loss import Objective, gather_scored
 from nanometa.model import GPT
 from nanometa.training import estimate
+from nanometa.training.checkpoint import load_run
 from nanometa.training.distributed import Dist, autocast, pick_dtype
 from nanometa.training.optimizer import Optimizer
 from tests.conftest import ROOT, cli, override, tree
@@ -384,12 +386,42 @@ def test_dry_run_reads_a_prepared_dataset_and_names_unknown_peaks(workdir):
             # the default dataset of config/tiny_meta.py would be stdlib_uniform
             "neither a dataset in data/tiny_meta_uniform nor a recipe for it",
         ),
+        (("--accelerator=H10",), "'H10' are not known: give one of .* \\(did you mean 'H100'\\?\\)"),
+        (("--init_from=out/nothing",), "init_from='out/nothing' is neither one of scratch, .* nor a folder"),
+        (
+            ("--target_rule=skip", "--second_attention=none", "--dataset=data/stdlib_none", "--block_size=461"),
+            "no effect",
+        ),
     ],
 )
 def test_bad_settings_are_refused(args, sentence, tmp_path, capsys):
     with pytest.raises(UserError, match=sentence) as caught:
         train.main([str(ROOT / "config/tiny_meta.py"), *args, "--dry_run"])
     assert "\n" not in str(caught.value) and not capsys.readouterr().out
+
+
+def test_dry_run_estimates_runs_on_tasks(workdir, monkeypatch, capsys):
+    """Texts count with their padded widths under the curriculum, and the model is that of init_from."""
+    monkeypatch.chdir(workdir)
+    shape = ("--dataset=data/u", "--block_size=32", "--position=rope")
+    train.main(override(SMALL, "--run_name=base", "--max_steps=1", *shape))
+    capsys.readouterr()
+    tasks = ("--tasks=parity", "--train_length=64", "--init_from=out/base", "--max_steps=100", "--dry_run=True")
+    shape = ("--n_layer", "--n_head", "--n_embd")
+    args = [arg for arg in override(SMALL, *tasks, "--n_accelerators=1") if not arg.startswith((*shape, "--device"))]
+    before = tree(workdir)
+    train.main(args)
+    out = capsys.readouterr().out
+    assert "tasks parity\n  model: out/base/" in out and "an embedding of 320 rows" in out
+    assert "100 steps                       800 texts in 5.120e+04 positions, padding included" in out
+    assert re.search(f"\n  total +{load_run('out/base').model.num_params() / 1e6:.3f} M\n", out)
+    assert tree(workdir) == before
+    # the curriculum's texts have 49, 75, 114, 170 and 256 positions, padded to multiples of 32
+    train.main([str(ROOT / "config/finetune_tasks.py"), "--dry_run", "--max_steps=2800"])
+    positions = 64 * 560 * (64 + 96 + 128 + 192 + 256)
+    assert f"179,200 texts in {positions:.3e} positions" in capsys.readouterr().out
+    with pytest.raises(UserError, match="train_length=2048 is too long"):
+        train.main([str(ROOT / "config/finetune_tasks.py"), "--dry_run", "--train_length=2048"])
 
 
 def test_mfu_is_recorded_if_the_peak_is_known(workdir, monkeypatch):
@@ -433,10 +465,6 @@ def test_flops_and_peak_memory_of_gpt2_are_as_estimated(second, micro, dtype, tm
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_has_a_dry_run_without_data(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    if load_config(TrainConfig, [str(path)], config_file=True).task.tasks:
-        with pytest.raises(UserError, match="dry_run estimates training on text"):
-            train.main([str(path), "--dry_run"])
-        return
     train.main([str(path), "--dry_run"])
     out = capsys.readouterr().out
     assert "is not prepared yet" in out and "hours and cost: " in out and out.endswith(" USD\n")

@@ -226,7 +226,10 @@ REFUSED = {
         ("--train_length=128", "parity"),
         "train_length=128 is too long, because the model has only 96 learned positions",
     ),
-    "dry run": (("--dry_run=True", "parity"), "dry_run estimates training on text"),
+    "dry run": (
+        ("--dry_run=True", "--n_accelerators=1", "--train_length=128", "parity"),
+        "train_length=128 is too long",
+    ),
     "no such task": (
         ("--train_length=96", "lists"),
         "--tasks=lists is invalid: it must be a list, each item of which is one of",
@@ -238,7 +241,7 @@ REFUSED = {
 def test_settings_must_agree_with_the_run_given_as_init_from(workdir, tmp_path, monkeypatch):
     """A value that equals the default is compared too, whether it was typed or is in a config file."""
     monkeypatch.chdir(workdir)
-    shape = ("--dataset=data/n", "--block_size=84", "--second_attention=causal", "--target_rule=skip")
+    shape = ("--second_attention=causal", "--target_rule=skip")
     base = pretrain(workdir, "base_typed", *shape)
     agreed = ("--second_attention=causal", "--target_rule=skip", "--position=rope", "--n_layer=2", "--rope_theta=10000")
     run = load_run(tune(workdir, "agreed", base, *agreed, "--max_steps=1"))
@@ -258,8 +261,8 @@ def test_settings_must_agree_with_the_run_given_as_init_from(workdir, tmp_path, 
             match=f"^{said} differs from {said.partition('=')[0]}=.* of the model in {base}/best_00000010, which",
         ):
             train_main([*argv, f"--init_from={base}", "--run_name=refused"])
-    with pytest.raises(UserError, match="^dataset=data/u has no effect, because the texts of the tasks are generated"):
-        train_main([tiny_tasks, "--dataset=data/u", f"--init_from={base}", "--run_name=refused"])
+    with pytest.raises(UserError, match="^dataset=data/n has no effect, because the texts of the tasks are generated"):
+        train_main([tiny_tasks, "--dataset=data/n", f"--init_from={base}", "--run_name=refused"])
     # the recipes that serve all arms name no setting of the model
     for name in ("finetune_tasks", "tiny_tasks"):
         assert not {"second_attention", "position", "target_rule", "n_layer"} & {
@@ -270,8 +273,8 @@ def test_settings_must_agree_with_the_run_given_as_init_from(workdir, tmp_path, 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_refused_in_one_sentence(workdir, bases, case):
-    (setting, task), expected = REFUSED[case]
-    given = override(TUNE, f"--init_from={bases['learned']}", "--run_name=refused", setting)
+    (*settings, task), expected = REFUSED[case]
+    given = override(TUNE, f"--init_from={bases['learned']}", "--run_name=refused", *settings)
     assert expected in refusal(cli("train.py", *given, "--tasks", task, cwd=workdir))
     assert not (workdir / "out/refused").exists()
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -201,7 +202,7 @@ def test_a_folder_that_another_process_took_first_is_refused(tmp_path):
         lock_new(tmp_path / "run")
 
 
-def test_an_error_in_one_process_ends_all_processes():
+def test_an_error_in_one_process_ends_all_processes_and_is_reported_once(capsys):
     store = torch.distributed.HashStore()
 
     def process(rank: int) -> str:
@@ -209,7 +210,7 @@ def test_an_error_in_one_process_ends_all_processes():
 
         def step():
             if rank == 1:
-                raise UserError("there is no disk on this machine.")
+                raise UserError("there is no disk here.")
 
         try:
             dist.agree("first", lambda: rank)
@@ -218,7 +219,8 @@ def test_an_error_in_one_process_ends_all_processes():
             return str(error)
 
     with ThreadPoolExecutor(2) as pool:
-        assert [*pool.map(process, range(2))] == ["there is no disk on this machine."] * 2
+        assert [*pool.map(process, range(2))] == [f"rank 1 on {socket.gethostname()}: there is no disk here."] * 2
+    assert capsys.readouterr().err.count("error: rank 1 on ") == 1
 
 
 def test_folders_that_cannot_be_written_are_refused_in_one_sentence(workdir, tmp_path):

@@ -188,7 +188,8 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch
 from nanometa.training import distributed as dist
 dist.timedelta = lambda minutes=0, days=0: timedelta(seconds=4) if minutes else timedelta(days=days)
-with dist.processes("cpu") as d:
+with dist.processes() as alone:
+    d = alone.on("cpu")
     assert d.sum(torch.ones(1)).item() == 2
     if d.rank == 0:
         time.sleep(9)

@@ -57,12 +57,17 @@ def with_base(cfg: TrainConfig, base: Checkpoint | None) -> TrainConfig:
             f"dataset={cfg.dataset} has no effect, because the texts of the tasks are generated with the tokenizer of "
             f"{base.folder}: leave --dataset out."
         )
+    check_length(cfg)
+    return cfg
+
+
+def check_length(cfg: TrainConfig) -> None:
+    """Raises UserError if the texts of the tasks have more positions than the model has learned positions for."""
     if cfg.task.tasks and cfg.model.position == "learned" and cfg.task.train_length > cfg.model.block_size:
         raise UserError(
             f"train_length={cfg.task.train_length} is too long, because the model has only {cfg.model.block_size} "
             f"learned positions: set --train_length to at most {cfg.model.block_size}."
         )
-    return cfg
 
 
 def _taken_over(cfg: TrainConfig, base: Checkpoint) -> TrainConfig:

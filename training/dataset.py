@@ -78,13 +78,19 @@ def check_window(cfg: TrainConfig, content: int, markers: int) -> None:
 
     The other kind of dataset is offered before another block_size, which would turn the run into another arm."""
     size, chunk = cfg.model.block_size, content + markers
-    if size % chunk == 0 or (markers and size % content):
+    if size % chunk == 0:
         return
     offer = f"--block_size={nearest_multiples(size, chunk)}"
-    if markers:
+    if markers and size % content == 0:
         raise UserError(
             f"{cfg.dataset} has {markers} markers per chunk, but block_size={size} is for data without markers: give a "
             f"dataset prepared with --injection=none, or train another arm, one with markers, with {offer}."
+        )
+    if markers:
+        raise UserError(
+            f"{cfg.dataset} has {markers} markers per chunk, and block_size={size} is not a whole number of its "
+            f"{chunk}-position chunks: for an arm without markers give a dataset prepared with --injection=none and "
+            f"--block_size={nearest_multiples(size, content)}, or train another arm, one with markers, with {offer}."
         )
     raise UserError(
         f"{cfg.dataset} has no markers, and block_size={size} is not a whole number of its {chunk}-position chunks: "

@@ -5,8 +5,12 @@ torchrun starts takes the path of several: it joins a group of one and wraps the
 test what eight will do."""
 
 import contextlib
+import dataclasses
+import importlib.util
+import json
 import os
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -17,10 +21,14 @@ from typing import TypeVar
 import torch
 import torch.distributed
 
-from nanometa.common.errors import UserError
+from nanometa.common.errors import ReportedError, UserError, in_words, report
+from nanometa.common.terminal import shortened
 from nanometa.config import TrainConfig
+from nanometa.training.launch import joins_group, ranks, under_torchrun
 
 T = TypeVar("T")
+SHOWN = 8  # differing facts that a message lists
+PATIENCE = timedelta(seconds=20)  # with the process that reports an error
 
 
 @dataclass(frozen=True)
@@ -40,14 +48,34 @@ class Dist:
 
     @property
     def has_group(self) -> bool:
-        """Whether this process has joined a process group, of any size, and so exchanges tensors through it."""
+        """Whether this process belongs to a process group, of any size, and so exchanges tensors through it."""
         return self.store is not None
+
+    def on(self, device: str) -> "Dist":
+        """Returns this process with its device, after it has joined its process group, if it belongs to one.
+
+        device: auto | cuda | mps | cpu. Raises UserError, in all processes, if the device is not available in one."""
+        chosen = self.agree("hardware", lambda: pick_device(device, self.local_rank))
+        self.compare("devices", {"device": chosen.type})
+        if self.store is not None:
+            backend, timeout = "nccl" if chosen.type == "cuda" else "gloo", timedelta(minutes=30)
+            # the prefix keeps torch's keys apart from those of `hear`
+            store = torch.distributed.PrefixStore("collectives", self.store)
+            torch.distributed.init_process_group(
+                backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout
+            )
+        return dataclasses.replace(self, device=chosen)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Adds up a tensor over all processes, in place, and returns it."""
         if self.has_group:
             torch.distributed.all_reduce(tensor)
         return tensor
+
+    def barrier(self) -> None:
+        """Waits until all processes arrive here."""
+        if self.has_group:
+            torch.distributed.barrier()
 
     def hear(self, name: str, word: str) -> list[str]:
         """Returns one word from every process, in the order of their ranks. A name can be used only once.
@@ -65,50 +93,106 @@ class Dist:
     def agree(self, name: str, step: Callable[[], T]) -> T:
         """Calls step() in every process and returns its result.
 
-        If it raises UserError or OSError in any process, all processes raise an error with that message. A name can be
-        used only once, as in `hear`."""
-        result, error = None, None
+        If it fails in any process, for a reason that in_words knows, all processes raise a UserError with the sentence
+        of the lowest rank that failed. A name can be used only once, as in `hear`."""
+        if self.store is None:
+            return step()
+        result, sentence = None, ""
         try:
             result = step()
-        except (UserError, OSError) as refusal:
-            error = refusal
-        refusals = self.hear(name, "" if error is None else str(error) or type(error).__name__)
-        if error is not None:
-            raise error
-        for sentence in filter(None, refusals):
-            raise UserError(sentence)
+        except Exception as error:
+            if (words := in_words(error)) is None:
+                raise
+            sentence = f"rank {self.rank} on {socket.gethostname()}: {words}" if self.rank else str(words)
+        for refusal in filter(None, self.hear(name, sentence)):
+            raise self.reported(UserError(refusal), self.is_main)
         return result
 
-    def barrier(self) -> None:
-        """Waits until all processes arrive here."""
-        if self.has_group:
-            torch.distributed.barrier()
+    def compare(self, name: str, facts: dict[str, object]) -> None:
+        """Raises UserError, in all processes, unless all of them have the same facts.
 
+        The message names the first rank that differs from rank 0, and the facts in which it differs, with both values.
+        A name can be used only once, as in `hear`."""
+        words = self.hear(name, json.dumps({fact: str(value) for fact, value in facts.items()}))
+        first, *others = map(json.loads, words)
+        for rank, other in enumerate(others, start=1):
+            if names := [fact for fact in {**first, **other} if first.get(fact) != other.get(fact)]:
+                wanted, found = (
+                    " and ".join(f"{fact}={shortened(have.get(fact, 'none'))}" for fact in names[:SHOWN])
+                    for have in (first, other)
+                )
+                more = f", and {len(names) - SHOWN} more differ" if names[SHOWN:] else ""
+                sentence = (
+                    f"rank {rank} has {found}, but rank 0 has {wanted}{more}: start all processes of a run with the "
+                    f"same command, code, data and checkpoints."
+                )
+                raise self.reported(UserError(sentence), self.is_main)
 
-def ranks() -> tuple[int, int, int]:
-    """Returns (rank, local_rank, world) as torchrun sets them; without torchrun there is one process: (0, 0, 1)."""
-    names = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    rank, local_rank, world = (int(os.environ.get(name, alone)) for name, alone in names)
-    return rank, local_rank, world
+    def reported(self, error: UserError, mine: bool) -> UserError:
+        """Reports an error that several processes raise once, and returns the ReportedError that they raise.
+
+        mine: whether this process reports it. The others wait for that, because torchrun kills all processes as soon as
+        one has ended. A process that is alone reports nothing and gets the error back."""
+        if self.store is None:
+            return error
+        with contextlib.suppress(RuntimeError):  # the store may have ended with its process
+            if mine:
+                report(error)
+                self.store.set("reported", "")
+            else:
+                self.store.wait(["reported"], PATIENCE)
+        return ReportedError(str(error))
+
+    def first_reported(self, error: Exception) -> Exception:
+        """Returns what this process raises in place of an error that ends it: a ReportedError, if one was reported.
+
+        The first process that fails for a reason that in_words knows reports it. The others fail for the same reason,
+        or because they have lost a process that failed."""
+        words = in_words(error)
+        if self.store is None or isinstance(error, ReportedError):
+            return error
+        with contextlib.suppress(RuntimeError):
+            if words is not None:
+                return self.reported(words, mine=self.store.add("failed", 1) == 1)
+            if self.store.check(["failed"]):
+                return self.reported(UserError("another process of the run has failed."), mine=False)
+        return error
 
 
 @contextlib.contextmanager
-def processes(device: str):
-    """Joins the processes of a run, yields the Dist of this one, and leaves them. device: auto | cuda | mps | cpu."""
+def processes():
+    """Meets the other processes of a run, yields the Dist of this one, whose method `on` gives it a device, and leaves.
+
+    An error that several processes raise in the block is reported once."""
     rank, local_rank, world = ranks()
-    chosen = pick_device(device, local_rank)
-    store = None
-    if world > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
-        backend, timeout = "nccl" if chosen.type == "cuda" else "gloo", timedelta(minutes=30)
+    dist = Dist(rank, local_rank, world, torch.device("cpu"), meet(rank, world) if joins_group(world) else None)
+    try:
+        yield dist
+    except Exception as error:
+        if (other := dist.first_reported(error)) is error:
+            raise
+        raise other from error
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def meet(rank: int, world: int) -> torch.distributed.Store:
+    """Returns the store that all processes of the run share. Raises UserError if they do not meet within 30 minutes."""
+    place, timeout = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", timedelta(minutes=30)
+    if not under_torchrun():  # torchrun's processes start together, others when somebody starts them
+        print(f"rank {rank} of {world} is waiting for the other processes at {place}", flush=True)
+    try:
         store, rank, world = next(torch.distributed.rendezvous("env://", timeout=timeout))
         store = fresh_store(store, rank, world, timeout)
-        of_group = torch.distributed.PrefixStore("collectives", store)  # keeps torch's keys apart from those of `hear`
-        torch.distributed.init_process_group(backend, store=of_group, rank=rank, world_size=world, timeout=timeout)
-    try:
-        yield Dist(rank, local_rank, world, chosen, store)
-    finally:
-        if store is not None:
-            torch.distributed.destroy_process_group()
+        check_places(store, rank, world)
+        return store
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"rank {rank} of {world} cannot meet the other processes at MASTER_ADDR:MASTER_PORT = {place} ({reason}): "
+            f"check this address and the nodes."
+        ) from error
 
 
 def fresh_store(store, rank: int, world: int, timeout: timedelta) -> torch.distributed.Store:
@@ -140,6 +224,19 @@ def fresh_store(store, rank: int, world: int, timeout: timedelta) -> torch.distr
             )
         time.sleep(0.01)
     return torch.distributed.PrefixStore(mine, store)
+
+
+def check_places(store, rank: int, world: int) -> None:
+    """Raises UserError if another process has the same rank, or if rank 0 and another one differ in the number of
+    processes. torchrun sees to both, but other launchers may not."""
+    if store.add(f"processes of rank {rank}", 1) > 1:
+        raise UserError(f"two processes have RANK={rank}: give every process a rank of its own.")
+    store.set(f"world of {rank}", str(world))
+    for other in range(1, world) if rank == 0 else (0,):
+        if (theirs := store.get(f"world of {other}").decode()) != str(world):
+            raise UserError(
+                f"rank {rank} has WORLD_SIZE={world}, but rank {other} has WORLD_SIZE={theirs}: set the same number."
+            )
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
@@ -187,15 +284,36 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 def why_not_compile(device: torch.device) -> str | None:
-    """Returns the reason why torch.compile cannot work on this machine, or None if it can."""
-    if device.type == "cuda":
-        import importlib.util
+    """Returns the reason why torch.compile does not work on this machine, or None if it does.
 
-        return None if importlib.util.find_spec("triton") else "triton is not installed"
+    Compiles a small function to find out, because a compiler that is installed can be broken."""
     if device.type == "mps":
         return "torch.compile is not used on mps"
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        return "triton is not installed"
     compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
-    return None if any(map(shutil.which, compilers)) else f"no C++ compiler was found ({', '.join(compilers)})"
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        return f"no C++ compiler was found ({', '.join(compilers)})"
+    # a new constant makes a function that no cache knows; the caches outlive the compiler
+    constant = uuid.uuid4().int % 10**6
+    try:
+        torch.compile(lambda x: x * constant + 1)(torch.ones(16, device=device))
+    except Exception as error:
+        reason = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0]  # what follows is for developers of PyTorch
+        return f"the compiler fails: {shortened(' '.join(reason.split()))}"
+    return None
+
+
+def why_eager(cfg: TrainConfig, dist: Dist) -> str | None:
+    """Returns the reason why the model is not compiled, the same in all processes, or None if it is.
+
+    Raises UserError if compile=True was given explicitly and does not work in one of the processes."""
+    if not cfg.compile:
+        return "as requested"
+    reason = next(filter(None, dist.hear("compiler", why_not_compile(dist.device) or "")), None)
+    if reason and "compile" in cfg.typed:
+        raise UserError(f"compile=True does not work, because {reason}: repair that, or leave compile out.")
+    return f"not compiled, because {reason}" if reason else None
 
 
 def accumulation(cfg: TrainConfig, world: int) -> int:

@@ -1,7 +1,4 @@
-"""Estimates the parameters, tokens, FLOPs, memory, hours and cost of a training run, without data or a GPU.
-
-    python train.py config/meta_gpt2.py --dry_run
-    python train.py config/meta_gpt2.py --dry_run --accelerator=A100 --n_accelerators=4 --price=1.5 --micro_batch_size=8
+"""Estimates the parameters, FLOPs and memory of a training run, without data or a GPU. dry_run.py prints them.
 
 Parameters are counted on the model itself. FLOPs and memory are derived below, term by term, and
 tests/test_estimate.py compares them with what PyTorch multiplies, saves and allocates on a CPU. Terms that are
@@ -17,14 +14,12 @@ import torch
 
 from nanometa.common.errors import UserError
 from nanometa.config import GPTConfig, TrainConfig
-from nanometa.config.checks import nearest_multiples
 from nanometa.data.shards import MANIFEST, read_manifest
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.layers.loss import SLICE, block_rows, chunk_rows
 from nanometa.model import GPT
-from nanometa.training.dataset import check_arm, recipe_of, with_vocabulary
-from nanometa.training.distributed import pick_dtype
-from nanometa.training.optimizer import muon_transient, part_of
+from nanometa.training.dataset import recipe_of
+from nanometa.training.optimizer import muon_dtype, muon_transient, part_of
 
 # Dense bfloat16 FLOP/s with fp32 accumulation. NVIDIA's data sheets give twice these numbers where they assume
 # structured sparsity. Keys are the names of torch.cuda.get_device_name() without maker, form factor and memory size.
@@ -262,7 +257,9 @@ def memory(cfg: TrainConfig, M: int, dtype: torch.dtype, device: str, accumulati
         "end of backward pass": kept + parts["gradients"] + 4 * wte * (2 if accumulation > 1 else 1),
     }
     if cfg.optimizer == "muon":
-        phases["update"] = kept + parts["gradients"] + muon_transient(blocks, torch.device(device))
+        # every GPU that --dry_run knows computes bfloat16
+        muon = torch.bfloat16 if device == "cuda" else muon_dtype(torch.device(device))
+        phases["update"] = kept + parts["gradients"] + muon_transient(blocks, muon)
     if cfg.activation_checkpointing:
         # the recomputed activations and casts of the last block, and the gradients of the head, of the residual stream
         # and of the MLP's input and output
@@ -270,97 +267,3 @@ def memory(cfg: TrainConfig, M: int, dtype: torch.dtype, device: str, accumulati
         again = block + (2 * matrices // L if size == 2 else 0) + 4 * wte + rows * (4 + 2 * size)
         phases["recomputing a block"] = forward - parts["casts of weights"] + again
     return {"parts": {name: n_bytes for name, n_bytes in parts.items() if n_bytes}, "phases": phases}
-
-
-# ----------------------------------------------------------------------------- the text
-
-
-def describe_estimate(cfg: TrainConfig, accumulation: int) -> str:
-    """Returns the text that --dry_run prints.
-
-    accumulation: micro-batches per step in each of the cfg.n_accelerators processes. Raises UserError if the
-    accelerator is unknown, or the settings do not fit the dataset or its recipe."""
-    peak = peak_flops(cfg.accelerator)
-    if peak is None:
-        raise UserError(
-            f"the peak FLOP/s of accelerator={cfg.accelerator!r} are not known: give one of {', '.join(PEAK)}."
-        )
-    data = data_of(cfg.dataset)
-    check_arm(cfg, data.chunk_content, data.chunk_markers)
-    chunk = data.chunk_content + data.chunk_markers
-    if cfg.model.block_size % chunk:
-        raise UserError(
-            f"block_size={cfg.model.block_size} is not a multiple of {chunk}, the positions of a chunk of "
-            f"{cfg.dataset}: set --block_size={nearest_multiples(cfg.model.block_size, chunk)}."
-        )
-    cfg = with_vocabulary(cfg, data.n_vocab, data.n_content)
-    T, n = cfg.model.block_size, cfg.n_accelerators
-    C = T // chunk * data.chunk_content
-    device = cfg.device if cfg.device != "auto" else "cuda"
-    if cfg.dtype == "auto" and device == "cuda":
-        dtype = torch.bfloat16  # every accelerator in the table computes it
-    else:
-        dtype = pick_dtype(cfg.dtype, torch.device(device))[0]
-
-    def lines(title: str, rows: dict[str, str], notes: str = "") -> str:
-        return f"\n{title}\n" + "\n".join(f"  {name:<32}{value}" for name, value in rows.items()) + "\n" + notes
-
-    counts = parameters(skeleton(cfg.model))
-    total, table = sum(counts.values()), counts.get("position table", 0)
-    arm = cfg.model.arm_name(data.chunk_markers > 0)
-    out = f"{cfg.run_name or 'a run'} (the {arm} arm) on {n} x {cfg.accelerator}: an estimate; nothing is trained\n"
-    out += f"\ndataset, {data.origin}\n  chunks of {data.chunk_content} content tokens + {data.chunk_markers} markers; "
-    out += f"an embedding of {data.n_vocab:,} rows, of which {data.n_content:,} ids can be predicted\n"
-    sums = {"total": total} | ({"total without position table": total - table} if table else {})
-    out += lines("parameters", {name: f"{count / 1e6:9.3f} M" for name, count in {**counts, **sums}.items()})
-
-    windows = cfg.max_steps * cfg.batch_size
-    tokens = {
-        "a window": f"{C:,} content tokens in {T:,} positions",
-        "a step": f"{cfg.batch_size * C:,} content tokens in {cfg.batch_size * T:,} positions",
-        "": f"{cfg.batch_size} windows = {n} processes x {accumulation} micro-batches x {cfg.micro_batch_size} windows",
-        f"{cfg.max_steps:,} steps": f"{windows * C:.3e} content tokens in {windows * T:.3e} positions",
-    }
-    out += lines("tokens", tokens)
-
-    flops = flops_by_part(cfg.model, T - C)
-    window, all_flops = sum(flops.values()), sum(flops.values()) * windows
-    rows = {name: f"{f / T:.3e}  per position  {100 * f / window:5.1f} %" for name, f in flops.items()}
-    rows |= {"total": f"{window / T:.3e}  per position, {window / C:.3e} per content token"}
-    if T > C:
-        rows |= {"markers": f"{100 * (T - C) / T:.1f} % of the positions, so also of the projections and the MLP"}
-    rows |= {"a step": f"{window * cfg.batch_size:.3e}", "the run": f"{all_flops:.3e}"}
-    if cfg.activation_checkpointing:
-        again = (window - flops["head"]) // 3 * windows  # a second forward pass of the blocks; it counts for the time
-        rows |= {"recomputed, in addition": f"{again:.3e}"}
-        all_flops += again
-    note = "  (only matrix products are counted, and attention over all keys, as in PaLM)\n"
-    out += lines("FLOPs, forward and backward", rows, note)
-
-    bytes_of = memory(cfg, T - C, dtype, device, accumulation)
-    rows = {name: f"{n_bytes / 1e9:9.3f} GB" for name, n_bytes in bytes_of["parts"].items()}
-    phases = {f"in use, {name}": f"{n_bytes / 1e9:9.3f} GB" for name, n_bytes in bytes_of["phases"].items()}
-    name = str(dtype).removeprefix("torch.")
-    title = f"memory of one process on {device}, {name}, micro-batches of {cfg.micro_batch_size}"
-    rows |= phases | {"peak": f"{max(bytes_of['phases'].values()) / 1e9:9.3f} GB"}
-    room = MEMORY.get(cfg.accelerator.upper().split()[0]) if device == "cuda" else None
-    if room and max(bytes_of["phases"].values()) > room:
-        rows |= {"IT DOES NOT FIT": f"one {cfg.accelerator} has {room / 1e9:.0f} GB: lower --micro_batch_size"}
-    note = (
-        "  (tensors in eager mode; torch.compile usually needs less for activations; the CUDA context, NCCL and the\n"
-        "  allocator's rounding need additional memory; 1 GB = 1e9 bytes)\n"
-    )
-    out += lines(title, rows, note)
-
-    if dtype != torch.bfloat16 or device != "cuda":
-        return out + (
-            f"\nhours and cost: not estimated, because peak FLOP/s are known only for GPUs in bfloat16, not for {name} "
-            f"on {device}"
-        )
-    hours = all_flops / (n * peak * cfg.mfu) / 3600
-    out += (
-        f"\nassumptions: {peak:.3e} dense bfloat16 FLOP/s per {cfg.accelerator}, MFU {cfg.mfu:g}, {cfg.price:g} USD "
-        f"per {cfg.accelerator} and hour; the time for evaluation and saving is left out\n"
-    )
-    time = f"{hours:,.2f} hours" if hours >= 0.1 else f"{hours * 60:.2g} minutes"
-    return out + f"hours and cost: {time} on {n} x {cfg.accelerator}, {hours * n * cfg.price:,.2f} USD"

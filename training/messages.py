@@ -29,6 +29,36 @@ def settings_line(cfg: TrainConfig) -> str:
     return f"settings that differ from the defaults (config.json lists all): {' '.join(changed) or 'none'}"
 
 
+def warnings(cfg: TrainConfig, n_windows: int | None) -> list[str]:
+    """Returns a line for each setting that is allowed but probably not meant.
+
+    n_windows: number of training windows; None for tasks, whose texts do not repeat."""
+    found, task = [], cfg.task
+    end = cfg.max_steps if cfg.schedule == "constant" else min(cfg.max_steps, cfg.lr_decay_steps or cfg.max_steps)
+    if end <= cfg.warmup_steps:
+        name = "max_steps" if end == cfg.max_steps else "lr_decay_steps"
+        found.append(
+            f"{name}={end} is not above warmup_steps={cfg.warmup_steps}, so the warm-up takes the whole schedule and "
+            f"the learning rate does not reach {cfg.learning_rate:g}; --warmup_steps={end // 10} would let it"
+        )
+    if n_windows is not None and cfg.batch_size > n_windows:
+        found.append(
+            f"batch_size={cfg.batch_size} is above the {count(n_windows, 'training window')} of the dataset, so each "
+            f"step reads windows more than once"
+        )
+    if task.tasks and task.curriculum_steps >= cfg.max_steps:
+        found.append(
+            f"curriculum_steps={task.curriculum_steps} is not below max_steps={cfg.max_steps}, so the run ends before "
+            f"the curriculum does"
+        )
+    if task.tasks and task.train_length > cfg.model.block_size:
+        found.append(
+            f"train_length={task.train_length} is above the model's window of block_size={cfg.model.block_size}, so "
+            f"the run trains rotary positions beyond it"
+        )
+    return [f"warning: {line}" for line in found]
+
+
 def model_line(model: GPT) -> str:
     """Returns the number of parameters, and of those that weight decay applies to."""
     whole, rest = (f"{model.num_params(table) / 1e6:.2f}M" for table in (True, False))
@@ -50,8 +80,10 @@ def data_lines(
     source: where the tokenizer of the tasks comes from; world: processes; accumulation: micro-batches in each."""
     split = f"{count(world, 'process')} x {count(accumulation, 'micro-batch')} x {cfg.micro_batch_size}"
     if cfg.task.tasks:
+        start, _ = train.reached(0)
+        growth = f", growing from {start} by the curriculum" if cfg.task.curriculum_steps else ""
         return [
-            f"data: new texts of at most {train.T} positions, with the tokenizer of {source} "
+            f"data: new texts of at most {train.T} positions{growth}, with the tokenizer of {source} "
             f"({tokens_per_item(train.tokenizer):.3f} tokens per item); {val.n_windows:,} validation texts",
             f"each step: {count(cfg.batch_size, 'text')} ({split})",
             f"whole run: {count(cfg.max_steps, 'step')} = {count(cfg.max_steps * cfg.batch_size, 'text')}",

@@ -46,9 +46,11 @@ def muon_batches(matrices: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     return batches
 
 
-def muon_transient(matrices: list[torch.Tensor], device: torch.device) -> int:
-    """Returns the largest number of bytes that an update of Muon holds at once beside its state."""
-    size, most = muon_dtype(device).itemsize, 0
+def muon_transient(matrices: list[torch.Tensor], dtype: torch.dtype) -> int:
+    """Returns the largest number of bytes that an update of Muon holds at once beside its state.
+
+    dtype: that of the Newton-Schulz steps."""
+    size, most = dtype.itemsize, 0
     for batch in muon_batches(matrices):
         n, gram = len(batch) * batch[0].numel(), len(batch) * min(batch[0].shape) ** 2
         # the directions with their stacked copy, in fp32; then the largest of two moments of a Newton-Schulz step
@@ -57,8 +59,8 @@ def muon_transient(matrices: list[torch.Tensor], device: torch.device) -> int:
 
 
 def muon_dtype(device: torch.device) -> torch.dtype:
-    """Returns the dtype of the Newton-Schulz steps: bfloat16, or fp32 on a CPU or Apple GPU that would emulate it."""
-    return torch.bfloat16 if device.type == "cuda" else pick_dtype("auto", device)[0]
+    """Returns the dtype of the Newton-Schulz steps: bfloat16, or fp32 on a processor or GPU that would emulate it."""
+    return pick_dtype("auto", device)[0]
 
 
 class Muon(torch.optim.Muon):

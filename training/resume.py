@@ -30,6 +30,12 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
     rules = {name: declared[name].metadata.get("on_resume", "may not change") for name in differing}
     if fixed := [name for name in differing if rules[name] == "may not change"]:
         name, more = fixed[0], f" (as does {', '.join(fixed[1:])})" if fixed[1:] else ""
+        if cfg.branch_from and saved.folder == Path(cfg.branch_from):
+            raise UserError(
+                f"{name}={differing[name]} differs from {name}={saved_settings[name]} of {saved.folder}{more}, and a "
+                f"branch continues with the optimizer and the order of the data of its trunk: leave the setting out, "
+                f"or start from the weights alone, with --init_from={saved.folder} in place of --branch_from."
+            )
         raise UserError(
             f"{name}={differing[name]} differs from {name}={saved_settings[name]} of {saved.folder}{more}, and a "
             f"resumed run cannot change this: give the settings that {_start_of(saved)} was started with, or start a "

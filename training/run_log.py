@@ -9,13 +9,16 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 import nanometa
+from nanometa.common.errors import printable
 from nanometa.common.files import sync, write_atomically
 from nanometa.config import TrainConfig
 from nanometa.config.checks import to_dict
+from nanometa.training.wandb_log import WandbLog
 
 
 @functools.cache
@@ -25,7 +28,10 @@ def environment() -> dict:
     The values are looked up once, at the start, because a commit made during the run is not the code that runs."""
 
     def git(*args: str) -> str:
-        result = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
+        try:
+            result = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
+        except OSError:  # git is not installed
+            return ""
         return result.stdout.strip() if result.returncode == 0 else ""
 
     return {
@@ -56,13 +62,35 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def show(line: str) -> None:
+    """Prints a line on the terminal. A run whose terminal or reader is gone prints nothing more, and goes on."""
+    try:
+        print(printable(line), flush=True)
+    except UnicodeEncodeError:  # the terminal's encoding lacks a character
+        print(ascii(line)[1:-1], flush=True)
+    except OSError as error:
+        _discard(sys.stdout)
+        try:
+            print(f"warning: standard output is gone ({error}), but the run goes on", file=sys.stderr, flush=True)
+        except OSError:
+            _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """Connects a stream that cannot be written to with the null device, because Python flushes it again at the exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
 class RunLog:
     """The log of a run: lines for people (screen and train.log) and for programs (metrics.jsonl and wandb).
 
     Opening it deletes the lines of metrics.jsonl beyond `step` (all lines if `step` is -1), since those steps are
-    trained again. It writes nothing unless `main` is True."""
+    trained again. It writes nothing unless `main` is True. As a context manager, it closes itself."""
 
     def __init__(self, run_dir: Path, cfg: TrainConfig, data: dict, step: int, main: bool):
+        """Raises UserError if wandb cannot start, as WandbLog does."""
         self.main, self.wandb = main, None
         if not main:
             return
@@ -75,21 +103,15 @@ class RunLog:
         # Written before any other visible file: it shows --init_from=auto that the folder is a run, even if the run is
         # killed before its first checkpoint.
         write_atomically(run_dir / "config.json", (json.dumps(resolved, indent=2) + "\n").encode())
-        self.text = open(run_dir / "train.log", "a")
+        self.text = open(run_dir / "train.log", "a", encoding="utf-8")
         if cfg.wandb != "disabled":
-            import wandb
-
-            settings = wandb.Settings(silent=True, console="off")
-            self.wandb = wandb.init(
-                project="nanometa", name=cfg.run_name, id=cfg.run_name, resume="allow", dir=run_dir, mode=cfg.wandb,
-                config=resolved["config"], settings=settings,
-            )  # fmt: skip
+            self.wandb = WandbLog(run_dir, cfg, resolved["config"], resumed=step >= 0, warn=self.say)
 
     def say(self, line: str) -> None:
-        """Prints a line and appends it to train.log."""
+        """Prints a line and appends it to train.log. Unprintable characters, such as line breaks, are escaped."""
         if self.main:
-            print(line, flush=True)
-            print(line, file=self.text, flush=True)
+            show(line)
+            print(printable(line), file=self.text, flush=True)
 
     def record(self, kind: str, step: int, **values) -> None:
         """Appends a line to metrics.jsonl. Values whose names end in _s, and mfu, are timings; all others are
@@ -99,19 +121,25 @@ class RunLog:
         with open(self.metrics, "a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self.wandb:
-            self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+            self.wandb.record({f"{kind}/{name}": value for name, value in values.items()}, step)
 
     def sync(self) -> None:
         """Flushes metrics.jsonl to disk. A checkpoint needs that first: a resume does not write those lines again."""
         if self.main and self.metrics.exists():
             sync(self.metrics)
 
-    def close(self) -> None:
-        """Closes train.log and ends the wandb run."""
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.close(failed=error is not None)
+
+    def close(self, failed: bool = False) -> None:
+        """Ends the wandb run and closes train.log. failed: whether an error ends the run."""
         if self.main:
-            self.text.close()
             if self.wandb:
-                self.wandb.finish()
+                self.wandb.close(failed)
+            self.text.close()
 
 
 def _is_kept(line: str, step: int) -> bool:

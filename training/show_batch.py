@@ -2,13 +2,14 @@
 
 import numpy as np
 
-from nanometa.common.errors import UserError
+from nanometa.common.errors import UserError, printable
 from nanometa.common.terminal import BOLD, write
 from nanometa.config import TrainConfig
 from nanometa.data.loader import step_windows
 from nanometa.data.tokenizer import write_tokens
 from nanometa.training.base_run import base_of, with_base
 from nanometa.training.dataset import open_windows
+from nanometa.training.idle import refuse_idle
 
 
 def show_batch(cfg: TrainConfig, world: int) -> None:
@@ -24,13 +25,15 @@ def show_batch(cfg: TrainConfig, world: int) -> None:
         )
     cfg = with_base(cfg, base := base_of(cfg, None))
     data = open_windows(cfg, "train", base)
+    if not base:
+        refuse_idle(cfg, 0 if cfg.task.tasks else data.manifest["chunk_markers"])
     shares = [step_windows(step, cfg, data.n_windows, rank, world) for rank in range(world)]
     first = step * cfg.batch_size  # number of the first sample; an epoch has n_windows samples
     n_windows = data.n_windows or cfg.max_steps * cfg.batch_size  # texts of tasks never repeat, so there is one epoch
     ends = (first // n_windows, (first + cfg.batch_size - 1) // n_windows)
     epochs = f"epoch {ends[0]}" if ends[0] == ends[1] else f"epochs {ends[0]} .. {ends[1]}"
     write(
-        f"step {step} of {', '.join(cfg.task.tasks) or cfg.dataset}, {epochs} of {n_windows:,} windows, "
+        f"step {step} of {', '.join(cfg.task.tasks) or printable(cfg.dataset)}, {epochs} of {n_windows:,} windows, "
         f"samples {first} .. {first + cfg.batch_size - 1}, target_rule={cfg.target_rule}, seed {cfg.seed}\n"
         f"{world} processes x {len(shares[0])} micro-batches x {cfg.micro_batch_size} windows: "
         f"{' '.join(str(window) for share in shares for window in share.flat)}\n"
