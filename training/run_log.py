@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 import nanometa
-from nanometa.common.files import sync, write_atomically
+from nanometa.common.errors import UserError, printable
+from nanometa.common.files import leads_out, own_file, parse_json, sync, write_atomically
 from nanometa.config import TrainConfig
 from nanometa.config.checks import to_dict
 
@@ -56,6 +57,15 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def log_files(run_dir: Path) -> tuple[Path, Path]:
+    """Returns the paths of metrics.jsonl and train.log, to which a run appends.
+
+    Raises UserError if one of them, or the folder of wandb, is a link out of the run's folder."""
+    if leads_out(run_dir / "wandb"):
+        raise UserError(f"{run_dir / 'wandb'} is a link out of its folder: replace the link with the folder itself.")
+    return own_file(run_dir / "metrics.jsonl"), own_file(run_dir / "train.log")
+
+
 class RunLog:
     """The log of a run: lines for people (screen and train.log) and for programs (metrics.jsonl and wandb).
 
@@ -66,7 +76,7 @@ class RunLog:
         self.main, self.wandb = main, None
         if not main:
             return
-        self.metrics = run_dir / "metrics.jsonl"
+        self.metrics, text = log_files(run_dir)
         if self.metrics.exists():
             lines = self.metrics.read_text(errors="replace").splitlines()
             kept = "".join(line + "\n" for line in lines if _is_kept(line, step))
@@ -75,7 +85,7 @@ class RunLog:
         # Written before any other visible file: it shows --init_from=auto that the folder is a run, even if the run is
         # killed before its first checkpoint.
         write_atomically(run_dir / "config.json", (json.dumps(resolved, indent=2) + "\n").encode())
-        self.text = open(run_dir / "train.log", "a")
+        self.text = open(text, "a")
         if cfg.wandb != "disabled":
             import wandb
 
@@ -86,7 +96,8 @@ class RunLog:
             )  # fmt: skip
 
     def say(self, line: str) -> None:
-        """Prints a line and appends it to train.log."""
+        """Prints a line and appends it to train.log. Names and texts from files cannot break it into several lines."""
+        line = printable(line)
         if self.main:
             print(line, flush=True)
             print(line, file=self.text, flush=True)
@@ -117,7 +128,7 @@ class RunLog:
 def _is_kept(line: str, step: int) -> bool:
     """Returns whether a run that resumes at `step` keeps this line of metrics.jsonl."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         return record["step"] <= step and record["kind"] != "final"  # a resumed run writes its own final line
     except (ValueError, TypeError, KeyError):  # a kill can leave half a line at the end
         return False
