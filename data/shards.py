@@ -5,13 +5,15 @@ magic "NANOMETA" | version uint32 | bytes per token uint32 | tokens uint64 | 8 z
 """
 
 import math
+import os
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from nanometa.common.errors import UserError
-from nanometa.common.files import file_inside, file_sha256, is_count, read_json
+from nanometa.common.files import file_inside, file_sha256, is_count, own_file, read_json
 from nanometa.common.formats import check_format
 from nanometa.config.checks import similar_path
 
@@ -19,6 +21,7 @@ HEADER = struct.Struct("<8sIIQ8x")
 MAGIC, VERSION = b"NANOMETA", 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
+OPEN_SHARDS = 100  # files that a TokenStream keeps open; a process may often open only 256 (macOS) or 1,024 (Linux)
 
 
 def token_dtype(n_vocab: int) -> np.dtype:
@@ -70,7 +73,7 @@ def read_manifest(folder: Path) -> dict:
     Raises UserError if it is missing or damaged, or if a newer version of nanoMeta wrote it."""
     path = Path(folder) / MANIFEST
     try:
-        manifest = read_json(path)
+        manifest = read_json(own_file(path))
         check_format(path, manifest)
         # fields that earlier versions lack
         for field, value in (("min_document_tokens", 0), ("skipped_by_kind", {}), ("endoftext_in_text", 0)):
@@ -146,39 +149,72 @@ def shard_path(folder: Path, name: str) -> Path:
 
 
 class TokenStream:
-    """All shards of a split as one memory-mapped sequence of ids. Headers and sizes are checked when it is opened."""
+    """All shards of a split as one sequence of ids. Headers and sizes are checked when it is opened.
+
+    The shards are read, not memory-mapped, because a process is killed (SIGBUS) if a mapped file is cut short."""
 
     def __init__(self, folder: Path, shards: list[dict], n_vocab: int):
-        self._maps = [_open_shard(shard_path(folder, entry["file"]), entry["tokens"], n_vocab) for entry in shards]
-        self._ends = np.cumsum([len(m) for m in self._maps])
+        self._dtype = token_dtype(n_vocab)
+        self._shards = [(shard_path(folder, entry["file"]), entry["tokens"]) for entry in shards]
+        self._ends = np.cumsum([n_tokens for _, n_tokens in self._shards], dtype=np.int64)
+        self._files: dict[int, BinaryIO] = {}  # open files by the number of the shard
+        for number in range(len(shards)):
+            self._file(number)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._maps) else 0
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Returns the ids [start, stop) as int64, clipped to the end of the stream."""
-        stop, parts = min(stop, len(self)), []
-        while start < stop:
-            shard = int(np.searchsorted(self._ends, start, side="right"))
-            offset = start - (int(self._ends[shard]) - len(self._maps[shard]))
-            parts.append(self._maps[shard][offset : offset + stop - start])
-            start += len(parts[-1])
-        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+        """Returns the ids [start, stop) as int64, clipped to the end of the stream.
+
+        Raises UserError if a shard has been cut short since the stream was opened, or cannot be read."""
+        ids, done = np.empty(max(0, min(stop, len(self)) - start), self._dtype), 0
+        while done < len(ids):
+            number = int(np.searchsorted(self._ends, start + done, side="right"))
+            remaining = int(self._ends[number]) - (start + done)  # ids of this shard from here on
+            part = ids[done : done + remaining]
+            self._read_into(part, number, self._shards[number][1] - remaining)
+            done += len(part)
+        return ids.astype(np.int64)
+
+    def _read_into(self, part: np.ndarray, number: int, offset: int) -> None:
+        """Fills `part` with the ids of a shard that start at `offset`."""
+        path, file = self._shards[number][0], self._file(number)
+        try:
+            file.seek(HEADER.size + offset * self._dtype.itemsize)
+            n_bytes = file.readinto(part.view(np.uint8))
+        except OSError as error:
+            raise UserError(
+                f"the shard {path} cannot be read any more ({error.strerror}): check its disk, then start again; a "
+                f"training run continues with --init_from=resume."
+            ) from error
+        if n_bytes < part.nbytes:
+            raise UserError(
+                f"the shard {path} has been cut short since it was opened: restore the dataset, then start again; a "
+                f"training run continues with --init_from=resume."
+            )
+
+    def _file(self, number: int) -> BinaryIO:
+        """Returns an open shard. Closes the one that was opened first if too many are open."""
+        if number not in self._files:
+            self._files[number] = _open_shard(*self._shards[number], self._dtype)
+            if len(self._files) > OPEN_SHARDS:
+                self._files.pop(next(iter(self._files))).close()
+        return self._files[number]
 
 
-def _open_shard(path: Path, n_tokens: int, n_vocab: int) -> np.memmap:
-    """Returns the ids of a shard, memory-mapped. Raises UserError if its header or size does not fit n_tokens."""
-    dtype = token_dtype(n_vocab)
+def _open_shard(path: Path, n_tokens: int, dtype: np.dtype) -> BinaryIO:
+    """Opens a shard. Raises UserError if it cannot be read, or its header or size does not fit n_tokens."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header = file.read(HEADER.size)
+        file = open(path, "rb")
+        header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"the shard {path} cannot be read ({error.strerror}): prepare the dataset again.") from None
     expected = HEADER.pack(MAGIC, VERSION, dtype.itemsize, n_tokens)
     if header != expected or size != HEADER.size + n_tokens * dtype.itemsize:
+        file.close()
         raise UserError(
             f"the shard {path} is damaged: its header or its size of {size:,} bytes does not match the manifest, "
             f"which says {n_tokens:,} tokens of {dtype.itemsize} bytes; prepare the dataset again."
         )
-    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER.size, shape=(n_tokens,))
+    return file

@@ -20,7 +20,7 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from nanometa.common.errors import UserError
-from nanometa.common.files import read_file, read_json
+from nanometa.common.files import own_file, parse_json, read_file
 from nanometa.common.terminal import MAGENTA, write
 
 ENDOFTEXT, META = "<|endoftext|>", "<|meta|>"
@@ -143,8 +143,22 @@ class Tokenizer:
     def load(cls, folder: Path) -> "Tokenizer":
         """Returns the tokenizer whose `files` are in a folder. Raises UserError if a file is missing or damaged."""
         try:
-            spec = read_json(Path(folder) / SPEC_FILE)
-            ranks_text = read_file(Path(folder) / RANKS_FILE)
+            contents = [read_file(own_file(Path(folder) / name)) for name in (SPEC_FILE, RANKS_FILE)]
+        except FileNotFoundError as error:
+            raise UserError(
+                f"there is no tokenizer in {folder} ({error.filename} is missing): give another folder."
+            ) from None
+        except OSError as error:
+            raise UserError(f"the tokenizer in {folder} cannot be read ({error}): give another folder.") from error
+        return cls.parse(*contents, folder)
+
+    @classmethod
+    def parse(cls, spec_text: bytes, ranks_text: bytes, folder: Path) -> "Tokenizer":
+        """Returns the tokenizer with these contents of SPEC_FILE and RANKS_FILE. folder: where they are from.
+
+        Raises UserError if one of them is damaged."""
+        try:
+            spec = parse_json(spec_text)
             if hashlib.sha256(ranks_text).hexdigest() != spec["ranks_sha256"]:
                 raise ValueError(f"sha256 of {RANKS_FILE} is not {spec['ranks_sha256'][:12]}..")
             lines = [line.split() for line in ranks_text.splitlines()]
@@ -159,11 +173,7 @@ class Tokenizer:
             if tokenizer.fingerprint != spec["fingerprint"]:
                 raise ValueError("its fingerprint does not match its pattern and ranks")
             return tokenizer
-        except FileNotFoundError as error:
-            raise UserError(
-                f"there is no tokenizer in {folder} ({error.filename} is missing): give another folder."
-            ) from None
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"the tokenizer in {folder} is damaged ({error}): prepare the dataset again.") from error
 
     @classmethod

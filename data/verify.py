@@ -1,10 +1,10 @@
 """Verifies shards: the SHA-256 of every file against the manifest, and that every id belongs to the tokenizer.
 
-The result is cached in the dataset's folder, in .verified.json, as {file: size, mtime_ns, sha256, n_ids}. A file for
-which all of these are unchanged is not read again, so that a restart of a run over 200 GB is quick. If the cache cannot
-be read or written, all files are verified."""
+The result is cached in the dataset's folder, in .verified.json, so that a restart of a run over 200 GB is quick. A file
+whose facts are all in the cache is not read again. Among the facts are the device, the inode and the time of the last
+change of the inode, which neither a copy nor an edited file shares, even if its size and modification time are kept.
+If the cache cannot be read or written, all files are verified."""
 
-import contextlib
 import hashlib
 import json
 import time
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from nanometa.common.errors import UserError
-from nanometa.common.files import read_json, write_atomically
+from nanometa.common.files import own_file, read_json, write_atomically
 from nanometa.data.shards import HEADER, shard_path, token_dtype
 
 CACHE = ".verified.json"
@@ -44,14 +44,13 @@ def verify(folder: Path, manifest: dict, n_ids: int, say: Callable[[str], None] 
             )
         if _facts(path, sha256, n_ids) != facts[path.name]:
             raise UserError(f"{path} changed while it was read: wait until its writer has ended, then start again.")
-    if pending:
-        _write_cache(folder, facts)
     before = len(shards) - len(pending)
     if not pending:
         return f"all {before} shards are unchanged since they were verified ({CACHE})"
     return (
         f"verified the sha256 of {len(pending)} shards ({progress.done / 1e9:.2f} GB in {progress.seconds():.1f} s)"
         f"{f'; {before} are unchanged since they were verified ({CACHE})' if before else ''}"
+        f"{_write_cache(folder, facts)}"
     )
 
 
@@ -105,19 +104,27 @@ def _facts(path: Path, sha256: str, n_ids: int) -> dict:
     if not path.is_file():
         return {}
     stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256, "n_ids": n_ids}
+    return {
+        "device": stat.st_dev, "inode": stat.st_ino, "ctime_ns": stat.st_ctime_ns, "mtime_ns": stat.st_mtime_ns,
+        "size": stat.st_size, "sha256": sha256, "n_ids": n_ids,
+    }  # fmt: skip
 
 
 def _read_cache(folder: Path) -> dict:
     """Returns the cached facts of verified files, or {} if the cache is missing or damaged."""
     try:
-        known = read_json(folder / CACHE)
+        known = read_json(own_file(folder / CACHE))
         return known if isinstance(known, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, UserError):
         return {}
 
 
-def _write_cache(folder: Path, facts: dict) -> None:
-    """Writes the cache atomically, because machines may share the folder. Does nothing in a read-only folder."""
-    with contextlib.suppress(OSError):
+def _write_cache(folder: Path, facts: dict) -> str:
+    """Writes the cache atomically, because machines may share the folder.
+
+    Returns "", or the end of a sentence that says why it cannot be written, for example to a read-only folder."""
+    try:
         write_atomically(folder / CACHE, (json.dumps(facts, indent=1) + "\n").encode())
+    except OSError as error:
+        return f"; {CACHE} cannot be written ({error.strerror or error}), so the next start verifies them again"
+    return ""

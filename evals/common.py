@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,13 +15,13 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanometa.common.errors import UserError
-from nanometa.common.files import file_sha256
+from nanometa.common.files import own_file
 from nanometa.common.terminal import BOLD, write
 from nanometa.config import Rescale
 from nanometa.config.checks import check, check_types, to_dict
 from nanometa.data.inject import strip
 from nanometa.data.shards import TokenStream, read_manifest, token_dtype
-from nanometa.training.checkpoint import WEIGHTS, Run, content_tokens, load_run
+from nanometa.training.checkpoint import Run, content_tokens, load_run
 from nanometa.training.context_extension import rescaled, scaling_of
 from nanometa.training.distributed import autocast, pick_device, pick_dtype
 from nanometa.training.run_log import environment
@@ -65,8 +66,14 @@ class Evaluation:
         return autocast(device, pick_dtype(self.dtype, device)[0])
 
     def lines(self, run: Run, name: str) -> Path:
-        """Returns the file of JSON lines: the setting output, or NAME.jsonl in the run's folder."""
-        return Path(self.output) if self.output else run.folder.parent / f"{name}.jsonl"
+        """Returns the file of JSON lines: the setting output, or NAME.jsonl in the run's folder.
+
+        Raises UserError if it cannot be written, before anything is measured."""
+        path = Path(self.output) if self.output else own_file(run.folder.parent / f"{name}.jsonl")
+        nearest = next(place for place in (path, *path.parents) if place.exists())
+        if not os.access(nearest, os.W_OK):
+            raise UserError(f"{path} cannot be written: name another file with --output=FILE.jsonl.")
+        return path
 
     def record(self, run: Run, facts: dict, name: str, measured: Iterable[dict | str], heading: str = "") -> None:
         """Appends lines to the file of evaluation `name` as soon as they are measured, and prints the texts among them.
@@ -106,7 +113,7 @@ def facts_of(run: Run) -> dict:
         "original_block_size": run.config.model.original_block_size,
         "run": run.config.run_name,
         "checkpoint": str(run.folder),
-        "weights_sha256": file_sha256(run.folder / WEIGHTS),
+        "weights_sha256": run.weights_sha256,
         "step": run.state["step"],
         "seed": run.config.seed,
         "trained_on": list(task.tasks) or run.state["data"]["dataset"],

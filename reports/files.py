@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanometa.common.errors import UserError
-from nanometa.common.files import read_json_lines
+from nanometa.common.files import own_file, read_json_lines
 from nanometa.reports.lines import most_texts
 from nanometa.reports.page import Section
 from nanometa.reports.training import METRICS, Metrics, read_run, require_folder
@@ -37,7 +37,7 @@ def read(sources: tuple[str, ...], sections: list[Section]) -> Found:
         path = Path(source)
         if not source.endswith(".jsonl"):
             require_folder(path)
-        paths = [path] if source.endswith(".jsonl") else [path / f"{kind}.jsonl" for kind in kinds]
+        paths = [path] if source.endswith(".jsonl") else [own_file(path / f"{kind}.jsonl") for kind in kinds]
         paths = [file for file in paths if file.exists() or file == path]
         if not source.endswith(".jsonl") and (path / METRICS).exists():
             runs.append(read_run(path))

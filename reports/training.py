@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from nanometa.common.errors import UserError
-from nanometa.common.files import read_json_lines
+from nanometa.common.files import own_file, read_json, read_json_lines
 from nanometa.config.arms import SECOND_ATTENTIONS, arm_label
 from nanometa.config.checks import similar_name
 from nanometa.reports.drawing import COLOURS, DASHES, GREY, arm_looks, key, legend, png, wrapped
@@ -125,7 +125,7 @@ def read_run(folder: Path) -> Metrics:
     UserError, naming file and line, for a damaged line."""
     require_folder(folder)
     try:
-        facts = json.loads((folder / CONFIG).read_text())
+        facts = read_json(own_file(folder / CONFIG))
         facts["data"].items()
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
@@ -141,7 +141,7 @@ def read_run(folder: Path) -> Metrics:
         if type(line["step"]) is not int or line["kind"] not in kinds:
             raise ValueError(f"step is {line['step']!r}, kind is {str(line['kind'])[:40]!r}")
 
-    for line in read_json_lines(folder / METRICS, check, "train.py", growing=True):
+    for line in read_json_lines(own_file(folder / METRICS), check, "train.py", growing=True):
         if line.get("loss", 0) is not None:
             kinds[line["kind"]].append(line)
     return Metrics(folder, facts, **kinds)

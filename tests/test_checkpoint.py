@@ -18,7 +18,7 @@ from nanometa.data.tokenizer import Tokenizer
 from nanometa.model import GPT
 from nanometa.training import checkpoint
 from nanometa.training.checkpoint import load_run, newest, open_checkpoint, save
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tree
 
 FACTS = {
     "dataset": "data/x", "injection": "none", "chunk_content": 16, "chunk_markers": 0, "tokenizer": "",
@@ -235,6 +235,13 @@ def test_the_best_checkpoint_is_loaded_unless_it_is_damaged(tmp_path, capsys):
     assert "best_00000005/model.safetensors is damaged" in capsys.readouterr().err
 
 
+def test_a_checkpoint_without_an_optimizer_is_refused_for_a_resume(tmp_path):
+    write(tmp_path, 2, kind="best", keep=1).rename(tmp_path / "step_00000002")
+    found = newest(tmp_path, pytest.fail)
+    with pytest.raises(UserError, match="step_00000002 contains weights but no optimizer state: use a step_ folder"):
+        found.optimizer()
+
+
 def test_a_run_resumed_after_damage_deletes_no_intact_checkpoint(tmp_path):
     """The newest checkpoints are damaged and an older one is resumed. Pruning by name alone would keep the damaged
     ones."""
@@ -288,20 +295,26 @@ def test_best_weights_of_later_steps_are_set_aside_on_resume(tmp_path):
 READER = """
 import sys
 from pathlib import Path
+from nanometa.evals.common import facts_of
+from nanometa.model import GPT
 from nanometa.training.checkpoint import load_run, newest
 
 run_dir, seen, warned = Path(sys.argv[1]), set(), []
 for i in range(300):
     found = newest(run_dir, warned.append)
     seen.add(found.step)
+    found.tokenizer(), found.weights(found.empty_model())
+    assert found.optimizer()["wte.weight/exp_avg"].tolist() == [float(found.step)] * 3
     run = load_run(run_dir)
-    assert run.model.wte.weight.isfinite().all()
+    assert run.model.wte.weight[0, 0] == GPT(run.config.model, seed=run.state["step"]).wte.weight[0, 0]
+    assert facts_of(run)["weights_sha256"] == run.weights_sha256
 print(len(seen), warned)
 """
 
 
 def test_a_reader_of_a_run_that_is_being_trained_sees_no_damage(tmp_path):
-    """One process saves and deletes checkpoints without pause; another one opens the newest checkpoint 300 times."""
+    """One process saves and deletes checkpoints without pause; another one loads the newest and the best checkpoint
+    300 times. What it loads is of one step, which seeded the weights."""
     write(tmp_path, 1)
     write(tmp_path, 1, kind="best", keep=1)
     reader = subprocess.Popen(
@@ -338,10 +351,114 @@ def test_a_checkpoint_deleted_while_it_is_read_makes_the_reader_look_again(tmp_p
     assert newest(tmp_path, warnings.append).step == 4 and len(warnings) == 1 and "step_00000003" in warnings[0]
 
 
+def test_a_checkpoint_that_is_deleted_once_its_files_are_open_is_still_loaded(tmp_path, monkeypatch):
+    """Also if reading takes longer than the run needs for its next save, which deletes the checkpoint every time."""
+    write(tmp_path, 1, kind="best", keep=1)
+    real = checkpoint.open_file_sha256
+
+    def late(file):
+        shutil.rmtree(tmp_path / "best_00000001", ignore_errors=True)
+        return real(file)
+
+    monkeypatch.setattr(checkpoint, "open_file_sha256", late)
+    run = load_run(tmp_path)
+    assert not list(tmp_path.iterdir()) and run.state["step"] == 1 and run.tokenizer.n_vocab == TOKENIZER.n_vocab
+    assert torch.equal(run.model.wte.weight, GPT(run.config.model, seed=1).wte.weight)
+
+
+def test_a_reader_gives_up_after_many_deleted_checkpoints(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+
+    def replaced(folder):
+        shutil.rmtree(folder)
+        write(tmp_path, int(folder.name[5:]) + 1)
+        return open_checkpoint(folder)
+
+    monkeypatch.setattr(checkpoint, "open_checkpoint", replaced)
+    monkeypatch.setattr(checkpoint, "OPENINGS", 3)
+    with pytest.raises(UserError, match=r"was deleted before its files were open, 3 times: wait until the run saves"):
+        load_run(tmp_path)
+
+
 def test_a_deleted_checkpoint_is_not_called_damaged(tmp_path):
     folder = write(tmp_path, 1)
-    found = open_checkpoint(folder)
     shutil.rmtree(folder)
-    for use in (found.weights, lambda: open_checkpoint(folder)):
-        with pytest.raises(UserError, match="does not exist, or its run has just deleted it: use another one"):
-            use()
+    with pytest.raises(UserError, match="does not exist, or its run has just deleted it: use another one"):
+        open_checkpoint(folder)
+
+
+# ----------------------------------------------------------------------------- links
+
+
+def archive(run_dir, name) -> None:
+    """Moves a checkpoint to another folder and leaves a link to it."""
+    target = run_dir.parent / "archive" / name
+    target.parent.mkdir(exist_ok=True)
+    shutil.move(run_dir / name, target)
+    (run_dir / name).symlink_to(target)
+
+
+def test_a_link_to_an_archived_checkpoint_is_skipped_and_neither_deleted_nor_followed(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for step in (1, 2, 3):
+        write(run_dir, step, keep=3)
+    archive(run_dir, "step_00000001")
+    archive(run_dir, "step_00000003")
+    before = tree(tmp_path / "archive")
+    warnings = []
+    assert newest(run_dir, warnings.append).step == 2
+    assert len(warnings) == 1 and "step_00000003 is a link out of" in warnings[0] and "Falling back" in warnings[0]
+    checkpoint.sweep(run_dir, 2, keep=2)
+    for step in (3, 4, 5, 6):
+        write(run_dir, step)
+    assert newest(run_dir, pytest.fail).step == 6
+    names = {path.name for path in run_dir.iterdir()}
+    assert names == {"step_00000001", "linked_step_00000003", "step_00000005", "step_00000006", "latest"}
+    assert (run_dir / "step_00000001").is_symlink() and (run_dir / "linked_step_00000003").is_symlink()
+    assert tree(tmp_path / "archive") == before
+    assert load_run(run_dir / "step_00000001").state["step"] == 1  # a link that the user names is followed
+
+
+def test_if_only_links_are_left_the_refusal_says_what_to_do(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    write(run_dir, 1)
+    archive(run_dir, "step_00000001")
+    with pytest.raises(UserError, match=r"step_00000001 is a link out of .*: replace the link with the folder itself"):
+        newest(run_dir, lambda sentence: None)
+
+
+def test_a_dangling_link_in_place_of_a_checkpoint_does_not_stop_a_save(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / "step_00000002").symlink_to("/nowhere/step_00000002")
+    write(tmp_path, 2)
+    assert newest(tmp_path, pytest.fail).step == 2 and (tmp_path / "linked_step_00000002").is_symlink()
+
+
+def test_a_checkpoint_linked_within_the_run_is_used(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "step_00000001").rename(tmp_path / "kept/step_00000001")
+    (tmp_path / "step_00000001").symlink_to("kept/step_00000001")
+    assert newest(tmp_path, pytest.fail).step == 1
+    for step in (2, 3, 4):
+        write(tmp_path, step)
+    assert load_run(tmp_path / "step_00000001").state["step"] == 1  # a link is not pruned
+
+
+def test_links_among_temporary_files_are_removed_without_their_targets(tmp_path):
+    run_dir, kept = tmp_path / "run", tmp_path / "kept"
+    run_dir.mkdir()
+    kept.mkdir()
+    (kept / "file").write_text("mine")
+    write(run_dir, 1)
+    for name in (".step_00000001.deleting", ".step_00000002.writing", ".latest.host.1.writing"):
+        (run_dir / name).symlink_to(kept)
+    checkpoint.sweep(run_dir, 1, keep=2)
+    assert {path.name for path in run_dir.iterdir()} == {"step_00000001", "latest"}
+    for name in (".step_00000002.writing", ".step_00000001.deleting"):
+        (run_dir / name).symlink_to(kept)
+    write(run_dir, 2)
+    write(run_dir, 3)
+    assert newest(run_dir, pytest.fail).step == 3 and (kept / "file").read_text() == "mine"

@@ -129,6 +129,62 @@ def test_half_precision_weights_become_float32(hf, tokenizer, tmp_path):
     torch.testing.assert_close(model.wpe.weight, full.wpe.weight, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("vocab_size", [301, 304, 320, 384, 512])
+def test_padded_rows_of_the_vocabulary_are_dropped_with_a_sentence(tokenizer, tmp_path, vocab_size):
+    """Vocabularies are padded for speed (50304 rows for GPT-2), or by an added token (50258)."""
+    folder = hf_folder(tmp_path, vocab_size=vocab_size)
+    model = GPT(CFG)
+    said, _ = load_into(model, str(folder), tokenizer)
+    assert f"rows 300 .. {vocab_size - 1} of wte.weight in the file are dropped, because the tokenizer bpe300" in said
+    tokens, positions, index = text()
+    with torch.no_grad():
+        found = model.eval().logits(model(tokens, positions, index))[..., :300]
+        torch.testing.assert_close(found, theirs(folder)(tokens).logits[..., :300], rtol=1e-5, atol=1e-5)
+
+
+def test_padded_weights_of_gpt2_fit_gpt2s_tokenizer(tmp_path):
+    gpt2, shape = Tokenizer.gpt2(), {"n_layer": 1, "n_head": 1, "n_embd": 8}
+    cfg = dataclasses.replace(CFG, **shape, vocab_size=gpt2.n_vocab, content_vocab_size=gpt2.n_content)
+    for vocab_size in (50258, 50304):
+        folder = hf_folder(tmp_path / str(vocab_size), **shape, vocab_size=vocab_size)
+        model = GPT(cfg)
+        load_into(model, str(folder), gpt2)
+        assert torch.equal(model.wte.weight[:50257], theirs(folder).transformer.wte.weight[:50257])
+
+
+def test_other_heads_are_left_out_with_a_sentence(hf, tokenizer, tmp_path):
+    """Those of sequence and token classification, question answering, multiple choice, and trl's value head."""
+    heads = ("score.weight", "classifier.weight", "classifier.bias", "qa_outputs.weight", "qa_outputs.bias",
+             "multiple_choice_head.summary.weight", "v_head.summary.weight")  # fmt: skip
+    folder = shutil.copytree(hf, tmp_path / "heads")
+
+    def change(state):
+        prefixed = {name: p for name, p in state.items() if name != "lm_head.weight"}
+        return {**prefixed, **{name: torch.full((3,), torch.nan) for name in heads}}
+
+    rewrite(folder, change)
+    model = GPT(CFG)
+    said, _ = load_into(model, str(folder), tokenizer)
+    assert f"not loaded, because pretraining has no such head: {' '.join(sorted(heads))}" in said
+    assert equal(model.state_dict(), loaded(hf, tokenizer).state_dict())
+
+
+def test_an_untied_copy_of_the_head_is_compared_by_value(hf, tokenizer, tmp_path):
+    """The copy may have another dtype, and other padded rows."""
+    folder = hf_folder(tmp_path / "padded", vocab_size=304)
+
+    def change(state):
+        state = {name: p.half().float() for name, p in state.items()}
+        head = torch.cat([state["transformer.wte.weight"][:300], torch.randn(4, 32)])
+        return {**state, "lm_head.weight": head.half()}
+
+    rewrite(folder, change)
+    assert loaded(folder, tokenizer).wte.weight[0, 0] != 0
+    set_tensor("lm_head.weight", torch.zeros(304, 32))(folder)
+    with pytest.raises(UserError, match="lm_head.weight in .* differs from wte.weight"):
+        load_into(GPT(CFG), str(folder), tokenizer)
+
+
 # ----------------------------------------------------------------------------- complete runs
 
 BASE = (*TINY, "--dataset=data/n", "--block_size=28", "--second_attention=none", "--bias=True")
@@ -292,6 +348,16 @@ def drop(name: str):
     return lambda folder: rewrite(folder, lambda state: {k: p for k, p in state.items() if k != name})
 
 
+def repeat_tensor(folder: Path) -> None:
+    """Adds the name of the first tensor to the header once more."""
+    raw = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length].rstrip()
+    name, entry = next((name, entry) for name, entry in json.loads(header).items() if name != "__metadata__")
+    header = header[:-1] + f', "{name}": {json.dumps(entry)}}}'.encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -306,7 +372,12 @@ def drop(name: str):
         (set_config(model_type="llama"), "model_type=llama"),
         (set_config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
         (set_config(n_head="two"), "config.json is damaged"),
-        (set_config(vocab_size=310), "predict 310 ids, but the dataset's tokenizer bpe300 has 300"),
+        (set_config(n_layer=2.5), "config.json is damaged .*n_layer is '2.5', not a positive whole number"),
+        (set_config(n_layer=True), "config.json is damaged"),
+        (set_config(n_inner=[1]), "config.json is damaged"),
+        (set_config(vocab_size=299), "predict 299 ids, but the dataset's tokenizer bpe300 has 300: use weights whose"),
+        (set_config(vocab_size=513), "predict 513 ids, but the dataset's tokenizer bpe300 has 300: use weights whose"),
+        (set_config(vocab_size=310), r"wte.weight is \(300, 32\) in .* but \(310, 32\) .*with their config.json"),
         (set_config(n_positions=40), r"wpe.weight is \(64, 32\) in .* but \(40, 32\) in this model"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged"),
         (lambda folder: (folder / "config.json").write_text("{}"), "config.json has no entry 'n_layer'"),
@@ -318,12 +389,24 @@ def drop(name: str):
         (set_tensor("lm_head.weight", torch.zeros(300, 32)), "lm_head.weight in .* differs from wte.weight.*tied"),
         (
             set_tensor("transformer.h.1.mlp.c_fc.weight", torch.zeros(32, 96)),
-            rf"h.1.mlp.c_fc.weight is \(96, 32\) in .* but \(128, 32\) in this model: {FIT}",
+            r"h.1.mlp.c_fc.weight is \(96, 32\) in .* but \(128, 32\) in this model: use the unchanged weights of a",
         ),
         (set_tensor("transformer.ln_f.bias", torch.full((32,), torch.nan)), "ln_f.bias in .* not finite"),
         (set_tensor("v_head.weight", torch.zeros(3)), r"v_head.weight \(3,\) of .* has no place in this model"),
         (drop("transformer.h.0.ln_1.bias"), r"h.0.ln_1.bias \(32,\) of this model is missing in "),
         (drop("transformer.wte.weight"), "wte.weight .* is missing"),
+        (set_tensor("wte.weight", torch.zeros(300, 32)), "both wte.weight and transformer.wte.weight, and only one of"),
+        (set_tensor("lm_head.bias", torch.zeros(300)), r"lm_head.bias \(300,\) of .* has no place in this model"),
+        (
+            set_tensor("transformer.h.0.attn.c_attn.weight", torch.zeros(32, 96, dtype=torch.int8)),
+            "transformer.h.0.attn.c_attn.weight in .* has the dtype int8: use weights of float32, float16 or bfloat16",
+        ),
+        (
+            set_tensor("transformer.h.0.attn.c_attn.weight", torch.zeros(32, 96).to(torch.float8_e4m3fn)),
+            "transformer.h.0.attn.c_attn.weight in .* has the dtype F8_E4M3, which cannot be read: use weights of flo",
+        ),
+        (set_tensor("transformer.wte.weight", torch.zeros(300)), r"wte.weight is \(300,\) in .* but \(300, 32\)"),
+        (repeat_tensor, "model.safetensors is damaged .*its header has an entry twice"),
     ],
 )  # fmt: skip
 def test_folders_that_do_not_fit_are_refused(workdir, hf, monkeypatch, tmp_path, damage, sentence):

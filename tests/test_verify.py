@@ -1,8 +1,10 @@
 """Tests the verification of shards: which damage it finds, what it remembers, and how long it may take."""
 
+import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -67,7 +69,7 @@ def test_a_verified_and_unchanged_shard_is_not_read_again(folder, monkeypatch):
         (folder / CACHE).write_text(damage)
         assert names() == shards and names() == []
     known = json.loads((folder / CACHE).read_text())
-    for key, value in (("size", 1), ("sha256", "0"), ("n_ids", 300)):
+    for key, value in (("size", 1), ("sha256", "0"), ("n_ids", 300), ("inode", 1), ("device", 1), ("ctime_ns", 1)):
         (folder / CACHE).write_text(json.dumps({**known, shards[0]: {**known[shards[0]], key: value}}))
         assert names() == [shards[0]]
     # a manifest with another hash is not satisfied by an earlier verification
@@ -81,18 +83,78 @@ def test_a_verified_and_unchanged_shard_is_not_read_again(folder, monkeypatch):
             verify(folder, manifest(folder), N_IDS)
 
 
-def test_a_read_only_dataset_is_verified_each_time(folder, monkeypatch):
-    def refuse(*args):
-        raise PermissionError(30, "Read-only file system")
+@pytest.mark.parametrize("copying", ["cp -a", "copytree", "hard links", "move"])
+def test_the_record_of_verified_shards_does_not_travel_with_a_copy(folder, tmp_path, copying):
+    """A copy keeps the name, the size and the times of every file, and brings .verified.json along."""
+    verify(folder, manifest(folder), N_IDS)
+    other = tmp_path / "copy"
+    if copying == "cp -a":
+        subprocess.run(["cp", "-a", folder, other], check=True)
+    elif copying == "copytree":
+        shutil.copytree(folder, other)
+    elif copying == "hard links":
+        shutil.copytree(folder, other, copy_function=os.link)
+    else:
+        other = folder.rename(other)  # the files stay the same
+        assert "all 2 shards are unchanged" in verify(other, manifest(other), N_IDS)
+    shard = other / "train_000000.bin"
+    stat, raw = shard.stat(), bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    with open(shard, "r+b") as file:
+        file.write(raw)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(UserError, match=r"train_000000.bin is damaged"):
+        verify(other, manifest(other), N_IDS)
 
-    for call in ("os.replace", "os.fsync"):
-        with monkeypatch.context() as patch:
-            patch.setattr(call, refuse)
-            assert "verified the sha256 of 2 shards" in verify(folder, manifest(folder), N_IDS)
-        assert not list(folder.glob(".verified*"))
+
+def test_a_record_of_an_earlier_version_is_not_relied_on(folder):
+    """Earlier versions recorded only size and modification time."""
+    verify(folder, manifest(folder), N_IDS)
+    known = json.loads((folder / CACHE).read_text())
+    old = {name: {key: of[key] for key in ("size", "mtime_ns", "sha256", "n_ids")} for name, of in known.items()}
+    (folder / CACHE).write_text(json.dumps(old))
+    assert "verified the sha256 of 2 shards" in verify(folder, manifest(folder), N_IDS)
+    assert json.loads((folder / CACHE).read_text()) == known
+
+
+@pytest.mark.parametrize("call", ["builtins.open", "os.replace", "os.fsync"])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_dataset_that_cannot_be_written_is_verified_each_time(folder, monkeypatch, call, number):
+    """A read-only mount, the folder of another user, a full disk."""
+    module_name, name = call.split(".")
+    real = getattr(sys.modules[module_name], name)
+
+    def refuse(*args, **kwargs):
+        if call != "builtins.open" or CACHE in str(args[0]):
+            raise OSError(number, os.strerror(number), str(args[0]))
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, refuse)
+        if number == errno.EROFS:
+            patch.setattr("os.unlink", refuse)
+        said = verify(folder, manifest(folder), N_IDS)
+    assert "verified the sha256 of 2 shards" in said
+    assert said.endswith(f"; {CACHE} cannot be written ({os.strerror(number)}), so the next start verifies them again")
+    assert not (folder / CACHE).exists()
     assert "of 2 shards" in verify(folder, manifest(folder), N_IDS)
     unchanged = f"all 2 shards are unchanged since they were verified ({CACHE})"
     assert verify(folder, manifest(folder), N_IDS) == unchanged
+
+
+def test_a_record_that_is_no_file_is_replaced_or_left_alone(folder, tmp_path):
+    """A link is replaced without a look at its target. A pipe is not waited for."""
+    (tmp_path / "mine").write_text("mine")
+    for make in (
+        lambda path: path.symlink_to(tmp_path / "mine"), lambda path: path.symlink_to("/dev/zero"), os.mkfifo
+    ):  # fmt: skip
+        make(folder / CACHE)
+        assert "of 2 shards" in verify(folder, manifest(folder), N_IDS)
+        assert "all 2 shards" in verify(folder, manifest(folder), N_IDS)
+        (folder / CACHE).unlink()
+    (folder / CACHE).mkdir()
+    assert "cannot be written" in verify(folder, manifest(folder), N_IDS)
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_a_shard_that_changes_while_it_is_read_is_refused(folder, monkeypatch):
@@ -143,6 +205,26 @@ def test_shards_outside_the_dataset_are_refused(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     verify(tmp_path / "link", manifest(folder), N_IDS)
     assert Windows(tmp_path / "link", "val", 32, "ignore").n_windows > 0
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.ranks", "manifest.json"])
+def test_no_file_of_a_dataset_leads_out_of_its_folder(folder, tmp_path, name):
+    """Nor is it a pipe or a folder. A link that stays in the dataset is allowed."""
+    path, body = folder / name, folder / "body"
+    path.rename(tmp_path / "moved")
+    for target in (tmp_path / "moved", "../moved", "/dev/zero", tmp_path / "nowhere"):
+        path.symlink_to(target)
+        with pytest.raises(UserError, match=f"{name} is a link out of its folder: replace the link with the file"):
+            Windows(folder, "val", 32, "ignore")
+        path.unlink()
+    for make in (os.mkfifo, os.mkdir):
+        make(path)
+        with pytest.raises(UserError, match=f"{name} is not a regular file"):
+            Windows(folder, "val", 32, "ignore")
+        path.rename(tmp_path / make.__name__)
+    (tmp_path / "moved").rename(body)
+    path.symlink_to("body")
+    assert Windows(folder, "val", 32, "ignore").n_windows > 0
 
 
 def test_the_log_says_what_was_verified_and_other_data_need_permission(workdir, tmp_path):

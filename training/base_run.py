@@ -20,13 +20,7 @@ def base_of(cfg: TrainConfig, saved: Checkpoint | None) -> Checkpoint | None:
     It is `saved` if the run is resumed, else the checkpoint that cfg.init_from names; None means a new model."""
     if saved or not cfg.takes_over or cfg.init_from in pretrained.KEYWORDS or not holds_run(Path(cfg.init_from)):
         return saved
-    return checkpoint.read_run(cfg.init_from, _with_tokenizer)
-
-
-def _with_tokenizer(found: Checkpoint) -> Checkpoint:
-    """Returns the checkpoint after reading its tokenizer, which its run could delete later."""
-    found.tokenizer()
-    return found
+    return checkpoint.open_run(cfg.init_from)
 
 
 def with_base(cfg: TrainConfig, base: Checkpoint | None) -> TrainConfig:

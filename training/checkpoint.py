@@ -6,18 +6,20 @@
 
 A folder is written under a temporary name, synced and renamed, and then `latest` is updated. A folder with its final
 name is therefore complete. Loading takes the newest folder that verifies; `latest` is for people and their scripts.
+
+A run may delete a checkpoint at any moment. Loading therefore opens all of its files first, and reads them afterwards:
+an open file can still be read after it was deleted.
 """
 
-import dataclasses
+import contextlib
 import json
-import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO
 
 import safetensors.torch
 import torch
@@ -27,9 +29,12 @@ from nanometa.common.files import (
     WRITING,
     file_inside,
     file_sha256,
-    is_count,
+    leads_out,
+    open_file_sha256,
+    own_file,
+    parse_json,
     read_file,
-    read_json,
+    remove,
     sync,
     write_atomically,
 )
@@ -39,11 +44,14 @@ from nanometa.data.tokenizer import RANKS_FILE, SPEC_FILE, Tokenizer
 from nanometa.model import GPT
 from nanometa.training.optimizer import Optimizer
 from nanometa.training.run_folders import STATE, checkpoint_folders, newest_run, suggestion
+from nanometa.training.state import check_state
+from nanometa.training.tensor_files import read_tensors
 
-T = TypeVar("T")
 WEIGHTS, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
 ABANDONED = "abandoned_"  # prefix of best weights from steps after the checkpoint that the run resumed from
+LINKED = "linked_"  # prefix of a link in place of a checkpoint, which a resumed run leaves to the user
 DELETING = ".deleting"  # suffix of a hidden folder that is being deleted; a kill may leave one behind, as with WRITING
+OPENINGS = 100  # attempts to open a checkpoint of a run that deletes each one before its files are open
 
 
 def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str, torch.Tensor]], keep: int) -> Path:
@@ -53,7 +61,7 @@ def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str,
     Returns the checkpoint's folder. Raises UserError if a tensor file cannot be written."""
     final = run_dir / f"{kind}_{step:08d}"
     partial = run_dir / f".{final.name}{WRITING}"
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     partial.mkdir()
     for name, content in files.items():
         if isinstance(content, dict):
@@ -71,7 +79,9 @@ def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str,
         shutil.copymode(partial / MANIFEST, partial / name)  # safetensors makes files that only their owner can read
         sync(partial / name)
     sync(partial)
-    if final.exists():  # an earlier checkpoint of this step was damaged, and the step was trained again
+    if final.is_symlink():
+        _set_aside(final, LINKED)
+    elif final.exists():  # an earlier checkpoint of this step was damaged, and the step was trained again
         _delete(final)
     os.rename(partial, final)
     sync(run_dir)
@@ -82,11 +92,13 @@ def save(run_dir: Path, kind: str, step: int, files: dict[str, bytes | dict[str,
 def _settle(final: Path, kind: str, keep: int) -> None:
     """Finishes a save: points `latest` to the new folder, and deletes all but the newest keep - 1 others of its kind.
 
-    Abandoned best weights of the same step are deleted, too, since the resumed run has replaced them."""
+    Abandoned best weights of the same step are deleted, too, since the resumed run has replaced them. Links are the
+    user's, and are neither counted nor deleted."""
     if kind == "step":
         write_atomically(final.with_name("latest"), f"{final.name}\n".encode())
-    shutil.rmtree(final.with_name(f"{ABANDONED}{final.name}"), ignore_errors=True)
+    remove(final.with_name(f"{ABANDONED}{final.name}"))
     others = [folder for folder in checkpoint_folders(final.parent, kind) if folder != final]
+    others = [folder for folder in others if not folder.is_symlink()]
     for old in others[: max(0, len(others) - (keep - 1))]:
         _delete(old)
 
@@ -102,11 +114,25 @@ def latest(run_dir: Path) -> str:
 
 
 def _delete(folder: Path) -> None:
-    """Deletes a folder. It is renamed first, so that a folder that is half deleted never looks like a checkpoint."""
+    """Deletes a folder. It is renamed first, so that a folder that is half deleted never looks like a checkpoint.
+
+    What cannot be deleted yet, such as a file on NFS that a reader has open, is left to the next `sweep`."""
     doomed = folder.with_name(f".{folder.name}{DELETING}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove(doomed)
     os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _set_aside(folder: Path, prefix: str) -> None:
+    """Renames a folder, so that nothing takes it for a checkpoint of the run any more. Replaces one of the new name.
+
+    The prefix of a link is LINKED. The name of a link may be taken by another link, but a folder is not deleted."""
+    if folder.is_symlink():
+        os.rename(folder, folder.with_name(f"{LINKED}{folder.name}"))
+    else:
+        aside = folder.with_name(f"{prefix}{folder.name}")
+        remove(aside)
+        os.rename(folder, aside)
 
 
 def sweep(run_dir: Path, step: int, keep: int) -> None:
@@ -114,17 +140,16 @@ def sweep(run_dir: Path, step: int, keep: int) -> None:
 
     Later checkpoints did not verify, so they are renamed to damaged_step_*. Later best weights belong to steps that
     this run trains again, maybe with other settings, so they are renamed to abandoned_best_* and nothing loads them.
-    Files that a killed process left half written or half deleted are removed, and an interrupted save of the resumed
-    checkpoint is finished."""
+    A link in place of either is renamed to linked_*. Files that a killed process left half written or half deleted are
+    removed, and an interrupted save of the resumed checkpoint is finished."""
     for kind, prefix in (("step", "damaged_"), ("best", ABANDONED)):
         for folder in checkpoint_folders(run_dir, kind):
             if int(folder.name.split("_")[1]) > step:
-                aside = folder.with_name(f"{prefix}{folder.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(folder, aside)
+                _set_aside(folder, prefix)
     for suffix in (WRITING, DELETING):
         for path in run_dir.glob(f".*{suffix}"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with contextlib.suppress(OSError):  # as in _delete
+                remove(path)
     resumed = run_dir / f"step_{step:08d}"
     if resumed.is_dir():
         _settle(resumed, "step", keep)
@@ -132,10 +157,12 @@ def sweep(run_dir: Path, step: int, keep: int) -> None:
 
 @dataclass
 class Checkpoint:
-    """A checkpoint whose files have been verified."""
+    """A checkpoint whose files have been verified. They are open, and can be read even if the run has deleted them."""
 
     folder: Path
     state: dict  # state.json as train.py wrote it: step, config, data, best, source commit
+    sha256: dict[str, str]  # hash of every file by its name
+    files: dict[str, BinaryIO]
     _tokenizer: Tokenizer | None = None
 
     @property
@@ -144,25 +171,42 @@ class Checkpoint:
 
     @property
     def config(self) -> TrainConfig:
-        return train_config_from_dict(self.state["config"])
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return read_tensors(self.folder / WEIGHTS)
+        try:
+            return train_config_from_dict(self.state["config"])
+        except UserError as error:
+            raise UserError(f"{self.folder / STATE}: {error}") from error
 
     def optimizer(self) -> dict[str, torch.Tensor]:
-        return read_tensors(self.folder / OPTIMIZER)
+        if OPTIMIZER not in self.files:
+            raise UserError(f"{self.folder} contains weights but no optimizer state: use a step_ folder of the run.")
+        return read_tensors(self.files[OPTIMIZER])
 
     def tokenizer(self) -> Tokenizer:
-        """Returns the tokenizer. It is read only once, because a run that is being trained may delete the folder."""
-        self._tokenizer = self._tokenizer or Tokenizer.load(self.folder)
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.parse(self._read(SPEC_FILE), self._read(RANKS_FILE), self.folder)
         return self._tokenizer
 
-    def load_into(self, model: GPT, device: str | torch.device | None = None) -> GPT:
-        """Loads these weights into the model and returns it.
+    def _read(self, name: str) -> bytes:
+        self.files[name].seek(0)
+        return self.files[name].read()
 
-        device: where a model on the "meta" device gets its memory. Raises UserError, before any memory is allocated, if
-        names, shapes or dtypes differ from those of the model."""
-        tensors, wanted = self.weights(), model.state_dict()
+    def empty_model(self) -> GPT:
+        """Returns a model with the config of this checkpoint on the "meta" device, where it takes no memory.
+
+        Raises UserError if the config does not fit the tokenizer."""
+        cfg, tokenizer = self.config, self.tokenizer()
+        if (tokenizer.n_vocab, tokenizer.n_content) != (cfg.model.vocab_size, cfg.model.content_vocab_size):
+            raise UserError(
+                f"{self.folder} is inconsistent: its tokenizer has {tokenizer.n_vocab} ids ({tokenizer.n_content} of "
+                f"content) and its model {cfg.model.vocab_size} ({cfg.model.content_vocab_size}); use another "
+                f"checkpoint."
+            )
+        with torch.device("meta"):
+            return GPT(cfg.model)
+
+    def weights(self, model: GPT) -> dict[str, torch.Tensor]:
+        """Returns the weights by name. Raises UserError if names, shapes or dtypes differ from those of the model."""
+        tensors, wanted = read_tensors(self.files[WEIGHTS]), model.state_dict()
         for name in sorted(wanted.keys() | tensors.keys()):
             ours, found = (_brief(state.get(name)) for state in (wanted, tensors))
             if ours != found:
@@ -170,6 +214,13 @@ class Checkpoint:
                     f"{self.folder / WEIGHTS} does not fit its config, because {name} is {found} in the file and "
                     f"{ours} in the model: use another checkpoint."
                 )
+        return tensors
+
+    def load_into(self, model: GPT, device: str | torch.device | None = None) -> GPT:
+        """Loads these weights into the model and returns it.
+
+        device: where a model on the "meta" device gets its memory. Raises UserError as `weights` does."""
+        tensors = self.weights(model)
         if device is not None:
             model = model.to_empty(device=device)
         model.load_state_dict(tensors)
@@ -189,41 +240,6 @@ def _brief(tensor: torch.Tensor | None) -> str:
     return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a safetensors file by name. Raises UserError if it is missing or damaged."""
-    try:
-        return safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist, or its run has just deleted it: use another one.") from None
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): use another one.") from error
-
-
-def _check_state(state: dict) -> None:
-    """Raises KeyError, TypeError or ValueError if train.py could not have written this state. Its settings are checked
-    when Checkpoint.config reads them."""
-    best, data, config = state["best"], state["data"], state["config"]
-    texts = [data["dataset"], data["tokenizer"], state.get("origin", "")]
-    for table in (data["shards"], data["content_sha256"]):
-        texts += [text for item in table.items() for text in item]
-    counts = [state["step"], data["chunk_content"], data["chunk_markers"], *([] if best is None else [best["step"]])]
-    losses = [] if best is None else [best["loss"], best["bits_per_byte"]]
-    if "guard" in state:
-        counts += [state["guard"]["in_a_row"], state["guard"]["skipped"]]
-        losses += state["guard"]["norms"]
-    counts += [state[name] for name in ("evaluated", "content_before") if state.get(name) is not None]
-    if not (all(type(text) is str for text in texts) and all(map(is_count, counts)) and type(config) is dict):
-        raise TypeError("a value has the wrong type")
-    if not all(type(loss) is float and math.isfinite(loss) for loss in losses):
-        raise TypeError("a loss or a norm is not a finite number")
-    if not 1 <= data["chunk_content"] <= 2**20 or data["chunk_markers"] > 2**20:
-        raise ValueError("the size of a chunk is out of range")
-    if data["injection"] not in ("uniform", "periodic", "none") or (data["injection"] == "none") != (
-        data["chunk_markers"] == 0
-    ):
-        raise ValueError(f"injection {data['injection']} does not go with {data['chunk_markers']} markers")
-
-
 def content_before(state: dict) -> int | None:
     """Returns how many content tokens a run's weights had been trained on at step 0; None if that is unknown."""
     return state.get("content_before", 0 if state.get("origin") == "scratch" else None)
@@ -241,43 +257,54 @@ def content_tokens(state: dict, cfg: TrainConfig) -> int | None:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Opens a checkpoint after verifying every file in its folder.
+    """Opens all files of a checkpoint, and then verifies them.
 
     Raises UserError if a file is missing or damaged; the message names the file and both hashes."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-        check_format(folder / MANIFEST, manifest)
-        hashes = manifest["sha256"]
-        if read_file(folder / MANIFEST) != _manifest(hashes):  # no hash protects the manifest itself
-            raise ValueError("its text has changed since it was written")
-        missing = {WEIGHTS, STATE, SPEC_FILE, RANKS_FILE} - hashes.keys()
-        if missing:
-            raise ValueError(f"it does not list {min(missing)}")
-        for name, expected in hashes.items():
-            found = file_sha256(file_inside(folder, name))
-            if found != expected:
-                raise UserError(
-                    f"{folder / name} is damaged: its sha256 is {found}, but the manifest says {expected}; use another "
-                    f"checkpoint."
-                )
-        state = read_json(folder / STATE)
-    except FileNotFoundError as error:
-        if not folder.is_dir():
-            raise UserError(f"{folder} does not exist, or its run has just deleted it: use another one.") from None
-        raise UserError(
-            f"{folder} is not a complete checkpoint, because {Path(error.filename).name} is missing: use another one."
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(
-            f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}): use another checkpoint."
-        ) from error
-    try:
-        _check_state(state)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder / STATE} was not written by train.py ({type(error).__name__}: {error}): use another checkpoint."
-        ) from error
-    return Checkpoint(folder, state)
+    with contextlib.ExitStack() as opened:
+        try:
+            raw = read_file(own_file(folder / MANIFEST))
+            manifest = parse_json(raw)
+            check_format(folder / MANIFEST, manifest)
+            hashes = manifest["sha256"]
+            if raw != _manifest(hashes):  # no hash protects the manifest itself
+                raise ValueError("its text has changed since it was written")
+            missing = {WEIGHTS, STATE, SPEC_FILE, RANKS_FILE} - hashes.keys()
+            if missing:
+                raise ValueError(f"it does not list {min(missing)}")
+            files = {name: opened.enter_context(open(file_inside(folder, name), "rb")) for name in hashes}
+            for name, expected in hashes.items():
+                found = open_file_sha256(files[name])
+                if found != expected:
+                    raise UserError(
+                        f"{folder / name} is damaged: its sha256 is {found}, but the manifest says {expected}; use "
+                        f"another checkpoint."
+                    )
+        except FileNotFoundError as error:
+            if not folder.is_dir():
+                raise UserError(f"{folder} does not exist, or its run has just deleted it: use another one.") from None
+            raise UserError(
+                f"{folder} is not a complete checkpoint, because {Path(error.filename).name} is missing: use another "
+                f"one."
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be read ({error}): check its permissions, or use another checkpoint."
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}): use another checkpoint."
+            ) from error
+        saved = Checkpoint(folder, {}, hashes, files)
+        try:
+            saved.state = parse_json(saved._read(STATE))
+            check_state(saved.state)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{folder / STATE} was not written by train.py ({type(error).__name__}: {error}): use another "
+                f"checkpoint."
+            ) from error
+        opened.pop_all()  # the files stay open
+        return saved
 
 
 def newest(run_dir: Path, warn) -> Checkpoint | None:
@@ -290,22 +317,36 @@ def newest(run_dir: Path, warn) -> Checkpoint | None:
 def _newest_of(run_dir: Path, kind: str, warn) -> Checkpoint | None:
     """Returns the newest folder of one kind that verifies, as `newest` does.
 
-    A run that is being trained deletes old folders. If one disappears while it is read, there are newer ones, and the
-    folder is listed again."""
+    A run that is being trained deletes old folders. If one disappears before its files are open, there are newer ones,
+    and the folder is listed again. A link out of the run's folder counts as damaged."""
     why: dict[Path, str] = {}
-    while True:
+    for _ in range(OPENINGS):
         for folder in reversed([folder for folder in checkpoint_folders(run_dir, kind) if folder not in why]):
             try:
-                return open_checkpoint(folder)
+                if leads_out(folder):
+                    raise UserError(
+                        f"{folder} is a link out of {run_dir}, so it is not used: replace the link with the folder "
+                        f"itself, or name that folder with --run, --init_from or --branch_from."
+                    )
+                found = open_checkpoint(folder)
+                if found.step != int(folder.name.rpartition("_")[2]):
+                    raise UserError(f"{folder / STATE} is of step {found.step}: rename or remove the folder.")
+                return found
             except NewerFormatError:  # the checkpoint is intact, and falling back would train finished steps again
                 raise
             except UserError as error:
                 if not folder.is_dir():
+                    time.sleep(0.01)
                     break
                 why[folder] = str(error).rstrip(".")
                 warn(error)
         else:
             break
+    else:
+        raise UserError(
+            f"each checkpoint in {run_dir} was deleted before its files were open, {OPENINGS} times: wait until the "
+            f"run saves less often, or name a copy of a checkpoint."
+        )
     if why and kind == "step":
         reasons = "; ".join(why.values())
         raise UserError(f"no checkpoint in {run_dir} is intact ({reasons}): start again with another --run_name.")
@@ -321,6 +362,7 @@ class Run:
     config: TrainConfig
     state: dict
     folder: Path
+    weights_sha256: str = ""
 
 
 def open_run(path: str | Path = "") -> Checkpoint:
@@ -338,35 +380,11 @@ def open_run(path: str | Path = "") -> Checkpoint:
     return found
 
 
-def read_run(path: str | Path, read: Callable[[Checkpoint], T]) -> T:
-    """Returns read(checkpoint) for the checkpoint of open_run(path).
-
-    If the run deletes that checkpoint while it is read, the next one is tried."""
-    while True:
-        found = open_run(path)
-        try:
-            return read(found)
-        except (UserError, OSError):
-            if found.folder.is_dir() or Path(path) == found.folder:
-                raise
-
-
 def load_run(path: str | Path = "", device: str | torch.device = "cpu") -> Run:
     """Loads a run for use. path: as for open_run. Raises UserError if there is no intact checkpoint."""
-    run = read_run(path, _load)
-    return dataclasses.replace(run, model=run.model.to(device).eval())
-
-
-def _load(checkpoint: Checkpoint) -> Run:
-    cfg, tokenizer = checkpoint.config, checkpoint.tokenizer()
-    if (tokenizer.n_vocab, tokenizer.n_content) != (cfg.model.vocab_size, cfg.model.content_vocab_size):
-        raise UserError(
-            f"{checkpoint.folder} is inconsistent: its tokenizer has {tokenizer.n_vocab} ids ({tokenizer.n_content} of "
-            f"content) and its model {cfg.model.vocab_size} ({cfg.model.content_vocab_size}); use another checkpoint."
-        )
-    with torch.device("meta"):  # allocate no memory before the shapes are known to match the file
-        model = GPT(cfg.model)
-    return Run(checkpoint.load_into(model, "cpu"), tokenizer, cfg, checkpoint.state, checkpoint.folder)
+    saved = open_run(path)
+    model = saved.load_into(saved.empty_model(), "cpu").to(device).eval()
+    return Run(model, saved.tokenizer(), saved.config, saved.state, saved.folder, saved.sha256[WEIGHTS])
 
 
 def _warn(sentence: str) -> None:

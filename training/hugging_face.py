@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 
 from nanometa.common.errors import UserError
-from nanometa.common.files import read_json
+from nanometa.common.files import is_count, open_file_sha256, read_json
 from nanometa.config import GPTConfig
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.model import GPT
-from nanometa.training.checkpoint import WEIGHTS, read_tensors
+from nanometa.training.checkpoint import WEIGHTS
+from nanometa.training.tensor_files import read_tensors
 
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names in the hub's organization openai-community
 CONFIG = "config.json"
+SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")  # fields that config.json must have
 # Values of GPT2Config's fields that nanoMeta's GPT supports. If config.json lacks a field, the first value applies.
 COMPUTED = {
     "model_type": ("gpt2",),
@@ -25,7 +27,10 @@ COMPUTED = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
 }
-
+# Heads that transformers and trl add to a GPT-2. Pretraining does not need them, so they are left out.
+HEADS = ("score.", "classifier.", "qa_outputs.", "multiple_choice_head.", "v_head.summary.")
+MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of older versions of transformers, which hold causal masks
+PADDING = 256  # vocabularies are padded to a multiple of at most this, for speed or for a few special tokens
 
 # Hugging Face stores these as Conv1D, of shape (in, out), and nanoMeta as Linear, of shape (out, in).
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -48,11 +53,12 @@ def to_hf(model: GPT) -> dict[str, torch.Tensor]:
 
 
 def from_hf(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns a state dict for GPT from that of a GPT2LMHeadModel: the inverse of to_hf.
+    """Returns a state dict for GPT from that of a GPT2LMHeadModel: the inverse of to_hf. Other heads are left out.
 
     The names in the hub's own gpt2 lack the prefix "transformer."."""
-    ours = {name.removeprefix("transformer."): p for name, p in state.items() if name != "lm_head.weight"}
-    ours = {name: p for name, p in ours.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # masks
+    ours = {name: p for name, p in state.items() if name != "lm_head.weight" and not name.startswith(HEADS)}
+    ours = {name.removeprefix("transformer."): p for name, p in ours.items()}
+    ours = {name: p for name, p in ours.items() if not name.endswith(MASKS)}
     return {name: p.T.contiguous() if name.endswith(_TRANSPOSED) else p.clone() for name, p in ours.items()}
 
 
@@ -61,20 +67,20 @@ class StartWeights:
     """Weights for step 0: tensors with the names and shapes of GPT's parameters, including the markers' rows."""
 
     file: Path
+    sha256: str
     tensors: dict[str, torch.Tensor]
-    fit: str  # the settings of a model that they fit, as command-line arguments
+    cure: str  # what to do if they do not fit the model
     note: str  # appended to the sentence in the log
     content_tokens: int | None = None  # number of content tokens that they were trained on; None = unknown
-    sha256: str = ""  # hash of the file, if it was computed before
 
 
 def check_shape(weights: StartWeights, name: str, wanted: tuple[int, ...]) -> None:
     """Raises UserError if a tensor is missing or does not have the model's shape."""
     if name not in weights.tensors:
-        raise UserError(f"{name} {wanted} of this model is missing in {weights.file}: set {weights.fit}.")
+        raise UserError(f"{name} {wanted} of this model is missing in {weights.file}: {weights.cure}.")
     found = tuple(weights.tensors[name].shape)
     if found != wanted:
-        raise UserError(f"{name} is {found} in {weights.file} but {wanted} in this model: set {weights.fit}.")
+        raise UserError(f"{name} is {found} in {weights.file} but {wanted} in this model: {weights.cure}.")
 
 
 def with_markers(wte: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
@@ -140,23 +146,9 @@ def read_hugging_face(init_from: str, config: Path, file: Path, cfg: GPTConfig, 
 
     config, file: the paths of its config.json and model.safetensors. Raises UserError if its settings, vocabulary or
     positions do not fit the model cfg and the tokenizer, or if a file is damaged."""
-    try:
-        theirs = read_json(config)
-        n_layer, n_head, n_embd, n_positions, vocab_size = (
-            int(theirs[key]) for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-        )
-        n_inner = int(theirs.get("n_inner") or 4 * n_embd)
-    except KeyError as error:
-        raise UserError(f"{config} has no entry {error}: give the folder of a Hugging Face GPT-2.") from None
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{config} is damaged ({type(error).__name__}: {error}): download it again.") from None
-    for key, values in COMPUTED.items():
-        if theirs.get(key, values[0]) not in values:
-            raise UserError(
-                f"{config} has {key}={theirs[key]}, but this model computes {key}={values[0]}: use the weights of a "
-                f"GPT-2 that was trained with {key}={values[0]}."
-            )
-
+    theirs = _read_config(config)
+    n_layer, n_head, n_embd, n_positions, vocab_size = (theirs[key] for key in SIZES)
+    n_inner = theirs.get("n_inner") or 4 * n_embd
     inner = f" --n_inner={n_inner}" if (n_inner, cfg.n_inner) != (4 * n_embd, None) else ""
     fit = f"--n_layer={n_layer} --n_head={n_head} --n_embd={n_embd}{inner} --bias=True --position=learned"
     for name, ours, found in (
@@ -174,26 +166,87 @@ def read_hugging_face(init_from: str, config: Path, file: Path, cfg: GPTConfig, 
             f"block_size={cfg.block_size} is too long, because the weights of init_from={init_from} have {n_positions} "
             f"positions: set --block_size to at most {n_positions}."
         )
-    if vocab_size != tokenizer.n_content or (vocab_size == 50257 and tokenizer.name != "gpt2"):
-        cure = "--tokenizer=gpt2" if vocab_size == 50257 else "the tokenizer that these weights were trained with"
-        raise UserError(
-            f"the weights of init_from={init_from} predict {vocab_size} ids, but the dataset's tokenizer "
-            f"{tokenizer.name} has {tokenizer.n_content}: prepare the dataset with {cure}."
-        )
+    _check_vocabulary(init_from, vocab_size, tokenizer)
 
-    state = read_tensors(file)
-    weights = StartWeights(file, from_hf(state), fit, f"{marker_rows(tokenizer)} are the mean of the others")
+    with open(file, "rb") as opened:
+        state, sha256 = read_tensors(opened), open_file_sha256(opened)
+    _check_tensors(state, file)
+    cure = "use the unchanged weights of a GPT2LMHeadModel, with their config.json"
+    weights = StartWeights(file, sha256, from_hf(state), cure, f"{marker_rows(tokenizer)} are the mean of the others")
     # config.json and the tensors must agree before rows are cut off and appended
     check_shape(weights, "wte.weight", (vocab_size, n_embd))
     check_shape(weights, "wpe.weight", (n_positions, n_embd))
-    wte, wpe = weights.tensors["wte.weight"], weights.tensors["wpe.weight"]
-    if "lm_head.weight" in state and not torch.equal(state["lm_head.weight"], wte):
+    wte, wpe, n_content = weights.tensors["wte.weight"], weights.tensors["wpe.weight"], tokenizer.n_content
+    if "lm_head.weight" in state and not torch.equal(state["lm_head.weight"][:n_content].to(wte), wte[:n_content]):
         raise UserError(
             f"lm_head.weight in {file} differs from wte.weight, but this model's head is tied to wte.weight: use "
             f"weights with a tied head."
         )
     weights.tensors["wte.weight"] = with_markers(wte, tokenizer)
     weights.tensors["wpe.weight"] = wpe[: cfg.block_size]
+    if vocab_size > n_content:
+        weights.note += (
+            f"; rows {n_content} .. {vocab_size - 1} of wte.weight in the file are dropped, because the tokenizer "
+            f"{tokenizer.name} has no such ids"
+        )
     if cfg.block_size < n_positions:
         weights.note += f"; wpe.weight has the first {cfg.block_size} of {n_positions} positions"
+    if heads := sorted(name for name in state if name.startswith(HEADS)):
+        weights.note += f"; not loaded, because pretraining has no such head: {' '.join(heads)}"
     return weights
+
+
+def _read_config(path: Path) -> dict:
+    """Returns the content of config.json. Raises UserError if it is not that of a GPT-2 which this model computes."""
+    try:
+        theirs = read_json(path)
+        for key in SIZES:
+            if not (is_count(theirs[key]) and theirs[key]):
+                raise ValueError(f"{key} is {str(theirs[key])[:40]!r}, not a positive whole number")
+        if theirs.get("n_inner") is not None and not is_count(theirs["n_inner"]):
+            raise ValueError(f"n_inner is {str(theirs['n_inner'])[:40]!r}, not a whole number")
+    except KeyError as error:
+        raise UserError(f"{path} has no entry {error}: give the folder of a Hugging Face GPT-2.") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): download it again.") from None
+    for key, values in COMPUTED.items():
+        if theirs.get(key, values[0]) not in values:
+            raise UserError(
+                f"{path} has {key}={str(theirs[key])[:40]}, but this model computes {key}={values[0]}: use the weights "
+                f"of a GPT-2 that was trained with {key}={values[0]}."
+            )
+    return theirs
+
+
+def _check_vocabulary(init_from: str, vocab_size: int, tokenizer: Tokenizer) -> None:
+    """Raises UserError unless the weights predict the ids of the tokenizer, or these and a few more that are padding.
+
+    The ids of weights say nothing about their tokenizer, except that GPT-2's has 50257."""
+    padded = -(-tokenizer.n_content // PADDING) * PADDING
+    of_gpt2 = 50257 <= vocab_size <= -(-50257 // PADDING) * PADDING
+    if tokenizer.n_content <= vocab_size <= padded and (not of_gpt2 or tokenizer.name == "gpt2"):
+        return
+    cure = (
+        "prepare the dataset with --tokenizer=gpt2"
+        if of_gpt2
+        else f"use weights whose tokenizer is {tokenizer.name}, or a dataset with the tokenizer of these weights"
+    )
+    raise UserError(
+        f"the weights of init_from={init_from} predict {vocab_size} ids, but the dataset's tokenizer {tokenizer.name} "
+        f"has {tokenizer.n_content}: {cure}."
+    )
+
+
+def _check_tensors(state: dict[str, torch.Tensor], file: Path) -> None:
+    """Raises UserError if a name stands for two tensors, or a tensor is not one of floats."""
+    for name, tensor in state.items():
+        if f"transformer.{name}" in state:
+            raise UserError(
+                f"{file} has both {name} and transformer.{name}, and only one of them can be loaded: save the weights "
+                f"again with only one."
+            )
+        if not tensor.is_floating_point() and not name.endswith(MASKS):
+            raise UserError(
+                f"{name} in {file} has the dtype {str(tensor.dtype).removeprefix('torch.')}: use weights of float32, "
+                f"float16 or bfloat16, which are not quantized."
+            )

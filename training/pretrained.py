@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 
 from nanometa.common.errors import UserError
-from nanometa.common.files import file_sha256
 from nanometa.config import GPTConfig
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.model import GPT
-from nanometa.training.checkpoint import WEIGHTS, Checkpoint, content_tokens, read_run, read_tensors
+from nanometa.training.checkpoint import WEIGHTS, Checkpoint, content_tokens, open_run
 from nanometa.training.context_extension import interpolated
 from nanometa.training.hugging_face import (
     HUB,
@@ -58,7 +57,7 @@ def load_into(model: GPT, init_from: str, tokenizer: Tokenizer) -> tuple[str, in
     if init_from in HUB:
         weights = read_hugging_face(init_from, *download(f"openai-community/{init_from}"), model.cfg, tokenizer)
     elif holds_run(Path(init_from)):
-        weights = read_run(init_from, lambda saved: _run_of_ours(saved, init_from, model.cfg, tokenizer))
+        weights = _run_of_ours(open_run(init_from), init_from, model.cfg, tokenizer)
     else:
         weights = read_hugging_face(init_from, *files_of(Path(init_from)), model.cfg, tokenizer)
 
@@ -73,14 +72,13 @@ def load_into(model: GPT, init_from: str, tokenizer: Tokenizer) -> tuple[str, in
     for name, tensor in weights.tensors.items():
         if name not in params:
             raise UserError(
-                f"{name} {tuple(tensor.shape)} of {weights.file} has no place in this model: set {weights.fit}."
+                f"{name} {tuple(tensor.shape)} of {weights.file} has no place in this model: {weights.cure}."
             )
     with torch.no_grad():
         for name, tensor in weights.tensors.items():
             params[name].copy_(tensor)
-    sha256 = weights.sha256 or file_sha256(weights.file)
     return (
-        f"weights of {weights.file} (sha256 {sha256}): loaded {_brief(weights.tensors)}; "
+        f"weights of {weights.file} (sha256 {weights.sha256}): loaded {_brief(weights.tensors)}; "
         f"newly initialized: {_brief(new) or 'none'}; {weights.note}"
     ), weights.content_tokens
 
@@ -115,11 +113,14 @@ def _run_of_ours(saved: Checkpoint, init_from: str, cfg: GPTConfig, tokenizer: T
     names = ["n_layer", "n_head", "n_embd", "block_size", "bias", "position"]
     names += ["n_inner"] if theirs.n_inner != cfg.n_inner else []
     names += ["second_attention"] if theirs.second.has_layer else []
-    fit = " ".join(f"--{name}={getattr(theirs, name)}" for name in names)
-    file = saved.folder / WEIGHTS
-    before = content_tokens(saved.state, saved.config)
+    cure = "set " + " ".join(f"--{name}={getattr(theirs, name)}" for name in names)
     weights = StartWeights(
-        file, read_tensors(file), fit, f"{marker_rows(tokenizer)} are as trained", before, file_sha256(file)
+        saved.folder / WEIGHTS,
+        saved.sha256[WEIGHTS],
+        saved.weights(saved.empty_model()),
+        cure,
+        f"{marker_rows(tokenizer)} are as trained",
+        content_tokens(saved.state, saved.config),
     )
     table = weights.tensors.get("wpe.weight")
     if table is not None and cfg.position == "learned" and cfg.rope_factor != theirs.rope_factor:

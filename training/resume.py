@@ -1,18 +1,19 @@
 """Locks a run's folder, finds the checkpoint that the run continues, and decides whether it can be continued."""
 
-from os import environ
+import os
 from pathlib import Path
 
 from filelock import BaseFileLock
 
 from nanometa.common.errors import UserError
-from nanometa.common.files import lock_folder
+from nanometa.common.files import leads_out, lock_folder
 from nanometa.config import TrainConfig
 from nanometa.config.checks import flat, flat_fields
 from nanometa.training import checkpoint, pretrained
 from nanometa.training.checkpoint import Checkpoint
 from nanometa.training.optimizer import learning_rate
 from nanometa.training.run_folders import STATE, holds_run, suggestion
+from nanometa.training.run_log import log_files
 
 
 def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[str]:
@@ -92,15 +93,21 @@ def occupied(run_dir: Path) -> bool:
 
 def resumes(cfg: TrainConfig) -> bool:
     """Returns whether this start may continue from a checkpoint of its own run."""
-    if int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         return True  # torchrun has restarted the job, and init_from was meant for the first start
     return cfg.init_from in ("resume", "auto")
 
 
 def check_folder(cfg: TrainConfig, run_dir: Path) -> None:
-    """Raises UserError if cfg.init_from does not fit the state of the run's folder.
+    """Raises UserError if cfg.init_from does not fit the state of the run's folder, or if a link in the folder would
+    make this run write elsewhere.
 
     No file is opened, so the folder need not be locked."""
+    if run_dir.is_symlink() and not run_dir.exists():
+        raise UserError(
+            f"{run_dir} is a link to {os.readlink(run_dir)}, which does not exist: create that folder, or remove the "
+            f"link."
+        )
     if not resumes(cfg):
         pretrained.check_name(cfg.init_from)
         if occupied(run_dir):
@@ -112,6 +119,7 @@ def check_folder(cfg: TrainConfig, run_dir: Path) -> None:
         raise UserError(f"there is no checkpoint to resume in {run_dir}: start the run with --init_from=auto.")
     elif occupied(run_dir) and not (run_dir / "config.json").exists() and not holds_run(run_dir):
         raise UserError(f"{run_dir} exists, but train.py did not make it: choose another --run_name.")
+    log_files(run_dir)
 
 
 def lock_existing(cfg: TrainConfig, run_dir: Path, main: bool) -> BaseFileLock | None:
@@ -159,7 +167,8 @@ def find_checkpoint(cfg: TrainConfig, run_dir: Path, warn) -> Checkpoint | None:
     if found is None:
         return open_branch(cfg)
     best = found.state["best"]
-    if best and not (run_dir / f"best_{best['step']:08d}").is_dir():
+    weights = run_dir / f"best_{best['step']:08d}" if best else run_dir
+    if best and (leads_out(weights) or not weights.is_dir()):
         # A better result after this checkpoint had replaced these weights, and that result is now abandoned. The next
         # evaluation counts as the best again.
         found.state["best"] = None
@@ -176,7 +185,7 @@ def open_branch(cfg: TrainConfig) -> Checkpoint | None:
     if not folder.is_dir() or (holds_run(folder) and not (folder / STATE).is_file()):
         raise UserError(f"branch_from={cfg.branch_from} is not a checkpoint: {suggestion(folder)}")
     saved = checkpoint.open_checkpoint(folder)
-    if not (saved.folder / checkpoint.OPTIMIZER).is_file():
+    if checkpoint.OPTIMIZER not in saved.files:
         raise UserError(
             f"branch_from={cfg.branch_from} contains weights but no optimizer state: give a step_ folder of the run, "
             f"or start a new run from these weights with --init_from={cfg.branch_from}."

@@ -1,5 +1,6 @@
 """Finds runs and checkpoints by the names of their folders, and suggests one for a path that has none."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,9 +12,19 @@ STATE = "state.json"  # a file that every checkpoint contains
 
 
 def checkpoint_folders(run_dir: Path, kind: str) -> list[Path]:
-    """Returns the folders named exactly <kind>_<8 digits>, oldest first; copies with other names are not ours."""
-    folders = (path for path in run_dir.glob(f"{kind}_*") if re.fullmatch(rf"{kind}_\d{{8}}", path.name))
-    return sorted(path for path in folders if path.is_dir())
+    """Returns the folders named exactly <kind>_<8 digits>, oldest first; copies with other names are not ours.
+
+    They come from one listing, because a run that saves and deletes has a checkpoint at any one moment only."""
+    if not run_dir.is_dir():
+        return []
+    with os.scandir(run_dir) as entries:
+        names = [
+            entry.name
+            for entry in entries
+            if re.fullmatch(rf"{kind}_\d{{8}}", entry.name, re.ASCII)
+            and (entry.is_dir(follow_symlinks=False) or Path(entry).is_dir())
+        ]
+    return [run_dir / name for name in sorted(names)]
 
 
 def holds_run(path: Path) -> bool:
@@ -24,7 +35,7 @@ def holds_run(path: Path) -> bool:
 
 def newest_run(out: Path) -> Path:
     """Returns the run in a folder of runs that saved last. Raises UserError if there is none."""
-    pointers = sorted(out.glob("*/latest"), key=lambda path: path.stat().st_mtime)
+    pointers = sorted((path for path in out.glob("*/latest") if path.is_file()), key=lambda path: path.stat().st_mtime)
     if not pointers:
         raise UserError(
             f"there is no trained run in {out}/: train one first, with python train.py config/tiny_meta.py."

@@ -14,8 +14,8 @@ from typing import TextIO
 import torch
 
 import nanometa
-from nanometa.common.errors import printable
-from nanometa.common.files import sync, write_atomically
+from nanometa.common.errors import UserError, printable
+from nanometa.common.files import leads_out, own_file, parse_json, sync, write_atomically
 from nanometa.config import TrainConfig
 from nanometa.config.checks import to_dict
 from nanometa.training.wandb_log import WandbLog
@@ -83,6 +83,15 @@ def _discard(stream: TextIO) -> None:
     os.close(null)
 
 
+def log_files(run_dir: Path) -> tuple[Path, Path]:
+    """Returns the paths of metrics.jsonl and train.log, to which a run appends.
+
+    Raises UserError if one of them, or the folder of wandb, is a link out of the run's folder."""
+    if leads_out(run_dir / "wandb"):
+        raise UserError(f"{run_dir / 'wandb'} is a link out of its folder: replace the link with the folder itself.")
+    return own_file(run_dir / "metrics.jsonl"), own_file(run_dir / "train.log")
+
+
 class RunLog:
     """The log of a run: lines for people (screen and train.log) and for programs (metrics.jsonl and wandb).
 
@@ -94,7 +103,7 @@ class RunLog:
         self.main, self.wandb = main, None
         if not main:
             return
-        self.metrics = run_dir / "metrics.jsonl"
+        self.metrics, text = log_files(run_dir)
         if self.metrics.exists():
             lines = self.metrics.read_text(errors="replace").splitlines()
             kept = "".join(line + "\n" for line in lines if _is_kept(line, step))
@@ -103,7 +112,7 @@ class RunLog:
         # Written before any other visible file: it shows --init_from=auto that the folder is a run, even if the run is
         # killed before its first checkpoint.
         write_atomically(run_dir / "config.json", (json.dumps(resolved, indent=2) + "\n").encode())
-        self.text = open(run_dir / "train.log", "a", encoding="utf-8")
+        self.text = open(text, "a", encoding="utf-8")
         if cfg.wandb != "disabled":
             self.wandb = WandbLog(run_dir, cfg, resolved["config"], resumed=step >= 0, warn=self.say)
 
@@ -145,7 +154,7 @@ class RunLog:
 def _is_kept(line: str, step: int) -> bool:
     """Returns whether a run that resumes at `step` keeps this line of metrics.jsonl."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         return record["step"] <= step and record["kind"] != "final"  # a resumed run writes its own final line
     except (ValueError, TypeError, KeyError):  # a kill can leave half a line at the end
         return False
