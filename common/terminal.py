@@ -1,22 +1,43 @@
 """Prints text of a model unchanged, optionally colored (rich would expand tabs and drop control characters), and
-shortens long lines."""
+shortens long lines. Text cannot steer the terminal."""
 
+import re
 import sys
+from typing import TextIO
+
+from nanometa.common.errors import printable
 
 BOLD, DIM_MAGENTA, MAGENTA = "1", "2;35", "1;35"
 SHOWN_CHARS = 200  # shown at each end of a shortened text
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters except tab and newline
 
 
 def write(text: str, style: str = "") -> None:
-    """Writes text to standard output and flushes. `style`, an ANSI code, is applied only if that is a terminal."""
-    if style and sys.stdout.isatty():
-        text = f"\x1b[{style}m{text}\x1b[0m"
+    """Writes text to standard output and flushes.
+
+    If that is a terminal, control characters in the text are escaped, and `style`, an ANSI code, is applied. A file or
+    a pipe gets exactly the text."""
+    if sys.stdout.isatty():
+        text = CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+        text = f"\x1b[{style}m{text}\x1b[0m" if style else text
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
+def write_line(line: str, style: str = "", file: TextIO | None = None) -> None:
+    """Prints one line, such as a path or a sentence with names from files, with its unprintable characters escaped.
+
+    file: printed to instead of standard output, without style."""
+    if file is None:
+        write(f"{printable(line)}\n", style)
+    else:
+        print(printable(line), file=file, flush=True)
+
+
 def shortened(text: str) -> str:
-    """Returns a text for one printed line, without its middle if it is long, such as the names of hundreds of files."""
+    """Returns a text for one printed line: unprintable characters are escaped, and the middle of a long text, such as
+    the names of hundreds of files, is left out."""
+    text = printable(text)
     if len(text) <= 2 * SHOWN_CHARS:
         return text
     return f"{text[:SHOWN_CHARS]} [... {len(text) - 2 * SHOWN_CHARS:,} characters ...] {text[-SHOWN_CHARS:]}"
