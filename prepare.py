@@ -51,7 +51,7 @@ from nanometa.data.staging import (  # fmt: skip
     units_of,
     write_plan,
 )
-from nanometa.data.tokenizer import SPEC_FILE, Tokenizer, write_tokens
+from nanometa.data.tokenizer import Tokenizer, open_tokenizer, write_tokens
 
 TOKENIZER_BYTES = 64 * 2**20  # maximum text that a BPE is trained on, counted in characters
 HEARTBEAT_SECONDS = 10
@@ -59,17 +59,8 @@ HEARTBEAT_SECONDS = 10
 
 def make_tokenizer(cfg: PrepareConfig, source: Source, console: Console) -> Tokenizer:
     """Returns the tokenizer that cfg names: GPT-2's, that of a dataset or a run, or a BPE that is trained here."""
-    if cfg.tokenizer == "gpt2":
-        return Tokenizer.gpt2()
     if cfg.tokenizer != "bpe":
-        folder = Path(cfg.tokenizer)
-        checkpoints = sorted(folder.glob(f"step_*/{SPEC_FILE}"))  # if the folder is that of a run
-        if not (folder / SPEC_FILE).is_file() and not checkpoints:
-            raise UserError(
-                f"tokenizer={cfg.tokenizer!r} is unknown: it must be bpe, gpt2, or the folder of a prepared dataset "
-                f"or of a run."
-            )
-        return Tokenizer.load(checkpoints[-1].parent if checkpoints else folder)
+        return open_tokenizer(cfg.tokenizer, "bpe, gpt2")
 
     def train_texts() -> Iterator[str]:
         remaining = TOKENIZER_BYTES
