@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: install quickstart test test-slow golden faults fuzz lint bench gpu clean
+.PHONY: install quickstart test test-slow golden faults fuzz mutate lint bench gpu clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -43,6 +43,10 @@ faults: install
 # Tries thousands of damaged files, settings and prompts. Each must be refused in one sentence, or work.
 fuzz: install
 	OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz
+
+# Changes single expressions of the core files in a copy, and prints the changes that no test notices.
+mutate: install
+	nice $(RUN) -m tests.mutate
 
 lint: install
 	$(VENV)/bin/ruff check .

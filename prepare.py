@@ -54,7 +54,7 @@ from nanometa.data.staging import (  # fmt: skip
     write_plan,
 )
 from nanometa.data.summary import inspect, print_summary, say
-from nanometa.data.tokenizer import ENDOFTEXT, SPEC_FILE, Tokenizer
+from nanometa.data.tokenizer import ENDOFTEXT, Tokenizer, open_tokenizer
 
 TOKENIZER_BYTES = 64 * 2**20  # maximum text that a BPE is trained on, counted in characters
 HEARTBEAT_SECONDS = 10
@@ -64,17 +64,8 @@ SHARD_SETTINGS = ("injection", "chunk_content", "chunk_markers", "min_document_t
 
 def make_tokenizer(cfg: PrepareConfig, source: Source, console: Console) -> Tokenizer:
     """Returns the tokenizer that cfg names: GPT-2's, that of a dataset or a run, or a BPE that is trained here."""
-    if cfg.tokenizer == "gpt2":
-        return Tokenizer.gpt2()
     if cfg.tokenizer != "bpe":
-        folder = Path(cfg.tokenizer)
-        checkpoints = sorted(folder.glob(f"step_*/{SPEC_FILE}"))  # if the folder is that of a run
-        if not (folder / SPEC_FILE).is_file() and not checkpoints:
-            raise UserError(
-                f"tokenizer={cfg.tokenizer!r} is unknown: it must be bpe, gpt2, or the folder of a prepared dataset "
-                f"or of a run."
-            )
-        return Tokenizer.load(checkpoints[-1].parent if checkpoints else folder)
+        return open_tokenizer(cfg.tokenizer, "bpe, gpt2")
 
     def train_texts() -> Iterator[str]:
         remaining = TOKENIZER_BYTES

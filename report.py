@@ -15,7 +15,7 @@ from tyro.conf import Positional
 
 from nanometa.common.errors import UserError
 from nanometa.common.files import write_atomically
-from nanometa.common.terminal import write
+from nanometa.common.terminal import write_line
 from nanometa.config.checks import check, check_types, similar_name
 from nanometa.config.command_line import load_config, run_cli
 from nanometa.reports import curves, depth, summary, tasks, training
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         (output / old).unlink(missing_ok=True)
     for name, content in files.items():
         write_atomically(output / name, content)
-    write(f"{output / 'report.html'}\n")
+    write_line(str(output / "report.html"))
 
 
 def sections_of(effect: float, margin: float) -> list[Section]:
@@ -78,12 +78,19 @@ def sections_of(effect: float, margin: float) -> list[Section]:
 def render(
     found: Found, sections: list[Section], command: str, effect: float = 0.0, margin: float = 0.05
 ) -> dict[str, bytes]:
-    """Returns the bytes of report.html and of its pictures by file name."""
+    """Returns the bytes of report.html and of its pictures by file name.
+
+    Raises UserError if lines of one kind do not fit together."""
     page = Page(command, found.repeated)
     body = training.curves(page, found.runs) if found.runs else ""
     for section in sections:
         if lines := found.lines.get(section.kind):
-            body += section.body(page, lines)
+            try:
+                body += section.body(page, lines)
+            except ValueError as error:
+                raise UserError(
+                    f"the lines of {section.kind} cannot be shown together ({error}): report on fewer files."
+                ) from error
     everything = [line for of in found.lines.values() for line in of]
     return page.render(everything, summary.body(found.lines, found.runs, effect, margin), body)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import stable_key
-from nanometa.common.terminal import BOLD, DIM_MAGENTA, write
+from nanometa.common.terminal import BOLD, DIM_MAGENTA, write, write_line
 from nanometa.config import SampleConfig
 from nanometa.config.command_line import load_config, run_cli
 from nanometa.data.tokenizer import META
@@ -110,6 +110,7 @@ def main(argv: list[str]) -> None:
     prompt_text = read_prompt(cfg)
     device = pick_device(cfg.device)
     run = rescaled(load_run(cfg.run, device), cfg.rescale)
+    cfg.refuse_unused(MarkerPlan.of_run(run, cfg.meta).injection)
     show_markers = cfg.show_markers == "yes" or (cfg.show_markers == "auto" and sys.stdout.isatty())
     with autocast(device, pick_dtype(cfg.dtype, device)[0]):
         weights = prepare_weights(run, min(cfg.count, BATCH))
@@ -120,7 +121,7 @@ def main(argv: list[str]) -> None:
                 size = f"{run.model.num_params() / 1e6:.1f}M parameters"
                 scaling = f", read with {scaling_of(run.config.model)}" if cfg.rescale.rope_scaling else ""
                 about = f"{run.folder}, step {run.state['step']:,}, {size}, markers: {cfg.meta}{scaling}"
-                print(f"# {about}", file=sys.stderr)
+                write_line(f"# {about}", file=sys.stderr)
             for number, sample in zip(numbers, samples, strict=True):
                 if cfg.count > 1:
                     write(f"--- sample {number + 1} of {cfg.count} ---\n", BOLD)

@@ -6,6 +6,7 @@ A config file is Python code that defines `config = TrainConfig(...)` or Prepare
 The arguments need no prefix, because field names are unique over the nested dataclasses (tests/test_config.py).
 """
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -22,39 +23,72 @@ import tyro
 import nanometa.config
 from nanometa.common.errors import UserError, in_words, report
 from nanometa.common.memory import keep_freed_memory
+from nanometa.common.terminal import write_line
 from nanometa.config import GPTConfig, PrepareConfig, SampleConfig, TaskConfig, TrainConfig
-from nanometa.config.checks import bool_names, field_names, flat_fields, nearest_name, type_name
+from nanometa.config.checks import bool_names, field_names, flat_fields, hidden_fields, nearest_name, type_name
 from nanometa.config.settings import Settings, named_settings, refuse_idle
+
+# Settings of all commands whose values are paths. tests/test_config.py fails for a text setting that it does not know.
+PATHS = frozenset(
+    {
+        "branch_from", "dataset", "files", "hf_dataset", "init_from", "inspect", "merge", "out_dir", "output",
+        "prompt_file", "run", "runs", "tokenizer",
+    }
+)  # fmt: skip
 
 
 def run_cli(main) -> None:
     """Runs main(argv) of a command and exits. A UserError is printed as one line, and the exit status is then 2."""
-    status = 0
     keep_freed_memory()
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the caller has closed it
-            setattr(sys, name, open(os.devnull, "w"))
+    open_streams()
+    status = 1
     try:
-        main(sys.argv[1:])
-    except BrokenPipeError:  # the reader of the output, such as head, has ended
-        os._exit(1)
+        status = _exit_status(main)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # the reader of the output, such as head, has ended, or the disk is full
+        os._exit(status or 1)  # the shutdown of the interpreter would try to write the rest again, and complain
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # DDP keeps gloo's threads alive beyond destroy_process_group. If one of them frees a tensor during the shutdown
+        # of the interpreter, the process aborts (seen in 4 of 99 runs of two processes): exit without that shutdown.
+        os._exit(status)
+    sys.exit(status)
+
+
+def open_streams() -> None:
+    """Makes every text printable: characters that the output's encoding lacks are escaped, such as \\u2026. A stream
+    that the shell closed (>&-) is replaced by the null device."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", errors="backslashreplace"))
+        elif name != "stdin" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _exit_status(main) -> int:
+    """Returns the exit status of main(argv), after printing the reason for a failure.
+
+    Raises BrokenPipeError if the reader of the output has ended."""
+    status = 0
+    try:
+        try:
+            main(sys.argv[1:])
+        except SystemExit as end:  # --help
+            status = end.code or 0
+        sys.stdout.flush()  # shows that a disk is full
+        return status
+    except BrokenPipeError:
+        raise
     except Exception as error:
         words = in_words(error)
         if words is None:
             raise
         report(words)
-        status = 2
+        return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # DDP keeps gloo's threads alive beyond destroy_process_group. If one of them frees a tensor during the shutdown
-        # of the interpreter, the process aborts (seen in 4 of 99 runs of two processes): exit without that shutdown.
-        with contextlib.suppress(OSError):  # a closed pipe
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+        write_line("interrupted", file=sys.stderr)
+        return 130
 
 
 def run_named(argv: list[str], kinds: dict[str, tuple], kind: str, about: str) -> None:
@@ -86,14 +120,10 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None, p
         argv = argv[1:]
     known = field_names(cls)
     argv = spell_out_flags(argv, cls)
-    given = [arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")]
-    for name in given:
-        if name == "config" and config_file:
-            raise UserError("unknown setting --config: give the config file as the first argument, without --config=.")
-        if name not in known + ["help"]:
-            raise UserError(f"unknown setting --{name}: {nearest_name(name, known)}")
-        if given.count(name) > 1:
-            raise UserError(f"--{name} is given {given.count(name)} times: give it once.")
+    given = names_in(argv)
+    if config_file and "config" in given:
+        raise UserError("unknown setting --config: give the config file as the first argument, without --config=.")
+    check_names(given, known)
     if "--help" in argv or "-h" in argv:
         join_help_lines(cls)
     complaint = io.StringIO()
@@ -125,13 +155,72 @@ def load_config(cls, argv: list[str], config_file: bool = False, default=None, p
         elif "run" in known and os.path.isdir(unknown[0]):
             cure = f"did you mean --run={unknown[0]}?"
         raise UserError(f"unexpected argument {unknown[0]!r}: {cure}")
-    if isinstance(config, TrainConfig):
-        # the model settings of the base run are not known yet; base_run.py later compares them with the given ones
-        from_base = set(field_names(GPTConfig)) if config.takes_over else set()
-        refuse_idle(config, [name for name in given if name not in from_base])
-        return dataclasses.replace(config, typed=tuple(sorted(named.union(given))))
-    refuse_idle(config, given)
-    return dataclasses.replace(config, given=tuple(given)) if isinstance(config, PrepareConfig) else config
+    config = with_home(config)
+    # the model settings of the base run are not known yet; base_run.py later compares them with the given ones
+    takes_over = isinstance(config, TrainConfig) and config.takes_over
+    refuse_idle(config, [name for name in given if not (takes_over and name in field_names(GPTConfig))])
+    about = {"typed": tuple(sorted(named.union(given))), "given": tuple(given)}
+    return dataclasses.replace(config, **{name: about[name] for name in about if name in hidden_fields(cls)})
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that refuses a command line in one sentence, as load_config does."""
+
+    def __init__(self, **about):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **about)
+
+    def parse_args(self, args: list[str], namespace=None):
+        """Returns the values of the arguments. Raises UserError for a bad command line."""
+        names = [name for action in self._actions for name in action.option_strings]
+        check_names(names_in(args), [name[2:].replace("-", "_") for name in names if name.startswith("--")])
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists all arguments.")
+
+
+def path_argument(text: str) -> Path:
+    """Returns an argument of a Parser that is a path, with ~ expanded."""
+    return Path(in_home(text))
+
+
+def names_in(argv: list[str]) -> list[str]:
+    """Returns the names of the settings --name or --name=value in argv, with _ in place of -."""
+    return [arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")]
+
+
+def check_names(given: list[str], known: list[str]) -> None:
+    """Raises UserError for a setting that is unknown or given twice."""
+    for name in given:
+        if name not in known + ["help"]:
+            raise UserError(f"unknown setting --{name}: {nearest_name(name, known)}")
+        if given.count(name) > 1:
+            raise UserError(f"--{name} is given {given.count(name)} times: give it once.")
+
+
+def with_home(config):
+    """Returns the settings with ~ expanded in every path, because a shell does not expand it in --name=~/x."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name in PATHS}
+    expanded = {
+        name: tuple(map(in_home, value)) if isinstance(value, tuple) else in_home(value)
+        for name, value in values.items()
+    }
+    return config if expanded == values else dataclasses.replace(config, **expanded)
+
+
+def in_home(path: str) -> str:
+    """Returns a path with a leading ~ or ~USER replaced by that home folder. Raises UserError if it is not known."""
+    try:
+        found = os.path.expanduser(path)
+    except ValueError:  # a zero byte
+        found = path
+    if found.startswith("~"):
+        user = path.partition("/")[0]
+        raise UserError(
+            f"the home folder {user} in {path!r} is not known: give the full path, or ./{path} for a name that starts "
+            f"with ~."
+        )
+    return found
 
 
 def _invalid_value(cls, name: str, argv: list[str]) -> str:
@@ -195,6 +284,7 @@ def read_config_file(cls, path: str) -> tuple:
     """Returns the `config` that a file defines, and the names of the settings that the file sets.
 
     Raises UserError if the file is missing, fails, or does not define a `config` of class cls."""
+    path = in_home(path)
     if not os.path.isfile(path):  # also False for text that cannot be a path
         here = [str(config) for config in recipes(Path("config"))]
         elsewhere = "run this in the folder of the repository, which contains config/, or give the file's full path."

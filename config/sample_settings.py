@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tyro.conf import Suppress
+
 from nanometa.common.errors import UserError
 from nanometa.config.checks import check, check_types
 from nanometa.config.model_settings import Rescale
@@ -29,8 +31,8 @@ class SampleConfig(Settings):
     """sample from the k most likely tokens; None = from all tokens"""
     top_p: float = setting(1.0, only_with={"temperature": SET})
     """sample from the smallest set of most likely tokens that has at least this total probability"""
-    seed: int = 1337
-    """seed of the sampled tokens and of the marker positions"""
+    seed: int = setting(1337, only_with={"temperature": SET, "meta": ("trained", "uniform")})
+    """seed of the sampled tokens and of random marker positions"""
     stop_at_endoftext: bool = False
     """end a sample at <|endoftext|>"""
     meta: Literal["trained", "none", "periodic", "uniform"] = "trained"
@@ -43,6 +45,8 @@ class SampleConfig(Settings):
     dtype: Literal["auto", "bfloat16", "float32"] = "float32"
     """precision of the forward pass; auto = bfloat16 autocast where the hardware supports it, else float32"""
     rescale: Rescale = field(default_factory=Rescale)
+    typed: Suppress[tuple[str, ...]] = field(default=(), compare=False, repr=False, metadata={"hidden": True})
+    """names of the settings that the command line set, even to their defaults"""
 
     def __post_init__(self):
         check_types(self)
@@ -54,3 +58,19 @@ class SampleConfig(Settings):
         check(self, "seed", self.seed >= 0, "be at least 0")
         if self.prompt is not None and self.prompt_file:
             raise UserError("prompt and prompt_file are both given: give only one of them.")
+
+    def refuse_unused(self, injection: str) -> None:
+        """Raises UserError if a setting that was typed has no effect on a run.
+
+        injection: the rule that places the markers in the samples of the run."""
+        if self.top_k == 1 and (idle := [name for name in ("temperature", "top_p") if name in self.typed]):
+            raise UserError(
+                f"--{idle[0]} has no effect with --top_k=1, which always takes the most likely token: leave one of "
+                f"them out."
+            )
+        greedy = "temperature=0" if self.temperature == 0 else "top_k=1" if self.top_k == 1 else ""
+        if greedy and injection != "uniform" and "seed" in self.typed:
+            raise UserError(
+                f"--seed has no effect, because {greedy} always takes the most likely token and injection={injection} "
+                f"places no marker at random: leave --seed out."
+            )

@@ -206,6 +206,21 @@ class Tokenizer:
         return cls(f"bpe{len(ranks) + 1}", BPE_PATTERN, ranks)  # it has fewer tokens if there is too little text
 
 
+def open_tokenizer(name: str, others: str = "gpt2") -> Tokenizer:
+    """Returns the tokenizer gpt2, or that of a prepared dataset, a run or one of its checkpoints, by its folder.
+
+    others: the values that are no folders, for the error message. Raises UserError if there is none."""
+    if name == "gpt2":
+        return Tokenizer.gpt2()
+    folder = Path(name)
+    checkpoints = sorted(folder.glob(f"step_*/{SPEC_FILE}"))  # if the folder is that of a run
+    if not (folder / SPEC_FILE).is_file() and not checkpoints:
+        raise UserError(
+            f"tokenizer={name!r} is unknown: it must be {others}, or the folder of a prepared dataset or of a run."
+        )
+    return Tokenizer.load(checkpoints[-1].parent if checkpoints else folder)
+
+
 def write_tokens(tokens: Iterable[int], tokenizer: Tokenizer) -> None:
     """Prints ids as text, with every <|meta|> visible."""
     for is_marker, group in itertools.groupby(tokens, key=lambda token: token == tokenizer.meta):

@@ -13,10 +13,11 @@ from typing import Literal
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tyro.conf import Suppress
 
 from nanometa.common.errors import UserError
 from nanometa.common.files import own_file
-from nanometa.common.terminal import BOLD, write
+from nanometa.common.terminal import BOLD, write, write_line
 from nanometa.config import Rescale
 from nanometa.config.checks import check, check_types, to_dict
 from nanometa.data.inject import strip
@@ -44,9 +45,13 @@ class Evaluation:
     """device to compute on; auto takes the first available of cuda, mps, cpu"""
     dtype: Literal["auto", "bfloat16", "float32"] = "float32"
     """precision of the matrix products; auto takes bfloat16 where the hardware computes it"""
+    typed: Suppress[tuple[str, ...]] = field(default=(), compare=False, repr=False, metadata={"hidden": True})
+    """names of the settings that the command line set, even to their defaults"""
 
     def __post_init__(self):
         check_types(self)
+        if self.output and Path(self.output).is_dir():
+            raise UserError(f"output={self.output} is a folder, but results are lines of a file: give a file's name.")
 
     def open(self) -> tuple[Run, dict]:
         """Returns the run, with its positions rescaled as asked, and the facts that every JSON line repeats about it.
@@ -81,14 +86,14 @@ class Evaluation:
         measured: lines and texts, computed while this function iterates, under the setting dtype.
         heading: text after the arm and the folder in the first printed line."""
         output = self.lines(run, name)
-        write(f"{facts['arm']}, {run.folder}{heading}\n", BOLD)
+        write_line(f"{facts['arm']}, {run.folder}{heading}", BOLD)
         with self.autocast(run):
             for one in measured:
                 if isinstance(one, str):
                     write(one)
                 else:
                     write_lines(output, [{**facts, **one}])
-        write(f"{output}\n", BOLD)
+        write_line(str(output), BOLD)
 
 
 def arm_of(run: Run) -> str:

@@ -59,6 +59,14 @@ from nanometa.layers.loss import Tally
 from nanometa.training.checkpoint import Run
 
 Markers = Literal["trained", "none", "none_wide", "stored", "uniform", "periodic"]
+MEANING = {  # printed below the results
+    "trained": "markers drawn anew by the rule of the run's training data",
+    "none": "no markers, in shorter windows with as much text",
+    "none_wide": "no markers, in windows of all positions, which have more text",
+    "stored": "the markers of the dataset",
+    "uniform": "as many markers, at random places",
+    "periodic": "as many markers, evenly spaced",
+}
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,11 @@ def main(cfg: PerplexityEval) -> None:
     rule, folder = run.state["data"], Path(cfg.dataset or run.state["data"]["dataset"])
     conditions = cfg.markers or (("trained", "none") if rule["chunk_markers"] else ("none",))
     check_markers(run, conditions)
+    if "draws" in cfg.typed and not any(injection_of(run, markers) == "uniform" for markers in conditions):
+        raise UserError(
+            f"--draws has no effect on {run.folder} with --markers {' '.join(conditions)}, because no marker is placed "
+            f"at random: leave it out."
+        )
     lengths = cfg.lengths or (run.config.model.block_size,)
     if cfg.stride and cfg.stride > min(lengths):
         raise UserError(
@@ -142,6 +155,8 @@ def main(cfg: PerplexityEval) -> None:
                 cells.append({"eval": "perplexity", **cell, **figures})
                 yield cells[-1]
             yield sentence(cells)
+        yield f"The same {len(content):,} content tokens are read in every condition, and markers are never scored.\n"
+        yield from (f"  {markers:<9}  {MEANING[markers]}\n" for markers in conditions)
 
     cfg.record(run, facts, "perplexity", measured(), heading)
 
@@ -182,17 +197,21 @@ def long_pieces(run: Run, content: np.ndarray, longest: int, folder: Path) -> tu
     return found.reshape(-1), owners
 
 
+def injection_of(run: Run, markers: str) -> str:
+    """Returns the rule that places the markers of a condition: uniform, periodic, none or stored."""
+    return {"trained": run.state["data"]["injection"], "none_wide": "none"}.get(markers, markers)
+
+
 def streams(run: Run, stored: np.ndarray, content: np.ndarray, markers: str, draws: int) -> Iterator[tuple]:
     """Yields the streams of a condition, one for each draw: the injection rule and the tokens (N,).
 
     All streams have the same content."""
-    rule = run.state["data"]
-    if markers == "stored":
-        yield "stored", stored
-    elif markers in ("none", "none_wide"):
-        yield "none", content
+    rule, injection = run.state["data"], injection_of(run, markers)
+    if injection == "stored":
+        yield injection, stored
+    elif injection == "none":
+        yield injection, content
     else:
-        injection = rule["injection"] if markers == "trained" else markers
         for draw in range(draws if injection == "uniform" else 1):  # periodic markers are not random
             how = injection, rule["chunk_content"], rule["chunk_markers"], stable_key("perplexity", draw)
             yield injection, marked(content, *how, run.tokenizer.meta)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanometa.common.errors import UserError
 from nanometa.common.statistics import bootstrap_ratio, wilson
 from nanometa.config import Level, Placement, Question, Task
 from nanometa.config.settings import setting
@@ -47,6 +48,11 @@ class TasksEval(Evaluation):
         """Returns the Maker of each cell's texts, their level and length. Raises UserError for impossible questions."""
         trained = run.config.task
         tasks, placements = self.tasks or trained.tasks or TASKS, self.placements or trained.placements
+        if self.question and "list_recall" not in tasks:
+            raise UserError(
+                f"--question has no effect on {', '.join(tasks)}, the tasks of {run.folder}: leave it out, or add "
+                f"--tasks=list_recall."
+            )
         question = self.question or trained.question
         settings = dataclasses.replace(trained, question=question, questions=1, shuffle_answers=False)
         level = self.level or (trained.level if trained.tasks else "hard")
@@ -57,7 +63,11 @@ class TasksEval(Evaluation):
 def main(cfg: TasksEval) -> None:
     """Runs the evaluation: writes a JSON line and prints a line for each cell."""
     run, facts = cfg.open()
-    measured = (measure_tasks(run, *cell, cfg.n) for cell in cfg.cells(run))
+    cells = cfg.cells(run)
+    for maker, level, length in cells:
+        if not fits(run, length):
+            texts(maker, level, length, 1)  # raises UserError before anything is measured
+    measured = (measure_tasks(run, *cell, cfg.n) for cell in cells)
     heading = f", {tokens_per_item(run.tokenizer):.3f} tokens per item"
     cfg.record(run, facts, "tasks", (one for line in measured for one in (line, sentence(line))), heading)
 
@@ -128,7 +138,7 @@ def doubt(run: Run, found: list[tuple[Maker, int, dict]]) -> str:
     if not run.config.task.tasks:
         return (
             f"warning: {run.folder} was trained on no task, so right answers cannot be expected: use a run of "
-            f"config/tiny_tasks.py, or read the results as the behavior of a plain language model on task texts.\n"
+            f"config/tiny_tasks.py, or read the results as the behavior of a plain language model on task texts."
         )
     weak = [
         f"{cell['exact']:.1%} of {maker.name} {maker.placement} {length} (shortcut or chance {cell['floor']:.1%})"
@@ -139,7 +149,7 @@ def doubt(run: Run, found: list[tuple[Maker, int, dict]]) -> str:
         return ""
     return (
         f"warning: of the first {found[0][2]['n']} texts, {run.folder} answers {', '.join(weak)} exactly, no better "
-        f"than a shortcut or chance: verdicts about these cells say nothing about how the run solves the task.\n"
+        f"than a shortcut or chance: verdicts about these cells say nothing about how the run solves the task."
     )
 
 

@@ -12,7 +12,8 @@ print(run.tokenizer.decode(generate(run, ids, plan, max_new_tokens=50)))
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import numbers
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +21,11 @@ import torch
 
 from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import stable_key
+from nanometa.config import SampleConfig
+from nanometa.config.tasks import PLACEMENTS
 from nanometa.data.inject import marker_places
 from nanometa.data.layout import random_positions
+from nanometa.data.tokenizer import META
 from nanometa.inference.cache import Decoder, DecodingWeights
 from nanometa.training.checkpoint import Run
 
@@ -87,6 +91,29 @@ def lay_out(run: Run, content: np.ndarray, plan: MarkerPlan) -> list[int]:
     return ids
 
 
+def knows_meta(run: Run) -> bool:
+    """Returns whether the run saw markers in training, in its dataset or in the texts of its tasks."""
+    task = run.config.task
+    placed = task.tasks and any(PLACEMENTS[name].has_meta for name in task.placements)
+    return bool(placed or run.state["data"]["chunk_markers"])
+
+
+def check_ids(run: Run, ids: Iterable[int]) -> None:
+    """Raises UserError if the run's model does not know one of the ids of a text, markers included."""
+    meta, ids = run.tokenizer.meta, list(ids)
+    for token in ids:
+        if not (isinstance(token, numbers.Integral) and 0 <= token <= meta):
+            raise UserError(
+                f"{token!r} in the text is not an id of the tokenizer {run.tokenizer.name}, whose ids are 0 to {meta}: "
+                f"encode the text with the run's tokenizer."
+            )
+    if meta in ids and not knows_meta(run):
+        raise UserError(
+            f"the text contains {META}, and {run.folder} was trained without markers, so its model does not know them: "
+            f"leave them out, or take another run."
+        )
+
+
 def prepare_weights(run: Run, batch: int = 1) -> DecodingWeights:
     """Returns the run's weights prepared for fast decoding of batches of this size. The run's model is not changed.
 
@@ -114,7 +141,8 @@ def generate(
     content token is sampled from the logits of the last content token, under "ignore" from those of the last token.
     When the window is full, its older half is dropped and positions start again at 0.
     weights: the result of `prepare_weights(run)`, to share it between calls; prepared here by default.
-    Raises UserError if the prompt is empty or longer than the window, or if the model's logits are not finite."""
+    Raises UserError if the prompt is empty, is longer than the window or has ids that the model does not know, if an
+    option is out of range, or if the model's logits are not finite."""
     options = (temperature, top_k, top_p, [seed], stop_at_endoftext, weights)
     return (token for _, token in generate_batch(run, [prompt], [plan], max_new_tokens, *options))
 
@@ -135,8 +163,10 @@ def generate_batch(
 
     Yields pairs (number of the prompt, id) as soon as they are sampled. For each prompt the ids are those that
     `generate` yields, except for floating-point rounding."""
+    SampleConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)  # checks the ranges
     T = run.config.model.block_size
     for prompt in prompts:
+        check_ids(run, prompt)
         if not prompt:
             raise UserError(
                 "the prompt is empty, so there is nothing to continue: give some text, or leave the prompt out to "

@@ -5,7 +5,7 @@ import torch
 
 from nanometa.common.errors import UserError
 from nanometa.data.layout import Batch, batch_of, layout_of, targets_of
-from nanometa.inference.generation import MarkerPlan, lay_out, takes_part
+from nanometa.inference.generation import MarkerPlan, check_ids, lay_out, takes_part
 from nanometa.layers.scores import Scores, score_hidden
 from nanometa.model import GPT
 from nanometa.training.checkpoint import Run
@@ -24,7 +24,10 @@ def score_batch(model: GPT, batch: Batch) -> Scores:
 
 
 def text_batch(run: Run, ids: list[int]) -> Batch:
-    """Builds the Batch of one text, ids (T,) with markers, as generation reads it, on the model's device."""
+    """Builds the Batch of one text, ids (T,) with markers, as generation reads it, on the model's device.
+
+    Raises UserError if the model does not know an id."""
+    check_ids(run, ids)
     layout, member = layout_of(np.array(ids), run.tokenizer.meta), takes_part(run)
     meta_index = [[position for position, token in enumerate(ids) if member(token, position)]]
     targets = targets_of(layout, run.config.target_rule)

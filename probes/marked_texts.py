@@ -14,12 +14,14 @@ import torch
 from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import Draws, stable_key
 from nanometa.common.statistics import decide, holm, mcnemar, paired_difference
-from nanometa.config import Placement, Task
+from nanometa.common.terminal import write_line
+from nanometa.config import Placement, Task, TaskConfig
 from nanometa.config.checks import check
 from nanometa.config.tasks import PLACEMENTS
 from nanometa.data.layout import Batch
 from nanometa.evals.common import POSITIONS, check_finite, fits, place_of
 from nanometa.evals.tasks import TasksEval, batches_of, texts
+from nanometa.inference.generation import knows_meta
 from nanometa.inference.scoring import hidden_states
 from nanometa.probes.residual_stream import record_states
 from nanometa.tasks.example import POINT, Example, Maker
@@ -74,47 +76,57 @@ class MarkedTextsProbe(TasksEval):
     ) -> list[tuple[Maker, str, int]]:
         """Returns the cells whose texts have marks, by default for those of `placements` that the run was trained with.
 
-        only_meta: a mark must be a meta-token. Raises UserError if a text has no mark, or if texts have meta-tokens and
-        the run was trained without any."""
+        only_meta: a mark must be a meta-token. Placements without marks are left out, and a line says so. Raises
+        UserError if none is left, or if one of them was named."""
         trained = run.config.task.placements if run.config.task.tasks else ()
         mine = tuple(placement for placement in placements if placement in trained)
         cells = (self if self.placements or not mine else dataclasses.replace(self, placements=mine)).cells(run)
+        reasons: dict[str, str] = {}
         for maker, level, length in cells:
-            if maker.markers.has_meta and not knows_meta(run):
-                others = " or ".join(name for name, of in PLACEMENTS.items() if not of.has_meta)
-                raise UserError(
-                    f"{run.folder} was trained without meta-tokens, and placement {maker.placement} has them: take "
-                    f"--placements {others}, whose mark is a word, or another run."
-                )
-            (first,) = texts(maker, level, length, 1)
-            if len(marks(maker, first)) == 0 or (only_meta and not maker.markers.has_meta):
-                others = (name for name, of in PLACEMENTS.items() if not of.scattered and of.has_meta >= only_meta)
-                raise UserError(
-                    f"texts of {maker.name} with placement {maker.placement} and {length} positions have no "
-                    f"meta-tokens: take --placements {' or '.join(others)}."
-                )
-        return cells
+            if why := unmarked(run, maker, only_meta) or markless(maker, level, length):
+                reasons.setdefault(maker.placement, why)
+        kept = [cell for cell in cells if cell[0].placement not in reasons]
+        if reasons and (self.placements or not kept):
+            makers = [Maker("copying", placement, TaskConfig(), run.tokenizer) for placement in PLACEMENTS]
+            others = [one.placement for one in makers if not (one.markers.scattered or unmarked(run, one, only_meta))]
+            cure = f"--placements {' or '.join(others)}" if others else "a run that was trained with meta-tokens"
+            raise UserError(f"{next(iter(reasons.values()))}: take {cure}.")
+        for why in reasons.values():
+            write_line(f"left out: {why}")
+        return kept
 
 
-def knows_meta(run: Run) -> bool:
-    """Returns whether the run saw meta-tokens in training, in its dataset or in the texts of its tasks."""
-    task = run.config.task
-    placed = task.tasks and any(PLACEMENTS[name].has_meta for name in task.placements)
-    return bool(placed or run.state["data"]["chunk_markers"])
+def unmarked(run: Run, maker: Maker, only_meta: bool) -> str:
+    """Returns the reason why a probe cannot read the marks of a placement in any text, or "" if it can.
+
+    only_meta: a mark must be a meta-token."""
+    if maker.markers.has_meta:
+        if knows_meta(run):
+            return ""
+        return f"{run.folder} was trained without meta-tokens, and placement {maker.placement} has them"
+    if only_meta:
+        return f"texts of {maker.name} with placement {maker.placement} have no meta-tokens"
+    if (tokens := maker.cost(f" {DELIMITER}")) > 1:
+        return (
+            f'placement {maker.placement} marks places with the word "{DELIMITER}", which is {tokens} tokens to the '
+            f"tokenizer of {run.folder} and has no single position"
+        )
+    return ""
+
+
+def markless(maker: Maker, level: str, length: int) -> str:
+    """Returns the reason why the texts of a cell have no marks, or "" if the first one has some."""
+    (first,) = texts(maker, level, length, 1)
+    if len(marks(maker, first)):
+        return ""
+    return f"texts of {maker.name} with placement {maker.placement} and {length} positions have no meta-tokens"
 
 
 def mark_id(maker: Maker) -> int:
-    """Returns the id of the mark: <|meta|>, or in texts without meta-tokens the word "mark", which takes its place.
-    Raises UserError if that word is several tokens."""
-    if maker.markers.has_meta:
-        return maker.tokenizer.meta
-    ids = maker.ids([f" {DELIMITER}"])
-    if len(ids) > 1:
-        raise UserError(
-            f'placement {maker.placement} marks places with the word "{DELIMITER}", which is {len(ids)} tokens to this '
-            f"tokenizer and has no single position: take another placement."
-        )
-    return ids[0]
+    """Returns the id of the mark: <|meta|>, or in texts without meta-tokens the word "mark", which takes its place and
+    is one token (see `unmarked`)."""
+    (mark,) = [maker.tokenizer.meta] if maker.markers.has_meta else maker.ids([f" {DELIMITER}"])
+    return mark
 
 
 def mark_name(maker: Maker) -> str:
@@ -125,7 +137,6 @@ def marks(maker: Maker, example: Example) -> np.ndarray:
     """Returns the positions (M,) of the marks, in increasing order."""
     if maker.markers.has_meta:
         return np.flatnonzero(example.ids == maker.tokenizer.meta)
-    mark_id(maker)  # raises
     return pointing_words(maker, example)
 
 

@@ -28,8 +28,9 @@ from nanometa.common.terminal import write
 from nanometa.config import GPTConfig
 from nanometa.config.tasks import PLACEMENTS
 from nanometa.evals.tasks import read, texts
+from nanometa.inference.generation import knows_meta
 from nanometa.model import GPT
-from nanometa.probes.marked_texts import MarkedTextsProbe, knows_meta, paired_claim
+from nanometa.probes.marked_texts import MarkedTextsProbe, paired_claim
 from nanometa.probes.probe_command import run_probe
 from nanometa.tasks.example import Maker
 from nanometa.training.checkpoint import Run

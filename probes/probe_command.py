@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nanometa.common.errors import UserError
 from nanometa.common.files import read_json_lines, write_atomically
-from nanometa.common.terminal import BOLD, write
+from nanometa.common.terminal import BOLD, write, write_line
 from nanometa.evals.common import write_lines
 from nanometa.evals.tasks import about, answered, cell_name, doubt
 from nanometa.probes.marked_texts import MarkedTextsProbe, judged
@@ -37,11 +37,12 @@ def run_probe(
     output = cfg.lines(run, name)
     same = {"arm": facts["arm"], "weights_sha256": facts["weights_sha256"], **(alike or {})}
     before = read_earlier_lines(output, name, same)
-    write(f"{facts['arm']}, {run.folder}\n", BOLD)
+    write_line(f"{facts['arm']}, {run.folder}", BOLD)
     write(preface)
     with cfg.autocast(run):
         learned = [(maker, length, answered(run, maker, level, length, cfg.n)) for maker, level, length in cells]
-        write(doubt(run, learned), BOLD)
+        if warning := doubt(run, learned):
+            write_line(warning, BOLD)
         lines = []
         for cell, (*_, answer) in zip(cells, learned, strict=True):
             shared = {**facts, "probe": name, **about(*cell), "answered": answer}
@@ -55,7 +56,8 @@ def run_probe(
     write_lines(output, lines)
     drawn = output.with_suffix(".png")
     write_atomically(drawn, draw_picture(name, latest(SECTIONS[name], before + lines)))
-    write(f"{output}\n{drawn}\n")
+    write_line(str(output))
+    write_line(str(drawn))
 
 
 def read_earlier_lines(path: Path, name: str, same: dict) -> list[dict]:

@@ -51,7 +51,7 @@ from nanometa.common.errors import UserError
 from nanometa.common.statistics import DECIDES, seed_difference
 from nanometa.common.terminal import write
 from nanometa.config import Placement, Task
-from nanometa.config.checks import check
+from nanometa.config.checks import check, field_names
 from nanometa.config.settings import setting
 from nanometa.evals.common import check_ranges, progress
 from nanometa.evals.tasks import texts
@@ -131,6 +131,9 @@ class RateDistortionProbe(MarkedTextsProbe):
 
 def main(cfg: RateDistortionProbe) -> None:
     if cfg.known:
+        used = {"known", "n", "train_texts", *field_names(Training)}
+        if idle := [name for name in cfg.typed if name not in used]:
+            raise UserError(f"--{idle[0]} has no effect with --known, which reads no run: leave one of them out.")
         write(self_check.report() + "\n")
         for items, times in self_check.PLANTED:
             sizes = enumerate((times * cfg.train_texts, VAL_TEXTS, cfg.n), start=1)

@@ -6,11 +6,12 @@ python report.py curves out/tiny_meta out/tiny_gpt2 --output=compare.png
 python report.py curves out/tiny_meta/perplexity.jsonl    # -> out/tiny_meta/depth.png
 """
 
-import argparse
 from pathlib import Path
 
 from nanometa.common.errors import UserError
 from nanometa.common.files import write_atomically
+from nanometa.common.terminal import write_line
+from nanometa.config.command_line import Parser, path_argument
 from nanometa.reports import depth
 from nanometa.reports.drawing import png, tiled
 from nanometa.reports.training import draw, heading, looks_of, panels_of, reached, read_run
@@ -31,18 +32,26 @@ def picture(folders: list[Path]) -> bytes:
         for run, look in zip(runs, looks_of(runs).values(), strict=True)
     ]
     panels = [png(draw, *panel) for panel in panels_of(runs).values()]
+    if not panels:
+        raise UserError(
+            f"{', '.join(map(str, folders))} recorded neither a loss nor a result of a step, so there is "
+            f"nothing to draw: give folders of runs that train.py wrote."
+        )
     return tiled(f"{heading(runs)}. At the end: {'; '.join(ends)}.", panels)
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="report.py curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="report.py curves", description=__doc__)
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        type=path_argument,
+        help="folders of runs (by default the run that logged last), or .jsonl files",
     )
     parser.add_argument(
-        "runs", nargs="*", type=Path, help="folders of runs (by default the run that logged last), or .jsonl files"
-    )
-    parser.add_argument(
-        "--output", type=Path, help="name of the PNG; by default loss.png or depth.png in the folder of the first run"
+        "--output",
+        type=path_argument,
+        help="name of the PNG; by default loss.png or depth.png in the folder of the first run",
     )
     args = parser.parse_args(argv)
     runs = args.runs or sorted(Path("out").glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)[-1:]
@@ -57,4 +66,4 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{output} does not end in .png, but the picture is a PNG: take a name that does.")
     drawn = png(depth.draw, *depth.read(files), width=7.5) if files else picture(runs)
     write_atomically(output, drawn)
-    print(output)
+    write_line(str(output))

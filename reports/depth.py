@@ -9,7 +9,7 @@ from nanometa.common.errors import UserError
 from nanometa.common.files import read_json_lines
 from nanometa.common.statistics import clustered_ratio
 from nanometa.reports.drawing import GREY, arm_looks, key, legend, png, wrapped
-from nanometa.reports.lines import apart, check_facts, told_apart
+from nanometa.reports.lines import NUMBER, apart, check_facts, told_apart
 from nanometa.reports.markup import details, table
 from nanometa.reports.page import Section
 
@@ -42,7 +42,7 @@ def read(files: list[Path]) -> tuple[list[Curve], np.ndarray, str]:
         )
     try:
         return curves(lines)
-    except ValueError as error:  # draws with different numbers of buckets
+    except ValueError as error:
         raise UserError(f"{names} cannot be drawn ({error}): give files that eval.py perplexity wrote.") from error
 
 
@@ -53,7 +53,7 @@ def text_of(line: dict) -> tuple[str, int]:
 
 def curves(lines: list[dict]) -> tuple[list[Curve], np.ndarray, str]:
     """Returns the curves of lines about one text, the number of pieces of every document (G,), and a description of the
-    text. If lines repeat, the last one counts. Raises ValueError, KeyError or TypeError for damaged lines."""
+    text. If lines repeat, the last one counts. Raises ValueError if the lines are not about the same documents."""
     names = ("arm", "weights_sha256", "length", "markers")
     cells = apart(lines, lambda line: tuple(line[name] for name in names))
     cells = [list({line["draw"]: line for line in cell}.values()) for cell in cells]
@@ -61,6 +61,8 @@ def curves(lines: list[dict]) -> tuple[list[Curve], np.ndarray, str]:
     facts = ("windows of {length}", "markers {markers}", "{run}", "step {step}", "weights {weights_sha256:.8}")
     labels = told_apart([line["arm"] for line in firsts], [list(map(of.format_map, firsts)) for of in facts])
     first = firsts[0]
+    if len({(len(line["document_nats"][0]), *line["document_pieces"]) for draws in cells for line in draws}) > 1:
+        raise ValueError("their documents or buckets differ")
     text = f"{first['tokens']:,} tokens, {first['pieces']} pieces of {first['documents']} documents"
     made = [_curve(label, draws) for label, draws in zip(labels, cells, strict=True)]
     return made, np.array(first["document_pieces"]), text
@@ -68,8 +70,6 @@ def curves(lines: list[dict]) -> tuple[list[Curve], np.ndarray, str]:
 
 def _curve(label: str, draws: list[dict]) -> Curve:
     first, nats = draws[0], np.mean([line["document_nats"] for line in draws], axis=0)
-    if len(nats) != len(first["document_pieces"]):
-        raise ValueError(f"{label} has losses of {len(nats)} documents, not {len(first['document_pieces'])}")
     depth = (np.arange(nats.shape[1]) + 0.5) * first["bucket"]
     return Curve(label, first["scaling"] == first["trained_scaling"], first["original_content"], depth, nats)
 
@@ -129,12 +129,24 @@ OF_DOCUMENTS = {
 }  # fmt: skip
 
 
+OPTIONAL = {"n": (int,), "stride": (int,), "bucket": (int,)}
+
+
 def check(line: dict) -> None:
     """Raises ValueError, with the reason, for a damaged line of eval.py perplexity."""
     documents = "document_nats" in line
-    check_facts(line, FIELDS | OF_DOCUMENTS if documents else FIELDS if "impossible" not in line else {})
-    if documents:
-        curves([line])
+    fields = FIELDS | OF_DOCUMENTS if documents else FIELDS if "impossible" not in line else {}
+    check_facts(line, fields, OPTIONAL)
+    if not documents:
+        return
+    rows, pieces = line["document_nats"], line["document_pieces"]
+    widths = {len(row) if isinstance(row, list) else 0 for row in rows}
+    if len(rows) != len(pieces) or len(widths) != 1 or 0 in widths:
+        raise ValueError("document_nats is not a table with a row of losses for each of document_pieces")
+    if not all(type(nats) in NUMBER for row in rows for nats in row):
+        raise ValueError("document_nats has a loss that is no number")
+    if not all(type(n) is int and n > 0 for n in pieces) or line["bucket"] < 1:
+        raise ValueError("document_pieces or bucket is not above 0")
 
 
 def _key(line: dict) -> tuple:

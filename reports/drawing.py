@@ -3,6 +3,7 @@
 import itertools
 import re
 import textwrap
+import warnings
 from io import BytesIO
 
 import matplotlib
@@ -30,7 +31,8 @@ WIDTH, DPI = 3.6, 180  # width in inches: the 360 pixels of a phone, on which 10
 def png(draw, *args, width: float = WIDTH) -> bytes:
     """Returns as PNG what draw(figure, *args) draws on a figure of this width in inches. Equal arguments give equal
     bytes."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # in the name of a run
         figure, out = Figure(figsize=(width, 3.0), dpi=DPI, layout="constrained"), BytesIO()
         draw(figure, *args)
         figure.savefig(out, format="png", metadata={"Software": None})

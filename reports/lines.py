@@ -12,6 +12,7 @@ from nanometa.common.statistics import wilson
 from nanometa.config.tasks import LEVELS, PLACEMENTS, QUESTIONS, TASKS
 
 NUMBER = (int, float)
+LARGEST = 1e300  # larger numbers overflow where a picture adds a margin to its axes
 # facts about its run that every line of an evaluation or probe has (evals/common.facts_of)
 FACTS = {
     "arm": (str,), "run": (str,), "checkpoint": (str,), "weights_sha256": (str,), "step": (int,), "seed": (int,),
@@ -74,16 +75,29 @@ def cell_of(line: dict) -> tuple[Panel, int]:
     return Panel(*(line[name] for name in Panel._fields)), line["length"]
 
 
-def check_facts(line: dict, fields: dict[str, tuple]) -> None:
-    """Raises ValueError if a line lacks a fact about its run or one of `fields` (types by name), or if one has another
-    type."""
-    later = {name: kinds for name, kinds in LATER.items() if line.get(name) is not None}
+def check_facts(line: dict, fields: dict[str, tuple], optional: dict[str, tuple] | None = None) -> None:
+    """Raises ValueError if a line lacks a fact about its run or one of `fields` (types by name), or if one of them, or
+    of the `optional` fields, has another type."""
+    check_numbers(line)
+    later = {name: kinds for name, kinds in {**LATER, **(optional or {})}.items() if name in line}
     check_fields(line, FACTS | fields | later)
     if "origin" in later:
         check_fields(line["origin"], ORIGIN)
     check_choices(line, {name: known for name, known in CHOICES.items() if name in fields})
+    for name in ("trained_on", "train_placements"):
+        if not all(type(item) is str for item in line[name] or ()):
+            raise ValueError(f"{name} is {str(line[name])[:40]!r}")
     if not 0 < line["train_length"] <= 2**30:
         raise ValueError(f"its train_length is {line['train_length']}")
+
+
+def check_numbers(value) -> None:
+    """Raises ValueError if a number at any depth of a line is not finite or too large to be drawn."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            check_numbers(part)
+    elif (type(value) is int and abs(value) >= 2**63) or (type(value) is float and not abs(value) <= LARGEST):
+        raise ValueError(f"the number {str(value)[:40]} is too large")
 
 
 def check_choices(line: dict, choices: dict[str, Container[str]]) -> None:

@@ -50,7 +50,8 @@ class Page:
 {body}<h2 id="commands">Commands</h2>
 <p class="small">{command_line(self.command)}</p>
 {facts}<ol class="small">{commands}</ol>"""
-        return {"report.html": document("nanoMeta report", page).encode(), **self.files}
+        # a name of a file may have bytes that are no text
+        return {"report.html": document("nanoMeta report", page).encode(errors="backslashreplace"), **self.files}
 
     def picture(self, name: str, what: str, content: bytes, used: list[dict], note: str = "") -> str:
         """Returns a <figure> of a PNG, and keeps the PNG as a file. what: alternative text; used: lines whose n, seeds

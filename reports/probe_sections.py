@@ -57,6 +57,7 @@ POSITIONS = probe(
         N,
     ),
     panel=("task", "level", "question", "length"),
+    optional={"difference": NUMBER, "difference_interval": (list,), "holm": NUMBER, "verdict": (str,)},
 )
 
 ATTENTION = probe(
@@ -87,6 +88,7 @@ ATTENTION = probe(
     ),
     panel=("task", "level", "question", "length"),
     choices={"attention": probe_pictures.ATTENTION_MARKERS},
+    optional=dict.fromkeys(("predicted", "applies", "on_marks", "on_marks_zeroed", "keys"), NUMBER),
 )
 
 PATCHING = probe(
@@ -116,6 +118,7 @@ PATCHING = probe(
     row=(*TEXTS, "site"),
     panel=TEXTS,
     choices={"site": probe_pictures.SITE_NAMES},
+    optional={"same_place": NUMBER},
 )
 
 RESIDUAL = probe(
@@ -148,6 +151,7 @@ RESIDUAL = probe(
     row=(*TEXTS, "place", "distance"),
     panel=TEXTS,
     choices={"place": probe_pictures.PLACE_NAMES},
+    optional=judged("more"),
 )
 
 # sections by probe, in the order of the page; probe.py refuses to start if a probe has no section or a section no probe

@@ -35,9 +35,9 @@ def weights(lines: dict[str, list[dict]], runs: list[Metrics]) -> str:
                      " → ".join(map(str, ends)), bits(records.get(name, {})), *figures])  # fmt: skip
     for run in runs:
         if all(of[0]["run"] != run.name for of in groups):
-            config = run.facts.get("config", {})
-            task = config.get("task", {}) if run.tasks else {}
-            length = task.get("train_length") or config.get("model", {}).get("block_size", "")
+            config = run.facts["config"]
+            task = config["task"] if run.tasks else {}
+            length = task.get("train_length") or config["model"].get("block_size", "")
             rows.append([run.arm, ", ".join(task.get("placements", ())) or "text", run.name, run.last.get("step", 0),
                          length, run.seed, parameters(run), length, bits(run.last),
                          *(exact([], run.last, task) for task in TASKS)])  # fmt: skip

@@ -52,16 +52,18 @@ def probe(
     panel: tuple[str, ...],
     choices: dict[str, Container[str]] | None = None,
     row: tuple[str, ...] = (),
+    optional: dict[str, tuple] | None = None,
 ) -> Section:
     """Returns the section of a probe.
 
-    about: paragraph that explains it. fields: types that a line must have, by name; choices: allowed values, by field.
+    about: paragraph that explains it. fields: types that a line must have, by name; optional: types of the fields that
+    only some lines have; choices: allowed values, by field.
     cell: fields that distinguish lines about the same weights. draw: draws lines with equal `panel` fields. row: if
     one row of the table summarizes several lines, the fields that distinguish the rows; a row then contains its lines
     as `lines`."""
 
     def check(line: dict) -> None:
-        check_facts(line, fields)
+        check_facts(line, fields, optional)
         check_choices(line, choices or {})
 
     def key(line: dict) -> tuple:

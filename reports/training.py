@@ -2,7 +2,6 @@
 
 import bisect
 import datetime
-import json
 import math
 import statistics
 import struct
@@ -14,15 +13,32 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from nanometa.common.errors import UserError
-from nanometa.common.files import own_file, read_json, read_json_lines
+from nanometa.common.errors import UserError, printable
+from nanometa.common.files import own_file, parse_json, read_json, read_json_lines
 from nanometa.config.arms import SECOND_ATTENTIONS, arm_label
 from nanometa.config.checks import similar_name
 from nanometa.reports.drawing import COLOURS, DASHES, GREY, arm_looks, key, legend, png, wrapped
-from nanometa.reports.lines import apart, told_apart
+from nanometa.reports.lines import NUMBER, apart, check_numbers, told_apart
 from nanometa.reports.markup import details, escaped, percent, table
 
 METRICS, CONFIG = "metrics.jsonl", "config.json"
+# what is shown of config.json; a run of an earlier version may lack any of it
+FACTS = {
+    "config": {
+        "seed": (int,),
+        "model": {
+            "n_embd": (int,), "n_inner": (int,), "block_size": (int,), "second_attention": (str,), "position": (str,),
+        },
+        "task": {"train_length": (int,), "level": (str,), "question": (str,), "placements": [str]},
+    },
+    "data": {
+        "dataset": (str,), "tokenizer": (str,), "chunk_markers": (int,),
+        "content_sha256": {"train": (str,), "val": (str,)},
+        "val_text_compressed": {"gzip_9_bits_per_byte": NUMBER, "xz_bits_per_byte": NUMBER},
+    },
+    "environment": {"processor": (str,), "cores": (int,), "command": (str,)},
+}  # fmt: skip
+LONGEST = 1e12  # seconds; longer times are damage, and cannot be printed as days
 
 
 @dataclass(frozen=True)
@@ -30,7 +46,7 @@ class Metrics:
     """A run's config.json, and its metrics.jsonl by kinds of lines."""
 
     folder: Path
-    facts: dict  # config.json: config, data, environment
+    facts: dict  # config.json, as far as FACTS names it: config, data, environment
     train: list[dict]
     val: list[dict]
     final: list[dict]
@@ -38,13 +54,13 @@ class Metrics:
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        return printable(self.folder.resolve().name)
 
     @property
     def arm(self) -> str:
         """Returns the arm and its kind of positions, such as "meta + rope"; the run's name if the record lacks them."""
-        model = self.facts.get("config", {}).get("model")
-        if not model:
+        model = self.facts["config"]["model"]
+        if not {"n_embd", "second_attention", "position"} <= model.keys():
             return self.name
         wide = model.get("n_inner") not in (None, 4 * model["n_embd"])
         second = SECOND_ATTENTIONS[model["second_attention"]]
@@ -52,7 +68,7 @@ class Metrics:
 
     @property
     def seed(self) -> int | str:
-        return self.facts.get("config", {}).get("seed", "unknown")
+        return self.facts["config"].get("seed", "unknown")
 
     @property
     def tasks(self) -> list[str]:
@@ -67,17 +83,17 @@ class Metrics:
     @property
     def text(self) -> tuple:
         """Returns a key that is equal for runs validated on the same text, or on task texts made in the same way."""
-        data, task = self.facts["data"], self.facts.get("config", {}).get("task", {})
+        data, task = self.facts["data"], self.facts["config"]["task"]
         if self.tasks:
             names = ("train_length", "level", "placements", "question")
             return data.get("tokenizer"), *(str(task.get(name)) for name in names)
-        hashes = data.get("content_sha256") or {}
+        hashes = data["content_sha256"]
         return tuple(hashes.get(split, data.get("dataset")) for split in ("train", "val"))
 
     @property
     def used(self) -> dict:
         """Returns the facts of the run for a caption, in the form of a line."""
-        where = self.facts.get("environment", {})
+        where = self.facts["environment"]
         machine = f"{where['processor']}, {where['cores']} cores" if {"processor", "cores"} <= where.keys() else ""
         command = where.get("command", f"train.py, {self.folder}")
         return {"command": command, "seed": self.seed, "machine": machine}
@@ -122,29 +138,53 @@ def require_folder(folder: Path) -> None:
 
 def read_run(folder: Path) -> Metrics:
     """Returns the record of a run. Leaves out losses that were not finite, and a last line without a newline. Raises
-    UserError, naming file and line, for a damaged line."""
+    UserError, naming file and line, for a damaged file."""
     require_folder(folder)
     try:
-        facts = read_json(own_file(folder / CONFIG))
-        facts["data"].items()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        facts = known(read_json(own_file(folder / CONFIG)), FACTS)
+        arm = facts["config"]["model"].get("second_attention", "none")
+        if arm not in SECOND_ATTENTIONS:
+            raise ValueError(f"second_attention is {arm[:40]!r}")
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder} has no readable metrics ({type(error).__name__}: {error}): give folders of runs, such as "
-            f"out/NAME."
+            f"{folder} has no readable metrics ({CONFIG}: {error}): give folders of runs, such as out/NAME."
         ) from error
     kinds = {kind: [] for kind in ("train", "val", "final", "guard")}
 
     def check(line: dict) -> None:
-        numbers = [value for name, value in line.items() if name not in ("kind", "what", "why", "windows")]
-        if not all(value is None or (type(value) in (int, float) and math.isfinite(value)) for value in numbers):
+        numbers = {name: value for name, value in line.items() if name not in ("kind", "what", "why", "windows")}
+        if not all(value is None or type(value) in NUMBER for value in numbers.values()):
             raise ValueError("a value is not a number")
-        if type(line["step"]) is not int or line["kind"] not in kinds:
+        check_numbers(numbers)
+        if any(name.endswith("_s") and value is not None and abs(value) > LONGEST for name, value in numbers.items()):
+            raise ValueError("a time is too long")
+        if not all(name.isidentifier() for name in line):  # some are parts of the names of pictures
+            raise ValueError("the name of a value is no word")
+        if type(line["step"]) is not int or line["step"] < 0 or line["kind"] not in list(kinds):
             raise ValueError(f"step is {line['step']!r}, kind is {str(line['kind'])[:40]!r}")
 
     for line in read_json_lines(own_file(folder / METRICS), check, "train.py", growing=True):
         if line.get("loss", 0) is not None:
-            kinds[line["kind"]].append(line)
+            kinds[line["kind"]].append({name: value for name, value in line.items() if value is not None})
     return Metrics(folder, facts, **kinds)
+
+
+def known(value, parts):
+    """Returns the known parts of a value from a file. Dictionaries have all known parts that are dictionaries, and
+    unprintable characters are escaped.
+
+    parts: the types of a value, or [type] for a list, or a dictionary of parts, each of which may be missing or None.
+    Raises ValueError for a value of another type."""
+    if isinstance(parts, dict) and isinstance(value, dict):
+        found = {name: {} if isinstance(part, dict) else None for name, part in parts.items()}
+        found |= {name: value[name] for name in parts if value.get(name) is not None}
+        return {name: known(of, parts[name]) for name, of in found.items() if of is not None}
+    if isinstance(parts, list) and isinstance(value, list):
+        return [known(item, tuple(parts)) for item in value]
+    if not isinstance(parts, tuple) or type(value) not in parts:
+        raise ValueError(f"{str(value)[:40]!r} has the wrong type")
+    check_numbers(value)
+    return printable(value) if type(value) is str else value
 
 
 # ----------------------------------------------------------------------------- curves
@@ -193,7 +233,7 @@ def draw(figure: Figure, runs: list[Metrics], of: str, name: str, title: str, un
     keys = [key(**look) for look in {look["label"]: look for look in looks.values()}.values()]
     if name != "loss" and any(run.points("final", of, name) for run in runs):
         keys.append(key("all texts" if runs[0].tasks else "whole split", **FINAL))
-    packed = runs[0].facts["data"].get("val_text_compressed") or {}
+    packed = runs[0].facts["data"]["val_text_compressed"]
     for packer, field, style in (("gzip -9", "gzip_9_bits_per_byte", "--"), ("xz", "xz_bits_per_byte", ":")):
         if name == "bits_per_byte" and field in packed:
             axes.axhline(packed[field], color=GREY, linestyle=style, linewidth=1.2)
@@ -222,7 +262,8 @@ def smooth(values: list[float]) -> np.ndarray:
 def looks_of(runs: list[Metrics]) -> dict[Path, dict]:
     """Returns the look of each run in all pictures of a group, by its folder. The seeds of an arm look alike. Labels
     name the arm, and what distinguishes runs of the same arm and seed."""
-    facts = [(f"on {run.facts['data'].get('dataset', 'unknown data')}", run.name, str(run.folder)) for run in runs]
+    facts = [(f"on {run.facts['data'].get('dataset', 'unknown data')}", run.name, printable(str(run.folder)))
+             for run in runs]  # fmt: skip
     labels = told_apart([run.arm for run in runs], zip(*facts, strict=True), [run.seed for run in runs])
     colours = {label: look["color"] for label, look in arm_looks(labels).items()}
     dashes = {label: DASHES[i // len(COLOURS) % len(DASHES)] for i, label in enumerate(colours)}
@@ -263,13 +304,13 @@ def notes(runs: list[Metrics]) -> list[str]:
 
 def heading(runs: list[Metrics]) -> str:
     """Returns text that names what a group of runs was validated on."""
-    task = runs[0].facts.get("config", {}).get("task", {})
+    task = runs[0].facts["config"]["task"]
     if runs[0].tasks:
         placed = ", ".join(task.get("placements") or ["?"])
         return f"On tasks: texts of at most {task.get('train_length')} positions, level {task.get('level')}, {placed}"
     folders = ", ".join(dict.fromkeys(str(run.facts["data"].get("dataset", "unknown")) for run in runs))
-    known = (runs[0].facts["data"].get("content_sha256") or {}).get("val", "unknown")
-    return f"On text: {folders} (content of the validation split: {known[:8]})"
+    sha256 = runs[0].facts["data"]["content_sha256"].get("val", "unknown")
+    return f"On text: {folders} (content of the validation split: {sha256[:8]})"
 
 
 def costs(page, runs: list[Metrics]) -> str:
@@ -311,11 +352,11 @@ def parameters(run: Metrics) -> str:
         return ""
     try:
         with open(found[-1], "rb") as file:
-            head = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    except (OSError, ValueError, struct.error, OverflowError, MemoryError):
+            head = parse_json(file.read(struct.unpack("<Q", file.read(8))[0]))
+        shapes = [entry["shape"] for name, entry in head.items() if name != "__metadata__"]
+        return f"{sum(map(math.prod, shapes)) / 1e6:.2f}M"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError, struct.error):
         return "damaged weights"
-    shapes = [entry["shape"] for name, entry in head.items() if name != "__metadata__"]
-    return f"{sum(map(math.prod, shapes)) / 1e6:.2f}M"
 
 
 def median(run: Metrics, name: str, form: str = "{:,.0f}") -> str:

@@ -18,14 +18,13 @@ With one or two meta-tokens in a text, meta-attention is a softmax over one or t
 say nothing about meta-tokens as a memory; results with `every` and `background` do.
 """
 
-import argparse
 import functools
 import importlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -35,10 +34,10 @@ from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import Draws, stable_key
 from nanometa.common.terminal import BOLD, write
 from nanometa.config import TaskConfig
-from nanometa.config.command_line import run_cli
+from nanometa.config.command_line import Parser, in_home, run_cli
 from nanometa.config.tasks import LEVELS, PLACEMENTS, QUESTIONS
 from nanometa.data.inject import marker_places
-from nanometa.data.tokenizer import META, Tokenizer, write_tokens
+from nanometa.data.tokenizer import META, Tokenizer, open_tokenizer, write_tokens
 from nanometa.tasks import words
 
 # Placeholder pieces, which the placement turns into a marker, a word or nothing.
@@ -206,27 +205,36 @@ def show(task: str) -> None:
 
 
 def _show(task: str, argv: list[str]) -> None:
-    name = f"python -m nanometa.tasks.{task}"
-    parser = argparse.ArgumentParser(prog=name, description=f"Prints texts of the task {task}.")
+    parser = Parser(prog=f"python -m nanometa.tasks.{task}", description=f"Prints texts of the task {task}.")
     add = parser.add_argument
     add("--show", type=int, default=1, metavar="N", help="number of texts for each length and placement (default: 1)")
     add("--length", type=int, nargs="+", default=[64, 128], help="maximum positions of a text (default: 64 128)")
     add("--placement", nargs="+", choices=PLACEMENTS, default=tuple(PLACEMENTS), help="marker placement (default: all)")
     add("--level", choices=LEVELS, default="medium", help="difficulty of the texts (default: medium)")
-    add("--question", choices=QUESTIONS, default="index", help="form of list recall's question (default: index)")
-    add("--questions", type=int, default=1, help="number of questions in a text of list recall (default: 1)")
+    add("--question", choices=QUESTIONS, help="form of list recall's question (default: index)")
+    add("--questions", type=int, help="number of questions in a text of list recall (default: 1)")
     add("--tokenizer", default="gpt2", help="gpt2, or the folder of a dataset or run (default: gpt2)")
     args = parser.parse_args(argv)
-    tokenizer = Tokenizer.gpt2() if args.tokenizer == "gpt2" else Tokenizer.load(Path(args.tokenizer))
+    for name, values, most in (("show", [args.show], 10**6), ("length", args.length, 2**20)):
+        if wrong := [value for value in values if not 1 <= value <= most]:
+            raise UserError(f"--{name}={wrong[0]} is out of range: it must lie in 1 .. {most}.")
+    asked = {name: of for name in ("question", "questions") if (of := getattr(args, name)) is not None}
+    if asked and task != "list_recall":
+        raise UserError(f"--{next(iter(asked))} has no effect on {task}: it is only used by list_recall; leave it out.")
+    tokenizer, cfg = open_tokenizer(in_home(args.tokenizer)), TaskConfig(**asked)
+    makers = [Maker(task, placement, cfg, tokenizer) for placement in args.placement]
+
+    def text(length: int, maker: Maker, index: int = 0) -> Example:
+        return maker.example("test", index, math.ceil(0.9 * length), length, (args.level,))
+
+    cells = list(itertools.product(args.length, makers))
+    for cell in cells:
+        text(*cell)  # raises UserError for an impossible cell before anything is printed
     write(f"tokens per item: {words.tokens_per_item(tokenizer):.3f} (tokenizer {tokenizer.name})\n", BOLD)
-    cfg = TaskConfig(question=args.question, questions=args.questions)
-    for length in args.length:
-        for placement in args.placement:
-            maker = Maker(task, placement, cfg, tokenizer)
-            for index in range(args.show):
-                example = maker.example("test", index, math.ceil(0.9 * length), length, (args.level,))
-                markers = int((example.ids == tokenizer.meta).sum())
-                size = f"{len(example.ids)} positions of at most {length}, {markers} of them markers"
-                write(f"--- {placement}, {size}, test text {index} ---\n", BOLD)
-                write_tokens(example.ids.tolist(), tokenizer)
-                write("\n")
+    for (length, maker), index in itertools.product(cells, range(args.show)):
+        example = text(length, maker, index)
+        markers = int((example.ids == tokenizer.meta).sum())
+        size = f"{len(example.ids)} positions of at most {length}, {markers} of them markers"
+        write(f"--- {maker.placement}, {size}, test text {index} ---\n", BOLD)
+        write_tokens(example.ids.tolist(), tokenizer)
+        write("\n")

@@ -415,6 +415,30 @@ def schema_hints(cls) -> dict:
     return hints
 
 
+@pytest.mark.parametrize(
+    ("argv", "injection", "idle"),
+    [
+        ("--top_k=1 --temperature=0.5", "uniform", "temperature"), ("--top_p=0.5 --top_k=1", "uniform", "top_p"),
+        ("--top_k=1 --seed=3", "periodic", "seed"), ("--temperature=0 --seed=3", "none", "seed"),
+        ("--temperature=0 --seed=3", "uniform", ""), ("--top_k=1 --seed=3", "uniform", ""), ("--seed=3", "none", ""),
+        ("--top_k=1", "none", ""), ("--temperature=0", "none", ""),
+    ],
+)  # fmt: skip
+def test_settings_of_sampling_that_a_run_cannot_use_are_refused(argv, injection, idle):
+    """Whether the seed has an effect depends on the run, which may place markers at random."""
+    cfg = load(*argv.split(), cls=SampleConfig)
+    if not idle:
+        return cfg.refuse_unused(injection)
+    with pytest.raises(UserError, match=f"^--{idle} has no effect.* leave"):
+        cfg.refuse_unused(injection)
+
+
+def test_a_seed_without_anything_random_is_refused():
+    for meta in ("none", "periodic"):
+        with pytest.raises(UserError, match="--seed has no effect: it is only used with --temperature above 0 or with"):
+            load("--temperature=0", f"--meta={meta}", "--seed=1", cls=SampleConfig)
+
+
 # ----------------------------------------------------------------------------- what a resumed run may change
 
 

@@ -237,6 +237,50 @@ def test_manifests_that_contradict_themselves_are_refused(copy, key, value):
         Windows(copy, "train", 32, "ignore")
 
 
+def changed(facts: dict, path: tuple, value) -> dict:
+    """Returns the facts with one value replaced. path: its keys; value: a new value, or a function of the old one."""
+    key, *rest = path
+    copy = list(facts) if isinstance(facts, list) else dict(facts)
+    copy[key] = changed(copy[key], rest, value) if rest else value(copy[key]) if callable(value) else value
+    return copy
+
+
+WRONG_FIELDS = {
+    "command": 3, "source": None, "injection": "often", "tokenizer name": 3, "tokenizer fingerprint": None,
+    "tokenizer n_vocab": -1, "seed": -1, "seed ": True, "documents_skipped": 1.5, "min_document_tokens": -1,
+    "chunk_content": 0, "chunk_content ": 2**20 + 1, "chunk_markers": 2**20 + 1, "chunk_markers ": 0,
+    "skipped": [["a", "b", "c"]], "skipped ": [["a", 3]], "skipped  ": [["a"]],
+    "val_text_compressed bytes": -1, "val_text_compressed gzip_9_bits_per_byte": "2",
+    "val_text_compressed xz_bits_per_byte": None, "splits": lambda splits: {**splits, "test": splits["val"]},
+    "splits train content_sha256": 3, "splits val chunks": 0, "splits train chunks": lambda n: n + 1,
+    "splits train content_tokens": lambda n: n + 1, "splits val markers": lambda n: n - 1,
+    "splits val documents": -1, "splits train bytes": None, "splits train shards 0 tokens": lambda n: n + 32,
+    "splits train shards 0 file": "train_000001.bin", "splits val shards 0 file": "train_000000.bin",
+    "splits val shards 0 sha256": 3, "splits val shards": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", WRONG_FIELDS)
+def test_each_field_of_a_manifest_is_checked(copy, field):
+    path = [int(key) if key.isdigit() else key for key in field.split()]
+    facts = changed(manifest(copy), path, WRONG_FIELDS[field])
+    (copy / "manifest.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="manifest.json is damaged"):
+        read_manifest(copy)
+
+
+@pytest.mark.parametrize(("content", "markers"), [(1, 4), (2**20, 4), (28, 2**20)])
+def test_the_largest_and_the_smallest_chunks_are_accepted(copy, content, markers):
+    """In a manifest whose counts agree with the size of a chunk."""
+    facts = {**manifest(copy), "chunk_content": content, "chunk_markers": markers}
+    for split in facts["splits"].values():
+        chunks = split["chunks"]
+        split |= {"content_tokens": chunks * content, "markers": chunks * markers}
+        split["shards"] = [{**split["shards"][0], "tokens": chunks * (content + markers)}]
+    (copy / "manifest.json").write_text(json.dumps(facts))
+    assert read_manifest(copy)["chunk_content"] == content
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"splits": 3}'])
 def test_damaged_manifests_are_refused(copy, text):
     (copy / "manifest.json").write_text(text)
@@ -387,3 +431,14 @@ def test_a_saved_tokenizer_loads_unchanged(bpe, gpt2, tmp_path):
         assert again.fingerprint == tokenizer.fingerprint and again.ranks == tokenizer.ranks
         assert json.loads((tmp_path / "tokenizer.json").read_text())["n_vocab"] == tokenizer.n_vocab
     assert bpe.fingerprint != gpt2.fingerprint
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(256, 320), (317, 320), (318, 320), (319, 384), (382, 384), (383, 448)])
+def test_the_vocabulary_is_rounded_up_to_a_multiple_of_64(gpt2, tokens, rows):
+    """<|endoftext|> and <|meta|> follow the tokens, so 318 tokens fill 320 rows."""
+    ranks = {bytes([i]): i for i in range(256)} | {bytes([97, i]): 256 + i for i in range(tokens - 256)}
+    tokenizer = Tokenizer("t", gpt2.pattern, ranks)
+    assert (tokenizer.eot, tokenizer.meta, tokenizer.n_content, tokenizer.n_vocab) == (
+        tokens, tokens + 1, tokens + 1, rows
+    )  # fmt: skip
+    assert len(tokenizer.token_bytes) == rows and (tokenizer.token_bytes[tokens:] == 0).all()

@@ -141,7 +141,7 @@ def test_report_curves_draws_the_loss_by_depth(tmp_path):
             [{name: value for name, value in line().items() if name != "arm"}],
             "line 1 is no line of eval.py perplexity (arm is",
         ),
-        ([line(document_pieces=[1])], "line 1 is no line of eval.py perplexity (meta + rope has losses of 5"),
+        ([line(document_pieces=[1])], "line 1 is no line of eval.py perplexity (document_nats is not a table"),
         ([line(), line(draw=1, document_nats=[[1.0]])], "line 2 is no line of eval.py perplexity ("),
         ([7], "line 1 is no line of eval.py perplexity (it is no object)"),
     ],

@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanometa.common.errors import UserError
+from nanometa.config import TaskConfig
 from nanometa.data.inject import strip
-from nanometa.inference.generation import MarkerPlan, generate, lay_out, pick
+from nanometa.inference.generation import MarkerPlan, generate, knows_meta, lay_out, pick
 from nanometa.inference.scoring import hidden_states, score, text_batch
 from nanometa.training.checkpoint import Run, load_run
-from tests.conftest import TINY, cli, tree
+from tests.conftest import TINY, cli, refusal, tree
 from tests.reference.generate import next_logits
 
 
@@ -141,7 +142,48 @@ def test_prompts_that_cannot_be_continued_are_refused(run):
         list(generate(broken, [3], plan, 5))
 
 
+def test_ids_and_markers_that_a_run_does_not_know_are_refused(run, workdir):
+    plan, meta = MarkerPlan.of_run(run, "none"), run.tokenizer.meta
+    assert len(list(generate(run, [5, meta, np.int64(6)], plan, 2))) == 2
+    for token in (-1, meta + 1, run.tokenizer.n_vocab, 10**30, 1.0, "a", None):
+        for use in (lambda ids: generate(run, ids, plan, 2), lambda ids: text_batch(run, ids)):
+            with pytest.raises(UserError, match=f"{token!r} in the text is not an id of the tokenizer bpe"):
+                use([5, token])
+    plain = dataclasses.replace(run, state={**run.state, "data": {**run.state["data"], "injection": "none",
+                                                                   "chunk_markers": 0}})  # fmt: skip
+    for use in (lambda: generate(plain, [5, meta], plan, 2), lambda: score(plain, "the<|meta|> cat", plan)):
+        with pytest.raises(UserError, match=r"the text contains <\|meta\|>, and .* was trained without markers"):
+            use()
+    for placements, known in ((("none",), False), (("none", "target"), True), (("every",), True)):
+        task = TaskConfig(tasks=("parity",), placements=placements)
+        assert knows_meta(dataclasses.replace(plain, config=dataclasses.replace(run.config, task=task))) is known
+    assert knows_meta(run) and not knows_meta(plain)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"temperature": -1.0}, {"temperature": 1e-9}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0},
+     {"top_p": 1.5}, {"max_new_tokens": 0}],
+)  # fmt: skip
+def test_options_of_generate_are_refused_as_sample_does(run, option):
+    with pytest.raises(UserError, match=f"{next(iter(option))}=.* is out of range"):
+        generate(run, [5], MarkerPlan.of_run(run), **{"max_new_tokens": 2, **option})
+
+
 # ----------------------------------------------------------------------------- sample.py
+
+
+def test_sample_refuses_a_seed_that_the_run_does_not_use(run, workdir):
+    """The markers of this run are at random places, so that the seed has an effect also on the most likely tokens."""
+    texts = [
+        cli("sample.py", "--run=out/gen", "--temperature=0", f"--seed={seed}", "--show_markers=yes", cwd=workdir).stdout
+        for seed in (1, 2)
+    ]
+    assert texts[0] != texts[1] and b"<|meta|>" in texts[0]
+    args = ("--run=out/gen", "--top_k=1", "--meta=periodic", "--seed=1")
+    assert "--seed has no effect, because top_k=1 always takes the most likely token and injection=periodic" in refusal(
+        cli("sample.py", *args, cwd=workdir)
+    )
 
 
 def test_sample_uses_the_newest_run_and_repeats_its_output(run, workdir):
@@ -213,3 +255,6 @@ def test_generating_with_markers_needs_a_run_trained_with_markers(workdir):
         in cli("sample.py", "--run=out/plain", "--meta=uniform", cwd=workdir).stderr.decode()
     )
     assert cli("sample.py", "--run=out/plain", "--max_new_tokens=5", cwd=workdir).returncode == 0
+    assert "the text contains <|meta|>, and out/plain/best_00000001 was trained without markers" in refusal(
+        cli("sample.py", "--run=out/plain", "--prompt=the<|meta|> cat", cwd=workdir)
+    )

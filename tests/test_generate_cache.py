@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanometa.common.keyed_random import stable_key
-from nanometa.config import GPTConfig, SampleConfig
+from nanometa.config import GPTConfig, SampleConfig, TaskConfig
 from nanometa.inference.cache import Decoder, Store
 from nanometa.inference.generation import MarkerPlan, generate, generate_batch, pick, prepare_weights
 from nanometa.inference.scoring import hidden_states, text_batch
@@ -41,7 +41,8 @@ def random_run(rule="ignore", seed=3, **changes):
     return types.SimpleNamespace(
         model=model.eval(),
         tokenizer=types.SimpleNamespace(meta=META, eot=EOT, n_content=V),
-        config=types.SimpleNamespace(model=cfg, target_rule=rule, seed=5),
+        config=types.SimpleNamespace(model=cfg, target_rule=rule, seed=5, task=TaskConfig()),
+        state={"data": {"chunk_markers": 3}},
         folder="out/random",
     )
 

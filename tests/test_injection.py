@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanometa.common.keyed_random import permute, stable_key, uniform_bits
+from nanometa.common.keyed_random import Draws, permute, stable_key, uniform_bits
 from nanometa.data.inject import inject, marker_places, strip
 
 META = 99
@@ -119,3 +119,21 @@ def test_permutations_are_uniform():
         counts[np.arange(n), permute(np.arange(n), n, stable_key(key))] += 1
     # (n - 1)^2 = 121 degrees of freedom; the bound is 5 standard deviations
     assert abs(chi_square(counts, keys / n) * (n - 1) / n - 121) < 5 * np.sqrt(2 * 121)
+
+
+def test_draws_reach_both_ends_of_their_range():
+    draws = Draws(stable_key("ends"))
+    assert {draws.between(3, 6) for _ in range(200)} == {3, 4, 5, 6} and draws.between(7, 7) == 7
+    assert {draws.below(3) for _ in range(200)} == {0, 1, 2} and draws.below(1) == 0
+    assert {draws.choice("abc") for _ in range(200)} == {"a", "b", "c"}
+    samples = [draws.sample(range(4), 2) for _ in range(500)]
+    assert {tuple(of) for of in samples} == {(a, b) for a in range(4) for b in range(4) if a != b}
+    assert sorted(draws.sample("abc", 3)) == ["a", "b", "c"] and draws.sample("abc", 0) == []
+    with pytest.raises(ValueError, match="cannot draw 4 of 3 options without replacement"):
+        draws.sample("abc", 4)
+
+
+def test_draws_continue_beyond_their_first_block_of_bits():
+    """The bits are made 256 at a time, and number i is output i of the generator."""
+    draws, bits = Draws(5), uniform_bits(5, np.arange(600)).tolist()
+    assert [draws.below(2**64) for _ in range(600)] == bits

@@ -82,6 +82,15 @@ def test_the_difference_between_arms_is_over_runs():
     assert seed_difference([0.9], [0.1]) == (pytest.approx(0.8), -math.inf, math.inf)
 
 
+def test_two_runs_or_clusters_have_a_finite_interval():
+    """Student's t with one degree of freedom, whose 97.5 % quantile is 12.7062."""
+    mean, low, high = seed_difference([0.6, 0.8], [0.5, 0.5])
+    assert (mean, low, high) == pytest.approx((0.2, 0.2 - 12.7062 * 0.1, 0.2 + 12.7062 * 0.1), abs=1e-4)
+    low, high = clustered_ratio([1.0, 3.0], [1, 1])
+    assert (low, high) == pytest.approx((2 - 12.7062, 2 + 12.7062), abs=1e-3)
+    assert clustered_ratio([1.0], [1]) == (-math.inf, math.inf)
+
+
 def test_holm_equals_a_calculation_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == pytest.approx([1, 1]) and holm([]) == []

@@ -282,6 +282,42 @@ def test_higher_levels_are_harder(gpt2):
     assert sizes == sorted(sizes) and sizes[0] < 5 and sizes[-1] > 15
 
 
+def test_texts_are_shown_with_the_tokenizer_of_a_dataset_a_run_or_a_checkpoint(small, tmp_path, capsys):
+    run, dataset = tmp_path / "out/r", tmp_path / "data/d"
+    for folder, tokenizer in ((dataset, small), (run / "step_00000009", small), (run / "step_00000003", None)):
+        folder.mkdir(parents=True)
+        for name, content in (tokenizer.files() if tokenizer else {"tokenizer.json": b"older"}).items():
+            (folder / name).write_bytes(content)
+    shown = []
+    for folder in (dataset, run, run / "step_00000009"):
+        nanometa.tasks.example._show("copying", [f"--tokenizer={folder}", "--length=200", "--placement=none"])
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] == shown[2] and f"(tokenizer {small.name})" in shown[0] and " ? copy:" in shown[0]
+
+
+def test_impossible_texts_to_show_are_refused_before_any_is_printed(capsys):
+    with pytest.raises(UserError, match="question=misnamed needs a task that both points"):
+        nanometa.tasks.example._show("list_recall", ["--question=misnamed"])  # not with placement every
+    with pytest.raises(UserError, match="no text of level medium with 8 to 8 positions"):
+        nanometa.tasks.example._show("list_recall", ["--length", "64", "8"])
+    assert capsys.readouterr().out == ""
+    nanometa.tasks.example._show(
+        "list_recall", ["--question=misnamed", "--placement=target", "--show=2", "--length=64"]
+    )
+    assert capsys.readouterr().out.count("--- target, ") == 2
+
+
+@pytest.mark.parametrize(("level", "least", "most"), [("easy", 2, 4), ("medium", 3, 6)])
+def test_a_question_about_the_next_item_needs_lists_of_two_items(gpt2, level, least, most):
+    """The smallest and the largest lists of a level occur, and none has one item, which nothing would follow."""
+    make, sizes = maker("list_recall", gpt2, "none", question="after"), set()
+    for index in range(60):
+        text = gpt2.decode(make.example("test", index, 58, 64, (level,)).ids)
+        lists = [line.partition(":")[2].split() for line in text.splitlines() if ":" in line and "?" not in line]
+        sizes |= {len([word for word in words if word != "mark"]) for words in lists}
+    assert sizes == set(range(least, most + 1))
+
+
 # every placement that points at a list in list recall; test_questions_that_cannot_be_misnamed_are_refused has the
 # others
 @pytest.mark.parametrize("placement", [name for name, of in PLACEMENTS.items() if of.points_at_named])
