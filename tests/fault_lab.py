@@ -79,15 +79,18 @@ class Run:
         self.trace.unlink(missing_ok=True)
 
     def lines(self) -> list[dict]:
-        return [json.loads(line) for line in self.trace.read_text().splitlines()] if self.trace.exists() else []
+        return faulty_train.lines(self.trace)
 
     def newest(self) -> list[Path]:
         return sorted(self.folder.glob("step_*"))
 
     # ------------------------------------------------------------------------- starting
 
-    def start(self, fault: dict | None = None, kill_after: float | None = None, patience: float = 60) -> Attempt:
-        """Starts the run by forking and waits until it ends.
+    def start(
+        self, fault: dict | None = None, kill_after: float | None = None, patience: float = 60,
+        changes: dict[int, str] | None = None,
+    ) -> Attempt:  # fmt: skip
+        """Starts the run by forking and waits until it ends. changes: a setting that a rank has instead of the run's.
 
         All processes are killed after kill_after or patience seconds. If one fails, the others get SIGTERM, as under
         torchrun.
@@ -96,7 +99,8 @@ class Run:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        rank_of = {self._fork(rank, port, fault or {}): rank for rank in range(self.world)}
+        argvs = [override(self.argv, *filter(None, [(changes or {}).get(rank)])) for rank in range(self.world)]
+        rank_of = {self.fork(argvs[rank], rank, port, fault or {}): rank for rank in range(self.world)}
         statuses = [0] * self.world
         end, failed_at = time.monotonic() + (patience if kill_after is None else kill_after), None
         while rank_of:
@@ -122,7 +126,8 @@ class Run:
             "".join(Path(name.replace("out", "err")).read_text() for name in outs),
         )  # fmt: skip
 
-    def _fork(self, rank: int, port: str, fault: dict) -> int:
+    def fork(self, argv: list[str], rank: int = 0, port: str = "", fault: dict | None = None) -> int:
+        """Starts a process of the run and returns its id. port: that at which all processes of the run meet."""
         pid = os.fork()
         if pid:
             return pid
@@ -133,7 +138,7 @@ class Run:
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             for stream, name in ((1, f"out{rank}"), (2, f"err{rank}")):
                 os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
-            faulty_train.main(self.argv, fault, self.trace, self.attempts)
+            faulty_train.main(argv, fault or {}, self.trace, self.attempts)
         except SystemExit as end:
             status = int(end.code or 0)
         except BaseException:

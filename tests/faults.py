@@ -6,7 +6,8 @@ fault.
 After each fault the run is resumed until it is finished. It has survived if it equals, bit for bit, an uninterrupted
 run with as many processes: its last weights, optimizer and best weights, the windows of every step, and metrics.jsonl
 without timings. No temporary file may be left. The exit status is 1 if any run was lost. The faults are in
-fault_kinds.py; faulty_train.py makes a process meet one, and fault_lab.py starts and compares the runs.
+fault_kinds.py and fault_data.py; faulty_train.py makes a process meet one, and fault_lab.py starts and compares the
+runs.
 """
 
 import argparse
@@ -20,9 +21,11 @@ from pathlib import Path
 
 import torch
 
+from tests import fault_data, fault_kinds
 from tests.conftest import cli, write_texts
-from tests.fault_kinds import KINDS
 from tests.fault_lab import Lab, Lost, Run, need
+
+KINDS = fault_kinds.KINDS | fault_data.KINDS
 
 
 def run_all(lab: Lab, kinds: dict, out) -> bool:

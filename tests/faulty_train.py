@@ -1,4 +1,5 @@
 """Trains as train.py does, with a fault at a chosen moment. train.py has no hooks for this: its calls are wrapped.
+fault_data.py prepares datasets in the same way.
 
     FAULT='{"at": 17, "do": ["SIGKILL"]}' TRACE=x.trace ATTEMPT=0 torchrun ... tests/faulty_train.py --run_name=x ...
 
@@ -36,7 +37,8 @@ class Fault:
     """The fault that a process shall meet.
 
     at: number of the moment. rank: the process that meets it, or None for all processes. limit: largest size of a file
-    in bytes (RLIMIT_FSIZE), in force from the start. do: what happens at the moment:
+    in bytes (RLIMIT_FSIZE), in force from the start. read_only: a folder in which every change fails, as on a read-only
+    mount. do: what happens at the moment:
 
         "half"    the process is killed in the middle of a write
         "full"    the disk is full from here on
@@ -53,6 +55,7 @@ class Fault:
         self.all_moments = plan.get("trace", False)
         self.trace = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.moment, self.phase, self.disk_full = -1, "start", False
+        self.read_only = plan.get("read_only")
         if plan.get("limit"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (plan["limit"], plan["limit"]))
 
@@ -79,6 +82,8 @@ class Fault:
                     else:
                         *parent, name = item.split()
                         os.kill(os.getppid() if parent else os.getpid(), signal.Signals[name])
+        if self.read_only and call not in ("batch", "hash") and str(name).startswith(self.read_only):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(name))
         if call in FILLING and (self.disk_full or (self.do == "once" and self.moment == self.at)):
             if half:
                 half()
@@ -122,14 +127,25 @@ class WatchedFile:
         self._file.close()
 
 
-def wrap(fault: Fault) -> None:
-    """Turns the calls by which train.py and its modules touch the disk, and their batches, into moments."""
-    real_open, save_file, batch, windows = (
-        open,
-        safetensors.torch.save_file,
-        loader.Windows.batch,
-        train.step_windows,
-    )
+def lines(trace: Path) -> list[dict]:
+    """Returns the lines of a trace."""
+    return [json.loads(line) for line in trace.read_text().splitlines()] if trace.exists() else []
+
+
+def watch(fault: Fault, module, name: str, call: str) -> None:
+    """Turns the calls of a function of a module, whose first argument names a file, into moments."""
+    real = getattr(module, name)
+
+    def watched(*args, **kwargs):
+        fault.before(call, args[0])
+        return real(*args, **kwargs)
+
+    setattr(module, name, watched)
+
+
+def wrap_disk(fault: Fault) -> None:
+    """Turns the calls that change files and folders into moments."""
+    real_open = open
 
     def watched_open(path, mode="r", *args, **kwargs):
         if isinstance(path, int) or mode.startswith("r"):
@@ -139,21 +155,19 @@ def wrap(fault: Fault) -> None:
 
     builtins.open = io.open = watched_open  # pathlib uses io.open
 
-    def watch(module, name: str, call: str) -> None:
-        real = getattr(module, name)
-
-        def watched(*args, **kwargs):
-            fault.before(call, args[0])
-            return real(*args, **kwargs)
-
-        setattr(module, name, watched)
-
     for module, name, call in (
         (os, "fsync", "fsync"), (os, "mkdir", "mkdir"), (os, "rename", "rename"), (os, "replace", "replace"),
         (os, "unlink", "delete"), (os, "rmdir", "delete"), (shutil, "rmtree", "rmtree"),
-        (checkpoint, "file_sha256", "hash"), (shards, "file_sha256", "hash"),
     ):  # fmt: skip
-        watch(module, name, call)
+        watch(fault, module, name, call)
+
+
+def wrap(fault: Fault) -> None:
+    """Turns the calls by which train.py and its modules touch the disk, and their batches, into moments."""
+    save_file, batch, windows = safetensors.torch.save_file, loader.Windows.batch, train.step_windows
+    wrap_disk(fault)
+    for module in (checkpoint, shards):
+        watch(fault, module, "file_sha256", "hash")
 
     def watched_save_file(tensors, path, *args, **kwargs):
         def half():
