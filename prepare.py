@@ -43,6 +43,7 @@ from nanometa.data.staging import (  # fmt: skip
     Segment,
     SegmentWriter,
     discard,
+    finish_deletion,
     finished_segments,
     lock,
     make_plan,
@@ -236,6 +237,8 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
     folder = dataset_folder(cfg, root)
     if cfg.part:
         folder = folder.with_name(f"{folder.name}.part{cfg.part.replace('/', 'of')}")
+    work = folder.with_name(f".{folder.name}.partial")
+    finish_deletion(work)
     if folder.exists():
         raise UserError(f"{folder} exists: choose another --name, or delete it first.")
     source = open_source(cfg)
@@ -245,7 +248,6 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
     for note in source.notes:
         say(console, shortened(note))
 
-    work = folder.with_name(f".{folder.name}.partial")
     work.mkdir(parents=True, exist_ok=True)
     held = lock(work)
     fresh = not (work / PLAN).exists()

@@ -113,20 +113,25 @@ def plan_id(folder: Path) -> str:
 
 
 def discard(folder: Path) -> None:
-    """Deletes a folder of segments, which first gets another name: a kill in between leaves no incomplete folder.
-
-    Does nothing if there is no such folder, except to complete an earlier deletion."""
-    doomed = folder.with_name(f"{folder.name}.deleting")
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    """Deletes a folder of segments, if it exists. It first gets another name, so that a kill in between leaves no
+    incomplete folder."""
+    finish_deletion(folder)
     if folder.exists():
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)
+        os.replace(folder, _doomed(folder))
+        finish_deletion(folder)
+
+
+def finish_deletion(folder: Path) -> None:
+    """Completes a deletion of a folder of segments that was interrupted."""
+    shutil.rmtree(_doomed(folder), ignore_errors=True)  # another process may be deleting it, too
+
+
+def _doomed(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.deleting")
 
 
 def remove_leftovers(folder: Path) -> None:
     """Removes all files of a folder without a plan except the lock, because no plan says what they were made from."""
-    shutil.rmtree(folder.with_name(f"{folder.name}.deleting"), ignore_errors=True)  # left by an earlier kill
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -67,9 +67,11 @@ class Preparation:
         )
 
     def dataset(self) -> dict[str, str]:
-        """Returns the SHA-256 of each file of the dataset, after checking that nothing else is in its folder."""
-        names = sorted(path.name for path in (self.folder / "data").iterdir())
-        need(names == ["u"], f"data holds {names}")
+        """Returns the SHA-256 of each file of the dataset, after checking that nothing else is in its folder.
+
+        The work folder may be left, if the preparation was killed after the dataset had appeared."""
+        names = {path.name for path in (self.folder / "data").iterdir()}
+        need("u" in names and names <= {"u", ".u.partial"}, f"data holds {names}")
         files = sorted((self.folder / "data/u").iterdir())
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from nanometa.data.verify import CACHE
 from tests.fault_lab import Lab, Run, need
 
-SIGNALS = ("SIGTERM", "SIGINT")
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 PHASES = ("start", "training", "evaluation", "saving")
 
 
