@@ -16,7 +16,7 @@ import torch
 from nanometa.common.errors import ReportedError, UserError
 from nanometa.config import TrainConfig
 from nanometa.training import agreement, launch
-from nanometa.training.distributed import Dist, check_places, fresh_store
+from nanometa.training.distributed import Dist, check_places, fresh_store, wait_for_name
 from tests.conftest import ROOT, TINY, cli, losses, override, refusal, tree
 from tests.training_runs import BASE as ONE
 from tests.training_runs import TORCHRUN, run
@@ -265,6 +265,12 @@ def test_processes_with_the_same_rank_or_other_numbers_of_processes_are_refused(
         assert sorted(said) == sentences
 
 
+def test_an_unknown_host_is_not_waited_for_until_the_processes_time_out():
+    wait_for_name("127.0.0.1")
+    with pytest.raises(OSError):
+        wait_for_name("no.such.host.invalid", patience=0)
+
+
 def test_an_occupied_port_is_reported_in_one_sentence(workdir):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -273,4 +279,5 @@ def test_an_occupied_port_is_reported_in_one_sentence(workdir):
         result = cli("train.py", *TWO, cwd=workdir, env=env, timeout=60)
     said = result.stderr.decode()
     assert result.returncode == 2 and "Traceback" not in said
+    assert len(said.splitlines()[-1]) < 600 and "frame #" not in said.splitlines()[-1]
     assert said.count("error: rank 0 of 2 cannot meet the other processes at MASTER_ADDR:MASTER_PORT = 127.0.0.1:") == 1

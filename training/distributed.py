@@ -128,19 +128,23 @@ class Dist:
                 )
                 raise self.reported(UserError(sentence), self.is_main)
 
-    def reported(self, error: UserError, mine: bool) -> UserError:
+    def reported(self, error: UserError, mine: bool, by_all: bool = True) -> UserError:
         """Reports an error that several processes raise once, and returns the ReportedError that they raise.
 
-        mine: whether this process reports it. The others wait for that, because torchrun kills all processes as soon as
-        one has ended. A process that is alone reports nothing and gets the error back."""
+        mine: whether this process reports it. by_all: whether all processes raise it now. No process ends before the
+        error is reported, because torchrun then kills the others, nor before all have heard of it, because the store
+        can end with its process. A process that is alone reports nothing and gets the error back."""
         if self.store is None:
             return error
-        with contextlib.suppress(RuntimeError):  # the store may have ended with its process
+        others = [f"heard by {rank}" for rank in range(self.world) if rank != self.rank] if by_all else []
+        with contextlib.suppress(RuntimeError):  # another process has ended too soon
             if mine:
                 report(error)
                 self.store.set("reported", "")
+                self.store.wait(others, PATIENCE)
             else:
                 self.store.wait(["reported"], PATIENCE)
+                self.store.set(f"heard by {self.rank}", "")
         return ReportedError(str(error))
 
     def first_reported(self, error: Exception) -> Exception:
@@ -153,9 +157,9 @@ class Dist:
             return error
         with contextlib.suppress(RuntimeError):
             if words is not None:
-                return self.reported(words, mine=self.store.add("failed", 1) == 1)
+                return self.reported(words, mine=self.store.add("failed", 1) == 1, by_all=False)
             if self.store.check(["failed"]):
-                return self.reported(UserError("another process of the run has failed."), mine=False)
+                return self.reported(UserError("another process of the run has failed."), mine=False, by_all=False)
         return error
 
 
@@ -178,21 +182,37 @@ def processes():
 
 
 def meet(rank: int, world: int) -> torch.distributed.Store:
-    """Returns the store that all processes of the run share. Raises UserError if they do not meet within 30 minutes."""
-    place, timeout = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", timedelta(minutes=30)
+    """Returns the store that all processes of the run share. Raises UserError if they do not meet within 10 minutes."""
+    place, timeout = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", timedelta(minutes=10)
     if not under_torchrun():  # torchrun's processes start together, others when somebody starts them
         print(f"rank {rank} of {world} is waiting for the other processes at {place}", flush=True)
     try:
+        wait_for_name(os.environ["MASTER_ADDR"])
         store, rank, world = next(torch.distributed.rendezvous("env://", timeout=timeout))
         store = fresh_store(store, rank, world, timeout)
         check_places(store, rank, world)
         return store
     except (RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # further lines are a C++ stack
         raise UserError(
-            f"rank {rank} of {world} cannot meet the other processes at MASTER_ADDR:MASTER_PORT = {place} ({reason}): "
-            f"check this address and the nodes."
+            f"rank {rank} of {world} cannot meet the other processes at MASTER_ADDR:MASTER_PORT = {place} "
+            f"({shortened(reason)}): check this address and the nodes."
         ) from error
+
+
+def wait_for_name(host: str, patience: float = 60) -> None:
+    """Waits until the name of a host is known, which can take a while when the host has just started.
+
+    Raises OSError if it is still unknown after `patience` seconds; torch would try until it times out."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(1)
 
 
 def fresh_store(store, rank: int, world: int, timeout: timedelta) -> torch.distributed.Store:
