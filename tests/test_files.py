@@ -74,8 +74,9 @@ def test_a_file_of_a_folder_is_neither_a_link_out_nor_a_pipe_nor_a_folder(tmp_pa
             assert leads_out(one)
             with pytest.raises(UserError, match=f"{path.name} is a link out of its folder: replace the link with the"):
                 own_file(one)
-    (folder / "to_pipe").symlink_to("pipe")
-    for name in ("pipe", "to_pipe", "sub"):
+    for name, target in (("to_pipe", "pipe"), ("loop", "loop"), ("there", "back"), ("back", "there")):
+        (folder / name).symlink_to(target)
+    for name in ("pipe", "to_pipe", "sub", "loop", "there"):
         with pytest.raises(UserError, match=f"{name} is not a regular file: move it out of the folder"):
             own_file(folder / name)
 
