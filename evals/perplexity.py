@@ -59,6 +59,7 @@ from nanometa.layers.loss import Tally
 from nanometa.training.checkpoint import Run
 
 Markers = Literal["trained", "none", "none_wide", "stored", "uniform", "periodic"]
+LARGEST_LOSS = 700.0  # nats per token; exp overflows at 710
 MEANING = {  # printed below the results
     "trained": "markers drawn anew by the rule of the run's training data",
     "none": "no markers, in shorter windows with as much text",
@@ -295,6 +296,11 @@ def measure_perplexity(
         before += 1 + int(numbers[-1])
     check_finite(run, nats_at)
     figures, sums = tally.figures(), enumerate(zip(n_at.tolist(), nats_at.tolist(), strict=True))
+    if figures["loss"] > LARGEST_LOSS:
+        raise UserError(
+            f"the loss of {run.folder} is {figures['loss']:.4g} nats per token, too large for a "
+            f"perplexity: use another checkpoint."
+        )
     # for each bucket of the predicting token's position in its window: first position, targets, nats per target
     by_position = [[i * bucket, n, total / n] for i, (n, total) in sums if n]
     return {

@@ -240,6 +240,14 @@ def test_weights_that_are_not_finite_are_refused(workdir):
         measure_perplexity(run, [read_split(run, workdir / "data/u", 100)], 32, 32, 64)
 
 
+def test_a_loss_whose_perplexity_overflows_is_refused(workdir):
+    run = run_on(workdir / "data/u")
+    with torch.no_grad():
+        run.model.ln_f.weight.mul_(1e6)
+    with pytest.raises(UserError, match=r"the loss of .* is .*e\+\d\d nats per token, too large for a perplexity"):
+        measure_perplexity(run, [read_split(run, workdir / "data/u", 100)], 32, 32, 64)
+
+
 def test_another_tokenizer_and_damaged_text_are_refused(workdir, runs, tmp_path):
     run = run_on(workdir / "data/u")
     for change in ("other tokenizer", "other text", "no id"):

@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 
 from nanometa.common.statistics import (
+    DECIDES,
+    bits,
     bootstrap_ratio,
+    brief,
     clustered_ratio,
+    decide,
     holm,
     mcnemar,
     paired_difference,
     seed_difference,
+    too_few,
     wilson,
 )
 
@@ -94,3 +99,29 @@ def test_two_runs_or_clusters_have_a_finite_interval():
 def test_holm_equals_a_calculation_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == pytest.approx([1, 1]) and holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "holm_p", "n", "verdict"),
+    [
+        (0.11, 0.2, 0.04, None, "holds"), (0.1, 0.2, 0.04, None, "undecided"),  # low must be above the effect
+        (0.11, 0.2, 0.05, None, "undecided after Holm"), (0.11, 0.2, 0.049, None, "holds"),
+        (-0.2, -0.11, 0.04, None, "the reverse holds"), (-0.2, -0.1, 0.04, None, "undecided"),
+        (-0.2, -0.11, 0.05, None, "undecided after Holm"),
+        (0.11, 0.15, 0.04, None, "holds, within the margin"), (0.11, 0.151, 0.04, None, "holds"),
+        (-0.15, -0.11, 0.04, None, "the reverse holds, within the margin"),
+        (-0.15, 0.15, 0.5, None, "does not hold"), (-0.151, 0.15, 0.5, None, "undecided"),
+        (-0.15, 0.151, 0.5, None, "undecided"),
+        (0.11, 0.2, 0.04, DECIDES, "holds"), (0.11, 0.2, 0.04, DECIDES - 1, "undecided: n = 999, 1000 decide"),
+    ],
+)  # fmt: skip
+def test_a_verdict_at_each_of_its_borders(low, high, holm_p, n, verdict):
+    assert decide(low, high, holm_p, effect=0.1, margin=0.15, n=n) == verdict
+    assert brief(verdict) == verdict.split(":")[0]
+
+
+def test_the_note_about_too_few_texts_names_their_numbers():
+    assert too_few([{"n": DECIDES}]) == too_few([]) == ""
+    assert too_few([{"n": 20}, {"n": DECIDES}]) == "There is no verdict for n = 20 texts: at least 1000 are needed."
+    assert "n = 20 to 999 texts" in too_few([{"n": 999}, {"n": 20}, {"n": 50}])
+    assert bits("0110").tolist() == [False, True, True, False]
