@@ -298,6 +298,12 @@ def test_a_manifest_with_this_format_or_without_a_format_is_read(copy, older):
     assert read_manifest(copy) == facts
 
 
+def test_a_manifest_of_the_first_versions_left_out_no_documents(copy):
+    facts = {name: value for name, value in manifest(copy).items() if name not in ("min_document_tokens", "too_short")}
+    (copy / "manifest.json").write_text(json.dumps(facts))
+    assert read_manifest(copy) == {**facts, "min_document_tokens": 0}
+
+
 def test_a_manifest_of_a_newer_format_is_not_called_damaged(copy):
     (copy / "manifest.json").write_text(json.dumps({"format": 2, "all else": "may have changed"}))
     with pytest.raises(UserError) as refused:

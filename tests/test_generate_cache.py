@@ -317,3 +317,17 @@ def test_bfloat16_decoding_gives_the_logits_of_autocast(recorded):
     for name, p in run.model.named_parameters():
         assert torch.equal(p, before[name]) and p.dtype == torch.float32
     assert isinstance(run.model.h[0].mlp.c_fc, torch.nn.Linear)
+
+
+def test_one_token_of_every_sequence_takes_one_attention_call():
+    """One call for each sequence would give the same numbers, and take longer."""
+    cfg = GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=64, content_vocab_size=V)
+    store = Store(cfg, 3, 8, torch.float32, torch.device("cpu"))
+    store.place([0, 0, 1, 1, 2, 2], [0, 1] * 3, [1, 2] * 3)
+    assert store.calls == [(0, 2, None, 0, None), (2, 4, None, 0, None), (4, 6, None, 0, None)]
+    store.place([0, 1, 2], [2] * 3, [3] * 3)
+    assert store.calls == [(0, 3, slice(0, 3), 3, None)]
+    store.place([0, 1, 2, 2], [3, 3, 3, 4], [4, 4, 4, 5])  # not one token of each
+    assert [call[:4] for call in store.calls] == [
+        (0, 1, slice(0, 1), 4), (1, 2, slice(1, 2), 4), (2, 4, slice(2, 3), 5)
+    ]  # fmt: skip
