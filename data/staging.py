@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from nanometa.common.errors import UserError
-from nanometa.common.files import is_count, lock_folder, read_json, write_atomically
+from nanometa.common.files import is_count, lock_folder, own_file, read_json, write_atomically
 from nanometa.common.formats import NewerFormatError, check_format
 from nanometa.config import PrepareConfig
 from nanometa.config.checks import field_names, to_dict
@@ -85,7 +85,7 @@ def write_plan(folder: Path, plan: dict) -> None:
 def read_plan(folder: Path) -> dict:
     """Returns the content of plan.json. Raises UserError if it is missing, damaged or of a newer version."""
     try:
-        plan = read_json(folder / PLAN)
+        plan = read_json(own_file(folder / PLAN))
         check_format(folder / PLAN, plan)
         texts = [plan[key] for key in ("source", "source_fingerprint", "tokenizer")]
         if not (all(type(text) is str for text in texts) and is_count(plan["n_units"]) and plan["n_units"]):
@@ -205,11 +205,18 @@ def finished_segments(folder: Path, unit: int, token_bytes: int) -> list[Segment
     while not (found and found[-1].ends_unit):
         path = folder / f"unit_{unit:06d}_{len(found):06d}.json"
         try:
-            segment = Segment(**read_json(path))
+            segment = Segment(**read_json(own_file(path)))
             segment.check(unit, len(found))
             files = {split: folder / f"{segment.name}.{split}" for split in SPLITS}
             sizes = {split: path.stat().st_size if path.is_file() else None for split, path in files.items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # a damaged segment counts as not written
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            UserError,
+        ):  # a damaged segment counts as not written
             break
         if segment.plan != plan or any(
             sizes[split] != segment.splits[split]["tokens"] * token_bytes for split in SPLITS
@@ -269,7 +276,7 @@ class SegmentWriter:
 def read_segment(folder: Path, segment: Segment, split: str, dtype: np.dtype) -> Iterator[np.ndarray]:
     """Yields the ids of a segment in blocks. Raises UserError after the last one if the file's SHA-256 is wrong."""
     path, sha256 = folder / f"{segment.name}.{split}", hashlib.sha256()
-    with open(path, "rb") as file:  # not memory-mapped, because mapped pages count as memory of the process
+    with open(own_file(path), "rb") as file:  # not memory-mapped, because mapped pages count as memory of the process
         while block := file.read(BLOCK_TOKENS * dtype.itemsize):
             sha256.update(block)
             if len(block) % dtype.itemsize:

@@ -351,11 +351,21 @@ def parameters(run: Metrics) -> str:
     if not found:
         return ""
     try:
-        with open(found[-1], "rb") as file:
+        with open(own_file(found[-1]), "rb") as file:
             head = parse_json(file.read(struct.unpack("<Q", file.read(8))[0]))
         shapes = [entry["shape"] for name, entry in head.items() if name != "__metadata__"]
         return f"{sum(map(math.prod, shapes)) / 1e6:.2f}M"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError, struct.error):
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        MemoryError,
+        struct.error,
+        UserError,
+    ):
         return "damaged weights"
 
 
