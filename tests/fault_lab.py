@@ -133,6 +133,7 @@ class Run:
             return pid
         status = 1
         try:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would ignore
             if self.world > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

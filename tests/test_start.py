@@ -236,8 +236,10 @@ def test_a_run_whose_reader_ends_goes_on_and_saves_on_sighup(workdir):
     """Like `train.py | head -1` in a terminal that is then closed."""
     args = override(BASE, "--run_name=unread", "--max_steps=100000", "--eval_interval=1000", "--save_interval=1000")
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *args], cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        [sys.executable, str(ROOT / "train.py"), *args], cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # the tests themselves may run under nohup, which a run would respect
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stdout.readline().startswith(b"unread: training the meta arm")
     process.stdout.close()
     log, end = workdir / "out/unread/train.log", time.monotonic() + 60
