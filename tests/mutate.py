@@ -48,6 +48,7 @@ TESTS = {
     "inference/generation.py": "test_generate test_generate_cache",
     "inference/scoring.py": "test_generate",
     "tasks/copying.py": "test_tasks",
+    "tasks/curriculum.py": "test_task_training",
     "tasks/example.py": "test_tasks",
     "tasks/list_recall.py": "test_tasks",
     "tasks/parity.py": "test_tasks",

@@ -20,8 +20,8 @@ from tests.test_config import schema_hints
 CLASSES = (TrainConfig, PrepareConfig, SampleConfig, Report, *(cls for cls, _ in (EVALS | PROBES).values()))
 # settings that are text, but no path
 NO_PATHS = {
-    "run_name", "accelerator", "text_column", "hf_config", "hf_split", "hf_revision", "packages", "name", "part",
-    "recipe", "prompt",
+    "run_name", "accelerator", "text_column", "separator", "hf_config", "hf_split", "hf_revision", "packages", "name",
+    "part", "recipe", "prompt",
 }  # fmt: skip
 
 

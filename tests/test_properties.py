@@ -182,6 +182,8 @@ def configs(draw, cls):
         chosen |= {"model": draw(configs(GPTConfig)), "task": draw(configs(TaskConfig))}
         if chosen.get("init_from", "scratch") != "scratch":
             chosen.pop("branch_from", None)
+        if chosen.get("dry_run"):
+            chosen.pop("show_batch", None)
         chosen["learning_rate"] = max(chosen.get("learning_rate", 1.0), chosen.get("min_lr", 0.0))
     if cls is SampleConfig:
         given = st.builds(Rescale, st.sampled_from(("none", "yarn")), st.floats(1.5, 2**16), st.booleans())

@@ -212,9 +212,10 @@ def test_muon_computes_in_fp32_on_a_gpu_that_emulates_bfloat16(monkeypatch):
 # ----------------------------------------------------------------------------- signals and a lost terminal
 
 
-def test_a_closed_terminal_or_a_scheduler_stops_a_run_like_sigterm(monkeypatch):
+def test_a_closed_terminal_or_a_scheduler_stops_a_run_like_sigterm():
     handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         for number in signals.SIGNALS:
             stop = signals.StopFlag()
             signal.raise_signal(number)
