@@ -11,7 +11,6 @@ printed, and the ratios within one run are meaningful even on a busy machine. Al
 --hf is given, and in decoding whenever transformers is installed.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from nanometa.benches import decoding, layer, lengths, preparing, profile, train
 from nanometa.benches.timing import DTYPES, matmul_peak
 from nanometa.common.errors import UserError
 from nanometa.common.files import write_atomically
-from nanometa.config.command_line import run_cli
+from nanometa.config.command_line import Parser, path_argument, run_cli
 from nanometa.reports import bench_picture
 from nanometa.training.distributed import pick_device, why_not_compile
 from nanometa.training.run_log import environment
@@ -42,9 +41,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     shapes = (
         "gpt2: 12 layers of width 768 and 4 windows of 1024 positions; small: 6 layers of width 384 and 8 windows of "
         "256; tiny: 4 layers of width 192 and 8 windows of 512"
@@ -68,7 +65,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="texts decoded at once (default: 1 8)")
     parser.add_argument("--repeats", type=int, default=3, help="measured turns, after two of warm-up (default: 3)")
-    parser.add_argument("--nanogpt", type=Path, help="the folder of a nanoGPT checkout to compare with")
+    parser.add_argument("--nanogpt", type=path_argument, help="the folder of a nanoGPT checkout to compare with")
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -82,7 +79,7 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--hf", action="store_true", help="also train Hugging Face's GPT-2")
     parser.add_argument(
-        "--output", type=Path, default=Path("out/bench"), help="the folder of the results (default: out/bench)"
+        "--output", type=path_argument, default=Path("out/bench"), help="the folder of the results (default: out/bench)"
     )
     if "--quick" in argv:
         parser.set_defaults(**QUICK)

@@ -207,9 +207,7 @@ def _unpacked(path: Path, file: BinaryIO) -> BinaryIO:
     content = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
     start = content.peek(READ_BYTES)
     if start[:2] in UTF16:
-        raise Unreadable(
-            "UTF-16 or UTF-32, not UTF-8", f": convert it, for example with iconv -f UTF-16 -t UTF-8 {path}"
-        )
+        raise Unreadable("UTF-16 or UTF-32, not UTF-8", ": convert it, for example with iconv -f UTF-16 -t UTF-8")
     if start and 4 * start.count(0) >= len(start):  # half of the bytes of English in UTF-16 are zero
         raise Unreadable("binary or UTF-16, because at least a quarter of its first bytes are zero")
     return content

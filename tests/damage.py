@@ -31,7 +31,10 @@ from tests.conftest import ROOT, write_texts
 QUIET = Console(file=io.StringIO())
 CPU = Dist(0, 0, 1, torch.device("cpu"))
 NUMBERS = (0, -1, 1, 2, 7, 255, 256, 65_536, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400, 1e308, -1e-320, 0.5, 1e400)
-PATHS = ("../x", "..", ".", "", "/", "/etc/passwd", "/dev/zero", "x/../../y", "a\0b", "C:\\x", "~", "x" * 5000, "a\nb")
+PATHS = (
+    "../x", "..", ".", "", "/", "/etc/passwd", "/dev/zero", "x/../../y", "a\0b", "C:\\x", "~", "~nobody/x", "x" * 5000,
+    "a\nb",
+)  # fmt: skip
 TEXTS = (
     "\ud800",
     "\udc80",
@@ -184,20 +187,22 @@ class World:
         path.write_bytes(raw)
 
     def restore(self) -> None:
-        for path in [path for path in Path().rglob("*") if path.is_symlink() or path.is_file()]:
-            if path not in self.pristine or path.is_symlink():
+        for path in [path for path in Path().rglob("*") if path.is_symlink() or not path.is_dir()]:
+            if path not in self.pristine or path.is_symlink() or not path.is_file():
                 path.unlink()
         for path, raw in self.pristine.items():
             if not path.is_file() or path.read_bytes() != raw:
                 path.write_bytes(raw)
 
     def damage(self, paths: list[Path], rng: random.Random) -> Path:
-        """Damages one of the files, or replaces it by a link or deletes it, and returns its path."""
+        """Damages one of the files, or replaces it by a link or a pipe or deletes it, and returns its path."""
         path = rng.choice(paths)
         how = rng.random()
         if how < 0.06:
             path.unlink()
-            if how < 0.045:
+            if how < 0.01:
+                os.mkfifo(path)
+            elif how < 0.045:
                 path.symlink_to(rng.choice(("/etc/passwd", "/dev/zero", "nowhere", path.name, "/", "../../elsewhere")))
             return path
         raw = path.read_bytes()

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
+import unittest.mock
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -53,6 +54,7 @@ from nanometa.sample import read_prompt, show_sample, start_samples
 from nanometa.training import checkpoint, pretrained
 from nanometa.training.dataset import data_facts, with_vocabulary
 from nanometa.training.distributed import accumulation
+from nanometa.training.launch import ranks
 from nanometa.training.optimizer import Optimizer, learning_rate
 from nanometa.training.resume import check_resumable, find_checkpoint
 from tests.conftest import ROOT
@@ -238,6 +240,7 @@ def unfinished(world: World, rng: random.Random) -> Callable:
 
 
 def source(world: World, rng: random.Random) -> Callable:
+    """Damages a file of texts or rows, or gives it another suffix, encoding or compression."""
     path = Path(rng.choice(("rows.jsonl", "rows.jsonl.gz", "rows.parquet", "texts/doc000.txt")))
     if path.suffix == ".gz" and rng.random() < 0.5:  # damaged lines in an intact archive
         world.write(path, gzip.compress(damage(gzip.decompress(path.read_bytes()), rng, False)))
@@ -245,16 +248,51 @@ def source(world: World, rng: random.Random) -> Callable:
         lines = path.read_bytes().splitlines()
         lines[2] = damage(lines[2], rng, True)
         world.write(path, b"\n".join(lines))
+    elif rng.random() < 0.5:
+        raw = path.read_bytes()
+        path = Path("other" + rng.choice(SUFFIXES))
+        for change in rng.choices(CHANGES, k=rng.choice((0, 0, 1, 2))):
+            raw = change(raw)
+        world.write(path, raw)
     else:
-        world.write(path, damage(path.read_bytes(), rng, False))
+        world.damage([path], rng)
 
     def use():
-        cfg = PrepareConfig(source="files", files=(str(path),), val_fraction=0.3, chunk_content=C, chunk_markers=M)
+        given = {"separator": rng.choice(("<|endoftext|>", "\n", "e"))} if rng.random() < 0.2 else {}
+        given |= {"text_column": rng.choice(("n", "x", "text.text", ".", "x.0"))} if rng.random() < 0.2 else {}
+        cfg = PrepareConfig(
+            source="files", files=(str(path),), val_fraction=0.3, chunk_content=C, chunk_markers=M, **given
+        )
         opened = open_source(cfg)
         for item in itertools.chain.from_iterable(map(opened.read, range(opened.n_units))):
             if isinstance(item, Skipped):
                 check_sentence(item.reason)
             assert isinstance(item, Skipped) or (isinstance(item, Piece) and item.text.encode())
+
+    return use
+
+
+SUFFIXES = (
+    "", ".txt", ".TXT", ".md", ".jsonl", ".NDJSON", ".json", ".csv", ".parquet", ".zip", ".txt.gz", ".jsonl.gz",
+    ".json.GZ", ".parquet.gz", ".zst", "\x1b[31m.txt",
+)  # fmt: skip
+CHANGES = (
+    gzip.compress, lambda raw: b"\xef\xbb\xbf" + raw, lambda raw: raw.decode("latin-1").encode("utf-16"),
+    lambda raw: raw + bytes(5000), lambda raw: b"[" + raw.replace(b"\n", b",") + b"]", lambda raw: raw[: len(raw) // 2],
+)  # fmt: skip
+
+
+def launch(world: World, rng: random.Random) -> Callable:
+    """Sets the variables of torchrun to values that need not make sense."""
+    values = ("", "0", "1", "2", "-1", "1.0", " 1", "x", "10" * 20, "١", "127.0.0.1", "65536", "\udcff")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT",
+             "TORCHELASTIC_RUN_ID")  # fmt: skip
+    given = {name: rng.choice(values) for name in names if rng.random() < 0.6}
+
+    def use():
+        with unittest.mock.patch.dict(os.environ, given):
+            rank, local_rank, world_size = ranks()
+        assert 0 <= rank < world_size and 0 <= local_rank < world_size
 
     return use
 
@@ -270,7 +308,7 @@ def weights(world: World, rng: random.Random) -> Callable:
 KINDS = {
     "command line": (command_line, 4), "config file": (config_file, 2), "dataset": (dataset, 5),
     "checkpoint": (checkpoint_folder, 6), "prompt": (prompt, 3), "unfinished": (unfinished, 3), "source": (source, 3),
-    "weights": (weights, 2),
+    "weights": (weights, 2), "launch": (launch, 1),
 }  # fmt: skip
 
 
