@@ -277,6 +277,9 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
             return folder
         token_bytes = token_dtype(tokenizer.n_vocab).itemsize
         segments = all_segments([work], source.n_units, token_bytes)
+        documents = sum(segment.splits[split]["documents"] for _, segment in segments for split in SPLITS)
+        if cfg.separator and documents <= sum(map(len, source.units)):
+            say(console, f"warning: --separator={cfg.separator} occurs in none of the files", style="yellow")
         manifest = write_dataset(folder, segments, cfg, tokenizer, source.description, command, console)
         discard(work)
     except UserError:

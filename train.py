@@ -82,6 +82,7 @@ class Trainer:
             resumed_at = self.step if saved else -1
             self.log = dist.agree("log", lambda: RunLog(self.run_dir, self.cfg, self.facts, resumed_at, dist.is_main))
             start = f"started from {self.origin}"
+            self.saved_at = self.step if self._is_own(saved) else None  # step of the last checkpoint of this run
             if self._is_own(saved):
                 start = f"resumed from {saved.folder} at step {saved.step:,}; the run originally {start}"
             self._introduce([*notes, start, verified], why_dtype, no_compile)
@@ -299,6 +300,8 @@ class Trainer:
                 files[checkpoint.OPTIMIZER] = self.optimizer.tensors()
                 self.log.sync()
             checkpoint.save(self.run_dir, kind, self.step, files, keep=self.cfg.keep if kind == "step" else 1)
+        if kind == "step":
+            self.saved_at = self.step
         self.dist.barrier()
 
     def evaluates(self) -> bool:
@@ -312,7 +315,7 @@ class Trainer:
 
     def _train(self, stop: StopFlag) -> None:
         cfg, log, clock = self.cfg, self.log, Clock()
-        saved_at, stopping = self.step, False
+        stopping = False
         # at the start of a run, or if a signal interrupted the evaluation after this step
         if self.evaluates() and self.evaluated != self.step:
             stopping = not self.evaluate(cfg.eval_windows, stop)
@@ -330,9 +333,10 @@ class Trainer:
                 stopping = not self.evaluate(cfg.eval_windows, stop)
             if self.step % cfg.save_interval == 0 or self.step == cfg.max_steps or stopping:
                 self.save("step")
-                saved_at = self.step
             clock.pause(time.perf_counter() - paused)
-        if saved_at != self.step:
+        if self.step == 0:
+            raise UserError("stopped by a signal before the first step, so nothing is saved: give the command again.")
+        if self.saved_at != self.step:
             self.save("step")
         if not stopping:
             stopping = not self.evaluate(None, stop, kind="final")

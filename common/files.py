@@ -90,7 +90,7 @@ def own_file(path: Path) -> Path:
     Raises UserError for a link that leads out of the folder, and for anything but a regular file, because opening a
     pipe may never return and reading a device may never end. The folder itself may be a link."""
     if leads_out(path):
-        raise UserError(f"{path} is a link out of its folder: replace the link with the file itself.")
+        raise UserError(f"{path} is a link out of its folder: delete the link, or replace it with the file itself.")
     if os.path.lexists(os.path.realpath(path)) and not path.is_file():  # also true for a link to itself
         raise UserError(f"{path} is not a regular file: move it out of the folder.")
     return path

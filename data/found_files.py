@@ -54,7 +54,8 @@ def files_of(patterns: tuple[str, ...]) -> tuple[list[Path], list[str]]:
         matches = {Path(name) for name in _matches(pattern, notes) if not os.path.isdir(name)}
         if not matches and Path(pattern).is_dir():
             raise UserError(
-                f"{pattern!r} is a folder: give a pattern for its files, such as --files '{pattern}/**/*.txt'."
+                f"{pattern!r} is a folder: give a pattern for its files, such as "
+                f"--files '{pattern.rstrip('/')}/**/*.txt'."
             )
         if not matches:
             raise UserError(

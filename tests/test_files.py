@@ -72,7 +72,9 @@ def test_a_file_of_a_folder_is_neither_a_link_out_nor_a_pipe_nor_a_folder(tmp_pa
         path.symlink_to(target)
         for one in (path, tmp_path / "linked" / path.name):
             assert leads_out(one)
-            with pytest.raises(UserError, match=f"{path.name} is a link out of its folder: replace the link with the"):
+            with pytest.raises(
+                UserError, match=f"{path.name} is a link out of its folder: delete the link, or replace it with the"
+            ):
                 own_file(one)
     for name, target in (("to_pipe", "pipe"), ("loop", "loop"), ("there", "back"), ("back", "there")):
         (folder / name).symlink_to(target)

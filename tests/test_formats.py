@@ -166,11 +166,14 @@ def test_separators_in_the_text_are_counted_and_said(tmp_path):
     args = ("--source=files", *SMALL, "--name=divided", "--files=one.txt", "--separator=<|endoftext|>")
     result = cli("prepare.py", *args, cwd=tmp_path)
     assert result.returncode == 0 and b"ordinary text" not in result.stdout, result.stderr.decode()
+    assert b"occurs in none" not in result.stdout
     facts = manifest(tmp_path / "data/divided")
     assert sum(split["documents"] for split in facts["splits"].values()) == 60 and facts["endoftext_in_text"] == 0
     # with enough documents, a literal <|endoftext|> is only counted
     write(tmp_path / "texts/zz.txt", one[:50_000])
-    result = cli("prepare.py", "--source=files", "--files=texts/*.txt", "--name=said", *SMALL, cwd=tmp_path)
+    args = ("--source=files", *SMALL, "--name=said", "--files=texts/*.txt", "--separator=<|endoftxt|>")
+    result = cli("prepare.py", *args, cwd=tmp_path)
+    assert "warning: --separator=<|endoftxt|> occurs in none of the files" in result.stdout.decode()
     count = one[:50_000].count("<|endoftext|>")
     assert manifest(tmp_path / "data/said")["endoftext_in_text"] == count > 10
     assert f"<|endoftext|> occurs {count} times in the text and is ordinary text there" in result.stdout.decode()

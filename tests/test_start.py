@@ -233,6 +233,14 @@ def test_a_closed_terminal_or_a_scheduler_stops_a_run_like_sigterm():
     assert {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1} <= {*signals.SIGNALS}
 
 
+def test_a_signal_before_the_first_step_leaves_nothing(workdir, monkeypatch):
+    monkeypatch.setattr(train, "StopFlag", lambda: types.SimpleNamespace(raised=True))
+    for _ in range(2):  # the same command can be given again
+        with pytest.raises(UserError, match="stopped by a signal before the first step, so nothing is saved"):
+            start(workdir, monkeypatch, "early", "--max_steps=5")
+        assert not (workdir / "out/early").exists()
+
+
 def test_a_run_whose_reader_ends_goes_on_and_saves_on_sighup(workdir):
     """Like `train.py | head -1` in a terminal that is then closed."""
     args = override(BASE, "--run_name=unread", "--max_steps=100000", "--eval_interval=1000", "--save_interval=1000")

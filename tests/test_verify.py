@@ -214,7 +214,9 @@ def test_no_file_of_a_dataset_leads_out_of_its_folder(folder, tmp_path, name):
     path.rename(tmp_path / "moved")
     for target in (tmp_path / "moved", "../moved", "/dev/zero", tmp_path / "nowhere"):
         path.symlink_to(target)
-        with pytest.raises(UserError, match=f"{name} is a link out of its folder: replace the link with the file"):
+        with pytest.raises(
+            UserError, match=f"{name} is a link out of its folder: delete the link, or replace it with the file"
+        ):
             Windows(folder, "val", 32, "ignore")
         path.unlink()
     for make in (os.mkfifo, os.mkdir):

@@ -88,7 +88,9 @@ def log_files(run_dir: Path) -> tuple[Path, Path]:
 
     Raises UserError if one of them, or the folder of wandb, is a link out of the run's folder."""
     if leads_out(run_dir / "wandb"):
-        raise UserError(f"{run_dir / 'wandb'} is a link out of its folder: replace the link with the folder itself.")
+        raise UserError(
+            f"{run_dir / 'wandb'} is a link out of its folder: delete the link, or replace it with the folder itself."
+        )
     return own_file(run_dir / "metrics.jsonl"), own_file(run_dir / "train.log")
 
 
