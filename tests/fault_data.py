@@ -157,7 +157,7 @@ def endless_sources(lab: Lab):
             need(shards.items() <= expected.items(), "the dataset differs")
         shutil.rmtree(preparation.folder)
 
-    for name, make in lab.some([*makers.items()], None, 1):
+    for name, make in lab.some([*makers.items()], None, 0):
         yield name, functools.partial(tried, make)
 
 
@@ -185,7 +185,7 @@ def copied_datasets(lab: Lab):
         run.finish(lab.references[1])
         run.delete()
 
-    for path in lab.some(sorted(Path("data/u").glob("*.bin")), None, 1):
+    for path in lab.some(sorted(Path("data/u").glob("*.bin")), None, 0):
         yield f"a changed copy of {path.name}", functools.partial(tried, path.name)
 
 
@@ -199,7 +199,7 @@ def read_only_datasets(lab: Lab):
         run.compare(lab.references[world])
         run.delete()
 
-    for world in lab.some([1, 2], None, 1):
+    for world in lab.some([1, 2], None, 0):
         yield f"{world} processes", functools.partial(tried, world)
 
 
@@ -285,7 +285,7 @@ def live_sampling(lab: Lab):
         need(loads >= 10 and len(steps) >= 5, f"only {loads} loads of the steps {sorted(steps)}")
         run.delete()
 
-    for number in lab.some([1, 2, 3], None, 1):
+    for number in lab.some([1, 2, 3], None, 0):
         yield f"training {number}", tried
 
 

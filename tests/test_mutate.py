@@ -45,6 +45,7 @@ def test_every_core_file_has_tests_that_exist():
         assert tests and all((ROOT / f"tests/{name}.py").is_file() for name in tests.split())
 
 
+@pytest.mark.slow
 def test_a_caught_and_a_surviving_change_are_told_apart(tmp_path, monkeypatch, capsys):
     """In a repository of its own, whose test looks at one of two functions."""
     (tmp_path / "tests").mkdir()

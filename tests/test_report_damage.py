@@ -114,7 +114,7 @@ def damaged_run(folder: Path, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_damaged_lines_are_shown_or_refused(kind, seeds=range(12)):
+def test_damaged_lines_are_shown_or_refused(kind, seeds=range(6)):
     outcomes = []
     if kind in ("residual", "patching"):  # whose pictures have many panels
         seeds = seeds[::3]
@@ -128,7 +128,7 @@ def test_damaged_lines_are_shown_or_refused(kind, seeds=range(12)):
     assert "made" in outcomes and any(sentence != "made" for sentence in outcomes)
 
 
-def test_damaged_records_of_runs_are_shown_or_refused(seeds=range(16)):
+def test_damaged_records_of_runs_are_shown_or_refused(seeds=range(8)):
     outcomes = []
     for seed in seeds:
         damaged_run(Path("out/r"), random.Random(f"run {seed}"))

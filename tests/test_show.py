@@ -71,7 +71,7 @@ def windows_of(out: str) -> list[tuple[dict, str]]:
     ]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_show_batch_lists_the_windows_that_the_step_trains_on(workdir, tmp_path, world):
     """Includes a step whose windows belong to two epochs."""
     (tmp_path / "data").symlink_to(workdir / "data")

@@ -261,6 +261,7 @@ def test_the_log_says_what_was_verified_and_other_data_need_permission(workdir, 
     assert "all 2 shards are unchanged since they were verified" in log.read_text()
 
 
+@pytest.mark.slow
 def test_slow_hashing_does_not_run_into_the_timeout_of_collectives(tmp_path):
     """The timeout is 4 seconds instead of 30 minutes, and one process takes 9 seconds."""
     script = tmp_path / "script.py"
