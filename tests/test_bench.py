@@ -74,6 +74,7 @@ def _breaking():
     return fail
 
 
+@pytest.mark.slow
 def test_a_failing_contestant_ends_the_contest_with_its_message():
     for maker, message in (((_breaking,), "ValueError: nothing"), ((_holding, "x"), "TypeError")):
         contestants = {"fails": Contestant(*maker)}
@@ -108,6 +109,7 @@ def _counted_faults():
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="only glibc has this setting")
 def test_freed_memory_is_kept():
     """Without the setting, each tensor of 100 MB costs a page fault for every 4 kB (or 2 MB) of it."""

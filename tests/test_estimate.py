@@ -245,7 +245,11 @@ def test_peak_memory_of_a_tiny_step_is_estimated_within_2_percent(
 
 @pytest.mark.parametrize(
     ("T", "dtype"),
-    [(512, "fp32"), pytest.param(4096, "fp32", marks=pytest.mark.slow), pytest.param(4096, "bf16", marks=NATIVE_BF16)],
+    [
+        (512, "fp32"),
+        pytest.param(4096, "fp32", marks=pytest.mark.slow),
+        pytest.param(4096, "bf16", marks=[NATIVE_BF16, pytest.mark.slow]),
+    ],
 )
 def test_peak_memory_with_activation_checkpointing_is_within_6_percent(T, dtype, tmp_path):
     """In a short window the peak is at the end of the forward pass, in a long one in the backward pass of the last

@@ -200,7 +200,7 @@ def configs(draw, cls):
     return cls(**{name: value for name, value in chosen.items() if not (name == "init_from" and not value)})
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(configs(TrainConfig))
 def test_training_settings_survive_saving_and_the_command_line(cfg):
     assert train_config_from_dict(json.loads(json.dumps(to_dict(cfg)))) == cfg

@@ -114,7 +114,7 @@ def damaged_run(folder: Path, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_damaged_lines_are_shown_or_refused(kind, seeds=range(6)):
+def test_damaged_lines_are_shown_or_refused(kind, seeds=range(12)):
     outcomes = []
     if kind in ("residual", "patching"):  # whose pictures have many panels
         seeds = seeds[::3]

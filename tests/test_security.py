@@ -148,7 +148,7 @@ def test_a_resume_writes_through_no_link_and_waits_for_no_pipe(strange, name, ta
     if name == "wandb" and target == "pipe":
         return  # only wandb opens this path, and it makes a folder of it
     error = refusal(resumed(strange))
-    assert f"{name} is " in error and ("a link out of its folder: replace" in error or "not a regular file" in error)
+    assert f"{name} is " in error and ("a link out of its folder: delete" in error or "not a regular file" in error)
     after = tree(strange.parent)
     assert {key: of for key, of in after.items() if key != "short/.lock"} == {
         key: of for key, of in before.items() if key != "short/.lock"

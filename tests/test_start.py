@@ -237,7 +237,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(workdir, monkeypatch):
     monkeypatch.setattr(train, "StopFlag", lambda: types.SimpleNamespace(raised=True))
     for _ in range(2):  # the same command can be given again
         with pytest.raises(UserError, match="stopped by a signal before the first step, so nothing is saved"):
-            start(workdir, monkeypatch, "early", "--max_steps=5")
+            start(workdir, monkeypatch, "early", "--max_steps=5", "--micro_batch_size=1", "--eval_windows=20")
         assert not (workdir / "out/early").exists()
 
 

@@ -50,7 +50,7 @@ def test_only_dropout_depends_on_how_a_step_is_split(workdir, straight):
 
 @pytest.mark.parametrize(
     "second",
-    [name if name in ("none", "meta") else pytest.param(name, marks=pytest.mark.slow) for name in SECOND_ATTENTIONS],
+    [name if name == "meta" else pytest.param(name, marks=pytest.mark.slow) for name in SECOND_ATTENTIONS],
 )
 def test_two_processes_and_accumulation_equal_one_process(workdir, second):
     args = ("--max_steps=20", f"--second_attention={second}", "--eval_interval=20", "--learning_rate=3e-3")
