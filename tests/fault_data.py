@@ -10,7 +10,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from pathlib import Path
 
 from nanometa import prepare
@@ -21,7 +20,7 @@ from nanometa.training.checkpoint import load_run
 from tests import faulty_train
 from tests.conftest import override, write_texts
 from tests.fault_kinds import damaged_base, flip, one_sentence
-from tests.fault_lab import Attempt, Lab, need
+from tests.fault_lab import Attempt, Lab, forked, need
 
 PREPARE = ("--source=files", "--chunk_content=28", "--chunk_markers=4", "--val_fraction=0.1", "--workers=1")
 OURS = (*PREPARE, "--name=u", "--files=texts/*.txt", "--bpe_vocab_size=300")
@@ -40,23 +39,14 @@ class Preparation:
 
     def start(self, argv: tuple[str, ...], fault: dict | None = None, patience: float = 30) -> Attempt:
         """Runs `python prepare.py ARGV` with a fault by forking, and waits at most `patience` seconds until it ends."""
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                os.chdir(self.folder)
-                for stream, name in ((1, "out"), (2, "err")):
-                    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
-                faulty_train.wrap_disk(faulty_train.Fault(fault or {}, self.trace, 0))
-                sys.argv = ["prepare.py", *argv]
-                run_cli(prepare.main)
-            except SystemExit as end:
-                status = int(end.code or 0)
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+
+        def program() -> None:
+            os.chdir(self.folder)
+            faulty_train.wrap_disk(faulty_train.Fault(fault or {}, self.trace, 0))
+            sys.argv = ["prepare.py", *argv]
+            run_cli(prepare.main)
+
+        pid = forked(program, self.folder / "out", self.folder / "err")
         end = time.monotonic() + patience
         while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
             if time.monotonic() > end:

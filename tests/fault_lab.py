@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,28 @@ class Lost(Exception):
 def need(condition, why) -> None:
     if not condition:
         raise Lost(str(why))
+
+
+def forked(program: Callable[[], None], out: Path, error: Path) -> int:
+    """Calls program() in a fork of this process, whose output goes to two files, and returns the id of the fork.
+
+    The fork ends with the exit status of the program."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would ignore
+        for stream, path in ((1, out), (2, error)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
+        program()
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @dataclass
@@ -128,25 +151,14 @@ class Run:
 
     def fork(self, argv: list[str], rank: int = 0, port: str = "", fault: dict | None = None) -> int:
         """Starts a process of the run and returns its id. port: that at which all processes of the run meet."""
-        pid = os.fork()
-        if pid:
-            return pid
-        status = 1
-        try:
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would ignore
+
+        def train() -> None:
             if self.world > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            for stream, name in ((1, f"out{rank}"), (2, f"err{rank}")):
-                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
             faulty_train.main(argv, fault or {}, self.trace, self.attempts)
-        except SystemExit as end:
-            status = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+
+        return forked(train, Path(f"out{rank}"), Path(f"err{rank}"))
 
     def torchrun(self, fault: dict | None = None, patience: float = 60, restarts: int = 0) -> Attempt:
         """Starts the run under torchrun with this number of restarts; the Attempt has only torchrun's status.
