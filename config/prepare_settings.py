@@ -9,7 +9,7 @@ from tyro.conf import Suppress
 
 from nanometa.common.errors import UserError
 from nanometa.config.checks import FOLDER_NAME, check, check_types, is_folder_name
-from nanometa.config.settings import EMPTY, Settings, setting
+from nanometa.config.settings import EMPTY, SET, Settings, setting
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,13 @@ class PrepareConfig(Settings):
     source: Literal["stdlib", "files", "packages", "hf"] = "stdlib"
     """where the text comes from. stdlib: source code and documentation of the running Python's standard library; files:
     your own files; packages: Python source of installed packages; hf: a Hugging Face dataset"""
-    files: tuple[str, ...] = setting((), only_with={"source": ("files",)})
-    """for source=files: glob patterns, where ** also matches folders. UTF-8 text files (each file is a document), or
-    .jsonl, .ndjson, .json and .parquet files (each row is a document). All but .parquet may be compressed (.gz)"""
-    separator: str = setting("", only_with={"source": ("files",)})
+    files: tuple[str, ...] = setting((), only_with={"source": ("files", "stdlib", "packages")})
+    """glob patterns, where ** also matches folders. UTF-8 text files (each file is a document), or .jsonl, .ndjson,
+    .json and .parquet files (each row is a document). All but .parquet may be compressed (.gz). With source=stdlib or
+    packages, these files are read in addition"""
+    separator: str = setting("", only_with={"files": SET})
     """for text files that hold several documents: text between two documents, such as '<|endoftext|>'"""
-    text_column: str = setting("text", only_with={"source": ("files", "hf")})
+    text_column: str = setting("text", only_with={"source": ("hf",), "files": SET})
     """field or column that holds the text, for .jsonl, .parquet and source=hf; content.text is the field text of the
     column content"""
     hf_dataset: str = setting("", only_with={"source": ("hf",)})

@@ -70,19 +70,23 @@ def open_source(cfg: PrepareConfig) -> Source:
         from nanometa.data.hub import HubSource  # imported here, because it imports this module
 
         return HubSource(cfg)
-    root, notes = None, []
+    root, paths, descriptions = None, [], []
     if cfg.source == "stdlib":
         paths, root, description = stdlib_files()
+        descriptions.append(description)
     elif cfg.source == "packages":
         paths, root, description = package_files(cfg.packages)
-    else:
-        (paths, notes), description = files_of(cfg.files), f"files {' '.join(cfg.files)}"
-        for name, used, kind in (("text_column", True, "JSON lines or Parquet"), ("separator", False, "text")):
-            if name in cfg.given and getattr(cfg, name) and not any(is_rows(path) is used for path in paths):
-                raise UserError(f"--{name} has no effect, because no {kind} file matches --files: leave --{name} out.")
+        descriptions.append(description)
+    more, notes = files_of(cfg.files) if cfg.files else ([], [])
+    for name, used, kind in (("text_column", True, "JSON lines or Parquet"), ("separator", False, "text")):
+        if name in cfg.given and getattr(cfg, name) and not any(is_rows(path) is used for path in more):
+            raise UserError(f"--{name} has no effect, because no {kind} file matches --files: leave --{name} out.")
+    if more:
+        descriptions.append(f"files {' '.join(cfg.files)}")
+    paths = [*paths, *more]
     if not paths:
         raise UserError(f"source={cfg.source!r} has no documents on this machine: use --source=files instead.")
-    return FileSource(paths, description, cfg.text_column, root, cfg.separator, notes)
+    return FileSource(paths, " and ".join(descriptions), cfg.text_column, root, cfg.separator, notes)
 
 
 # ----------------------------------------------------------------------------- files
@@ -97,11 +101,13 @@ class FileSource:
         self, paths: list[Path], description: str, column: str, root: Path | None = None, separator: str = "",
         notes: Iterable[str] = (),
     ):  # fmt: skip
-        """root: makes the fingerprint independent of the machine, by using file names relative to this folder."""
+        """root: makes the fingerprint independent of the machine, by using names relative to this folder for the files
+        in it."""
         self.description, self.column, self.separator, self.notes = description, column, separator, list(notes)
         self.stamps = {path: stamp_of(path) for path in paths}
         sizes = [size for size, _ in self.stamps.values()]
-        names = [os.path.relpath(path, root) if root else str(path) for path in paths]
+        inside = {path for path in paths if root and path.is_relative_to(root)}
+        names = [os.path.relpath(path, root) if path in inside else str(path) for path in paths]
         self.total_bytes = sum(sizes)
         self.units = list(_grouped(paths, sizes, min(self.total_bytes / UNITS, UNIT_BYTES)))
         self.n_units = len(self.units)

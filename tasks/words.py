@@ -1,6 +1,7 @@
 """The words of the tasks: two lists of everyday words, and the choice of those that are one token in a tokenizer."""
 
 import functools
+from collections.abc import Callable
 
 from nanometa.data.tokenizer import Tokenizer
 
@@ -85,10 +86,18 @@ def pools(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
 
     From each of the lists above it takes the words with the fewest tokens, the earlier ones first."""
 
+    return _pools(lambda word: len(tokenizer.encode(f" {word}")))
+
+
+def first_pools() -> tuple[list[str], list[str]]:
+    """Returns the pools of a tokenizer in which all words have equally many tokens: the first words of the lists."""
+    return _pools(lambda word: 1)
+
+
+def _pools(cost: Callable[[str], int]) -> tuple[list[str], list[str]]:
     def pool(words: list[str], taken: set[str]) -> list[str]:
         free = [word for word in dict.fromkeys(words) if word not in taken]
-        # the sort is stable: words with equally many tokens stay in the order of the list
-        return sorted(free, key=lambda word: len(tokenizer.encode(f" {word}")))[:POOL]
+        return sorted(free, key=cost)[:POOL]  # a stable sort: words of equal cost stay in the order of the list
 
     items = pool(ITEMS, OWN)
     return items, pool(NAMES, OWN | set(items))

@@ -1,0 +1,156 @@
+"""Runs one cell of a study: pretrains and fine-tunes a model, evaluates it, and returns its JSON line.
+
+Every step is an ordinary command of this repository. A step that was finished before is not run again, and a training
+run that was interrupted continues from its last checkpoint.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from nanometa.common.errors import UserError
+from nanometa.common.files import read_json_lines, write_atomically
+from nanometa.studies.plan import Cell, Plan, joined
+
+Run = Callable[[str, list[str]], None]  # runs a command, given the name of its log; raises Interrupted or UserError
+
+
+class Interrupted(Exception):
+    """The queue stops before the cell is finished."""
+
+
+class Step:
+    """A command of a cell. Its stamp, a file that holds the command, shows that it was finished."""
+
+    def __init__(self, work: Path, name: str, command: list[str]):
+        self.name, self.command, self.stamp = name, command, work / "done" / f"{name}.json"
+
+    def finished(self) -> bool:
+        return self.stamp.is_file() and json.loads(self.stamp.read_text()) == self.command
+
+    def finish(self) -> None:
+        self.stamp.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.stamp, json.dumps(self.command).encode())
+
+
+def pretraining(cell: Cell) -> str:
+    """Returns the name of the pretraining run of a cell. Cells of equal seed and arm share it."""
+    return f"pretrain_{cell.arm.weights_of}_{cell.seed}"
+
+
+def finetuning(cell: Cell) -> str:
+    """Returns the name of the fine-tuning run of a cell."""
+    return "finetune_" + cell.key.replace("/", "_")
+
+
+def run_cell(plan: Plan, cell: Cell, work: Path, run: Run) -> dict:
+    """Runs the steps of a cell that are not finished. Returns its figures.
+
+    Raises UserError if a command fails, and Interrupted if the queue stops."""
+    first, second = pretraining(cell), finetuning(cell)
+    seed = [f"--seed={cell.seed}", f"--out_dir={work}", "--wandb=disabled"]
+    base = plan.arms[cell.arm.weights_of]
+
+    train(work, first, [*joined(plan.settings["pretrain"], base.pretrain), *seed], "scratch", run)
+    ablated = cell.arm.name in plan.ablated
+    if ablated:
+        measure(work, f"{first}_ablation", "probe.py", ["ablation", *plan.settings["probe_text"]], first, run)
+    arguments = joined(joined(plan.settings["finetune"], cell.arm.finetune), cell.stage.variants[cell.variant])
+    train(work, second, placed(cell, [*arguments, *seed]), str(work / first), run)
+    measure(work, f"{second}_tasks", "eval.py", placed(cell, ["tasks", *plan.settings["tasks"]]), second, run)
+    if ablated:
+        arguments = placed(cell, ["ablation", *plan.settings["probe_tasks"]])
+        measure(work, f"{second}_ablation", "probe.py", arguments, second, run)
+    return {
+        "pretraining": training_figures(work / first),
+        "finetuning": training_figures(work / second),
+        "tasks": [task_figures(line) for line in lines_of(work / f"{second}_tasks.jsonl")],
+        "text_ablation": lines_of(work / f"{first}_ablation.jsonl") if ablated else [],
+        "task_ablation": lines_of(work / f"{second}_ablation.jsonl") if ablated else [],
+        **environment_of(work / second, work / first),
+    }
+
+
+def placed(cell: Cell, arguments: list[str]) -> list[str]:
+    """Returns arguments with the placements that the arm reads in place of those of the plan."""
+
+    def replaced(argument: str) -> str:
+        name, *values = argument.split()
+        if name != "--placements":
+            return argument
+        return " ".join([name, *dict.fromkeys(cell.arm.placements.get(value, value) for value in values)])
+
+    return [replaced(argument) for argument in arguments]
+
+
+def train(work: Path, name: str, arguments: list[str], base: str, run: Run) -> None:
+    """Trains a run to its end. base: the value of init_from if the run has no checkpoint yet."""
+    command = ["train.py", *words(arguments), f"--run_name={name}"]
+    step = Step(work, name, [*command, f"--init_from={base}"])
+    if step.finished():
+        return
+    started = any((work / name).glob("step_*"))
+    if not started:
+        shutil.rmtree(work / name, ignore_errors=True)  # a start that was killed before its first checkpoint
+    run(name, [*command, "--init_from=resume" if started else f"--init_from={base}"])
+    if not any(line["kind"] == "final" for line in metrics(work / name)):
+        raise Interrupted  # the run received a signal, and saved its state
+    step.finish()
+
+
+def measure(work: Path, name: str, program: str, arguments: list[str], run_name: str, run: Run) -> None:
+    """Runs an evaluation or a probe, which writes NAME.jsonl."""
+    output = work / f"{name}.jsonl"
+    command = [program, *words(arguments), f"--run={work / run_name}", f"--output={output}"]
+    step = Step(work, name, command)
+    if step.finished():
+        return
+    output.unlink(missing_ok=True)  # lines of a call that was interrupted
+    run(name, command)
+    step.finish()
+
+
+def words(arguments: list[str]) -> list[str]:
+    """Returns arguments such as "--lengths 128 256" as separate words."""
+    return [word for argument in arguments for word in argument.split()]
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Returns the records of a run."""
+    return read_json_lines(folder / "metrics.jsonl", lambda line: line["kind"], "train.py", growing=True)
+
+
+def training_figures(folder: Path) -> dict:
+    """Returns the last evaluation of a run, with its step, and the step at which it reached stop_at, if it did."""
+    records = metrics(folder)
+    final = next(line for line in reversed(records) if line["kind"] == "final")
+    reached = [line["step"] for line in records if line["kind"] == "stop_at"]
+    figures = {name: value for name, value in final.items() if name not in ("kind", "eval_s")}
+    return {**figures, "reached_at": reached[0] if reached else None}
+
+
+def task_figures(line: dict) -> dict:
+    """Returns the figures of a line of eval.py tasks that the study keeps."""
+    kept = ("task", "placement", "level", "question", "length", "n", "correct", "exact", "token_accuracy", "nats",
+            "chance", "floors", "impossible", "format_failures")  # fmt: skip
+    return {name: line[name] for name in kept if name in line}
+
+
+def lines_of(path: Path) -> list[dict]:
+    return read_json_lines(path, lambda line: line["arm"], "eval.py or probe.py")
+
+
+def environment_of(*folders: Path) -> dict:
+    """Returns the commit, the machine and the data of training runs. Raises UserError if the runs differ in them."""
+    found = []
+    for folder in folders:
+        saved = json.loads((folder / "config.json").read_text())
+        names = ("commit", "uncommitted_changes", "processor", "cpu_capability", "threads", "torch")
+        found.append({name: saved["environment"][name] for name in names} | {"data": saved["data"]["content_sha256"]})
+    if any(one != found[0] for one in found):
+        raise UserError(
+            f"{folders[0]} and {folders[1]} were trained by different commits, on different machines or on different "
+            f"data: delete both folders, so that the cell starts again."
+        )
+    return found[0]

@@ -1,0 +1,182 @@
+"""Reads the plan of a study: a TOML file that states arms, seeds, commands, endpoints and margins before any result.
+
+The tables of a plan:
+
+    [study]       name, question, and `lines`: the file that receives a JSON line for every finished run
+    [prepare]     for the name of each dataset, the commands that make it
+    [settings]    lists of arguments that commands share: pretrain, finetune, tasks, probe_text, probe_tasks; `ablated`:
+                  the arms that probe.py ablation measures
+    [arms.X]      label, and arguments of this arm in addition: pretrain, finetune; `weights_of`: the arm whose
+                  pretrained weights it takes over; `placements`: the placement that replaces another one, for arms
+                  without meta-tokens
+    [stages.X]    arms, seeds, and optionally fewer = {arm = number of its seeds}, and variants = {name = arguments of
+                  the fine-tuning}
+    [sizes.X]     a smaller study, to test its machinery: stages, the number of seeds, and arguments
+    [analysis]    endpoint, gate, contrasts and margins (studies/analysis.py)
+
+A cell is one arm with one seed in one stage. Each cell is a series of ordinary commands: train.py twice (pretraining
+and fine-tuning), eval.py and probe.py.
+"""
+
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanometa.common.errors import UserError
+from nanometa.config.checks import nearest_name
+
+SETTINGS = ("pretrain", "finetune", "tasks", "probe_text", "probe_tasks")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm of the study, with the arguments that its commands have in addition to those of all arms."""
+
+    name: str
+    label: str
+    pretrain: tuple[str, ...]
+    finetune: tuple[str, ...]
+    weights_of: str
+    """the arm whose pretraining this arm uses; its own name if it is pretrained itself"""
+    placements: dict[str, str]
+    """the placement that this arm reads in place of another one; an arm without meta-tokens reads none"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the study: all its arms with all its seeds. Tuning stages fine-tune each run in several variants."""
+
+    name: str
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    fewer: dict[str, int]
+    """the number of seeds, from the first one on, of the arms that do not have all"""
+    variants: dict[str, tuple[str, ...]]
+    """arguments of the fine-tuning by the name of the variant; {"": ()} if there is only one"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm with one seed in one stage and one variant: the unit that the queue works on."""
+
+    stage: Stage
+    arm: Arm
+    seed: int
+    variant: str
+
+    @property
+    def key(self) -> str:
+        """The name of the cell in the lines of the study, such as "deciding/M/17"."""
+        return "/".join(filter(None, (self.stage.name, self.arm.name, str(self.seed), self.variant)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study as its plan file states it."""
+
+    path: Path
+    name: str
+    question: str
+    lines: Path
+    prepare: dict[str, tuple[str, ...]]
+    """the commands that make each dataset; the last one is prepare.py"""
+    settings: dict[str, tuple[str, ...]]
+    arms: dict[str, Arm]
+    stages: dict[str, Stage]
+    ablated: tuple[str, ...]
+    """the arms that probe.py ablation measures, after pretraining and after fine-tuning"""
+    analysis: dict
+    sha256: str
+    """hash of everything in the plan that a cell's result depends on: settings and arms"""
+
+    def cells(self) -> list[Cell]:
+        """Returns all cells in the order of work: stage by stage, all arms of a seed together."""
+        return [
+            Cell(stage, self.arms[arm], seed, variant)
+            for stage in self.stages.values()
+            for number, seed in enumerate(stage.seeds)
+            for arm in stage.arms
+            if number < stage.fewer.get(arm, len(stage.seeds))
+            for variant in stage.variants
+        ]
+
+
+def read_plan(path: str, size: str = "") -> Plan:
+    """Returns the plan in a TOML file. size: a name in its [sizes], or "" for the study itself.
+
+    Raises UserError if the file cannot be read, has unknown entries, or names an unknown arm."""
+    try:
+        raw = tomllib.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the plan {path} cannot be read ({error}): give a file such as studies/meta_tokens.toml."
+        ) from error
+    try:
+        return _plan(Path(path), raw, size)
+    except KeyError as error:
+        raise UserError(f"the plan {path} has no entry {error}: add it, see studies/plan.py.") from error
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"the plan {path} has an entry of a wrong type ({error}): see studies/plan.py.") from error
+
+
+def _plan(path: Path, raw: dict, size: str) -> Plan:
+    _refuse_unknown(path, raw, ("study", "prepare", "settings", "arms", "stages", "sizes", "analysis"))
+    study, smaller = raw["study"], {}
+    if size:
+        if size not in raw.get("sizes", {}):
+            raise UserError(f"{path} has no size {size!r}: {nearest_name(size, list(raw.get('sizes', {})))}")
+        smaller = raw["sizes"][size]
+        _refuse_unknown(path, smaller, (*SETTINGS, "stages", "seeds"))
+    _refuse_unknown(path, raw["settings"], (*SETTINGS, "ablated"))
+    # of an argument that is given twice, only the later one is kept
+    settings = {name: joined(raw["settings"][name], smaller.get(name, ())) for name in SETTINGS}
+    arms = {}
+    for name, arm in raw["arms"].items():
+        _refuse_unknown(path, arm, ("label", "pretrain", "finetune", "weights_of", "placements"))
+        arms[name] = Arm(
+            name, arm["label"], tuple(arm.get("pretrain", ())), tuple(arm.get("finetune", ())),
+            arm.get("weights_of", name), dict(arm.get("placements", {})),
+        )  # fmt: skip
+    stages = {}
+    for name, stage in raw["stages"].items():
+        if name not in smaller.get("stages", raw["stages"]):
+            continue
+        _refuse_unknown(path, stage, ("arms", "seeds", "fewer", "variants"))
+        variants = {label: tuple(values) for label, values in stage.get("variants", {"": ()}).items()}
+        seeds = tuple(stage["seeds"])[: smaller.get("seeds")]
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"{path} names a seed of stage {name} twice: name each once.")
+        stages[name] = Stage(name, tuple(stage["arms"]), seeds, dict(stage.get("fewer", {})), variants)
+    ablated = raw["settings"].get("ablated", ())
+    for name in [
+        *ablated,
+        *(arm.weights_of for arm in arms.values()),
+        *(arm for stage in stages.values() for arm in stage.arms),
+    ]:
+        if name not in arms:
+            raise UserError(f"{path} names the arm {name!r}: {nearest_name(name, list(arms))}")
+    depends = json.dumps([settings, {name: vars(arm) for name, arm in arms.items()}], sort_keys=True)
+    lines = Path(study["lines"])
+    return Plan(
+        path, study["name"] + (f"_{size}" if size else ""), study["question"],
+        lines.with_stem(f"{lines.stem}_{size}") if size else lines,
+        {name: tuple(commands) for name, commands in raw["prepare"].items()},
+        settings, arms, stages, tuple(ablated), raw["analysis"],
+        hashlib.sha256(depends.encode()).hexdigest()[:16],
+    )  # fmt: skip
+
+
+def joined(first, second) -> tuple[str, ...]:
+    """Returns two lists of arguments as one. Where both give the same setting, the second one counts.
+
+    A setting with several values, such as --lengths, is written as one argument: "--lengths 128 256"."""
+    names = {arg.split("=")[0].split()[0] for arg in second if arg.startswith("--")}
+    return (*(arg for arg in first if arg.split("=")[0].split()[0] not in names), *second)
+
+
+def _refuse_unknown(path: Path, table: dict, known: tuple[str, ...]) -> None:
+    for name in table:
+        if name not in known:
+            raise UserError(f"{path} has an unknown entry {name!r}: {nearest_name(name, list(known))}")

@@ -1,0 +1,220 @@
+"""Works through the cells of a plan with ordinary commands, several side by side, and appends a line for each.
+
+The queue can be interrupted at any moment, also by a kill. The next call continues with the cells that have no line
+yet, and with the last checkpoint of a training run that was interrupted. The finished lines are all that another
+machine needs to go on with the remaining cells.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from datetime import datetime
+from pathlib import Path
+from typing import IO
+
+from nanometa.common.errors import UserError
+from nanometa.common.files import lock_folder, read_json, read_json_lines, remove, sync
+from nanometa.common.terminal import write_line
+from nanometa.studies.cell import Interrupted, finetuning, pretraining, run_cell
+from nanometa.studies.plan import Cell, Plan
+from nanometa.training.clock import hms
+
+ROOT = Path(__file__).parents[1]
+POLL_S = 0.2  # between looks at a running command
+
+
+class Queue:
+    """The cells of a plan that have no line yet, and the workers that run them."""
+
+    def __init__(self, plan: Plan, lines: Path, out_dir: Path, workers: int, threads: int, stop_after_s: float | None):
+        """out_dir: folder of all runs. threads: of every command. stop_after_s: seconds after which no command is
+        started, and running ones are interrupted; None = never.
+
+        Raises UserError if another queue works in the same folder, or if a line of the file is damaged."""
+        self.plan, self.lines_file, self.work = plan, lines, out_dir / plan.name
+        self.workers, self.threads = workers, threads
+        self.ends_at = None if stop_after_s is None else time.monotonic() + stop_after_s
+        self.stop = threading.Event()
+        self.writing = threading.Lock()
+        self.pretraining: dict[str, threading.Lock] = defaultdict(threading.Lock)
+        self.failed: list[str] = []
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.lock = lock_folder(self.work)
+        if self.lock is None:
+            raise UserError(f"another process works on {self.work}: wait for it, or choose another --out_dir.")
+        self.running = self._wait_for_orphans()
+        mend(lines)
+        done = {line["cell"] for line in read_lines(lines, plan)}
+        self.cells = plan.cells()
+        self.waiting = [cell for cell in self.cells if cell.key not in done]
+
+    def run(self) -> bool:
+        """Runs all cells without a line. Returns whether none is left."""
+        previous = {kind: signal.signal(kind, lambda *_: self.stop.set()) for kind in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            if self.waiting:
+                self._prepare()
+            threads = [threading.Thread(target=self._work) for _ in range(self.workers)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():  # a join without a limit would not let the signal handler run
+                    thread.join(POLL_S)
+        except Interrupted:
+            pass
+        finally:
+            for kind, handler in previous.items():
+                signal.signal(kind, handler)
+            self.running.close()
+            self.lock.release()
+        left = len(self.cells) - len({line["cell"] for line in read_lines(self.lines_file, self.plan)})
+        self.say(
+            f"{len(self.cells) - left} of {len(self.cells)} cells are finished; their lines are in {self.lines_file}"
+        )
+        if self.failed:
+            raise UserError(f"{len(self.failed)} cells failed: {'; '.join(self.failed)}")
+        return left == 0
+
+    def _wait_for_orphans(self) -> IO:
+        """Waits for commands of an earlier queue that was killed. Returns an open file, which is locked.
+
+        Every command inherits the file. The lock ends when the queue and all its commands have ended."""
+        file = open(self.work / ".running", "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.say(f"waiting for commands in {self.work} that a killed queue has left behind")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        return file
+
+    def say(self, text: str) -> None:
+        write_line(f"{datetime.now():%H:%M:%S} {text}")
+
+    def _prepare(self) -> None:
+        """Makes the datasets that do not exist yet.
+
+        Raises UserError if a dataset of that name was made by another command."""
+        for name, commands in self.plan.prepare.items():
+            manifest = ROOT / "data" / name / "manifest.json"
+            if not manifest.exists():
+                for command in commands:
+                    self._command(f"prepare_{name}", command.split())
+            elif (made_by := read_json(manifest)["command"]) != commands[-1]:
+                raise UserError(
+                    f"{manifest.parent} was made by another command ({made_by}): delete it, or move it away."
+                )
+
+    def _work(self) -> None:
+        """Runs cells until none is left or the queue stops."""
+        while not self.stop.is_set():
+            with self.writing:
+                if not self.waiting:
+                    return
+                # prefer a cell whose pretraining no other worker is busy with
+                free = (cell for cell in self.waiting if not self.pretraining[pretraining(cell)].locked())
+                cell = next(free, self.waiting[0])
+                self.waiting.remove(cell)
+            try:
+                with self.pretraining[pretraining(cell)]:
+                    self._finish(cell)
+            except Interrupted:
+                return
+            except UserError as error:
+                self.say(f"{cell.key} failed: {error}")
+                self.failed.append(f"{cell.key} ({error})")
+
+    def _finish(self, cell: Cell) -> None:
+        """Runs a cell and appends its line."""
+        started, used = time.monotonic(), {}
+
+        def run(name: str, command: list[str]) -> None:
+            used[name] = self._command(name, command)
+
+        figures = run_cell(self.plan, cell, self.work, run)
+        line = {
+            "study": self.plan.name, "plan": self.plan.sha256, "cell": cell.key, "stage": cell.stage.name,
+            "arm": cell.arm.name, "seed": cell.seed, "variant": cell.variant, **figures, "cpu_s": used,
+        }  # fmt: skip
+        with self.writing:
+            self.lines_file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.lines_file, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            sync(self.lines_file)
+            left = len(self.waiting)
+        for checkpoint in [
+            *(self.work / finetuning(cell)).glob("step_*"),
+            *(self.work / finetuning(cell)).glob("best*"),
+        ]:
+            remove(checkpoint)  # nothing reads these weights again, and hundreds of them would fill a disk
+        took = time.monotonic() - started
+        self.say(
+            f"{cell.key}: finished in {hms(took)}; {left} cells are waiting, about {hms(left * took / self.workers)}"
+        )
+
+    def _command(self, name: str, command: list[str]) -> float:
+        """Runs a command of this repository to its end. Returns the CPU seconds that it used.
+
+        Raises Interrupted, after interrupting the command, if the queue stops, and UserError if the command fails."""
+        if self.stop.is_set() or self._late():
+            self.stop.set()
+            raise Interrupted
+        log = self.work / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+        arguments = command[1:] if command[0] == "python" else command
+        with open(log, "ab") as file:
+            process = subprocess.Popen(
+                [sys.executable, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file,
+                stderr=subprocess.STDOUT, env=environment, pass_fds=[self.running.fileno()],
+            )  # fmt: skip
+        told = False
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            if not told and (self.stop.is_set() or self._late()):
+                self.stop.set()
+                told = True
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGTERM)  # training saves a checkpoint
+            time.sleep(POLL_S)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if told:
+            raise Interrupted
+        if process.returncode:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
+            raise UserError(f"{' '.join(command[:2])} ended with status {process.returncode} ({last[0]}): see {log}.")
+        return usage.ru_utime + usage.ru_stime
+
+    def _late(self) -> bool:
+        return self.ends_at is not None and time.monotonic() >= self.ends_at
+
+
+def read_lines(path: Path, plan: Plan) -> list[dict]:
+    """Returns the lines of a study. Raises UserError for a damaged line, and for one of another study."""
+    if not path.exists():
+        return []
+
+    def check(line: dict) -> None:
+        for name in ("study", "plan", "cell", "stage", "arm", "seed", "variant", "tasks", "pretraining"):
+            line[name]
+
+    lines = read_json_lines(path, check, "study.py")
+    for line in lines:
+        if line["study"] != plan.name:
+            raise UserError(f"{path} has lines of the study {line['study']!r}, not {plan.name!r}: name another file.")
+    return lines
+
+
+def mend(path: Path) -> None:
+    """Removes the last line of a file if a kill has cut it short."""
+    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        with open(path, "r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)

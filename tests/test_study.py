@@ -1,0 +1,357 @@
+"""Tests studies: the plan, the queue under kills, the analysis on invented lines, and the command line."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanometa.common.errors import UserError
+from nanometa.config.arms import SECOND_ATTENTIONS
+from nanometa.studies import queue
+from nanometa.studies.analysis import INSENSITIVE, WAITING, analyse, picture, table
+from nanometa.studies.cell import placed
+from nanometa.studies.plan import Cell, Plan, joined, read_plan
+from tests.conftest import ROOT, cli
+
+META = ROOT / "studies/meta_tokens.toml"
+PLAN = """
+[study]
+name = "fake"
+question = "Does it work?"
+lines = "lines.jsonl"
+[prepare]
+[settings]
+pretrain = ["--steps=5"]
+finetune = ["--placements target background"]
+tasks = ["--lengths 128 256 512", "--placements target background"]
+probe_text = ["--lengths 1", "--placements text"]
+probe_tasks = ["--lengths 1", "--placements target"]
+ablated = ["M"]
+[arms.M]
+label = "meta"
+[arms.P]
+label = "pause"
+pretrain = ["--second_attention=none"]
+[arms.O]
+label = "oracle"
+weights_of = "M"
+finetune = ["--visible=marked"]
+[arms.G]
+label = "gpt2"
+placements = { target = "none", background = "none" }
+[stages.tuning]
+arms = ["M"]
+seeds = [7]
+variants = { low = ["--learning_rate=1"], high = ["--learning_rate=2"] }
+[stages.deciding]
+arms = ["M", "P", "O", "G"]
+seeds = [1, 2, 3]
+fewer = { O = 2 }
+[sizes.small]
+stages = ["deciding"]
+seeds = 1
+pretrain = ["--steps=1"]
+[analysis]
+stage = "deciding"
+tasks = ["copying"]
+placements = ["target", "background"]
+lengths = [128, 256, 512]
+length = 256
+margin = 0.05
+gate = { name = "gate", claim = "O - P", first = "O", second = "P", length = 512, above = 0.1 }
+contrasts = [
+  { name = "H3", claim = "M - P", first = "M", second = "P" },
+  { name = "H4", claim = "P - G", first = "P", second = "G" },
+]
+bits = [{ name = "H5", claim = "bits", first = "M", second = "P", margin = 0.01 }]
+[[analysis.ablations]]
+name = "H2"
+claim = "diagonal"
+arm = "M"
+of = "text_ablation"
+where = { placement = "text" }
+figure = "exact"
+unit = "nats"
+margin = 0.005
+"""
+
+
+@pytest.fixture
+def plan_file(tmp_path) -> Path:
+    path = tmp_path / "plan.toml"
+    path.write_text(PLAN)
+    return path
+
+
+# ----------------------------------------------------------------------------- the plan
+
+
+def test_a_plan_lists_its_cells_stage_by_stage_and_seed_by_seed(plan_file):
+    cells = [cell.key for cell in read_plan(str(plan_file)).cells()]
+    assert cells[:2] == ["tuning/M/7/low", "tuning/M/7/high"]
+    assert cells[2:6] == ["deciding/M/1", "deciding/P/1", "deciding/O/1", "deciding/G/1"]
+    assert "deciding/O/2" in cells and "deciding/O/3" not in cells and len(cells) == len(set(cells)) == 13
+
+
+def test_a_size_shrinks_the_study_under_another_name(plan_file):
+    whole, small = read_plan(str(plan_file)), read_plan(str(plan_file), "small")
+    assert [cell.key for cell in small.cells()] == [f"deciding/{arm}/1" for arm in "MPOG"]
+    assert small.settings["pretrain"] == ("--steps=1",) and small.settings["finetune"] == whole.settings["finetune"]
+    assert (small.name, str(small.lines)) == ("fake_small", "lines_small.jsonl") and small.sha256 != whole.sha256
+
+
+def test_of_a_setting_given_twice_the_later_one_counts():
+    assert joined(["a.py", "--x=1", "--l 1 2"], ["--l 3", "--y=2"]) == ("a.py", "--x=1", "--l 3", "--y=2")
+
+
+def test_an_arm_without_markers_reads_each_placement_once(plan_file):
+    plan = read_plan(str(plan_file))
+    cell = Cell(plan.stages["deciding"], plan.arms["G"], 1, "")
+    assert placed(cell, ["--placements target background", "--n=1"]) == ["--placements none", "--n=1"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('arms = ["M"]', 'arms = ["X"]', "names the arm 'X'"),
+        ("[settings]", "[setings]", "unknown entry 'setings'"),
+        ("tasks = [", "taks = [", "unknown entry 'taks'"),
+        ("seeds = [1, 2, 3]", "seeds = [1, 1]", "names a seed of stage deciding twice"),
+        ('label = "meta"\n', "", "has no entry 'label'"),
+        ('name = "fake"', "name = ", "cannot be read"),
+    ],
+)
+def test_a_faulty_plan_is_refused_in_one_sentence(plan_file, old, new, sentence):
+    plan_file.write_text(PLAN.replace(old, new, 1))
+    with pytest.raises(UserError, match=sentence):
+        read_plan(str(plan_file))
+
+
+def test_the_study_of_meta_tokens_is_a_valid_plan():
+    """Its arms are real, every stage before the deciding one has other seeds, and its commands know their settings."""
+    plan, small = read_plan(str(META)), read_plan(str(META), "minutes")
+    used = {value.partition("=")[2] for arm in plan.arms.values() for value in arm.pretrain
+            if value.startswith("--second_attention")}  # fmt: skip
+    assert used <= set(SECOND_ATTENTIONS)
+    seeds = [set(stage.seeds) for stage in plan.stages.values()]
+    assert len(set.union(*seeds)) == sum(map(len, seeds))
+    for name in ("M", "C", "S", "P"):
+        assert plan.stages["deciding"].fewer.get(name) is None and len(plan.stages["deciding"].seeds) >= 16
+    assert len(small.stages["deciding"].seeds) == 2
+    for command in plan.prepare.values():
+        assert (ROOT / "prepare.py").exists() and command[-1].startswith("python prepare.py ")
+
+
+# ----------------------------------------------------------------------------- the queue
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch) -> Path:
+    """Replaces the repository by stand-ins for its commands."""
+    folder = tmp_path / "commands"
+    folder.mkdir()
+    for name in ("train", "eval", "probe"):
+        shutil.copy(ROOT / "tests/study_commands.py", folder / f"{name}.py")
+    monkeypatch.setattr(queue, "ROOT", folder)
+    return folder
+
+
+def run_queue(
+    plan: Plan, tmp_path: Path, name: str = "out", workers: int = 2, limit: float | None = None
+) -> list[dict]:
+    lines = tmp_path / name / "lines.jsonl"
+    queue.Queue(plan, lines, tmp_path / name, workers, 1, limit).run()
+    return queue.read_lines(lines, plan)
+
+
+def comparable(lines: list[dict]) -> list[dict]:
+    """Returns lines without timings, in the order of their cells."""
+    return sorted(({**line, "cpu_s": None} for line in lines), key=lambda line: line["cell"])
+
+
+def test_the_queue_writes_a_line_for_every_cell(plan_file, commands, tmp_path):
+    plan = read_plan(str(plan_file))
+    lines = run_queue(plan, tmp_path)
+    assert {line["cell"] for line in lines} == {cell.key for cell in plan.cells()} and len(lines) == 13
+    line = next(line for line in lines if line["cell"] == "deciding/M/1")
+    assert [(cell["length"], cell["placement"]) for cell in line["tasks"]][:2] == [(128, "target"), (128, "background")]
+    assert line["finetuning"]["reached_at"] == 4 and line["commit"] == "c" and line["text_ablation"]
+    assert "outcomes" not in line["tasks"][0] and all(seconds > 0 for seconds in line["cpu_s"].values())
+    oracle, plain = (next(of for of in lines if of["cell"] == f"deciding/{arm}/1") for arm in "OM")
+    assert oracle["pretraining"] == plain["pretraining"] and oracle["tasks"] != plain["tasks"]
+    assert run_queue(plan, tmp_path) == lines  # a second call finds nothing to do
+    assert not list((tmp_path / "out/fake").glob("finetune_*/step_*"))
+
+
+def test_a_queue_that_is_killed_at_ten_moments_writes_the_lines_of_an_uninterrupted_one(plan_file, commands, tmp_path):
+    plan = read_plan(str(plan_file))
+    expected = comparable(run_queue(plan, tmp_path, "whole"))
+    program = (
+        f"import sys; from pathlib import Path; from nanometa.studies import queue\n"
+        f"from nanometa.studies.plan import read_plan\n"
+        f"queue.ROOT = Path({str(commands)!r}); out = Path({str(tmp_path / 'killed')!r})\n"
+        f"queue.Queue(read_plan({str(plan_file)!r}), out / 'lines.jsonl', out, 2, 1, None).run()\n"
+    )
+    draws, kills = random.Random(5), 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    while True:
+        process = subprocess.Popen([sys.executable, "-c", program], env=environment, start_new_session=True)
+        time.sleep(draws.uniform(1.0, 2.0)) if kills < 10 else process.wait()
+        if process.poll() is not None:
+            break
+        kind = draws.choice((signal.SIGTERM, signal.SIGKILL))
+        # only the queue, so that its commands are left behind; or all of them, as when a machine goes down
+        if draws.random() < 0.5:
+            process.send_signal(kind)
+        else:
+            os.killpg(process.pid, kind)
+        process.wait()
+        kills += 1
+    assert process.returncode == 0
+    lines = queue.read_lines(tmp_path / "killed/lines.jsonl", plan)
+    assert comparable(lines) == expected
+
+
+def test_a_line_that_a_kill_cut_short_is_written_again(plan_file, commands, tmp_path):
+    plan = read_plan(str(plan_file))
+    run_queue(plan, tmp_path)
+    path = tmp_path / "out/lines.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert len({line["cell"] for line in run_queue(plan, tmp_path)}) == 13
+
+
+def test_a_failed_command_is_named_and_the_other_cells_are_finished(plan_file, commands, tmp_path):
+    plan_file.write_text(PLAN.replace('"--visible=marked"', '"--fail"'))
+    plan = read_plan(str(plan_file))
+    with pytest.raises(
+        UserError, match=r"2 cells failed: deciding/O/1 \(train.py .* ended with status 1 \(this command fails\)"
+    ):
+        run_queue(plan, tmp_path)
+    assert len(queue.read_lines(tmp_path / "out/lines.jsonl", plan)) == 11
+
+
+def test_the_queue_stops_at_its_limit_and_goes_on_later(plan_file, commands, tmp_path):
+    plan = read_plan(str(plan_file))
+    assert len(run_queue(plan, tmp_path, limit=0.5)) < 13
+    assert len(run_queue(plan, tmp_path)) == 13
+
+
+def test_two_queues_cannot_work_in_one_folder(plan_file, commands, tmp_path):
+    plan = read_plan(str(plan_file))
+    first = queue.Queue(plan, tmp_path / "a.jsonl", tmp_path / "out", 1, 1, None)
+    with pytest.raises(UserError, match="another process works on"):
+        queue.Queue(plan, tmp_path / "a.jsonl", tmp_path / "out", 1, 1, None)
+    first.lock.release()
+
+
+# ----------------------------------------------------------------------------- the analysis
+
+
+def invented(plan: Plan, effect: dict[str, float], noise: float = 0.005, seeds=range(1, 4)) -> list[dict]:
+    """Returns lines of the deciding stage in which each arm's share of exact answers is 0.5 + effect + noise."""
+    rng, lines = np.random.default_rng(0), []
+    for cell in plan.cells():
+        if cell.stage.name != "deciding" or cell.seed not in seeds:
+            continue
+        read_as = dict.fromkeys(cell.arm.placements.get(name, name) for name in ("target", "background"))
+        tasks = [
+            {"task": "copying", "placement": placement, "length": length,
+             "exact": 0.5 + effect.get(cell.arm.name, 0) + noise * rng.standard_normal()}
+            for placement in read_as for length in (128, 256, 512)
+        ]  # fmt: skip
+        lines.append({
+            "study": plan.name, "plan": plan.sha256, "cell": cell.key, "stage": "deciding", "arm": cell.arm.name,
+            "seed": cell.seed, "variant": "", "tasks": tasks, "uncommitted_changes": False, "commit": "c",
+            "processor": "p", "threads": 1, "torch": "2", "data": {},
+            "pretraining": {"bits_per_byte": 1.2 + 1e-4 * rng.standard_normal()}, "finetuning": {"reached_at": 9},
+            "text_ablation": [{"placement": "text", "exact": 1e-4 * rng.standard_normal()}],
+        })  # fmt: skip
+    return lines
+
+
+def verdicts(plan: Plan, lines: list[dict]) -> dict[str, str]:
+    results = analyse(plan, lines)
+    return {row.name: row.verdict for row in [results.gate, *results.comparisons]}
+
+
+@pytest.fixture
+def plan(plan_file) -> Plan:
+    plan_file.write_text(PLAN.replace("[1, 2, 3]", "[1, 2, 3, 4, 5, 6, 7, 8]").replace("fewer = { O = 2 }", ""))
+    return read_plan(str(plan_file))
+
+
+def test_the_verdicts_are_those_of_the_invented_effects(plan):
+    lines = invented(plan, {"O": 0.3, "M": 0.10, "P": 0.0, "G": 0.001}, seeds=range(1, 9))
+    assert verdicts(plan, lines) == {
+        "gate": "holds", "H3": "holds", "H4": "does not hold", "H5": "does not hold", "H2": "does not hold",
+    }  # fmt: skip
+    results = analyse(plan, lines)
+    row = next(row for row in results.comparisons if row.name == "H3")
+    assert row.mean == pytest.approx(0.10, abs=0.01) and row.low < 0.10 < row.high and len(row.seeds) == 8
+    text = table(plan, results)
+    assert "32 of 32 planned runs" in text and "| H3 | M - P | +1" in text
+    assert picture(plan, results).startswith(b"\x89PNG")
+
+
+def test_a_closed_gate_withholds_every_verdict_on_accuracy(plan):
+    found = verdicts(plan, invented(plan, {"O": 0.05, "M": 0.2}, seeds=range(1, 9)))
+    assert found["gate"] != "holds" and found["H3"] == found["H4"] == INSENSITIVE and found["H5"] == "does not hold"
+
+
+def test_there_is_no_verdict_before_all_runs_are_in(plan):
+    lines = invented(plan, {"O": 0.3, "M": 0.2}, seeds=range(1, 9))[:-1]
+    assert set(verdicts(plan, lines).values()) == {WAITING}
+
+
+def test_too_much_noise_is_undecided(plan):
+    assert verdicts(plan, invented(plan, {"O": 0.4}, noise=0.2, seeds=range(1, 9)))["H3"] == "undecided"
+
+
+def test_lines_of_different_commits_are_named(plan):
+    lines = invented(plan, {}, seeds=range(1, 9))
+    lines[0]["commit"] = "d"
+    assert analyse(plan, lines).warnings == ["The lines have 2 different values of commit."]
+
+
+def test_pairs_that_did_not_both_reach_the_accuracy_are_left_out_of_matched_only(plan):
+    lines = invented(plan, {"O": 0.4, "M": 0.1}, seeds=range(1, 9))
+    for line in lines:
+        if line["seed"] <= 3:
+            line["finetuning"]["reached_at"] = None
+    row = next(row for row in analyse(plan, lines).comparisons if row.name == "H3")
+    assert len(row.seeds) == 8 and row.matched[3] == 5
+
+
+# ----------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run"], "plan is empty"),
+        (["run", "nothing.toml"], "the plan nothing.toml cannot be read"),
+        (["run", str(META), "--size=hours"], "has no size 'hours'"),
+        (["run", str(META), "--workers=0"], "workers=0"),
+        (["report", str(META), "--output=missing.jsonl"], "missing.jsonl has no lines yet"),
+    ],
+)
+def test_a_wrong_command_line_gets_one_sentence(tmp_path, arguments, sentence):
+    result = cli("study.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2 and sentence in result.stderr.decode() and not list(tmp_path.iterdir())
+
+
+def test_the_report_writes_a_table_and_a_picture(plan, plan_file, tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in invented(plan, {"O": 0.3}, seeds=range(1, 9))))
+    result = cli("study.py", "report", str(plan_file), f"--output={path}", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr.decode()
+    assert (tmp_path / "verdicts.md").read_text() in result.stdout.decode()
+    assert (tmp_path / "lines.png").read_bytes().startswith(b"\x89PNG")
