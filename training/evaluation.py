@@ -40,7 +40,7 @@ def evaluate(
     n_windows = min(n_windows or data.n_windows, data.n_windows)
     windows = data.sample(n_windows)[dist.rank :: dist.world]
     tally = Tally(torch.from_numpy(data.tokenizer.token_bytes), dist.device)
-    answers = Answers(cfg.task.tasks, dist.device)
+    answers = Answers(cfg.task, dist.device)
     dtype = pick_dtype(cfg.dtype, dist.device)[0]
     scorer = Scorer(model) if compiled is None else compiled
     model.eval()

@@ -4,7 +4,7 @@ from nanometa.config import TrainConfig
 from nanometa.config.checks import flat
 from nanometa.data.loader import Windows
 from nanometa.model import GPT
-from nanometa.tasks.source import TaskWindows
+from nanometa.tasks.source import TaskWindows, cells_of
 from nanometa.tasks.words import tokens_per_item
 
 # These are not listed: the line starts with the first, and the tokenizer decides the others.
@@ -131,6 +131,9 @@ def evaluation_line(
     packed: the dataset's bits per byte under gzip and xz, None for tasks; scope: what was evaluated, in words."""
     if tasks:
         exact = ", ".join(f"{task} {figures[f'exact_{task}']:.1%}" for task in tasks)
+        if len(cells := cells_of(figures, tasks)) > len(tasks):
+            lowest = min(cells, key=cells.get)
+            exact += f" (lowest: {lowest} {cells[lowest]:.1%})"
         result = f"exact answers: {exact}; loss {figures['loss']:.4f} nats per token of the answer"
     else:
         result = (
