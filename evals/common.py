@@ -153,6 +153,8 @@ def _settings(run: Run) -> str:
     Arms that can be compared, and the seeds of one arm, have the same hash."""
     apart = ("model", "seed", "run_name", "out_dir", "init_from", "branch_from", "dataset")
     settings = {name: value for name, value in to_dict(run.config).items() if name not in apart}
+    if settings["stop_at"] is None:
+        del settings["stop_at"]  # runs that are older than this setting keep their hash
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -53,6 +53,7 @@ class Metrics:
     val: list[dict]
     final: list[dict]
     guard: list[dict]
+    stop_at: list[dict]
 
     @property
     def name(self) -> str:
@@ -152,7 +153,7 @@ def read_run(folder: Path) -> Metrics:
         raise UserError(
             f"{folder} has no readable metrics ({CONFIG}: {error}): give folders of runs, such as out/NAME."
         ) from error
-    kinds = {kind: [] for kind in ("train", "val", "final", "guard")}
+    kinds = {kind: [] for kind in ("train", "val", "final", "guard", "stop_at")}
 
     def check(line: dict) -> None:
         numbers = {name: value for name, value in line.items() if name not in ("kind", "what", "why", "windows")}
