@@ -32,7 +32,7 @@ from nanometa.layers.loss import Objective
 from nanometa.layers.scores import Scorer
 from nanometa.model import GPT
 from nanometa.training import agreement, checkpoint, messages, pretrained
-from nanometa.training.bad_steps import BadStepGuard
+from nanometa.training.bad_steps import BadStepGuard, diverged
 from nanometa.training.base_run import base_of, with_base
 from nanometa.training.checkpoint import Checkpoint
 from nanometa.training.clock import Clock, hms
@@ -41,7 +41,7 @@ from nanometa.training.distributed import Dist, accumulation, autocast, pick_dty
 from nanometa.training.dry_run import describe_estimate
 from nanometa.training.ending import Ending
 from nanometa.training.estimate import peak_flops, utilization
-from nanometa.training.evaluation import evaluate
+from nanometa.training.evaluation import evaluate, measured_in
 from nanometa.training.failed_start import Start
 from nanometa.training.idle import refuse_idle
 from nanometa.training.optimizer import Optimizer, norms
@@ -61,7 +61,8 @@ class Trainer:
         locked last, so that a refused start leaves nothing behind."""
         self.dist, self.run_dir = dist, Path(cfg.out_dir) / cfg.run_name
         self.ahead: tuple[list[Batch], int] | None = None  # what `read` returned for the next step
-        self.measured: tuple = ()  # the last evaluation: step, windows, figures, seconds
+        self.measured: dict = {}  # the last evaluation: its step, windows, figures and seconds (eval_s)
+        self.inherited = self.measured  # the same of the checkpoint that the run continues
         self.start = Start()  # ends with the first step; removes the folder of a new run if it fails
         notes: list[str] = []  # kept for the log, which is opened last
         self.lock = dist.agree("lock", lambda: lock_existing(cfg, self.run_dir, dist.is_main))
@@ -124,6 +125,7 @@ class Trainer:
             self.evaluated = saved.state.get("evaluated", saved.step)
             self.guard = BadStepGuard(cfg, saved.state.get("guard"))
             self.ending = Ending(cfg, saved.state.get("stop_at"), saved.step)
+            self.measured = self.inherited = measured_in(saved, cfg, self.facts)
             self.origin = saved.state.get("origin", "unknown")
             self.content_before = checkpoint.content_before(saved.state)
             if not self._is_own(saved):
@@ -242,7 +244,8 @@ class Trainer:
         Returns False, with nothing recorded, if a signal interrupted the evaluation."""
         total = self.val_data.n_windows
         n = min(n_windows or total, total)
-        known = kind == "final" and self.measured[:2] == (self.step, n)
+        at = {"step": self.step, "windows": n}
+        known = kind == "final" and at.items() <= self.measured.items()
         if not known:
             started = time.perf_counter()
 
@@ -253,16 +256,16 @@ class Trainer:
             figures = evaluate(self.model, self.val_data, self.cfg, self.dist, n, stop, shown, self.scorer)
             if figures is None:
                 return False
-            self.measured = (self.step, n, figures, time.perf_counter() - started)
-        *_, figures, took = self.measured
+            self.measured = {**at, "figures": figures, "eval_s": time.perf_counter() - started}
+        figures, took = self.measured["figures"], self.measured["eval_s"]
         if not math.isfinite(figures["loss"]):
-            self._diverged(f"the validation loss is {figures['loss']}")
+            raise diverged(f"the validation loss is {figures['loss']}", self.step, self.run_dir)
         counted = self.train_data.counted(self.step * self.cfg.batch_size)
         self.log.record(kind, self.step, **figures, **counted, eval_s=took)
         better = kind == "val" and self.step > 0 and (self.best is None or figures["loss"] < self.best["loss"])
         if better:
             self.best = {"step": self.step, "loss": figures["loss"], "bits_per_byte": figures["bits_per_byte"]}
-        if not known:
+        if not known or self.measured is self.inherited:  # else this start has shown the figures already
             unit, tasks = "text" if self.cfg.task.tasks else "window", self.cfg.task.tasks
             packed = None if tasks else self.train_data.manifest["val_text_compressed"]
             scope = f"all {messages.count(n, unit)}" if n == total else f"{n:,} of {messages.count(total, unit)}"
@@ -287,6 +290,7 @@ class Trainer:
                 "samples": self.step * self.cfg.batch_size,
                 "best": self.best,
                 "evaluated": self.evaluated,
+                "evaluation": self.measured if self.measured.get("step") == self.step else None,
                 "guard": self.guard.state(),
                 "stop_at": self.ending.reached,
                 "origin": self.origin,
@@ -319,7 +323,7 @@ class Trainer:
         # at the start of a run, or if a signal interrupted the evaluation after this step
         if due(self.step, cfg.eval_interval) and self.evaluated != self.step:
             stopping = not self.evaluate(cfg.eval_windows, stop)
-            if self.step == self.ending.last:
+            if self.step == self.ending.last and not stopping:
                 self.saved_at = None  # save again, or the next start would not know of this evaluation
         clock.look()
         while self.step < self.ending.last and not stopping:
@@ -346,12 +350,6 @@ class Trainer:
             log.say(f"stopped by a signal after step {self.step:,}, which is saved; continue with --init_from=resume")
         else:
             log.say(f"done in {hms(time.perf_counter() - clock.started)}; the results are in {self.run_dir}")
-
-    def _diverged(self, what: str) -> None:
-        raise UserError(
-            f"{what} at step {self.step:,}, so training has diverged; lower --learning_rate, and start again or resume "
-            f"from the last checkpoint in {self.run_dir}, which is older than this evaluation."
-        )
 
     def _log_step(self, loss: float, norm: float, rate: float, seconds: float, clock: Clock) -> None:
         cfg, data = self.cfg, self.train_data

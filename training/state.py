@@ -16,6 +16,9 @@ def check_state(state: dict) -> None:
         counts += [state["guard"]["in_a_row"], state["guard"]["skipped"]]
         losses += state["guard"]["norms"]
     counts += [state[name] for name in ("evaluated", "content_before") if state.get(name) is not None]
+    if (evaluation := state.get("evaluation")) is not None:
+        counts += [evaluation["step"], evaluation["windows"]]
+        losses += [evaluation["eval_s"], evaluation["figures"]["loss"], evaluation["figures"]["bits_per_byte"]]
     if (reached := state.get("stop_at")) is not None:
         counts += [reached["step"], *([] if reached["end"] is None else [reached["end"]])]
         losses.append(reached["exact"])
