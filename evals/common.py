@@ -162,7 +162,11 @@ def fits(run: Run, length: int) -> str:
     """Returns "" if the run can read texts of `length` positions, or else the reason why it cannot."""
     m = run.config.model
     if m.position == "learned" and length > m.block_size:
-        return f"{length} positions do not fit into the learned position table, which has {m.block_size}"
+        return (
+            f"{length} positions do not fit into the learned position table, which has {m.block_size} rows, those of "
+            f"the window it was trained in (a run with --position=rope has no such limit, and one with a --block_size "
+            f"of {length} or more has room)"
+        )
     return ""
 
 
