@@ -78,7 +78,15 @@ def make_tokenizer(cfg: PrepareConfig, source: Source, console: Console) -> Toke
                     return
 
     with heartbeat(console, f"training a BPE tokenizer of {cfg.bpe_vocab_size:,} tokens"):
-        return Tokenizer.train(train_texts(), cfg.bpe_vocab_size)
+        tokenizer = Tokenizer.train(train_texts(), cfg.bpe_vocab_size)
+    if tokenizer.n_content < cfg.bpe_vocab_size:
+        say(
+            console,
+            f"warning: the tokenizer has {tokenizer.n_content:,} tokens, not bpe_vocab_size={cfg.bpe_vocab_size:,}, "
+            f"because the training text has no more pairs to merge; give more text or a smaller --bpe_vocab_size",
+            style="yellow",
+        )
+    return tokenizer
 
 
 @contextlib.contextmanager

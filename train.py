@@ -11,7 +11,6 @@ accumulation change the weights only by floating-point rounding. Dropout masks a
 micro-batch, so a run with dropout repeats exactly only with the same number of processes and the same micro_batch_size.
 """
 
-import dataclasses
 import json
 import math
 import time
@@ -33,18 +32,19 @@ from nanometa.layers.loss import Objective
 from nanometa.layers.scores import Scorer
 from nanometa.model import GPT
 from nanometa.training import agreement, checkpoint, messages, pretrained
-from nanometa.training.bad_steps import BadStepGuard
+from nanometa.training.bad_steps import BadStepGuard, diverged
 from nanometa.training.base_run import base_of, with_base
 from nanometa.training.checkpoint import Checkpoint
 from nanometa.training.clock import Clock, hms
 from nanometa.training.dataset import data_facts, open_windows, with_vocabulary
 from nanometa.training.distributed import Dist, accumulation, autocast, pick_dtype, processes, why_eager
 from nanometa.training.dry_run import describe_estimate
-from nanometa.training.estimate import flops_per_window, peak_flops
-from nanometa.training.evaluation import evaluate
+from nanometa.training.ending import Ending
+from nanometa.training.estimate import peak_flops, utilization
+from nanometa.training.evaluation import evaluate, measured_in
 from nanometa.training.failed_start import Start
 from nanometa.training.idle import refuse_idle
-from nanometa.training.optimizer import Optimizer, learning_rate, norms
+from nanometa.training.optimizer import Optimizer, norms
 from nanometa.training.resume import check_resumable, find_checkpoint, lock_existing
 from nanometa.training.run_log import RunLog, environment, finite, show
 from nanometa.training.show_batch import show_batch
@@ -61,7 +61,8 @@ class Trainer:
         locked last, so that a refused start leaves nothing behind."""
         self.dist, self.run_dir = dist, Path(cfg.out_dir) / cfg.run_name
         self.ahead: tuple[list[Batch], int] | None = None  # what `read` returned for the next step
-        self.measured: tuple = ()  # the last evaluation: step, windows, figures, seconds
+        self.measured: dict = {}  # the last evaluation: its step, windows, figures and seconds (eval_s)
+        self.inherited = self.measured  # the same of the checkpoint that the run continues
         self.start = Start()  # ends with the first step; removes the folder of a new run if it fails
         notes: list[str] = []  # kept for the log, which is opened last
         self.lock = dist.agree("lock", lambda: lock_existing(cfg, self.run_dir, dist.is_main))
@@ -115,7 +116,7 @@ class Trainer:
         """Builds the model, and loads the weights that the run starts from and the record of how they were trained."""
         cfg = self.cfg
         self.model = GPT(cfg.model, cfg.seed)
-        self.step, self.best, self.evaluated, self.guard = 0, None, None, BadStepGuard(cfg)
+        self.step, self.best, self.evaluated, self.guard, self.ending = 0, None, None, BadStepGuard(cfg), Ending(cfg)
         self.origin = "scratch"
         self.content_before = 0  # content tokens that the weights were trained on before step 0; None = unknown
         if saved:
@@ -123,6 +124,8 @@ class Trainer:
             self.step, self.best = saved.step, saved.state["best"]
             self.evaluated = saved.state.get("evaluated", saved.step)
             self.guard = BadStepGuard(cfg, saved.state.get("guard"))
+            self.ending = Ending(cfg, saved.state.get("stop_at"), saved.step)
+            self.measured = self.inherited = measured_in(saved, cfg, self.facts)
             self.origin = saved.state.get("origin", "unknown")
             self.content_before = checkpoint.content_before(saved.state)
             if not self._is_own(saved):
@@ -211,15 +214,15 @@ class Trainer:
                     nats = self.objective(*batch)
                 (nats * (dist.world / scored).float()).backward()  # undoes the mean that DDP takes over processes
             total += nats.detach()
-        self.norms = norms(self.model) if self.logs(self.step + 1) else {}
+        self.norms = norms(self.model) if self.ending.due(self.step + 1, cfg.log_interval) else {}
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
         # Read the next batch, and start to copy it, while the GPU is still computing.
-        self.ahead = self.read(self.step + 1) if self.step + 1 < cfg.max_steps else None
+        self.ahead = self.read(self.step + 1) if self.step + 1 < self.ending.last else None
         # This is the only synchronization with the device in a step.
         loss, norm, stops = torch.stack((dist.sum(total / scored), norm.to(scored.dtype), stops)).tolist()
         take, wrong = self.guard.judge(loss, norm)
         if take:
-            self.optimizer.step(learning_rate(self.step, cfg))
+            self.optimizer.step(self.ending.rate(self.step))
         else:
             self.optimizer.forget_gradients()
         self.step += 1
@@ -233,9 +236,6 @@ class Trainer:
         self.log.record("guard", self.step, what=what, why=why, windows=windows)
         self.log.say(messages.bad_step_line(self.step, what, why, windows))
 
-    def logs(self, step: int) -> bool:
-        return step % self.cfg.log_interval == 0 or step == self.cfg.max_steps
-
     def evaluate(self, n_windows: int | None, stop: StopFlag, kind: str = "val") -> bool:
         """Evaluates, records the figures, and saves the weights if they are the best so far.
 
@@ -244,7 +244,8 @@ class Trainer:
         Returns False, with nothing recorded, if a signal interrupted the evaluation."""
         total = self.val_data.n_windows
         n = min(n_windows or total, total)
-        known = kind == "final" and self.measured[:2] == (self.step, n)
+        at = {"step": self.step, "windows": n}
+        known = kind == "final" and at.items() <= self.measured.items()
         if not known:
             started = time.perf_counter()
 
@@ -255,21 +256,26 @@ class Trainer:
             figures = evaluate(self.model, self.val_data, self.cfg, self.dist, n, stop, shown, self.scorer)
             if figures is None:
                 return False
-            self.measured = (self.step, n, figures, time.perf_counter() - started)
-        *_, figures, took = self.measured
+            self.measured = {**at, "figures": figures, "eval_s": time.perf_counter() - started}
+        figures, took = self.measured["figures"], self.measured["eval_s"]
         if not math.isfinite(figures["loss"]):
-            self._diverged(f"the validation loss is {figures['loss']}")
+            raise diverged(f"the validation loss is {figures['loss']}", self.step, self.run_dir)
         counted = self.train_data.counted(self.step * self.cfg.batch_size)
         self.log.record(kind, self.step, **figures, **counted, eval_s=took)
         better = kind == "val" and self.step > 0 and (self.best is None or figures["loss"] < self.best["loss"])
         if better:
             self.best = {"step": self.step, "loss": figures["loss"], "bits_per_byte": figures["bits_per_byte"]}
-        if not known:
+        if not known or self.measured is self.inherited:  # else this start has shown the figures already
             unit, tasks = "text" if self.cfg.task.tasks else "window", self.cfg.task.tasks
             packed = None if tasks else self.train_data.manifest["val_text_compressed"]
             scope = f"all {messages.count(n, unit)}" if n == total else f"{n:,} of {messages.count(total, unit)}"
             self.log.say(messages.evaluation_line(self.step, figures, tasks, packed, scope, took, better))
         self.evaluated = self.step
+        if kind == "val" and self.ending.judge(self.step, figures):
+            reached, share = self.ending.reached, self.cfg.stop_at
+            end = reached["end"] or self.cfg.max_steps
+            self.log.record("stop_at", self.step, stop_at=share, exact=reached["exact"], end=end)
+            self.log.say(messages.stop_at_line(stop_at=share, last=self.ending.last, **reached))
         if better:
             self.save("best")
         return True
@@ -284,7 +290,9 @@ class Trainer:
                 "samples": self.step * self.cfg.batch_size,
                 "best": self.best,
                 "evaluated": self.evaluated,
+                "evaluation": self.measured if self.measured.get("step") == self.step else None,
                 "guard": self.guard.state(),
+                "stop_at": self.ending.reached,
                 "origin": self.origin,
                 "content_before": self.content_before,
                 "config": to_dict(self.cfg),
@@ -304,34 +312,32 @@ class Trainer:
             self.saved_at = self.step
         self.dist.barrier()
 
-    def evaluates(self) -> bool:
-        """Returns whether an evaluation is due after this step."""
-        return self.step % self.cfg.eval_interval == 0 or self.step == self.cfg.max_steps
-
     def run(self) -> None:
         """Trains to the last step, or until a signal arrives, with evaluations and checkpoints on the way."""
         with self.start, self.log:
             self._train(StopFlag())
 
     def _train(self, stop: StopFlag) -> None:
-        cfg, log, clock = self.cfg, self.log, Clock()
+        cfg, log, due, clock = self.cfg, self.log, self.ending.due, Clock()
         stopping = False
         # at the start of a run, or if a signal interrupted the evaluation after this step
-        if self.evaluates() and self.evaluated != self.step:
+        if due(self.step, cfg.eval_interval) and self.evaluated != self.step:
             stopping = not self.evaluate(cfg.eval_windows, stop)
+            if self.step == self.ending.last and not stopping:
+                self.saved_at = None  # save again, or the next start would not know of this evaluation
         clock.look()
-        while self.step < cfg.max_steps and not stopping:
-            rate = learning_rate(self.step, cfg)
+        while self.step < self.ending.last and not stopping:
+            rate = self.ending.rate(self.step)
             loss, norm, stopping = self.train_step(stop.raised)
             self.start.succeeded()
             clock.step()
-            if self.logs(self.step):
+            if due(self.step, cfg.log_interval):
                 self._log_step(loss, norm, rate, clock.look(), clock)
             self.guard.check(self.step, f"the last checkpoint in {self.run_dir} ({checkpoint.latest(self.run_dir)})")
             paused = time.perf_counter()
-            if self.evaluates() and not stopping:
+            if due(self.step, cfg.eval_interval) and not stopping:
                 stopping = not self.evaluate(cfg.eval_windows, stop)
-            if self.step % cfg.save_interval == 0 or self.step == cfg.max_steps or stopping:
+            if due(self.step, cfg.save_interval) or stopping:
                 self.save("step")
             clock.pause(time.perf_counter() - paused)
         if self.step == 0:
@@ -345,12 +351,6 @@ class Trainer:
         else:
             log.say(f"done in {hms(time.perf_counter() - clock.started)}; the results are in {self.run_dir}")
 
-    def _diverged(self, what: str) -> None:
-        raise UserError(
-            f"{what} at step {self.step:,}, so training has diverged; lower --learning_rate, and start again or resume "
-            f"from the last checkpoint in {self.run_dir}, which is older than this evaluation."
-        )
-
     def _log_step(self, loss: float, norm: float, rate: float, seconds: float, clock: Clock) -> None:
         cfg, data = self.cfg, self.train_data
         counted, before = (data.counted(step * cfg.batch_size) for step in (self.step, self.step - 1))
@@ -358,11 +358,9 @@ class Trainer:
         mfu = {}
         if self.peak:
             T = (counted["positions"] - before["positions"]) // cfg.batch_size
-            window = dataclasses.replace(cfg.model, block_size=T)
             # The texts of tasks differ in their markers, which are too few to matter here.
             markers = 0 if cfg.task.tasks else T - data.content_per_window
-            flops = cfg.batch_size * flops_per_window(window, markers)
-            mfu = {"mfu": flops / seconds / (self.dist.world * self.peak)}
+            mfu = {"mfu": utilization(cfg, T, markers, seconds, self.dist.world * self.peak)}
         self.log.record(
             "train",
             self.step,
@@ -375,8 +373,9 @@ class Trainer:
             **mfu,
             elapsed_s=time.perf_counter() - clock.started,
         )
-        eta = hms(seconds * (cfg.max_steps - self.step))
-        self.log.say(messages.step_line(self.step, cfg.max_steps, loss, rate, norm, rates, mfu, eta))
+        last = self.ending.last
+        eta = hms(seconds * (last - self.step))
+        self.log.say(messages.step_line(self.step, last, loss, rate, norm, rates, mfu, eta))
 
 
 def main(argv: list[str]) -> None:

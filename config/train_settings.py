@@ -53,6 +53,10 @@ class TrainConfig(Settings):
     """step at which the schedule reaches min_lr; None = max_steps"""
     decay_fraction: float = setting(0.2, only_with={"schedule": ("wsd",)}, on_resume="may change")
     """the wsd schedule decays during this last share of lr_decay_steps"""
+    stop_at: float | None = setting(None, only_with={"tasks": SET}, on_resume="may change")
+    """end the run once every validated cell (task and placement) has this share of exact answers, but not before the
+    curriculum has ended. With schedule=wsd the decay begins at that evaluation, unless it has begun, and the run lasts
+    as long as the decay; with the other schedules it ends at once. max_steps remains the cap; None = only the cap"""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the weight matrices of the blocks and AdamW for all other parameters; Muon's updates are scaled to
     the size of AdamW's, so learning_rate has the same meaning"""
@@ -145,6 +149,7 @@ class TrainConfig(Settings):
             check(self, "min_lr", self.min_lr <= self.learning_rate, f"be at most learning_rate={self.learning_rate}")
         check(self, "lr_decay_steps", self.lr_decay_steps is None or self.lr_decay_steps >= 1, "be at least 1")
         check(self, "decay_fraction", 0 < self.decay_fraction <= 1, "lie in (0, 1]")
+        check(self, "stop_at", self.stop_at is None or 0 < self.stop_at <= 1, "lie in (0, 1], or be None")
         check(self, "mfu", 0 < self.mfu <= 1, "lie in (0, 1]")
         check(self, "n_accelerators", 1 <= self.n_accelerators <= 10**6, "lie in 1 .. 1000000")
         check(self, "price", self.price >= 0, "be at least 0")

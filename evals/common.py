@@ -153,6 +153,8 @@ def _settings(run: Run) -> str:
     Arms that can be compared, and the seeds of one arm, have the same hash."""
     apart = ("model", "seed", "run_name", "out_dir", "init_from", "branch_from", "dataset")
     settings = {name: value for name, value in to_dict(run.config).items() if name not in apart}
+    if settings["stop_at"] is None:
+        del settings["stop_at"]  # runs that are older than this setting keep their hash
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -160,7 +162,11 @@ def fits(run: Run, length: int) -> str:
     """Returns "" if the run can read texts of `length` positions, or else the reason why it cannot."""
     m = run.config.model
     if m.position == "learned" and length > m.block_size:
-        return f"{length} positions do not fit into the learned position table, which has {m.block_size}"
+        return (
+            f"{length} positions do not fit into the learned position table, which has {m.block_size} rows, those of "
+            f"the window it was trained in (a run with --position=rope has no such limit, and one with a --block_size "
+            f"of {length} or more has room)"
+        )
     return ""
 
 

@@ -17,9 +17,11 @@ from nanometa.common.errors import UserError, printable
 from nanometa.common.files import own_file, parse_json, read_json, read_json_lines
 from nanometa.config.arms import SECOND_ATTENTIONS, arm_label
 from nanometa.config.checks import similar_name
+from nanometa.config.tasks import TASKS
 from nanometa.reports.drawing import COLOURS, DASHES, GREY, arm_looks, key, legend, png, wrapped
 from nanometa.reports.lines import NUMBER, apart, check_numbers, told_apart
 from nanometa.reports.markup import details, escaped, percent, table
+from nanometa.tasks.source import cells_of
 
 METRICS, CONFIG = "metrics.jsonl", "config.json"
 # what is shown of config.json; a run of an earlier version may lack any of it
@@ -51,6 +53,7 @@ class Metrics:
     val: list[dict]
     final: list[dict]
     guard: list[dict]
+    stop_at: list[dict]
 
     @property
     def name(self) -> str:
@@ -73,7 +76,8 @@ class Metrics:
     @property
     def tasks(self) -> list[str]:
         """Returns the tasks of the run's evaluations, none for a run on text."""
-        return [name.removeprefix("exact_") for name in (self.val or [{}])[-1] if name.startswith("exact_")]
+        shown = [name.removeprefix("exact_") for name in (self.val or [{}])[-1] if name.startswith("exact_")]
+        return [name for name in shown if name in TASKS]  # the others are figures by placement
 
     @property
     def last(self) -> dict:
@@ -149,7 +153,7 @@ def read_run(folder: Path) -> Metrics:
         raise UserError(
             f"{folder} has no readable metrics ({CONFIG}: {error}): give folders of runs, such as out/NAME."
         ) from error
-    kinds = {kind: [] for kind in ("train", "val", "final", "guard")}
+    kinds = {kind: [] for kind in ("train", "val", "final", "guard", "stop_at")}
 
     def check(line: dict) -> None:
         numbers = {name: value for name, value in line.items() if name not in ("kind", "what", "why", "windows")}
@@ -341,6 +345,10 @@ is not known. MFU is given where the peak of the accelerator is known.</p>
 def reached(run: Metrics) -> str:
     """Returns the main figures of a run's last evaluation as text."""
     shares = [f"{task.replace('_', ' ')} {percent(run.last[f'exact_{task}'])} %" for task in run.tasks]
+    cells = cells_of(run.last, run.tasks)
+    if len(cells) > len(shares):
+        lowest = min(cells, key=cells.get)
+        shares.append(f"lowest: {lowest.replace('_', ' ')} {percent(cells[lowest])} %")
     bits = [f"{run.last['bits_per_byte']:.4f} bits per byte"] if "bits_per_byte" in run.last else []
     return ", ".join(shares or bits) or "–"
 

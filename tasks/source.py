@@ -5,12 +5,14 @@ TaskWindows has the interface of data.loader.Windows: each of its windows is one
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 from nanometa.common.errors import UserError
-from nanometa.config import TrainConfig
+from nanometa.config import TaskConfig, TrainConfig
+from nanometa.config.tasks import PLACEMENTS
 from nanometa.data.layout import Batch, batch_of, connected_positions, draw_of, layout_of, targets_of
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.tasks.curriculum import MULTIPLE, SHORTEST, Curriculum
@@ -43,6 +45,11 @@ def collate(
     return batch_of(layouts, targets, meta_index, multiple=MULTIPLE)
 
 
+def pairs_of(task: TaskConfig) -> list[tuple[str, str]]:
+    """Returns the pairs of a task and a placement in the order in which the texts of TaskWindows take turns."""
+    return [(name, placement) for placement in task.placements for name in task.tasks]
+
+
 class TaskWindows:
     """The texts of one split, which take turns over all tasks and placements of cfg.task.
 
@@ -55,7 +62,7 @@ class TaskWindows:
         self.cfg, self.split, self.tokenizer, self.T = cfg, split, tokenizer, cfg.task.train_length
         train = split == "train"
         settings = cfg.task if train else dataclasses.replace(cfg.task, questions=1)
-        pairs = [(task, placement) for placement in cfg.task.placements for task in cfg.task.tasks]
+        pairs = pairs_of(cfg.task)
         self.makers = [Maker(*pair, settings, tokenizer) for pair in pairs]
         self.n_windows = None if train else VALIDATION * len(cfg.task.tasks)  # None: endless
         self.loss_on = cfg.task.loss_on if train else "answer"
@@ -126,14 +133,16 @@ class TaskWindows:
 
 
 class Answers:
-    """Running counts of right answers, by task.
+    """Running counts of right answers, by task and placement.
 
-    The counts of several batches or processes can be added. `sums` (tasks, 4) float64 holds for each task the number of
-    texts, of exactly answered texts, of ids in answers (without the line end), and of right ids among these."""
+    The counts of several batches or processes can be added. `sums` (pairs, 4) float64 holds for each pair of pairs_of
+    the number of texts, of exactly answered texts, of ids in answers (without the line end), and of right ids among
+    these. The counts are whole numbers, so their sum does not depend on the order of the summands."""
 
-    def __init__(self, tasks: tuple[str, ...], device: torch.device):
+    def __init__(self, task: TaskConfig, device: torch.device):
         device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-        self.tasks, self.sums = tasks, torch.zeros(len(tasks), 4, dtype=torch.float64, device=device)
+        self.task, self.pairs = task, pairs_of(task)
+        self.sums = torch.zeros(len(self.pairs), 4, dtype=torch.float64, device=device)
 
     def add(self, windows: np.ndarray, targets: torch.Tensor, right: torch.Tensor) -> None:
         """Adds a batch of texts.
@@ -142,16 +151,39 @@ class Answers:
         targets (B, S): negative where nothing is scored.
         right (B, S) bool: whether the target is the most likely id, given the true ids before it."""
         counts = torch.cat([torch.ones_like(targets[:, :1]), count_right(targets, right)], dim=1)  # (B, 4)
-        task = torch.from_numpy(windows % len(self.tasks)).to(counts.device)
-        self.sums.index_add_(0, task.to(self.sums.device), counts.to(self.sums))
+        pair = torch.from_numpy(windows % len(self.pairs))
+        self.sums.index_add_(0, pair.to(self.sums.device), counts.to(self.sums))
 
     def figures(self) -> dict[str, float]:
-        """Returns two figures for each task that has texts.
+        """Returns the figures of the tasks and placements that have texts.
 
-        exact_TASK: share of texts whose whole answer is right. tokens_TASK: share of right ids in all answers."""
-        rows = zip(self.tasks, self.sums.tolist(), strict=True)
-        return {name: value for task, (n, exact, ids, right) in rows if n
-                for name, value in ((f"exact_{task}", exact / n), (f"tokens_{task}", right / ids))}  # fmt: skip
+        exact_TASK: share of texts whose whole answer is right. tokens_TASK: share of right ids in all answers.
+        exact_TASK_PLACEMENT: exact_TASK of the texts with one placement; only if the run has several placements,
+        which exact_TASK merges."""
+        found = {}
+        for task in self.task.tasks:
+            mine = [row for row, (name, _) in enumerate(self.pairs) if name == task]
+            n, exact, ids, right = self.sums[mine].sum(dim=0).tolist()
+            if n:
+                found |= {f"exact_{task}": exact / n, f"tokens_{task}": right / ids}
+        if len(self.task.placements) > 1:
+            for (task, placement), (n, exact, *_) in zip(self.pairs, self.sums.tolist(), strict=True):
+                if n:
+                    found[f"exact_{task}_{placement}"] = exact / n
+        return found
+
+
+def cells_of(figures: dict, tasks: Iterable[str]) -> dict[str, float]:
+    """Returns the share of exact answers of each validated cell, by its name in words.
+
+    A cell is a pair of a task and a placement, such as "copying with background"; or a task, if the run has one
+    placement or is older than the figures by placement. figures: those of Answers, among others."""
+    cells = {}
+    for task in tasks:
+        names = {placement: f"exact_{task}_{placement}" for placement in PLACEMENTS}
+        placed = {f"{task} with {at}": figures[name] for at, name in names.items() if name in figures}
+        cells |= placed or {task: figures[f"exact_{task}"]}
+    return cells
 
 
 def count_right(targets: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

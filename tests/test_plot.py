@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from nanometa.common.errors import UserError
 from nanometa.reports.curves import picture
-from nanometa.reports.training import draw, panels_of, read_run, smooth
+from nanometa.reports.training import draw, panels_of, reached, read_run, smooth
 from tests.conftest import cli
 
 
@@ -72,6 +72,17 @@ def test_runs_on_tasks_have_a_panel_per_task_over_steps(run_dir, tmp_path):
     assert [text.get_text() for text in bits.figure.legends[0].get_texts()] == ["some", "gzip -9", "xz"]
     with pytest.raises(UserError, match="some was trained on text and others on tasks"):
         picture([four, run_dir])
+
+
+def test_figures_by_placement_are_no_tasks_and_the_lowest_is_named(tmp_path):
+    folder = task_run(tmp_path / "placed", ("parity",))
+    by_placement = {"exact_parity_target": 0.75, "exact_parity_background": 0.25}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | by_placement if line["kind"] != "train" else line for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(folder)
+    assert run.tasks == ["parity"] and set(drawn([folder])) == {("parity", "steps"), ("training loss", "steps")}
+    assert reached(run) == "parity 100.0 %, lowest: parity with background 25.0 %"
 
 
 def test_runs_without_metrics_are_refused(run_dir, tmp_path):

@@ -107,6 +107,16 @@ def test_a_bpe_is_trained_only_on_the_train_split(folder):
     assert manifest(folder / "data/b")["splits"]["val"]["bytes"] > manifest(folder / "data/a")["splits"]["val"]["bytes"]
 
 
+def test_a_bpe_that_runs_out_of_merges_says_so(folder):
+    """A smaller vocabulary changes the model, so it must not pass unnoticed."""
+    out = " ".join(prepare(folder, "--name=large", "--bpe_vocab_size=50000").split())
+    n = Tokenizer.load(folder / "data/large").n_content
+    assert 257 < n < 50_000
+    assert f"warning: the tokenizer has {n:,} tokens, not bpe_vocab_size=50,000, because" in out
+    assert "warning: the tokenizer" not in prepare(folder, "--name=small")
+    assert Tokenizer.load(folder / "data/small").n_content == 300
+
+
 def test_training_a_bpe_prints_signs_of_life(monkeypatch):
     monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.01)
     for terminal, said in ((False, r"(training: 0 s so far\n){2,}"), (True, r"(?s).*training.*0:00:00.*")):

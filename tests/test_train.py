@@ -207,6 +207,33 @@ def test_the_whole_split_is_evaluated_once_at_the_end(workdir, monkeypatch, caps
     assert out.count(f"step       2  validation on all {total} windows: ") == 1
 
 
+def test_a_resumed_run_takes_over_the_evaluation_of_its_checkpoint(workdir, monkeypatch, capsys):
+    """A run that was killed between its last checkpoint and the final line does not evaluate the same windows again.
+    Another precision, or another number of windows, does."""
+    monkeypatch.chdir(workdir)
+    seen = []
+    monkeypatch.setattr(train, "evaluate", lambda *args: seen.append(args[4]) or evaluate(*args))
+    args = override(BASE, "--run_name=killed_late", "--eval_windows=None", "--max_steps=2")
+    train.main(args)
+    assert len(seen) == 2
+    before = (workdir / "out/killed_late/metrics.jsonl").read_text()
+    for init in ("resume", "auto"):
+        (workdir / "out/killed_late/metrics.jsonl").write_text(before.rpartition('{"kind": "final"')[0])
+        capsys.readouterr()
+        train.main([*args, f"--init_from={init}"])
+        assert len(seen) == 2 and (workdir / "out/killed_late/metrics.jsonl").read_text() == before
+        assert capsys.readouterr().out.count("step       2  validation on all ") == 1  # the figures are shown
+    train.main(override([*args, "--init_from=resume"], "--dtype=bfloat16"))
+    assert len(seen) == 3
+    train.main(override([*args, "--init_from=resume"], "--max_steps=3"))
+    assert len(seen) == 4  # of step 3, whose checkpoint holds it
+    few = override(BASE, "--run_name=killed_few", "--max_steps=2")
+    train.main(few)
+    assert len(seen) == 4 + 3  # five windows at steps 0 and 2, then all
+    train.main([*few, "--init_from=resume"])
+    assert len(seen) == 4 + 4  # all, since the checkpoint holds five
+
+
 def test_a_run_prints_the_settings_that_differ_from_the_defaults():
     line = messages.settings_line(TrainConfig(run_name="x", seed=5, task=TaskConfig(tasks=("parity", "copying"))))
     assert line.endswith("(config.json lists all): tasks=parity,copying seed=5")

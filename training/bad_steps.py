@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections import deque
+from pathlib import Path
 
 from nanometa.common.errors import UserError
 from nanometa.config import TrainConfig
@@ -59,3 +60,11 @@ class BadStepGuard:
                 f"because {self.wrong}; lower --learning_rate or try --compile=False, and start again or resume from "
                 f"{last_good}."
             )
+
+
+def diverged(what: str, step: int, run_dir: Path) -> UserError:
+    """Returns the error of a run that an evaluation after a step shows to have diverged. what: says what is wrong."""
+    return UserError(
+        f"{what} at step {step:,}, so training has diverged; lower --learning_rate, and start again or resume from the "
+        f"last checkpoint in {run_dir}, which is older than this evaluation."
+    )

@@ -95,6 +95,8 @@ def describe_estimate(cfg: TrainConfig, accumulation: int) -> str:
             "": f"{split} texts",
             f"{cfg.max_steps:,} steps": f"{windows:,} texts in {positions:.3e} positions, padding included",
         }
+        if cfg.stop_at is not None:
+            tokens[f"with stop_at={cfg.stop_at:g}"] = "the run may end earlier, and the estimate is for all steps"
     out += lines("tokens", tokens)
 
     flops = flops_by_part(load.model, M)

@@ -148,6 +148,14 @@ def flops_per_window(cfg: GPTConfig, M: int) -> int:
     return sum(flops_by_part(cfg, M).values())
 
 
+def utilization(cfg: TrainConfig, T: int, M: int, seconds: float, peak: float) -> float:
+    """Returns the MFU (model FLOPs utilization) of a step on windows of T positions, M of them markers.
+
+    seconds: the time of the step; peak: FLOP/s of all devices together."""
+    flops = cfg.batch_size * flops_per_window(dataclasses.replace(cfg.model, block_size=T), M)
+    return flops / seconds / peak
+
+
 # ----------------------------------------------------------------------------- memory
 # Bytes of the tensors of one process in eager mode. Weights, gradients and the optimizer's state are fp32. `size` is
 # the bytes per number of autocast's dtype (4 without autocast), which the products of the blocks and the head have.

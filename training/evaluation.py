@@ -8,15 +8,28 @@ import torch
 from torch import nn
 
 from nanometa.config import TrainConfig
+from nanometa.config.checks import flat
 from nanometa.data.loader import Windows
 from nanometa.layers.loss import Tally
 from nanometa.layers.scores import Scorer
 from nanometa.model import GPT
 from nanometa.tasks.source import Answers, TaskWindows
+from nanometa.training.checkpoint import Checkpoint
 from nanometa.training.distributed import Dist, autocast, pick_dtype
 from nanometa.training.signals import StopFlag
 
 PROGRESS_S = 10  # seconds between reports of progress
+
+
+def measured_in(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> dict:
+    """Returns the evaluation that a checkpoint holds of its own weights, as train.py wrote it: its step, windows,
+    figures and seconds.
+
+    Returns {} if there is none, or if an evaluation under cfg would compute it otherwise or on other data. facts: those
+    of the present dataset."""
+    then, now = flat(saved.config), flat(cfg)
+    same = all(then[name] == now[name] for name in ("device", "dtype", "compile"))
+    return saved.state.get("evaluation") or {} if same and saved.state["data"]["shards"] == facts["shards"] else {}
 
 
 @torch.no_grad()
@@ -40,7 +53,7 @@ def evaluate(
     n_windows = min(n_windows or data.n_windows, data.n_windows)
     windows = data.sample(n_windows)[dist.rank :: dist.world]
     tally = Tally(torch.from_numpy(data.tokenizer.token_bytes), dist.device)
-    answers = Answers(cfg.task.tasks, dist.device)
+    answers = Answers(cfg.task, dist.device)
     dtype = pick_dtype(cfg.dtype, dist.device)[0]
     scorer = Scorer(model) if compiled is None else compiled
     model.eval()

@@ -4,7 +4,7 @@ from nanometa.config import TrainConfig
 from nanometa.config.checks import flat
 from nanometa.data.loader import Windows
 from nanometa.model import GPT
-from nanometa.tasks.source import TaskWindows
+from nanometa.tasks.source import TaskWindows, cells_of
 from nanometa.tasks.words import tokens_per_item
 
 # These are not listed: the line starts with the first, and the tokenizer decides the others.
@@ -86,7 +86,8 @@ def data_lines(
             f"data: new texts of at most {train.T} positions{growth}, with the tokenizer of {source} "
             f"({tokens_per_item(train.tokenizer):.3f} tokens per item); {val.n_windows:,} validation texts",
             f"each step: {count(cfg.batch_size, 'text')} ({split})",
-            f"whole run: {count(cfg.max_steps, 'step')} = {count(cfg.max_steps * cfg.batch_size, 'text')}",
+            f"whole run: {'' if cfg.stop_at is None else 'at most '}{count(cfg.max_steps, 'step')} = "
+            f"{count(cfg.max_steps * cfg.batch_size, 'text')}",
         ]
     content = cfg.batch_size * train.content_per_window
     return [
@@ -99,13 +100,12 @@ def data_lines(
     ]
 
 
-def step_line(
-    step: int, max_steps: int, loss: float, rate: float, norm: float, rates: dict, mfu: dict, eta: str
-) -> str:
-    """Describes one training step. rates: counts per second by name; mfu: {"mfu": share} where the peak is known."""
+def step_line(step: int, last: int, loss: float, rate: float, norm: float, rates: dict, mfu: dict, eta: str) -> str:
+    """Describes one training step. last: the step after which the run ends; rates: counts per second by name; mfu:
+    {"mfu": share} where the peak is known."""
     speed = "  ".join(f"{value:,.0f} {name}/s".replace("_", " ") for name, value in rates.items())
     return (
-        f"step {step:>7,}/{max_steps:,}  loss {loss:.4f}  learning rate {rate:.2e}  gradient norm {norm:.2f}  {speed}  "
+        f"step {step:>7,}/{last:,}  loss {loss:.4f}  learning rate {rate:.2e}  gradient norm {norm:.2f}  {speed}  "
         f"{'MFU {mfu:.1%}  '.format(**mfu) if mfu else ''}time left {eta}"
     )
 
@@ -131,6 +131,9 @@ def evaluation_line(
     packed: the dataset's bits per byte under gzip and xz, None for tasks; scope: what was evaluated, in words."""
     if tasks:
         exact = ", ".join(f"{task} {figures[f'exact_{task}']:.1%}" for task in tasks)
+        if len(cells := cells_of(figures, tasks)) > len(tasks):
+            lowest = min(cells, key=cells.get)
+            exact += f" (lowest: {lowest} {cells[lowest]:.1%})"
         result = f"exact answers: {exact}; loss {figures['loss']:.4f} nats per token of the answer"
     else:
         result = (
@@ -143,3 +146,15 @@ def evaluation_line(
         f"step {step:>7,}  validation on {scope}: {result}; {figures['tokens']:,} tokens in {seconds:.1f} s"
         f"{'; the best so far' if best else ''}"
     )
+
+
+def stop_at_line(step: int, stop_at: float, exact: float, end: int | None, last: int) -> str:
+    """Describes the evaluation that reached --stop_at. exact: the lowest share of exact answers; end: as in
+    ending.Ending; last: the step after which the run ends."""
+    if end is None:
+        then = f"the decay of the learning rate has begun already, so the run ends after step {last:,} as planned"
+    elif end == step:
+        then = "the run ends here"
+    else:
+        then = f"the learning rate decays from here, and the run ends after step {last:,}"
+    return f"step {step:>7,}  every cell has at least {exact:.1%} exact answers (stop_at={stop_at:g}); {then}"

@@ -10,7 +10,14 @@ from nanometa.model import GPT
 from nanometa.training.distributed import pick_dtype
 
 
-def learning_rate(step: int, cfg: TrainConfig) -> float:
+def decay_of(cfg: TrainConfig) -> tuple[int, int]:
+    """Returns the first update of the decay of cosine and wsd, and the first one after it, which has min_lr."""
+    end = cfg.lr_decay_steps or cfg.max_steps
+    stable = end - round(cfg.decay_fraction * end) if cfg.schedule == "wsd" else 0
+    return max(cfg.warmup_steps, stable), end
+
+
+def learning_rate(step: int, cfg: TrainConfig, early: tuple[int, int] | None = None) -> float:
     """Returns the learning rate of update number `step`, counted from 0.
 
     After a linear warm-up there are three schedules:
@@ -18,17 +25,21 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     - wsd: constant, then down to min_lr as 1 - sqrt over the last decay_fraction of the steps. The rate before the
       decay does not depend on the number of steps (Hu et al., arXiv 2404.06395; the form of the decay is from Hägele
       et al., arXiv 2405.18392).
-    - constant: no decay."""
-    if step < cfg.warmup_steps:
+    - constant: no decay.
+    early: what decay_of returns, for a decay that begins before that of the schedule (--stop_at). It starts from the
+    rate that update would have had."""
+    early = early if early and step >= early[0] else None
+    if step < cfg.warmup_steps and not early:
         return cfg.learning_rate * (step + 1) / (cfg.warmup_steps + 1)
     if cfg.schedule == "constant":
         return cfg.learning_rate
-    end = cfg.lr_decay_steps or cfg.max_steps
-    stable = end - round(cfg.decay_fraction * end) if cfg.schedule == "wsd" else 0
-    start = max(cfg.warmup_steps, stable)
+    start, end = early or decay_of(cfg)
+    peak = cfg.learning_rate
+    if start < cfg.warmup_steps:  # only an early decay can start within the warm-up
+        peak = learning_rate(start, cfg)
     done = min(1.0, max(0, step - start) / max(1, end - start))
     left = 0.5 * (1 + math.cos(math.pi * done)) if cfg.schedule == "cosine" else 1 - math.sqrt(done)
-    return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
+    return cfg.min_lr + left * (peak - cfg.min_lr)
 
 
 MUON_BATCH = 2**21  # numbers in the matrices that Muon computes at once, which limits its temporary memory

@@ -11,13 +11,14 @@ from nanometa.config import TrainConfig
 from nanometa.config.checks import flat, flat_fields
 from nanometa.training import checkpoint, pretrained
 from nanometa.training.checkpoint import Checkpoint
-from nanometa.training.optimizer import learning_rate
+from nanometa.training.ending import Ending
 from nanometa.training.run_folders import STATE, holds_run, suggestion
 from nanometa.training.run_log import log_files
 
 
 def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[str]:
-    """Returns sentences about the settings that have changed since the checkpoint and are allowed to change.
+    """Returns sentences about the settings that have changed since the checkpoint and are allowed to change, and one
+    about a run that has ended early.
 
     Raises UserError if the run cannot continue exactly with the settings of cfg or with its dataset."""
     old = saved.state["data"]
@@ -68,12 +69,13 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
         for name in differing
         if rules[name] == "may change"
     ]
-    if any(learning_rate(step, cfg) != learning_rate(step, saved.config) for step in range(saved.step)):
+    now, then = (Ending(settings, saved.state.get("stop_at"), saved.step) for settings in (cfg, saved.config))
+    if any(now.rate(step) != then.rate(step) for step in range(saved.step)):
         changed.append(
             f"the learning rates up to step {saved.step} were not those of the present settings, so the result will "
             f"differ from a run that has these settings from the start"
         )
-    return changed
+    return changed + now.finished(saved.step)
 
 
 def _start_of(saved: Checkpoint) -> str:

@@ -16,10 +16,16 @@ def check_state(state: dict) -> None:
         counts += [state["guard"]["in_a_row"], state["guard"]["skipped"]]
         losses += state["guard"]["norms"]
     counts += [state[name] for name in ("evaluated", "content_before") if state.get(name) is not None]
+    if (evaluation := state.get("evaluation")) is not None:
+        counts += [evaluation["step"], evaluation["windows"]]
+        losses += [evaluation["eval_s"], evaluation["figures"]["loss"], evaluation["figures"]["bits_per_byte"]]
+    if (reached := state.get("stop_at")) is not None:
+        counts += [reached["step"], *([] if reached["end"] is None else [reached["end"]])]
+        losses.append(reached["exact"])
     if not (all(type(text) is str for text in texts) and all(map(is_count, counts)) and type(config) is dict):
         raise TypeError("a value has the wrong type")
     if not all(type(loss) is float and 0 <= loss < 1e100 for loss in losses):  # false for NaN
-        raise TypeError("a loss or a norm is negative, not finite or too large")
+        raise TypeError("a loss, a norm or a share is negative, not finite or too large")
     if not 1 <= data["chunk_content"] <= 2**20 or data["chunk_markers"] > 2**20:
         raise ValueError("the size of a chunk is out of range")
     if data["injection"] not in ("uniform", "periodic", "none") or (data["injection"] == "none") != (
