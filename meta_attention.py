@@ -1,4 +1,5 @@
-"""The attention layers of a block: causal self-attention, and meta-attention among the meta-tokens of a sequence.
+"""The attention layers of a block: causal self-attention, meta-attention among the meta-tokens of a sequence, and two
+controls for it.
 
 Meta-attention is the second attention of "Language Modeling with Learned Meta-Tokens" (arXiv 2509.16278, section 2).
 This file needs only torch and einops, so you can copy it into another project.
@@ -35,15 +36,21 @@ class CausalSelfAttention(nn.Module):
 
         rotate: function that applies rotary positions to q or k (B, H, T, D); None for no rotary positions.
         attend: function of q, k, v (B, H, T, D) that replaces causal attention, for example to read a KV cache."""
-        q, k, v = rearrange(self.c_attn(x), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
-        if rotate is not None:
-            q, k = rotate(q), rotate(k)
+        return self.resid_dropout(self.c_proj(self.mix(self.c_attn(x), rotate, attend)))
+
+    def mix(self, qkv, rotate=None, attend=None):
+        """Returns the outputs of all heads (B, T, C) for the projections qkv (B, T, 3C), as `forward` does."""
+        q, k, v = self.heads(qkv, rotate)
         if attend is not None:
             y = attend(q, k, v)
         else:
             y = causal_sdpa(q, k, v, dropout_p=self.dropout if self.training else 0.0, window=self.window)
-        y = rearrange(y, "b h t d -> b t (h d)")  # concatenate the heads
-        return self.resid_dropout(self.c_proj(y))
+        return rearrange(y, "b h t d -> b t (h d)")  # concatenate the heads
+
+    def heads(self, qkv, rotate=None):
+        """Returns q, k and v (B, H, T, D), q and k rotated, of the projections qkv (B, T, 3C)."""
+        q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.n_head)
+        return (q, k, v) if rotate is None else (rotate(q), rotate(k), v)
 
 
 class MetaAttention(CausalSelfAttention):
@@ -60,6 +67,75 @@ class MetaAttention(CausalSelfAttention):
         rotate, attend: as in CausalSelfAttention, for the gathered rows (B, H, M, D)."""
         rows = gather_rows(x, meta_index)  # (B, M, C); everything below costs O(M) rows, not O(T)
         return add_rows(x, super().forward(norm(rows), rotate, attend), meta_index)
+
+
+class MetaMeanAttention(CausalSelfAttention):
+    """Meta-attention in which every other row gets the mean of the values up to its own, with a residual connection.
+
+    A dense implementation computes this if its causal mask and its mask P add -1e9 each, where the paper has -inf. A
+    row of P that is not a meta position then adds the same -1e9 to all scores. In fp32, where neighboring numbers near
+    1e9 differ by 64, scores within +-32 vanish in the sum, so the softmax is uniform over all positions up to the row's
+    own; the future has -2e9 and weight 0. Rows of meta positions have scores without -1e9 and are those of
+    MetaAttention."""
+
+    def forward(self, x, meta_index, norm, rotate=None, attend=None, mean=None):
+        """Returns x (B, T, C) with the output of attention or of the mean added to every row.
+
+        meta_index, norm, rotate, attend: as in MetaAttention.
+        mean: function of the values (B, T, C) that replaces running_mean, to continue sequences whose start it has
+            read before."""
+        qkv = self.c_attn(norm(x))
+        y = running_mean(qkv.chunk(3, dim=-1)[2]) if mean is None else mean(qkv.chunk(3, dim=-1)[2])
+        y = replace_rows(y, self.mix(gather_rows(qkv, meta_index), rotate, attend), meta_index)
+        return x + self.resid_dropout(self.c_proj(y))
+
+
+class ReadMetaAttention(CausalSelfAttention):
+    """Attention of every row to the meta-tokens up to its own, with a residual connection: the mask P hides columns.
+
+    Rows before the first meta-token have nothing to read. They get exactly 0 added, also if c_proj has a bias."""
+
+    def forward(self, x, meta_index, norm, rotate=None, attend=None):
+        """Returns x (B, T, C) with the attention output added to every row that has a meta-token at or before it.
+
+        meta_index, norm: as in MetaAttention.
+        rotate: as in CausalSelfAttention, for all rows (B, H, T, D).
+        attend: function of q (B, H, T, D), k and v (B, H, M, D) that replaces read_sdpa."""
+        q, k, v = self.heads(self.c_attn(norm(x)), rotate)
+        k, v = (gather_heads(part, meta_index) for part in (k, v))
+        if attend is not None:
+            y, reads = attend(q, k, v)
+        else:
+            y, reads = read_sdpa(q, k, v, meta_index, dropout_p=self.dropout if self.training else 0.0)
+        y = self.c_proj(rearrange(y, "b h t d -> b t (h d)"))
+        return x + self.resid_dropout(torch.where(reads[..., None], y, 0))
+
+
+def running_mean(values: torch.Tensor) -> torch.Tensor:
+    """Returns for each row the mean of the rows of values (B, T, C) up to and including it, in at least fp32."""
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    counts = torch.arange(1, values.size(1) + 1, device=values.device, dtype=dtype)
+    return values.cumsum(1, dtype=dtype) / counts[:, None]
+
+
+def read_sdpa(q, k, v, index, dropout_p):
+    """Computes attention of all T queries (B, H, T, D) to the keys k, v (B, H, M, D) at the positions index (B, M).
+
+    Returns the outputs (B, H, T, D), and whether a query has a key to read (B, T)."""
+    k, v, mask, reads = with_empty_key(k, v, index, q.size(2))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p), reads
+
+
+def with_empty_key(k, v, index, T):
+    """Appends one key and value of zeros to k and v (B, H, M, D), for the queries that have nothing else to read.
+
+    The softmax of such a query would be undefined, and its gradient NaN.
+    Returns the longer k and v, which keys each of T queries reads (B, 1, T, M + 1), and whether it reads any of the
+    given ones (B, T), whose positions are index (B, M)."""
+    seen = index[:, None] <= torch.arange(T, device=index.device)[:, None]  # (B, T, M); the padding T is never seen
+    reads = seen.any(-1)
+    mask = torch.cat((seen, ~reads[..., None]), dim=-1)
+    return F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), mask[:, None], reads
 
 
 def causal_sdpa(q, k, v, dropout_p, window=None):
@@ -156,6 +232,18 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     # index_select saves only the shape of x for its backward; torch.gather would save all of x
     rows = x.flatten(0, 1).index_select(0, flat.flatten()).view(B, -1, C)
     return torch.where((index < T)[..., None], rows, 0)
+
+
+def gather_heads(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Returns the rows (B, H, M, D) of x (B, H, T, D) at index (B, M), as gather_rows does."""
+    rows = gather_rows(rearrange(x, "b h t d -> b t (h d)"), index)
+    return rearrange(rows, "b m (h d) -> b h m d", h=x.size(1))
+
+
+def replace_rows(x: torch.Tensor, y: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Returns x (B, T, C), in y's dtype, with the rows at index (B, M) replaced by those of y (B, M, C)."""
+    longer = F.pad(x.to(y.dtype), (0, 0, 0, 1))  # the padding index T falls into the extra row
+    return longer.scatter(1, index[..., None].expand_as(y), y)[:, :-1]
 
 
 def add_rows(x: torch.Tensor, y: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

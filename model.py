@@ -25,11 +25,23 @@ from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import stable_key
 from nanometa.config import GPTConfig
 from nanometa.layers.loss import mask_unpredictable_
-from nanometa.layers.rope import attend_dynamic, fixed_scale, rope_tables, rotate
-from nanometa.meta_attention import CausalSelfAttention, MetaAttention, gather_rows
+from nanometa.layers.rope import attend_dynamic, fixed_scale, read_dynamic, rope_tables, rotate
+from nanometa.meta_attention import (
+    CausalSelfAttention,
+    MetaAttention,
+    MetaMeanAttention,
+    ReadMetaAttention,
+    gather_rows,
+)
 
-# The layer class of each second attention, keyed by SecondAttention.connects (config/arms.py).
-SECOND_LAYERS = {"markers": MetaAttention, "random": MetaAttention, "all": CausalSelfAttention}
+# The layer class of each second attention, keyed by SecondAttention.connects and .others (config/arms.py).
+SECOND_LAYERS = {
+    ("markers", "nothing"): MetaAttention,
+    ("markers", "mean"): MetaMeanAttention,
+    ("markers", "read"): ReadMetaAttention,
+    ("random", "nothing"): MetaAttention,
+    ("all", "nothing"): CausalSelfAttention,
+}
 
 
 class Context(NamedTuple):
@@ -45,6 +57,8 @@ class Context(NamedTuple):
     """replaces the causal attention over q, k, v, for a KV cache or a dynamic rotary scale; None to use the layer's"""
     attend_second: Callable | None = None
     """replaces the second attention over q, k, v in the same way"""
+    mean: Callable | None = None
+    """replaces the mean that MetaMeanAttention computes over the values, for a cache; None to use the layer's"""
 
 
 class LayerNorm(nn.LayerNorm):
@@ -81,18 +95,23 @@ class Block(nn.Module):
         if self.second.has_layer:
             # names and shapes are the same in every arm, so equal seeds draw equal weights
             self.ln_second = LayerNorm(cfg)
-            self.second_attn = SECOND_LAYERS[self.second.connects](*attention, window=self.second.window)
+            self.second_attn = SECOND_LAYERS[self.second.connects, self.second.others](
+                *attention, window=self.second.window
+            )
         self.ln_2 = LayerNorm(cfg)
         self.mlp = MLP(cfg)
 
     def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         """Maps x (B, T, C) to (B, T, C)."""
         x = x + self.attn(self.ln_1(x), context.rotate, context.attend)
-        if self.second.gathers and context.meta_index is not None:
-            # MetaAttention applies the norm and the residual connection itself, to the rows of meta_index only
-            x = self.second_attn(x, context.meta_index, self.ln_second, context.rotate_second, context.attend_second)
-        elif self.second.has_layer and not self.second.gathers:
-            x = x + self.second_attn(self.ln_second(x), context.rotate_second, context.attend_second)
+        second = (context.rotate_second, context.attend_second)
+        if self.second.connects == "all":
+            x = x + self.second_attn(self.ln_second(x), *second)
+        elif self.second.selects and context.meta_index is not None:
+            # these layers apply the norm and the residual connection themselves; MetaAttention does so only to the rows
+            # of meta_index
+            second += (context.mean,) if self.second.others == "mean" else ()
+            x = self.second_attn(x, context.meta_index, self.ln_second, *second)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -151,8 +170,10 @@ class GPT(nn.Module):
         """Returns the final hidden states (B, T, C), after ln_f, for tokens (B, T) and positions (B, T).
 
         meta_index (B, M): positions that the second attention connects, as in a Batch; None if it connects none.
-        attends: for each block, the functions that replace its causal and its second attention (inference/cache.py).
-            They receive rotated q and k, except under rope_dynamic."""
+        attends: for each block, the functions that replace its causal attention, its second attention and the mean of
+            its values (inference/cache.py). The first two receive rotated q and k, except under rope_dynamic."""
+        if meta_index is None and self.cfg.second.others != "nothing":  # the other positions are computed all the same
+            meta_index = tokens.new_empty(len(tokens), 0)
         no_position = self._without_position(tokens, meta_index)
         x = self.wte(tokens)  # (B, T, C)
         if self.cfg.position == "learned":
@@ -164,7 +185,8 @@ class GPT(nn.Module):
         x = self.drop(x)
         for layer, block in enumerate(self.h):
             if attends is not None:
-                context = context._replace(**dict(zip(("attend", "attend_second"), attends[layer], strict=False)))
+                names = ("attend", "attend_second", "mean")
+                context = context._replace(**dict(zip(names, attends[layer], strict=False)))
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
@@ -198,9 +220,14 @@ class GPT(nn.Module):
             second_lengths = gather_rows(lengths[..., None], meta_index).squeeze(-1)
         if cfg.rope_dynamic:
             attend = functools.partial(attend_dynamic, positions=first, lengths=lengths, cfg=cfg, window=None)
-            attend_second = functools.partial(
-                attend_dynamic, positions=second, lengths=second_lengths, cfg=cfg, window=cfg.second.window
-            )
+            if cfg.second.others == "read":
+                attend_second = functools.partial(
+                    read_dynamic, index=meta_index, positions=second, lengths=lengths, cfg=cfg
+                )
+            else:
+                attend_second = functools.partial(
+                    attend_dynamic, positions=second, lengths=second_lengths, cfg=cfg, window=cfg.second.window
+                )
             return Context(meta_index, attend=attend, attend_second=attend_second)
         scale = fixed_scale(cfg, first.device)
         tables = rope_tables(first, cfg, scale)

@@ -5,14 +5,14 @@ definition in tests/reference/gpt.py and a run in tests/test_controls.py. Tests 
 reads the entry: the model, cached decoding, settings, dataset checks, --dry_run, labels, probes and reports. The tests
 run for every entry.
 
-A new value of `connects` also needs, in this file, a place in the type of `connects`, in `rows`, and in `gathers` if
-only some of the positions are computed; and a layer in SECOND_LAYERS of model.py. If the connected positions are not
+A new value of `connects` also needs, in this file, a place in the type of `connects`, in `rows`, and in `selects` if
+only some of the positions are connected; and a layer in SECOND_LAYERS of model.py. If the connected positions are not
 those of the markers, it also needs their selection in data/layout.py (connected_positions) and, for generated text, in
 inference/generation.py (takes_part, _slots). docs/extend.md lists what randomly drawn positions need in addition.
 
-A pattern that `connects` and `window` cannot describe must be implemented wherever attention is computed:
+A pattern that `connects`, `window` and `others` cannot describe must be implemented wherever attention is computed:
 meta_attention.py, the dynamic scale of layers/rope.py, inference/cache.py, probes/heads.py, and training/estimate.py
-for its memory.
+for its FLOPs and memory. A new value of `others` is such a pattern.
 """
 
 from dataclasses import dataclass
@@ -32,6 +32,13 @@ class SecondAttention:
     """whether the dataset must, may or must not contain markers"""
     window: int | None = None
     """number of connected positions that each one attends to: itself and the last ones before; None = all of them"""
+    others: Literal["nothing", "mean", "read"] = "nothing"
+    """what the positions get that are not connected. nothing: the layer does not change them; mean: the mean of the
+    values of all positions up to theirs, connected or not; read: they attend to the connected positions before them"""
+
+    def __post_init__(self):
+        if self.others != "nothing" and (self.connects != "markers" or self.window is not None):
+            raise ValueError(f"others={self.others} is implemented for all markers only: connects=markers, window=None")
 
     @property
     def has_layer(self) -> bool:
@@ -39,9 +46,14 @@ class SecondAttention:
         return self.connects != "nothing"
 
     @property
-    def gathers(self) -> bool:
-        """Whether the layer computes only the positions in meta_index instead of all positions of the window."""
+    def selects(self) -> bool:
+        """Whether only the positions in meta_index are keys, instead of all positions of the window."""
         return self.connects in ("markers", "random")
+
+    @property
+    def gathers(self) -> bool:
+        """Whether only the positions in meta_index are queries and keys, instead of all positions of the window."""
+        return self.selects and self.others != "read"
 
     def rows(self, T: int, M: int, random_fraction: float) -> int:
         """Returns how many positions the layer connects in a window of T positions, M of which are markers."""
@@ -53,6 +65,8 @@ SECOND_ATTENTIONS = {
     for entry in (
         SecondAttention("meta", "meta", connects="markers", markers="needed"),
         SecondAttention("diagonal", "diagonal", connects="markers", markers="needed", window=1),
+        SecondAttention("meta_mean", "meta+mean", connects="markers", markers="needed", others="mean"),
+        SecondAttention("read_meta", "read meta", connects="markers", markers="needed", others="read"),
         SecondAttention("causal", "causal2", connects="all", markers="allowed"),
         SecondAttention("random", "random", connects="random", markers="refused"),
         SecondAttention("none", None, connects="nothing", markers="allowed"),

@@ -2,9 +2,10 @@
 
 Every block has one cache for causal attention and one for its second attention. The cache of causal attention holds all
 positions. The cache of the second attention holds the positions that it connects: only the markers, which makes it
-small, or the randomly drawn positions, or all. The new tokens of all sequences are packed into one row (1, N) for the
-model's own forward pass, whether they are a whole prompt or one token each. No layer therefore sees padding, and only
-the attention functions know which token belongs to which sequence.
+small, or the randomly drawn positions, or all. A second attention that averages values also has their sums. The new
+tokens of all sequences are packed into one row (1, N) for the model's own forward pass, whether they are a whole prompt
+or one token each. No layer therefore sees padding, and only the attention functions know which token belongs to which
+sequence.
 """
 
 import copy
@@ -38,12 +39,16 @@ class Store:
         self.used, self.window = [0] * B, window
         self.cfg, self.positions = cfg, torch.zeros(B, S, dtype=torch.long, device=device)
 
-    def place(self, rows: list[int], positions: list[int], lengths: list[int]) -> None:
+    def place(
+        self, rows: list[int], positions: list[int], lengths: list[int], stored: list[bool] | None = None
+    ) -> None:
         """Assigns a cache slot to every token of a packed row, and plans the attention calls that `attend` will make.
 
         rows: the sequence that each token belongs to.
         positions: the position by which RoPE rotates each token.
         lengths: the length of the token's text up to and including it.
+        stored: whether the token's key and value enter the cache; None: those of all tokens. The others only read. A
+            token without any key to read is given slot 0, and `read` tells the layer to discard its output.
 
         Sets `calls` to one tuple (start, end, sequences, keys, mask) for each attention call. A call computes the
         tokens start .. end - 1, which are either several tokens of one sequence or one token of each of several
@@ -51,27 +56,32 @@ class Store:
         prompt reads only its own keys, and its tuple is (start, end, None, 0, None)."""
         B, S = self.k.shape[1:3]
         self.calls: list[tuple[int, int, slice | None, int, torch.Tensor | None]] = []
-        slots, n = [], 0
+        slots, reads, n = [], [], 0
         for row, group in itertools.groupby(rows):
             count, used = len(list(group)), self.used[row]
-            slots += range(row * S + used, row * S + used + count)
-            if used == 0:
+            new = [True] * count if stored is None else stored[n : n + count]
+            *_, self.used[row] = seen = list(itertools.accumulate(new, initial=used))
+            slots += range(row * S + used, row * S + self.used[row])
+            reads += [keys > 0 for keys in seen[1:]]
+            seen = [max(keys, 1) for keys in seen[1:]]  # number of cached keys that each token sees
+            if used == 0 and stored is None:
                 self.calls.append((n, n + count, None, 0, None))
             elif self.cfg.rope_dynamic:  # every token has its own scale, so it needs its own call
-                for i in range(count):
-                    mask = self._mask([used + i + 1])
+                for i, keys in enumerate(seen):
+                    mask = self._mask([keys])
                     mask = None if mask is None else mask[None, None]  # (1, 1, 1, keys)
-                    self.calls.append((n + i, n + i + 1, slice(row, row + 1), used + i + 1, mask))
+                    self.calls.append((n + i, n + i + 1, slice(row, row + 1), keys, mask))
             else:
-                mask = self._mask(list(range(used + 1, used + count + 1)))
+                mask = self._mask(seen)
                 mask = None if mask is None else mask[None, None]  # (1, 1, count, keys)
-                self.calls.append((n, n + count, slice(row, row + 1), used + count, mask))
-            self.used[row] += count
+                self.calls.append((n, n + count, slice(row, row + 1), seen[-1], mask))
             n += count
         self.slots = torch.tensor(slots, device=self.k.device, dtype=torch.long)
+        self.reads = torch.tensor([reads], device=self.k.device, dtype=torch.bool)  # (1, N)
         if self.cfg.rope_dynamic:
             self.at = torch.tensor([positions, lengths], device=self.k.device, dtype=torch.long)  # (2, N)
-            self.positions.flatten().index_copy_(0, self.slots, self.at[0])
+            new = self.at[0] if stored is None else self.at[0, [n for n, kept in enumerate(stored) if kept]]
+            self.positions.flatten().index_copy_(0, self.slots, new)
         tokens_of = [(call[1] - call[0], call[2]) for call in self.calls[:B]]
         if B > 1 and tokens_of == [(1, slice(row, row + 1)) for row in range(B)]:
             # the first B calls are one token of every sequence: merge them into one batched call
@@ -97,7 +107,10 @@ class Store:
     def attend(self, layer: int, q, k, v):
         """Computes the attention of one layer for the tokens given to `place`; it replaces causal_sdpa.
 
-        Takes q, k, v (1, H, N, D) of these tokens, stores k and v in the cache, and returns (1, H, N, D)."""
+        Takes q, k, v (1, H, N, D) of these tokens, stores k and v in the cache, and returns (1, H, N, D). Of tokens
+        that are not stored it takes only q."""
+        if not self.calls:
+            return q  # no token: q is empty
         for cache, new in ((self.k[layer], k), (self.v[layer], v)):
             cache.flatten(0, 1).index_copy_(0, self.slots, new[0].transpose(0, 1))
         out = []
@@ -124,10 +137,47 @@ class Store:
             out.append(y)
         return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
+    def read(self, layer: int, q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
+        """Replaces read_sdpa: returns what `attend` does, and whether each token has a key to read (1, N)."""
+        return self.attend(layer, q, k, v), self.reads
+
     def keep(self, rows: list[int]) -> None:
         """Drops the cache of every sequence except those listed."""
         self.k, self.v, self.positions = self.k[:, rows], self.v[:, rows], self.positions[rows]
         self.used = [self.used[row] for row in rows]
+
+
+class RunningSums:
+    """The sums of the values of all tokens read, (n_layer, B, C) in fp32, from which MetaMeanAttention continues."""
+
+    def __init__(self, cfg: GPTConfig, B: int, device: torch.device):
+        self.sums, self.used = torch.zeros(cfg.n_layer, B, cfg.n_embd, device=device), [0] * B
+
+    def place(self, rows: list[int]) -> None:
+        """Plans the calls of `mean` for a packed row. rows: the sequence that each token belongs to.
+
+        Sets `calls` to one tuple (start, end, sequence, number of its tokens read before) for each group of tokens."""
+        self.calls, n = [], 0
+        for row, group in itertools.groupby(rows):
+            count = len(list(group))
+            self.calls.append((n, n + count, row, self.used[row]))
+            self.used[row] += count
+            n += count
+
+    def mean(self, layer: int, values: torch.Tensor) -> torch.Tensor:
+        """Replaces running_mean for the tokens given to `place`: takes their values (1, N, C), returns (1, N, C)."""
+        out = []
+        for start, end, row, used in self.calls:
+            sums = values[0, start:end].cumsum(0, dtype=torch.float32)
+            if used:
+                sums += self.sums[layer, row]
+            self.sums[layer, row] = sums[-1]
+            out.append(sums / torch.arange(used + 1, used + 1 + end - start, device=sums.device)[:, None])
+        return torch.cat(out)[None]
+
+    def keep(self, rows: list[int]) -> None:
+        """Drops the sums of every sequence except those listed."""
+        self.sums, self.used = self.sums[:, rows], [self.used[row] for row in rows]
 
 
 class DecodingWeights:
@@ -155,20 +205,26 @@ class Decoder:
 
     def __init__(self, weights: DecodingWeights, B: int, slots: int, second_slots: int, in_second: Callable):
         """slots: the largest number of positions that a sequence will use in its window.
-        second_slots: the largest number of them that a gathering second attention connects.
-        in_second: function of (token, position) that returns whether a gathering second attention connects the token.
-            With any other second attention, or none, it returns whether the token is a marker, since markers may have
-            no position."""
+        second_slots: the largest number of them that a second attention among some positions connects.
+        in_second: function of (token, position) that returns whether such a second attention connects the token. With
+            any other second attention, or none, it returns whether the token is a marker, since markers may have no
+            position."""
         cfg = weights.cfg
         self.weights, self.device = weights, weights.device
-        self.in_second, self.gathered = in_second, cfg.second.gathers
+        self.in_second, self.reading = in_second, cfg.second.others == "read"
         kind = (weights.dtype, self.device)
-        self.causal, self.second = Store(cfg, B, slots, *kind), None
+        self.causal, self.second, self.sums = Store(cfg, B, slots, *kind), None, None
+        functions = [self.causal.attend]
         if cfg.second.has_layer:
-            self.second = Store(cfg, B, second_slots if self.gathered else slots, *kind, cfg.second.window)
-        self.stores = [store for store in (self.causal, self.second) if store is not None]
+            # one slot at least, for the tokens of a text without markers that have nothing to read
+            self.second = Store(cfg, B, max(second_slots, 1) if cfg.second.selects else slots, *kind, cfg.second.window)
+            functions.append(self.second.read if self.reading else self.second.attend)
+        if cfg.second.others == "mean":
+            self.sums = RunningSums(cfg, B, self.device)
+            functions.append(self.sums.mean)
+        self.stores = [store for store in (self.causal, self.second, self.sums) if store is not None]
         self.attends = [
-            tuple(functools.partial(store.attend, layer) for store in self.stores) for layer in range(cfg.n_layer)
+            tuple(functools.partial(function, layer) for function in functions) for layer in range(cfg.n_layer)
         ]
 
     @torch.inference_mode()
@@ -188,7 +244,7 @@ class Decoder:
         gathered = [n for n, pair in enumerate(zip(tokens, positions, strict=True)) if self.in_second(*pair)]
         self._place(rows, positions, gathered)
         inputs = [torch.tensor([part], device=self.device, dtype=torch.long) for part in (tokens, positions, gathered)]
-        if not gathered:  # the common case: the gathering second attention can be skipped
+        if not gathered:  # the common case: a second attention that changes only gathered rows can be skipped
             inputs[2] = None
         with torch.autocast(self.device.type, enabled=False):
             hidden = self.weights.model(*inputs, self.attends)[0]  # (N, C)
@@ -206,7 +262,15 @@ class Decoder:
         self.causal.place(rows, positions if meta_position == "none_second" else zeroed, lengths)
         if self.second is not None:
             second = (rows, positions if meta_position == "none_first" else zeroed, lengths)
-            self.second.place(*([part[n] for n in gathered] for part in second) if self.gathered else second)
+            if self.reading:
+                members = set(gathered)
+                self.second.place(*second, stored=[n in members for n in range(len(rows))])
+            elif self.weights.cfg.second.gathers:
+                self.second.place(*([part[n] for n in gathered] for part in second))
+            else:
+                self.second.place(*second)
+        if self.sums is not None:
+            self.sums.place(rows)
 
     def forget(self, row: int) -> None:
         """Empties the cache of sequence `row`, which then starts again at position 0."""

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from nanometa.config import GPTConfig
-from nanometa.meta_attention import recent
+from nanometa.meta_attention import gather_rows, recent, with_empty_key
 
 
 def rope_speeds(cfg: GPTConfig, scale: torch.Tensor) -> torch.Tensor:
@@ -116,6 +116,21 @@ def attend_dynamic(q, k, v, positions, lengths, cfg: GPTConfig, window: int | No
         places = (positions[:, own], positions[:, keys], lengths[:, t])
         out.append(attend_one(q[:, :, own], k[:, :, keys], v[:, :, keys], *places, cfg))
     return torch.cat(out, dim=2)
+
+
+def read_dynamic(q, k, v, index, positions, lengths, cfg: GPTConfig):
+    """Computes what meta_attention.read_sdpa does, with the rotary scale of attend_dynamic.
+
+    q (B, H, T, D), k and v (B, H, M, D): not rotated; index (B, M): the positions of the keys in the window.
+    positions, lengths (B, T): as in attend_dynamic, of all T rows."""
+    k, v, mask, reads = with_empty_key(k, v, index, q.size(2))
+    k_positions = F.pad(gather_rows(positions[..., None], index).squeeze(-1), (0, 1))
+    out = []
+    for t in range(q.size(2)):
+        own = slice(t, t + 1)
+        places = (positions[:, own], k_positions, lengths[:, t])
+        out.append(attend_one(q[:, :, own], k, v, *places, cfg, mask[:, :, own]))
+    return torch.cat(out, dim=2), reads
 
 
 def attend_one(q, k, v, q_positions, k_positions, lengths, cfg: GPTConfig, mask=None):

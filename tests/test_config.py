@@ -101,6 +101,10 @@ def test_the_configs_of_arms_differ_only_in_the_arm(size):
         (file("random"), without, {"second_attention": "random"}),
         (file("widemlp"), without, {"second_attention": "none", "n_inner": 6 * meta.model.n_embd}),
         (file("pause"), with_markers, {"second_attention": "none"}),
+        (file("diagonal"), with_markers, {"second_attention": "diagonal"}),
+        (file("meta_mean"), with_markers, {"second_attention": "meta_mean"}),
+        (file("read_meta"), with_markers, {"second_attention": "read_meta"}),
+        (file("causal2_markers"), with_markers, {"second_attention": "causal"}),
     ):
         model = dataclasses.replace(meta.model, block_size=data[1], **model)
         arm = dataclasses.replace(meta, dataset=data[0], run_name=Path(path).stem, model=model)

@@ -26,7 +26,10 @@ CONTROLS = {
     "random": ("--second_attention=random", "--random_fraction=0.25", "--dataset=data/n", "--block_size=28"),
     "widemlp": ("--second_attention=none", "--n_inner=192", "--dataset=data/n", "--block_size=28"),
     "pause": ("--second_attention=none", "--dataset=data/u", "--block_size=32"),
+    "causal2_markers": ("--second_attention=causal", "--dataset=data/u", "--block_size=32"),
     "diagonal": ("--second_attention=diagonal", "--dataset=data/u", "--block_size=32"),
+    "meta_mean": ("--second_attention=meta_mean", "--dataset=data/u", "--block_size=32"),
+    "read_meta": ("--second_attention=read_meta", "--dataset=data/u", "--block_size=32", "--position=rope"),
     "unplaced": ("--meta_position=none", "--position=rope", "--dataset=data/u", "--block_size=32"),
     "unplaced_pause": ("--meta_position=none", "--second_attention=none", "--dataset=data/u", "--block_size=32"),
 }
@@ -48,14 +51,15 @@ def test_every_second_attention_has_a_run_in_controls():
 def test_controls_have_the_expected_numbers_of_parameters(size, vocabulary, counts):
     """The position table is not counted, because it depends on the window. The widened MLP lacks only ln_second."""
     found = {}
-    for arm in ("meta", "causal2", "random", "widemlp", "pause"):
+    like_meta = ("causal2", "random", "causal2_markers", "diagonal", "meta_mean", "read_meta")
+    for arm in ("meta", "widemlp", "pause", *like_meta):
         cfg = load_config(TrainConfig, [f"{ROOT}/config/{size.format(arm)}.py", f"--vocab_size={vocabulary[0]}",
                                         f"--content_vocab_size={vocabulary[1]}"], config_file=True).model  # fmt: skip
         with torch.device("meta"):
             found[arm] = GPT(cfg).num_params(position_table=False)
         if arm == "widemlp":
             assert counts["meta"] - found[arm] == cfg.n_layer * cfg.n_embd
-    assert found == {**counts, "causal2": counts["meta"], "random": counts["meta"]}
+    assert found == {**counts, **dict.fromkeys(like_meta, counts["meta"])}
     assert 0.999 < found["widemlp"] / found["meta"] < 1
 
 

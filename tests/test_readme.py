@@ -111,15 +111,21 @@ def test_the_readme_quotes_lines_as_train_py_prints_them():
         assert printed.startswith(line.rstrip()), (printed, line)
 
 
-def test_the_six_commands_train_all_six_arms():
+def test_the_six_commands_train_the_six_arms_of_the_table():
     section = (ROOT / "README.md").read_text().split("in six commands\n")[1].split("\n[docs/")[0]
     assert len(re.findall(r"^    \S", section, re.M)) == 6
     trained = {line for page, line in commands() if page == "README.md" and "--run_name=books_" in line}
     arms = {re.search(r"config/tiny_(\w+)\.py", line)[1] for line in trained}
-    assert arms == {path.stem.removeprefix("tiny_") for path in (ROOT / "config").glob("tiny_*.py")} - {
-        "tasks", "extend_4x", "extend_8x"
-    }  # fmt: skip
+    table = (ROOT / "README.md").read_text().split("## The arms")[1].split("\n## ")[0]
+    assert arms == set(re.findall(r"^\|.*`config/tiny_(\w+)\.py`", table, re.M)) and len(arms) == 6
     assert arms == set(re.findall(r"out/books_(\w+)", section)) - {"report"}
+
+
+def test_the_page_of_the_arms_lists_the_configs_of_every_arm():
+    text = (ROOT / "docs/arms.md").read_text()
+    names = {path.name for pattern in ("tiny_*.py", "*gpt2.py") for path in (ROOT / "config").glob(pattern)}
+    others = {"tiny_tasks.py", "tiny_extend_4x.py", "tiny_extend_8x.py"}
+    assert set(re.findall(r"`config/(tiny_\w+\.py|\w*gpt2\.py)`", text)) == names - others
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from tests.reference import rope
 
 
-def attention(layer, x, allowed, rotation):
+def attention(layer, x, allowed, rotation, uniform=None):
     """Returns the attention output (B, T, C) of x (B, T, C); a query that may see no key gets 0.
 
     allowed (B, T, T) bool: whether query i may see key j.
+    uniform (B, T) bool: queries that weigh all keys that they may see equally; None for no such queries.
     rotation (B, T, T, D/2) complex: the factor of q_i conj(k_j); None for no rotary positions."""
     B, T, C = x.shape
     D = C // layer.n_head
@@ -21,6 +22,8 @@ def attention(layer, x, allowed, rotation):
     else:  # dimensions d and d + D/2 are the real and imaginary part of a complex number
         q, k = (torch.complex(part[..., : D // 2], part[..., D // 2 :]) for part in (q, k))
         scores = torch.einsum("bihd,bjhd,bijd->bhij", q, k.conj(), rotation).real
+    if uniform is not None:
+        scores = scores.masked_fill(uniform[:, None, :, None], 0)
     weights = torch.where(allowed[:, None], scores / math.sqrt(D), -math.inf).softmax(-1).nan_to_num(0)
     out = torch.einsum("bhij,bjhd->bihd", weights, v).reshape(B, T, C)
     return torch.where(allowed.any(-1)[..., None], layer.c_proj(out), 0)
@@ -59,16 +62,19 @@ def hidden_states(model, tokens, positions, members):
         "meta": among_members,
         "diagonal": among_members & torch.eye(T, dtype=torch.bool),
         "random": among_members,
+        "meta_mean": torch.where(members[:, :, None], among_members, causal),
+        "read_meta": causal & members[:, None, :],
         "causal": causal,
         "none": None,
     }
+    uniform = ~members if cfg.second_attention == "meta_mean" else None  # these average values
     if cfg.second_attention not in pairs:
         raise NotImplementedError(f"pairs lacks second_attention={cfg.second_attention}: add what it connects.")
     connected = pairs[cfg.second_attention]
     for block in model.h:
         x = x + attention(block.attn, block.ln_1(x), causal, rotation)
         if connected is not None:
-            x = x + attention(block.second_attn, block.ln_second(x), connected, rotation_second)
+            x = x + attention(block.second_attn, block.ln_second(x), connected, rotation_second, uniform)
         h = F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh")
         x = x + block.mlp.c_proj(h)
     return model.ln_f(x)
