@@ -12,14 +12,16 @@ target from the other spans:
     - No two adjacent words occur in this order in another place of the text, and no word occurs twice in a span.
     - No two spans start with the same word. (If the text has more spans than words, all words start equally many.)
     - The vocabulary of a text has half as many words as the text has places for words, so each word occurs twice. The
-      pools have 400 words: in texts with more than 800 places, some 1,100 positions, words occur more often, and where a
-      span needs more words than half of the places, less often.
+      pools have 400 words: in texts with more than 800 places, some 1,100 positions, words occur more often. Where a
+      span needs more words than half of the places, they occur less often.
 
 Whoever knows the first word of the answer, and continues with what followed the last two tokens before (2-gram
 induction, starting from the bracket and the first word), is right in every text. Whoever continues with what followed
 the last word alone (1-gram induction) has to guess between two places at every word. What is left to learn is where the
 marks are, and the distance from there.
 """
+
+import itertools
 
 from nanometa.common.keyed_random import Draws
 from nanometa.tasks.example import POINT, STOP, Draft, Maker, show
@@ -71,8 +73,8 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
         "the words before the marked span": "".join(lines[target][0][-len(span) :]),
     }
     pieces = [piece for words, span in lines for piece in (*words, " [", *span, " ]", "\n")]
-    after = dict(zip(pieces, pieces[1:], strict=False))  # of several occurrences, the last one counts
-    after_two = dict(zip(zip(pieces, pieces[1:], strict=False), pieces[2:], strict=False))
+    after = dict(itertools.pairwise(pieces))  # of several occurrences, the last one counts
+    after_two = dict(zip(itertools.pairwise(pieces), pieces[2:], strict=False))
     one, two = [span[0]], [" [", span[0]]
     for _ in span[1:]:
         one.append(after.get(one[-1], ""))

@@ -126,7 +126,7 @@ class Maker:
             )
         if cfg.visible == "marked" and not self.has_pointer:
             raise UserError(
-                f"visible=marked reads what the marks enclose, and nothing points in the texts of {task} with placement "
+                f"visible=marked reads what the marks enclose, and nothing points in texts of {task} with placement "
                 f"{placement}: leave out this placement or set --visible=all."
             )
         pointer = {"meta": META, "word": f" {words.DELIMITER}"}[self.markers.pointer]

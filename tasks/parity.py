@@ -4,15 +4,17 @@
      one zero<|meta|> one one zero zero one one
      ? parity: one
 
-Bits are words, so that each is one token in every tokenizer, and stand in lines of 8. The mark stands anywhere between
-bit 3 and a share of all bits, which the level sets: 1/32 at easy, 1/16 at medium, 1/8 at hard, 1/2 at extra_hard, and 1
-at long, but at least bit 4. The share is the same at every length, so a longer text is a larger problem. Bits after the
-mark fill the rest of the length and do not count.
+Bits are words, so that each is one token in every tokenizer, and stand in lines of 8. The level sets how many bits
+count: at most 1/32 of all bits at easy, 1/16 at medium, 1/4 at hard, 1/2 at extra_hard and all at long, but at least 4,
+8, 12, 16 and 24, and at least half of that number, equally likely. These shares are the same at every length, so
+a longer text is a larger problem. Bits after the mark fill the rest of the length and do not count.
 
 The bits before the mark (the prefix) decide the split of a text, so no prefix of the training split occurs in the
 others, and a table of training prefixes answers nothing. Every number of bits from 3 has a quarter of its prefixes in
-val, a quarter in test, and in each split as many with answer zero as with answer one. Short prefixes are few: those of 3
-and 4 bits in the test split are 6, so figures of level easy at short lengths are about 6 problems. A table that also
+val and a quarter in test, and in each split as many with answer zero as with answer one.
+
+Short prefixes are few: the test split has 6 of 3 or 4 bits and 1,016 of 6 to 11 bits. Among so few, parts of the prefix
+agree with the answer by accident (the first bit at level easy), which the printed floors include. A table that also
 knows that one changed bit changes the answer knows the rule of the task; it answers prefixes that are short enough to
 have a neighbor in the table.
 """
@@ -23,9 +25,9 @@ from nanometa.tasks.example import POINT, SPLITS, STOP, Draft, Maker, show
 QUESTION_NAMES_PLACE = False
 ANSWER_IN_TEXT = False
 CHANCE = 1 / 2
-# least number of bits before the mark, and the largest as a share of all bits
-SIZES = {"easy": (3, 1 / 32), "medium": (3, 1 / 16), "hard": (3, 1 / 8), "extra_hard": (3, 1 / 2), "long": (3, 1.0)}
-LARGEST = 4  # the largest number of bits before the mark is at least this
+# for each level, the largest number of bits before the mark in short texts, and as a share of all bits in longer ones
+SIZES = {"easy": (4, 1 / 32), "medium": (8, 1 / 16), "hard": (12, 1 / 4), "extra_hard": (16, 1 / 2), "long": (24, 1.0)}
+LEAST = 3  # fewer bits than that do not have prefixes in every split
 LINE = 8  # bits in a line
 WORDS = (" zero", " one")
 
@@ -41,10 +43,12 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
         if left < 0:
             break
         bits.append(bit)
-    n, (least, share) = len(bits), SIZES[level]
-    if n < least:
+    n, (short, share) = len(bits), SIZES[level]
+    if n < LEAST:
         return None
-    cut = draws.between(least, min(n, max(LARGEST, round(share * n))))
+    most = min(n, max(short, round(share * n)))
+    least = max(LEAST, most // 2)
+    cut = draws.between(least, most)
     out = Draft(percentile=percentile(bits[:cut]))
     for i, bit in enumerate(bits, start=1):
         out.body.append(WORDS[bit])
@@ -58,9 +62,10 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
         "the parity of all bits": WORDS[sum(bits) % 2],
         "the parity of the two bits before the mark": WORDS[sum(bits[cut - 2 : cut]) % 2],
         "the first bit": WORDS[bits[0]],
-        "a table of all training prefixes, by the first bits": _in_table(bits[:k] for k in range(cut, least - 1, -1)),
-        "a table of all training prefixes, by the last bits": _in_table(
-            bits[cut - k : cut] for k in range(cut, least - 1, -1)
+        "the parity of the bits that are likely to count": WORDS[sum(bits[: (least + most) // 2]) % 2],
+        "a table of training prefixes, by the first bits": _in_table(bits[:k] for k in range(cut, LEAST - 1, -1)),
+        "a table of training prefixes, by the last bits": _in_table(
+            bits[cut - k : cut] for k in range(cut, LEAST - 1, -1)
         ),
     }
     return out
