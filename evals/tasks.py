@@ -216,7 +216,7 @@ def sentence(cell: dict) -> str:
     without = f"  ({cell['answer_exact']:.1%} without the line end, {failures} format failures)" if failures else ""
     aided = "".join(f"  {name} {share:.1%}" for name, share in cell.get("aided", {}).items())
     return (
-        f"{name}  exact {cell['exact']:6.1%} ({low:.1%} .. {high:.1%}, n = {cell['n']}){without}  tokens "
-        f"{cell['token_accuracy']:.1%}  chance {cell['chance']:.1%}  shortcut {cell['floors'][best]:.1%} ({best}){aided}"
-        f"  {cell['seconds']:.1f} s\n"
+        f"{name}  exact {cell['exact']:6.1%} ({low:.1%} .. {high:.1%}, n = {cell['n']}){without}"
+        f"  tokens {cell['token_accuracy']:.1%}  chance {cell['chance']:.1%}"
+        f"  shortcut {cell['floors'][best]:.1%} ({best}){aided}  {cell['seconds']:.1f} s\n"
     )

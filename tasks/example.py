@@ -231,8 +231,8 @@ class Maker:
         body = example.draft.body
         points = [i for i, piece in enumerate(body) if piece == POINT]
         # with one mark, as in parity, it delimits everything before it
-        first = self.cost(*body[: points[0]]) if len(points) > 1 else 0
-        span = range(1 + first, 1 + self.cost(*body[: points[-1] + 1]))
+        first = 1 + self.cost(*body[: points[0]]) if len(points) > 1 else 0
+        span = range(first, 1 + self.cost(*body[: points[-1] + 1]))
         kept = marked_places(places, span, question=1 + self.cost(*body))
         return Example(example.ids[kept], example.answers[kept], example.draft, kept)
 

@@ -177,12 +177,20 @@ def _last(size: int) -> Callable[[Text], int]:
     return lambda text: _runs(text, size)[-1]
 
 
+def _to_next(text: Text) -> int:
+    """Returns the count from the first mark to the first list after it that holds the item before one that does."""
+    counts, first = _counts(text), _marked(text)[0]
+    ends = (i for i in range(first + 1, len(counts) - 1) if counts[i] and counts[i + 1])
+    return sum(counts[first : next(ends, len(counts)) + 1])
+
+
 WINDOWS = {"the largest count": _largest, "the most frequent count": _usual, "the mean count": _mean,
            "the count in the last": _last, "the count from the first mark": _from_first,
            "the count up to the last mark": _to_last}  # fmt: skip
 SEGMENT_COUNTING: dict[str, Program] = {
     "the count of the whole text": _capped(lambda text: sum(_counts(text))),
     "a table of whole counts in training": table(lambda text: [sum(_counts(text))]),
+    "the count from the first mark to where segments may meet": _capped(_to_next),
     "a table of largest counts in training": table(lambda text: [(_largest(2)(text), _largest(4)(text))]),
     **{f"{name}, {size} lists": _capped(of(size)) for name, of in WINDOWS.items() for size in (1, 2, 3, 4)},
 }

@@ -21,6 +21,5 @@ def marked_places(places: np.ndarray, span: range, question: int) -> np.ndarray:
 
     places (L,): place of each id in the text, increasing; the ids are numbered without scattered meta-tokens.
     span: numbers of the ids from the first mark to the last one. question: number of the first question's first id."""
-    return np.concatenate(
-        [[0], np.arange(places[span[0]], places[span[-1]] + 1), np.arange(places[question], places[-1] + 1)]
-    )
+    shown = np.arange(places[span[0]], places[span[-1]] + 1)
+    return np.concatenate([[0], shown[shown > 0], np.arange(places[question], places[-1] + 1)])
