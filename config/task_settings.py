@@ -39,6 +39,12 @@ class TaskConfig(Settings):
     misnamed (a control): item j of the list that the pointer marks, while the question names another list"""
     questions: int = setting(1, only_with={"tasks": ("list_recall",)})
     """questions per training text of list recall; other tasks and all evaluation texts have one"""
+    semantic_lists: bool = setting(False, only_with={"tasks": ("list_recall",)})
+    """name the lists of list recall after categories (fruit, tool ...) and fill them with members, as in the paper's
+    example; otherwise names and items are drawn regardless of their meaning"""
+    visible: Literal["all", "marked"] = setting("all", only_with={"tasks": SET})
+    """what the model reads of a text, in training and evaluation. marked (the oracle, a positive control): only what
+    the marks enclose and the question, at their positions in the whole text"""
     shuffle_answers: bool = setting(False, only_with={"tasks": SET})
     """give every training text the answer of another text: a control whose accuracy must stay at chance"""
 
@@ -51,3 +57,7 @@ class TaskConfig(Settings):
         check(self, "meta_share", 0 < self.meta_share < 0.9, "lie strictly between 0 and 0.9")
         check(self, "questions", 1 <= self.questions <= 16, "lie in 1 .. 16")
         check(self, "curriculum_steps", self.curriculum_steps >= 0, "be at least 0")
+        by_meaning = self.semantic_lists and self.question == "after"
+        check(self, "semantic_lists", not by_meaning, "be False with question=after, whose lists share an item")
+        part = self.visible == "marked" and self.loss_on == "all"
+        check(self, "visible", not part, "be all with loss_on=all, which also predicts what the oracle leaves out")

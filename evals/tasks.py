@@ -83,8 +83,9 @@ def measure_tasks(run: Run, maker: Maker, level: str, length: int, n: int) -> di
     label = f"{maker.name}, {maker.placement}, {length} positions: writing and answering texts"
     with progress(label, 2 * n) as advance:
         examples = texts(maker, level, length, n, advance=advance)
-        figures, floors = read(run, examples, length, advance), floors_of(examples)
-    rest = {"chance": maker.task.CHANCE, "floors": floors, "seconds": time.perf_counter() - started}
+        figures, floors, aided = read(run, examples, length, advance), floors_of(examples), aided_of(examples)
+    rest = {"chance": maker.task.CHANCE, "floors": floors, **({"aided": aided} if aided else {})}
+    rest["seconds"] = time.perf_counter() - started
     return {**cell, **figures, **rest}
 
 
@@ -92,7 +93,8 @@ def about(maker: Maker, level: str, length: int) -> dict:
     """Returns the fields of a JSON line that describe its cell."""
     return {
         "task": maker.name, "placement": maker.placement, "level": level, "question": maker.cfg.question,
-        "length": length, "tokens_per_item": tokens_per_item(maker.tokenizer),
+        "length": length, "visible": maker.cfg.visible, "semantic_lists": maker.semantic,
+        "tokens_per_item": tokens_per_item(maker.tokenizer),
     }  # fmt: skip
 
 
@@ -111,10 +113,20 @@ def texts(
 
 def floors_of(examples: list[Example]) -> dict[str, float]:
     """Returns for each shortcut of the task the share of texts that it answers exactly."""
+    return _shares(examples, [example.draft.shortcuts for example in examples])
+
+
+def aided_of(examples: list[Example]) -> dict[str, float]:
+    """Returns the same for each program that is told a part of the answer; these shares are no floors."""
+    return _shares(examples, [example.draft.aided for example in examples])
+
+
+def _shares(examples: list[Example], given: list[dict[str, str]]) -> dict[str, float]:
+    """Returns by name the share of right answers among those given to each text."""
     answers = ["".join(example.draft.questions[0][1]).strip() for example in examples]
     return {
-        name: sum(e.draft.shortcuts[name].strip() == a for e, a in zip(examples, answers, strict=True)) / len(examples)
-        for name in examples[0].draft.shortcuts
+        name: sum(of[name].strip() == answer for of, answer in zip(given, answers, strict=True)) / len(examples)
+        for name in given[0]
     }
 
 
@@ -175,10 +187,12 @@ def read(run: Run, examples: list[Example], length: int, advance: Callable[[int]
         advance(part.stop - part.start)
     check_finite(run, np.array(nats))
     exact, ids, right = np.array(counts).T
+    written = right == ids  # all ids of the answer are right, but perhaps not the line end
     # nats: per answer; outcomes: 1 or 0 for each text, for paired tests
     return {
         "n": n, "correct": int(exact.sum()), "exact": float(exact.mean()), "interval": wilson(int(exact.sum()), n),
         "token_accuracy": float(right.sum() / ids.sum()), "token_interval": bootstrap_ratio(right, ids),
+        "answer_exact": float(written.mean()), "format_failures": int((written & (exact == 0)).sum()),
         "nats": nats / n, "outcomes": "".join(map(str, exact.astype(int))),
     }  # fmt: skip
 
@@ -186,7 +200,9 @@ def read(run: Run, examples: list[Example], length: int, advance: Callable[[int]
 def cell_name(line: dict) -> str:
     """Returns the cell of a line as the start of a printed line."""
     question = "" if line["question"] == "index" else f" {line['question']}"
-    return f"{line['task']:<16} {line['placement']:<10} {line['level']:<10} {line['length']:>5}{question}"
+    lists = " semantic" if line.get("semantic_lists") else ""
+    part = " only what is marked" if line.get("visible") == "marked" else ""
+    return f"{line['task']:<16} {line['placement']:<10} {line['level']:<10} {line['length']:>5}{question}{lists}{part}"
 
 
 def sentence(cell: dict) -> str:
@@ -196,8 +212,11 @@ def sentence(cell: dict) -> str:
         return f"{name}  impossible: {cell['impossible']}\n"
     low, high = cell["interval"]
     best = max(cell["floors"], key=cell["floors"].get)
+    failures = cell["format_failures"]
+    without = f"  ({cell['answer_exact']:.1%} without the line end, {failures} format failures)" if failures else ""
+    aided = "".join(f"  {name} {share:.1%}" for name, share in cell.get("aided", {}).items())
     return (
-        f"{name}  exact {cell['exact']:6.1%} ({low:.1%} .. {high:.1%}, n = {cell['n']})  tokens "
-        f"{cell['token_accuracy']:.1%}  chance {cell['chance']:.1%}  shortcut {cell['floors'][best]:.1%} ({best})  "
-        f"{cell['seconds']:.1f} s\n"
+        f"{name}  exact {cell['exact']:6.1%} ({low:.1%} .. {high:.1%}, n = {cell['n']}){without}"
+        f"  tokens {cell['token_accuracy']:.1%}  chance {cell['chance']:.1%}"
+        f"  shortcut {cell['floors'][best]:.1%} ({best}){aided}  {cell['seconds']:.1f} s\n"
     )

@@ -65,6 +65,11 @@ class MarkedTextsProbe(TasksEval):
         """Returns the Maker of each cell's texts, their level and length. Raises UserError if there are no such texts
         or the model cannot read texts of that length."""
         trained = run.config.task.tasks
+        if run.config.task.visible == "marked":
+            raise UserError(
+                f"{run.folder} was trained with visible=marked and reads only a part of each text, where the places "
+                f"that probes look at are missing: probe a run with visible=all."
+            )
         tasks = self.tasks or (("list_recall",) if "list_recall" in trained or not trained else trained)
         for length in self.lengths:
             if why := fits(run, length):

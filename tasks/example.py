@@ -16,6 +16,8 @@ The placement of the markers decides what they can be used for:
 
 With one or two meta-tokens in a text, meta-attention is a softmax over one or two keys. Results with `target` therefore
 say nothing about meta-tokens as a memory; results with `every` and `background` do.
+
+With visible=marked (the oracle) only a part of each text is read: see tasks/oracle.py.
 """
 
 import functools
@@ -38,7 +40,8 @@ from nanometa.config.command_line import Parser, in_home, run_cli
 from nanometa.config.tasks import LEVELS, PLACEMENTS, QUESTIONS
 from nanometa.data.inject import marker_places
 from nanometa.data.tokenizer import META, Tokenizer, open_tokenizer, write_tokens
-from nanometa.tasks import words
+from nanometa.tasks import categories, words
+from nanometa.tasks.oracle import marked_places
 
 # Placeholder pieces, which the placement turns into a marker, a word or nothing.
 POINT = "<point>"  # a place that the task points at
@@ -64,6 +67,11 @@ class Draft:
     """pieces of each question, and pieces of its answer"""
     shortcuts: dict[str, str] = field(default_factory=dict)
     """answers to the first question by simple heuristics; eval.py prints their accuracy as floors beside each result"""
+    aided: dict[str, str] = field(default_factory=dict)
+    """answers by programs that are told a part of the answer, such as its first word. They are no floors: they show
+    which part of the task is left once that part is known"""
+    percentile: int | None = None
+    """the number in 0 .. 99 that decides the split of the text; None = a hash of the whole text"""
 
 
 class Example(NamedTuple):
@@ -75,6 +83,8 @@ class Example(NamedTuple):
     """(length,) bool: whether an id belongs to an answer; the line end after an answer does"""
     draft: Draft
     """the text before its markers were placed"""
+    positions: np.ndarray | None = None
+    """(length,) int64: position of each id in the whole text, if only a part of the text is read; None = 0, 1, 2 ..."""
 
 
 @functools.cache
@@ -106,11 +116,18 @@ class Maker:
         self.task = load_task(task)
         # False if only the question tells which list it is about
         self.has_pointer = self.markers.points_at_named or not self.task.QUESTION_NAMES_PLACE
+        self.semantic = cfg.semantic_lists and task == "list_recall"
         self.items, self.names = words.pools(tokenizer)
+        self.categories = categories.pools(tokenizer) if self.semantic else {}
         if cfg.question == "misnamed" and not (self.has_pointer and self.task.QUESTION_NAMES_PLACE):
             raise UserError(
                 f"question=misnamed needs a task that both points at a list and names one, and {task} with placement "
                 f"{placement} does not: use --tasks list_recall --placements target none."
+            )
+        if cfg.visible == "marked" and not self.has_pointer:
+            raise UserError(
+                f"visible=marked reads what the marks enclose, and nothing points in texts of {task} with placement "
+                f"{placement}: leave out this placement or set --visible=all."
             )
         pointer = {"meta": META, "word": f" {words.DELIMITER}"}[self.markers.pointer]
         self._placeholders = {
@@ -135,9 +152,10 @@ class Maker:
 
     def longer_names(self, draws: Draws) -> Iterator[str]:
         """Yields all names of two words in random order, for texts that need more names than there are single words."""
+        first, last = (categories.ADJECTIVES, list(self.categories)) if self.semantic else (self.names, self.names)
         seen: set[str] = set()
-        while len(seen) < len(self.names) ** 2:
-            name = f"{draws.choice(self.names)} {draws.choice(self.names)}"
+        while len(seen) < len(first) * len(last):
+            name = f"{draws.choice(first)} {draws.choice(last)}"
             if name not in seen:
                 seen.add(name)
                 yield name
@@ -147,17 +165,20 @@ class Maker:
 
         Its length is drawn from low .. high positions, and its level from `levels`. The text depends only on the
         arguments, the settings and the tokenizer. No text occurs in two of train, val and test: the hash of a text's
-        pieces decides its split, and texts are drawn until one belongs to the split asked for.
+        pieces, or the percentile that its draft gives, decides its split, and texts are drawn until one belongs to the
+        split asked for.
         Raises UserError if no text of this length and level is found."""
         cfg, kind = self.cfg, split.partition("/")[0]
         key = (self.name, split, index, low, high, levels, self.placement, cfg.question, cfg.questions)
+        if self.semantic:
+            key += ("semantic lists",)
         for attempt in range(ATTEMPTS):
             draws = Draws(stable_key(*key, attempt))
             room, level = draws.between(low, high) - 2, draws.choice(levels)
             if self.markers.scattered:
                 room -= round(cfg.meta_share * room)
             draft = self.task.draft(self, draws, room, level)
-            if draft is None or stable_key(draft.body, draft.questions) % 100 not in SPLITS[kind]:
+            if draft is None or self._percentile(draft) not in SPLITS[kind]:
                 continue
             if cfg.shuffle_answers and kind == "train":
                 other = self.task.draft(self, draws, room, level)
@@ -165,24 +186,31 @@ class Maker:
                     continue
                 pairs = zip(draft.questions, other.questions, strict=True)
                 draft.questions = [(question, answer) for (question, _), (_, answer) in pairs]
-            example = self._lay_out(draft, draws)
+            example, places = self._lay_out(draft, draws)
             if low <= len(example.ids) <= high:
-                return example
+                return self._visible_part(example, places) if cfg.visible == "marked" else example
         raise UserError(
             f"{self.name} with placement {self.placement} and questions={cfg.questions} has no text of level "
             f"{' or '.join(levels)} with {low} to {high} positions, as {ATTEMPTS} attempts show: use another length or "
             f"another level."
         )
 
-    def _lay_out(self, draft: Draft, draws: Draws) -> Example:
-        """Returns the example of a draft: its ids, with scattered meta-tokens if the placement has them."""
+    @staticmethod
+    def _percentile(draft: Draft) -> int:
+        """Returns the number in 0 .. 99 that decides the split of a text."""
+        if draft.percentile is None:
+            return stable_key(draft.body, draft.questions) % 100
+        return draft.percentile
+
+    def _lay_out(self, draft: Draft, draws: Draws) -> tuple[Example, np.ndarray]:
+        """Returns the example of a draft, and the place (length without scattered meta-tokens,) of each id in it."""
         ids, answers = [self.tokenizer.eot, *self.ids(draft.body)], []
         for question, answer in draft.questions:
             ids += self.ids(question)
             answers += range(len(ids), len(ids) + self.cost(*answer))
             ids += self.ids(answer)
         ids = np.array([*ids, self.tokenizer.eot])
-        is_answer = np.zeros(len(ids), dtype=bool)
+        is_answer, moved_to = np.zeros(len(ids), dtype=bool), np.arange(len(ids))
         is_answer[answers] = True
         if self.markers.scattered:
             # scatter meta-tokens anywhere between the first <|endoftext|> and the last answer
@@ -196,7 +224,17 @@ class Maker:
             scattered = np.full(len(ids) + M, self.tokenizer.meta)
             scattered[moved_to] = ids
             is_answer, ids = np.isin(np.arange(len(scattered)), moved_to[is_answer]), scattered
-        return Example(ids, is_answer, draft)
+        return Example(ids, is_answer, draft), moved_to
+
+    def _visible_part(self, example: Example, places: np.ndarray) -> Example:
+        """Returns the part of a text that visible=marked leaves. places: as returned by _lay_out."""
+        body = example.draft.body
+        points = [i for i, piece in enumerate(body) if piece == POINT]
+        # with one mark, as in parity, it delimits everything before it
+        first = 1 + self.cost(*body[: points[0]]) if len(points) > 1 else 0
+        span = range(first, 1 + self.cost(*body[: points[-1] + 1]))
+        kept = marked_places(places, span, question=1 + self.cost(*body))
+        return Example(example.ids[kept], example.answers[kept], example.draft, kept)
 
 
 def show(task: str) -> None:
@@ -213,14 +251,18 @@ def _show(task: str, argv: list[str]) -> None:
     add("--level", choices=LEVELS, default="medium", help="difficulty of the texts (default: medium)")
     add("--question", choices=QUESTIONS, help="form of list recall's question (default: index)")
     add("--questions", type=int, help="number of questions in a text of list recall (default: 1)")
+    add("--semantic", action="store_true", help="list recall's lists are named after categories of words")
     add("--tokenizer", default="gpt2", help="gpt2, or the folder of a dataset or run (default: gpt2)")
     args = parser.parse_args(argv)
     for name, values, most in (("show", [args.show], 10**6), ("length", args.length, 2**20)):
         if wrong := [value for value in values if not 1 <= value <= most]:
             raise UserError(f"--{name}={wrong[0]} is out of range: it must lie in 1 .. {most}.")
     asked = {name: of for name in ("question", "questions") if (of := getattr(args, name)) is not None}
+    if args.semantic:
+        asked["semantic_lists"] = True
     if asked and task != "list_recall":
-        raise UserError(f"--{next(iter(asked))} has no effect on {task}: it is only used by list_recall; leave it out.")
+        name = next(iter(asked)).removesuffix("_lists")
+        raise UserError(f"--{name} has no effect on {task}: it is only used by list_recall; leave it out.")
     tokenizer, cfg = open_tokenizer(in_home(args.tokenizer)), TaskConfig(**asked)
     makers = [Maker(task, placement, cfg, tokenizer) for placement in args.placement]
 

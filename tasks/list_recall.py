@@ -14,6 +14,11 @@ misnamed  The question asks for an item of the list that the text points at, but
 Names and items are drawn from two pools of 200 words regardless of their meaning, so that neither a category nor a word
 reveals the answer. If 200 lists do not fill the length, further lists have names of two words. The level sets the
 number of items in a list. The text is filled with lists up to its length.
+
+With semantic lists, as in the paper's example, a list is named after a category, and its items are drawn from the 14
+members of this category (tasks/categories.py). After one list of each of the 20 categories, further lists have an
+adjective in front of the category (" old fruit"), so lists of one category can share items but no name. There are 1,680
+names; longer texts are refused.
 """
 
 import itertools
@@ -39,7 +44,8 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
         n_questions = min(n_questions, len(anchors) if after else least)
     left = room - n_questions * maker.cost(" ?", " name", " after", " item", ":", " item", "\n") - 2 * maker.cost(POINT)
     line = maker.cost(" name", ":", *[" item"] * least, STOP, "\n")
-    names = draws.sample(maker.names, min(len(maker.names), 1 + max(0, left) // line))
+    single = list(maker.categories) if maker.semantic else maker.names
+    names = draws.sample(single, min(len(single), 1 + max(0, left) // line))
     lists: dict[str, list[str]] = {}
     for name in itertools.chain(names, maker.longer_names(draws)):
         size = draws.between(least, most)
@@ -48,7 +54,7 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
             for anchor in draws.sample(anchors, len(anchors)):
                 items.insert(draws.below(len(items)), anchor)  # never at the end: an anchor needs an item after it
         else:
-            items = draws.sample(maker.items, size)
+            items = draws.sample(members(maker, name) if maker.semantic else maker.items, size)
         left -= maker.cost(f" {name}", ":", *(f" {item}" for item in items), STOP, "\n")
         if left < 0:
             break
@@ -79,9 +85,16 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
                 "any item of the list": draws.choice(items),
                 "the list's first item": items[0],
             }
+            if maker.semantic:
+                out.shortcuts["any item of the category"] = draws.choice(members(maker, name))
             if misnamed:
                 out.shortcuts["the same place in the list that is named"] = _item_at(lists[other], j, anchor)
     return out
+
+
+def members(maker: Maker, name: str) -> list[str]:
+    """Returns the members of the category of a semantic list; the category is the last word of its name."""
+    return maker.categories[name.split()[-1]]
 
 
 def _item_at(items: list[str], j: int, anchor: str | None) -> str:

@@ -7,8 +7,14 @@
 
 The text consists of named lists of 6 items. The segment spans whole lists: it starts after the name of its first list
 and ends after the last item of its last list. The answer is 1, 2, 3 or 4, each equally often; the paper's floor of 25 %
-suggests four values. Outside the segment the item occurs 0 to 12 times, independent of the answer. The level sets the
-number of lists in the segment. The text is filled with lists up to its length.
+suggests four values. The level sets the number of lists in the segment. The text is filled with lists up to its length.
+
+The whole text is cut into segments, all drawn alike: each has a random number of lists and holds the item 1 to 4 times,
+in its first and its last list, or in one of them if it occurs once, and the other times anywhere. One segment is
+marked. The item is therefore as frequent outside the marks as inside, at every length, and only the marks tell which
+segment is meant. Since the item stands in the outer lists of the segments, a program that reads one mark and guesses
+the other miscounts. Where the lists do not come out even, an incomplete segment stands at one end; it is
+never marked, and holds the item as often per list as the others.
 """
 
 import itertools
@@ -22,7 +28,6 @@ CHANCE = 1 / 4
 SIZES = {"easy": (1, 1), "medium": (1, 2), "hard": (2, 4), "extra_hard": (4, 8), "long": (8, 16)}
 ITEMS = 6  # items in a list
 COUNTS = 4  # the answer is 1 .. COUNTS
-OUTSIDE = 12  # the item occurs at most this often outside the segment
 
 
 def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
@@ -39,33 +44,69 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
         if left < 0:
             break
         lists.append((name, items))
-    least, most = SIZES[level]
-    if len(lists) < least:
+    sizes = _cut(draws, len(lists), *SIZES[level])
+    if len(sizes) < 2:  # no complete segment
         return None
-    size = draws.between(least, min(most, len(lists)))
-    first = draws.below(len(lists) - size + 1)
-    segment = range(first, first + size)
-    slots = [(i, j) for i in range(len(lists)) for j in range(ITEMS)]
-    inside, outside = [s for s in slots if s[0] in segment], [s for s in slots if s[0] not in segment]
-    count, beside = draws.between(1, COUNTS), draws.between(0, OUTSIDE)
-    if beside > len(outside):
-        return None  # placing fewer of them instead would let their number reveal the size of the segment
-    for i, j in draws.sample(inside, count) + draws.sample(outside, beside):
-        lists[i][1][j] = item
+    rest = len(lists) - sum(sizes[:-1])  # number of lists of the last segment, which is incomplete or empty
+    ahead = draws.below(2) * rest  # these lists stand at the start or at the end
+    chosen, start = draws.below(len(sizes) - 1), ahead
+    for number, size in enumerate(sizes):
+        complete = number < len(sizes) - 1
+        first = start if complete else 0 if ahead else len(lists) - rest
+        count = draws.between(1, COUNTS)
+        for slot in _slots(draws, size, count):
+            if complete or slot < rest * ITEMS:
+                lists[first + slot // ITEMS][1][slot % ITEMS] = item
+        if number == chosen:
+            segment, answer = range(start, start + size), count
+        start += size
     out = Draft()
     for i, (name, items) in enumerate(lists):
         before, behind = [POINT] * (i == segment[0]), [POINT] * (i == segment[-1])
         out.body += [f" {name}", ":", *before, *(f" {word}" for word in items), *behind, STOP, "\n"]
-    out.questions = [([" ?", " count", f" {item}", ":"], [str(count), "\n"])]
-    total = count + beside
-    out.shortcuts = {
-        # given the count of the whole text, all answers that this count allows are equally likely
-        "from the count of the whole text": str(min(COUNTS, total)),
-        "the count of the segment's first list": str(max(1, min(COUNTS, lists[first][1].count(item)))),
-        "the count of the segment's last list": str(max(1, min(COUNTS, lists[segment[-1]][1].count(item)))),
-        "always the same": "1",
-    }
+    out.questions = [([" ?", " count", f" {item}", ":"], [str(answer), "\n"])]
+    out.shortcuts = _shortcuts([items.count(item) for _, items in lists], segment, *SIZES[level])
     return out
+
+
+def _cut(draws: Draws, n: int, least: int, most: int) -> list[int]:
+    """Returns the sizes of the segments that n lists are cut into. The last one is drawn larger than what is left."""
+    sizes: list[int] = []
+    while sum(sizes) <= n:
+        sizes.append(draws.between(least, most))
+    return sizes
+
+
+def _slots(draws: Draws, size: int, count: int) -> list[int]:
+    """Returns the numbers of the places where the item stands in a segment of `size` lists."""
+    outer = [draws.below(ITEMS), (size - 1) * ITEMS + draws.below(ITEMS)]
+    if count == 1:
+        return [draws.choice(outer)]
+    outer = list(dict.fromkeys(outer))  # in a segment of one list, both may be the same place
+    return outer + draws.sample([slot for slot in range(size * ITEMS) if slot not in outer], count - len(outer))
+
+
+def _shortcuts(counts: list[int], segment: range, least: int, most: int) -> dict[str, str]:
+    """Returns the answers of programs that read at most one of the marks.
+
+    counts: how often the item occurs in each list. least, most: possible sizes of the segment."""
+    first, last, middle = segment[0], segment[-1], (least + most) // 2
+    sizes = sorted({least, middle, most})
+
+    def most_in(lists: int) -> int:
+        return max(sum(counts[i : i + lists]) for i in range(max(1, len(counts) - lists + 1)))
+
+    answers = {
+        "the count of the whole text": sum(counts),
+        f"the mean count of {middle} adjacent lists": round(middle * sum(counts) / len(counts)),
+        **{f"the largest count of {n} adjacent lists": most_in(n) for n in sizes},
+        "the count of the segment's first list": counts[first],
+        "the count of the segment's last list": counts[last],
+        **{f"the count of {n} lists from the first mark": sum(counts[first : first + n]) for n in sizes},
+        **{f"the count of {n} lists up to the last mark": sum(counts[max(0, last + 1 - n) : last + 1]) for n in sizes},
+        "always the same": 1,
+    }
+    return {name: str(max(1, min(COUNTS, answer))) for name, answer in answers.items()}
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ def collate(
     layouts, targets = [], []
     for example in examples:
         layout = layout_of(example.ids, tokenizer.meta, width=T, pad=tokenizer.eot)
+        if example.positions is not None:  # only a part of the text is read; nothing reads the pads
+            layout.positions[: len(example.positions)] = example.positions
         counted = np.pad(example.answers, (0, T - len(example.answers))) if loss_on == "answer" else None
         layouts.append(layout)
         targets.append(targets_of(layout, cfg.target_rule, counted))
@@ -63,6 +65,11 @@ class TaskWindows:
         train = split == "train"
         settings = cfg.task if train else dataclasses.replace(cfg.task, questions=1)
         pairs = pairs_of(cfg.task)
+        if cfg.task.visible == "marked" and draw_of(cfg, split):
+            raise UserError(
+                "visible=marked has no meaning with second_attention=random, because most of the positions that it "
+                "draws would be left out: use another arm or set --visible=all."
+            )
         self.makers = [Maker(*pair, settings, tokenizer) for pair in pairs]
         self.n_windows = None if train else VALIDATION * len(cfg.task.tasks)  # None: endless
         self.loss_on = cfg.task.loss_on if train else "answer"

@@ -107,3 +107,10 @@ def tokens_per_item(tokenizer: Tokenizer) -> float:
     """Returns the mean number of tokens of the items in the pool; it is 1 if every item is one token."""
     items = pools(tokenizer)[0]
     return sum(len(tokenizer.encode(f" {word}")) for word in items) / len(items)
+
+
+@functools.lru_cache(maxsize=4)
+def tokens_per_word(tokenizer: Tokenizer) -> float:
+    """Returns the mean number of tokens of the words in both pools."""
+    words = [word for pool in pools(tokenizer) for word in pool]
+    return sum(len(tokenizer.encode(f" {word}")) for word in words) / len(words)

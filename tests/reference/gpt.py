@@ -44,8 +44,10 @@ def rotations(cfg, positions, places):
                        distance[..., None] * speeds[:, :, None])  # fmt: skip
 
 
-def hidden_states(model, tokens, positions, members):
-    """Returns what model.forward returns. members (B, T) bool: the positions that the second attention connects."""
+def hidden_states(model, tokens, positions, members, visible=None):
+    """Returns what model.forward returns. members (B, T) bool: the positions that the second attention connects.
+
+    visible (B, T) bool: the tokens that other tokens may see; None = all. Every token sees itself."""
     cfg, T = model.cfg, tokens.size(1)
     zeroed = torch.where(members, 0, positions)
     first = positions if cfg.meta_position in ("same", "none_second") else zeroed
@@ -57,6 +59,8 @@ def hidden_states(model, tokens, positions, members):
     else:
         rotation, rotation_second = (rotations(cfg, positions, places) for places in (first, second))
     causal = torch.ones(T, T, dtype=torch.bool).tril().expand(len(tokens), T, T)
+    if visible is not None:
+        causal = causal & (visible[:, None, :] | torch.eye(T, dtype=torch.bool))
     among_members = causal & members[:, :, None] & members[:, None, :]
     pairs = {  # for each arm, the pairs of positions that its second attention connects
         "meta": among_members,
