@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from nanometa.reports import probe_pictures, rate_distortion
+from nanometa.reports import ablation, probe_pictures, rate_distortion
 from nanometa.reports.lines import CELL, NUMBER
 from nanometa.reports.markup import percent, points, span
 from nanometa.reports.paper import FIGURE_2
@@ -155,4 +155,7 @@ RESIDUAL = probe(
 )
 
 # sections by probe, in the order of the page; probe.py refuses to start if a probe has no section or a section no probe
-SECTIONS = {section.kind: section for section in (POSITIONS, ATTENTION, PATCHING, RESIDUAL, rate_distortion.SECTION)}
+SECTIONS = {
+    section.kind: section
+    for section in (POSITIONS, ATTENTION, PATCHING, RESIDUAL, rate_distortion.SECTION, ablation.SECTION)
+}

@@ -162,9 +162,11 @@ def layers_where(lines: list[dict], claim: str) -> str:
     return (holds or "none") + (f"; the reverse: {reverse}" if reverse else "")
 
 
-def rows(page: Page, lines: list[dict], columns: tuple[Column, ...], row: tuple[str, ...] = ()) -> Markup:
+def rows(
+    page: Page, lines: list[dict], columns: tuple[Column, ...], row: tuple[str, ...] = (), verdicts: bool = True
+) -> Markup:
     """Returns a table of the lines below the names of their runs, with one row for each line, or for each group of
-    lines of a run with equal `row` fields."""
+    lines of a run with equal `row` fields. verdicts: a note says which lines have too few texts for a verdict."""
     groups = {}
     for of in apart(lines, weights_of):
         groups[_name(of[0])] = [
@@ -172,7 +174,7 @@ def rows(page: Page, lines: list[dict], columns: tuple[Column, ...], row: tuple[
         ]
     head = [*(column.name for column in columns), "command"]
     texts = tuple(itertools.compress(range(len(head)), [*(column.text for column in columns), True]))
-    few = too_few(lines)
+    few = too_few(lines) if verdicts else ""
     return Markup(table(head, groups, texts) + (f'<p class="small">{escaped(few)}</p>\n' if few else ""))
 
 
