@@ -149,14 +149,19 @@ def fields_of(names: tuple[str, ...]) -> Callable[[dict], tuple]:
 
 
 def layers_where(lines: list[dict], claim: str) -> str:
-    """Returns text that lists the layers in which a claim holds, and those in which its reverse holds."""
+    """Returns text that lists the layers in which a claim holds, and those in which its reverse holds. A line about all
+    layers at once has the layer None."""
     judged = [line for line in lines if f"{claim}_verdict" in line]
     if not judged:
         return ""
     if all(line["n"] < DECIDES for line in judged):
         return "undecided"
     holds, reverse = (
-        " ".join(str(line["layer"]) for line in judged if line[f"{claim}_verdict"].startswith(verdict))
+        " ".join(
+            "all" if line["layer"] is None else str(line["layer"])
+            for line in judged
+            if line[f"{claim}_verdict"].startswith(verdict)
+        )
         for verdict in ("holds", "the reverse")
     )
     return (holds or "none") + (f"; the reverse: {reverse}" if reverse else "")
