@@ -64,17 +64,20 @@ class MarkedTextsProbe(TasksEval):
     def cells(self, run: Run) -> list[tuple[Maker, str, int]]:
         """Returns the Maker of each cell's texts, their level and length. Raises UserError if there are no such texts
         or the model cannot read texts of that length."""
-        trained = run.config.task.tasks
         if run.config.task.visible == "marked":
             raise UserError(
                 f"{run.folder} was trained with visible=marked and reads only a part of each text, where the places "
                 f"that probes look at are missing: probe a run with visible=all."
             )
-        tasks = self.tasks or (("list_recall",) if "list_recall" in trained or not trained else trained)
         for length in self.lengths:
             if why := fits(run, length):
                 raise UserError(f"lengths={self.lengths} cannot all be read: {why}: leave longer ones out.")
+        tasks = self.tasks or self.default_tasks(run.config.task.tasks)
         return TasksEval.cells(dataclasses.replace(self, tasks=tasks), run)
+
+    def default_tasks(self, trained: tuple[Task, ...]) -> tuple[Task, ...]:
+        """Returns the tasks to read if none are named. trained: the tasks that the run was trained on."""
+        return ("list_recall",) if "list_recall" in trained or not trained else trained
 
     def marked_cells(
         self, run: Run, placements: tuple[str, ...] = (), only_meta: bool = False
@@ -210,10 +213,14 @@ def random_ordinary_position(maker: Maker, example: Example, number: int) -> int
     return int(free[Draws(stable_key("ordinary", number)).below(len(free))])
 
 
+def batch_size(run: Run, length: int) -> int:
+    """Returns how many texts of `length` positions to read in one forward pass."""
+    return max(1, (READ if run.model.wte.weight.device.type == "cpu" else POSITIONS) // length)
+
+
 def batches(run: Run, examples: list[Example], most: int | None = None) -> Iterator[tuple[slice, Batch]]:
     """Yields Batches of at most `most` texts on the model's device, each with the slice of the texts that it holds."""
-    device, longest = run.model.wte.weight.device, max(len(example.ids) for example in examples)
-    size = max(1, (READ if device.type == "cpu" else POSITIONS) // longest)
+    size = batch_size(run, max(len(example.ids) for example in examples))
     return batches_of(run, examples, size if most is None else max(1, min(size, most)))
 
 

@@ -14,7 +14,16 @@ none, the next such text in the order by number of marks and position of the mar
     answer    the first id of the answer in the text (list recall, copying), which is known to be read
     asked     the token that predicts the answer, where everything the answer needs comes together
 
-Replacing the state at the mark by itself must not change a single bit of any answer. This is checked first.
+Three more sites exchange what other tokens see of the marks, in all layers at once: keys and values at all marks come
+from the donor, if it has as many. Unlike a state that is replaced in one layer, the text's own state cannot come back
+in the layers above. Keys are rotated by the text's own positions.
+
+    kv_causal  keys and values of the marks in the causal attention
+    kv_second  keys and values of the marks in the second attention, if it connects them
+    kv_both    both
+
+Replacing the state at the mark, or keys and values at the marks, by themselves must not change a single bit of any
+answer. This is checked first.
 
 The most likely first id of the answer is the text's own (`kept`), the donor's (`donor`), or another one. "needed" holds
 if `kept` falls, and "carried" holds if `donor` rises, compared with the same texts without a patch. "carried" means
@@ -36,6 +45,7 @@ from nanometa.common.errors import UserError
 from nanometa.common.statistics import bootstrap_means, wilson
 from nanometa.common.terminal import write
 from nanometa.evals.common import check_ranges
+from nanometa.probes.keys_values import record_keys_values, replace_keys_values
 from nanometa.probes.marked_texts import (
     MarkedTextsProbe,
     answer_position,
@@ -57,6 +67,8 @@ from nanometa.tasks.example import Example, Maker
 from nanometa.training.checkpoint import Run
 
 SITES = ("mark", "marks", "after", "ordinary", "answer", "asked")
+EXCHANGES = {"kv_causal": ("attn",), "kv_second": ("second_attn",), "kv_both": ("attn", "second_attn")}
+Site = Literal["mark", "marks", "after", "ordinary", "answer", "asked", "kv_causal", "kv_second", "kv_both"]
 SHARES = {"kept": "needed", "donor": "carried"}  # share -> the claim that is about it
 CLAIMS = {claim: f"{claim}_" for claim in SHARES.values()}  # as in marked_texts.judged
 
@@ -65,8 +77,8 @@ CLAIMS = {claim: f"{claim}_" for claim in SHARES.values()}  # as in marked_texts
 class PatchingProbe(MarkedTextsProbe):
     """Measures how answers change if a state is replaced by that of another text."""
 
-    sites: tuple[Literal["mark", "marks", "after", "ordinary", "answer", "asked"], ...] = ()
-    """sites at which states are replaced; by default all"""
+    sites: tuple[Site, ...] = ()
+    """sites at which states, or in all layers keys and values, are replaced; by default all"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -75,7 +87,21 @@ class PatchingProbe(MarkedTextsProbe):
 
 def main(cfg: PatchingProbe) -> None:
     run, facts = cfg.open()
-    run_probe(cfg, "patching", run, facts, cfg.marked_cells(run, ("target", "none")), CLAIMS, measure_patching)
+    cells = cfg.marked_cells(run, ("target", "none"))
+    unseen = [site for site in cfg.sites if not any(exchanged(run, maker, site) for maker, *_ in cells)]
+    if unseen:
+        raise UserError(
+            f"sites={unseen[0]} exchanges keys and values of marks in the second attention, and that of {run.folder} "
+            f"connects no marks of these texts: leave it out."
+        )
+    run_probe(cfg, "patching", run, facts, cells, CLAIMS, measure_patching)
+
+
+def exchanged(run: Run, maker: Maker, site: str) -> bool:
+    """Returns whether all attentions that a site is about connect the marks of a maker's texts."""
+    second = run.model.cfg.second
+    gathered = maker.markers.has_meta and second.markers != "refused"
+    return "second_attn" not in EXCHANGES.get(site, ()) or (second.has_layer and (gathered or not second.gathers))
 
 
 # ----------------------------------------------------------------------------- measuring
@@ -108,7 +134,55 @@ def measure_patching(cfg: PatchingProbe, run: Run, maker: Maker, level: str, len
             })  # fmt: skip
         shares = "  ".join(f"{line['kept']:.1%} / {line['donor']:.1%}" for line in lines if line["site"] == site)
         write(f"  {site:<9} kept / donor by layer: {shares}\n")
+    return lines + measure_exchanges(cfg, run, maker, examples, sites, base, donors, firsts, counts)
+
+
+def measure_exchanges(
+    cfg: PatchingProbe, run: Run, maker: Maker, examples: list[Example], sites: dict[str, np.ndarray],
+    base: torch.Tensor, donors: np.ndarray, firsts: np.ndarray, counts: np.ndarray,
+) -> list[dict]:  # fmt: skip
+    """Returns one line for each exchange of keys and values at all marks, in all layers at once. Its layer is None."""
+    where, mark, lines = counts == counts[donors], sites["mark"][:, 0], []
+    for site, names in EXCHANGES.items():
+        if site not in (cfg.sites or EXCHANGES) or not exchanged(run, maker, site) or not where.any():
+            continue
+        started = time.perf_counter()
+        own = keys_values(run, examples, names, sites["marks"])
+        same = with_keys_values(run, examples, names, sites["marks"], own, sites["asked"])
+        assert torch.equal(same, base), f"{site}: a text's own keys and values changed the answer"
+        there = torch.from_numpy(where)[:, None, None]
+        values = [torch.where(there.to(of.device), of[donors], of) for of in own]
+        logits = with_keys_values(run, examples, names, sites["marks"], values, sites["asked"])
+        lines.append({
+            "mark": mark_name(maker), "site": site, "layer": None,
+            **compare(base[where], logits[where], firsts[where], firsts[donors][where]),
+            "same_place": float((mark == mark[donors])[where].mean()), "chance": maker.task.CHANCE,
+            "seconds": time.perf_counter() - started,
+        })  # fmt: skip
+        write(f"  {site:<9} kept / donor in all layers at once: {lines[-1]['kept']:.1%} / {lines[-1]['donor']:.1%}\n")
     return lines
+
+
+def keys_values(run: Run, examples: list[Example], names: tuple[str, ...], places: np.ndarray) -> list[torch.Tensor]:
+    """Returns the keys and values (N, k, 2C) at the places (N, k), in the order of keys_values.projections."""
+    found = []
+    for rows, batch in batches(run, examples):
+        at = torch.from_numpy(places[rows]).to(batch.tokens.device)
+        with record_keys_values(run.model, names, at, batch) as recorded:
+            read_hidden(run, batch)
+        found.append(recorded)
+    return [torch.cat(of) for of in zip(*found, strict=True)]
+
+
+def with_keys_values(run: Run, examples: list[Example], names, places, values, query_positions) -> torch.Tensor:
+    """Returns the logits (N, content) at query_positions (N, 1) when keys and values at the places (N, k) are
+    `values`, as `keys_values` returns them."""
+    out = []
+    for rows, batch in batches(run, examples):
+        at = torch.from_numpy(places[rows]).to(batch.tokens.device)
+        with replace_keys_values(run.model, names, at, batch, [of[rows] for of in values]):
+            out.append(answer_logits(run, read_hidden(run, batch), query_positions[rows, 0]))
+    return torch.cat(out)
 
 
 def sites_of(run: Run, maker: Maker, examples: list[Example]) -> dict[str, np.ndarray]:

@@ -10,6 +10,9 @@ MEANS = {"causal": "-", "second": (0, (5, 2))}
 SITE_NAMES = {
     "mark": "the mark that ends the span", "marks": "all marks", "after": "the token after the mark",
     "ordinary": "an ordinary token", "answer": "the answer in the text", "asked": "the token that predicts the answer",
+    "kv_causal": "keys and values of all marks, causal attention",
+    "kv_second": "keys and values of all marks, second attention",
+    "kv_both": "keys and values of all marks, both attentions",
 }  # fmt: skip
 PLACE_NAMES = {
     "mark": "the mark", "word": 'the word "mark" in its place', "ordinary": "an ordinary token elsewhere",
@@ -124,13 +127,14 @@ def _draw_by_layer(figure, lines: list[dict], rows, panels, field: str, names: d
     lines), and a series for each of `names` that occurs in `field`."""
     grid = figure.subplots(len(rows), len(panels), sharex=True, sharey="col", squeeze=False)
     present = [name for name in names if any(line[field] == name for line in lines)]
+    end = _layers(lines)  # a line about all layers at once is drawn after the last layer
     looks = {name: look(list(names).index(name)) for name in present}  # the same in every picture
     for (label, of), row in zip(rows, grid, strict=True):
         row[0].set_ylabel(label)
         for axes, (value, scale, _, floors) in zip(row, panels, strict=True):
             for i, name in enumerate(present):
                 shown, color = [line for line in of if line[field] == name], looks[name]["color"]
-                layers = [line["layer"] for line in shown]
+                layers = [end if line["layer"] is None else line["layer"] for line in shown]
                 x = [layer + 0.08 * (i - (len(present) - 1) / 2) for layer in layers]
                 ends = [(line[value], *line[f"{value}_interval"]) for line in shown]
                 interval_line(axes, x, ends, {**looks[name], "linewidth": 1.2}, scale)
@@ -142,7 +146,8 @@ def _draw_by_layer(figure, lines: list[dict], rows, panels, field: str, names: d
         axes.set_title(title)
     for axes in grid[-1]:
         axes.set_xlabel("layer")
-        axes.set_xticks(_some(_layers(lines)))
+        at_once = any(line["layer"] is None for line in lines)
+        axes.set_xticks([*_some(end), *[end] * at_once], [*map(str, _some(end)), *["all"] * at_once])
     first, mark = lines[0], "" if lines[0]["mark"] == "meta-token" else f" ({lines[0]['mark']})"
     place = f"{first['task'].replace('_', ' ')}, {first['placement']}, {first['length']}"
     cell = wrapped(f"{place}, {first['level']}, {first['question']}{mark}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from nanometa.reports import probe_pictures, rate_distortion
+from nanometa.reports import ablation, probe_pictures, rate_distortion
 from nanometa.reports.lines import CELL, NUMBER
 from nanometa.reports.markup import percent, points, span
 from nanometa.reports.paper import FIGURE_2
@@ -97,9 +97,10 @@ PATCHING = probe(
     "Is the answer read from the meta-token? At one place of a text, the state that enters a layer is replaced by that "
     "of a donor, a text with another answer. If the text's own answer disappears, the state is needed; if the donor's "
     "answer appears, the state carries it. If neither changes at the mark, the answer is not read there. The answer "
-    "itself in the text and the token that predicts it show the effect at places that are read. "
+    "itself in the text and the token that predicts it show the effect at places that are read. In the rows about keys "
+    "and values, other tokens see those of the donor at all marks, in all layers at once. "
     f"{CHECKPOINT}",
-    known("kept", "kept_unpatched", "donor", "donor_unpatched", site=(str,), layer=(int,))
+    known("kept", "kept_unpatched", "donor", "donor_unpatched", site=(str,), layer=(int, type(None)))
     | {"kept_interval": (list,), "donor_interval": (list,)}
     | judged("needed", "carried"),
     (*TEXTS, "site", "layer"),
@@ -155,4 +156,7 @@ RESIDUAL = probe(
 )
 
 # sections by probe, in the order of the page; probe.py refuses to start if a probe has no section or a section no probe
-SECTIONS = {section.kind: section for section in (POSITIONS, ATTENTION, PATCHING, RESIDUAL, rate_distortion.SECTION)}
+SECTIONS = {
+    section.kind: section
+    for section in (POSITIONS, ATTENTION, PATCHING, RESIDUAL, rate_distortion.SECTION, ablation.SECTION)
+}

@@ -149,22 +149,29 @@ def fields_of(names: tuple[str, ...]) -> Callable[[dict], tuple]:
 
 
 def layers_where(lines: list[dict], claim: str) -> str:
-    """Returns text that lists the layers in which a claim holds, and those in which its reverse holds."""
+    """Returns text that lists the layers in which a claim holds, and those in which its reverse holds. A line about all
+    layers at once has the layer None."""
     judged = [line for line in lines if f"{claim}_verdict" in line]
     if not judged:
         return ""
     if all(line["n"] < DECIDES for line in judged):
         return "undecided"
     holds, reverse = (
-        " ".join(str(line["layer"]) for line in judged if line[f"{claim}_verdict"].startswith(verdict))
+        " ".join(
+            "all" if line["layer"] is None else str(line["layer"])
+            for line in judged
+            if line[f"{claim}_verdict"].startswith(verdict)
+        )
         for verdict in ("holds", "the reverse")
     )
     return (holds or "none") + (f"; the reverse: {reverse}" if reverse else "")
 
 
-def rows(page: Page, lines: list[dict], columns: tuple[Column, ...], row: tuple[str, ...] = ()) -> Markup:
+def rows(
+    page: Page, lines: list[dict], columns: tuple[Column, ...], row: tuple[str, ...] = (), verdicts: bool = True
+) -> Markup:
     """Returns a table of the lines below the names of their runs, with one row for each line, or for each group of
-    lines of a run with equal `row` fields."""
+    lines of a run with equal `row` fields. verdicts: a note says which lines have too few texts for a verdict."""
     groups = {}
     for of in apart(lines, weights_of):
         groups[_name(of[0])] = [
@@ -172,7 +179,7 @@ def rows(page: Page, lines: list[dict], columns: tuple[Column, ...], row: tuple[
         ]
     head = [*(column.name for column in columns), "command"]
     texts = tuple(itertools.compress(range(len(head)), [*(column.text for column in columns), True]))
-    few = too_few(lines)
+    few = too_few(lines) if verdicts else ""
     return Markup(table(head, groups, texts) + (f'<p class="small">{escaped(few)}</p>\n' if few else ""))
 
 

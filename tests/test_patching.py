@@ -12,27 +12,35 @@ from nanometa import probe
 from nanometa.common.errors import UserError
 from nanometa.common.statistics import mcnemar, paired_difference
 from nanometa.config import TaskConfig
+from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.tasks import PLACEMENTS
 from nanometa.evals.tasks import texts
+from nanometa.probes import marked_texts as marked_texts_module
 from nanometa.probes import patching, probe_command
+from nanometa.probes.keys_values import record_keys_values, replace_keys_values
 from nanometa.probes.marked_texts import answer_position, judged, marks, random_ordinary_position
 from nanometa.probes.patching import (
     CLAIMS,
+    EXCHANGES,
     SITES,
     PatchingProbe,
     check_own,
     compare,
     donors_of,
+    exchanged,
+    keys_values,
     measure_patching,
     patched,
     read,
     sites_of,
+    with_keys_values,
 )
 from nanometa.reports import drawing, probe_pictures
 from nanometa.tasks.example import Draft, Example, Maker
 from tests.conftest import tree
 from tests.runs import small_run
 from tests.test_attention_probe import hooks
+from tests.test_model import WITH_MARKERS
 from tests.test_positions import (
     APPLE,
     ASK,
@@ -130,6 +138,76 @@ def test_donors_have_another_answer_and_if_possible_the_same_place():
         donors_of(np.ones(5), places[:5], counts[:5])
 
 
+# ----------------------------------------------------------------------------- keys and values
+
+
+def marked_run(tokenizer, second: str, **shape):
+    """Returns a run, its task texts with several marks, their marks and the positions that predict the answer."""
+    placement = "target" if second in WITH_MARKERS else "none"
+    run = small_run(tokenizer, MARKED, position="rope", second_attention=second, **shape)
+    maker = Maker("copying", placement, TaskConfig(), tokenizer)
+    examples = texts(maker, "easy", 56, 5)
+    return run, maker, examples, sites_of(run, maker, examples)
+
+
+@pytest.mark.parametrize("site", EXCHANGES)
+@pytest.mark.parametrize("second", SECOND_ATTENTIONS)
+def test_exchanging_a_texts_own_keys_and_values_changes_no_bit(tokenizer, second, site):
+    run, maker, examples, sites = marked_run(tokenizer, second)
+    if not exchanged(run, maker, site):
+        assert "second_attn" in EXCHANGES[site] and second in ("none", "random")
+        return
+    base, _ = read(run, examples, sites)
+    where = EXCHANGES[site], sites["marks"]
+    own = keys_values(run, examples, *where)
+    assert len(own) == 2 * len(EXCHANGES[site]) and own[0].shape == (5, sites["marks"].shape[1], 32)
+    assert torch.equal(with_keys_values(run, examples, *where, own, sites["asked"]), base)
+    changed = with_keys_values(run, examples, *where, [of + 1 for of in own], sites["asked"])
+    assert (changed - base).abs().max() > 1e-3
+    assert hooks(run.model) == 0
+
+
+@pytest.mark.parametrize("second", [name for name in SECOND_ATTENTIONS if name in WITH_MARKERS])
+def test_every_layer_sees_the_donors_keys_and_values_at_the_marks(tokenizer, second):
+    """Reads the projections again while they are replaced. In the first layer all other rows stay the same."""
+    run, maker, examples, sites = marked_run(tokenizer, second)
+    names, donors = EXCHANGES["kv_both" if exchanged(run, maker, "kv_both") else "kv_causal"], np.array([1, 2, 3, 4, 0])
+    own = keys_values(run, examples, names, sites["marks"])
+    values = [of[donors] for of in own]
+    ((_, batch),) = marked_texts_module.batches(run, examples)
+    at = torch.from_numpy(sites["marks"])
+    outputs = {}
+    for name in ("before", "after"):
+        replaced = values if name == "after" else own
+        with replace_keys_values(run.model, names, at, batch, replaced):
+            seen = outputs[name] = []
+            handles = [block.attn.c_attn.register_forward_hook(lambda layer, args, qkv, seen=seen: seen.append(qkv))
+                       for block in run.model.h]  # fmt: skip
+            with record_keys_values(run.model, names, at, batch) as recorded:
+                hidden = marked_texts_module.read_hidden(run, batch)
+            for handle in handles:
+                handle.remove()
+        seen.append(hidden)
+        assert all(map(torch.equal, recorded, replaced))
+    first, then = outputs["before"][0], outputs["after"][0]
+    others = torch.ones_like(batch.tokens, dtype=torch.bool).scatter(1, at, False)
+    assert torch.equal(first[others], then[others]) and torch.equal(first[..., :16], then[..., :16])
+    # in the first layer all marks have the same keys and values, so the others change after the second
+    assert not torch.equal(outputs["before"][2][others], outputs["after"][2][others])
+
+
+def test_in_one_layer_keys_and_values_are_all_that_others_see_of_a_state(tokenizer):
+    """The answer is predicted at another token, which sees nothing else of the marks than their keys and values."""
+    run, _, examples, sites = marked_run(tokenizer, "none", n_layer=1)
+    assert not (sites["marks"] == sites["asked"]).any()
+    _, entering = read(run, examples, sites)
+    donors = np.array([1, 2, 3, 4, 0])
+    states = patched(run, examples, 0, sites["marks"], entering["marks"][0][donors], sites["asked"])
+    values = [of[donors] for of in keys_values(run, examples, ("attn",), sites["marks"])]
+    found = with_keys_values(run, examples, ("attn",), sites["marks"], values, sites["asked"])
+    torch.testing.assert_close(found, states, rtol=1e-5, atol=1e-5)
+
+
 # ----------------------------------------------------------------------------- what the probe finds in a model
 
 
@@ -147,7 +225,7 @@ def by_hand(tokenizer, monkeypatch, position: str, looks: list, brings: dict, ta
         examples.append(Example(ids, np.isin(np.arange(15), (12, 13)), Draft()))
     monkeypatch.setattr(patching, "marked_texts", lambda *_: examples)
     lines = measure_patching(PatchingProbe(n=40), run, Maker("parity", "target", TaskConfig(), tokenizer), "easy", 15)
-    assert [line["site"] for line in lines] == ["mark", "marks", "after", "ordinary", "asked"]
+    assert [line["site"] for line in lines] == ["mark", "marks", "after", "ordinary", "asked", *EXCHANGES]
     return {line["site"]: line for line in lines}
 
 
@@ -156,27 +234,31 @@ def test_patching_recognizes_a_mark_that_carries_the_answer(tokenizer, monkeypat
     lines = by_hand(
         tokenizer, monkeypatch, "learned", [(0, ASK, 0.0, MARK)], {EARLY: FIRST, LATE: SECOND}, (EARLY, LATE)
     )
-    for site in ("mark", "marks"):
+    for site in ("mark", "marks", "kv_causal", "kv_both"):
         assert (lines[site]["kept_unpatched"], lines[site]["kept"], lines[site]["donor"]) == (1, 0, 1)
         assert lines[site]["outcomes"] == "d" * 40 and lines[site]["carried"] == lines[site]["needed"] == 1
         assert lines[site]["logit_difference"] == pytest.approx(-lines[site]["logit_difference_unpatched"]) != 0
         assert lines[site]["same_place"] == 0  # each position has one answer
     assert_others_keep(lines)
-    assert "kept / donor by layer: 0.0% / 100.0%" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "kept / donor by layer: 0.0% / 100.0%" in said
+    assert "kv_causal kept / donor in all layers at once: 0.0% / 100.0%" in said
 
 
 def test_patching_recognizes_a_mark_of_which_only_the_position_is_read(tokenizer, monkeypatch):
     """With rope, the answer depends on the distance. A donor's state is read at the text's own position."""
     looks = [(1, ASK, np.pi / 2 - 5.5 * 0.316, MARK)]
     lines = by_hand(tokenizer, monkeypatch, "rope", looks, {MARK: SECOND, FILL: FIRST})
-    assert lines["mark"]["outcomes"] == lines["marks"]["outcomes"] == "k" * 40
+    for site in ("mark", "marks", *EXCHANGES):
+        assert lines[site]["outcomes"] == "k" * 40
     assert_others_keep(lines)
 
 
 def assert_others_keep(lines: dict) -> None:
     """After a mark at position 10 comes the question, and an ordinary position may be the question's. Patching it
     removes the question."""
-    assert lines["asked"]["outcomes"] == "k" * 40 and lines["ordinary"]["kept"] >= 0.9
+    assert lines["asked"]["outcomes"] == lines["kv_second"]["outcomes"] == "k" * 40
+    assert lines["ordinary"]["kept"] >= 0.9
     assert all(outcome == "k" for i, outcome in enumerate(lines["after"]["outcomes"]) if i % 10 != 9)
 
 
@@ -237,12 +319,14 @@ def test_the_picture_shows_every_line():
     lines = [
         {**one, "site": site, "layer": layer, "kept": 0.9 - 0.1 * layer - 0.01 * i, "donor": 0.05 * layer + 0.01 * i}
         for i, site in enumerate(SITES) for layer in range(3)
-    ]  # fmt: skip
+    ] + [{**one, "site": site, "layer": None, "kept": 0.3, "donor": 0.5} for site in EXCHANGES]  # fmt: skip
     figure = Figure(layout="constrained")
     probe_pictures.draw_patching(figure, lines)
     for axes, share in zip(figure.axes, ("kept", "donor"), strict=True):
         curves = [list(of.get_ydata()) for of in axes.lines if of.get_marker() in drawing.MARKERS]
-        assert curves == [[100 * one[share] for one in lines if one["site"] == site] for site in SITES]
+        assert curves == [[100 * one[share] for one in lines if one["site"] == site]
+                          for site in (*SITES, *EXCHANGES)]  # fmt: skip
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "all"]
 
 
 # ----------------------------------------------------------------------------- the command
@@ -291,6 +375,7 @@ def test_the_command_writes_and_draws_all_sites_and_layers(tokenizer, tmp_path, 
 REFUSED = {
     "no meta-tokens": (PLAIN, {"placements": ("none",)}, ("--placements=every",), "and placement every has them"),
     "one text": (MARKED, {}, ("--n=1",), "n=1 is out of range"),
+    "no second attention": (MARKED, {}, ("--sites=kv_second",), "connects no marks of these texts"),
     "sites": (MARKED, {}, ("--sites", "mark", "mark"), "name each once"),
     "margin": (MARKED, {}, ("--margin=1",), "margin=1.0 is out of range"),
     "too long": (MARKED, {}, ("--lengths=80",), "80 positions do not fit into the learned position table"),

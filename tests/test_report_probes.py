@@ -79,6 +79,27 @@ def comparison(first: str, second: str) -> dict:
               probe_seeds=3, **found)  # fmt: skip
 
 
+def ablation(condition: str, tokens: str, difference: float, **other) -> dict:
+    found = {"kind": "difference", "text": "validation", "dataset": "data/x", "content_sha256": "a" * 64, "n": 64,
+             "condition": condition, "tokens": tokens, "targets": 800, "nats_intact": 2.5, "nats": 2.5 + difference,
+             "difference": difference, "difference_interval": [difference - 0.25, difference + 0.25]}  # fmt: skip
+    return of("ablation", **found | other)
+
+
+def lost_answers(condition: str, lost: float, **other) -> dict:
+    shares = {"exact_intact": 0.75, "exact": 0.75 - lost, "interval": [0.25, 0.75], "outcomes": "01"}
+    claim = judged("lost", lost, -0.125, 0.375, "undecided: n = 100, 1000 decide")
+    return ablation(condition, "answers", 1.5, text="tasks", n=100, **shares | claim | other)
+
+
+def norm(layer: int, value: float, **other) -> dict:
+    found = {"kind": "norm", "layer": layer, "positions": 90, "norm": value,
+             "norm_interval": [value - 0.125, value + 0.125]}  # fmt: skip
+    one = {**ablation("off", "markers", 0.0), **found, **other}
+    differences = ("condition", "targets", "nats_intact", "nats", "difference", "difference_interval")
+    return {name: one[name] for name in one if name not in differences}
+
+
 LINES = {
     "attention": [attention(0, 1, 2.5), attention(None, None, 1.5), attention(None, None, 1.0, placement="every")],
     "patching": [
@@ -90,8 +111,22 @@ LINES = {
     "residual": [residual(place, 0, d, 0.5) for place in ("mark", "word") for d in (1, 8)]
     + [residual("mark", 1, 8, 0.75), residual("mark", 0, 1, 0.25, placement="every")],
     "rate_distortion": [curve("meta", (4.0, 2.0)), curve("question", (5.0,), layer=3), comparison("meta", "question")],
+    "ablation": [
+        ablation("off", "ordinary", 0.5),
+        ablation("diagonal", "ordinary", 0.25),
+        ablation("off", "markers", 2.0),
+        lost_answers("off", 0.125),
+        norm(0, 0.5),
+        norm(1, 0.25),
+    ],
 }
-PICTURES = {"attention": {1}, "patching": {1, 2}, "residual": {1, 2}, "rate_distortion": {1, 2}}
+PICTURES = {
+    "attention": {1},
+    "patching": {1, 2},
+    "residual": {1, 2},
+    "rate_distortion": {1, 2},
+    "ablation": {1, 2, 3, 4},
+}
 ROWS = {
     "attention": ("causal", "0.1", "+2.50", "+2.00 .. +3.00", "0.040", "holds", "+0.25", "-0.12 .. +0.62", "0.040",
                   "undecided", "-0.75", "12.5", "50.0", "37.5", "100", "[1]"),
@@ -100,6 +135,8 @@ ROWS = {
     "residual": ("the mark", "8", "50.0 75.0", "6.2", "3.1", "none", "+0.12 +0.12", "0 1", "1000", "[1]"),
     "rate_distortion": ("4", "answer", "meta", "yes", "2.000", "1.750 .. 2.250", "4.000", "1.500", "5.400", "5.375",
                         "5.250", "5.500", "0", "4000", "3", "100", "[1]"),
+    "ablation": ("answers", "2.5000", "+1.5000", "+1.2500 .. +1.7500", "75.0", "+12.5", "-12.5 .. +37.5",
+                 "0.040", "undecided", "100", "[1]"),
 }  # fmt: skip
 
 
@@ -161,6 +198,9 @@ def test_comparisons_of_curves_have_their_own_table(page):
         (LINES["patching"][0], ("kept", "donor_interval", "kept_unpatched", "donor_unpatched", "layer", "n")),
         (LINES["residual"][0], ("cosine_centred", "floor_centred", "majority", "shuffled", "distance", "decoded")),
         (LINES["rate_distortion"][0], ("points", "ceiling", "shuffled", "uniform", "floor", "found", "target")),
+        (LINES["ablation"][0], ("condition", "tokens", "difference_interval", "nats_intact", "dataset", "nats")),
+        (LINES["ablation"][3], ("task", "lost", "lost_interval", "lost_verdict", "exact_intact")),
+        (LINES["ablation"][4], ("layer", "norm", "norm_interval", "positions")),
         (LINES["rate_distortion"][2], ("difference_interval", "states", "holm", "verdict", "up_to")),
     ],
 )
@@ -188,6 +228,9 @@ def test_a_line_that_lacks_a_figure_is_refused_by_name(tmp_path, one, names):
         (curve("meta", (1.0,), points=[{"rate": 1.0}]), "distortion is missing"),
         (curve("meta", (1.0,), ceiling={}), "distortion is missing"),
         (curve("meta", (1.0,), kind="dream"), "kind is 'dream', but must be one of curve, comparison"),
+        (ablation("dream", "ordinary", 0.5), "condition is 'dream', but must be one of off, diagonal, hidden_markers"),
+        (ablation("off", "here", 0.5), "tokens is 'here', but must be one of ordinary, markers, answers"),
+        (norm(0, 0.5, tokens="answers"), "tokens is 'answers', but must be one of ordinary, markers"),
         (comparison("meta", "last") | {"states": ["meta"]}, "states is \"['meta']\""),
     ],
 )

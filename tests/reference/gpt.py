@@ -44,10 +44,11 @@ def rotations(cfg, positions, places):
                        distance[..., None] * speeds[:, :, None])  # fmt: skip
 
 
-def hidden_states(model, tokens, positions, members, visible=None):
+def hidden_states(model, tokens, positions, members, visible=None, alter=lambda which, allowed: allowed):
     """Returns what model.forward returns. members (B, T) bool: the positions that the second attention connects.
 
-    visible (B, T) bool: the tokens that other tokens may see; None = all. Every token sees itself."""
+    visible (B, T) bool: the tokens that other tokens may see; None = all. Every token sees itself.
+    alter: function of "first" or "second" and of the mask (B, T, T) of that attention, which returns another mask."""
     cfg, T = model.cfg, tokens.size(1)
     zeroed = torch.where(members, 0, positions)
     first = positions if cfg.meta_position in ("same", "none_second") else zeroed
@@ -76,9 +77,10 @@ def hidden_states(model, tokens, positions, members, visible=None):
         raise NotImplementedError(f"pairs lacks second_attention={cfg.second_attention}: add what it connects.")
     connected = pairs[cfg.second_attention]
     for block in model.h:
-        x = x + attention(block.attn, block.ln_1(x), causal, rotation)
+        x = x + attention(block.attn, block.ln_1(x), alter("first", causal), rotation)
         if connected is not None:
-            x = x + attention(block.second_attn, block.ln_second(x), connected, rotation_second, uniform)
+            seen = alter("second", connected)
+            x = x + attention(block.second_attn, block.ln_second(x), seen, rotation_second, uniform)
         h = F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh")
         x = x + block.mlp.c_proj(h)
     return model.ln_f(x)
