@@ -164,9 +164,7 @@ def slow_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "number", [*(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL]
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_preparation_continues_to_the_same_bytes(slow_folder, number):
     process = start(slow_folder, "--name=cut")
     while not list(slow_folder.glob("data/.cut.partial/unit_*.json")):
