@@ -157,7 +157,7 @@ def start(folder, *args):
 def slow_folder(tmp_path_factory) -> Path:
     """A folder with enough text that a signal arrives in the middle of its preparation."""
     folder = tmp_path_factory.mktemp("slow")
-    for number in range(30):
+    for number in range(16):
         write_texts(folder / "texts", documents=1, words=100_000)
         (folder / "texts/doc000.txt").rename(folder / f"texts/{number:03}.txt")
     run(folder, "--name=straight")
