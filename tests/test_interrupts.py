@@ -1,4 +1,4 @@
-"""Tests signals and broken pipes at the moments at which they once caused a traceback, a hang or a wrong exit status."""
+"""Tests signals and broken pipes at moments at which they once caused a traceback, a hang or a wrong exit status."""
 
 import os
 import random

@@ -112,7 +112,8 @@ def check_folder(cfg: TrainConfig, run_dir: Path) -> None:
         pretrained.check_name(cfg.init_from)
         if occupied(run_dir) and not holds_killed_start(run_dir):
             raise UserError(
-                f"the run folder {run_dir} exists: {_cure(cfg, run_dir)}choose another --run_name, or delete the folder."
+                f"the run folder {run_dir} exists: {_cure(cfg, run_dir)}choose another --run_name, or delete the "
+                f"folder."
             )
     elif cfg.init_from == "resume" and not occupied(run_dir):
         raise UserError(f"there is no checkpoint to resume in {run_dir}: start the run with --init_from=auto.")
@@ -131,11 +132,10 @@ def _cure(cfg: TrainConfig, run_dir: Path) -> str:
 
 
 def lock_existing(cfg: TrainConfig, run_dir: Path, main: bool) -> BaseFileLock | None:
-    """Locks the folder of an existing run, or of a killed start, and returns the lock. Nothing in the folder may be read
-    before that.
+    """Locks the folder of an existing run, or of a killed start, and returns the lock.
 
-    Returns None if there is no run yet, or if this is not the main process. Raises UserError as check_folder does, or
-    if another process is training there."""
+    Only the lines of metrics.jsonl are read before that, and again afterwards. Returns None if there is no run yet, or
+    if this is not the main process. Raises UserError as check_folder does, or if another process is training there."""
     check_folder(cfg, run_dir)
     return _lock(run_dir) if main and occupied(run_dir) else None
 
@@ -174,8 +174,8 @@ def find_checkpoint(cfg: TrainConfig, run_dir: Path, warn) -> Checkpoint | None:
     if found is None and cfg.init_from == "resume":
         cure = "give" if holds_killed_start(run_dir) else "delete the folder, and give"
         raise UserError(
-            f"there is no checkpoint to resume in {run_dir}, because its run was stopped before the first one: {cure} the "
-            f"command of its start again."
+            f"there is no checkpoint to resume in {run_dir}, because its run was stopped before the first one: {cure} "
+            f"the command of its start again."
         )
     if found is None:
         return open_branch(cfg)
