@@ -15,7 +15,6 @@ import itertools
 import os
 import shlex
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nanometa.common.errors import UserError
+from nanometa.common.interrupts import raise_interrupts
 from nanometa.common.terminal import shortened
 from nanometa.config import PrepareConfig
 from nanometa.config.checks import to_dict
@@ -369,7 +369,7 @@ def main(argv: list[str]) -> None:
     if cfg.inspect:
         inspect(Path(cfg.inspect), console)
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up like Ctrl-C
+    raise_interrupts()
     if not cfg.merge and any(arg.split("=")[0] == "--merge" for arg in argv):
         raise UserError(
             "--merge names no folder: give the folders of all parts, for example --merge data/NAME.part*of3."

@@ -10,7 +10,6 @@ script is interrupted, a second call with the same --output repeats the stages t
 At the end the folder has a table (table.md) and a picture (gpu.png) too.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -26,7 +25,7 @@ import torch
 from nanometa.benches.gpu_stages import STAGES
 from nanometa.common.errors import UserError
 from nanometa.common.files import read_json_lines, write_atomically
-from nanometa.config.command_line import run_cli
+from nanometa.config.command_line import Parser, path_argument, run_cli
 from nanometa.reports import gpu_picture
 from nanometa.training.distributed import pick_device
 from nanometa.training.run_log import environment
@@ -157,13 +156,15 @@ def heading(facts: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m nanometa.benches.gpu", description=__doc__)
     stages = "; ".join(f"{name}: {stage.about}" for name, stage in STAGES.items())
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help=f"default: all. {stages}")
     parser.add_argument("--deadline", type=float, default=300, help="seconds for all stages together (default: 300)")
-    parser.add_argument("--nanogpt", type=Path, help="the folder of a nanoGPT checkout to compare the speed with")
     parser.add_argument(
-        "--output", type=Path, default=Path("out/gpu"), help="the folder of the results (default: out/gpu)"
+        "--nanogpt", type=path_argument, help="the folder of a nanoGPT checkout to compare the speed with"
+    )
+    parser.add_argument(
+        "--output", type=path_argument, default=Path("out/gpu"), help="the folder of the results (default: out/gpu)"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models and few steps, to test the script itself")

@@ -1,6 +1,5 @@
 """The stages of benches/gpu.py. Each one measures or tests one thing, and reports its results line by line."""
 
-import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -22,7 +21,7 @@ from nanometa.benches import decoding
 from nanometa.benches.timing import peak_memory, quartiles
 from nanometa.benches.training import CONTENT, MARKERS, VOCABULARY, Step, training_step
 from nanometa.config import TrainConfig
-from nanometa.config.command_line import run_cli
+from nanometa.config.command_line import Parser, path_argument, run_cli
 from nanometa.training import estimate
 from nanometa.training.run_log import finite
 
@@ -366,12 +365,15 @@ STAGES = {
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Runs one stage of benches/gpu.py, which is the command to use.")
+    parser = Parser(
+        prog="python -m nanometa.benches.gpu_stages",
+        description="Runs one stage of benches/gpu.py, which is the command to use.",
+    )
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=path_argument, required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--nanogpt", type=Path)
+    parser.add_argument("--nanogpt", type=path_argument)
     args = parser.parse_args(argv)
     lab = Lab(args.stage, args.output, torch.device(args.device), args.tiny, args.nanogpt)
     shutil.rmtree(lab.work, ignore_errors=True)

@@ -1,7 +1,9 @@
 """Prints text of a model unchanged, optionally colored (rich would expand tabs and drop control characters), and
 shortens long lines. Text cannot steer the terminal."""
 
+import os
 import re
+import select
 import sys
 from typing import TextIO
 
@@ -32,6 +34,18 @@ def write_line(line: str, style: str = "", file: TextIO | None = None) -> None:
         write(f"{printable(line)}\n", style)
     else:
         print(printable(line), file=file, flush=True)
+
+
+def reader_has_ended() -> bool:
+    """Returns whether the program that reads standard output or standard error, such as head, has ended.
+
+    The writing end of a pipe then reports an error, without anything being written."""
+    if os.name == "nt":
+        return True  # select has no poll there
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)  # errors are reported in any case
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def shortened(text: str) -> str:

@@ -22,8 +22,9 @@ import tyro
 
 import nanometa.config
 from nanometa.common.errors import UserError, in_words, report
+from nanometa.common.interrupts import end_at_once, was_interrupted
 from nanometa.common.memory import keep_freed_memory
-from nanometa.common.terminal import write_line
+from nanometa.common.terminal import reader_has_ended, write_line
 from nanometa.config import GPTConfig, PrepareConfig, SampleConfig, TaskConfig, TrainConfig
 from nanometa.config.checks import bool_names, field_names, flat_fields, hidden_fields, nearest_name, type_name
 from nanometa.config.settings import Settings, named_settings, refuse_idle
@@ -38,7 +39,10 @@ PATHS = frozenset(
 
 
 def run_cli(main) -> None:
-    """Runs main(argv) of a command and exits. A UserError is printed as one line, and the exit status is then 2."""
+    """Runs main(argv) of a command and exits.
+
+    A UserError is printed as one line, and the exit status is then 2. An interruption, by SIGINT or a KeyboardInterrupt
+    for another signal, is one line too, with status 130."""
     keep_freed_memory()
     open_streams()
     status = 1
@@ -46,8 +50,12 @@ def run_cli(main) -> None:
         status = _exit_status(main)
         sys.stdout.flush()
         sys.stderr.flush()
-    except OSError:  # the reader of the output, such as head, has ended, or the disk is full
-        os._exit(status or 1)  # the shutdown of the interpreter would try to write the rest again, and complain
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and not reader_has_ended():
+            raise  # the pipe is another one, such as that to a worker process
+        # The reader of the output, such as head, has ended, or the disk is full. The shutdown of the interpreter would
+        # try to write the rest again, and complain.
+        os._exit(status or 1)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # DDP keeps gloo's threads alive beyond destroy_process_group. If one of them frees a tensor during the shutdown
         # of the interpreter, the process aborts (seen in 4 of 99 runs of two processes): exit without that shutdown.
@@ -69,7 +77,7 @@ def open_streams() -> None:
 def _exit_status(main) -> int:
     """Returns the exit status of main(argv), after printing the reason for a failure.
 
-    Raises BrokenPipeError if the reader of the output has ended."""
+    Raises BrokenPipeError if the reader of the output has ended, and any error that is a fault of the code."""
     status = 0
     try:
         try:
@@ -78,15 +86,19 @@ def _exit_status(main) -> int:
             status = end.code or 0
         sys.stdout.flush()  # shows that a disk is full
         return status
-    except BrokenPipeError:
-        raise
     except Exception as error:
         words = in_words(error)
-        if words is None:
+        if words is not None:
+            report(words)
+            return 2
+        if not was_interrupted(error):
             raise
-        report(words)
-        return 2
+        # An exception in the middle of a library's work, such as waiting for a lock, can cause another one.
+        end_at_once()
+        write_line(f"interrupted ({type(error).__name__}: {error})", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
+        end_at_once()
         write_line("interrupted", file=sys.stderr)
         return 130
 

@@ -24,10 +24,11 @@ class TrainConfig(Settings):
     dataset: str = setting("data/stdlib_uniform", on_resume="ignored")
     """folder of the dataset that prepare.py wrote"""
     init_from: str = setting("scratch", on_resume="ignored")
-    """how the run starts. scratch: a new run, and the run folder must not exist; resume: from the newest checkpoint of
-    this run; auto: resume if there is a checkpoint, else scratch; gpt2, gpt2-medium, gpt2-large, gpt2-xl, a local
-    Hugging Face GPT-2 folder or the folder of another run: a new run from those weights. Weights that they lack (those
-    of the second attention) are initialized as for scratch, marker embeddings with the mean embedding"""
+    """how the run starts. scratch: a new run, and the run folder must not exist, except for what a start leaves that
+    was killed before its first step; resume: from the newest checkpoint of this run; auto: resume if there is a
+    checkpoint, else scratch; gpt2, gpt2-medium, gpt2-large, gpt2-xl, a local Hugging Face GPT-2 folder or the folder of
+    another run: a new run from those weights. Weights that they lack (those of the second attention) are initialized as
+    for scratch, marker embeddings with the mean embedding"""
     max_steps: int = setting(200_000, on_resume="may change")
     """number of optimizer steps of the run"""
     batch_size: int = 480

@@ -15,6 +15,7 @@ import numpy as np
 
 from nanometa.common.errors import UserError
 from nanometa.common.files import write_atomically
+from nanometa.common.interrupts import interrupts_postponed
 from nanometa.common.keyed_random import stable_key
 from nanometa.config import PrepareConfig
 from nanometa.data.inject import inject, marker_places
@@ -181,7 +182,8 @@ def assemble(
         for key in ("documents", "tokens")
     )
     with ThreadPoolExecutor(1) as beside:  # compressing takes seconds, in which it releases the interpreter lock
-        compressing = beside.submit(compressed, segments, tokenizer, cfg.min_document_tokens)
+        with interrupts_postponed():
+            compressing = beside.submit(compressed, segments, tokenizer, cfg.min_document_tokens)
         for split, writer in writers.items():
             for where, segment in segments:
                 for ids in read_segment(where, segment, split, token_dtype(tokenizer.n_vocab)):
@@ -189,6 +191,8 @@ def assemble(
                     advance(len(ids))
     check_length({split: writer.long.longest for split, writer in writers.items()}, cfg.min_document_tokens)
     splits = {split: writer.finish(documents[split], note) for split, writer in writers.items()}
+    with interrupts_postponed():
+        val_text_compressed = compressing.result()
     manifest = {
         "format": 1,
         "command": command,
@@ -216,7 +220,7 @@ def assemble(
         "skipped": skipped,
         "skipped_by_kind": dict(sum((Counter(segment.skipped_by_kind) for _, segment in segments), Counter())),
         "endoftext_in_text": sum(segment.endoftext for _, segment in segments),
-        "val_text_compressed": compressing.result(),
+        "val_text_compressed": val_text_compressed,
         "splits": splits,
     }
     for name, content in tokenizer.files().items():

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanometa.common.interrupts import interrupts_postponed
 from nanometa.config import PrepareConfig
 from nanometa.data.shards import token_dtype
 from nanometa.data.sources import Piece, Skipped
@@ -59,20 +60,25 @@ def _encode(texts: list[str]) -> list[Encoded]:
 
 
 class Encoders:
-    """A pool of worker processes that tokenize. The result does not depend on their number."""
+    """A pool of worker processes that tokenize. The result does not depend on their number.
+
+    Interrupts are postponed within every call of the pool, because they would leave its locks in a wrong state. Such a
+    call takes at most the time in which a worker tokenizes a few texts of BATCH_CHARS."""
 
     def __init__(self, tokenizer: Tokenizer, cfg: PrepareConfig):
         self.workers = cfg.workers
-        self.pool = ProcessPoolExecutor(cfg.workers, initializer=_start_worker, initargs=(tokenizer, cfg))
-        self.pool.submit(_encode, []).result()  # starts the processes before the progress bar starts a thread
+        with interrupts_postponed():
+            self.pool = ProcessPoolExecutor(cfg.workers, initializer=_start_worker, initargs=(tokenizer, cfg))
+            self.pool.submit(_encode, []).result()  # starts the processes before the progress bar starts a thread
 
     def __enter__(self) -> "Encoders":
         return self
 
     def __exit__(self, *error) -> None:
-        # Ctrl-C in the middle of submit can leave an item that no worker ever receives. Without cancelling it, shutdown
-        # would wait for it forever.
-        self.pool.shutdown(cancel_futures=True)
+        # An exception in the middle of submit can leave an item that no worker ever receives. Without cancelling it,
+        # shutdown would wait for it forever.
+        with interrupts_postponed():
+            self.pool.shutdown(cancel_futures=True)
 
     def in_order(self, items: Iterable[Item]) -> Iterator[list[tuple[Item, Encoded | None]]]:
         """Yields lists of (item, its tokenized text, or None if it has no text), in the order of the items.
@@ -81,7 +87,8 @@ class Encoders:
         waiting: deque = deque()
         for task in tasks(items):
             texts = [piece.text for *_, piece in task if type(piece) is Piece]
-            waiting.append((task, self.pool.submit(_encode, texts)))
+            with interrupts_postponed():
+                waiting.append((task, self.pool.submit(_encode, texts)))
             if len(waiting) > 2 * self.workers:
                 yield _joined(*waiting.popleft())
         while waiting:
@@ -90,7 +97,8 @@ class Encoders:
 
 def _joined(task: list[Item], future: Future) -> list[tuple[Item, Encoded | None]]:
     """Waits for the result of a task and pairs it with the task's items."""
-    encoded = iter(future.result())
+    with interrupts_postponed():
+        encoded = iter(future.result())
     return [(item, next(encoded) if type(item[2]) is Piece else None) for item in task]
 
 

@@ -3,6 +3,7 @@
 TaskWindows has the interface of data.loader.Windows: each of its windows is one padded text.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ from nanometa.tasks.example import Example, Maker
 
 VALIDATION = 256  # number of validation texts of each task
 TRIED = 8  # texts of the first, shortest phase that each maker writes before the run starts
+REPLACEMENTS = 100  # texts that may take the place of one that a maker does not find
+BEYOND = 2**40  # distance of their numbers, beyond the number of any text of a run
 
 
 def collate(
@@ -115,9 +118,9 @@ class TaskWindows:
         """Returns text number `window` of the split."""
         maker, index = self.makers[window % len(self.makers)], window // len(self.makers)
         if self.split != "train":
-            return maker.example(self.split, index, math.ceil(0.9 * self.T), self.T, (self.cfg.task.level,))
+            return found(maker, self.split, index, math.ceil(0.9 * self.T), self.T, (self.cfg.task.level,))
         longest, levels = self.reached(window // self.cfg.batch_size)
-        return maker.example(f"train/{self.cfg.seed}", index, SHORTEST, longest, levels)
+        return found(maker, f"train/{self.cfg.seed}", index, SHORTEST, longest, levels)
 
     def counted(self, n: int) -> dict[str, int]:
         """Returns the numbers of texts and positions, padding included, in the first n training texts.
@@ -137,6 +140,19 @@ class TaskWindows:
             T = max(self.curriculum.width(int(window) // self.cfg.batch_size) for window in windows)
         examples = [self.example(int(window)) for window in windows]
         return collate(examples, windows, T, self.cfg, self.tokenizer, f"tasks {self.split}", self.loss_on)
+
+
+def found(maker: Maker, split: str, index: int, low: int, high: int, levels: tuple[str, ...]) -> Example:
+    """Returns maker.example of these arguments or, where that finds no text, the text of a fixed other number.
+
+    If an attempt succeeds with probability p, the 3000 attempts of a text fail with probability (1 - p)^3000. The texts
+    that are written before the start show that p is not tiny, but not that the millionth text is found: for p = 1/1000,
+    each text fails with probability 0.05, and all eight that are tried are found with probability 0.67. With 100
+    replacements even p = 1/10,000 leaves a probability of 1e-13. Raises UserError if none is found."""
+    for number in range(index, index + REPLACEMENTS * BEYOND, BEYOND):
+        with contextlib.suppress(UserError):
+            return maker.example(split, number, low, high, levels)
+    return maker.example(split, index + REPLACEMENTS * BEYOND, low, high, levels)
 
 
 class Answers:

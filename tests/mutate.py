@@ -8,7 +8,6 @@ its line does, or it has no effect. The same seed makes the same changes. The ex
 nothing about survivors; it is not 0 if the tests fail without a change.
 """
 
-import argparse
 import ast
 import contextlib
 import difflib
@@ -24,6 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from nanometa.common.errors import UserError
+from nanometa.common.interrupts import interrupts_postponed, raise_interrupts
+from nanometa.config.command_line import Parser, run_cli
 from tests.conftest import ROOT
 
 # the tests of each core file; tests/test_mutate.py checks that they exist and that no core file is missing
@@ -133,23 +135,29 @@ def passes(copy: Path, tests: str, seconds: float) -> bool:
     command = [sys.executable, "-m", "pytest", *options, *(f"tests/{name}.py" for name in tests.split())]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=copy, env=env, start_new_session=True, **silent)
+    process = None
     try:
+        with interrupts_postponed():  # otherwise the process could be started and never be killed
+            process = subprocess.Popen(command, cwd=copy, env=env, start_new_session=True, **silent)
         return process.wait(seconds) == 0
     except subprocess.TimeoutExpired:
         return False
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the group, because tests start programs
-        process.wait()
+        if process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the group, because tests start programs
+            process.wait()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="python -m tests.mutate", description=__doc__)
     parser.add_argument("--count", type=int, default=60, help="number of changes, over all files (default: 60)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the choice of changes (default: 1)")
     parser.add_argument("--only", choices=TESTS, help="one file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    raise_interrupts()  # so that the copy is removed and the tests end
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # the terminal was closed
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
     files = [args.only] if args.only else list(TESTS)
     possible = [mutant for file in files for mutant in mutants(file, (ROOT / file).read_text())]
     chosen = random.Random(args.seed).sample(possible, min(args.count, len(possible)))
@@ -158,7 +166,7 @@ def main() -> None:
         for file in dict.fromkeys(mutant.file for mutant in sorted(chosen)):
             original, started = (copy / file).read_text(), time.perf_counter()
             if not passes(copy, TESTS[file], 3600):
-                sys.exit(f"the tests of {file} ({TESTS[file]}) fail without a change")
+                raise UserError(f"the tests of {file} ({TESTS[file]}) fail without a change: correct them first.")
             limit = 30 + 3 * (time.perf_counter() - started)
             for mutant in sorted(of for of in chosen if of.file == file):
                 (copy / file).write_text(mutant.text)
@@ -173,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanometa.benches import gpu
+from nanometa.benches import gpu, gpu_stages
 from nanometa.benches.gpu_stages import KINDS, STAGES, by_kind
 from nanometa.common.errors import UserError
 from tests.conftest import ROOT
@@ -92,12 +92,22 @@ def test_results_of_another_version_are_not_mixed_in(call, tmp_path):
         (("--device=cpu",), "add --tiny"),
         (("--tiny", "--device=cpu", "--deadline=0"), "leaves no time"),
         (("--tiny", "--device=cpu", "--nanogpt=nowhere"), "has no model.py"),
+        (("--tiny", "--device=cpu", "--nanogpt=~/nowhere"), f"--nanogpt={Path.home()}/nowhere has no model.py"),
+        (("--tin", "--device=cpu"), "unknown setting --tin: did you mean 'tiny'"),
+        (("--device=tpu",), "argument --device: invalid choice: 'tpu' .*; --help lists all arguments"),
+        (("--deadline=soon",), "argument --deadline: invalid float value: 'soon'; --help lists all arguments"),
+        (("--deadline=9", "--deadline=9"), "--deadline is given 2 times: give it once"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(args, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
         gpu.main([*args, f"--output={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_by_itself_refuses_bad_input_in_one_sentence():
+    with pytest.raises(UserError, match="unknown setting --outptu: did you mean 'output'"):
+        gpu_stages.main(["decoding", "--outptu=x", "--device=cpu"])
 
 
 def test_every_kernel_has_a_kind():

@@ -1,11 +1,16 @@
 """Tests tests/mutate.py: which changes it makes, and that its list of core files is complete."""
 
 import ast
+import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from nanometa.common.errors import UserError
 from tests import mutate
 from tests.conftest import ROOT
 
@@ -45,6 +50,12 @@ def test_every_core_file_has_tests_that_exist():
         assert tests and all((ROOT / f"tests/{name}.py").is_file() for name in tests.split())
 
 
+def keep_handlers(monkeypatch) -> None:
+    """Lets the program keep the handlers of signals that these tests run under."""
+    monkeypatch.setattr(mutate, "raise_interrupts", lambda: None)
+    monkeypatch.setattr(mutate.signal, "getsignal", lambda number: signal.SIG_IGN)
+
+
 @pytest.mark.slow
 def test_a_caught_and_a_surviving_change_are_told_apart(tmp_path, monkeypatch, capsys):
     """In a repository of its own, whose test looks at one of two functions."""
@@ -56,8 +67,8 @@ def test_a_caught_and_a_surviving_change_are_told_apart(tmp_path, monkeypatch, c
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     monkeypatch.setattr(mutate, "ROOT", tmp_path)
     monkeypatch.setattr(mutate, "TESTS", {"core.py": "test_core"})
-    monkeypatch.setattr("sys.argv", ["mutate", "--count=9"])
-    mutate.main()
+    keep_handlers(monkeypatch)
+    mutate.main(["--count=9"])
     out = capsys.readouterr().out.splitlines()
     assert [row for row in out if not row.startswith(" ")] == [
         "caught  core.py:2", "caught  core.py:2", "SURVIVED  core.py:6", "SURVIVED  core.py:6",
@@ -66,11 +77,49 @@ def test_a_caught_and_a_surviving_change_are_told_apart(tmp_path, monkeypatch, c
     assert "    +    return (n + 3)" in out and "    -    return n * 3" in out
     assert {path: path.read_text() for path in tmp_path.rglob("*.py")} == before
     (tmp_path / "tests/test_core.py").write_text("def test_it():\n    assert False\n")
-    with pytest.raises(SystemExit, match="the tests of core.py .test_core. fail without a change"):
-        mutate.main()
+    with pytest.raises(UserError, match="the tests of core.py .test_core. fail without a change"):
+        mutate.main([])
 
 
 def test_a_change_that_never_ends_is_caught(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_core.py").write_text("import time\n\ndef test_it():\n    time.sleep(60)\n")
     assert not mutate.passes(Path(tmp_path), "test_core", 1.0)
+
+
+STOPPED = """
+import pathlib, sys
+sys.path.insert(0, {root!r})
+from tests import mutate
+
+mutate.ROOT, mutate.TESTS = pathlib.Path({folder!r}), {{"core.py": "test_core"}}
+mutate.run_cli(mutate.main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stopped_program_leaves_neither_its_copy_nor_running_tests(tmp_path, number):
+    folder, temporary = tmp_path / "core", tmp_path / "temporary"
+    (folder / "tests").mkdir(parents=True)
+    temporary.mkdir()
+    (folder / "core.py").write_text("N = 1\n")
+    (folder / "tests/test_core.py").write_text(
+        f"import os, pathlib, time\n\ndef test_it():\n    pathlib.Path({str(tmp_path / 'pid')!r}).write_text(\n"
+        f"        f'{{os.getpid()}}.')\n    time.sleep(60)\n"
+    )
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED.format(root=str(ROOT), folder=str(folder))], text=True, stderr=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(temporary)}, start_new_session=True,
+        preexec_fn=lambda: [signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGHUP)],
+    )  # fmt: skip
+    pid = tmp_path / "pid"
+    while not pid.exists() or not pid.read_text().endswith("."):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    assert list(temporary.iterdir())
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1] == "interrupted\n" and process.returncode == 130
+    assert not list(temporary.iterdir())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()[:-1]), 0)

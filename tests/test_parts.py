@@ -157,16 +157,14 @@ def start(folder, *args):
 def slow_folder(tmp_path_factory) -> Path:
     """A folder with enough text that a signal arrives in the middle of its preparation."""
     folder = tmp_path_factory.mktemp("slow")
-    for number in range(30):
+    for number in range(16):
         write_texts(folder / "texts", documents=1, words=100_000)
         (folder / "texts/doc000.txt").rename(folder / f"texts/{number:03}.txt")
     run(folder, "--name=straight")
     return folder
 
 
-@pytest.mark.parametrize(
-    "number", [*(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL]
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_preparation_continues_to_the_same_bytes(slow_folder, number):
     process = start(slow_folder, "--name=cut")
     while not list(slow_folder.glob("data/.cut.partial/unit_*.json")):

@@ -12,6 +12,7 @@ import torch
 
 from nanometa import train
 from nanometa.common.errors import UserError, in_words
+from nanometa.common.files import lock_folder
 from nanometa.config import GPTConfig, TaskConfig, TrainConfig
 from nanometa.config.command_line import load_config
 from nanometa.data.tokenizer import Tokenizer
@@ -149,6 +150,75 @@ def test_a_failed_start_removes_only_what_it_added(tmp_path):
     with subject:
         subject.new_folder(tmp_path / "out/kept").release()
     assert (tmp_path / "out/kept").is_dir()
+
+
+class Killed(BaseException):
+    """Raised in place of a SIGKILL."""
+
+
+@pytest.fixture
+def kill(workdir, monkeypatch):
+    """Returns a function that starts a run and kills it in the given method, so that no cleanup takes place."""
+
+    def kill(where: str, name: str, *args: str) -> None:
+        def killed(*args, **kwargs):
+            raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"nanometa.train.{where}", killed)
+            patch.setattr(Start, "__exit__", lambda self, *error: self._lock and self._lock.release())
+            with pytest.raises(Killed):
+                start(workdir, patch, name, *args)
+        assert (workdir / "out" / name / "config.json").exists()
+
+    return kill
+
+
+@pytest.mark.parametrize("init_from", ["scratch", "out/base"])
+@pytest.mark.parametrize("where", ["Trainer._introduce", "evaluate", "Trainer.train_step"])
+def test_the_command_of_a_killed_start_can_be_given_again(workdir, monkeypatch, kill, where, init_from):
+    """It starts from the same weights, which --init_from=auto would not take from another run."""
+    if not (workdir / "out/base").exists():
+        start(workdir, monkeypatch, "base", "--max_steps=2", "--seed=7")
+    name = f"again_{where}_{init_from[:3]}"
+    args = (name, "--max_steps=3", f"--init_from={init_from}")
+    kill(where, *args)
+    with (workdir / "out" / name / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tr')  # a line that was being written
+    with pytest.raises(
+        UserError, match="because its run was stopped before the first one: give the command of its start"
+    ):
+        start(workdir, monkeypatch, name, "--max_steps=3", "--init_from=resume")
+    lock = lock_folder(workdir / "out" / name)
+    with pytest.raises(UserError, match=f"another process is training in out/{name}: wait for it"):
+        start(workdir, monkeypatch, *args)
+    lock.release()
+    start(workdir, monkeypatch, *args)
+    start(workdir, monkeypatch, f"straight_{name}", *args[1:])
+    assert losses(workdir / "out" / name) == losses(workdir / "out" / f"straight_{name}")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("metrics.jsonl", '{"kind": "val", "step": 0}\n{"kind": "train", "step": 1}\n'),
+        ("metrics.jsonl", "not json\n"),
+        ("notes.txt", "mine"),
+        ("best_00000000/x", ""),
+    ],
+)
+def test_a_folder_with_anything_but_a_killed_start_is_not_taken_over(workdir, monkeypatch, kill, file, content):
+    name = f"kept_{len(content)}"
+    kill("Trainer._introduce", name)
+    path = workdir / "out" / name / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    before = tree(workdir / "out" / name)
+    for init_from, advice in (("scratch", ".*with --init_from=auto, choose another"), ("gpt2", "choose another")):
+        advice = ".*with --init_from=auto, choose another" if file.startswith("best") else advice
+        with pytest.raises(UserError, match=f"^the run folder out/{name} exists: {advice} --run_name, or delete the"):
+            start(workdir, monkeypatch, name, "--max_steps=3", f"--init_from={init_from}")
+    assert tree(workdir / "out" / name) == before
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import Draws
 from nanometa.config import GPTConfig, TaskConfig, TrainConfig
 from nanometa.config.command_line import load_config
-from nanometa.config.tasks import PLACEMENTS, TASKS
+from nanometa.config.tasks import LEVELS, PLACEMENTS, TASKS
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.evals.common import facts_of
 from nanometa.evals.tasks import measure_tasks
 from nanometa.inference.generation import MarkerPlan, generate
 from nanometa.report import sections_of
 from nanometa.reports.files import read
+from nanometa.tasks import example
 from nanometa.tasks.example import Maker
 from nanometa.tasks.source import Answers, TaskWindows, cells_of
 from nanometa.train import main as train_main
@@ -208,6 +209,41 @@ def test_texts_are_padded_to_the_length_of_their_step_and_padding_counts(curricu
     if curriculum == 100:  # texts have at most 49, 75, 114, 170 and 256 positions
         assert windows.counted(4 * 100)["positions"] == 4 * 20 * (64 + 96 + 128 + 192 + 256)
     assert TaskWindows(cfg, "val", Tokenizer.gpt2()).batch(np.arange(4)).tokens.size(1) == 256
+
+
+def test_a_text_that_is_not_found_is_replaced_by_a_fixed_other_one(tokenizer, monkeypatch):
+    """Otherwise a rare text could end a run after hours."""
+    task = TaskConfig(tasks=("list_recall", "copying"), placements=("target", "background"), train_length=128)
+    cfg = TrainConfig(model=GPTConfig(position="rope"), task=task, batch_size=8, micro_batch_size=8)
+    data = {split: TaskWindows(cfg, split, tokenizer) for split in ("train", "val")}
+    usual = {split: [windows.example(window) for window in range(40)] for split, windows in data.items()}
+    monkeypatch.setattr(example, "ATTEMPTS", 1)
+    for split, windows in data.items():
+        kept = 0
+        for window, before in enumerate(usual[split]):
+            once, again = windows.example(window), windows.example(window)
+            assert np.array_equal(once.ids, again.ids)
+            try:
+                windows.makers[window % 4].example(
+                    *{"train": ("train/1337", window // 4, 32, 128, LEVELS[: 1 + LEVELS.index(task.level)]),
+                      "val": ("val", window // 4, 116, 128, (task.level,))}[split]
+                )  # fmt: skip
+            except UserError:
+                assert not np.array_equal(once.ids, before.ids)
+            else:  # a text that is found is never another one
+                assert np.array_equal(once.ids, before.ids)
+                kept += 1
+        assert 0 < kept < 40
+    calls = []
+
+    def none(self, split, index, *args):
+        calls.append(index)
+        raise UserError("there is no text.")
+
+    monkeypatch.setattr(Maker, "example", none)
+    with pytest.raises(UserError, match="there is no text"):
+        data["train"].example(5)
+    assert len(calls) == len(set(calls)) == 101 and calls[0] == 1
 
 
 @pytest.mark.parametrize("rule", ("ignore", pytest.param("skip", marks=pytest.mark.slow)))

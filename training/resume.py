@@ -12,7 +12,7 @@ from nanometa.config.checks import flat, flat_fields
 from nanometa.training import checkpoint, pretrained
 from nanometa.training.checkpoint import Checkpoint
 from nanometa.training.ending import Ending
-from nanometa.training.run_folders import STATE, holds_run, suggestion
+from nanometa.training.run_folders import STATE, holds_killed_start, holds_run, suggestion
 from nanometa.training.run_log import log_files
 
 
@@ -104,7 +104,7 @@ def check_folder(cfg: TrainConfig, run_dir: Path) -> None:
     """Raises UserError if cfg.init_from does not fit the state of the run's folder, or if a link in the folder would
     make this run write elsewhere.
 
-    No file is opened, so the folder need not be locked."""
+    The folder need not be locked. If it is not, the result is preliminary, because another process may change it."""
     if run_dir.is_symlink() and not run_dir.exists():
         raise UserError(
             f"{run_dir} is a link to {os.readlink(run_dir)}, which does not exist: create that folder, or remove the "
@@ -112,10 +112,10 @@ def check_folder(cfg: TrainConfig, run_dir: Path) -> None:
         )
     if not resumes(cfg):
         pretrained.check_name(cfg.init_from)
-        if occupied(run_dir):
+        if occupied(run_dir) and not holds_killed_start(run_dir):
             raise UserError(
-                f"the run folder {run_dir} exists: continue that run with --init_from=auto, choose another --run_name, "
-                f"or delete the folder."
+                f"the run folder {run_dir} exists: {_cure(cfg, run_dir)}choose another --run_name, or delete the "
+                f"folder."
             )
     elif cfg.init_from == "resume" and not occupied(run_dir):
         raise UserError(f"there is no checkpoint to resume in {run_dir}: start the run with --init_from=auto.")
@@ -124,11 +124,20 @@ def check_folder(cfg: TrainConfig, run_dir: Path) -> None:
     log_files(run_dir)
 
 
-def lock_existing(cfg: TrainConfig, run_dir: Path, main: bool) -> BaseFileLock | None:
-    """Locks the folder of an existing run and returns the lock. Nothing in the folder may be read before that.
+def _cure(cfg: TrainConfig, run_dir: Path) -> str:
+    """Returns the advice to continue the run in an occupied folder; empty if that would start it from other weights."""
+    if holds_run(run_dir):
+        return "continue that run with --init_from=auto, "
+    if cfg.init_from != "scratch" or not (run_dir / "config.json").exists():
+        return ""
+    return "its run has no checkpoint, so start it again with --init_from=auto, "
 
-    Returns None if there is no run yet, or if this is not the main process. Raises UserError as check_folder does, or
-    if another process is training there."""
+
+def lock_existing(cfg: TrainConfig, run_dir: Path, main: bool) -> BaseFileLock | None:
+    """Locks the folder of an existing run, or of a killed start, and returns the lock.
+
+    Only the lines of metrics.jsonl are read before that, and again afterwards. Returns None if there is no run yet, or
+    if this is not the main process. Raises UserError as check_folder does, or if another process is training there."""
     check_folder(cfg, run_dir)
     return _lock(run_dir) if main and occupied(run_dir) else None
 
@@ -165,7 +174,11 @@ def find_checkpoint(cfg: TrainConfig, run_dir: Path, warn) -> Checkpoint | None:
         return open_branch(cfg)
     found = checkpoint.newest(run_dir, warn) if run_dir.exists() else None
     if found is None and cfg.init_from == "resume":
-        raise UserError(f"there is no checkpoint to resume in {run_dir}: start the run with --init_from=auto.")
+        cure = "give" if holds_killed_start(run_dir) else "delete the folder, and give"
+        raise UserError(
+            f"there is no checkpoint to resume in {run_dir}, because its run was stopped before the first one: {cure} "
+            f"the command of its start again."
+        )
     if found is None:
         return open_branch(cfg)
     best = found.state["best"]

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nanometa.common.errors import UserError
+from nanometa.common.files import own_file, parse_json
 from nanometa.config.checks import similar_path
 
 STATE = "state.json"  # a file that every checkpoint contains
+START = {"config.json", "metrics.jsonl", "train.log", "wandb"}  # what a run writes before its first checkpoint
 
 
 def checkpoint_folders(run_dir: Path, kind: str) -> list[Path]:
@@ -31,6 +33,27 @@ def holds_run(path: Path) -> bool:
     """Returns whether a path is the folder of a checkpoint, or of a run that train.py made and that has a
     checkpoint."""
     return (path / STATE).is_file() or bool(checkpoint_folders(path, "step") + checkpoint_folders(path, "best"))
+
+
+def holds_killed_start(run_dir: Path) -> bool:
+    """Returns whether a folder holds only what a run writes before its first step. Its process was killed then, unless
+    it still holds the lock of the folder.
+
+    Such a folder contains no result, so a new run may take it over. Hidden files are not looked at."""
+    names = {path.name for path in run_dir.iterdir() if not path.name.startswith(".")} if run_dir.is_dir() else set()
+    if "config.json" not in names or not names <= START:
+        return False
+    metrics = own_file(run_dir / "metrics.jsonl")
+    rows = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+    return all(_precedes_steps(row) for row in rows if row.endswith(b"\n"))  # a kill can leave half a line at the end
+
+
+def _precedes_steps(row: bytes) -> bool:
+    """Returns whether a line of metrics.jsonl is that of an evaluation before the first step."""
+    try:
+        return parse_json(row)["step"] == 0
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def newest_run(out: Path) -> Path:
