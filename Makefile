@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: install quickstart test test-slow golden faults fuzz mutate lint bench gpu clean
+.PHONY: install quickstart test test-slow golden faults fuzz mutate lint bench gpu study clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -59,6 +59,13 @@ bench: install
 DEADLINE ?= 300
 gpu: install
 	$(RUN) -m nanometa.benches.gpu --deadline=$(DEADLINE) $(if $(NANOGPT),--nanogpt=$(NANOGPT))
+
+# Runs the study of docs/study.md, about 12 hours on 2 cores, and continues after any interruption. SIZE=minutes tests
+# its machinery with tiny models. The report is made from the runs that are finished.
+WORKERS ?= 2
+study: install
+	nice $(RUN) study.py run studies/meta_tokens.toml --workers=$(WORKERS) $(if $(SIZE),--size=$(SIZE))
+	$(RUN) study.py report studies/meta_tokens.toml $(if $(SIZE),--size=$(SIZE))
 
 clean:
 	rm -rf $(VENV) out/quickstart data/stdlib_uniform

@@ -19,9 +19,9 @@ from tests.runs import run_on, saved
 # A folder may import only those before it in this list.
 ORDER = (
     "common", "config", "data", "tasks", "meta_attention", "layers", "model", "training", "inference", "evals",
-    "reports", "probes", "interop", "benches",
+    "reports", "probes", "interop", "benches", "studies",
 )  # fmt: skip
-COMMANDS = ("prepare", "train", "sample", "eval", "probe", "report", "bench")
+COMMANDS = ("prepare", "train", "sample", "eval", "probe", "report", "bench", "study")
 FILES = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in (".venv", "records", "out")]
 PRODUCT = [path for path in FILES if path.relative_to(ROOT).parts[0] not in ("tests", "nanometa", "docs")]
 

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from nanometa.common.errors import UserError
+from nanometa.config import PrepareConfig, TrainConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
+from nanometa.config.command_line import load_config
 from nanometa.studies import queue
 from nanometa.studies.analysis import INSENSITIVE, WAITING, analyse, picture, table
-from nanometa.studies.cell import placed
+from nanometa.studies.cell import placed, words
 from nanometa.studies.plan import Cell, Plan, joined, read_plan
 from tests.conftest import ROOT, cli
 
@@ -146,8 +148,23 @@ def test_the_study_of_meta_tokens_is_a_valid_plan():
     for name in ("M", "C", "S", "P"):
         assert plan.stages["deciding"].fewer.get(name) is None and len(plan.stages["deciding"].seeds) >= 16
     assert len(small.stages["deciding"].seeds) == 2
-    for command in plan.prepare.values():
-        assert (ROOT / "prepare.py").exists() and command[-1].startswith("python prepare.py ")
+    for cell in {cell.arm.name: cell for cell in plan.cells()}.values():
+        cfg = load(cell, "pretrain", cell.arm.pretrain)
+        assert cfg.dataset.removeprefix("data/") in plan.prepare
+        tuned = load(cell, "finetune", cell.stage.variants[cell.variant])
+        assert set(tuned.task.tasks) == set(plan.analysis["tasks"]) and tuned.stop_at == 0.95
+    for name, commands in plan.prepare.items():
+        assert commands[-1].startswith("python prepare.py ")
+        assert load_config(PrepareConfig, commands[-1].split()[2:]).name == name
+
+
+def load(cell: Cell, settings: str, more: tuple[str, ...]):
+    """Returns the settings of a training command of a cell."""
+    plan = read_plan(str(META))
+    arguments = joined(joined(plan.settings[settings], getattr(cell.arm, settings)), more)
+    path, *rest = words(placed(cell, list(arguments)))
+    base = ["--init_from=out/x"] if settings == "finetune" else []
+    return load_config(TrainConfig, [str(ROOT / path), *rest, *base], config_file=True)
 
 
 # ----------------------------------------------------------------------------- the queue
