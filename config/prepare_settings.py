@@ -20,13 +20,14 @@ class PrepareConfig(Settings):
     source: Literal["stdlib", "files", "packages", "hf"] = "stdlib"
     """where the text comes from. stdlib: source code and documentation of the running Python's standard library; files:
     your own files; packages: Python source of installed packages; hf: a Hugging Face dataset"""
-    files: tuple[str, ...] = setting((), only_with={"source": ("files", "stdlib", "packages")})
-    """glob patterns, where ** also matches folders. UTF-8 text files (each file is a document), or .jsonl, .ndjson,
-    .json and .parquet files (each row is a document). All but .parquet may be compressed (.gz). With source=stdlib or
-    packages, these files are read in addition"""
-    separator: str = setting("", only_with={"files": SET})
+    files: tuple[str, ...] = setting((), only_with={"source": ("files",)})
+    """for source=files: glob patterns, where ** also matches folders. UTF-8 text files (each file is a document), or
+    .jsonl, .ndjson, .json and .parquet files (each row is a document). All but .parquet may be compressed (.gz)"""
+    extra_files: tuple[str, ...] = setting((), only_with={"source": ("stdlib", "packages")})
+    """for source=stdlib or packages: glob patterns of files to read in addition, as for files"""
+    separator: str = setting("", only_with={"source": ("files",), "extra_files": SET})
     """for text files that hold several documents: text between two documents, such as '<|endoftext|>'"""
-    text_column: str = setting("text", only_with={"source": ("hf",), "files": SET})
+    text_column: str = setting("text", only_with={"source": ("files", "hf"), "extra_files": SET})
     """field or column that holds the text, for .jsonl, .parquet and source=hf; content.text is the field text of the
     column content"""
     hf_dataset: str = setting("", only_with={"source": ("hf",)})

@@ -77,12 +77,14 @@ def open_source(cfg: PrepareConfig) -> Source:
     elif cfg.source == "packages":
         paths, root, description = package_files(cfg.packages)
         descriptions.append(description)
-    more, notes = files_of(cfg.files) if cfg.files else ([], [])
+    patterns = (*cfg.files, *cfg.extra_files)
+    more, notes = files_of(patterns) if patterns else ([], [])
     for name, used, kind in (("text_column", True, "JSON lines or Parquet"), ("separator", False, "text")):
         if name in cfg.given and getattr(cfg, name) and not any(is_rows(path) is used for path in more):
-            raise UserError(f"--{name} has no effect, because no {kind} file matches --files: leave --{name} out.")
+            given = "--files" if cfg.files else "--extra_files"
+            raise UserError(f"--{name} has no effect, because no {kind} file matches {given}: leave --{name} out.")
     if more:
-        descriptions.append(f"files {' '.join(cfg.files)}")
+        descriptions.append(f"files {' '.join(patterns)}")
     paths = [*paths, *more]
     if not paths:
         raise UserError(f"source={cfg.source!r} has no documents on this machine: use --source=files instead.")

@@ -73,6 +73,7 @@ def test_a_bool_setting_needs_no_value():
         "allow_changed_data",
         "skip_spikes",
         "shuffle_answers",
+        "semantic_lists",
     ]
 
 
@@ -379,7 +380,7 @@ def test_a_typed_setting_with_an_effect_is_accepted(argv):
     ("cls", "argv", "sentence"),
     [
         (PrepareConfig, "--hf_config=en", "only used with --source=hf, but source=stdlib"),
-        (PrepareConfig, "--text_column=text", "only used with --source=files|hf"),
+        (PrepareConfig, "--text_column=text", "only used with --source=files|hf or with --extra_files"),
         (PrepareConfig, "--packages numpy", "only used with --source=packages"),
         (PrepareConfig, "--tokenizer=gpt2 --bpe_vocab_size=4096", "only used with --tokenizer=bpe"),
         (PrepareConfig, "--injection=none --chunk_markers=51", "only used with --injection=uniform|periodic"),
