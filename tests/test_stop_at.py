@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from nanometa import train as train_command
 from nanometa.common.errors import UserError
 from nanometa.config import TaskConfig, TrainConfig
 from nanometa.config.command_line import load_config
@@ -200,6 +201,33 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(workdir, ended, at):
     extra = (stop, "val") if stop % 6 else None  # the first part evaluates at its end
     assert [line for line in metrics(again) if (line["step"], line["kind"]) != extra] == metrics(ended)
     assert equal(final(again), final(ended))
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "constant"])
+def test_a_signal_during_the_evaluation_that_reaches_the_share(workdir, monkeypatch, schedule):
+    """The resumed run makes the evaluation. A constant schedule then ends at once, and the checkpoint must know why."""
+    monkeypatch.chdir(workdir)
+    evaluate, calls = train_command.evaluate, []
+
+    def interrupted(*args):
+        calls.append(len(calls))  # not the arguments, which would keep the run and its lock alive
+        return evaluate(*args) if len(calls) == 1 else None  # None: a signal arrived; the second is that of step 12
+
+    def start(name, *more):
+        args = override(BASE, f"--run_name={name}", "--max_steps=40", "--stop_at=0.3", "--eval_interval=12",
+                        f"--schedule={schedule}", *more)  # fmt: skip
+        train_command.main([*args, "--tasks", "parity", "--placements", "none", "target"])
+        return workdir / "out" / name
+
+    straight = start(f"straight_{schedule}")
+    monkeypatch.setattr(train_command, "evaluate", interrupted)
+    cut = start(f"signal_{schedule}")
+    assert len(calls) == 2 and steps(cut)[-1] == 12 and steps(cut, "stop_at") == []
+    monkeypatch.setattr(train_command, "evaluate", evaluate)
+    for _ in range(2):  # the second time, the run is finished
+        start(f"signal_{schedule}", "--init_from=auto")
+        assert metrics(cut) == metrics(straight) and equal(final(cut), final(straight))
+    assert steps(cut, "stop_at") == [12] and "the run is finished: after step 12 " in (cut / "train.log").read_text()
 
 
 def test_a_finished_run_trains_no_further_until_it_is_told_how(workdir, ended):
