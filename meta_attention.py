@@ -76,7 +76,8 @@ class MetaMeanAttention(CausalSelfAttention):
     row of P that is not a meta position then adds the same -1e9 to all scores. In fp32, where neighboring numbers near
     1e9 differ by 64, scores within +-32 vanish in the sum, so the softmax is uniform over all positions up to the row's
     own; the future has -2e9 and weight 0. Rows of meta positions have scores without -1e9 and are those of
-    MetaAttention."""
+    MetaAttention. Only the output is the same: automatic differentiation of the dense implementation also sends a
+    gradient through the scores that vanished. Here, only the values of such a row get a gradient."""
 
     def forward(self, x, meta_index, norm, rotate=None, attend=None, mean=None):
         """Returns x (B, T, C) with the output of attention or of the mean added to every row.

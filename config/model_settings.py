@@ -25,8 +25,9 @@ class GPTConfig(Settings):
     """context window: positions per window, including markers; must be a multiple of the dataset's chunk size"""
     second_attention: SecondAttentionName = "meta"
     """what the second attention of every block connects. meta: the meta-tokens (the paper's meta-attention); none: no
-    second attention (GPT-2). Controls with equally many parameters: diagonal, each meta-token with itself only; causal,
-    all positions; random, randomly drawn positions"""
+    second attention (GPT-2). Controls with equally many parameters: diagonal, each meta-token with itself only;
+    meta_mean, the meta-tokens, and all other tokens get the mean of the values so far; read_meta, every token with the
+    meta-tokens before it; causal, all positions; random, randomly drawn positions"""
     position: Literal["learned", "rope"] = "learned"
     """positional encoding. learned: a table, as in GPT-2; rope: rotary embedding of q and k in every attention"""
     n_inner: int | None = None

@@ -22,6 +22,8 @@ the last meta-token of a text:
 
 The second attention of arm meta connects meta-tokens only. Its queries are the meta-tokens from the second one on, its
 keys are few (`keys`), its sink is the first meta-token, and it lacks boost_mark, boost_answer, on_marks and applies.
+The same holds for meta+mean, whose other positions have no weights to measure. In read meta all tokens are queries, but
+only meta-tokens are keys, so on_marks is 1, sink is 0, and boost_answer is missing.
 
 With placement none, the word "mark" takes the place of the meta-token, and the embedding of this word is zeroed. That
 shows the effect of an ordinary word. Queries are averaged within a text, and the text is the unit of every interval and
@@ -139,7 +141,8 @@ def by_text(run: Run, maker: Maker, examples: list[Example]) -> dict[tuple[int, 
             def see(layer: int, which: str, of: HeadInputs, look=look, places=places):
                 # skip the random attention, which connects tokens that are not marks, and a second attention that has
                 # no tokens to connect, which is possible with placement none
-                if which == FIRST or (m.second.connects != "random" and of.at.size(1)):
+                connects = of.at.size(1) if of.keys is None else bool(of.keys.any())
+                if which == FIRST or (m.second.connects != "random" and connects):
                     gathered = which == SECOND and m.second.gathers
                     look[layer, which] = (among_marks if gathered else after_marks)(of, places)
 
@@ -205,8 +208,7 @@ def sharpness(
     logp = logits.log_softmax(-1)
     p = logp.exp()
     H = -(p * logp.masked_fill_(logp == -math.inf, 0)).sum(-1)
-    keys = torch.arange(1, logits.size(-1) + 1, device=logits.device).clamp(max=rows.window or logits.size(-1))
-    keys = keys.expand_as(H)
+    keys = (logits[:, :1] > -math.inf).sum(-1).expand_as(H)
     out = {
         "max": logits.amax(-1), "entropy": H, "normalised": H / keys.clamp(min=2).log(), "sink": p[..., 0],
         "keys": keys.to(H),

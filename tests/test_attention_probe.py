@@ -90,14 +90,18 @@ def test_recomputed_weights_give_the_output_of_the_attention(second, position, p
         module, (x, *_), output = gave[key]
         y = (rows.logits().softmax(-1) @ rows.v).transpose(1, 2).flatten(2)
         y = module.c_proj(y)
+        if key[1] == SECOND and SECOND_ATTENTIONS[second].selects:  # the layer adds its input
+            output = output - x
         if key[1] == SECOND and SECOND_ATTENTIONS[second].gathers:
             assert torch.equal(rows.at, index)
             for row, at in enumerate(index):
                 n = int((at < 12).sum())
-                torch.testing.assert_close(y[row, :n], (output - x)[row, at[:n]], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(y[row, :n], output[row, at[:n]], rtol=1e-4, atol=1e-5)
         else:
             assert torch.equal(rows.at, positions)
-            torch.testing.assert_close(y, output, rtol=1e-4, atol=1e-5)
+            reads = (positions >= index[:, :1]) | (key[1] == FIRST) | (second != "read_meta")
+            torch.testing.assert_close(y[reads], output[reads], rtol=1e-4, atol=1e-5)
+            assert (output[~reads] == 0).all()
 
 
 def test_hooks_are_removed_and_a_dynamic_scale_is_refused():
@@ -227,6 +231,7 @@ def test_figures_equal_their_definition_query_by_query(tokenizer, second, placem
             at = rows["full", layer, which].at[text].tolist()
             T, positions = len(example.ids), marks(maker, example).tolist()
             entry = SECOND_ATTENTIONS[second]
+            among = positions if entry.others == "read" and which == SECOND else range(T)  # the possible keys
             gathered, window = entry.gathers and which == SECOND, entry.window if which == SECOND else None
             if gathered and window is not None:
                 assert len(positions) > window
@@ -238,6 +243,7 @@ def test_figures_equal_their_definition_query_by_query(tokenizer, second, placem
                 sums: dict[str, list[float]] = {}
                 for query in queries:
                     keys = [j for j in range(len(at)) if j <= query and (window is None or j > query - window)]
+                    keys = [j for j in keys if gathered or j in among]
                     known = [n for n, j in enumerate(keys) if at[j] in positions]
                     one = {}
                     for c in ("full", "no_embedding"):
@@ -257,7 +263,7 @@ def test_figures_equal_their_definition_query_by_query(tokenizer, second, placem
                         values |= {name: full[name], f"{name}_zeroed": zeroed[name]}
                     values["boost_mark"] = full["logit_mark"] - zeroed["logit_mark"]
                     values["applies"] = float(math.log(zeroed["p_mark"]) > -zeroed["entropy"])
-                    if not gathered and query == answer_query_position(run, example):
+                    if not gathered and query == answer_query_position(run, example) and len(among) == T:
                         values["boost_answer"] = full["logit_answer"] - zeroed["logit_answer"]
                     for name, value in values.items():
                         sums.setdefault(name, []).append(value)
@@ -266,7 +272,7 @@ def test_figures_equal_their_definition_query_by_query(tokenizer, second, placem
                         assert name not in measured
                         continue
                     assert measured[name][text, head] == pytest.approx(np.mean(of), abs=2e-4), name
-    assert len(found) == 4 - 2 * (SECOND_ATTENTIONS[second].gathers and placement == "none")
+    assert len(found) == 4 - 2 * (SECOND_ATTENTIONS[second].selects and placement == "none")
     assert any(abs(of["boost"]).max() > 0.05 for of in found.values())
 
 
@@ -346,17 +352,18 @@ def test_verdicts_follow_the_intervals_and_holms_correction():
 
 @pytest.mark.parametrize("second", SECOND_ATTENTIONS)
 def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, second):
-    among_marks = SECOND_ATTENTIONS[second].connects == "markers"
+    among_marks, reads_marks = SECOND_ATTENTIONS[second].gathers, SECOND_ATTENTIONS[second].others == "read"
     if second != "meta":  # one picture is enough
         monkeypatch.setattr(probe_command, "draw_picture", lambda name, lines: b"\x89PNG")
-    data = MARKED if among_marks or second == "none" else PLAIN
+    data = PLAIN if SECOND_ATTENTIONS[second].markers == "refused" or second == "causal" else MARKED
+    among_marks &= second != "random"  # whose keys are not marks
     run = small_run(tokenizer, data, position="rope", second_attention=second)
     folder = kept(run, tmp_path / "out/small", tasks=("parity", "copying"), placements=("target", "none"))
     probe.main(["attention", f"--run={folder}", "--n=6", "--lengths=48"])
     lines, said = lines_of(folder / "attention.jsonl"), capsys.readouterr().out
-    # copying with placement target has two marks
-    by_connects = {"markers": 5, "all": 20, "nothing": 0, "random": 0}  # the keys of "random" are not marks
-    assert len(lines) == 20 + by_connects[SECOND_ATTENTIONS[second].connects]
+    # copying with placement target has two marks, and parity one, which other tokens may read
+    expected = 5 if among_marks else 10 if reads_marks else 20 if second == "causal" else 0
+    assert len(lines) == 20 + expected
     assert (folder / "attention.png").read_bytes().startswith(b"\x89PNG") and 'mark: the word "mark"' in said
     assert said.count("no better than a shortcut or chance") == said.count("texts: at least 1000 are needed.") == 1
     assert "undecided: n" not in said
@@ -368,7 +375,8 @@ def test_the_command_reads_every_arm(tokenizer, tmp_path, monkeypatch, capsys, s
             and one["comparisons"] == 2 * len(lines)
         )
         assert (one["layer"] is None) == (one["head"] is None) and one["drop_verdict"].startswith("undecided: n = 6")
-        assert ("boost_answer" in one) == (one["task"] == "copying" and "on_marks" in one)
+        every_key = one["attention"] == FIRST or not (among_marks or reads_marks)
+        assert ("boost_answer" in one) == (one["task"] == "copying" and every_key)
         if one["attention"] == SECOND and among_marks:
             assert (one["task"], one["keys"], "on_marks" in one) == (
                 "copying", min(2.0, SECOND_ATTENTIONS[second].window or 2.0), False,

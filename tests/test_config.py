@@ -15,7 +15,7 @@ from nanometa.config import (
     train_config_from_dict,
     train_settings,
 )
-from nanometa.config.arms import SECOND_ATTENTIONS, arm_label
+from nanometa.config.arms import SECOND_ATTENTIONS, SecondAttention, arm_label
 from nanometa.config.checks import bool_names, field_names, flat, flat_fields, similar_path, to_dict
 from nanometa.config.command_line import join_help_lines, load_config, recipes
 from nanometa.config.settings import setting
@@ -287,12 +287,19 @@ def test_every_setting_has_a_help_text():
             assert len(field.metadata["help"]) > 10 and "\n" not in field.metadata["help"], name
 
 
+def test_what_other_positions_get_needs_all_markers_as_the_connected_positions():
+    for changes in ({"connects": "random", "others": "mean"}, {"connects": "markers", "others": "read", "window": 2}):
+        with pytest.raises(ValueError, match="is implemented for all markers only"):
+            SecondAttention("x", "x", markers="needed", **changes)
+
+
 def test_every_arm_has_its_own_label():
     allowed = {"needed": (True,), "refused": (False,), "allowed": (False, True)}
     cases = [(second, wide, marked) for second in SECOND_ATTENTIONS.values() for wide in (False, True)
              for marked in allowed[second.markers]]  # fmt: skip
     names = [arm_label(*case) for case in cases]
     assert len(set(names)) == len(names)
+    assert {"diagonal", "meta+mean", "read meta"} < {*names}
     assert {"meta", "causal2", "random", "widemlp", "pause", "gpt2", "causal2 with markers", "pause, wide mlp"} <= {
         *names
     }

@@ -9,7 +9,7 @@ import torch
 
 from nanometa.common.keyed_random import stable_key
 from nanometa.config import GPTConfig, SampleConfig, TaskConfig
-from nanometa.inference.cache import Decoder, Store
+from nanometa.inference.cache import Decoder, RunningSums, Store
 from nanometa.inference.generation import MarkerPlan, generate, generate_batch, pick, prepare_weights
 from nanometa.inference.scoring import hidden_states, text_batch
 from nanometa.model import GPT
@@ -225,6 +225,32 @@ def test_the_comparison_notices_a_broken_cache(loss, position, recorded, monkeyp
         monkeypatch.setattr(Decoder, "forget", lambda self, row: None)
     with pytest.raises(AssertionError if loss != "stale" else IndexError):
         compare(run, [laid_out(5, plan)], [plan], 60, recorded)
+
+
+@pytest.mark.parametrize("loss", ["sums", "window", "reads"])
+def test_the_comparison_notices_a_fault_of_what_ordinary_tokens_get(loss, recorded, monkeypatch):
+    """The sums of the values are lost after each call, or kept in a new window; or tokens before the first marker
+    receive the output of a key that they may not read."""
+    run, plan = random_run(second_attention="read_meta" if loss == "reads" else "meta_mean"), PLANS["uniform"]
+    mean, place, read = RunningSums.mean, RunningSums.place, Store.read
+    if loss == "sums":
+
+        def forgetful(self, layer, values):
+            self.calls = [(start, end, row, 0) for start, end, row, _ in self.calls]
+            return mean(self, layer, values)
+
+        monkeypatch.setattr(RunningSums, "mean", forgetful)
+    elif loss == "window":
+
+        def stale(self, rows):
+            self.used = [used or 1 for used in self.used]
+            place(self, rows)
+
+        monkeypatch.setattr(RunningSums, "place", stale)
+    else:
+        monkeypatch.setattr(Store, "read", lambda self, *of: (read(self, *of)[0], torch.ones_like(self.reads)))
+    with pytest.raises(AssertionError):
+        compare(run, [laid_out(5, plan), content(4)], [plan, PLANS["none"]], 40, recorded)
 
 
 def drop_markers(read, decoder, new, sources):

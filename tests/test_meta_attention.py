@@ -8,17 +8,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nanometa.meta_attention as meta_attention_file
-from nanometa.meta_attention import CausalSelfAttention, MetaAttention, add_rows, blockwise_attention, gather_rows
-from tests.reference.meta_attention import meta_attention, meta_index
+from nanometa.config.arms import SECOND_ATTENTIONS
+from nanometa.meta_attention import (
+    CausalSelfAttention,
+    MetaAttention,
+    MetaMeanAttention,
+    add_rows,
+    blockwise_attention,
+    gather_rows,
+    replace_rows,
+)
+from nanometa.model import SECOND_LAYERS
+from tests.reference.meta_attention import finite_fill_attention, meta_attention, meta_index
+
+OTHERS = sorted({second.others for second in SECOND_ATTENTIONS.values()})
 
 
-def layer(C=8, n_head=2, seed=0, window=None):
+def layer(C=8, n_head=2, seed=0, window=None, others="nothing"):
     """Returns the layer with a LayerNorm as `norm` and the reference as `slow`."""
     torch.manual_seed(seed)
-    m, norm = MetaAttention(C, n_head, bias=True, dropout=0.0, window=window).double(), torch.nn.LayerNorm(C).double()
+    m = SECOND_LAYERS["markers", others](C, n_head, bias=True, dropout=0.0, window=window).double()
+    norm = torch.nn.LayerNorm(C).double()
     torch.nn.init.normal_(norm.weight)
     m.add_module("norm", norm)
-    m.slow = lambda x, is_meta: x + meta_attention(norm(x), is_meta, m.c_attn, m.c_proj, n_head, window)
+    m.slow = lambda x, is_meta: x + meta_attention(norm(x), is_meta, m.c_attn, m.c_proj, n_head, window, others)
     return m
 
 
@@ -31,11 +44,12 @@ def masks(B, T, density, seed):
     st.integers(1, 3),
     st.integers(1, 14),
     st.sampled_from([0.0, 0.1, 0.3, 0.6, 1.0]),
-    st.none() | st.integers(1, 15),
+    st.tuples(st.just("nothing"), st.none() | st.integers(1, 15)) | st.tuples(st.sampled_from(OTHERS), st.none()),
     st.integers(0, 10**6),
 )
-def test_value_and_gradient_equal_the_reference(B, T, density, window, seed):
-    m, is_meta = layer(seed=seed, window=window), masks(B, T, density, seed)
+def test_value_and_gradient_equal_the_reference(B, T, density, kind, seed):
+    others, window = kind
+    m, is_meta = layer(seed=seed, window=window, others=others), masks(B, T, density, seed)
     x = torch.randn(B, T, 8, dtype=torch.float64, requires_grad=True)
     g = torch.randn(B, T, 8, dtype=torch.float64)
     fast, slow = m(x, meta_index(is_meta), m.norm), m.slow(x, is_meta)
@@ -48,8 +62,9 @@ def test_value_and_gradient_equal_the_reference(B, T, density, window, seed):
         torch.testing.assert_close(ours, torch.zeros_like(to) if expected is None else expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_meta_token_at_position_0_in_a_padded_row_is_computed():
-    m = layer()
+@pytest.mark.parametrize("others", OTHERS)
+def test_a_meta_token_at_position_0_in_a_padded_row_is_computed(others):
+    m = layer(others=others)
     is_meta = torch.tensor([[True, False, False, False, False], [False, True, True, False, True]])
     index = meta_index(is_meta)
     assert index.tolist() == [[0, 5, 5], [1, 2, 4]]
@@ -57,17 +72,19 @@ def test_a_meta_token_at_position_0_in_a_padded_row_is_computed():
     torch.testing.assert_close(m(x, index, m.norm), m.slow(x, is_meta))
 
 
-def test_gradients_pass_gradcheck():
-    m = layer(C=4)
+@pytest.mark.parametrize("others", OTHERS)
+def test_gradients_pass_gradcheck(others):
+    m = layer(C=4, others=others)
     index = meta_index(torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 0]]).bool())
     x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
     w = torch.rand(4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, w: m(x * w, index, m.norm), (x, w))
 
 
-def test_padding_changes_nothing():
+@pytest.mark.parametrize("others", OTHERS)
+def test_padding_changes_nothing(others):
     """More padding changes nothing, even if the row that the padding index points at is NaN."""
-    m, T = layer(), 6
+    m, T = layer(others=others), 6
     x = torch.randn(1, T, 8, dtype=torch.float64)
     x[0, T - 1] = float("nan")
     out = m(x, torch.tensor([[1, 3]]), m.norm)
@@ -84,15 +101,60 @@ def test_rows_without_a_meta_token_stay_unchanged():
     assert (out[is_meta] != x[is_meta]).all()
 
 
-def test_no_meta_token_changes_nothing_and_gives_every_parameter_a_gradient():
-    """DDP waits for the gradient of every parameter in every step."""
-    m = layer()
+@pytest.mark.parametrize("others", OTHERS)
+def test_no_meta_token_changes_nothing_and_gives_every_parameter_a_gradient(others):
+    """DDP waits for the gradient of every parameter in every step. The mean does not need a meta-token."""
+    m = layer(others=others)
     x = torch.randn(2, 7, 8, dtype=torch.float64, requires_grad=True)
     for index in (torch.empty(2, 0, dtype=torch.long), torch.full((2, 3), 7)):
         out = m(x, index, m.norm)
-        assert torch.equal(out, x)
         grads = torch.autograd.grad(out.sum(), list(m.parameters()))
-        assert all((grad == 0).all() for grad in grads)
+        if others == "mean":
+            torch.testing.assert_close(out, m.slow(x, torch.zeros(2, 7, dtype=torch.bool)))
+        else:
+            assert torch.equal(out, x)
+            assert all((grad == 0).all() for grad in grads)
+
+
+def test_rows_before_the_first_meta_token_stay_unchanged_if_others_read():
+    m = layer(others="read")
+    is_meta = torch.tensor([[0, 0, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]).bool()
+    x = torch.randn(3, 6, 8, dtype=torch.float64)
+    out, reads = m(x, meta_index(is_meta), m.norm), is_meta.cumsum(1) > 0
+    assert torch.equal(out[~reads], x[~reads]) and (out[reads] != x[reads]).all()
+
+
+@pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
+def test_the_mean_is_what_masks_of_minus_1e9_compute(density):
+    """The value equals that of a dense fp32 implementation with finite masks, at each kind of row. The gradient does if
+    the dense implementation sends none through scores that do not affect its output."""
+    m, is_meta = layer(others="mean").float(), masks(3, 40, density, 2)
+    x, g = torch.randn(3, 40, 8, requires_grad=True), torch.randn(3, 40, 8)
+    results = []
+    for fill, absorbed in ((None, None), (-1e9, True), (-1e9, False), (-1e2, True)):
+        if fill is None:
+            out = m(x, meta_index(is_meta), m.norm)
+        else:
+            out = x + finite_fill_attention(m.norm(x), is_meta, m.c_attn, m.c_proj, m.n_head, fill, absorbed)
+        results.append((out, *torch.autograd.grad(out, [x, *m.parameters()], g)))
+    for ours, dense in zip(*results[:2], strict=True):
+        torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-5)
+    assert torch.equal(results[1][0], results[2][0])
+    if density < 1:
+        assert (results[0][1] - results[2][1]).abs().max() > 1e-3  # the gradient through absorbed scores
+        assert (results[0][0] - results[3][0]).abs().max() > 1e-3  # a smaller mask does not absorb them
+
+
+def test_the_mean_of_bfloat16_values_is_computed_in_fp32():
+    """In bf16, the sum of 1,000 ones would stop growing at 256."""
+    m = MetaMeanAttention(8, 2, bias=False, dropout=0.0)
+    torch.nn.init.ones_(m.c_attn.weight)
+    torch.nn.init.eye_(m.c_proj.weight)
+    x = torch.zeros(1, 1000, 8)
+    x[..., 0] = 1
+    with torch.autocast("cpu", torch.bfloat16):
+        out = m(x, torch.empty(1, 0, dtype=torch.long), torch.nn.Identity())
+    assert torch.equal(out, x + 1)
 
 
 def test_with_meta_tokens_everywhere_it_equals_causal_attention():
@@ -109,6 +171,7 @@ def test_gathered_rows_are_added_at_their_positions(T, seed):
     x, y = torch.randn(2, T, 3), torch.randn(2, T, 3)
     index = meta_index(is_meta)
     assert torch.equal(add_rows(x, gather_rows(y, index), index), torch.where(is_meta[..., None], x + y, x))
+    assert torch.equal(replace_rows(x, gather_rows(y, index), index), torch.where(is_meta[..., None], y, x))
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "evaluation"])

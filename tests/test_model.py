@@ -166,15 +166,46 @@ def test_meta_attention_connects_only_later_meta_tokens(position):
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
-def test_without_markers_the_meta_model_equals_gpt2_to_the_bit(position):
+@pytest.mark.parametrize("second", ["meta", "diagonal", "read_meta"])
+def test_without_markers_the_model_equals_gpt2_to_the_bit(second, position):
     meta, plain = (
-        wake(build(second_attention="meta", position=position)),
-        build(second_attention="none", position=position),
+        wake(build(second_attention=second, position=position, bias=True)),
+        build(second_attention="none", position=position, bias=True),
     )
+    for block in meta.h:
+        torch.nn.init.ones_(block.second_attn.c_proj.bias)
     plain.load_state_dict({k: v for k, v in meta.state_dict().items() if "second" not in k})
     tokens, positions, _ = inputs()
     for index in (torch.empty(3, 0, dtype=torch.long), torch.full((3, 2), 12)):
         assert torch.equal(meta(tokens, positions, index), plain(tokens, positions, index))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("second", WITH_MARKERS)
+def test_no_index_means_that_there_are_no_markers(second, dynamic):
+    scale = {"rope_scaling": "ntk", "rope_dynamic": True, "rope_factor": 3.0} if dynamic else {}
+    model = wake(build(second_attention=second, position="rope", **scale))
+    tokens, positions, _ = inputs()
+    empty = torch.empty(3, 0, dtype=torch.long)
+    assert torch.equal(model(tokens, positions, None), model(tokens, positions, empty))
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_what_ordinary_tokens_get_from_the_second_attention(position):
+    """With causal attention silenced, one block, and a change at one position: which positions notice it."""
+    tokens, positions, index = inputs()
+    changes = {  # the changed position -> the positions of row 0 that differ; its markers are at 0, 3 and 7
+        ("meta", 3): {3, 7}, ("meta", 5): {5}, ("diagonal", 3): {3},
+        ("meta_mean", 3): {3, *range(4, 12)}, ("meta_mean", 5): {5, 6, *range(8, 12)},
+        ("read_meta", 3): {3, *range(4, 12)}, ("read_meta", 5): {5},
+    }  # fmt: skip
+    for (second, at), expected in changes.items():
+        model = wake(build(second_attention=second, position=position, n_layer=1))
+        torch.nn.init.zeros_(model.h[0].attn.c_proj.weight)
+        before, changed = model(tokens, positions, index), tokens.clone()
+        changed[0, at] = (changed[0, at] + 1) % 60
+        differs = (model(changed, positions, index) != before).any(-1)
+        assert set(differs[0].nonzero().flatten().tolist()) == expected and not differs[1:].any()
 
 
 def test_step_0_is_gpt2_in_every_arm_and_shared_weights_are_equal():
@@ -268,7 +299,7 @@ def test_markers_and_spare_ids_have_no_probability():
     assert torch.isinf(logits[..., 60:]).all() and torch.isfinite(logits[..., :60]).all()
 
 
-@pytest.mark.parametrize("second", ["meta", "none"])
+@pytest.mark.parametrize("second", ["meta", "meta_mean", "read_meta", "none"])
 def test_activation_checkpointing_changes_no_bit_of_a_gradient(second):
     """Tests activation checkpointing with dropout, whose masks must be the same when they are drawn again."""
     gradients = []

@@ -130,13 +130,19 @@ def flops_by_part(cfg: GPTConfig, M: int) -> dict[str, int]:
     T, C, L = cfg.block_size, cfg.n_embd, cfg.n_layer
     inner = cfg.n_inner or 4 * C
 
-    def attention(rows: int) -> int:
+    def attention(rows: int, queries: int, keys: int) -> int:
         projections = 2 * rows * C * (3 * C + C)  # the products for queries, keys, values and the output
-        return projections + 2 * 2 * rows * rows * C  # the scores and the weighted sum of the values
+        return projections + 2 * 2 * queries * keys * C  # the scores and the weighted sum of the values
 
+    n = second_rows(cfg, M)
+    second = {
+        "nothing": (n, n, n),  # only the connected rows are computed
+        "mean": (T, n, n),  # the values of all rows, and for simplicity also their queries and keys, are computed
+        "read": (T, T, n + 1),  # the key of zeros for rows that have nothing to read counts as well
+    }[cfg.second.others]
     forward = {
-        "attention": L * attention(T),
-        "second attention": L * attention(second_rows(cfg, M)),
+        "attention": L * attention(T, T, T),
+        "second attention": L * attention(*second) * cfg.second.has_layer,
         "MLP": L * 2 * T * 2 * C * inner,
         "head": 2 * scored_rows(cfg, M) * C * cfg.vocab_size,
     }
@@ -175,36 +181,56 @@ def activations(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
     def dropout(rows: int, width: int) -> int:  # the mask: booleans on CUDA, elsewhere numbers of the input's dtype
         return B * rows * C * (1 if device == "cuda" else width) if cfg.dropout else 0
 
-    def attention(rows: int, masked: bool = False) -> int:
+    def around(rows: int) -> int:  # an attention without its softmax: the norm, c_attn's input, dropout
+        return norm(rows) + B * rows * C * size + dropout(rows, size)
+
+    def softmax(rows: int, masked: bool = False, reused: bool = True) -> int:
+        # reused: c_proj's input counts here, and is the output of the softmax where no copy is needed
         n = B * rows
-        saved = norm(rows) + n * C * size + dropout(rows, size)  # the second term is c_attn's input
+        c_proj = n * C * size * reused
         if device == "cpu" and cfg.dropout:
             # With dropout, torch has no fused kernel on a CPU: it saves q, k, v and three matrices of rows x rows in
-            # fp32. The last term is c_proj's input.
-            return saved + 4 * (3 * n * C + 3 * B * H * rows * rows) + n * C * size
+            # fp32.
+            return 4 * (3 * n * C + 3 * B * H * rows * rows) + c_proj
         if device == "cpu" and size == 2 and not masked:
-            return saved + (3 + 1) * n * C * size  # blockwise_attention's q, k and v; c_proj's input
-        saved += 4 * n * H  # the log-sum-exp of each softmax
+            return 3 * n * C * size + c_proj  # blockwise_attention's q, k and v
+        saved = 4 * n * H  # the log-sum-exp of each softmax
         if device == "cpu" and size == 2 and rows < 256:
-            return saved + 4 * 4 * n * C + n * C * size  # causal_sdpa's fp32 q, k, v and output; c_proj's bf16 input
+            return saved + 4 * 4 * n * C + c_proj  # causal_sdpa's fp32 q, k, v and output; c_proj's bf16 input
         saved += (3 + 1) * n * C * size  # q, k and v as one tensor, and the output
         # RoPE saves rotated copies of q and k, while v keeps the tensor of the unrotated ones alive. The kernel's
         # output has the copies' layout, heads before positions, so c_proj's input is another copy.
-        return saved + (2 + 1) * n * C * size * rope
+        return saved + (2 * n * C * size + c_proj) * rope
+
+    def reading(keys: int) -> int:  # read_sdpa with c_proj's input
+        n, scores = B * T, B * T * keys
+        if device == "cpu" and cfg.dropout:  # the last terms: c_proj's input, and which rows read anything
+            return 4 * (n * C + 2 * B * keys * C + 3 * H * scores) + n * C * size + n
+        saved = 4 * n * H + scores * size + n * C * size + n  # log-sum-exps; the mask as numbers; the output
+        saved += 2 * B * keys * C * size  # k and v with the key of zeros
+        # RoPE saves a rotated copy of q, else q keeps the tensor of all keys and values alive; c_proj's input as above
+        return saved + n * C * size * (2 if rope else 3)
 
     mlp = norm(T) + B * T * (C * size + 2 * inner * size) + dropout(T, size)  # c_fc's input, GELU's input and output
-    block = attention(T) + mlp
+    block = around(T) + softmax(T) + mlp
     rows = second_rows(cfg, M)
     tables = T
-    if cfg.second.gathers:
+    if cfg.second.others == "read":
+        block += around(T) + reading(rows + 1) + B * rows * (2 * 8 + 2 * 1)  # indices and pad masks of both gathers
+    elif cfg.second.others == "mean":
+        block += around(T) + softmax(rows, reused=False) + B * T * C * size  # c_proj's input
+        block += B * rows * (8 + 1) + T * 4  # index and pad mask of the gather; the divisors of the mean
+        tables += rows
+    elif cfg.second.gathers:
         masked = cfg.second.window is not None and rows > cfg.second.window
-        block += attention(rows, masked) + B * rows * (2 * 8 + 2 * 1)  # indices of gather and scatter, and pad masks
+        block += around(rows) + softmax(rows, masked)
+        block += B * rows * (2 * 8 + 2 * 1)  # indices of gather and scatter, and pad masks
         if masked and not (device == "cpu" and cfg.dropout):
             # one mask for all windows of a batch, as numbers of the dtype in which causal_sdpa computes
             block += rows * rows * (4 if device == "cpu" and rows < 256 else size)
         tables += rows
     elif cfg.second.has_layer:
-        block += attention(rows)
+        block += around(rows) + softmax(rows)
     cos_sin = 2 * 4 * B * tables * (C // H // 2) if rope else 0
     scored = scored_rows(cfg, M)
     gather = B * scored * (8 + 1) if scored < T else 0
