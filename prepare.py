@@ -18,7 +18,6 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from rich.console import Console
@@ -32,7 +31,7 @@ from nanometa.config.checks import to_dict
 from nanometa.config.command_line import load_config, run_cli
 from nanometa.config.settings import why_idle
 from nanometa.data.assemble import assemble
-from nanometa.data.encoders import Encoders, Item, split_of
+from nanometa.data.encoders import Encoders, Item, WorkerDied, split_of
 from nanometa.data.shards import token_dtype
 from nanometa.data.sources import Piece, Skipped, Source, open_source
 from nanometa.data.staging import (  # fmt: skip
@@ -294,7 +293,7 @@ def prepare(cfg: PrepareConfig, command: str, console: Console, root: Path = Pat
         if fresh:
             discard(work)
         raise
-    except BrokenProcessPool:
+    except WorkerDied:
         raise UserError(
             f"a worker process was killed, perhaps because memory ran out: the tokenized text is kept; give the same "
             f"command with fewer --workers than {cfg.workers} to continue."

@@ -1,8 +1,8 @@
 """Turns SIGINT and SIGTERM into KeyboardInterrupt, except within calls that such an exception would break.
 
 Python runs a signal handler between any two instructions of the main thread. An exception that it raises within
-threading.Condition.wait leaves a lock released or held by mistake. The pools of concurrent.futures wait in this way, so
-an interruption could end in a RuntimeError, or hang.
+threading.Condition.wait leaves a lock released or held by mistake. The futures of concurrent.futures wait in this way,
+so an interruption could end in a RuntimeError, or hang.
 """
 
 import contextlib

@@ -1,14 +1,16 @@
 """Tokenizes texts in worker processes and assigns them to splits, in order and with bounded memory."""
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from typing import NamedTuple
+from multiprocessing.connection import Connection
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -21,9 +23,6 @@ from nanometa.data.tokenizer import Tokenizer
 BATCH_CHARS = 2**20  # characters of text in one task of a worker
 # (unit, number of the piece in the unit, the piece); None instead of a piece ends the unit
 Item = tuple[int, int, Piece | Skipped | None]
-
-_tokenizer: Tokenizer  # both set in a worker process only
-_cfg: PrepareConfig
 
 
 class Encoded(NamedTuple):
@@ -43,63 +42,121 @@ def split_of(text: str, cfg: PrepareConfig) -> str:
     return "val" if int.from_bytes(digest, "little") < cfg.val_fraction * 2**64 else "train"
 
 
-def _start_worker(tokenizer: Tokenizer, cfg: PrepareConfig) -> None:
-    """Initializes a worker process, and makes it end when its parent ends."""
-    global _tokenizer, _cfg
-    _tokenizer, _cfg = tokenizer, cfg
+class WorkerDied(Exception):
+    """Raised if a worker process has ended, such as by the kernel when memory ran out."""
+
+
+def _work(connection: Connection, tokenizer: Tokenizer, cfg: PrepareConfig) -> None:
+    """Tokenizes the lists of texts that arrive, in a worker process, until its parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()  # if it is killed, this worker must end by itself
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):  # the parent has ended
+        while True:
+            texts = connection.recv()
+            try:
+                answer = _encode(texts, tokenizer, cfg)
+            except Exception as error:
+                error.add_note(f"In a worker process:\n{traceback.format_exc()}")
+                answer = error
+            connection.send(answer)
 
 
-def _encode(texts: list[str]) -> list[Encoded]:
-    """Tokenizes texts and assigns them to splits, in a worker process."""
-    dtype = token_dtype(_tokenizer.n_vocab)
-    return [Encoded(split_of(text, _cfg), _tokenizer.encode(text).astype(dtype), len(text.encode())) for text in texts]
+def _encode(texts: list[str], tokenizer: Tokenizer, cfg: PrepareConfig) -> list[Encoded]:
+    """Tokenizes texts and assigns them to splits."""
+    dtype = token_dtype(tokenizer.n_vocab)
+    return [Encoded(split_of(text, cfg), tokenizer.encode(text).astype(dtype), len(text.encode())) for text in texts]
+
+
+class Worker:
+    """A worker process, and the pipe that only it and its parent use.
+
+    A concurrent.futures.ProcessPoolExecutor has one pipe for all results. If a worker dies while it writes one, the
+    parent waits for the rest of it forever."""
+
+    def __init__(self, tokenizer: Tokenizer, cfg: PrepareConfig):
+        self.connection, end = multiprocessing.Pipe()
+        self.process = multiprocessing.Process(target=_work, args=(end, tokenizer, cfg), daemon=True)
+        self.process.start()
+        end.close()  # so that the death of the worker ends the pipe
+
+    def send(self, texts: list[str]) -> None:
+        """Gives the worker texts to tokenize. It must have answered before, or both could wait for each other."""
+        try:
+            self.connection.send(texts)
+        except OSError:
+            self._died()
+
+    def receive(self) -> list[Encoded]:
+        """Waits for the tokenized texts. Raises what the worker raised, or WorkerDied."""
+        try:
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            self._died()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _died(self) -> NoReturn:
+        self.process.join()
+        if self.process.exitcode == -signal.SIGTERM:  # a scheduler signals all processes; this one's is on its way
+            raise KeyboardInterrupt
+        raise WorkerDied
+
+    def kill(self) -> None:
+        """Ends the process, whatever it is doing."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
 
 
 class Encoders:
-    """A pool of worker processes that tokenize. The result does not depend on their number.
-
-    Interrupts are postponed within every call of the pool, because they would leave its locks in a wrong state. Such a
-    call takes at most the time in which a worker tokenizes a few texts of BATCH_CHARS."""
+    """Worker processes that tokenize. The result does not depend on their number."""
 
     def __init__(self, tokenizer: Tokenizer, cfg: PrepareConfig):
-        self.workers = cfg.workers
-        with interrupts_postponed():
-            self.pool = ProcessPoolExecutor(cfg.workers, initializer=_start_worker, initargs=(tokenizer, cfg))
-            self.pool.submit(_encode, []).result()  # starts the processes before the progress bar starts a thread
+        self.workers: list[Worker] = []
+        try:
+            with interrupts_postponed():  # a worker that has just been forked has the handlers of this process
+                self.workers += (Worker(tokenizer, cfg) for _ in range(cfg.workers))
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> "Encoders":
         return self
 
     def __exit__(self, *error) -> None:
-        # An exception in the middle of submit can leave an item that no worker ever receives. Without cancelling it,
-        # shutdown would wait for it forever.
         with interrupts_postponed():
-            self.pool.shutdown(cancel_futures=True)
+            for worker in self.workers:
+                worker.kill()
 
     def in_order(self, items: Iterable[Item]) -> Iterator[list[tuple[Item, Encoded | None]]]:
         """Yields lists of (item, its tokenized text, or None if it has no text), in the order of the items.
 
-        At most a few megabytes of text are in progress, so memory does not grow with the corpus."""
-        waiting: deque = deque()
+        Each worker has one task at a time, and they take turns. The next task is read before a worker is waited for.
+        At most a few megabytes of text are in progress, so memory does not grow with the corpus. Raises WorkerDied."""
+        working: deque[tuple[list[Item], Worker]] = deque()
+        idle = deque(self.workers)
         for task in tasks(items):
-            texts = [piece.text for *_, piece in task if type(piece) is Piece]
-            with interrupts_postponed():
-                waiting.append((task, self.pool.submit(_encode, texts)))
-            if len(waiting) > 2 * self.workers:
-                yield _joined(*waiting.popleft())
-        while waiting:
-            yield _joined(*waiting.popleft())
+            joined = None
+            if not idle:
+                done, worker = working.popleft()
+                joined = _joined(done, worker.receive())
+                idle.append(worker)
+            worker = idle.popleft()
+            worker.send([piece.text for *_, piece in task if type(piece) is Piece])
+            working.append((task, worker))
+            if joined is not None:
+                yield joined
+        for done, worker in working:
+            yield _joined(done, worker.receive())
 
 
-def _joined(task: list[Item], future: Future) -> list[tuple[Item, Encoded | None]]:
-    """Waits for the result of a task and pairs it with the task's items."""
-    with interrupts_postponed():
-        encoded = iter(future.result())
-    return [(item, next(encoded) if type(item[2]) is Piece else None) for item in task]
+def _joined(task: list[Item], encoded: list[Encoded]) -> list[tuple[Item, Encoded | None]]:
+    """Pairs the items of a task with their tokenized texts."""
+    each = iter(encoded)
+    return [(item, next(each) if type(item[2]) is Piece else None) for item in task]
 
 
 def tasks(items: Iterable[Item]) -> Iterator[list[Item]]:

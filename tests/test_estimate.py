@@ -95,7 +95,7 @@ def saved_bytes(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype) -> tuple[int
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             storages[storage.data_ptr()] = (storage, tensor.shape in shapes and tensor.dtype == torch.bfloat16)
-        return tensor
+        # Nothing runs backward. A saved output that refers to its own node would never be freed.
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(CPU, dtype):
         tokens, targets, positions, index, scored = batch

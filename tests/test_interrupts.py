@@ -5,8 +5,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import Future
 
 import pytest
 
@@ -14,7 +12,7 @@ from nanometa.common import interrupts
 from nanometa.common.interrupts import interrupts_postponed, raise_interrupts, was_interrupted
 from nanometa.config import PrepareConfig
 from nanometa.data import encoders
-from nanometa.data.encoders import Encoders
+from nanometa.data.encoders import Encoders, WorkerDied
 from nanometa.data.sources import Piece
 from nanometa.data.tokenizer import Tokenizer
 from tests.conftest import ROOT
@@ -71,52 +69,66 @@ def test_an_exception_that_follows_from_an_interruption_is_known_as_one():
     assert not was_interrupted(RuntimeError()) and not was_interrupted(None)
 
 
-def signal_while_waiting(future: Future) -> None:
-    """Makes a signal arrive when the main thread waits for the future and has just released its lock.
-
-    KeyboardInterrupt would then become "RuntimeError: cannot release un-acquired lock"."""
-    release = future._condition._release_save
-
-    def released_and_signalled():
-        saved = release()
-        signal.raise_signal(signal.SIGTERM)
-        return saved
-
-    future._condition._release_save = released_and_signalled
-
-
-def signal_while_entering(future: Future) -> None:
-    """Makes a signal arrive when the main thread has just acquired the lock of the future.
-
-    KeyboardInterrupt would then leave it locked, and the pool would wait for it forever."""
-    condition = future._condition
-
-    class Signalled:
-        def __enter__(self):
-            condition.__enter__()
-            signal.raise_signal(signal.SIGTERM)
-
-        def __exit__(self, *error):
-            return condition.__exit__(*error)
-
-        def __getattr__(self, name):
-            return getattr(condition, name)
-
-    future._condition = Signalled()
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.train(iter(["the cat sat on the mat " * 50]), 300)
 
 
-@pytest.mark.parametrize("send", [signal_while_waiting, signal_while_entering])
-def test_a_signal_at_the_locks_of_the_pool_is_an_interruption(handlers, tokenizer, send):
-    with pytest.raises(KeyboardInterrupt) as raised, Encoders(tokenizer, PrepareConfig(workers=1)) as pool:
-        future = pool.pool.submit(time.sleep, 0.3)
-        send(future)
-        encoders._joined([], future)
-    assert not isinstance(raised.value.__context__, RuntimeError)
+def pieces(n: int, text: str = "the cat sat " * 20):
+    return ((0, number, Piece(text, True)) for number in range(n))
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGKILL, WorkerDied), (signal.SIGTERM, KeyboardInterrupt)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_dies_while_it_writes_a_result_is_noticed(tokenizer, workers, number, raised):
+    """The result is larger than the buffer of a pipe, and nobody reads it. With a pipe that all workers write to, the
+    parent would wait for its rest forever. SIGTERM is what a scheduler sends to all processes of a job."""
+    with Encoders(tokenizer, PrepareConfig(workers=workers)) as pool:
+        pool.workers[0].send(["the cat sat " * 100_000])
+        assert pool.workers[0].connection.poll(60)  # the worker has begun to write
+        os.kill(pool.workers[0].process.pid, number)
+        with pytest.raises(raised):
+            pool.workers[0].receive()
+        with pytest.raises(raised):
+            pool.workers[0].send(["a text"])
+        if workers == 2:
+            pool.workers[1].send(["the cat"])
+            assert len(pool.workers[1].receive()) == 1
+    assert not any(worker.process.is_alive() for worker in pool.workers)
+
+
+def test_an_error_in_a_worker_is_raised_with_its_traceback(tokenizer):
+    with Encoders(tokenizer, PrepareConfig(workers=1)) as pool:
+        pool.workers[0].send([None])
+        with pytest.raises(AttributeError) as raised:
+            pool.workers[0].receive()
+        assert "In a worker process:\nTraceback" in raised.value.__notes__[0]
+        pool.workers[0].send(["the cat"])  # the worker goes on
+        assert tokenizer.decode(pool.workers[0].receive()[0].ids.tolist()) == "the cat"
+
+
+def test_a_worker_whose_parent_is_killed_ends():
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from nanometa.config import PrepareConfig
+from nanometa.data.encoders import Encoders
+from nanometa.data.tokenizer import Tokenizer
+
+with Encoders(Tokenizer.train(iter(["the cat sat on the mat " * 50]), 300), PrepareConfig(workers=2)) as pool:
+    pool.workers[0].send(["the cat sat " * 100_000])  # whose result nobody reads
+    print("begun", flush=True)
+    sys.stdin.read()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "begun\n"
+    process.kill()
+    assert process.communicate(timeout=60) == (
+        "",
+        None,
+    )  # returns when the workers, which also hold the pipe, have ended
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -127,8 +139,9 @@ def test_signals_at_random_moments_are_interruptions(handlers, tokenizer, monkey
     for _ in range(50 if workers == 1 else 1000):
         with pytest.raises(KeyboardInterrupt), Encoders(tokenizer, PrepareConfig(workers=workers)) as pool:
             signal.setitimer(signal.ITIMER_REAL, 1e-4 + 0.02 * rng.random())
-            for _ in pool.in_order((0, number, Piece("the cat sat " * 20, True)) for number in range(10**9)):
+            for _ in pool.in_order(pieces(10**9)):
                 pass
+        assert not any(worker.process.is_alive() for worker in pool.workers)
 
 
 # ----------------------------------------------------------------------------- the end of a command

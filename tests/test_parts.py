@@ -188,31 +188,6 @@ def test_a_killed_preparation_continues_to_the_same_bytes(slow_folder, number):
     shutil.rmtree(slow_folder / "data/cut")
 
 
-INTERRUPTED = """
-import sys
-sys.path.insert(0, {root!r})
-from nanometa.config import PrepareConfig
-from nanometa.data.encoders import Encoders
-from nanometa.data.tokenizer import Tokenizer
-
-def put(number):
-    raise KeyboardInterrupt
-
-with Encoders(Tokenizer.gpt2(), PrepareConfig(workers=1)) as encoders:
-    encoders.pool._work_ids.put = put
-    encoders.pool.submit(len, "a text")
-"""
-
-
-def test_an_interruption_while_work_is_submitted_does_not_hang(tmp_path):
-    """The item is registered but its number never reaches the workers, so a plain shutdown would wait for it
-    forever."""
-    script = tmp_path / "interrupted.py"
-    script.write_text(INTERRUPTED.format(root=str(ROOT)))
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=50)
-    assert result.returncode != 0 and result.stderr.rstrip().endswith("KeyboardInterrupt")
-
-
 @pytest.mark.parametrize("limit", [20_000, 1_000_000])
 def test_a_full_disk_is_reported_and_the_preparation_can_continue(slow_folder, limit):
     """Limits the size of files: with the small limit the tokenized text does not fit, with the large one only the

@@ -1,6 +1,6 @@
-import contextlib
+"""Tests weights that a run starts from: those of GPT-2, as transformers and the hub have them, and those of a run."""
+
 import dataclasses
-import io
 import json
 import re
 import shutil
@@ -13,39 +13,16 @@ import safetensors.torch
 import torch
 import transformers
 
-from nanometa import train
 from nanometa.common.errors import UserError
-from nanometa.config import GPTConfig, TrainConfig
+from nanometa.config import TrainConfig
 from nanometa.data.loader import Windows, step_windows
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.model import GPT
 from nanometa.training.pretrained import load_into
-from tests.conftest import TINY, cli, losses, override, refusal, tree
+from tests.conftest import losses
+from tests.gpt2_folders import CFG, hf_folder, loaded, rewrite, run, set_tensor
 from tests.test_model import WITH_MARKERS
 from tests.training_runs import TORCHRUN, equal, final
-
-SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 300}
-CFG = GPTConfig(
-    n_layer=2, n_head=2, n_embd=32, block_size=32, bias=True, vocab_size=320, content_vocab_size=300,
-    second_attention="none",
-)  # fmt: skip
-
-
-def hf_folder(folder: Path, **changes) -> Path:
-    """Saves a small random GPT-2 as transformers does. Its vocabulary is that of the datasets in workdir."""
-    torch.manual_seed(0)
-    ends = {"bos_token_id": 0, "eos_token_id": 0}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**SHAPE, **ends, **changes}))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    model.save_pretrained(folder)
-    return folder
-
-
-def rewrite(folder: Path, change) -> None:
-    """Replaces the weights of a folder by change(weights)."""
-    state = safetensors.torch.load_file(folder / "model.safetensors")
-    safetensors.torch.save_file(change(state), folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +35,6 @@ def tokenizer(workdir) -> Tokenizer:
     tokenizer = Tokenizer.load(workdir / "data/n")
     assert (tokenizer.n_content, tokenizer.n_vocab) == (300, 320)
     return tokenizer
-
-
-def loaded(folder, tokenizer, **changes) -> GPT:
-    model = GPT(dataclasses.replace(CFG, **changes))
-    load_into(model, str(folder), tokenizer)
-    return model.eval()
 
 
 def theirs(folder) -> transformers.GPT2LMHeadModel:
@@ -185,15 +156,27 @@ def test_an_untied_copy_of_the_head_is_compared_by_value(hf, tokenizer, tmp_path
         load_into(GPT(CFG), str(folder), tokenizer)
 
 
+def test_weights_of_the_hub_are_read_from_the_cache(hf, tokenizer, monkeypatch):
+    """If both files are in the cache, nothing is requested. Otherwise they are downloaded."""
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=lambda *a, **k: asked.append(a)))
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repo, name: asked.append((repo, name)) or str(hf / name)
+    )
+    for cached in (str(hf), None):
+        found = lambda repo, name, cached=cached: cached and f"{cached}/{name}"  # noqa: E731
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", found)
+        model = GPT(CFG)
+        load_into(model, "gpt2", tokenizer)
+        assert equal(model.state_dict(), loaded(hf, tokenizer).state_dict())
+        assert bool(asked) == (cached is None)
+    repo = "openai-community/gpt2"
+    assert asked[1:] == [(repo, "config.json"), (repo, "model.safetensors")]
+
+
 # ----------------------------------------------------------------------------- complete runs
-
-BASE = (*TINY, "--dataset=data/n", "--block_size=28", "--second_attention=none", "--bias=True")
-
-
-def run(workdir, name, *args, **how) -> Path:
-    result = cli("train.py", *override(BASE, f"--run_name={name}", *args), cwd=workdir, **how)
-    assert result.returncode == 0, result.stderr.decode()[-3000:] + result.stdout.decode()[-2000:]
-    return workdir / "out" / name
 
 
 @pytest.fixture(scope="module")
@@ -265,234 +248,6 @@ def test_all_weights_of_a_run_with_markers_are_loaded(workdir, tokenizer, meta_r
     assert equal(model.state_dict(), safetensors.torch.load_file(meta_run / "step_00000002/model.safetensors"))
     assert "newly initialized: none; rows 300 .. 319 of wte.weight, the markers, are as trained" in said
     assert tokens == 2 * 8 * 28  # steps x windows x content tokens
-
-
-# ----------------------------------------------------------------------------- refusals
-
-
-def refused(workdir, monkeypatch, *args) -> str:
-    """Starts training, which must be refused with nothing changed on disk, and returns the sentence."""
-    monkeypatch.chdir(workdir)
-    before = tree(workdir)
-    with pytest.raises(UserError) as caught, contextlib.redirect_stdout(io.StringIO()):
-        train.main(override((*BASE, "--run_name=new"), *args))
-    assert tree(workdir) == before and "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-FIT = "set --n_layer=2 --n_head=2 --n_embd=32 --bias=True --position=learned"
-
-
-@pytest.mark.parametrize(
-    ("args", "sentence"),
-    [
-        (("--n_layer=3",), f"n_layer=3, but the weights of .* have 2: {FIT}"),
-        (("--n_head=4",), f"n_head=4, but the weights of .* have 2: {FIT}"),
-        (("--n_embd=64",), f"n_embd=64, but the weights of .* have 32: {FIT}"),
-        (("--n_inner=64",), "n_inner=64, but the weights .* have 128: set .* --n_inner=128 --bias"),
-        (("--bias=False",), f"bias=False, but the weights of .* have True: {FIT}"),
-        (("--position=rope",), f"position=rope, but the weights of .* have learned: {FIT}"),
-        (
-            ("--block_size=84",),
-            "block_size=84 is too long, because the weights .* have 64 positions: set --block_size to at most 64",
-        ),
-        (("--run_name=tuned",), "the run folder out/tuned exists"),
-    ],
-)  # fmt: skip
-def test_settings_that_do_not_fit_the_weights_are_refused(workdir, hf, tuned, monkeypatch, args, sentence):
-    found = refused(workdir, monkeypatch, f"--init_from={hf}", *args)
-    assert re.search(sentence, found), found
-
-
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        ("gpt2-medum", "did you mean 'gpt2-medium'"),
-        ("resum", "did you mean 'resume'"),
-        (
-            "qqqqqqqq",
-            "'qqqqqqqq' is neither one of scratch, resume, .*gpt2-xl nor a folder: name a run that train.py",
-        ),
-        ("out/quickstart", "nor a folder: name a run that train.py made"),
-        ("tuned", "did you mean 'out/tuned'"),
-        ("out/tuned/step_00000099", r"the checkpoints of out/tuned are step_0.*; name one of them"),
-        ("out/tund", "did you mean 'out/tuned'"),
-        ("texts/doc000.txt", "is a file: give the folder"),
-        ("texts", "init_from=texts has no config.json"),
-    ],
-)
-def test_an_unknown_init_from_is_refused(workdir, tuned, monkeypatch, name, sentence):
-    # the value is checked first, even if the run's folder exists
-    for run_name in ("new", "tuned") if name != "texts" else ("new",):
-        found = refused(workdir, monkeypatch, f"--init_from={name}", f"--run_name={run_name}")
-        assert re.search(sentence, found), found
-
-
-def set_config(**values):
-    def damage(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, **values}))
-
-    return damage
-
-
-def set_tensor(name: str, tensor):
-    return lambda folder: rewrite(folder, lambda state: {**state, name: tensor})
-
-
-def rename_weights(name: str):
-    return lambda folder: (folder / "model.safetensors").rename(folder / name)
-
-
-def drop(name: str):
-    return lambda folder: rewrite(folder, lambda state: {k: p for k, p in state.items() if k != name})
-
-
-def repeat_tensor(folder: Path) -> None:
-    """Adds the name of the first tensor to the header once more."""
-    raw = (folder / "model.safetensors").read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = raw[8 : 8 + length].rstrip()
-    name, entry = next((name, entry) for name, entry in json.loads(header).items() if name != "__metadata__")
-    header = header[:-1] + f', "{name}": {json.dumps(entry)}}}'.encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
-
-
-@pytest.mark.parametrize(
-    ("damage", "sentence"),
-    [
-        (
-            set_config(activation_function="relu"),
-            "activation_function=relu, but this model computes activation_function=gelu_new",
-        ),
-        (
-            set_config(layer_norm_epsilon=1e-6),
-            "layer_norm_epsilon=1e-06, but this model computes layer_norm_epsilon=1e-05",
-        ),
-        (set_config(model_type="llama"), "model_type=llama"),
-        (set_config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
-        (set_config(n_head="two"), "config.json is damaged"),
-        (set_config(n_layer=2.5), "config.json is damaged .*n_layer is '2.5', not a positive whole number"),
-        (set_config(n_layer=True), "config.json is damaged"),
-        (set_config(n_inner=[1]), "config.json is damaged"),
-        (set_config(vocab_size=299), "predict 299 ids, but the dataset's tokenizer bpe300 has 300: use weights whose"),
-        (set_config(vocab_size=513), "predict 513 ids, but the dataset's tokenizer bpe300 has 300: use weights whose"),
-        (set_config(vocab_size=310), r"wte.weight is \(300, 32\) in .* but \(310, 32\) .*with their config.json"),
-        (set_config(n_positions=40), r"wpe.weight is \(64, 32\) in .* but \(40, 32\) in this model"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "config.json has no entry 'n_layer'"),
-        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors is damaged"),
-        (rename_weights("pytorch_model.bin"), "pickle.*save_pretrained"),
-        (rename_weights("model.safetensors.index.json"), "several files.*max_shard_size"),
-        (set_tensor("lm_head.weight", torch.zeros(300, 32)), "lm_head.weight in .* differs from wte.weight.*tied"),
-        (
-            set_tensor("transformer.h.1.mlp.c_fc.weight", torch.zeros(32, 96)),
-            r"h.1.mlp.c_fc.weight is \(96, 32\) in .* but \(128, 32\) in this model: use the unchanged weights of a",
-        ),
-        (set_tensor("transformer.ln_f.bias", torch.full((32,), torch.nan)), "ln_f.bias in .* not finite"),
-        (set_tensor("v_head.weight", torch.zeros(3)), r"v_head.weight \(3,\) of .* has no place in this model"),
-        (drop("transformer.h.0.ln_1.bias"), r"h.0.ln_1.bias \(32,\) of this model is missing in "),
-        (drop("transformer.wte.weight"), "wte.weight .* is missing"),
-        (set_tensor("wte.weight", torch.zeros(300, 32)), "both wte.weight and transformer.wte.weight, and only one of"),
-        (set_tensor("lm_head.bias", torch.zeros(300)), r"lm_head.bias \(300,\) of .* has no place in this model"),
-        (
-            set_tensor("transformer.h.0.attn.c_attn.weight", torch.zeros(32, 96, dtype=torch.int8)),
-            "transformer.h.0.attn.c_attn.weight in .* has the dtype int8: use weights of float32, float16 or bfloat16",
-        ),
-        (
-            set_tensor("transformer.h.0.attn.c_attn.weight", torch.zeros(32, 96).to(torch.float8_e4m3fn)),
-            "transformer.h.0.attn.c_attn.weight in .* has the dtype F8_E4M3, which cannot be read: use weights of flo",
-        ),
-        (set_tensor("transformer.wte.weight", torch.zeros(300)), r"wte.weight is \(300,\) in .* but \(300, 32\)"),
-        (repeat_tensor, "model.safetensors is damaged .*its header has an entry twice"),
-    ],
-)  # fmt: skip
-def test_folders_that_do_not_fit_are_refused(workdir, hf, monkeypatch, tmp_path, damage, sentence):
-    folder = shutil.copytree(hf, tmp_path / "copy")
-    damage(folder)
-    found = refused(workdir, monkeypatch, f"--init_from={folder}")
-    assert re.search(sentence, found), found
-
-
-def test_gpt2_weights_need_gpt2s_tokenizer(tokenizer, hf, tmp_path):
-    folder = shutil.copytree(hf, tmp_path / "copy")
-    set_config(vocab_size=50257)(folder)
-    for other in (tokenizer, SimpleNamespace(name="bpe50257", n_content=50257)):
-        with pytest.raises(UserError, match=f"{other.name} has {other.n_content}: .* with --tokenizer=gpt2"):
-            load_into(GPT(CFG), str(folder), other)
-
-
-def test_a_refused_load_leaves_the_model_unchanged(tokenizer, hf, tmp_path):
-    folder = shutil.copytree(hf, tmp_path / "copy")
-    set_tensor("transformer.ln_f.bias", torch.zeros(31))(folder)
-    model = GPT(CFG)
-    with pytest.raises(UserError, match="ln_f.bias"):
-        load_into(model, str(folder), tokenizer)
-    assert equal(model.state_dict(), GPT(CFG).state_dict())
-
-
-@pytest.mark.parametrize(
-    ("args", "sentence"),
-    [
-        (("--second_attention=none",), r"h.0.\S*second\S* \(.* has no place in this .*--second_attention=meta"),
-        (("--second_attention=causal",), "second_attention=causal, but .* was trained with meta: set --second_att"),
-        (("--n_head=4",), "n_head=4, but out/with_meta/.* was trained with 2: set --n_head=2"),
-        (("--n_layer=3",), r"h.2.ln_1.weight \(32,\) of this model is missing in .*: set --n_layer=2 "),
-        (("--n_layer=1",), r"h.1.\S+ \(.*\) of .* has no place in this model: set --n_layer=2 "),
-        (("--n_embd=64",), r"wte.weight is \(320, 32\) in .* but \(320, 64\) in this model: set .*--n_embd=32 "),
-        (("--block_size=64",), r"wpe.weight is \(32, 32\) in .* but \(64, 32\) in this .* --block_size=32 "),
-        (("--position=rope",), "wpe.weight .* has no place in this model: set .* --position=learned"),
-        (("--bias=True",), "bias .* of this model is missing in .* --bias=False"),
-        (("--init_from=out/nothing",), "init_from='out/nothing' is neither one of scratch"),
-    ],
-)
-def test_runs_that_do_not_fit_are_refused(workdir, meta_run, monkeypatch, args, sentence):
-    same = ("--init_from=out/with_meta", "--dataset=data/u", "--block_size=32", "--second_attention=meta")
-    found = refused(workdir, monkeypatch, *override((*same, "--bias=False"), *args))
-    assert re.search(sentence, found), found
-
-
-def test_a_run_with_another_tokenizer_is_refused(meta_run, tokenizer):
-    other = Tokenizer.train(["some other text " * 30], 300)
-    with pytest.raises(UserError, match="another tokenizer .* prepare the dataset with --tokenizer=.*with_meta/"):
-        load_into(GPT(CFG), str(meta_run), other)
-
-
-def test_damaged_initial_weights_are_refused(workdir, meta_run, monkeypatch, tmp_path):
-    folder = shutil.copytree(meta_run / "step_00000002", tmp_path / "copy")
-    (folder / "model.safetensors").write_bytes(b"")
-    assert "model.safetensors is damaged: its sha256" in refused(workdir, monkeypatch, f"--init_from={folder}")
-
-
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
-def test_without_a_network_the_refusal_is_one_sentence(workdir, tmp_path, name):
-    before = tree(workdir)
-    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    error = refusal(cli("train.py", *BASE, "--run_name=new", f"--init_from={name}", cwd=workdir, env=env))
-    assert f"config.json and model.safetensors of openai-community/{name} could not be downloaded" in error
-    assert "--init_from=FOLDER" in error and tree(workdir) == before and not (tmp_path / "cache").exists()
-
-
-def test_weights_of_the_hub_are_read_from_the_cache(hf, tokenizer, monkeypatch):
-    """If both files are in the cache, nothing is requested. Otherwise they are downloaded."""
-    import huggingface_hub
-
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=lambda *a, **k: asked.append(a)))
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda repo, name: asked.append((repo, name)) or str(hf / name)
-    )
-    for cached in (str(hf), None):
-        found = lambda repo, name, cached=cached: cached and f"{cached}/{name}"  # noqa: E731
-        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", found)
-        model = GPT(CFG)
-        load_into(model, "gpt2", tokenizer)
-        assert equal(model.state_dict(), loaded(hf, tokenizer).state_dict())
-        assert bool(asked) == (cached is None)
-    repo = "openai-community/gpt2"
-    assert asked[1:] == [(repo, "config.json"), (repo, "model.safetensors")]
 
 
 def test_transformers_is_not_needed(workdir, hf):

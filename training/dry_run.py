@@ -61,47 +61,69 @@ def describe_estimate(cfg: TrainConfig, accumulation: int) -> str:
             f"{f' (did you mean {close!r}?)' if close else ''}."
         )
     cfg, load = _load_of(cfg)
-    T, M, n = load.model.block_size, load.M, cfg.n_accelerators
     device = cfg.device if cfg.device != "auto" else "cuda"
     if cfg.dtype == "auto" and device == "cuda":
         dtype = torch.bfloat16  # every accelerator in the table computes it
     else:
         dtype = pick_dtype(cfg.dtype, torch.device(device))[0]
+    arm = cfg.model.arm_name(load.M > 0)
+    flops, table = _flops(cfg, load)
+    return (
+        f"{cfg.run_name or 'a run'} (the {arm} arm) on {cfg.n_accelerators} x {cfg.accelerator}: an estimate; nothing "
+        f"is trained\n\n{load.origin}\n"
+        + _parameters(cfg)
+        + _tokens(cfg, load, accumulation)
+        + table
+        + _memory(cfg, load, accumulation, device, dtype)
+        + _hours(cfg, flops, peak, device, dtype)
+    )
 
-    def lines(title: str, rows: dict[str, str], notes: str = "") -> str:
-        return f"\n{title}\n" + "\n".join(f"  {name:<32}{value}" for name, value in rows.items()) + "\n" + notes
 
+def _section(title: str, rows: dict[str, str], notes: str = "") -> str:
+    """Returns a titled table of two columns, and the notes below it."""
+    return f"\n{title}\n" + "\n".join(f"  {name:<32}{value}" for name, value in rows.items()) + "\n" + notes
+
+
+def _parameters(cfg: TrainConfig) -> str:
     counts = parameters(skeleton(cfg.model))
     total, table = sum(counts.values()), counts.get("position table", 0)
-    arm = cfg.model.arm_name(M > 0)
-    out = f"{cfg.run_name or 'a run'} (the {arm} arm) on {n} x {cfg.accelerator}: an estimate; nothing is trained\n"
-    out += f"\n{load.origin}\n"
     sums = {"total": total} | ({"total without position table": total - table} if table else {})
-    out += lines("parameters", {name: f"{count / 1e6:9.3f} M" for name, count in {**counts, **sums}.items()})
+    return _section("parameters", {name: f"{count / 1e6:9.3f} M" for name, count in {**counts, **sums}.items()})
 
+
+def _tokens(cfg: TrainConfig, load: Load, accumulation: int) -> str:
+    T, M = load.model.block_size, load.M
     windows = cfg.max_steps * cfg.batch_size
     positions = sum(number * width for number, width in load.widths)
-    split = f"{cfg.batch_size} {load.noun}s = {n} processes x {accumulation} micro-batches x {cfg.micro_batch_size}"
-    tokens = {
-        f"a {load.noun}": f"{T - M:,} content tokens in {T:,} positions",
-        "a step": f"{cfg.batch_size * (T - M):,} content tokens in {cfg.batch_size * T:,} positions",
-        "": f"{split} {load.noun}s",
-        f"{cfg.max_steps:,} steps": f"{windows * (T - M):.3e} content tokens in {positions:.3e} positions",
-    }
+    split = (
+        f"{cfg.batch_size} {load.noun}s = {cfg.n_accelerators} processes x {accumulation} micro-batches x "
+        f"{cfg.micro_batch_size} {load.noun}s"
+    )
     if cfg.task.tasks:
-        tokens = {
+        rows = {
             "a text": f"at most {T:,} positions",
             "a step": f"at most {cfg.batch_size * T:,} positions",
-            "": f"{split} texts",
+            "": split,
             f"{cfg.max_steps:,} steps": f"{windows:,} texts in {positions:.3e} positions, padding included",
         }
         if cfg.stop_at is not None:
-            tokens[f"with stop_at={cfg.stop_at:g}"] = "the run may end earlier, and the estimate is for all steps"
-    out += lines("tokens", tokens)
+            rows[f"with stop_at={cfg.stop_at:g}"] = "the run may end earlier, and the estimate is for all steps"
+    else:
+        rows = {
+            f"a {load.noun}": f"{T - M:,} content tokens in {T:,} positions",
+            "a step": f"{cfg.batch_size * (T - M):,} content tokens in {cfg.batch_size * T:,} positions",
+            "": split,
+            f"{cfg.max_steps:,} steps": f"{windows * (T - M):.3e} content tokens in {positions:.3e} positions",
+        }
+    return _section("tokens", rows)
 
+
+def _flops(cfg: TrainConfig, load: Load) -> tuple[float, str]:
+    """Returns the FLOPs of the run, recomputed ones included, and their section."""
+    T, M = load.model.block_size, load.M
     flops = flops_by_part(load.model, M)
     window = sum(flops.values())
-    all_flops = sum(
+    of_run = sum(
         number * flops_per_window(dataclasses.replace(load.model, block_size=width), min(M, width))
         for number, width in load.widths
     )
@@ -110,41 +132,51 @@ def describe_estimate(cfg: TrainConfig, accumulation: int) -> str:
     rows |= {"total": f"{window / T:.3e}  per position{per_content}"}
     if M and not cfg.task.tasks:
         rows |= {"markers": f"{100 * M / T:.1f} % of the positions, so also of the projections and the MLP"}
-    rows |= {"a step": f"{window * cfg.batch_size:.3e}", "the run": f"{all_flops:.3e}"}
+    rows |= {"a step": f"{window * cfg.batch_size:.3e}", "the run": f"{of_run:.3e}"}
     if cfg.activation_checkpointing:
-        again = all_flops * (window - flops["head"]) / window / 3  # a second forward pass of the blocks; takes time too
+        again = of_run * (window - flops["head"]) / window / 3  # a second forward pass of the blocks; takes time too
         rows |= {"recomputed, in addition": f"{again:.3e}"}
-        all_flops += again
+        of_run += again
     note = "  (only matrix products are counted, and attention over all keys, as in PaLM)\n"
-    out += lines("FLOPs, forward and backward", rows, note + load.note)
+    return of_run, _section("FLOPs, forward and backward", rows, note + load.note)
 
-    bytes_of = memory(dataclasses.replace(cfg, model=load.model), M, dtype, device, accumulation)
+
+def _memory(cfg: TrainConfig, load: Load, accumulation: int, device: str, dtype: torch.dtype) -> str:
+    bytes_of = memory(dataclasses.replace(cfg, model=load.model), load.M, dtype, device, accumulation)
+    peak = max(bytes_of["phases"].values())
     rows = {name: f"{n_bytes / 1e9:9.3f} GB" for name, n_bytes in bytes_of["parts"].items()}
     phases = {f"in use, {name}": f"{n_bytes / 1e9:9.3f} GB" for name, n_bytes in bytes_of["phases"].items()}
-    name = str(dtype).removeprefix("torch.")
-    title = f"memory of one process on {device}, {name}, micro-batches of {cfg.micro_batch_size}"
-    rows |= phases | {"peak": f"{max(bytes_of['phases'].values()) / 1e9:9.3f} GB"}
+    rows |= phases | {"peak": f"{peak / 1e9:9.3f} GB"}
     room = MEMORY.get(cfg.accelerator.upper().split()[0]) if device == "cuda" else None
-    if room and max(bytes_of["phases"].values()) > room:
+    if room and peak > room:
         rows |= {"IT DOES NOT FIT": f"one {cfg.accelerator} has {room / 1e9:.0f} GB: lower --micro_batch_size"}
     note = (
         "  (tensors in eager mode; torch.compile usually needs less for activations; the CUDA context, NCCL and the\n"
         "  allocator's rounding need additional memory; 1 GB = 1e9 bytes)\n"
     )
-    out += lines(title, rows, note)
+    title = f"memory of one process on {device}, {_name(dtype)}, micro-batches of {cfg.micro_batch_size}"
+    return _section(title, rows, note)
 
+
+def _hours(cfg: TrainConfig, flops: float, peak: float, device: str, dtype: torch.dtype) -> str:
+    """Returns the time and the cost of a run of so many FLOPs, and the assumptions. peak: FLOP/s of an accelerator."""
     if dtype != torch.bfloat16 or device != "cuda":
-        return out + (
-            f"\nhours and cost: not estimated, because peak FLOP/s are known only for GPUs in bfloat16, not for {name} "
-            f"on {device}"
+        return (
+            f"\nhours and cost: not estimated, because peak FLOP/s are known only for GPUs in bfloat16, not for "
+            f"{_name(dtype)} on {device}"
         )
-    hours = all_flops / (n * peak * cfg.mfu) / 3600
-    out += (
+    n = cfg.n_accelerators
+    hours = flops / (n * peak * cfg.mfu) / 3600
+    time = f"{hours:,.2f} hours" if hours >= 0.1 else f"{hours * 60:.2g} minutes"
+    return (
         f"\nassumptions: {peak:.3e} dense bfloat16 FLOP/s per {cfg.accelerator}, MFU {cfg.mfu:g}, {cfg.price:g} USD "
         f"per {cfg.accelerator} and hour; the time for evaluation and saving is left out\n"
+        f"hours and cost: {time} on {n} x {cfg.accelerator}, {hours * n * cfg.price:,.2f} USD"
     )
-    time = f"{hours:,.2f} hours" if hours >= 0.1 else f"{hours * 60:.2g} minutes"
-    return out + f"hours and cost: {time} on {n} x {cfg.accelerator}, {hours * n * cfg.price:,.2f} USD"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _load_of(cfg: TrainConfig) -> tuple[TrainConfig, Load]:
