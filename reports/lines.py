@@ -36,6 +36,10 @@ MEASURED = {
     "correct": (int,), "exact": NUMBER, "token_accuracy": NUMBER, "token_interval": (list,), "nats": NUMBER,
     "chance": NUMBER, "floors": (dict,), "outcomes": (str,),
 }  # fmt: skip
+# fields of a cell that lines of the first versions lack
+LATER_CELL = {
+    "visible": (str,), "semantic_lists": (bool,), "answer_exact": NUMBER, "format_failures": (int,), "aided": (dict,),
+}  # fmt: skip
 CHOICES = {"task": TASKS, "placement": tuple(PLACEMENTS), "level": LEVELS, "question": QUESTIONS}
 
 
@@ -121,7 +125,7 @@ def check_fields(of: dict, fields: dict[str, tuple]) -> None:
 
 def check(line: dict) -> None:
     """Raises ValueError, with the reason, for a damaged line of eval.py tasks."""
-    check_facts(line, CELL if "impossible" in line else CELL | MEASURED)
+    check_facts(line, CELL if "impossible" in line else CELL | MEASURED, LATER_CELL)
     if not 0 < line["length"] <= 2**30:
         raise ValueError(f"its length is {line['length']}")
     if not math.isfinite(line["tokens_per_item"]) or type(line.get("impossible", "")) is not str:

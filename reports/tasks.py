@@ -110,7 +110,8 @@ def cells(page: Page, arms: list[Arm]) -> Markup:
                     rows.append([*where, _shortcuts(line)])
     head = ["length", "of the window", "arm", "train length", "seed", "exact, %", "95 %", "tokens, %", "95 %", "nats",
             "chance, %", "n", "command", "shortcuts, %"]  # fmt: skip
-    about = """<p class="small">Exact answers with Wilson's interval, tokens of the answers with a bootstrap interval
+    about = """<p class="small">Exact answers with Wilson's interval (a format failure is a right answer without
+its line end, which is not exact), tokens of the answers with a bootstrap interval
 over texts, nats of a whole answer, and the share that each shortcut answers correctly, with Wilson's interval.</p>
 """
     return details("Tasks: all cells", about + table(head, groups, (2, 12, 13)))
@@ -119,7 +120,8 @@ over texts, nats of a whole answer, and the share that each shortcut answers cor
 def _figures(line: dict) -> list[str]:
     if "impossible" in line:
         return ["impossible", "", "", "", "", ""]
-    exact = [percent(line["exact"]), span(*wilson(line["correct"], line["n"]))]
+    failures = f" ({line['format_failures']} format failures)" if line.get("format_failures") else ""
+    exact = [percent(line["exact"]) + failures, span(*wilson(line["correct"], line["n"]))]
     tokens = [percent(line["token_accuracy"]), span(*line["token_interval"])]
     return [*exact, *tokens, f"{line['nats']:.3f}", percent(line["chance"])]
 

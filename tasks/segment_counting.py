@@ -10,10 +10,10 @@ and ends after the last item of its last list. The answer is 1, 2, 3 or 4, each 
 suggests four values. The level sets the number of lists in the segment. The text is filled with lists up to its length.
 
 The whole text is cut into segments, all drawn alike: each has a random number of lists and holds the item 1 to 4 times,
-in its first and its last list, or in one of them if it occurs once, and the other times anywhere. One segment is
-marked. The item is therefore as frequent outside the marks as inside, at every length, and only the marks tell which
-segment is meant. Since the item stands in the outer lists of the segments, a program that reads one mark and guesses
-the other miscounts. Where the lists do not come out even, an incomplete segment stands at one end; it is
+anywhere in them. One segment is marked. The item is therefore as frequent outside the marks as inside, at every length,
+and only the marks tell which segment is meant: without them, no program stays above chance as texts grow. One mark
+already tells much, since a list may lack the item, so the largest floors are those of programs that read one mark.
+Where the lists do not come out even, an incomplete segment stands at one end; it is
 never marked, and holds the item as often per list as the others.
 """
 
@@ -54,7 +54,7 @@ def draft(maker: Maker, draws: Draws, room: int, level: str) -> Draft | None:
         complete = number < len(sizes) - 1
         first = start if complete else 0 if ahead else len(lists) - rest
         count = draws.between(1, COUNTS)
-        for slot in _slots(draws, size, count):
+        for slot in draws.sample(range(size * ITEMS), count):
             if complete or slot < rest * ITEMS:
                 lists[first + slot // ITEMS][1][slot % ITEMS] = item
         if number == chosen:
@@ -77,15 +77,6 @@ def _cut(draws: Draws, n: int, least: int, most: int) -> list[int]:
     return sizes
 
 
-def _slots(draws: Draws, size: int, count: int) -> list[int]:
-    """Returns the numbers of the places where the item stands in a segment of `size` lists."""
-    outer = [draws.below(ITEMS), (size - 1) * ITEMS + draws.below(ITEMS)]
-    if count == 1:
-        return [draws.choice(outer)]
-    outer = list(dict.fromkeys(outer))  # in a segment of one list, both may be the same place
-    return outer + draws.sample([slot for slot in range(size * ITEMS) if slot not in outer], count - len(outer))
-
-
 def _shortcuts(counts: list[int], segment: range, least: int, most: int) -> dict[str, str]:
     """Returns the answers of programs that read at most one of the marks.
 
@@ -97,7 +88,7 @@ def _shortcuts(counts: list[int], segment: range, least: int, most: int) -> dict
         return max(sum(counts[i : i + lists]) for i in range(max(1, len(counts) - lists + 1)))
 
     answers = {
-        "the count of the whole text": sum(counts),
+        "from the count of the whole text": sum(counts),
         f"the mean count of {middle} adjacent lists": round(middle * sum(counts) / len(counts)),
         **{f"the largest count of {n} adjacent lists": most_in(n) for n in sizes},
         "the count of the segment's first list": counts[first],
