@@ -161,8 +161,8 @@ PAPER_BOTTLENECK = probe(
     "A linear bottleneck is trained on 50 texts, one at a time, for 5 epochs, as in the paper, on the state of the "
     "last meta-token, on that of the last ordinary token, and on random features of the same size, which contain "
     "nothing. The experiment is repeated with other texts and initial weights; intervals are over repetitions. SD is "
-    "that of the difference between two states in a single experiment. Below is the share of experiments in which the mark has "
-    "less distortion. A mark that beats the last token no more than random features has shown nothing about "
+    "that of the difference between two states in a single experiment. Below is the share of experiments in which the "
+    "mark has less distortion. A mark that beats the last token no more than random features has shown nothing about "
     "meta-tokens, and a distortion near ln V is guessing. The figures are about this checkpoint.",
     known("beta", "rate", "distortion", "train_rate", "train_distortion", "uniform", state=(str,), repeats=(int,))
     | dict.fromkeys(("rate_interval", "distortion_interval", "train_distortion_interval"), (list,))
