@@ -5,6 +5,7 @@ python probe.py attention --run=out/recall                           # logit boo
 python probe.py patching --run=out/recall                            # states replaced by those of another text
 python probe.py residual --run=out/recall                            # what the states of meta-tokens contain
 python probe.py rate_distortion --run=out/recall                     # how much can be read from a meta-token's state
+python probe.py paper_bottleneck --run=out/recall                    # the paper's probe on 50 texts, many times
 python probe.py ablation --run=out/meta                              # the second attention, or markers, taken away
 
 A call appends lines to a file in the run's folder, and redraws a picture beside it from all lines about the same
@@ -12,7 +13,7 @@ weights. If a cell was measured more than once, the line with the most texts cou
 many."""
 
 from nanometa.config.command_line import run_cli, run_named
-from nanometa.probes import ablation, attention, patching, positions, rate_distortion, residual
+from nanometa.probes import ablation, attention, paper_bottleneck, patching, positions, rate_distortion, residual
 from nanometa.reports.probe_sections import SECTIONS
 
 PROBES = {
@@ -21,6 +22,7 @@ PROBES = {
     "patching": (patching.PatchingProbe, patching.main),
     "residual": (residual.ResidualProbe, residual.main),
     "rate_distortion": (rate_distortion.RateDistortionProbe, rate_distortion.main),
+    "paper_bottleneck": (paper_bottleneck.PaperBottleneckProbe, paper_bottleneck.main),
     "ablation": (ablation.AblationProbe, ablation.main),
 }
 if unpaired := PROBES.keys() ^ SECTIONS.keys():

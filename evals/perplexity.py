@@ -20,6 +20,12 @@ position is therefore the loss given all of the piece before it. The first piece
 <|endoftext|>. The other pieces start within the text, as training windows do, and their first token is not scored.
 Shorter windows slide over the same pieces and score the same tokens.
 
+"by_distance" is the loss by distance since the last marker of the window, counted in positions from the predicting
+token: 0 for predictions made at a marker, and null before the first marker. "by_position" is the loss by position in
+the window, also beyond the trained one. Their intervals take blocks of consecutive windows as the unit, or documents.
+"block_distance" and "block_position" hold the sums of nats and the numbers of tokens of each block and bin, for paired
+comparisons of runs on the same text (report.py).
+
 "by_depth" is the loss by place in the piece, counted in content tokens. At a given depth, all lengths, scalings,
 conditions and arms predict the same tokens. Its intervals take documents as the unit. "document_nats" allows
 intervals of differences, which are much narrower, because documents differ from each other."""
@@ -41,6 +47,7 @@ from nanometa.config.checks import nearest_multiples
 from nanometa.config.settings import setting
 from nanometa.data.inject import inject, marker_places, strip
 from nanometa.data.layout import IGNORE, Layout, batch_of, connected_positions, draw_of, layout_of, targets_of
+from nanometa.evals.blocks import DISTANCES, BlockSums, distance_bins, intervals
 from nanometa.evals.common import (
     POSITIONS,
     Evaluation,
@@ -92,12 +99,15 @@ class PerplexityEval(Evaluation):
     """number of content tokens to read from the start of the split; None = all"""
     bucket: int = 64
     """number of positions that are averaged together in the loss by position"""
+    blocks: int = setting(32, only_with={"documents": (False,)})
+    """number of blocks of consecutive windows, the unit of intervals by position and by distance since a marker"""
 
     def __post_init__(self):
         super().__post_init__()
         if self.lengths:
             check_ranges(self, lengths=(8, 2**20))
         check_ranges(self, stride=(1, 2**20), draws=(3, 1000), max_tokens=(100, 2**50), bucket=(1, 2**20))
+        check_ranges(self, blocks=(2, 2**20))
         if self.documents and self.stride:
             raise UserError(
                 f"stride={self.stride} has no effect with --documents, where the longest window contains a whole piece "
@@ -151,7 +161,7 @@ def main(cfg: PerplexityEval) -> None:
                 texts = [tokens] if owners is None else np.split(tokens, range(piece, len(tokens), piece))
                 label = f"{length} positions, markers {markers}, draw {draw + 1}"
                 with progress(label, sum(map(len, texts))) as advance:
-                    figures = measure_perplexity(run, texts, size, step, cfg.bucket, owners, advance)
+                    figures = measure_perplexity(run, texts, size, step, cfg.bucket, owners, advance, cfg.blocks)
                 cell = {"markers": markers, "injection": injection, "draw": draw, "length": length}
                 cells.append({"eval": "perplexity", **cell, **figures})
                 yield cells[-1]
@@ -260,12 +270,14 @@ def measure_perplexity(
     bucket: int,
     owners: np.ndarray | None = None,
     advance: Callable[[int], None] = lambda positions: None,
+    blocks: int = 32,
 ) -> dict:
     """Returns the figures of texts, (N,) each, that are read separately in windows of `length` positions.
 
     stride: positions from the start of one window to the next.
     owners (len(texts),): the number of each text's document, if the texts are pieces of documents; adds loss by depth.
-    advance: called with the number of newly read positions after each batch, to show progress."""
+    advance: called with the number of newly read positions after each batch, to show progress.
+    blocks: number of blocks of consecutive windows that are the unit of intervals, if the texts are no documents."""
     cell = {"window": length, "stride": stride}
     if why := fits(run, length):
         return {**cell, "tokens": 0, "impossible": why}
@@ -274,7 +286,7 @@ def measure_perplexity(
     tally = Tally(torch.from_numpy(run.tokenizer.token_bytes), device)
     by_depth = None if owners is None else ByDepth(owners, int((texts[0] != meta).sum()), bucket)
     size, buckets, context, before = max(1, POSITIONS // length), -(-length // bucket), 0, 0
-    nats_at, n_at = np.zeros(buckets), np.zeros(buckets, dtype=np.int64)
+    by_position, by_distance, documents = BlockSums(buckets), BlockSums(1 + len(DISTANCES)), []
     for number, text in enumerate(texts):
         content = (text != meta).cumsum() - 1  # index of each token among the content tokens of the text
         n_read = 0
@@ -284,8 +296,9 @@ def measure_perplexity(
             tally.add(scores.nats, scores.targets)
             nats = scores.nats[scores.targets >= 0].cpu().double().numpy()
             row, at = np.nonzero(targets != IGNORE)  # in the same order as nats
-            nats_at += np.bincount(at // bucket, weights=nats, minlength=buckets)
-            n_at += np.bincount(at // bucket, minlength=buckets)
+            by_position.add(row, at // bucket, nats, len(numbers))
+            by_distance.add(row, distance_bins((batch.tokens == meta).numpy())[row, at], nats, len(numbers))
+            documents += [0 if owners is None else owners[number]] * len(numbers)
             seen = (batch.tokens != meta).cumsum(dim=1)  # (B, T) number of content tokens up to each position
             context += int(seen[row, at].sum())
             if by_depth:
@@ -294,18 +307,28 @@ def measure_perplexity(
             advance(end - n_read)
             n_read = end
         before += 1 + int(numbers[-1])
-    check_finite(run, nats_at)
-    figures, sums = tally.figures(), enumerate(zip(n_at.tolist(), nats_at.tolist(), strict=True))
+    owner = None if owners is None else np.array(documents)
+    sums = {"distance": by_distance.blocks(blocks, owner), "position": by_position.blocks(blocks, owner)}
+    check_finite(run, sums["position"][0])
+    figures = tally.figures()
     if figures["loss"] > LARGEST_LOSS:
         raise UserError(
             f"the loss of {run.folder} is {figures['loss']:.4g} nats per token, too large for a "
             f"perplexity: use another checkpoint."
         )
-    # for each bucket of the predicting token's position in its window: first position, targets, nats per target
-    by_position = [[i * bucket, n, total / n] for i, (n, total) in sums if n]
+    at_position, at_distance = (
+        [[first, *of] for first, of in zip(firsts, intervals(*sums[name]), strict=True) if of[0]]
+        for name, firsts in (("position", range(0, buckets * bucket, bucket)), ("distance", [*DISTANCES, None]))
+    )
     return {
         **cell, **figures, "perplexity": math.exp(figures["loss"]), "context": context / figures["tokens"],
-        "bucket": bucket, "by_position": by_position, **(by_depth.figures() if by_depth else {}),
+        # for each bucket of the predicting token's position in its window: first position, targets, nats per target
+        "bucket": bucket, "by_position": [row[:3] for row in at_position],
+        "by_position_interval": [row[3:] for row in at_position],
+        # for each bin of distances since the last marker: first distance, targets, nats per target, interval
+        "by_distance": at_distance, **{f"block_{name}": {"nats": nats.round(4).tolist(), "tokens": n.tolist()}
+                                       for name, (nats, n) in sums.items()},
+        **(by_depth.figures() if by_depth else {}),
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from nanometa.config import GPTConfig
-from nanometa.meta_attention import gather_rows
+from nanometa.meta_attention import MetaAttention, gather_rows
 from nanometa.model import GPT, Block
 
 INTACT = "intact"
@@ -78,7 +78,7 @@ def _diagonal(block: Block, inputs: _Inputs, hooks: contextlib.ExitStack) -> Non
         C = y.size(-1)
         bias = None if qkv.bias is None else qkv.bias[2 * C :]
         values = F.linear(block.ln_second(before.x), qkv.weight[2 * C :], bias).to(y.dtype)  # (B, T, C)
-        if block.second.gathers:
+        if isinstance(block.second_attn, MetaAttention):  # projects only the rows that it gathers
             return (gather_rows(values, inputs.meta_index),)
         return (torch.where(inputs.is_marker[..., None], values, y),)
 

@@ -10,14 +10,15 @@ from collections.abc import Iterator
 import torch
 
 from nanometa.data.layout import Batch
+from nanometa.meta_attention import CausalSelfAttention, MetaAttention
 from nanometa.model import GPT
 
 
 class Projection:
     """The projection c_attn of one attention layer, whose output rows are all positions or the gathered ones."""
 
-    def __init__(self, layer: torch.nn.Module, gathers: bool):
-        self.c_attn, self.gathers = layer.c_attn, gathers
+    def __init__(self, layer: CausalSelfAttention):
+        self.c_attn, self.gathers = layer.c_attn, isinstance(layer, MetaAttention)
 
     def rows(self, places: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the indices of the places (B, k) among the output's rows, as pairs for indexing (B, N, ..)."""
@@ -31,10 +32,7 @@ class Projection:
 
 def projections(model: GPT, names: tuple[str, ...]) -> list[Projection]:
     """Returns the projections of all blocks, for attentions by the names of their modules: attn, second_attn."""
-    return [
-        Projection(getattr(block, name), name == "second_attn" and block.second.gathers)
-        for block in model.h for name in names
-    ]  # fmt: skip
+    return [Projection(getattr(block, name)) for block in model.h for name in names]
 
 
 @contextlib.contextmanager

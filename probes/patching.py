@@ -100,8 +100,8 @@ def main(cfg: PatchingProbe) -> None:
 def exchanged(run: Run, maker: Maker, site: str) -> bool:
     """Returns whether all attentions that a site is about connect the marks of a maker's texts."""
     second = run.model.cfg.second
-    gathered = maker.markers.has_meta and second.markers != "refused"
-    return "second_attn" not in EXCHANGES.get(site, ()) or (second.has_layer and (gathered or not second.gathers))
+    markers = second.connects == "markers" and maker.markers.has_meta
+    return "second_attn" not in EXCHANGES.get(site, ()) or markers or second.connects == "all"
 
 
 # ----------------------------------------------------------------------------- measuring

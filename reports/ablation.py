@@ -1,7 +1,7 @@
 """Builds the section of probe.py ablation, whose lines are differences of the loss, and norms by layer."""
 
 from nanometa.common.statistics import too_few
-from nanometa.reports.drawing import GREY, LIGHT, interval_line, key, legend, look, png, tiled
+from nanometa.reports.drawing import GREY, interval_line, key, legend, look, png, tiled
 from nanometa.reports.lines import CELL, NUMBER, apart, check_choices, check_facts, has_learned
 from nanometa.reports.markup import details, escaped, points, text_table
 from nanometa.reports.page import Page, Section
@@ -123,8 +123,7 @@ def _norms(figure, lines: list[dict]) -> None:
     axes, lines = figure.subplots(), sorted(lines, key=lambda line: line["layer"])
     ends = [(line["norm"], *line["norm_interval"]) for line in lines]
     interval_line(axes, [line["layer"] for line in lines], ends, look(0), scale=1)
-    axes.set(xlabel="layer", ylabel=_unit(lines[0]).replace(" / ", " /\n"))
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="layer", ylabel=_unit(lines[0]).replace(" / ", " /\n"), yscale="log")
     axes.set_xticks(sorted({line["layer"] for line in lines}))
 
 
@@ -133,7 +132,10 @@ def _curves(figure, lines: list[dict]) -> None:
     norm = lines[0]["kind"] == "norm"
     name, field = ("norm", "layer") if norm else ("difference", "condition")
     axes, handles = figure.subplots(), []
-    axes.axhline(0, color=LIGHT if norm else GREY, linewidth=0.8, zorder=1)
+    if norm:
+        axes.set_yscale("log")  # the norms of layers differ by orders of magnitude
+    else:
+        axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
     for of in apart(sorted(lines, key=lambda line: (line.get("layer", 0), line["step"])), lambda line: line[field]):
         number = of[0]["layer"] if norm else list(CONDITIONS).index(of[0]["condition"])
         interval_line(

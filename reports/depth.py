@@ -8,6 +8,7 @@ import numpy as np
 from nanometa.common.errors import UserError
 from nanometa.common.files import read_json_lines
 from nanometa.common.statistics import clustered_ratio
+from nanometa.reports import distance
 from nanometa.reports.drawing import GREY, arm_looks, key, legend, png, wrapped
 from nanometa.reports.lines import NUMBER, apart, check_facts, told_apart
 from nanometa.reports.markup import details, table
@@ -137,6 +138,7 @@ def check(line: dict) -> None:
     documents = "document_nats" in line
     fields = FIELDS | OF_DOCUMENTS if documents else FIELDS if "impossible" not in line else {}
     check_facts(line, fields, OPTIONAL)
+    distance.check(line)
     if not documents:
         return
     rows, pieces = line["document_nats"], line["document_pieces"]
@@ -181,7 +183,7 @@ def body(page, lines: list[dict]) -> str:
     return f"""<h2 id="lengths">Loss on validation text</h2>
 <div>{"".join(figures)}</div>
 <p class="small">{" ".join(notes(drawn))}</p>
-{details("All windows", rows) if figures else rows}"""
+{details("All windows", rows) if figures else rows}{distance.tables(page, measured)}"""
 
 
 def notes(drawn: list[tuple[list[Curve], np.ndarray, str]]) -> list[str]:

@@ -18,6 +18,11 @@ PLACE_NAMES = {
     "mark": "the mark", "word": 'the word "mark" in its place', "ordinary": "an ordinary token elsewhere",
 }  # fmt: skip
 
+PAPER_STATES = {
+    "meta": "the last meta-token", "delimiter": 'the last word "mark"', "last": "the last ordinary token",
+    "features": "random features",
+}  # fmt: skip
+
 
 # ----------------------------------------------------------------------------- positions
 
@@ -153,3 +158,33 @@ def _draw_by_layer(figure, lines: list[dict], rows, panels, field: str, names: d
     cell = wrapped(f"{place}, {first['level']}, {first['question']}{mark}")
     figure.suptitle(f"{cell}\n{wrapped(f'{text_count(lines)}, 95 % intervals')}")
     legend(figure, [*(key(names[name], **looks[name]) for name in present), *baselines])
+
+
+# ----------------------------------------------------------------------------- the paper's bottleneck, repeated
+
+
+def draw_paper_bottleneck(figure, lines: list[dict]) -> None:
+    """Draws distortion by rate, filled on test texts and hollow on training texts, with intervals over repetitions."""
+    axes, first = figure.subplots(), lines[0]
+    present = [name for name in PAPER_STATES if any(line["state"] == name for line in lines)]
+    looks = {name: look(list(PAPER_STATES).index(name)) for name in present}
+    axes.axhline(first["uniform"], color="black", linestyle=":", linewidth=1.2, zorder=1)
+    for name in present:
+        of, style = (
+            sorted((line for line in lines if line["state"] == name), key=lambda line: line["beta"]),
+            looks[name],
+        )
+        ends = [(line["distortion"], *line["distortion_interval"]) for line in of]
+        interval_line(axes, [line["rate"] for line in of], ends, style, 1)
+        rates, nats = ([line[f"train_{what}"] for line in of] for what in ("rate", "distortion"))
+        axes.plot(rates, nats, **{**style, "fillstyle": "none", "linestyle": "--", "linewidth": 1.0})
+    axes.set_xscale("symlog", linthresh=20)
+    axes.set(xlabel="rate R, nats (linear to 20, then logarithmic)", ylabel="distortion D, nats")
+    place = f"{first['task'].replace('_', ' ')}, {first['placement']}, {first['length']}, {first['level']}"
+    sizes = f"{first['repeats']} repetitions on {first['train_texts']} texts; {text_count(lines)}"
+    figure.suptitle(f"{wrapped(place)}\n{wrapped(sizes.removesuffix(' (too few to decide)'))}")
+    legend(figure, [
+        *(key(PAPER_STATES[name], **looks[name]) for name in present),
+        key("on training texts", fillstyle="none", marker="o", linestyle="--"),
+        key("guessing: ln V", color="black", linestyle=":", linewidth=1.2),
+    ])  # fmt: skip

@@ -155,8 +155,51 @@ RESIDUAL = probe(
     optional=judged("more"),
 )
 
+PAPER_BOTTLENECK = probe(
+    "paper_bottleneck",
+    "The paper's rate-distortion probe, repeated",
+    "A linear bottleneck is trained on 50 texts, one at a time, for 5 epochs, as in the paper, on the state of the "
+    "last meta-token, on that of the last ordinary token, and on random features of the same size, which contain "
+    "nothing. The experiment is repeated with other texts and initial weights; intervals are over repetitions. SD is "
+    "that of the difference between two states in a single experiment. Below is the share of experiments in which the "
+    "mark has less distortion. A mark that beats the last token no more than random features has shown nothing about "
+    "meta-tokens, and a distortion near ln V is guessing. The figures are about this checkpoint.",
+    known("beta", "rate", "distortion", "train_rate", "train_distortion", "uniform", state=(str,), repeats=(int,))
+    | dict.fromkeys(("rate_interval", "distortion_interval", "train_distortion_interval"), (list,))
+    | {"train_texts": (int,)},
+    (*TEXTS, "state", "beta"),
+    probe_pictures.draw_paper_bottleneck,
+    (
+        *WHERE,
+        Column("state", lambda line: line["state"], text=True),
+        Column("beta", lambda line: f"{line['beta']:g}"),
+        Column("rate", lambda line: f"{line['rate']:.1f}"),
+        Column("distortion", lambda line: f"{line['distortion']:.3f}"),
+        Column("on training texts", lambda line: f"{line['train_distortion']:.3f}"),
+        Column("ln V", lambda line: f"{line['uniform']:.3f}"),
+        Column("mark minus this", lambda line: f"{line['difference']:+.3f}" if "difference" in line else ""),
+        Column("95 %", lambda line: " .. ".join(f"{end:+.3f}" for end in line.get("difference_interval", ()))),
+        Column("SD of one experiment", lambda line: f"{line['sd']:.3f}" if "sd" in line else ""),
+        Column("below, %", share("below")),
+        Column("repeats", lambda line: line["repeats"]),
+        N,
+    ),
+    panel=TEXTS,
+    choices={"state": probe_pictures.PAPER_STATES},
+    optional={**dict.fromkeys(("difference", "sd", "below"), NUMBER), "difference_interval": (list,)},
+    verdicts=False,
+)
+
 # sections by probe, in the order of the page; probe.py refuses to start if a probe has no section or a section no probe
 SECTIONS = {
     section.kind: section
-    for section in (POSITIONS, ATTENTION, PATCHING, RESIDUAL, rate_distortion.SECTION, ablation.SECTION)
+    for section in (
+        POSITIONS,
+        ATTENTION,
+        PATCHING,
+        RESIDUAL,
+        rate_distortion.SECTION,
+        PAPER_BOTTLENECK,
+        ablation.SECTION,
+    )
 }

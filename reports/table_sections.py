@@ -53,6 +53,7 @@ def probe(
     choices: dict[str, Container[str]] | None = None,
     row: tuple[str, ...] = (),
     optional: dict[str, tuple] | None = None,
+    verdicts: bool = True,
 ) -> Section:
     """Returns the section of a probe.
 
@@ -60,7 +61,7 @@ def probe(
     only some lines have; choices: allowed values, by field.
     cell: fields that distinguish lines about the same weights. draw: draws lines with equal `panel` fields. row: if
     one row of the table summarizes several lines, the fields that distinguish the rows; a row then contains its lines
-    as `lines`."""
+    as `lines`. verdicts: whether some lines have a verdict if their texts suffice."""
 
     def check(line: dict) -> None:
         check_facts(line, fields, optional)
@@ -71,12 +72,13 @@ def probe(
 
     def body(page: Page, lines: list[dict]) -> str:
         means_first = sorted(lines, key=lambda line: line.get("layer", 0) is not None)
-        return section_body(page, kind, title, about, lines, panel, draw, rows(page, means_first, columns, row))
+        return section_body(page, kind, title, about, lines, panel, draw,
+                            rows(page, means_first, columns, row, verdicts))  # fmt: skip
 
     return Section(
         kind, check, key, body,
         picture=lambda lines: checkpoint_picture(lines, panel, draw),
-        table=lambda lines: terminal_table(merged(lines, row), columns),
+        table=lambda lines: terminal_table(merged(lines, row), columns, verdicts),
     )  # fmt: skip
 
 
@@ -106,9 +108,9 @@ def checkpoint_picture(lines: list[dict], panel: tuple[str, ...], draw: Callable
     return tiled(run_title(lines), [png(draw, of) for of in apart(lines, fields_of(panel))])
 
 
-def terminal_table(lines: list[dict], columns: tuple[Column, ...]) -> str:
+def terminal_table(lines: list[dict], columns: tuple[Column, ...], verdicts: bool = True) -> str:
     """Returns text for a terminal: a table of the lines with a block for each level and mark, and the meaning of the
-    verdicts."""
+    verdicts, if there can be any."""
     texts, out = tuple(i for i, column in enumerate(columns) if column.text), []
     for of in apart(lines, lambda line: (line["level"], line.get("mark"))):
         mark = f", mark: {of[0]['mark']}" if "mark" in of[0] else ""
@@ -118,7 +120,7 @@ def terminal_table(lines: list[dict], columns: tuple[Column, ...]) -> str:
     if "comparisons" in last:
         out.append(f"Verdicts say whether a figure is above {last['effect']:g}. The margin is {last['margin']:g}. "
                    f"Holm's p is over {last['comparisons']} comparisons, all of this checkpoint.")  # fmt: skip
-    return "\n".join(filter(None, [*out, too_few(lines)]))
+    return "\n".join(filter(None, [*out, too_few(lines) if verdicts else ""]))
 
 
 def unlearned(lines: list[dict]) -> Markup:

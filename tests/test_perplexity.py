@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from nanometa import eval as evaluation
 from nanometa.common.errors import UserError
+from nanometa.common.statistics import clustered_ratio
 from nanometa.data.inject import inject, marker_places, strip
 from nanometa.data.layout import IGNORE, Draw
 from nanometa.data.loader import Windows
 from nanometa.data.shards import HEADER
 from nanometa.evals import perplexity
+from nanometa.evals.blocks import DISTANCES, BlockSums, intervals
 from nanometa.evals.common import read_split
 from nanometa.evals.perplexity import PerplexityEval, marked, measure_perplexity, streams, window, windows
 from nanometa.train import evaluate
@@ -87,6 +89,23 @@ def compare_with_reference(run, tokens, length, stride):
     expected = [row for row in expected if row[1]]
     assert [row[:2] for row in found["by_position"]] == [row[:2] for row in expected]
     assert [row[2] for row in found["by_position"]] == pytest.approx([row[2] for row in expected], abs=1e-3)
+    by_bin: dict = {}
+    for source, at, nats in slow:
+        by_bin.setdefault(first_distance(tokens.tolist(), source, at, run.tokenizer.meta), []).append(nats)
+    assert [row[0] for row in found["by_distance"]] == [first for first in (*DISTANCES, None) if first in by_bin]
+    for first, count, mean, *_ in found["by_distance"]:
+        assert (count, mean) == (len(by_bin[first]), pytest.approx(np.mean(by_bin[first]), abs=1e-3))
+
+
+def first_distance(stream: list[int], source: int, at: int, meta: int) -> int | None:
+    """Returns the first distance of the bin of a predicting token at `source`, which is at position `at` of its
+    window, by walking back to the last marker of the window. None if there is none."""
+    distance = 0
+    while stream[source - distance] != meta:
+        distance += 1
+        if distance > at:
+            return None
+    return max(first for first in (0, 1, 2, 3, 5, 9, 17, 33) if first <= distance)
 
 
 def _count_and_mean(values):
@@ -121,6 +140,51 @@ def test_the_loss_by_position_adds_up_to_the_loss(workdir, bucket):
     firsts, counts, means = zip(*found["by_position"], strict=True)
     assert all(first % bucket == 0 and first < 32 for first in firsts) and sum(counts) == found["tokens"] == 600
     assert np.dot(counts, means) / 600 == pytest.approx(found["loss"], rel=1e-9)
+
+
+def test_sums_by_block_add_up_and_give_the_intervals(workdir):
+    run = run_on(workdir / "data/u")
+    found = measure_perplexity(run, [read_split(run, workdir / "data/u", 900)], 32, 32, 8, blocks=5)
+    for name in ("distance", "position"):
+        nats, tokens = (np.array(found[f"block_{name}"][of]) for of in ("nats", "tokens"))
+        assert nats.shape == tokens.shape == (5, 4 if name == "position" else 9) and tokens.sum() == 900
+        assert nats.sum() / 900 == pytest.approx(found["loss"], abs=1e-5)
+        rows = [(*row, *ends) for row, ends in zip(found["by_position"], found["by_position_interval"], strict=True)]
+        rows = found["by_distance"] if name == "distance" else rows
+        for (_, count, mean, low, high), part, n in zip(
+            rows, nats.T[tokens.any(0)], tokens.T[tokens.any(0)], strict=True
+        ):
+            assert count == n.sum() and mean == pytest.approx(part.sum() / count, abs=1e-4)
+            if (n > 0).sum() > 1:
+                assert (low, high) == pytest.approx(clustered_ratio(part[n > 0], n[n > 0]), abs=1e-3)
+                assert low < mean < high
+    windows_of = -(-len(read_split(run, workdir / "data/u", 900)) // 32)
+    sizes = np.array(found["block_position"]["tokens"]).sum(1)
+    assert sizes.max() - sizes.min() <= 2 * 28 and 5 < windows_of  # blocks of nearly equal size
+
+
+def test_fewer_windows_than_blocks_have_no_interval_over_one():
+    few = measure_sums([3.0], [2])
+    assert few == [[2, 1.5, None, None]]
+    assert measure_sums([3.0, 1.0, 0.0], [2, 2, 0])[0][:2] == [4, 1.0]  # a block without tokens does not count
+    assert measure_sums([0.0, 0.0], [0, 0]) == [[0, None, None, None]]
+
+
+def measure_sums(nats: list[float], tokens: list[int]) -> list[list]:
+    return intervals(np.array(nats)[:, None], np.array(tokens)[:, None])
+
+
+def test_blocks_are_consecutive_windows_or_documents():
+    sums = BlockSums(2)
+    for start in (0, 3):  # 6 windows in two batches, with one token each in bin 1
+        sums.add(np.arange(3), np.ones(3, dtype=int), np.arange(start, start + 3, dtype=float), 3)
+    nats, tokens = sums.blocks(4)
+    assert (
+        nats[:, 1].tolist() == [0 + 1, 2, 3 + 4, 5] and tokens[:, 1].tolist() == [2, 1, 2, 1] and not nats[:, 0].any()
+    )
+    nats, tokens = sums.blocks(4, owners=np.array([7, 7, 9, 9, 9, 12]))
+    assert nats[:, 1].tolist() == [1, 2 + 3 + 4, 5] and tokens[:, 1].tolist() == [2, 3, 1]
+    assert sums.blocks(99)[0].shape == (6, 2)
 
 
 def test_all_conditions_read_the_same_content(workdir):

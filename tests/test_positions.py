@@ -37,10 +37,12 @@ MARKED = {"dataset": "data/x", "injection": "uniform", "chunk_content": 27, "chu
 PLAIN = {**MARKED, "injection": "none", "chunk_markers": 0}
 ARMS = [(second, position) for second in WITH_MARKERS for position in ("learned", "rope")]
 META = 61  # the id of the marker in inputs()
+READINGS = ("no_position_pairs", "no_position_zeros")  # measured with --every_reading
 # for each condition, its meta_position, and whether it keeps the marker's embedding
 MEANING = {
     "full": ("same", True), "no_position": ("none", True), "no_position_first": ("none_first", True),
-    "no_position_second": ("none_second", True), "no_embedding": ("same", False), "neither": ("none", False),
+    "no_position_second": ("none_second", True), "no_position_pairs": ("same", True),
+    "no_position_zeros": ("same", True), "no_embedding": ("same", False), "neither": ("none", False),
 }  # fmt: skip
 
 
@@ -48,9 +50,9 @@ def allowed(second: str, position: str) -> list[str]:
     return [name for name in CONDITIONS if not useless(name, GPTConfig(second_attention=second, position=position))]
 
 
-def restless(second: str, position: str):
-    """Returns a model in which every part affects the output."""
-    model = sharpen(wake(build(second_attention=second, position=position, bias=True))).double()
+def restless(second: str, position: str, **scale):
+    """Returns a model in which every part affects the output. scale: settings of the rotary scale."""
+    model = sharpen(wake(build(second_attention=second, position=position, bias=True, **scale))).double()
     for name, p in model.named_parameters():
         if name.endswith(("bias", "wpe.weight", "wte.weight")):
             torch.nn.init.normal_(p, std=0.3)
@@ -63,6 +65,13 @@ def tokenizer() -> Tokenizer:
 
 
 # ----------------------------------------------------------------------------- conditions
+
+
+def turned(condition: str, members: torch.Tensor):
+    """Returns the definition of a reading of "no position", as a change of the factors of products q_i conj(k_j)."""
+    with_marker = (members[:, :, None] | members[:, None, :])[..., None]
+    new = {"no_position_pairs": torch.abs, "no_position_zeros": torch.zeros_like}.get(condition, lambda of: of)
+    return lambda rotation: torch.where(with_marker, new(rotation).to(rotation.dtype), rotation)
 
 
 @pytest.mark.parametrize(("second", "position"), ARMS)
@@ -79,13 +88,14 @@ def test_conditions_equal_the_reference(second, position):
         place, embedded = MEANING[name]
         changed.cfg = dataclasses.replace(model.cfg, meta_position=place)
         changed.wte.weight[META] *= embedded  # the reference reads it only at the input
-        expected[name] = reference.hidden_states(changed, tokens, positions, members)
+        expected[name] = reference.hidden_states(changed, tokens, positions, members, turn=turned(name, members))
         with under(model, META, name):
             found[name] = model(tokens, positions, index)
             logits = model.logits(found[name])[..., :60]
         torch.testing.assert_close(logits.double(), expected[name] @ before["wte.weight"][:60].T, rtol=1e-4, atol=1e-4)
     entry = SECOND_ATTENTIONS[second]  # a second attention with a window of one position has no distances
-    assert len(found) == (6 if position == "rope" and entry.has_layer and entry.window != 1 else 4)
+    rotated = 2 * (position == "rope")
+    assert len(found) == (6 if position == "rope" and entry.has_layer and entry.window != 1 else 4) + rotated
     for name, hidden in found.items():
         for other, theirs in expected.items():
             if name == other:
@@ -98,14 +108,17 @@ def test_conditions_equal_the_reference(second, position):
 
 @pytest.mark.parametrize(("second", "position"), ARMS)
 @torch.no_grad()
-def test_without_markers_no_condition_changes_a_bit(second, position):
+def test_without_markers_no_condition_changes_anything(second, position):
+    """Not a single bit changes, except through the other order of sums in products that are partly not rotated."""
     model, positions = restless(second, position).float(), torch.arange(12).expand(3, 12)
     tokens = torch.randint(0, 60, (3, 12))
     for index in (torch.empty(3, 0, dtype=torch.long), torch.full((3, 2), 12)):
         full = model(tokens, positions, index)
         for name in allowed(second, position):
             with under(model, META, name):
-                assert torch.equal(model(tokens, positions, index), full)
+                found = model(tokens, positions, index)
+            assert torch.equal(found, full) or name == "no_position_pairs"
+            torch.testing.assert_close(found, full, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("end", [None, KeyboardInterrupt, UserError("why")])
@@ -122,6 +135,11 @@ def test_a_condition_leaves_the_model_unchanged(end):
             assert end
         assert model.cfg is trained and not model.wte._forward_hooks
     learned = restless("meta", "learned")
+    with (
+        pytest.raises(UserError, match="before any attention: leave it out"),
+        under(learned, META, "no_position_zeros"),
+    ):
+        pass
     with pytest.raises(UserError, match="needs position=rope"), under(learned, META, "no_position_second"):
         pass
     assert learned.cfg.meta_position == "same" and not learned.wte._forward_hooks
@@ -214,7 +232,9 @@ def test_the_probe_recognizes_use_of_the_embedding(tokenizer):
         run = made_by_hand(tokenizer, position, [(6, ASK, 0.0, MARK)], {MARK: SECOND, FILL: FIRST})
         found = outcomes(run, [[], [3], [], [9, 10], [1]], [APPLE, PEAR, APPLE, PEAR, PEAR])
         assert found.pop("no_embedding") == found.pop("neither") == "10100"
-        assert set(found.values()) == {"11111"} and len(found) == (2 if position == "learned" else 4)
+        if position == "rope":
+            assert found.pop("no_position_zeros") == "10100"  # a key of zeros is not found either
+        assert set(found.values()) == {"11111"} and len(found) == (2 if position == "learned" else 5)
 
 
 # ----------------------------------------------------------------------------- comparisons
@@ -358,7 +378,7 @@ def test_the_command_writes_repeatable_lines_that_agree_with_eval(tokenizer, tmp
     where = [(one["placement"], one["length"], one["condition"]) for one in lines]
     assert where == [
         (placement, length, condition) for placement in ("target", "every") for length in (48, 64)
-        for condition in MEANING
+        for condition in MEANING if condition not in READINGS
     ]  # fmt: skip
     for one in lines:
         assert (one["probe"], one["level"], one["n"], one["run"], one["seed"]) == (
@@ -398,7 +418,7 @@ def test_the_texts_of_a_cell_are_generated_once(tokenizer, monkeypatch):
     monkeypatch.setattr(Maker, "example", counted)
     maker = Maker("parity", "every", TaskConfig(), tokenizer)
     run = small_run(tokenizer, MARKED, position="rope")
-    lines = measure_positions(PositionsProbe(n=7), run, maker, "easy", 40)
+    lines = measure_positions(PositionsProbe(n=7, every_reading=True), run, maker, "easy", 40)
     assert [one["condition"] for one in lines] == list(MEANING)
     assert made == [("test", i) for i in range(7)]
 
@@ -419,7 +439,7 @@ def test_impossible_conditions_are_left_out_and_named(tokenizer, tmp_path, monke
     probe.main(["positions", f"--run={folder}", "--n=3", "--lengths=40", f"--output={tmp_path / 'x.jsonl'}"])
     assert [one["condition"] for one in lines_of(tmp_path / "x.jsonl")] == conditions
     without = [row for row in capsys.readouterr().out.splitlines() if " is left out for a run " in row]
-    left_out = [name for name in MEANING if name not in conditions]
+    left_out = [name for name in MEANING if name not in (*conditions, *READINGS)]
     assert [row.partition(" is left out for a run ")[0] for row in without] == left_out
     assert all(why in row for row in without)
     assert not (folder / "positions.jsonl").exists() and (tmp_path / "x.png").exists()
@@ -431,6 +451,8 @@ REFUSED = {
     "plain": ({"second_attention": "none"}, None, (), "was trained without meta-tokens"),
     "placement none": ({}, {}, ("--placements", "target", "none"), "with placement none have no meta-tokens"),
     "trained without": ({}, {"placements": ("none",)}, (), "with placement none have no meta-tokens"),
+    "learned positions": ({"position": "learned"}, {}, ("--every_reading",), "--every_reading has no effect"),
+    "trained without positions": ({"meta_position": "none"}, {}, ("--every_reading",), "had no position in training"),
     "few markers": ({}, {"placements": ("background",), "meta_share": 0.001}, (), "placement background and 40"),
     "too long": ({"position": "learned"}, {}, ("--lengths", "40", "80"), "80 positions do not fit into the learned"),
     "too short": ({}, {}, ("--lengths=8",), "has no text of level easy with 8 to 8 positions"),

@@ -72,6 +72,16 @@ def curve(state: str, distortions: tuple[float, ...], **other) -> dict:
     return of("rate_distortion", **place | {"points": points} | known | ends | sizes | other)
 
 
+def paper_point(state: str, beta: float, **other) -> dict:
+    found = {name: 4.0 for name in ("rate", "distortion", "train_rate", "train_distortion", "uniform")}
+    ends = {f"{name}_interval": [3.5, 4.5] for name in ("rate", "distortion", "train_distortion", "train_rate")}
+    than = {"difference": -0.25, "difference_interval": [-0.5, 0.0], "sd": 0.75, "below": 0.625, "minus_from": "meta"}
+    sizes = {"repeats": 20, "train_texts": 50, "n": 100}
+    return of(
+        "paper_bottleneck", state=state, beta=beta, **found | ends | sizes | other | (than if state != "meta" else {})
+    )
+
+
 def comparison(first: str, second: str) -> dict:
     found = {"up_to": 4.5, "difference": -0.25, "difference_interval": [-0.5, -0.125], "holm": 0.02,
              "verdict": "holds up to R = 4.50"}  # fmt: skip
@@ -111,6 +121,7 @@ LINES = {
     "residual": [residual(place, 0, d, 0.5) for place in ("mark", "word") for d in (1, 8)]
     + [residual("mark", 1, 8, 0.75), residual("mark", 0, 1, 0.25, placement="every")],
     "rate_distortion": [curve("meta", (4.0, 2.0)), curve("question", (5.0,), layer=3), comparison("meta", "question")],
+    "paper_bottleneck": [paper_point(state, beta) for state in ("meta", "last") for beta in (0.01, 1.0)],
     "ablation": [
         ablation("off", "ordinary", 0.5),
         ablation("diagonal", "ordinary", 0.25),
@@ -125,6 +136,7 @@ PICTURES = {
     "patching": {1, 2},
     "residual": {1, 2},
     "rate_distortion": {1, 2},
+    "paper_bottleneck": {1},
     "ablation": {1, 2, 3, 4},
 }
 ROWS = {
@@ -135,6 +147,8 @@ ROWS = {
     "residual": ("the mark", "8", "50.0 75.0", "6.2", "3.1", "none", "+0.12 +0.12", "0 1", "1000", "[1]"),
     "rate_distortion": ("4", "answer", "meta", "yes", "2.000", "1.750 .. 2.250", "4.000", "1.500", "5.400", "5.375",
                         "5.250", "5.500", "0", "4000", "3", "100", "[1]"),
+    "paper_bottleneck": ("last", "0.01", "4.0", "4.000", "4.000", "4.000", "-0.250", "-0.500 .. +0.000", "0.750",
+                         "62.5", "20", "100", "[1]"),
     "ablation": ("answers", "2.5000", "+1.5000", "+1.2500 .. +1.7500", "75.0", "+12.5", "-12.5 .. +37.5",
                  "0.040", "undecided", "100", "[1]"),
 }  # fmt: skip
@@ -198,6 +212,7 @@ def test_comparisons_of_curves_have_their_own_table(page):
         (LINES["patching"][0], ("kept", "donor_interval", "kept_unpatched", "donor_unpatched", "layer", "n")),
         (LINES["residual"][0], ("cosine_centred", "floor_centred", "majority", "shuffled", "distance", "decoded")),
         (LINES["rate_distortion"][0], ("points", "ceiling", "shuffled", "uniform", "floor", "found", "target")),
+        (LINES["paper_bottleneck"][0], ("state", "beta", "rate", "distortion_interval", "repeats", "uniform")),
         (LINES["ablation"][0], ("condition", "tokens", "difference_interval", "nats_intact", "dataset", "nats")),
         (LINES["ablation"][3], ("task", "lost", "lost_interval", "lost_verdict", "exact_intact")),
         (LINES["ablation"][4], ("layer", "norm", "norm_interval", "positions")),

@@ -95,3 +95,30 @@ def envelope(points: list[tuple[float, float]], rate: float) -> float:
             if r <= rate < r2:
                 out = min(out, d + (d2 - d) * (rate - r) / (r2 - r))
     return out
+
+
+def paper_head(h, y, beta: float, weights: dict, order: list[int], noises: list, learning_rate: float):
+    """Trains the paper's bottleneck on single texts in a given order, with a given noise (Z,) at each step.
+
+    h (N, C), y (N,); weights: initial values, of which a copy is trained. Returns a function of a state (C,), a label
+    and a noise, which gives distortion and rate."""
+    C, V = weights["code"].size(0), weights["out"].size(1)
+    code, out = torch.nn.Linear(C, weights["code"].size(1)), torch.nn.Linear(weights["out"].size(0), V)
+    with torch.no_grad():
+        for layer, name in ((code, "code"), (out, "out")):
+            layer.weight.copy_(weights[name].T)
+            layer.bias.copy_(weights[f"{name}_bias"])
+
+    def losses(state, label, noise):
+        mean, log_variance = code(state).chunk(2)
+        posterior = torch.distributions.Normal(mean, (log_variance / 2).exp())
+        rate = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum()
+        return -out(mean + noise * posterior.scale).log_softmax(0)[label], rate
+
+    optimizer = torch.optim.Adam([*code.parameters(), *out.parameters()], lr=learning_rate)
+    for i, noise in zip(order, noises, strict=True):
+        optimizer.zero_grad()
+        distortion, rate = losses(h[i], y[i], noise)
+        (distortion + beta * rate).backward()
+        optimizer.step()
+    return losses

@@ -44,11 +44,20 @@ def rotations(cfg, positions, places):
                        distance[..., None] * speeds[:, :, None])  # fmt: skip
 
 
-def hidden_states(model, tokens, positions, members, visible=None, alter=lambda which, allowed: allowed):
+def hidden_states(
+    model,
+    tokens,
+    positions,
+    members,
+    visible=None,
+    alter=lambda which, allowed: allowed,
+    turn=lambda rotation: rotation,
+):
     """Returns what model.forward returns. members (B, T) bool: the positions that the second attention connects.
 
     visible (B, T) bool: the tokens that other tokens may see; None = all. Every token sees itself.
-    alter: function of "first" or "second" and of the mask (B, T, T) of that attention, which returns another mask."""
+    alter: function of "first" or "second" and of the mask (B, T, T) of that attention, which returns another mask.
+    turn: function of the factors (B, T, T, D/2) of products q_i conj(k_j), which returns other factors."""
     cfg, T = model.cfg, tokens.size(1)
     zeroed = torch.where(members, 0, positions)
     first = positions if cfg.meta_position in ("same", "none_second") else zeroed
@@ -58,7 +67,7 @@ def hidden_states(model, tokens, positions, members, visible=None, alter=lambda 
         placed = ~members if cfg.meta_position == "none" else torch.ones_like(members)
         x = x + model.wpe(positions) * placed[..., None]
     else:
-        rotation, rotation_second = (rotations(cfg, positions, places) for places in (first, second))
+        rotation, rotation_second = (turn(rotations(cfg, positions, at)) for at in (first, second))
     causal = torch.ones(T, T, dtype=torch.bool).tril().expand(len(tokens), T, T)
     if visible is not None:
         causal = causal & (visible[:, None, :] | torch.eye(T, dtype=torch.bool))
