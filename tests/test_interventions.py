@@ -69,7 +69,7 @@ def test_conditions_equal_the_reference(second, position, scale, of):
     expected, found = {}, {}
     for name in (INTACT, *applicable(model.cfg)):
         slow = muted(model) if name == "off" else model
-        expected[name] = reference.hidden_states(slow, tokens, positions, members, altered(name, members))
+        expected[name] = reference.hidden_states(slow, tokens, positions, members, alter=altered(name, members))
         with changed_attention(model, META, name):
             found[name] = model(tokens, positions, index)
     assert len(found) == 1 + (1 if second == "none" else 2 if SECOND_ATTENTIONS[second].window == 1 else 3)
@@ -100,7 +100,7 @@ def test_diagonal_and_off_hold_under_a_dynamic_rotary_scale():
     assert "dynamic rotary scale" in inapplicable("hidden_markers", model.cfg, True)
     for name in ("diagonal", "off"):
         slow = muted(model) if name == "off" else model
-        expected = reference.hidden_states(slow, tokens, positions, tokens == META, altered(name, tokens == META))
+        expected = reference.hidden_states(slow, tokens, positions, tokens == META, alter=altered(name, tokens == META))
         with changed_attention(model, META, name):
             torch.testing.assert_close(model(tokens, positions, index), expected, rtol=1e-5, atol=1e-5)
 
