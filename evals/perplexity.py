@@ -286,7 +286,8 @@ def measure_perplexity(
     tally = Tally(torch.from_numpy(run.tokenizer.token_bytes), device)
     by_depth = None if owners is None else ByDepth(owners, int((texts[0] != meta).sum()), bucket)
     size, buckets, context, before = max(1, POSITIONS // length), -(-length // bucket), 0, 0
-    by_position, by_distance, documents = BlockSums(buckets), BlockSums(1 + len(DISTANCES)), []
+    nats_at, n_at = np.zeros(buckets), np.zeros(buckets, dtype=np.int64)
+    at_position, at_distance, documents = BlockSums(buckets), BlockSums(1 + len(DISTANCES)), []
     for number, text in enumerate(texts):
         content = (text != meta).cumsum() - 1  # index of each token among the content tokens of the text
         n_read = 0
@@ -296,8 +297,10 @@ def measure_perplexity(
             tally.add(scores.nats, scores.targets)
             nats = scores.nats[scores.targets >= 0].cpu().double().numpy()
             row, at = np.nonzero(targets != IGNORE)  # in the same order as nats
-            by_position.add(row, at // bucket, nats, len(numbers))
-            by_distance.add(row, distance_bins((batch.tokens == meta).numpy())[row, at], nats, len(numbers))
+            nats_at += np.bincount(at // bucket, weights=nats, minlength=buckets)
+            n_at += np.bincount(at // bucket, minlength=buckets)
+            at_position.add(row, at // bucket, nats, len(numbers))
+            at_distance.add(row, distance_bins((batch.tokens == meta).numpy())[row, at], nats, len(numbers))
             documents += [0 if owners is None else owners[number]] * len(numbers)
             seen = (batch.tokens != meta).cumsum(dim=1)  # (B, T) number of content tokens up to each position
             context += int(seen[row, at].sum())
@@ -308,26 +311,26 @@ def measure_perplexity(
             n_read = end
         before += 1 + int(numbers[-1])
     owner = None if owners is None else np.array(documents)
-    sums = {"distance": by_distance.blocks(blocks, owner), "position": by_position.blocks(blocks, owner)}
-    check_finite(run, sums["position"][0])
+    sums = {"distance": at_distance.blocks(blocks, owner), "position": at_position.blocks(blocks, owner)}
+    check_finite(run, nats_at)
     figures = tally.figures()
     if figures["loss"] > LARGEST_LOSS:
         raise UserError(
             f"the loss of {run.folder} is {figures['loss']:.4g} nats per token, too large for a "
             f"perplexity: use another checkpoint."
         )
-    at_position, at_distance = (
-        [[first, *of] for first, of in zip(firsts, intervals(*sums[name]), strict=True) if of[0]]
-        for name, firsts in (("position", range(0, buckets * bucket, bucket)), ("distance", [*DISTANCES, None]))
-    )
+    # for each bucket of the predicting token's position in its window: first position, targets, nats per target
+    each = enumerate(zip(n_at.tolist(), nats_at.tolist(), strict=True))
+    by_position = [[i * bucket, n, total / n] for i, (n, total) in each if n]
+    by_distance = zip([*DISTANCES, None], intervals(*sums["distance"]), strict=True)
     return {
         **cell, **figures, "perplexity": math.exp(figures["loss"]), "context": context / figures["tokens"],
-        # for each bucket of the predicting token's position in its window: first position, targets, nats per target
-        "bucket": bucket, "by_position": [row[:3] for row in at_position],
-        "by_position_interval": [row[3:] for row in at_position],
+        "bucket": bucket, "by_position": by_position,
+        "by_position_interval": [ends for n, _, *ends in intervals(*sums["position"]) if n],
         # for each bin of distances since the last marker: first distance, targets, nats per target, interval
-        "by_distance": at_distance, **{f"block_{name}": {"nats": nats.round(4).tolist(), "tokens": n.tolist()}
-                                       for name, (nats, n) in sums.items()},
+        "by_distance": [[first, *of] for first, of in by_distance if of[0]],
+        **{f"block_{name}": {"nats": nats.round(4).tolist(), "tokens": n.tolist()}
+           for name, (nats, n) in sums.items()},
         **(by_depth.figures() if by_depth else {}),
         "seconds": time.perf_counter() - started,
     }  # fmt: skip

@@ -250,11 +250,11 @@ def read(run: Run, condition: str, read_batches: Callable[[], Iterable], ends: n
             real = torch.arange(T) < torch.from_numpy(ends[rows])[:, None]
             real = real.to(is_marker.device)
             found.append((
-                by_kind(scores.nats.double(), kind), by_kind((scores.targets >= 0).double(), kind),
+                by_kind(scores.nats, kind), by_kind(scores.targets >= 0, kind),
                 count_right(scores.targets, scores.right)[:, 0].cpu().numpy() > 0,
-                np.stack([by_kind(ratio.double() * real, is_marker) for ratio in ratios[:layers]])
+                np.stack([by_kind(ratio * real, is_marker) for ratio in ratios[:layers]])
                 if layers else np.zeros((0, B, 2)),
-                by_kind(real.double(), is_marker),
+                by_kind(real, is_marker),
             ))  # fmt: skip
     nats, targets, right, norms, positions = zip(*found, strict=True)
     reading = Reading(*map(np.concatenate, (nats, targets, right)), np.concatenate(norms, 1), np.concatenate(positions))
@@ -265,7 +265,8 @@ def read(run: Run, condition: str, read_batches: Callable[[], Iterable], ends: n
 
 def by_kind(values: torch.Tensor, is_marker: torch.Tensor) -> np.ndarray:
     """Returns the sums (B, 2) of values (B, S) over ordinary positions and over markers."""
-    return torch.stack([(values * ~is_marker).sum(1), (values * is_marker).sum(1)], dim=1).cpu().numpy()
+    values, is_marker = values.cpu().double(), is_marker.cpu()
+    return torch.stack([(values * ~is_marker).sum(1), (values * is_marker).sum(1)], dim=1).numpy()
 
 
 def measure(run: Run, cell: dict, conditions: list[str], read_batches: Callable, ends: np.ndarray) -> list[dict]:

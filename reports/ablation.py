@@ -1,7 +1,7 @@
 """Builds the section of probe.py ablation, whose lines are differences of the loss, and norms by layer."""
 
 from nanometa.common.statistics import too_few
-from nanometa.reports.drawing import GREY, interval_line, key, legend, look, png, tiled
+from nanometa.reports.drawing import GREY, interval_line, key, legend, log_axis, look, png, tiled
 from nanometa.reports.lines import CELL, NUMBER, apart, check_choices, check_facts, has_learned
 from nanometa.reports.markup import details, escaped, points, text_table
 from nanometa.reports.page import Page, Section
@@ -104,8 +104,8 @@ def _differences(figure, lines: list[dict]) -> None:
     figure.set_figheight(1.3 + 0.3 * len(lines))
     grid = figure.subplots(1, 1 + answers, sharey=True, squeeze=False)[0]
     shown = [
-        ("difference", 1, "nats per answer" if answers else _unit(lines[0])),
-        ("lost", 100, "answers lost, points"),
+        ("difference", 1, "nats per\nanswer" if answers else _unit(lines[0])),
+        ("lost", 100, "answers lost,\npoints"),
     ]
     for axes, (name, scale, label) in zip(grid, shown, strict=False):
         axes.axvline(0, color=GREY, linewidth=0.8, zorder=1)
@@ -123,7 +123,8 @@ def _norms(figure, lines: list[dict]) -> None:
     axes, lines = figure.subplots(), sorted(lines, key=lambda line: line["layer"])
     ends = [(line["norm"], *line["norm_interval"]) for line in lines]
     interval_line(axes, [line["layer"] for line in lines], ends, look(0), scale=1)
-    axes.set(xlabel="layer", ylabel=_unit(lines[0]).replace(" / ", " /\n"), yscale="log")
+    axes.set(xlabel="layer", ylabel=_unit(lines[0]).replace(" / ", " /\n"))
+    log_axis(axes)
     axes.set_xticks(sorted({line["layer"] for line in lines}))
 
 
@@ -133,7 +134,7 @@ def _curves(figure, lines: list[dict]) -> None:
     name, field = ("norm", "layer") if norm else ("difference", "condition")
     axes, handles = figure.subplots(), []
     if norm:
-        axes.set_yscale("log")  # the norms of layers differ by orders of magnitude
+        log_axis(axes)  # the norms of layers differ by orders of magnitude
     else:
         axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
     for of in apart(sorted(lines, key=lambda line: (line.get("layer", 0), line["step"])), lambda line: line[field]):

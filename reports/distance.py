@@ -4,7 +4,7 @@ import numpy as np
 
 from nanometa.common.statistics import clustered_ratio
 from nanometa.evals.blocks import DISTANCES
-from nanometa.reports.lines import NUMBER, apart
+from nanometa.reports.lines import NUMBER, apart, check_fields
 from nanometa.reports.markup import Markup, details, table
 
 KINDS = {"distance": "By distance since the last marker", "position": "By position in the window"}
@@ -26,6 +26,11 @@ def check(line: dict) -> None:
             shapes.append([len(row) for row in rows])
         if shapes[0] != shapes[1] or len(set(shapes[0])) != 1:
             raise ValueError(f"{name} has nats and tokens of different shapes")
+        check_fields(line, {"window": (int,), "bucket": (int,)})
+        if not (line["bucket"] > 0 and shapes[0][0] == bins(name.removeprefix("block_"), line)):
+            raise ValueError(f"{name} does not have one column for each bin")
+        if not all(type(n) is int and n >= 0 for row in sums["tokens"] for n in row):
+            raise ValueError(f"{name} has tokens that are no counts")
 
 
 def sums_of(draws: list[dict], kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -48,6 +53,11 @@ def paired(first: list[dict], second: list[dict], kind: str) -> list[tuple[float
         ends = clustered_ratio(difference[there], count[there]) if there.sum() > 1 else None
         out.append((float(difference.sum() / count.sum()), *ends) if ends else None)
     return out
+
+
+def bins(kind: str, line: dict) -> int:
+    """Returns the number of bins of a line's sums."""
+    return -(-line["window"] // line["bucket"]) if kind == "position" else 1 + len(DISTANCES)
 
 
 def bin_names(kind: str, line: dict) -> list[str]:

@@ -9,6 +9,7 @@ from io import BytesIO
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image  # matplotlib depends on it
 
 from nanometa.common.statistics import DECIDES
@@ -130,6 +131,14 @@ def length_axis(axes, lengths: set[int], most: int = 6) -> None:
     shown = sorted(lengths)[:: -(-len(lengths) // most)]
     axes.set_xticks(shown, list(map(str, shown)))
     axes.minorticks_off()
+
+
+def log_axis(axes) -> None:
+    """Scales the vertical axis logarithmically, with plain numbers at 1, 2 and 5 times the powers of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def run_title(lines: list[dict]) -> str:

@@ -179,6 +179,10 @@ def draw_paper_bottleneck(figure, lines: list[dict]) -> None:
         rates, nats = ([line[f"train_{what}"] for line in of] for what in ("rate", "distortion"))
         axes.plot(rates, nats, **{**style, "fillstyle": "none", "linestyle": "--", "linewidth": 1.0})
     axes.set_xscale("symlog", linthresh=20)
+    last = max(max(line["rate"], line["train_rate"]) for line in lines)
+    ticks = [tick for tick in (0, 5, 10, 20, *(50 * 2**k for k in range(12))) if tick <= 1.1 * max(last, 5)]
+    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.minorticks_off()
     axes.set(xlabel="rate R, nats (linear to 20, then logarithmic)", ylabel="distortion D, nats")
     place = f"{first['task'].replace('_', ' ')}, {first['placement']}, {first['length']}, {first['level']}"
     sizes = f"{first['repeats']} repetitions on {first['train_texts']} texts; {text_count(lines)}"

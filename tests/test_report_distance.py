@@ -72,6 +72,8 @@ def test_the_page_shows_means_and_differences():
         ({"nats": [[1.0]], "tokens": [[1, 2]]}, "nats and tokens of different shapes"),
         ({"nats": [[1.0], [1.0, 2.0]], "tokens": [[1], [1, 2]]}, "nats and tokens of different shapes"),
         ({"nats": [["x"]], "tokens": [[1]]}, "has nats that are no numbers"),
+        ({"nats": [[1.0]], "tokens": [[1]]}, "does not have one column for each bin"),
+        ({"nats": [[1.0] * 9], "tokens": [[-1] * 9]}, "has tokens that are no counts"),
     ],
 )
 def test_damaged_sums_are_refused(sums, why):
