@@ -13,8 +13,8 @@ The whole text is cut into segments, all drawn alike: each has a random number o
 anywhere in them. One segment is marked. The item is therefore as frequent outside the marks as inside, at every length,
 and only the marks tell which segment is meant: without them, no program stays above chance as texts grow. One mark
 already tells much, since a list may lack the item, so the largest floors are those of programs that read one mark.
-Where the lists do not come out even, an incomplete segment stands at one end; it is
-never marked, and holds the item as often per list as the others.
+Where the lists do not come out even, an incomplete segment stands at one end; it is never marked, and holds the item as
+often per list as the others.
 """
 
 import itertools
