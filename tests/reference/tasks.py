@@ -101,6 +101,8 @@ def _count_shortcuts(body, asked, answer, sizes):
              "the count of the segment's first list": counts[first],
              "the count of the segment's last list": counts[last],
              f"the mean count of {middle} adjacent lists": middle * sum(counts) / len(counts)}  # fmt: skip
+    runs = [sum(counts[i : i + middle]) for i in range(max(1, len(counts) - middle + 1))]
+    found[f"the most frequent count of {middle} adjacent lists"] = max(runs, key=runs.count)  # of several, the first
     for n in (least, middle, most):
         best = 0
         for i in range(len(counts)):
