@@ -177,9 +177,9 @@ def test_answers_are_exact_if_greedy_decoding_writes_them(workdir, bases, rule):
     for i in range(60):
         example = maker.example("test", i, 44, 48, ("easy",))
         start, answer = np.flatnonzero(example.answers)[0], example.ids[example.answers].tolist()
-        ids = generate(run, example.ids[:start].tolist(), plan, len(answer), temperature=0)
-        wrote.append(list(ids) == answer)
-        spelled.append(list(ids)[:-1] == answer[:-1])
+        ids = list(generate(run, example.ids[:start].tolist(), plan, len(answer), temperature=0))
+        wrote.append(ids == answer)
+        spelled.append(ids[:-1] == answer[:-1])
     assert cell["outcomes"] == "".join(str(int(right)) for right in wrote)
     assert 0 < cell["correct"] < 60 and cell["exact"] == cell["correct"] / 60
     assert cell["answer_exact"] == sum(spelled) / 60 and cell["format_failures"] == sum(spelled) - sum(wrote)
