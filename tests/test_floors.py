@@ -40,9 +40,12 @@ def texts(make, n, length, level="hard", split="test"):
     return [make.example(split, i, math.ceil(0.9 * length), length, (level,)) for i in range(n)]
 
 
-def beaten(cell, n):
-    """Returns the programs of a cell whose 95 % interval lies above every floor and above chance."""
-    most = max(cell.chance, *cell.floors.values())
+def beaten(cell, n, floors_vary=False):
+    """Returns the programs of a cell whose 95 % interval lies above every floor and above chance.
+
+    floors_vary: the interval must lie above that of the best floor, since among some thousand comparisons a few floors
+    are too low by chance."""
+    most = max(cell.chance, *(wilson(round(of * n), n)[1] if floors_vary else of for of in cell.floors.values()))
     return {name: share for name, share in cell.programs.items() if wilson(round(share * n), n)[0] > most}
 
 
@@ -65,10 +68,10 @@ def test_no_program_beats_the_printed_floors(gpt2, task, length):
 def test_no_program_beats_the_printed_floors_on_many_texts(gpt2, task, length, level):
     if (task, length, level) in (("segment_counting", 64, "extra_hard"), ("copying", 64, "extra_hard")):
         pytest.skip("short texts hold one or two of the largest problems")
-    n = 1000
-    cell = measure(maker(task, gpt2), level, length, n, 5000)
-    if not (task == "parity" and level in ("easy", "medium")):  # tests/test_tasks.py has their few prefixes
-        assert not beaten(cell, n)
+    n = 500
+    cell = measure(maker(task, gpt2), level, length, n, 2000)
+    if not (task == "parity" and level in ("easy", "medium")):  # their prefixes are few: see tasks/parity.py
+        assert not beaten(cell, n, floors_vary=True)
     assert cell.seen in (0, None)
 
 
