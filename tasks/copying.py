@@ -93,7 +93,8 @@ def _deal(draws: Draws, pool: list[str], shapes: list[tuple[int, int]]) -> list[
     None if the last words of the deck do not fit anywhere."""
     n, longest = sum(map(sum, shapes)), max(size for _, size in shapes)
     known = draws.sample(pool, min(len(pool), max(longest, -(-n // OCCURRENCES))))
-    deck = draws.sample([f" {word}" for word in known] * -(-n // len(known)), n)
+    each, more = divmod(n, len(known))
+    deck = draws.sample([f" {word}" for word in [*known * each, *known[:more]]], n)
     pairs: set[tuple[str, str]] = set()  # adjacent words
     starts: dict[str, int] = {}
     most_starts = -(-len(shapes) // len(known))

@@ -13,11 +13,12 @@ The whole text is cut into segments, all drawn alike: each has a random number o
 anywhere in them. One segment is marked. The item is therefore as frequent outside the marks as inside, at every length,
 and only the marks tell which segment is meant: without them, no program stays above chance as texts grow. One mark
 already tells much, since a list may lack the item, so the largest floors are those of programs that read one mark.
-Where the lists do not come out even, an incomplete segment stands at one end; it is
-never marked, and holds the item as often per list as the others.
+Where the lists do not come out even, an incomplete segment stands at one end; it is never marked, and holds the item as
+often per list as the others.
 """
 
 import itertools
+from collections import Counter
 
 from nanometa.common.keyed_random import Draws
 from nanometa.tasks.example import POINT, STOP, Draft, Maker, show
@@ -84,13 +85,14 @@ def _shortcuts(counts: list[int], segment: range, least: int, most: int) -> dict
     first, last, middle = segment[0], segment[-1], (least + most) // 2
     sizes = sorted({least, middle, most})
 
-    def most_in(lists: int) -> int:
-        return max(sum(counts[i : i + lists]) for i in range(max(1, len(counts) - lists + 1)))
+    def runs(lists: int) -> list[int]:
+        return [sum(counts[i : i + lists]) for i in range(max(1, len(counts) - lists + 1))]
 
     answers = {
         "from the count of the whole text": sum(counts),
         f"the mean count of {middle} adjacent lists": round(middle * sum(counts) / len(counts)),
-        **{f"the largest count of {n} adjacent lists": most_in(n) for n in sizes},
+        f"the most frequent count of {middle} adjacent lists": Counter(runs(middle)).most_common(1)[0][0],
+        **{f"the largest count of {n} adjacent lists": max(runs(n)) for n in sizes},
         "the count of the segment's first list": counts[first],
         "the count of the segment's last list": counts[last],
         **{f"the count of {n} lists from the first mark": sum(counts[first : first + n]) for n in sizes},

@@ -40,9 +40,12 @@ def texts(make, n, length, level="hard", split="test"):
     return [make.example(split, i, math.ceil(0.9 * length), length, (level,)) for i in range(n)]
 
 
-def beaten(cell, n):
-    """Returns the programs of a cell whose 95 % interval lies above every floor and above chance."""
-    most = max(cell.chance, *cell.floors.values())
+def beaten(cell, n, floors_vary=False):
+    """Returns the programs of a cell whose 95 % interval lies above every floor and above chance.
+
+    floors_vary: the interval must lie above that of the best floor, since among some thousand comparisons a few floors
+    are too low by chance."""
+    most = max(cell.chance, *(wilson(round(of * n), n)[1] if floors_vary else of for of in cell.floors.values()))
     return {name: share for name, share in cell.programs.items() if wilson(round(share * n), n)[0] > most}
 
 
@@ -65,10 +68,10 @@ def test_no_program_beats_the_printed_floors(gpt2, task, length):
 def test_no_program_beats_the_printed_floors_on_many_texts(gpt2, task, length, level):
     if (task, length, level) in (("segment_counting", 64, "extra_hard"), ("copying", 64, "extra_hard")):
         pytest.skip("short texts hold one or two of the largest problems")
-    n = 1000
-    cell = measure(maker(task, gpt2), level, length, n, 5000)
-    if not (task == "parity" and level in ("easy", "medium")):  # tests/test_tasks.py has their few prefixes
-        assert not beaten(cell, n)
+    n = 500
+    cell = measure(maker(task, gpt2), level, length, n, 2000)
+    if not (task == "parity" and level in ("easy", "medium")):  # their prefixes are few: see tasks/parity.py
+        assert not beaten(cell, n, floors_vary=True)
     assert cell.seen in (0, None)
 
 
@@ -91,7 +94,7 @@ def test_printed_floors_are_the_answers_of_independent_programs(gpt2, task, plac
         for example in texts(make, 6, length, level):
             draft = example.draft
             expected = shortcuts(task, gpt2.decode(example.ids), placement, make.task.SIZES[level])
-            given = {name: answer.strip() for name, answer in {**draft.shortcuts, **draft.aided}.items()}
+            given = {name: " ".join(answer.split()) for name, answer in {**draft.shortcuts, **draft.aided}.items()}
             assert {name: given[name] for name in expected} == expected
             assert given.keys() - expected.keys() <= UNCHECKED
 
@@ -121,7 +124,7 @@ def test_prefixes_of_every_length_are_split_evenly(n):
     assert [sum(number in of for number in (0, 25, 50, 75)) for of in SPLITS.values()] == [2, 1, 1]
 
 
-@pytest.mark.parametrize(("level", "length", "distinct"), [("easy", 32, 6), ("hard", 64, 350), ("long", 128, 390)])
+@pytest.mark.parametrize(("level", "length", "distinct"), [("easy", 32, 6), ("hard", 64, 250), ("long", 128, 390)])
 def test_no_prefix_occurs_in_two_splits(gpt2, level, length, distinct):
     make, seen = maker("parity", gpt2), {}
     for split in ("train/1", "val", "test"):
@@ -168,7 +171,10 @@ def test_copying_is_equally_ambiguous_at_every_length(gpt2, length, level):
         pairs = [pair for pair in itertools.pairwise(text.unmarked) if not set(pair) & {"[", "]", "\n"}]
         assert len(set(pairs)) == len(pairs) and all(first != second for first, second in pairs)
         often = Counter(Counter(free).values())
-        assert often[2] >= len(set(free)) - 1 and set(often) <= {1, 2}
+        if len(free) <= 800:
+            assert often[2] >= len(set(free)) - 1 and set(often) <= {1, 2}
+        else:
+            assert set(often) <= {2, 3}
 
 
 def test_copying_has_texts_with_more_places_than_words(gpt2):
@@ -225,7 +231,9 @@ def test_semantic_lists_that_cannot_be_are_refused(gpt2, monkeypatch):
     with pytest.raises(UserError, match="no text of level easy with 18000 to 20000 positions"):
         monkeypatch.setattr("nanometa.tasks.example.ATTEMPTS", 2)
         maker("list_recall", gpt2, semantic_lists=True).example("test", 0, 18000, 20000, ("easy",))
-    # other tasks do not change
+
+
+def test_semantic_lists_change_no_other_task(gpt2):
     for task in set(TASKS) - {"list_recall"}:
         one, other = (texts(maker(task, gpt2, semantic_lists=of), 1, 128)[0] for of in (False, True))
         assert (one.ids == other.ids).all()

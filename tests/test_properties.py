@@ -188,6 +188,11 @@ def configs(draw, cls):
     if cls is SampleConfig:
         given = st.builds(Rescale, st.sampled_from(("none", "yarn")), st.floats(1.5, 2**16), st.booleans())
         chosen["rescale"] = draw(st.just(Rescale()) | given)
+    if cls is TaskConfig:  # refused together
+        if chosen.get("loss_on") == "all":
+            chosen.pop("visible", None)
+        if chosen.get("question") == "after":
+            chosen.pop("semantic_lists", None)
     if cls is GPTConfig:
         head, size = draw(st.integers(1, 12)), 2 * draw(st.integers(1, 64))
         chosen |= {"n_head": head, "n_embd": head * size}

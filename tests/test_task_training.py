@@ -1,6 +1,8 @@
 """Tests training on tasks, and its evaluation by eval.py tasks."""
 
+import itertools
 import json
+import types
 
 import numpy as np
 import pytest
@@ -12,10 +14,13 @@ from nanometa.common.keyed_random import Draws
 from nanometa.config import GPTConfig, TaskConfig, TrainConfig
 from nanometa.config.command_line import load_config
 from nanometa.config.tasks import LEVELS, PLACEMENTS, TASKS
+from nanometa.data.layout import IGNORE
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.evals.common import facts_of
-from nanometa.evals.tasks import measure_tasks
+from nanometa.evals.tasks import measure_tasks, sentence
 from nanometa.inference.generation import MarkerPlan, generate
+from nanometa.layers.scores import Scores
+from nanometa.model import GPT
 from nanometa.report import sections_of
 from nanometa.reports.files import read
 from nanometa.tasks import example
@@ -257,14 +262,65 @@ def test_answers_are_exact_if_greedy_decoding_writes_them(workdir, bases, rule):
     run = load_run(run_dir)
     cell = measure_tasks(run, Maker("parity", "background", TaskConfig(), run.tokenizer), "easy", 48, 60)
     maker, wrote = Maker("parity", "background", TaskConfig(), run.tokenizer), []
-    plan = MarkerPlan.of_run(run, "none")
+    plan, spelled = MarkerPlan.of_run(run, "none"), []
     for i in range(60):
         example = maker.example("test", i, 44, 48, ("easy",))
         start, answer = np.flatnonzero(example.answers)[0], example.ids[example.answers].tolist()
-        ids = generate(run, example.ids[:start].tolist(), plan, len(answer), temperature=0)
-        wrote.append(list(ids) == answer)
+        ids = list(generate(run, example.ids[:start].tolist(), plan, len(answer), temperature=0))
+        wrote.append(ids == answer)
+        spelled.append(ids[:-1] == answer[:-1])
     assert cell["outcomes"] == "".join(str(int(right)) for right in wrote)
     assert 0 < cell["correct"] < 60 and cell["exact"] == cell["correct"] / 60
+    assert cell["answer_exact"] == sum(spelled) / 60 and cell["format_failures"] == sum(spelled) - sum(wrote)
+
+
+def test_a_missing_line_end_is_a_format_failure_and_not_exact(tokenizer, monkeypatch):
+    """Text 0 lacks the line end, text 1 has a wrong id, text 2 both, and the others are right."""
+    numbers = itertools.count()
+
+    def scored(model, batch):
+        targets = batch.targets.gather(1, batch.scored_index.clamp(max=batch.targets.size(1) - 1))
+        targets[batch.scored_index == batch.targets.size(1)] = IGNORE
+        right = targets != IGNORE
+        for row, number in zip(range(len(targets)), numbers, strict=False):
+            last = int(right[row].sum()) - 1
+            right[row, last] &= number not in (0, 2)
+            right[row, 0] &= number not in (1, 2)
+        return Scores(targets, torch.zeros(targets.shape), right)
+
+    monkeypatch.setattr("nanometa.evals.tasks.score_batch", scored)
+    shape = {"vocab_size": tokenizer.n_vocab, "content_vocab_size": tokenizer.n_content}
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=64, **shape))
+    run = types.SimpleNamespace(
+        model=model, tokenizer=tokenizer, folder="out/f", config=TrainConfig(model=model.cfg, target_rule="ignore")
+    )
+    cell = measure_tasks(run, Maker("copying", "none", TaskConfig(), tokenizer), "easy", 64, 8)
+    assert (cell["correct"], cell["answer_exact"], cell["format_failures"]) == (5, 6 / 8, 1)
+    assert cell["outcomes"] == "00011111" and cell["aided"]["2-gram induction, given the first word"] == 1
+    assert "(75.0% without the line end, 1 format failures)" in sentence(cell)
+    assert "format failures" not in sentence({**cell, "format_failures": 0})
+    assert "2-gram induction, given the first word 100.0%" in sentence(cell)
+
+
+def test_an_oracle_is_trained_and_evaluated_on_what_is_marked_also_at_longer_lengths(workdir, bases):
+    args = ("--max_steps=4", "--visible=marked", "--semantic_lists=True", "--placements=background", "--level=easy")
+    run_dir = tune(workdir, "tuned_oracle", bases["meta"], *args, "--train_length=192", tasks=("list_recall",))
+    result = cli("eval.py", "tasks", "--run=out/tuned_oracle", "--n=10", "--lengths", "192", "384", cwd=workdir)
+    assert result.returncode == 0, result.stderr.decode()
+    lines = [json.loads(line) for line in (run_dir / "tasks.jsonl").read_text().splitlines()]
+    assert [line["length"] for line in lines] == [192, 384] and all(line["n"] == 10 for line in lines)
+    assert all(line["visible"] == "marked" and line["semantic_lists"] is True for line in lines)
+    assert all("any item of the category" in line["floors"] for line in lines)
+    assert result.stdout.decode().count("semantic only what is marked") == 2
+    found = read((str(run_dir),), sections_of(0.0, 0.05))  # as report.py reads them
+    assert found.lines["tasks"] == lines
+    again = tune(workdir, "tuned_oracle", "resume", *args, "--train_length=192", tasks=("list_recall",))
+    assert load_run(again).config.task.visible == "marked"
+    given = [*TUNE, "--init_from=resume", "--run_name=tuned_oracle", "--train_length=192", "--level=easy",
+             "--placements=background", "--semantic_lists=True"]  # fmt: skip
+    assert "visible=all differs from visible=marked" in refusal(
+        cli("train.py", *given, "--tasks", "list_recall", cwd=workdir)
+    )
 
 
 def test_eval_tasks_writes_a_line_per_cell_and_names_impossible_cells(workdir, bases):

@@ -101,6 +101,8 @@ def _count_shortcuts(body, asked, answer, sizes):
              "the count of the segment's first list": counts[first],
              "the count of the segment's last list": counts[last],
              f"the mean count of {middle} adjacent lists": middle * sum(counts) / len(counts)}  # fmt: skip
+    runs = [sum(counts[i : i + middle]) for i in range(max(1, len(counts) - middle + 1))]
+    found[f"the most frequent count of {middle} adjacent lists"] = max(runs, key=runs.count)  # of several, the first
     for n in (least, middle, most):
         best = 0
         for i in range(len(counts)):
@@ -131,12 +133,12 @@ def _copy_shortcuts(body, asked, answer, sizes):
     words = " ".join(" ".join(line) + " ;" for line in lines).replace("@ ", "").split()
     one, two = answer.split()[:1], ["[", *answer.split()[:1]]
     while len(one) < len(answer.split()):
-        ends = [i for i, word in enumerate(words) if word == one[-1]]
+        ends = [i for i, word in enumerate(words[:-1]) if word == one[-1]]
         one.append(words[ends[-1] + 1])
         ends = [i for i in range(1, len(words)) if words[i - 1 : i + 1] == two[-2:]]
         two.append(words[ends[-1] + 1] if ends else "")
     return {"the last span": spans[-1], "the first span": spans[0],
             "the longest span": sorted(spans, key=lambda span: -len(span.split()))[0],
             "the words before the marked span": " ".join(before[-len(answer.split()) :]),
-            "1-gram induction, given the first word": " ".join(one),
+            "1-gram induction, given the first word": " ".join(word for word in one if word != ";"),
             "2-gram induction, given the first word": " ".join(two[1:])}  # fmt: skip
