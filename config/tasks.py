@@ -3,6 +3,7 @@
 Settings, reports and tests take all lists of these names from here. Each task is implemented in tasks/NAME.py.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -42,3 +43,18 @@ PLACEMENTS = {
     "background": MarkerPlacement(pointer="word", scattered=True),
 }
 Placement = Literal[tuple(PLACEMENTS)]
+
+
+def cells_of(figures: dict, tasks: Iterable[str]) -> dict[str, float]:
+    """Returns the share of exact answers of each validated cell, by its name in words.
+
+    A cell is a pair of a task and a placement, such as "copying with background"; or a task, if the run has one
+    placement or is older than the figures by placement. figures: those of tasks.source.Answers, among others.
+    A task without figures has no cell."""
+    cells = {}
+    for task in tasks:
+        names = {placement: f"exact_{task}_{placement}" for placement in PLACEMENTS}
+        placed = {f"{task} with {at}": figures[name] for at, name in names.items() if name in figures}
+        whole = {task: figures[f"exact_{task}"]} if f"exact_{task}" in figures else {}
+        cells |= placed or whole
+    return cells

@@ -17,11 +17,10 @@ from nanometa.common.errors import UserError, printable
 from nanometa.common.files import own_file, parse_json, read_json, read_json_lines
 from nanometa.config.arms import SECOND_ATTENTIONS, arm_label
 from nanometa.config.checks import similar_name
-from nanometa.config.tasks import TASKS
+from nanometa.config.tasks import TASKS, cells_of
 from nanometa.reports.drawing import COLOURS, DASHES, GREY, arm_looks, key, legend, png, wrapped
 from nanometa.reports.lines import NUMBER, apart, check_numbers, told_apart
 from nanometa.reports.markup import details, escaped, percent, table
-from nanometa.tasks.source import cells_of
 
 METRICS, CONFIG = "metrics.jsonl", "config.json"
 # what is shown of config.json; a run of an earlier version may lack any of it
@@ -344,7 +343,8 @@ is not known. MFU is given where the peak of the accelerator is known.</p>
 
 def reached(run: Metrics) -> str:
     """Returns the main figures of a run's last evaluation as text."""
-    shares = [f"{task.replace('_', ' ')} {percent(run.last[f'exact_{task}'])} %" for task in run.tasks]
+    shares = [f"{task.replace('_', ' ')} {percent(run.last[name])} %" for task in run.tasks
+              if (name := f"exact_{task}") in run.last]  # fmt: skip
     cells = cells_of(run.last, run.tasks)
     if len(cells) > len(shares):
         lowest = min(cells, key=cells.get)

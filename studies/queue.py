@@ -6,7 +6,6 @@ machine needs to go on with the remaining cells.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -38,6 +37,8 @@ class Queue:
         started, and running ones are interrupted; None = never.
 
         Raises UserError if another queue works in the same folder, or if a line of the file is damaged."""
+        if os.name == "nt":
+            raise UserError("a study needs Linux or macOS, because its queue follows processes as Windows cannot.")
         self.plan, self.lines_file, self.work = plan, lines, out_dir / plan.name
         self.workers, self.threads = workers, threads
         self.ends_at = None if stop_after_s is None else time.monotonic() + stop_after_s
@@ -86,6 +87,8 @@ class Queue:
         """Waits for commands of an earlier queue that was killed. Returns an open file, which is locked.
 
         Every command inherits the file. The lock ends when the queue and all its commands have ended."""
+        import fcntl  # not on Windows
+
         file = open(self.work / ".running", "a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,14 +6,12 @@ TaskWindows has the interface of data.loader.Windows: each of its windows is one
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 from nanometa.common.errors import UserError
 from nanometa.config import TaskConfig, TrainConfig
-from nanometa.config.tasks import PLACEMENTS
 from nanometa.data.layout import Batch, batch_of, connected_positions, draw_of, layout_of, targets_of
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.tasks.curriculum import MULTIPLE, SHORTEST, Curriculum
@@ -194,19 +192,6 @@ class Answers:
                 if n:
                     found[f"exact_{task}_{placement}"] = exact / n
         return found
-
-
-def cells_of(figures: dict, tasks: Iterable[str]) -> dict[str, float]:
-    """Returns the share of exact answers of each validated cell, by its name in words.
-
-    A cell is a pair of a task and a placement, such as "copying with background"; or a task, if the run has one
-    placement or is older than the figures by placement. figures: those of Answers, among others."""
-    cells = {}
-    for task in tasks:
-        names = {placement: f"exact_{task}_{placement}" for placement in PLACEMENTS}
-        placed = {f"{task} with {at}": figures[name] for at, name in names.items() if name in figures}
-        cells |= placed or {task: figures[f"exact_{task}"]}
-    return cells
 
 
 def count_right(targets: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,7 @@ TESTS = {
     "tasks/parity.py": "test_tasks test_floors",
     "tasks/segment_counting.py": "test_tasks test_floors",
     "tasks/source.py": "test_tasks test_task_training",
+    "tasks/word_text.py": "test_word_text",
     "tasks/words.py": "test_tasks",
     "evals/perplexity.py": "test_perplexity test_documents",
 }

@@ -72,8 +72,8 @@ def test_a_bool_setting_needs_no_value():
         "dry_run",
         "allow_changed_data",
         "skip_spikes",
-        "shuffle_answers",
         "semantic_lists",
+        "shuffle_answers",
     ]
 
 

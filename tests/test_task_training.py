@@ -13,7 +13,7 @@ from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import Draws
 from nanometa.config import GPTConfig, TaskConfig, TrainConfig
 from nanometa.config.command_line import load_config
-from nanometa.config.tasks import LEVELS, PLACEMENTS, TASKS
+from nanometa.config.tasks import LEVELS, PLACEMENTS, TASKS, cells_of
 from nanometa.data.layout import IGNORE
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.evals.common import facts_of
@@ -25,7 +25,7 @@ from nanometa.report import sections_of
 from nanometa.reports.files import read
 from nanometa.tasks import example
 from nanometa.tasks.example import Maker
-from nanometa.tasks.source import Answers, TaskWindows, cells_of
+from nanometa.tasks.source import Answers, TaskWindows
 from nanometa.train import main as train_main
 from nanometa.training import messages
 from nanometa.training.base_run import base_of, with_base

@@ -1,7 +1,7 @@
 """Decides after which step a run ends: after max_steps, or earlier once its answers are exact enough (--stop_at)."""
 
 from nanometa.config import TrainConfig
-from nanometa.tasks.source import cells_of
+from nanometa.config.tasks import cells_of
 from nanometa.training.optimizer import decay_of, learning_rate
 
 

@@ -2,9 +2,10 @@
 
 from nanometa.config import TrainConfig
 from nanometa.config.checks import flat
+from nanometa.config.tasks import cells_of
 from nanometa.data.loader import Windows
 from nanometa.model import GPT
-from nanometa.tasks.source import TaskWindows, cells_of
+from nanometa.tasks.source import TaskWindows
 from nanometa.tasks.words import tokens_per_item
 
 # These are not listed: the line starts with the first, and the tokenizer decides the others.
