@@ -85,8 +85,8 @@ def report(cfg: ReportStudy) -> None:
     text = table(plan, results)
     write(text)
     for target, content in (
-        (path.with_name("verdicts.md"), text.encode()),
-        (path.with_suffix(".png"), picture(plan, results)),
+        (path.with_name(f"{plan.name}.md"), text.encode()),
+        (path.with_name(f"{plan.name}.png"), picture(plan, results)),
     ):
         write_atomically(target, content)
         write_line(str(target))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanometa.common.statistics import decide, holm, mean_p, seed_difference
+from nanometa.config.tasks import cells_of
 from nanometa.reports.study_picture import study_picture
 from nanometa.studies.plan import Plan
 
@@ -56,6 +57,9 @@ class Results:
     comparisons: list[Comparison]
     cells: list[tuple[str, str, str, int, float, float, float, int]]
     """contrast, task, placement, length, mean difference, interval, number of pairs: descriptive"""
+    earlier: list[tuple[str, str, str, int, float, float]]
+    """stage, arm, variant, runs, mean steps until the accuracy of stop_at, mean of the lowest validated cell, for the
+    stages before the deciding one; a run that did not reach the accuracy counts with its last step"""
     warnings: list[str]
 
 
@@ -113,7 +117,9 @@ def analyse(plan: Plan, lines: list[dict]) -> Results:
             row.verdict = decide(row.low, row.high, row.holm, row.effect, row.margin)
             if gate and not gate.verdict.startswith("holds") and row.unit == "points":
                 row.verdict = INSENSITIVE
-    return Results(finished, planned, curves, gate, comparisons, by_cell(plan, mine), warnings_of(lines))
+    return Results(
+        finished, planned, curves, gate, comparisons, by_cell(plan, mine), before(plan, lines), warnings_of(lines)
+    )
 
 
 def compare(
@@ -176,6 +182,24 @@ def by_cell(plan: Plan, mine: dict) -> list[tuple]:
             if len(seeds) >= 2:
                 interval = seed_difference(*([of[seed] for seed in seeds] for of in values))
                 rows.append((entry["name"], task, placement, length, *interval, len(seeds)))
+    return rows
+
+
+def before(plan: Plan, lines: list[dict]) -> list[tuple]:
+    """Returns what the runs of the stages before the deciding one show about learning at the trained length.
+
+    Learning rates are chosen by these figures, which come from validation texts of the trained length alone."""
+    rows = []
+    for stage in plan.stages.values():
+        for arm, variant in itertools.product(stage.arms, stage.variants):
+            found = [
+                line["finetuning"] for line in lines
+                if (line["stage"], line["arm"], line["variant"]) == (stage.name, arm, variant)
+            ]  # fmt: skip
+            if found and stage.name != plan.analysis["stage"]:
+                steps = np.mean([one["reached_at"] or one["step"] for one in found])
+                lowest = np.mean([min(cells_of(one, plan.analysis["tasks"]).values()) for one in found])
+                rows.append((stage.name, arm, variant, len(found), float(steps), float(lowest)))
     return rows
 
 
@@ -246,6 +270,14 @@ def table(plan: Plan, results: Results) -> str:
         for name, task, placement, length, mean, low, high, n in results.cells:
             shown = f"{figure(mean, 'points')} ({figure(low, 'points')} .. {figure(high, 'points')})"
             out.append(f"| {name} | {task} | {placement} | {length} | {shown} | {n} |")
+    if results.earlier:
+        out += ["", "Stages before, on validation texts of the trained length alone:", ""]
+        out += [
+            "| stage | arm | variant | runs | steps until stop_at | lowest cell at the end |",
+            "|---|---|---|---|---|---|",
+        ]
+        for stage, arm, variant, runs, steps, lowest in results.earlier:
+            out.append(f"| {stage} | {arm} | {variant} | {runs} | {steps:,.0f} | {100 * lowest:.1f} % |")
     out += ["", *results.warnings]
     return "\n".join(out).rstrip() + "\n"
 

@@ -11,7 +11,8 @@ The tables of a plan:
                   without meta-tokens
     [stages.X]    arms, seeds, and optionally fewer = {arm = number of its seeds}, and variants = {name = arguments of
                   the fine-tuning}
-    [sizes.X]     a smaller study, to test its machinery: stages, the number of seeds, and arguments
+    [sizes.X]     a smaller study, to test its machinery: stages, the number of seeds, and arguments; its lines are
+                  in out/NAME_X
     [analysis]    endpoint, gate, contrasts and margins (studies/analysis.py)
 
 A cell is one arm with one seed in one stage. Each cell is a series of ordinary commands: train.py twice (pretraining
@@ -158,10 +159,9 @@ def _plan(path: Path, raw: dict, size: str) -> Plan:
         if name not in arms:
             raise UserError(f"{path} names the arm {name!r}: {nearest_name(name, list(arms))}")
     depends = json.dumps([settings, {name: vars(arm) for name, arm in arms.items()}], sort_keys=True)
-    lines = Path(study["lines"])
+    name = f"{study['name']}_{size}" if size else study["name"]
     return Plan(
-        path, study["name"] + (f"_{size}" if size else ""), study["question"],
-        lines.with_stem(f"{lines.stem}_{size}") if size else lines,
+        path, name, study["question"], Path("out", name, "lines.jsonl") if size else Path(study["lines"]),
         {name: tuple(commands) for name, commands in raw["prepare"].items()},
         settings, arms, stages, tuple(ablated), raw["analysis"],
         hashlib.sha256(depends.encode()).hexdigest()[:16],

@@ -107,7 +107,10 @@ def test_a_size_shrinks_the_study_under_another_name(plan_file):
     whole, small = read_plan(str(plan_file)), read_plan(str(plan_file), "small")
     assert [cell.key for cell in small.cells()] == [f"deciding/{arm}/1" for arm in "MPOG"]
     assert small.settings["pretrain"] == ("--steps=1",) and small.settings["finetune"] == whole.settings["finetune"]
-    assert (small.name, str(small.lines)) == ("fake_small", "lines_small.jsonl") and small.sha256 != whole.sha256
+    assert (small.name, small.lines) == (
+        "fake_small",
+        Path("out/fake_small/lines.jsonl"),
+    ) and small.sha256 != whole.sha256
 
 
 def test_of_a_setting_given_twice_the_later_one_counts():
@@ -328,6 +331,17 @@ def test_there_is_no_verdict_before_all_runs_are_in(plan):
     assert set(verdicts(plan, lines).values()) == {WAITING}
 
 
+def test_stages_before_the_deciding_one_show_validation_at_the_trained_length(plan):
+    lines = invented(plan, {}, seeds=range(1, 9))
+    assert analyse(plan, lines).earlier == []
+    for variant, reached in (("low", 100), ("high", None)):
+        tuned = {"step": 300, "reached_at": reached, "exact_copying_target": 0.9, "exact_copying_background": 0.8}
+        lines.append({**lines[0], "stage": "tuning", "variant": variant, "finetuning": tuned, "seed": 7})
+    rows = analyse(plan, lines).earlier
+    assert rows == [("tuning", "M", "low", 1, 100.0, 0.8), ("tuning", "M", "high", 1, 300.0, 0.8)]
+    assert "| tuning | M | high | 1 | 300 | 80.0 % |" in table(plan, analyse(plan, lines))
+
+
 def test_too_much_noise_is_undecided(plan):
     assert verdicts(plan, invented(plan, {"O": 0.4}, noise=0.2, seeds=range(1, 9)))["H3"] == "undecided"
 
@@ -370,5 +384,5 @@ def test_the_report_writes_a_table_and_a_picture(plan, plan_file, tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in invented(plan, {"O": 0.3}, seeds=range(1, 9))))
     result = cli("study.py", "report", str(plan_file), f"--output={path}", cwd=tmp_path)
     assert result.returncode == 0, result.stderr.decode()
-    assert (tmp_path / "verdicts.md").read_text() in result.stdout.decode()
-    assert (tmp_path / "lines.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "fake.md").read_text() in result.stdout.decode()
+    assert (tmp_path / "fake.png").read_bytes().startswith(b"\x89PNG")
