@@ -60,7 +60,7 @@ DEADLINE ?= 300
 gpu: install
 	$(RUN) -m nanometa.benches.gpu --deadline=$(DEADLINE) $(if $(NANOGPT),--nanogpt=$(NANOGPT))
 
-# Runs the study of docs/study.md, about 12 hours on 2 cores, and continues after any interruption. SIZE=minutes tests
+# Runs the study of docs/study.md, about 7 hours on 2 cores, and continues after any interruption. SIZE=minutes tests
 # its machinery with tiny models. The report is made from the runs that are finished.
 WORKERS ?= 2
 study: install
