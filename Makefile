@@ -61,7 +61,7 @@ gpu: install
 	$(RUN) -m nanometa.benches.gpu --deadline=$(DEADLINE) $(if $(NANOGPT),--nanogpt=$(NANOGPT))
 
 # Runs the study of docs/study.md, about 7 hours on 2 cores, and continues after any interruption. SIZE=minutes tests
-# its machinery with tiny models. The report is made from the runs that are finished.
+# its machinery with runs of 20 steps. The report is made from the runs that are finished.
 WORKERS ?= 2
 study: install
 	nice $(RUN) study.py run studies/meta_tokens.toml --workers=$(WORKERS) $(if $(SIZE),--size=$(SIZE))

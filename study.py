@@ -2,7 +2,7 @@
 
     python study.py run studies/meta_tokens.toml --workers=2      # continues after any interruption
     python study.py report studies/meta_tokens.toml               # verdict table and figure from the finished lines
-    python study.py run studies/meta_tokens.toml --size=minutes   # the same with tiny models, to test the machinery
+    python study.py run studies/meta_tokens.toml --size=minutes   # the same with 20 steps a run, as a test
 
 The plan states arms, seeds, endpoints and margins before any result (studies/plan.py describes the file). To pause a
 queue, for example during a timing, send SIGSTOP to its process group, and later SIGCONT.

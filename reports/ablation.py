@@ -114,6 +114,7 @@ def _differences(figure, lines: list[dict]) -> None:
             axes.hlines(y, *(scale * end for end in line[f"{name}_interval"]), color=style["color"], linewidth=1.6)
             axes.plot(scale * line[name], y, **style)
         axes.set_xlabel(label)
+        axes.locator_params(axis="x", nbins=4)
     grid[0].set_yticks(range(len(lines)), [line["condition"].replace("_", " ") for line in lines])
     grid[0].set_ylim(len(lines) - 0.5, -0.5)
 

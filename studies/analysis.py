@@ -232,12 +232,13 @@ def interval(row: Comparison) -> str:
 def table(plan: Plan, results: Results) -> str:
     """Returns the verdicts as Markdown."""
     how = plan.analysis
-    head = ["", "claim", "difference", "pairs", "margin", "p (Holm)", "verdict", "matched pairs only"]
+    head = ["", "claim", "difference", "pairs", "margin", "p", "verdict", "matched pairs only"]
     out = [
         f"# {plan.question}",
         "",
         f"{results.finished} of {results.planned} planned runs of the stage {how['stage']} are in. Differences are "
-        f"paired by seed, with 95 % intervals over seeds (Student's t); Holm's p covers the contrasts of the endpoint.",
+        f"paired by seed, with 95 % intervals over seeds (Student's t); p of the contrasts of the "
+        f"endpoint is Holm's.",
         "",
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",
@@ -250,6 +251,7 @@ def table(plan: Plan, results: Results) -> str:
         )  # fmt: skip
         p = "" if row.holm is None else f"{row.holm:.3f}"
         unit = "" if row.unit == "points" else f" {row.unit}"
+        unit = "" if row.p is None else unit
         out.append(
             f"| {row.name} | {row.claim} | {interval(row)}{unit} | {len(row.seeds)} | {margin} | {p} | {row.verdict} | "
             f"{matched} |"
@@ -294,6 +296,7 @@ def picture(plan: Plan, results: Results) -> bytes:
     rows = [
         {
             "name": f"{row.name}: {row.claim}", "verdict": row.verdict, "margin": 100 * row.margin,
+            "above": 100 * row.effect,
             "differences": [100 * value for value in row.differences],
             **{name: None if row.p is None else 100 * getattr(row, name) for name in ("mean", "low", "high")},
         }

@@ -88,9 +88,11 @@ def train(work: Path, name: str, arguments: list[str], base: str, run: Run) -> N
     """Trains a run to its end. base: the value of init_from if the run has no checkpoint yet."""
     command = ["train.py", *words(arguments), f"--run_name={name}"]
     step = Step(work, name, [*command, f"--init_from={base}"])
-    if step.finished():
-        return
     started = any((work / name).glob("step_*"))
+    if started and step.finished():
+        return
+    for old in (work / "done").glob(f"{name}_*.json"):
+        old.unlink()  # what was measured on an earlier run of this name
     if not started:
         shutil.rmtree(work / name, ignore_errors=True)  # a start that was killed before its first checkpoint
     run(name, [*command, "--init_from=resume" if started else f"--init_from={base}"])
@@ -104,7 +106,7 @@ def measure(work: Path, name: str, program: str, arguments: list[str], run_name:
     output = work / f"{name}.jsonl"
     command = [program, *words(arguments), f"--run={work / run_name}", f"--output={output}"]
     step = Step(work, name, command)
-    if step.finished():
+    if output.is_file() and step.finished():
         return
     output.unlink(missing_ok=True)  # lines of a call that was interrupted
     run(name, command)
@@ -143,14 +145,16 @@ def lines_of(path: Path) -> list[dict]:
 
 def environment_of(*folders: Path) -> dict:
     """Returns the commit, the machine and the data of training runs. Raises UserError if the runs differ in them."""
-    found = []
+    found, changed = [], False
     for folder in folders:
         saved = json.loads((folder / "config.json").read_text())
-        names = ("commit", "uncommitted_changes", "processor", "cpu_capability", "threads", "torch")
+        names = ("commit", "processor", "cpu_capability", "threads", "torch")
         found.append({name: saved["environment"][name] for name in names} | {"data": saved["data"]["content_sha256"]})
-    if any(one != found[0] for one in found):
-        raise UserError(
-            f"{folders[0]} and {folders[1]} were trained by different commits, on different machines or on different "
-            f"data: delete both folders, so that the cell starts again."
-        )
-    return found[0]
+        changed |= saved["environment"]["uncommitted_changes"]
+    for name in found[0]:
+        if any(one[name] != found[0][name] for one in found):
+            raise UserError(
+                f"{' and '.join(map(str, folders))} differ in {name} ({', '.join(str(one[name]) for one in found)}): "
+                f"delete these folders, so that the cell starts again."
+            )
+    return {**found[0], "uncommitted_changes": changed}

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from nanometa.common.errors import UserError
 from nanometa.config.checks import nearest_name
+from nanometa.config.tasks import PLACEMENTS, TASKS
 
 SETTINGS = ("pretrain", "finetune", "tasks", "probe_text", "probe_tasks")
 
@@ -127,7 +128,9 @@ def _plan(path: Path, raw: dict, size: str) -> Plan:
     study, smaller = raw["study"], {}
     if size:
         if size not in raw.get("sizes", {}):
-            raise UserError(f"{path} has no size {size!r}: {nearest_name(size, list(raw.get('sizes', {})))}")
+            sizes = list(raw.get("sizes", {}))
+            cure = nearest_name(size, sizes) if sizes else "it defines none; leave --size out."
+            raise UserError(f"{path} has no size {size!r}: {cure}")
         smaller = raw["sizes"][size]
         _refuse_unknown(path, smaller, (*SETTINGS, "stages", "seeds"))
     _refuse_unknown(path, raw["settings"], (*SETTINGS, "ablated"))
@@ -147,6 +150,8 @@ def _plan(path: Path, raw: dict, size: str) -> Plan:
         _refuse_unknown(path, stage, ("arms", "seeds", "fewer", "variants"))
         variants = {label: tuple(values) for label, values in stage.get("variants", {"": ()}).items()}
         seeds = tuple(stage["seeds"])[: smaller.get("seeds")]
+        if not all(type(seed) is int for seed in stage["seeds"]):
+            raise UserError(f"{path} has seeds={stage['seeds']!r} in stage {name}: give a list of whole numbers.")
         if len(set(seeds)) < len(seeds):
             raise UserError(f"{path} names a seed of stage {name} twice: name each once.")
         stages[name] = Stage(name, tuple(stage["arms"]), seeds, dict(stage.get("fewer", {})), variants)
@@ -158,6 +163,7 @@ def _plan(path: Path, raw: dict, size: str) -> Plan:
     ]:
         if name not in arms:
             raise UserError(f"{path} names the arm {name!r}: {nearest_name(name, list(arms))}")
+    _check_analysis(path, raw["analysis"], arms, raw["stages"])
     depends = json.dumps([settings, {name: vars(arm) for name, arm in arms.items()}], sort_keys=True)
     name = f"{study['name']}_{size}" if size else study["name"]
     return Plan(
@@ -166,6 +172,63 @@ def _plan(path: Path, raw: dict, size: str) -> Plan:
         settings, arms, stages, tuple(ablated), raw["analysis"],
         hashlib.sha256(depends.encode()).hexdigest()[:16],
     )  # fmt: skip
+
+
+CONTRAST = {"name": str, "claim": str, "first": str, "second": str}
+ABLATION = {
+    "name": str,
+    "claim": str,
+    "arm": str,
+    "of": str,
+    "where": dict,
+    "figure": str,
+    "unit": str,
+    "margin": float,
+}
+TABLES = {  # of [analysis]: the entries of each, with their types
+    "gate": CONTRAST | {"length": int, "above": float},
+    "contrasts": CONTRAST,
+    "bits": CONTRAST | {"margin": float},
+    "ablations": ABLATION,
+}
+ANALYSIS = {"stage": str, "tasks": list, "placements": list, "lengths": list, "length": int, "margin": float}
+
+
+def _check_analysis(path: Path, analysis: dict, arms: dict[str, Arm], stages: dict) -> None:
+    """Raises UserError for an entry of [analysis] that is missing, unknown or of a wrong type, and for an unknown name,
+    so that this is known before the first run."""
+    _check_entries(path, "[analysis]", {k: v for k, v in analysis.items() if k not in TABLES}, ANALYSIS)
+    _refuse_unknown(path, analysis, (*ANALYSIS, *TABLES))
+    if analysis["stage"] not in stages:
+        raise UserError(f"{path} analyses stage {analysis['stage']!r}: {nearest_name(analysis['stage'], list(stages))}")
+    for name, known in (("tasks", TASKS), ("placements", PLACEMENTS)):
+        for value in analysis[name]:
+            if value not in known:
+                raise UserError(f"{path} names {value!r} in {name} of [analysis]: {nearest_name(value, list(known))}")
+    gate = [analysis["gate"]] if "gate" in analysis else []
+    for length in [analysis["length"], *(entry.get("length") for entry in gate)]:
+        if length not in analysis["lengths"]:
+            raise UserError(f"{path} has length={length} in [analysis], which is none of lengths: add it there.")
+    for table, entries in TABLES.items():
+        for entry in gate if table == "gate" else analysis.get(table, []):
+            where = f"[analysis.{table}]"
+            _check_entries(path, where, entry, entries)
+            for side in ("first", "second", "arm"):
+                if side in entry and entry[side] not in arms:
+                    raise UserError(
+                        f"{path} names the arm {entry[side]!r} in {where}: {nearest_name(entry[side], list(arms))}"
+                    )
+
+
+def _check_entries(path: Path, where: str, table: dict, entries: dict[str, type]) -> None:
+    _refuse_unknown(path, table, tuple(entries))
+    for name, kind in entries.items():
+        if name not in table:
+            raise UserError(f"{path} lacks {name} in {where}: add it.")
+        if not isinstance(table[name], (int, float) if kind is float else kind):
+            raise UserError(
+                f"{path} has {name}={table[name]!r} in {where}, which has a wrong type: see studies/plan.py."
+            )
 
 
 def joined(first, second) -> tuple[str, ...]:

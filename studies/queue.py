@@ -80,7 +80,8 @@ class Queue:
             f"{len(self.cells) - left} of {len(self.cells)} cells are finished; their lines are in {self.lines_file}"
         )
         if self.failed:
-            raise UserError(f"{len(self.failed)} cells failed: {'; '.join(self.failed)}")
+            cells = "1 cell" if len(self.failed) == 1 else f"{len(self.failed)} cells"
+            raise UserError(f"{cells} failed: {'; '.join(self.failed)}")
         return left == 0
 
     def _wait_for_orphans(self) -> IO:
@@ -107,6 +108,7 @@ class Queue:
         for name, commands in self.plan.prepare.items():
             manifest = ROOT / "data" / name / "manifest.json"
             if not manifest.exists():
+                self.say(f"preparing {manifest.parent}")
                 for command in commands:
                     self._command(f"prepare_{name}", command.split())
             elif (made_by := read_json(manifest)["command"]) != commands[-1]:
@@ -135,6 +137,7 @@ class Queue:
 
     def _finish(self, cell: Cell) -> None:
         """Runs a cell and appends its line."""
+        self.say(f"{cell.key}: started")
         started, used = time.monotonic(), {}
 
         def run(name: str, command: list[str]) -> None:

@@ -384,7 +384,7 @@ def main(argv: list[str]) -> None:
             for name, value in cell.programs.items()
             if wilson(round(value * args.n), args.n)[0] > max(cell.chance, *cell.floors.values())
         ]
-        write_line(f"above every floor: {', '.join(beaten) or 'none'}")
+        write_line(f"above the largest floor by more than the 95 % interval: {', '.join(beaten) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -248,7 +248,10 @@ def test_the_command_prints_programs_beside_floors(capsys):
     for name in (*PROGRAMS["copying"], *PROGRAMS["parity"], "floor: the last span", "floor: the first bit"):
         assert f"| {name} | " in shown
     assert "| told the first word: 2-gram induction | 100.0 |" in shown
-    assert "| test texts whose prefix occurs in training | 0.0 |" in shown and "above every floor: " in shown
+    assert (
+        "| test texts whose prefix occurs in training | 0.0 |" in shown
+        and "above the largest floor by more than the 95 % interval: " in shown
+    )
     for argv, said in (
         (["--n", "0"], "--n=0 is out of range"),
         (["--semantic", "--tasks", "parity"], "--semantic has no effect without list_recall"),

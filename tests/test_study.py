@@ -132,6 +132,14 @@ def test_an_arm_without_markers_reads_each_placement_once(plan_file):
         ("seeds = [1, 2, 3]", "seeds = [1, 1]", "names a seed of stage deciding twice"),
         ('label = "meta"\n', "", "has no entry 'label'"),
         ('name = "fake"', "name = ", "cannot be read"),
+        ("seeds = [7]", 'seeds = "7"', "has seeds='7' in stage tuning"),
+        ('first = "M"', 'first = "Q"', r"names the arm 'Q' in \[analysis.contrasts\]"),
+        ('claim = "M - P", ', "", r"lacks claim in \[analysis.contrasts\]"),
+        ("\nmargin = 0.05", "\nmargn = 0.05", "unknown entry 'margn'"),
+        ("\nmargin = 0.05", '\nmargin = "5"', "has margin='5'"),
+        ("lengths = [128, 256, 512]", "lengths = [128, 512]", "length=256"),
+        ('tasks = ["copying"]', 'tasks = ["copy"]', "names 'copy' in tasks"),
+        ('stage = "deciding"', 'stage = "decide"', "analyses stage 'decide'"),
     ],
 )
 def test_a_faulty_plan_is_refused_in_one_sentence(plan_file, old, new, sentence):
@@ -246,6 +254,24 @@ def test_a_line_that_a_kill_cut_short_is_written_again(plan_file, commands, tmp_
     path = tmp_path / "out/lines.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     assert len({line["cell"] for line in run_queue(plan, tmp_path)}) == 13
+
+
+def test_a_cell_whose_folders_were_deleted_starts_again(plan_file, commands, tmp_path):
+    plan = read_plan(str(plan_file))
+    expected = run_queue(plan, tmp_path)
+    for path in (tmp_path / "out/fake").glob("*_M_*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    kept = [line for line in expected if not (line["arm"] == "M" and line["seed"] == 1)]
+    (tmp_path / "out/lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    assert comparable(run_queue(plan, tmp_path)) == comparable(expected)
+
+
+def test_runs_that_differ_are_named_with_the_difference(plan_file, commands, tmp_path):
+    plan = read_plan(str(plan_file))
+    with pytest.raises(UserError, match="13 cells failed: .* differ in commit"):
+        script = (commands / "train.py").read_text()
+        (commands / "train.py").write_text(script.replace('"commit": "c"', '"commit": str(time.time())'))
+        run_queue(plan, tmp_path)
 
 
 def test_a_failed_command_is_named_and_the_other_cells_are_finished(plan_file, commands, tmp_path):
