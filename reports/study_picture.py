@@ -9,7 +9,7 @@ from nanometa.reports.drawing import COLOURS, GREY, LIGHT, png
 
 CAPTION = """Left: a small dot is a run, its mean share of exact answers over tasks and placements; lines join the means
 of an arm. Arms are shifted sideways. Right: a grey dot is the difference of two runs of one seed, the diamond their
-mean, the bar its 95 % interval. Grey band: margin within which arms count as equal. Dashed: what the gate must exceed."""
+mean, the bar its 95 % interval. Grey band: margin within which arms are equal. Dashed: what the gate must exceed."""
 
 
 def study_picture(curves: dict[str, dict[int, dict[int, float]]], rows: list[dict], title: str) -> bytes:
