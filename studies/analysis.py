@@ -206,7 +206,7 @@ def before(plan: Plan, lines: list[dict]) -> list[tuple]:
 def warnings_of(lines: list[dict]) -> list[str]:
     """Returns a sentence for everything in which lines differ although they should not."""
     out = []
-    for name in ("plan", "commit", "processor", "threads", "torch", "data"):
+    for name in ("commit", "processor", "threads", "torch", "data"):
         values = {repr(line[name]) for line in lines}
         if len(values) > 1:
             out.append(f"The lines have {len(values)} different values of {name}.")

@@ -4,6 +4,7 @@ Every step is an ordinary command of this repository. A step that was finished b
 run that was interrupted continues from its last checkpoint.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -50,18 +51,14 @@ def run_cell(plan: Plan, cell: Cell, work: Path, run: Run) -> dict:
     Raises UserError if a command fails, and Interrupted if the queue stops."""
     first, second = pretraining(cell), finetuning(cell)
     seed = [f"--seed={cell.seed}", f"--out_dir={work}", "--wandb=disabled"]
-    base = plan.arms[cell.arm.weights_of]
-
-    train(work, first, [*joined(plan.settings["pretrain"], base.pretrain), *seed], "scratch", run)
-    ablated = cell.arm.name in plan.ablated
+    of, ablated = arguments_of(plan, cell), cell.arm.name in plan.ablated
+    train(work, first, [*of["pretrain"], *seed], "scratch", run)
     if ablated:
-        measure(work, f"{first}_ablation", "probe.py", ["ablation", *plan.settings["probe_text"]], first, run)
-    arguments = joined(joined(plan.settings["finetune"], cell.arm.finetune), cell.stage.variants[cell.variant])
-    train(work, second, placed(cell, [*arguments, *seed]), str(work / first), run)
-    measure(work, f"{second}_tasks", "eval.py", placed(cell, ["tasks", *plan.settings["tasks"]]), second, run)
+        measure(work, f"{first}_ablation", "probe.py", of["probe_text"], first, run)
+    train(work, second, [*of["finetune"], *seed], str(work / first), run)
+    measure(work, f"{second}_tasks", "eval.py", of["tasks"], second, run)
     if ablated:
-        arguments = placed(cell, ["ablation", *plan.settings["probe_tasks"]])
-        measure(work, f"{second}_ablation", "probe.py", arguments, second, run)
+        measure(work, f"{second}_ablation", "probe.py", of["probe_tasks"], second, run)
     return {
         "pretraining": training_figures(work / first),
         "finetuning": training_figures(work / second),
@@ -70,6 +67,26 @@ def run_cell(plan: Plan, cell: Cell, work: Path, run: Run) -> dict:
         "task_ablation": lines_of(work / f"{second}_ablation.jsonl") if ablated else [],
         **environment_of(work / second, work / first),
     }
+
+
+def arguments_of(plan: Plan, cell: Cell) -> dict[str, list[str]]:
+    """Returns the arguments of each command of a cell, without those that name its seed and its folders."""
+    shared, arm, base = plan.settings, cell.arm, plan.arms[cell.arm.weights_of]
+    tuned = joined(joined(shared["finetune"], arm.finetune), cell.stage.variants[cell.variant])
+    arguments = {
+        "pretrain": joined(shared["pretrain"], base.pretrain),
+        "finetune": tuned,
+        "tasks": ("tasks", *shared["tasks"]),
+    }
+    if arm.name in plan.ablated:
+        arguments |= {name: ("ablation", *shared[name]) for name in ("probe_text", "probe_tasks")}
+    return {name: placed(cell, list(values)) for name, values in arguments.items()}
+
+
+def fingerprint(plan: Plan, cell: Cell) -> str:
+    """Returns a hash of everything in the plan that the figures of a cell depend on."""
+    depends = json.dumps([plan.prepare, arguments_of(plan, cell)], sort_keys=True)
+    return hashlib.sha256(depends.encode()).hexdigest()[:16]
 
 
 def placed(cell: Cell, arguments: list[str]) -> list[str]:
@@ -144,12 +161,15 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def environment_of(*folders: Path) -> dict:
-    """Returns the commit, the machine and the data of training runs. Raises UserError if the runs differ in them."""
-    found, changed = [], False
+    """Returns the commits, the machine and the data of the training runs of a cell.
+
+    Raises UserError if the runs differ in the machine or the data."""
+    found, commits, changed = [], [], False
     for folder in folders:
         saved = json.loads((folder / "config.json").read_text())
-        names = ("commit", "processor", "cpu_capability", "threads", "torch")
+        names = ("processor", "cpu_capability", "threads", "torch")
         found.append({name: saved["environment"][name] for name in names} | {"data": saved["data"]["content_sha256"]})
+        commits.append(saved["environment"]["commit"])
         changed |= saved["environment"]["uncommitted_changes"]
     for name in found[0]:
         if any(one[name] != found[0][name] for one in found):
@@ -157,4 +177,4 @@ def environment_of(*folders: Path) -> dict:
                 f"{' and '.join(map(str, folders))} differ in {name} ({', '.join(str(one[name]) for one in found)}): "
                 f"delete these folders, so that the cell starts again."
             )
-    return {**found[0], "uncommitted_changes": changed}
+    return {**found[0], "commit": " and ".join(dict.fromkeys(commits)), "uncommitted_changes": changed}

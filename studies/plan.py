@@ -19,8 +19,6 @@ A cell is one arm with one seed in one stage. Each cell is a series of ordinary 
 and fine-tuning), eval.py and probe.py.
 """
 
-import hashlib
-import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +88,6 @@ class Plan:
     ablated: tuple[str, ...]
     """the arms that probe.py ablation measures, after pretraining and after fine-tuning"""
     analysis: dict
-    sha256: str
-    """hash of everything in the plan that a cell's result depends on: settings and arms"""
 
     def cells(self) -> list[Cell]:
         """Returns all cells in the order of work: stage by stage, all arms of a seed together."""
@@ -164,13 +160,11 @@ def _plan(path: Path, raw: dict, size: str) -> Plan:
         if name not in arms:
             raise UserError(f"{path} names the arm {name!r}: {nearest_name(name, list(arms))}")
     _check_analysis(path, raw["analysis"], arms, raw["stages"])
-    depends = json.dumps([settings, {name: vars(arm) for name, arm in arms.items()}], sort_keys=True)
     name = f"{study['name']}_{size}" if size else study["name"]
     return Plan(
         path, name, study["question"], Path("out", name, "lines.jsonl") if size else Path(study["lines"]),
         {name: tuple(commands) for name, commands in raw["prepare"].items()},
         settings, arms, stages, tuple(ablated), raw["analysis"],
-        hashlib.sha256(depends.encode()).hexdigest()[:16],
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from typing import IO
 from nanometa.common.errors import UserError
 from nanometa.common.files import lock_folder, read_json, read_json_lines, remove, sync
 from nanometa.common.terminal import write_line
-from nanometa.studies.cell import Interrupted, finetuning, pretraining, run_cell
+from nanometa.studies.cell import Interrupted, finetuning, fingerprint, pretraining, run_cell
 from nanometa.studies.plan import Cell, Plan
 from nanometa.training.clock import hms
 
@@ -55,10 +55,21 @@ class Queue:
         done = {line["cell"] for line in read_lines(lines, plan)}
         self.cells = plan.cells()
         self.waiting = [cell for cell in self.cells if cell.key not in done]
+        for cell in self.cells:
+            if cell.key in done:
+                self._remove_weights(cell)  # a kill may have come between the line and the removal
 
     def run(self) -> bool:
-        """Runs all cells without a line. Returns whether none is left."""
-        previous = {kind: signal.signal(kind, lambda *_: self.stop.set()) for kind in (signal.SIGINT, signal.SIGTERM)}
+        """Runs all cells without a line. Returns whether none is left.
+
+        Raises KeyboardInterrupt after a signal, when the running commands have ended."""
+        signals = []
+
+        def interrupt(kind, frame) -> None:
+            signals.append(kind)
+            self.stop.set()
+
+        previous = {kind: signal.signal(kind, interrupt) for kind in (signal.SIGINT, signal.SIGTERM)}
         try:
             if self.waiting:
                 self._prepare()
@@ -79,6 +90,8 @@ class Queue:
         self.say(
             f"{len(self.cells) - left} of {len(self.cells)} cells are finished; their lines are in {self.lines_file}"
         )
+        if signals:
+            raise KeyboardInterrupt
         if self.failed:
             cells = "1 cell" if len(self.failed) == 1 else f"{len(self.failed)} cells"
             raise UserError(f"{cells} failed: {'; '.join(self.failed)}")
@@ -145,7 +158,7 @@ class Queue:
 
         figures = run_cell(self.plan, cell, self.work, run)
         line = {
-            "study": self.plan.name, "plan": self.plan.sha256, "cell": cell.key, "stage": cell.stage.name,
+            "study": self.plan.name, "plan": fingerprint(self.plan, cell), "cell": cell.key, "stage": cell.stage.name,
             "arm": cell.arm.name, "seed": cell.seed, "variant": cell.variant, **figures, "cpu_s": used,
         }  # fmt: skip
         with self.writing:
@@ -154,15 +167,19 @@ class Queue:
                 file.write(json.dumps(line) + "\n")
             sync(self.lines_file)
             left = len(self.waiting)
-        for checkpoint in [
-            *(self.work / finetuning(cell)).glob("step_*"),
-            *(self.work / finetuning(cell)).glob("best*"),
-        ]:
-            remove(checkpoint)  # nothing reads these weights again, and hundreds of them would fill a disk
+        self._remove_weights(cell)
         took = time.monotonic() - started
         self.say(
             f"{cell.key}: finished in {hms(took)}; {left} cells are waiting, about {hms(left * took / self.workers)}"
         )
+
+    def _remove_weights(self, cell: Cell) -> None:
+        """Removes the checkpoints of a finished cell's fine-tuning: nothing reads them, and hundreds would fill a disk.
+
+        The pretrained weights stay, because other cells start from them."""
+        for kind in ("step_*", "best*"):
+            for checkpoint in (self.work / finetuning(cell)).glob(kind):
+                remove(checkpoint)
 
     def _command(self, name: str, command: list[str]) -> float:
         """Runs a command of this repository to its end. Returns the CPU seconds that it used.
@@ -204,7 +221,9 @@ class Queue:
 
 
 def read_lines(path: Path, plan: Plan) -> list[dict]:
-    """Returns the lines of a study. Raises UserError for a damaged line, and for one of another study."""
+    """Returns the lines of a study.
+
+    Raises UserError for a damaged line, for one of another study, and if the plan has changed since a cell ran."""
     if not path.exists():
         return []
 
@@ -216,6 +235,13 @@ def read_lines(path: Path, plan: Plan) -> list[dict]:
     for line in lines:
         if line["study"] != plan.name:
             raise UserError(f"{path} has lines of the study {line['study']!r}, not {plan.name!r}: name another file.")
+    cells = {cell.key: cell for cell in plan.cells()}
+    for line in lines:
+        if line["cell"] in cells and line["plan"] != fingerprint(plan, cells[line["cell"]]):
+            raise UserError(
+                f"{path} has a line of {line['cell']} that was measured with other settings than those of {plan.path}: "
+                f"move that line to another file, and the cell runs again."
+            )
     return lines
 
 

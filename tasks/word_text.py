@@ -67,15 +67,19 @@ def _cycles(draws: Draws, words: list[str]) -> str:
 
 
 def write(path: Path, size: int, seed: int) -> int:
-    """Writes a file of JSON lines with at least `size` bytes of text. Returns the number of its documents."""
+    """Writes a file of JSON lines with at least `size` bytes of text. Returns the number of its documents.
+
+    A file with this content stays untouched, because prepare.py refuses to go on with files that were written anew."""
     rows, written = [], 0
     for document in documents(seed):
         if written >= size:
             break
         rows.append(json.dumps({"text": document}) + "\n")
         written += len(document)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(rows).encode())
+    content = "".join(rows).encode()
+    if not path.is_file() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
     return len(rows)
 
 

@@ -19,7 +19,7 @@ from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.command_line import load_config
 from nanometa.studies import queue
 from nanometa.studies.analysis import INSENSITIVE, WAITING, analyse, picture, table
-from nanometa.studies.cell import placed, words
+from nanometa.studies.cell import fingerprint, placed, words
 from nanometa.studies.plan import Cell, Plan, joined, read_plan
 from tests.conftest import ROOT, cli
 
@@ -107,10 +107,7 @@ def test_a_size_shrinks_the_study_under_another_name(plan_file):
     whole, small = read_plan(str(plan_file)), read_plan(str(plan_file), "small")
     assert [cell.key for cell in small.cells()] == [f"deciding/{arm}/1" for arm in "MPOG"]
     assert small.settings["pretrain"] == ("--steps=1",) and small.settings["finetune"] == whole.settings["finetune"]
-    assert (small.name, small.lines) == (
-        "fake_small",
-        Path("out/fake_small/lines.jsonl"),
-    ) and small.sha256 != whole.sha256
+    assert (small.name, small.lines) == ("fake_small", Path("out/fake_small/lines.jsonl"))
 
 
 def test_of_a_setting_given_twice_the_later_one_counts():
@@ -268,10 +265,42 @@ def test_a_cell_whose_folders_were_deleted_starts_again(plan_file, commands, tmp
 
 def test_runs_that_differ_are_named_with_the_difference(plan_file, commands, tmp_path):
     plan = read_plan(str(plan_file))
-    with pytest.raises(UserError, match="13 cells failed: .* differ in commit"):
-        script = (commands / "train.py").read_text()
-        (commands / "train.py").write_text(script.replace('"commit": "c"', '"commit": str(time.time())'))
+    script = (commands / "train.py").read_text()
+    (commands / "train.py").write_text(script.replace('"torch": "2"', '"torch": str(time.time())'))
+    with pytest.raises(UserError, match="13 cells failed: .* differ in torch"):
         run_queue(plan, tmp_path)
+
+
+def test_a_cell_that_was_trained_at_two_commits_names_both(plan_file, commands, tmp_path):
+    plan = read_plan(str(plan_file))
+    script = (commands / "train.py").read_text()
+    changing = '"commit": "first" if "run_name=pretrain" in str(sys.argv) else "second"'
+    (commands / "train.py").write_text(script.replace('"commit": "c"', changing))
+    lines = run_queue(plan, tmp_path)
+    assert {line["commit"] for line in lines} == {"second and first"}
+
+
+def test_weights_that_a_kill_left_behind_are_removed(plan_file, commands, tmp_path):
+    plan = read_plan(str(plan_file))
+    run_queue(plan, tmp_path)
+    left = tmp_path / "out/fake/finetune_deciding_P_1/step_5"
+    left.mkdir()
+    run_queue(plan, tmp_path)
+    assert not left.exists() and list((tmp_path / "out/fake/pretrain_P_1").glob("step_*"))
+
+
+def test_a_line_of_other_settings_is_refused_but_another_arm_may_change(plan_file, commands, tmp_path):
+    plan = read_plan(str(plan_file))
+    lines = run_queue(plan, tmp_path)
+    # the tuning stage overrides the learning rate, so choosing one for the arm changes only the deciding stage
+    plan_file.write_text(PLAN.replace('label = "meta"\n', 'label = "meta"\nfinetune = ["--learning_rate=2"]\n'))
+    changed = read_plan(str(plan_file))
+    path = tmp_path / "out/lines.jsonl"
+    with pytest.raises(UserError, match="a line of deciding/M/1 that was measured with other settings"):
+        queue.read_lines(path, changed)
+    kept = [line for line in lines if not line["cell"].startswith("deciding/M")]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    assert queue.read_lines(path, changed) == kept
 
 
 def test_a_failed_command_is_named_and_the_other_cells_are_finished(plan_file, commands, tmp_path):
@@ -314,9 +343,9 @@ def invented(plan: Plan, effect: dict[str, float], noise: float = 0.005, seeds=r
             for placement in read_as for length in (128, 256, 512)
         ]  # fmt: skip
         lines.append({
-            "study": plan.name, "plan": plan.sha256, "cell": cell.key, "stage": "deciding", "arm": cell.arm.name,
-            "seed": cell.seed, "variant": "", "tasks": tasks, "uncommitted_changes": False, "commit": "c",
-            "processor": "p", "threads": 1, "torch": "2", "data": {},
+            "study": plan.name, "plan": fingerprint(plan, cell), "cell": cell.key, "stage": "deciding",
+            "arm": cell.arm.name, "seed": cell.seed, "variant": "", "tasks": tasks, "uncommitted_changes": False,
+            "commit": "c", "processor": "p", "threads": 1, "torch": "2", "data": {},
             "pretraining": {"bits_per_byte": 1.2 + 1e-4 * rng.standard_normal()}, "finetuning": {"reached_at": 9},
             "text_ablation": [{"placement": "text", "exact": 1e-4 * rng.standard_normal()}],
         })  # fmt: skip

@@ -68,6 +68,16 @@ def test_a_tokenizer_trained_on_the_text_has_one_token_for_each_word(documents):
     assert [set(pool) for pool in found] == [set(pool) for pool in expected]
 
 
+def test_a_file_with_the_same_text_is_not_written_again(tmp_path):
+    path = tmp_path / "w.jsonl"
+    word_text.write(path, 3000, 1)
+    before = path.stat()
+    word_text.write(path, 3000, 1)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    word_text.write(path, 3000, 2)
+    assert path.stat().st_ino != before.st_ino
+
+
 def test_the_command_writes_rows_and_refuses_bad_arguments(tmp_path):
     result = cli("tasks/word_text.py", "--bytes=5000", "--seed=3", "--output=sub/w.jsonl", cwd=tmp_path)
     assert result.returncode == 0, result.stderr.decode()
