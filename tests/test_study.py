@@ -186,6 +186,7 @@ def commands(tmp_path, monkeypatch) -> Path:
     for name in ("train", "eval", "probe"):
         shutil.copy(ROOT / "tests/study_commands.py", folder / f"{name}.py")
     monkeypatch.setattr(queue, "ROOT", folder)
+    monkeypatch.setattr(queue, "POLL_S", 0.02)
     return folder
 
 
