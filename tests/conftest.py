@@ -111,6 +111,22 @@ def straight(workdir):
     return run(workdir, "straight", "--max_steps=30", "--dropout=0.1", "--micro_batch_size=4")
 
 
+@pytest.fixture(scope="module")
+def dataset_tokenizer(workdir) -> Tokenizer:
+    """The tokenizer of the datasets in workdir."""
+    tokenizer = Tokenizer.load(workdir / "data/n")
+    assert (tokenizer.n_content, tokenizer.n_vocab) == (300, 320)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory) -> Path:
+    """A folder with a small random GPT-2, as transformers saves it, with the vocabulary of the datasets in workdir."""
+    from tests.gpt2_folders import hf_folder  # here, because it imports transformers
+
+    return hf_folder(tmp_path_factory.mktemp("hf"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """A tokenizer for which each word of the tasks is one token. Some test modules define their own instead."""

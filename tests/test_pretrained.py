@@ -25,18 +25,6 @@ from tests.test_model import WITH_MARKERS
 from tests.training_runs import TORCHRUN, equal, final
 
 
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory) -> Path:
-    return hf_folder(tmp_path_factory.mktemp("hf"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(workdir) -> Tokenizer:
-    tokenizer = Tokenizer.load(workdir / "data/n")
-    assert (tokenizer.n_content, tokenizer.n_vocab) == (300, 320)
-    return tokenizer
-
-
 def theirs(folder) -> transformers.GPT2LMHeadModel:
     return transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
 
@@ -48,8 +36,8 @@ def text(T=32, B=3):
 
 
 @pytest.mark.parametrize("second", WITH_MARKERS)
-def test_every_arm_starts_with_the_logits_of_the_loaded_gpt2(hf, tokenizer, second):
-    ours, plain = (loaded(hf, tokenizer, second_attention=arm) for arm in (second, "none"))
+def test_every_arm_starts_with_the_logits_of_the_loaded_gpt2(hf, dataset_tokenizer, second):
+    ours, plain = (loaded(hf, dataset_tokenizer, second_attention=arm) for arm in (second, "none"))
     tokens, positions, index = text()
     with torch.no_grad():
         logits = ours.logits(ours(tokens, positions, index))
@@ -64,8 +52,8 @@ def test_every_arm_starts_with_the_logits_of_the_loaded_gpt2(hf, tokenizer, seco
         assert ("second" in name) == torch.equal(p, fresh[name]), name
 
 
-def test_the_log_names_the_loaded_and_the_new_weights(hf, tokenizer):
-    said, tokens = load_into(GPT(dataclasses.replace(CFG, second_attention="meta")), str(hf), tokenizer)
+def test_the_log_names_the_loaded_and_the_new_weights(hf, dataset_tokenizer):
+    said, tokens = load_into(GPT(dataclasses.replace(CFG, second_attention="meta")), str(hf), dataset_tokenizer)
     assert "\n" not in said and re.search(
         r"model.safetensors \(sha256 [0-9a-f]{64}\): loaded .*h\.\*\.mlp\.c_proj", said
     )
@@ -75,10 +63,10 @@ def test_the_log_names_the_loaded_and_the_new_weights(hf, tokenizer):
         "second_attn.c_proj.weight", "second_attn.c_proj.bias"))  # fmt: skip
     assert "rows 300 .. 319 of wte.weight" in said and "the first 32 of 64 positions" in said
     assert tokens is None  # nothing says how many tokens they were trained on
-    assert "newly initialized: none;" in load_into(GPT(CFG), str(hf), tokenizer)[0]
+    assert "newly initialized: none;" in load_into(GPT(CFG), str(hf), dataset_tokenizer)[0]
 
 
-def test_weights_with_the_hubs_names_and_masks_load(hf, tokenizer, tmp_path):
+def test_weights_with_the_hubs_names_and_masks_load(hf, dataset_tokenizer, tmp_path):
     """As in the hub's own gpt2: names without a prefix, causal masks as buffers, and possibly lm_head."""
     folder = shutil.copytree(hf, tmp_path / "hub")
 
@@ -89,23 +77,23 @@ def test_weights_with_the_hubs_names_and_masks_load(hf, tokenizer, tmp_path):
         return {**state, **masks, "lm_head.weight": state["wte.weight"].clone()}
 
     rewrite(folder, change)
-    assert equal(loaded(folder, tokenizer).state_dict(), loaded(hf, tokenizer).state_dict())
+    assert equal(loaded(folder, dataset_tokenizer).state_dict(), loaded(hf, dataset_tokenizer).state_dict())
 
 
-def test_half_precision_weights_become_float32(hf, tokenizer, tmp_path):
+def test_half_precision_weights_become_float32(hf, dataset_tokenizer, tmp_path):
     folder = shutil.copytree(hf, tmp_path / "half")
     rewrite(folder, lambda state: {name: p.half() for name, p in state.items()})
-    model, full = loaded(folder, tokenizer), loaded(hf, tokenizer)
+    model, full = loaded(folder, dataset_tokenizer), loaded(hf, dataset_tokenizer)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     torch.testing.assert_close(model.wpe.weight, full.wpe.weight, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("vocab_size", [301, 304, 320, 384, 512])
-def test_padded_rows_of_the_vocabulary_are_dropped_with_a_sentence(tokenizer, tmp_path, vocab_size):
+def test_padded_rows_of_the_vocabulary_are_dropped_with_a_sentence(dataset_tokenizer, tmp_path, vocab_size):
     """Vocabularies are padded for speed (50304 rows for GPT-2), or by an added token (50258)."""
     folder = hf_folder(tmp_path, vocab_size=vocab_size)
     model = GPT(CFG)
-    said, _ = load_into(model, str(folder), tokenizer)
+    said, _ = load_into(model, str(folder), dataset_tokenizer)
     assert f"rows 300 .. {vocab_size - 1} of wte.weight in the file are dropped, because the tokenizer bpe300" in said
     tokens, positions, index = text()
     with torch.no_grad():
@@ -123,7 +111,7 @@ def test_padded_weights_of_gpt2_fit_gpt2s_tokenizer(tmp_path):
         assert torch.equal(model.wte.weight[:50257], theirs(folder).transformer.wte.weight[:50257])
 
 
-def test_other_heads_are_left_out_with_a_sentence(hf, tokenizer, tmp_path):
+def test_other_heads_are_left_out_with_a_sentence(hf, dataset_tokenizer, tmp_path):
     """Those of sequence and token classification, question answering, multiple choice, and trl's value head."""
     heads = ("score.weight", "classifier.weight", "classifier.bias", "qa_outputs.weight", "qa_outputs.bias",
              "multiple_choice_head.summary.weight", "v_head.summary.weight")  # fmt: skip
@@ -135,12 +123,12 @@ def test_other_heads_are_left_out_with_a_sentence(hf, tokenizer, tmp_path):
 
     rewrite(folder, change)
     model = GPT(CFG)
-    said, _ = load_into(model, str(folder), tokenizer)
+    said, _ = load_into(model, str(folder), dataset_tokenizer)
     assert f"not loaded, because pretraining has no such head: {' '.join(sorted(heads))}" in said
-    assert equal(model.state_dict(), loaded(hf, tokenizer).state_dict())
+    assert equal(model.state_dict(), loaded(hf, dataset_tokenizer).state_dict())
 
 
-def test_an_untied_copy_of_the_head_is_compared_by_value(hf, tokenizer, tmp_path):
+def test_an_untied_copy_of_the_head_is_compared_by_value(hf, dataset_tokenizer, tmp_path):
     """The copy may have another dtype, and other padded rows."""
     folder = hf_folder(tmp_path / "padded", vocab_size=304)
 
@@ -150,13 +138,13 @@ def test_an_untied_copy_of_the_head_is_compared_by_value(hf, tokenizer, tmp_path
         return {**state, "lm_head.weight": head.half()}
 
     rewrite(folder, change)
-    assert loaded(folder, tokenizer).wte.weight[0, 0] != 0
+    assert loaded(folder, dataset_tokenizer).wte.weight[0, 0] != 0
     set_tensor("lm_head.weight", torch.zeros(304, 32))(folder)
     with pytest.raises(UserError, match="lm_head.weight in .* differs from wte.weight"):
-        load_into(GPT(CFG), str(folder), tokenizer)
+        load_into(GPT(CFG), str(folder), dataset_tokenizer)
 
 
-def test_weights_of_the_hub_are_read_from_the_cache(hf, tokenizer, monkeypatch):
+def test_weights_of_the_hub_are_read_from_the_cache(hf, dataset_tokenizer, monkeypatch):
     """If both files are in the cache, nothing is requested. Otherwise they are downloaded."""
     import huggingface_hub
 
@@ -169,8 +157,8 @@ def test_weights_of_the_hub_are_read_from_the_cache(hf, tokenizer, monkeypatch):
         found = lambda repo, name, cached=cached: cached and f"{cached}/{name}"  # noqa: E731
         monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", found)
         model = GPT(CFG)
-        load_into(model, "gpt2", tokenizer)
-        assert equal(model.state_dict(), loaded(hf, tokenizer).state_dict())
+        load_into(model, "gpt2", dataset_tokenizer)
+        assert equal(model.state_dict(), loaded(hf, dataset_tokenizer).state_dict())
         assert bool(asked) == (cached is None)
     repo = "openai-community/gpt2"
     assert asked[1:] == [(repo, "config.json"), (repo, "model.safetensors")]
@@ -220,12 +208,12 @@ def test_two_processes_start_from_the_same_weights(workdir, hf, tuned):
     assert losses(run(workdir, "tuned_two", *args, launcher=TORCHRUN)) == pytest.approx(losses(tuned), rel=1e-5)
 
 
-def test_a_run_may_start_from_the_weights_of_another_run(workdir, tokenizer, tuned):
+def test_a_run_may_start_from_the_weights_of_another_run(workdir, dataset_tokenizer, tuned):
     """Loads a GPT-2 run into a model with meta-attention, from the run's folder (best checkpoint) and from a
     checkpoint."""
     for source in (tuned, tuned / "step_00000006"):
         model = GPT(dataclasses.replace(CFG, block_size=28, second_attention="meta"))
-        said, _ = load_into(model, str(source), tokenizer)
+        said, _ = load_into(model, str(source), dataset_tokenizer)
         weights = safetensors.torch.load_file(tuned / "step_00000006/model.safetensors")
         for name, p in weights.items():
             if name != "wte.weight":
@@ -242,9 +230,9 @@ def meta_run(workdir) -> Path:
     return run(workdir, "with_meta", *args)
 
 
-def test_all_weights_of_a_run_with_markers_are_loaded(workdir, tokenizer, meta_run):
+def test_all_weights_of_a_run_with_markers_are_loaded(workdir, dataset_tokenizer, meta_run):
     model = GPT(dataclasses.replace(CFG, second_attention="meta", bias=False))
-    said, tokens = load_into(model, str(meta_run / "step_00000002"), tokenizer)
+    said, tokens = load_into(model, str(meta_run / "step_00000002"), dataset_tokenizer)
     assert equal(model.state_dict(), safetensors.torch.load_file(meta_run / "step_00000002/model.safetensors"))
     assert "newly initialized: none; rows 300 .. 319 of wte.weight, the markers, are as trained" in said
     assert tokens == 2 * 8 * 28  # steps x windows x content tokens

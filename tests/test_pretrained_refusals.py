@@ -20,7 +20,6 @@ from tests.gpt2_folders import (
     BASE,
     CFG,
     drop,
-    hf_folder,
     rename_weights,
     repeat_tensor,
     run,
@@ -28,18 +27,6 @@ from tests.gpt2_folders import (
     set_tensor,
 )  # fmt: skip
 from tests.training_runs import equal
-
-
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory) -> Path:
-    return hf_folder(tmp_path_factory.mktemp("hf"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(workdir) -> Tokenizer:
-    tokenizer = Tokenizer.load(workdir / "data/n")
-    assert (tokenizer.n_content, tokenizer.n_vocab) == (300, 320)
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -169,20 +156,20 @@ def test_folders_that_do_not_fit_are_refused(workdir, hf, monkeypatch, tmp_path,
     assert re.search(sentence, found), found
 
 
-def test_gpt2_weights_need_gpt2s_tokenizer(tokenizer, hf, tmp_path):
+def test_gpt2_weights_need_gpt2s_tokenizer(dataset_tokenizer, hf, tmp_path):
     folder = shutil.copytree(hf, tmp_path / "copy")
     set_config(vocab_size=50257)(folder)
-    for other in (tokenizer, SimpleNamespace(name="bpe50257", n_content=50257)):
+    for other in (dataset_tokenizer, SimpleNamespace(name="bpe50257", n_content=50257)):
         with pytest.raises(UserError, match=f"{other.name} has {other.n_content}: .* with --tokenizer=gpt2"):
             load_into(GPT(CFG), str(folder), other)
 
 
-def test_a_refused_load_leaves_the_model_unchanged(tokenizer, hf, tmp_path):
+def test_a_refused_load_leaves_the_model_unchanged(dataset_tokenizer, hf, tmp_path):
     folder = shutil.copytree(hf, tmp_path / "copy")
     set_tensor("transformer.ln_f.bias", torch.zeros(31))(folder)
     model = GPT(CFG)
     with pytest.raises(UserError, match="ln_f.bias"):
-        load_into(model, str(folder), tokenizer)
+        load_into(model, str(folder), dataset_tokenizer)
     assert equal(model.state_dict(), GPT(CFG).state_dict())
 
 
@@ -207,7 +194,7 @@ def test_runs_that_do_not_fit_are_refused(workdir, meta_run, monkeypatch, args, 
     assert re.search(sentence, found), found
 
 
-def test_a_run_with_another_tokenizer_is_refused(meta_run, tokenizer):
+def test_a_run_with_another_tokenizer_is_refused(meta_run, dataset_tokenizer):
     other = Tokenizer.train(["some other text " * 30], 300)
     with pytest.raises(UserError, match="another tokenizer .* prepare the dataset with --tokenizer=.*with_meta/"):
         load_into(GPT(CFG), str(meta_run), other)
