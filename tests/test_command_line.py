@@ -14,14 +14,15 @@ from nanometa.eval import EVALS
 from nanometa.probe import PROBES
 from nanometa.report import Report
 from nanometa.reports import curves
+from nanometa.study import COMMANDS
 from nanometa.tasks.example import _show
 from tests.test_config import schema_hints
 
-CLASSES = (TrainConfig, PrepareConfig, SampleConfig, Report, *(cls for cls, _ in (EVALS | PROBES).values()))
+CLASSES = (TrainConfig, PrepareConfig, SampleConfig, Report, *(cls for cls, _ in (EVALS | PROBES | COMMANDS).values()))
 # settings that are text, but no path
 NO_PATHS = {
     "run_name", "accelerator", "text_column", "separator", "hf_config", "hf_split", "hf_revision", "packages", "name",
-    "part", "recipe", "prompt",
+    "part", "recipe", "prompt", "size",
 }  # fmt: skip
 
 
