@@ -9,7 +9,9 @@ reach the accuracy of `stop_at` in validation counts like any other; the column 
 the pairs of which both did.
 """
 
+import functools
 import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +23,7 @@ from nanometa.studies.plan import Plan
 
 INSENSITIVE = "no verdict: the gate is closed"
 WAITING = "not all runs are in"
+SIDES = ("first", "second")  # of a contrast
 
 
 @dataclass
@@ -73,19 +76,17 @@ def analyse(plan: Plan, lines: list[dict]) -> Results:
     lengths = how["lengths"]
     curves = {
         arm: {
-            length: {seed: value for (name, seed), line in sorted(mine.items()) if name == arm
-                     and (value := endpoint(plan, line, length)) is not None}
-            for length in lengths
+            length: by_seed(mine, arm, lambda line, length=length: endpoint(plan, line, length)) for length in lengths
         }
         for arm in stage.arms
-    }  # fmt: skip
+    }
     complete = finished == planned
 
     def of_endpoint(entry: dict, length: int, effect: float = 0.0) -> Comparison:
-        pair = [curves[entry[side]][length] for side in ("first", "second")]
+        pair = [curves[entry[side]][length] for side in SIDES]
         reached = {
             seed for seed in pair[0].keys() & pair[1].keys()
-            if all(mine[entry[side], seed]["finetuning"]["reached_at"] is not None for side in ("first", "second"))
+            if all(mine[entry[side], seed]["finetuning"]["reached_at"] is not None for side in SIDES)
         }  # fmt: skip
         return compare(entry["name"], entry["claim"], "points", how["margin"], effect, *pair, reached)
 
@@ -93,19 +94,13 @@ def analyse(plan: Plan, lines: list[dict]) -> Results:
     if "gate" in how:
         gate = of_endpoint(how["gate"], how["gate"]["length"], how["gate"]["above"])
         gate.verdict = decide(gate.low, gate.high, 0.0, gate.effect, gate.margin) if complete else WAITING
-    comparisons = [of_endpoint(entry, how["length"]) for entry in how["contrasts"]]
+    comparisons = [of_endpoint(entry, how["length"]) for entry in how.get("contrasts", ())]
     family = list(comparisons)
     for entry in how.get("bits", ()):
-        pair = [
-            {seed: line["pretraining"]["bits_per_byte"] for (arm, seed), line in mine.items() if arm == entry[side]}
-            for side in ("first", "second")
-        ]
+        pair = [by_seed(mine, entry[side], lambda line: line["pretraining"]["bits_per_byte"]) for side in SIDES]
         comparisons.append(compare(entry["name"], entry["claim"], "bits per byte", entry["margin"], 0.0, *pair, set()))
     for entry in how.get("ablations", ()):
-        changed = {
-            seed: value for (arm, seed), line in mine.items() if arm == entry["arm"]
-            and (value := ablation(line, entry)) is not None
-        }  # fmt: skip
+        changed = by_seed(mine, entry["arm"], lambda line, entry=entry: ablation(line, entry))
         nothing = dict.fromkeys(changed, 0.0)
         comparisons.append(
             compare(entry["name"], entry["claim"], entry["unit"], entry["margin"], 0.0, changed, nothing, set())
@@ -131,13 +126,24 @@ def compare(
     if len(seeds) < 2:
         nan = float("nan")
         return Comparison(name, claim, unit, margin, effect, seeds, differences, nan, nan, nan, None, None)
-    interval = seed_difference(list(differences), [0.0] * len(seeds))
-    p = mean_p(np.array(differences))
+    interval, p = difference(first, second, seeds), mean_p(np.array(differences))
     both = [seed for seed in seeds if seed in reached]
-    matched = None
-    if len(both) >= 2:
-        matched = (*seed_difference([first[s] for s in both], [second[s] for s in both]), len(both))
+    matched = (*difference(first, second, both), len(both)) if len(both) >= 2 else None
     return Comparison(name, claim, unit, margin, effect, seeds, differences, *interval, p, matched)
+
+
+def by_seed(mine: dict, arm: str, figure: Callable[[dict], float | None]) -> dict[int, float]:
+    """Returns a figure of each run of an arm by its seed, without those of which it is None.
+
+    mine: the lines by arm and seed."""
+    found = {seed: figure(line) for (name, seed), line in sorted(mine.items()) if name == arm}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def difference(first: dict[int, float], second: dict[int, float], seeds: Iterable[int]) -> tuple[float, float, float]:
+    """Returns the mean difference of values by seed over some seeds, and its interval."""
+    seeds = sorted(seeds)
+    return seed_difference([first[seed] for seed in seeds], [second[seed] for seed in seeds])
 
 
 def endpoint(plan: Plan, line: dict, length: int) -> float | None:
@@ -171,17 +177,13 @@ def ablation(line: dict, entry: dict) -> float | None:
 def by_cell(plan: Plan, mine: dict) -> list[tuple]:
     """Returns the paired difference of every contrast in every cell. These are descriptive."""
     how, rows = plan.analysis, []
-    for entry in how["contrasts"]:
+    for entry in how.get("contrasts", ()):
         for task, placement, length in itertools.product(how["tasks"], how["placements"], how["lengths"]):
-            values = [
-                {seed: value for (arm, seed), line in mine.items() if arm == entry[side]
-                 and (value := exact(plan, line, task, placement, length)) is not None}
-                for side in ("first", "second")
-            ]  # fmt: skip
-            seeds = sorted(values[0].keys() & values[1].keys())
+            cell = functools.partial(exact, plan, task=task, placement=placement, length=length)
+            values = [by_seed(mine, entry[side], cell) for side in SIDES]
+            seeds = values[0].keys() & values[1].keys()
             if len(seeds) >= 2:
-                interval = seed_difference(*([of[seed] for seed in seeds] for of in values))
-                rows.append((entry["name"], task, placement, length, *interval, len(seeds)))
+                rows.append((entry["name"], task, placement, length, *difference(*values, seeds), len(seeds)))
     return rows
 
 

@@ -14,7 +14,8 @@ from nanometa.common.errors import UserError
 from nanometa.common.files import read_json_lines, write_atomically
 from nanometa.studies.plan import Cell, Plan, joined
 
-Run = Callable[[str, list[str]], None]  # runs a command, given the name of its log; raises Interrupted or UserError
+# runs a command, given the name of its log; returns its CPU seconds; raises Interrupted or UserError
+Run = Callable[[str, list[str]], float]
 
 
 class Interrupted(Exception):
@@ -22,17 +23,21 @@ class Interrupted(Exception):
 
 
 class Step:
-    """A command of a cell. Its stamp, a file that holds the command, shows that it was finished."""
+    """A command of a cell. Its stamp, a file with the command and its CPU seconds, shows that it was finished."""
 
     def __init__(self, work: Path, name: str, command: list[str]):
-        self.name, self.command, self.stamp = name, command, work / "done" / f"{name}.json"
+        self.command, self.stamp = command, work / "done" / f"{name}.json"
 
-    def finished(self) -> bool:
-        return self.stamp.is_file() and json.loads(self.stamp.read_text()) == self.command
+    def cpu_s(self) -> float | None:
+        """Returns the CPU seconds of the command, or None if it was not finished."""
+        stamp = json.loads(self.stamp.read_text()) if self.stamp.is_file() else None
+        return stamp["cpu_s"] if stamp and stamp["command"] == self.command else None
 
-    def finish(self) -> None:
+    def finish(self, cpu_s: float) -> float:
+        """Writes the stamp. Returns the CPU seconds."""
         self.stamp.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.stamp, json.dumps(self.command).encode())
+        write_atomically(self.stamp, json.dumps({"command": self.command, "cpu_s": cpu_s}).encode())
+        return cpu_s
 
 
 def pretraining(cell: Cell) -> str:
@@ -48,23 +53,27 @@ def finetuning(cell: Cell) -> str:
 def run_cell(plan: Plan, cell: Cell, work: Path, run: Run) -> dict:
     """Runs the steps of a cell that are not finished. Returns its figures.
 
+    `cpu_s` has the CPU seconds of each step, of the call that finished it. Cells that share a pretraining all name its
+    seconds.
+
     Raises UserError if a command fails, and Interrupted if the queue stops."""
     first, second = pretraining(cell), finetuning(cell)
     seed = [f"--seed={cell.seed}", f"--out_dir={work}", "--wandb=disabled"]
-    of, ablated = arguments_of(plan, cell), cell.arm.name in plan.ablated
-    train(work, first, [*of["pretrain"], *seed], "scratch", run)
+    of, ablated, cpu_s = arguments_of(plan, cell), cell.arm.name in plan.ablated, {}
+    cpu_s[first] = train(work, first, [*of["pretrain"], *seed], "scratch", run)
     if ablated:
-        measure(work, f"{first}_ablation", "probe.py", of["probe_text"], first, run)
-    train(work, second, [*of["finetune"], *seed], str(work / first), run)
-    measure(work, f"{second}_tasks", "eval.py", of["tasks"], second, run)
+        cpu_s[f"{first}_ablation"] = measure(work, f"{first}_ablation", "probe.py", of["probe_text"], first, run)
+    cpu_s[second] = train(work, second, [*of["finetune"], *seed], str(work / first), run)
+    cpu_s[f"{second}_tasks"] = measure(work, f"{second}_tasks", "eval.py", of["tasks"], second, run)
     if ablated:
-        measure(work, f"{second}_ablation", "probe.py", of["probe_tasks"], second, run)
+        cpu_s[f"{second}_ablation"] = measure(work, f"{second}_ablation", "probe.py", of["probe_tasks"], second, run)
     return {
         "pretraining": training_figures(work / first),
         "finetuning": training_figures(work / second),
         "tasks": [task_figures(line) for line in lines_of(work / f"{second}_tasks.jsonl")],
         "text_ablation": lines_of(work / f"{first}_ablation.jsonl") if ablated else [],
         "task_ablation": lines_of(work / f"{second}_ablation.jsonl") if ablated else [],
+        "cpu_s": cpu_s,
         **environment_of(work / second, work / first),
     }
 
@@ -101,33 +110,34 @@ def placed(cell: Cell, arguments: list[str]) -> list[str]:
     return [replaced(argument) for argument in arguments]
 
 
-def train(work: Path, name: str, arguments: list[str], base: str, run: Run) -> None:
-    """Trains a run to its end. base: the value of init_from if the run has no checkpoint yet."""
+def train(work: Path, name: str, arguments: list[str], base: str, run: Run) -> float:
+    """Trains a run to its end, unless it was trained before. Returns the CPU seconds.
+
+    base: the value of init_from if the run has no checkpoint yet."""
     command = ["train.py", *words(arguments), f"--run_name={name}"]
     step = Step(work, name, [*command, f"--init_from={base}"])
     started = any((work / name).glob("step_*"))
-    if started and step.finished():
-        return
+    if started and (known := step.cpu_s()) is not None:
+        return known
     for old in (work / "done").glob(f"{name}_*.json"):
         old.unlink()  # what was measured on an earlier run of this name
     if not started:
         shutil.rmtree(work / name, ignore_errors=True)  # a start that was killed before its first checkpoint
-    run(name, [*command, "--init_from=resume" if started else f"--init_from={base}"])
+    cpu_s = run(name, [*command, "--init_from=resume" if started else f"--init_from={base}"])
     if not any(line["kind"] == "final" for line in metrics(work / name)):
         raise Interrupted  # the run received a signal, and saved its state
-    step.finish()
+    return step.finish(cpu_s)
 
 
-def measure(work: Path, name: str, program: str, arguments: list[str], run_name: str, run: Run) -> None:
-    """Runs an evaluation or a probe, which writes NAME.jsonl."""
+def measure(work: Path, name: str, program: str, arguments: list[str], run_name: str, run: Run) -> float:
+    """Runs an evaluation or a probe, which writes NAME.jsonl, unless it was run before. Returns the CPU seconds."""
     output = work / f"{name}.jsonl"
     command = [program, *words(arguments), f"--run={work / run_name}", f"--output={output}"]
     step = Step(work, name, command)
-    if output.is_file() and step.finished():
-        return
+    if output.is_file() and (known := step.cpu_s()) is not None:
+        return known
     output.unlink(missing_ok=True)  # lines of a call that was interrupted
-    run(name, command)
-    step.finish()
+    return step.finish(run(name, command))
 
 
 def words(arguments: list[str]) -> list[str]:

@@ -159,7 +159,7 @@ def _plan(path: Path, raw: dict, size: str) -> Plan:
     ]:
         if name not in arms:
             raise UserError(f"{path} names the arm {name!r}: {nearest_name(name, list(arms))}")
-    _check_analysis(path, raw["analysis"], arms, raw["stages"])
+    _check_analysis(path, raw["analysis"], stages)
     name = f"{study['name']}_{size}" if size else study["name"]
     return Plan(
         path, name, study["question"], Path("out", name, "lines.jsonl") if size else Path(study["lines"]),
@@ -188,13 +188,19 @@ TABLES = {  # of [analysis]: the entries of each, with their types
 ANALYSIS = {"stage": str, "tasks": list, "placements": list, "lengths": list, "length": int, "margin": float}
 
 
-def _check_analysis(path: Path, analysis: dict, arms: dict[str, Arm], stages: dict) -> None:
+def _check_analysis(path: Path, analysis: dict, stages: dict[str, Stage]) -> None:
     """Raises UserError for an entry of [analysis] that is missing, unknown or of a wrong type, and for an unknown name,
-    so that this is known before the first run."""
+    so that this is known before the first run. stages: those of the study, or of the smaller size."""
     _check_entries(path, "[analysis]", {k: v for k, v in analysis.items() if k not in TABLES}, ANALYSIS)
     _refuse_unknown(path, analysis, (*ANALYSIS, *TABLES))
     if analysis["stage"] not in stages:
         raise UserError(f"{path} analyses stage {analysis['stage']!r}: {nearest_name(analysis['stage'], list(stages))}")
+    stage = stages[analysis["stage"]]
+    if len(stage.variants) > 1:
+        raise UserError(
+            f"{path} analyses stage {stage.name!r}, which has {len(stage.variants)} variants, but a seed of an arm "
+            f"must have one result: leave variants out of that stage."
+        )
     for name, known in (("tasks", TASKS), ("placements", PLACEMENTS)):
         for value in analysis[name]:
             if value not in known:
@@ -208,10 +214,9 @@ def _check_analysis(path: Path, analysis: dict, arms: dict[str, Arm], stages: di
             where = f"[analysis.{table}]"
             _check_entries(path, where, entry, entries)
             for side in ("first", "second", "arm"):
-                if side in entry and entry[side] not in arms:
-                    raise UserError(
-                        f"{path} names the arm {entry[side]!r} in {where}: {nearest_name(entry[side], list(arms))}"
-                    )
+                if side in entry and entry[side] not in stage.arms:
+                    cure = nearest_name(entry[side], list(stage.arms))
+                    raise UserError(f"{path} names the arm {entry[side]!r} in {where} of stage {stage.name}: {cure}")
 
 
 def _check_entries(path: Path, where: str, table: dict, entries: dict[str, type]) -> None:

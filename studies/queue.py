@@ -6,7 +6,6 @@ machine needs to go on with the remaining cells.
 """
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import IO
@@ -21,6 +21,7 @@ from typing import IO
 from nanometa.common.errors import UserError
 from nanometa.common.files import lock_folder, read_json, read_json_lines, remove, sync
 from nanometa.common.terminal import write_line
+from nanometa.evals.common import write_lines
 from nanometa.studies.cell import Interrupted, finetuning, fingerprint, pretraining, run_cell
 from nanometa.studies.plan import Cell, Plan
 from nanometa.training.clock import hms
@@ -73,12 +74,10 @@ class Queue:
         try:
             if self.waiting:
                 self._prepare()
-            threads = [threading.Thread(target=self._work) for _ in range(self.workers)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                while thread.is_alive():  # a join without a limit would not let the signal handler run
-                    thread.join(POLL_S)
+            with ThreadPoolExecutor(self.workers) as pool:
+                workers = [pool.submit(self._work) for _ in range(self.workers)]
+            for worker in workers:
+                worker.result()  # raises what a worker raised, such as for a full disk
         except Interrupted:
             pass
         finally:
@@ -147,24 +146,21 @@ class Queue:
             except UserError as error:
                 self.say(f"{cell.key} failed: {error}")
                 self.failed.append(f"{cell.key} ({error})")
+            except BaseException:
+                self.stop.set()  # the other workers end, too, and `run` raises this
+                raise
 
     def _finish(self, cell: Cell) -> None:
         """Runs a cell and appends its line."""
         self.say(f"{cell.key}: started")
-        started, used = time.monotonic(), {}
-
-        def run(name: str, command: list[str]) -> None:
-            used[name] = self._command(name, command)
-
-        figures = run_cell(self.plan, cell, self.work, run)
+        started = time.monotonic()
+        figures = run_cell(self.plan, cell, self.work, self._command)
         line = {
             "study": self.plan.name, "plan": fingerprint(self.plan, cell), "cell": cell.key, "stage": cell.stage.name,
-            "arm": cell.arm.name, "seed": cell.seed, "variant": cell.variant, **figures, "cpu_s": used,
+            "arm": cell.arm.name, "seed": cell.seed, "variant": cell.variant, **figures,
         }  # fmt: skip
         with self.writing:
-            self.lines_file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.lines_file, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            write_lines(self.lines_file, [line])
             sync(self.lines_file)
             left = len(self.waiting)
         self._remove_weights(cell)

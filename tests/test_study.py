@@ -137,12 +137,20 @@ def test_an_arm_without_markers_reads_each_placement_once(plan_file):
         ("lengths = [128, 256, 512]", "lengths = [128, 512]", "length=256"),
         ('tasks = ["copying"]', 'tasks = ["copy"]', "names 'copy' in tasks"),
         ('stage = "deciding"', 'stage = "decide"', "analyses stage 'decide'"),
+        ('stage = "deciding"', 'stage = "tuning"', "analyses stage 'tuning', which has 2 variants"),
+        (
+            'arms = ["M", "P", "O", "G"]',
+            'arms = ["M", "P", "O"]',
+            r"the arm 'G' in \[analysis.contrasts\] of stage deciding",
+        ),
+        ('stages = ["deciding"]', 'stages = ["tuning"]', "analyses stage 'deciding'"),
     ],
 )
 def test_a_faulty_plan_is_refused_in_one_sentence(plan_file, old, new, sentence):
     plan_file.write_text(PLAN.replace(old, new, 1))
     with pytest.raises(UserError, match=sentence):
         read_plan(str(plan_file))
+        read_plan(str(plan_file), "small")
 
 
 def test_the_study_of_meta_tokens_is_a_valid_plan():
@@ -211,7 +219,12 @@ def test_the_queue_writes_a_line_for_every_cell(plan_file, commands, tmp_path):
     assert [(cell["length"], cell["placement"]) for cell in line["tasks"]][:2] == [(128, "target"), (128, "background")]
     assert line["finetuning"]["reached_at"] == 4 and line["commit"] == "c" and line["text_ablation"]
     assert "outcomes" not in line["tasks"][0] and all(seconds > 0 for seconds in line["cpu_s"].values())
+    assert list(line["cpu_s"]) == [
+        "pretrain_M_1", "pretrain_M_1_ablation", "finetune_deciding_M_1", "finetune_deciding_M_1_tasks",
+        "finetune_deciding_M_1_ablation",
+    ]  # fmt: skip
     oracle, plain = (next(of for of in lines if of["cell"] == f"deciding/{arm}/1") for arm in "OM")
+    assert oracle["cpu_s"]["pretrain_M_1"] == plain["cpu_s"]["pretrain_M_1"]
     assert oracle["pretraining"] == plain["pretraining"] and oracle["tasks"] != plain["tasks"]
     assert run_queue(plan, tmp_path) == lines  # a second call finds nothing to do
     assert not list((tmp_path / "out/fake").glob("finetune_*/step_*"))
@@ -244,6 +257,7 @@ def test_a_queue_that_is_killed_at_ten_moments_writes_the_lines_of_an_uninterrup
     assert process.returncode == 0
     lines = queue.read_lines(tmp_path / "killed/lines.jsonl", plan)
     assert comparable(lines) == expected
+    assert all(len(line["cpu_s"]) == (5 if line["arm"] == "M" else 3) for line in lines)  # also of earlier calls
 
 
 def test_a_line_that_a_kill_cut_short_is_written_again(plan_file, commands, tmp_path):
@@ -312,6 +326,20 @@ def test_a_failed_command_is_named_and_the_other_cells_are_finished(plan_file, c
     ):
         run_queue(plan, tmp_path)
     assert len(queue.read_lines(tmp_path / "out/lines.jsonl", plan)) == 11
+
+
+def test_a_worker_that_fails_unexpectedly_ends_the_queue(plan_file, commands, tmp_path, monkeypatch):
+    """A full disk, for example, must not end one of the threads without a word."""
+    plan, written = read_plan(str(plan_file)), []
+
+    def full(path: Path, lines: list[dict]) -> None:
+        written.append(lines)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(queue, "write_lines", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_queue(plan, tmp_path)
+    assert len(written) <= 2  # one for each worker
 
 
 def test_the_queue_stops_at_its_limit_and_goes_on_later(plan_file, commands, tmp_path):
