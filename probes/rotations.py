@@ -1,4 +1,4 @@
-"""Takes the rotary position of markers away in two ways that a position of 0 does not cover, through hooks.
+"""Removes the rotary position of markers through hooks, in two ways that differ from setting it to 0.
 
 A rotation by angle 0 at a marker does not remove the position from a product q . k of a marker and another token: the
 angle of the product becomes that of the other token's position. Two other readings of "no position" do:

@@ -43,7 +43,7 @@ class Comparison:
     high: float
     p: float | None
     matched: tuple[float, float, float, int] | None
-    """mean, interval and number of pairs over the pairs that both reached the accuracy of stop_at"""
+    """mean difference, interval and number of pairs, over the pairs whose runs both reached the accuracy of stop_at"""
     holm: float | None = None
     verdict: str = WAITING
 

@@ -53,8 +53,8 @@ def finetuning(cell: Cell) -> str:
 def run_cell(plan: Plan, cell: Cell, work: Path, run: Run) -> dict:
     """Runs the steps of a cell that are not finished. Returns its figures.
 
-    `cpu_s` has the CPU seconds of each step, of the call that finished it. Cells that share a pretraining all name its
-    seconds.
+    `cpu_s` maps each step to the CPU seconds of the call that finished it. Cells that share a pretraining run report
+    the same seconds for it.
 
     Raises UserError if a command fails, and Interrupted if the queue stops."""
     first, second = pretraining(cell), finetuning(cell)

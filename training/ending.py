@@ -12,8 +12,9 @@ class Ending:
     they decide alike. Checkpoints contain `reached`, so a resumed run ends like an uninterrupted one."""
 
     def __init__(self, cfg: TrainConfig, reached: dict | None = None, step: int = 0):
-        """reached: what the checkpoint after `step` holds, from the same settings or from others. It is dropped if its
-        answers do not satisfy cfg.stop_at. If no step was taken since, its end is that of the settings in cfg."""
+        """reached: the record in the checkpoint after `step`, which may stem from other settings. It is dropped if its
+        exact answers are fewer than cfg.stop_at demands. If the run has made no step since, its end is computed anew
+        from cfg."""
         self.cfg = cfg
         self.reached: dict | None = None
         """The first evaluation with enough exact answers in every cell: its "step", the "exact" answers of its lowest
