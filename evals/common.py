@@ -108,6 +108,14 @@ def arm_of(run: Run) -> str:
     return f"{name} + {m.position}{scaling}{unplaced}"
 
 
+# the names of the facts that facts_of returns
+FACTS = (
+    "arm", "scaling", "trained_scaling", "original_block_size", "run", "checkpoint", "weights_sha256", "step", "seed",
+    "trained_on", "train_length", "train_placements", "settings", "origin", "parameters", "command", "commit",
+    "machine",
+)  # fmt: skip
+
+
 def facts_of(run: Run) -> dict:
     """Returns the facts about a run that every JSON line repeats, so that the measurement can be reproduced."""
     task = run.config.task

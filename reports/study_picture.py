@@ -1,33 +1,61 @@
-"""Draws the figure of a study: the endpoint of every run by length, and the paired differences with their margins."""
+"""Draws the figure of a study: the figure of every run, and the paired differences with their margins."""
 
+import functools
 import textwrap
+from collections.abc import Callable
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from nanometa.reports.drawing import COLOURS, GREY, LIGHT, png
 
-CAPTION = """Left: a small dot is a run, its mean share of exact answers over tasks and placements; lines join the means
-of an arm. Arms are shifted sideways. Right: a grey dot is the difference of two runs of one seed, the diamond their
-mean, the bar its 95 % interval. Grey band: margin within which arms are equal. Dashed: what the gate must exceed."""
+DOTS = {
+    "curves": "Left: a small dot is a run, its mean share of exact answers over tasks and placements; lines join the "
+    "means of an arm. Arms are shifted sideways.",
+    "levels": "Left: a small dot is a run, the diamond the mean of its arm.",
+}
+DIFFERENCES = """Right: a grey dot is the difference of two runs of one seed, the diamond their mean, the bar its 95 %
+interval. Grey band: margin within which arms are equal. Dashed: what the gate must exceed."""
 
 
 def study_picture(curves: dict[str, dict[int, dict[int, float]]], rows: list[dict], title: str) -> bytes:
-    """Returns the figure as PNG.
+    """Returns the figure of a study with an endpoint by length as PNG.
 
     curves: share of exact answers by name of the arm, length and seed.
     rows: for each comparison its name, differences by seed, mean, low, high, margin, the effect that it must exceed
     ("above", 0 = none) and its verdict, all in points."""
-    return png(_draw, curves, rows, title, width=11)
+    known = {arm: curve for arm, curve in curves.items() if any(curve.values())}
+    return png(_draw, functools.partial(_draw_curves, curves=known), rows, "points", "curves", title, width=11)
 
 
-def _draw(figure: Figure, curves: dict, rows: list[dict], title: str) -> None:
+def levels_picture(levels: dict[str, list[float]], rows: list[dict], unit: str, title: str) -> bytes:
+    """Returns the figure of a study of one figure as PNG. levels: its values by name of the arm. rows, unit: as in
+    study_picture."""
+    return png(_draw, functools.partial(_draw_levels, levels=levels, unit=unit), rows, unit, "levels", title, width=11)
+
+
+def _draw(figure: Figure, draw_left: Callable, rows: list[dict], unit: str, kind: str, title: str) -> None:
     figure.set_figheight(max(4.2, 0.62 * len(rows) + 2.2))
     figure.suptitle(title)
-    figure.supxlabel(textwrap.fill(" ".join(CAPTION.split()), 150), fontsize=8, color=GREY)
+    caption = f"{DOTS[kind]} {' '.join(DIFFERENCES.split())}"
+    if not any(row["above"] for row in rows):
+        caption = caption.removesuffix(" Dashed: what the gate must exceed.")
+    figure.supxlabel(textwrap.fill(caption, 150), fontsize=8, color=GREY)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
-    _draw_curves(left, {arm: curve for arm, curve in curves.items() if any(curve.values())})
-    _draw_differences(right, rows)
+    draw_left(left)
+    _draw_differences(right, rows, unit)
+
+
+def _draw_levels(axes, levels: dict[str, list[float]], unit: str) -> None:
+    """Draws a dot for every run, and a diamond for the mean of each arm."""
+    for place, values in enumerate(reversed(levels.values())):
+        spread = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else np.zeros(1)
+        axes.plot(values, place + spread, "o", color=GREY, markersize=3, alpha=0.6, mew=0)
+        axes.plot([np.mean(values)], [place], "D", color=COLOURS[0], markersize=5)
+    axes.set_yticks(range(len(levels)), list(reversed(levels)), fontsize=8)
+    axes.set_ylim(-0.6, len(levels) - 0.4)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(unit)
 
 
 def _draw_curves(axes, curves: dict) -> None:
@@ -50,7 +78,7 @@ def _draw_curves(axes, curves: dict) -> None:
         axes.legend(loc="lower left", bbox_to_anchor=(-0.1, 1.0), ncols=2, fontsize=8)
 
 
-def _draw_differences(axes, rows: list[dict]) -> None:
+def _draw_differences(axes, rows: list[dict], unit: str) -> None:
     """Draws a dot for the difference of every pair, the interval of the mean, and the margin as a grey band."""
     for place, row in enumerate(rows):
         y = len(rows) - 1 - place
@@ -68,4 +96,4 @@ def _draw_differences(axes, rows: list[dict]) -> None:
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("difference, points")
+    axes.set_xlabel(f"difference, {unit}")

@@ -1,25 +1,28 @@
 """Analyses the lines of a study: the gate, the hypotheses with their verdicts, and descriptive figures.
 
-The unit is the training run. Arms are compared on paired seeds by Student's t, and the hypotheses with a share `p` form
-one family under Holm's correction (common/statistics.py explains the verdicts). There are no verdicts until every
-planned run of the deciding stage has its line.
+The unit is the training run. Arms are compared on paired seeds by Student's t (common/statistics.py explains the
+verdicts). There are no verdicts until every planned run of the deciding stage has its line.
 
-The endpoint of a run is its mean share of exact answers over tasks and placements at one length. A run that did not
-reach the accuracy of `stop_at` in validation counts like any other; the column "matched" repeats each comparison over
-the pairs of which both did.
+The `contrasts` compare the endpoint of the tasks: the mean share of exact answers of a run over tasks and placements at
+one length. A run that did not reach the accuracy of `stop_at` in validation counts like any other; the column "matched"
+repeats each comparison over the pairs of which both did. The `figures` compare any other figure of two arms, or a
+figure of one arm with 0: the last evaluation of a training run ("pretrain" or "finetune"), or a line of a measure.
+
+Holm's correction applies to the contrasts, or, in a study without contrasts, to the figures.
 """
 
 import functools
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from nanometa.common.statistics import decide, holm, mean_p, seed_difference
 from nanometa.config.tasks import cells_of
-from nanometa.reports.study_picture import study_picture
-from nanometa.studies.plan import Plan
+from nanometa.reports.study_picture import levels_picture, study_picture
+from nanometa.studies.plan import RUNS, Plan
 
 INSENSITIVE = "no verdict: the gate is closed"
 WAITING = "not all runs are in"
@@ -48,6 +51,15 @@ class Comparison:
     verdict: str = WAITING
 
 
+class Levels(NamedTuple):
+    """The values of all arms of a figure that is compared."""
+
+    name: str
+    unit: str
+    values: dict[str, dict[int, float]]
+    """by arm and seed, of the arms that have any"""
+
+
 @dataclass
 class Results:
     """What the lines of a study show."""
@@ -58,6 +70,7 @@ class Results:
     """endpoint by arm, length and seed"""
     gate: Comparison | None
     comparisons: list[Comparison]
+    levels: list[Levels]
     cells: list[tuple[str, str, str, int, float, float, float, int]]
     """contrast, task, placement, length, mean difference, interval, number of pairs: descriptive"""
     earlier: list[tuple[str, str, str, int, float, float]]
@@ -73,7 +86,7 @@ def analyse(plan: Plan, lines: list[dict]) -> Results:
     mine = {(line["arm"], line["seed"]): line for line in lines if line["stage"] == stage.name}
     wanted = {(cell.arm.name, cell.seed) for cell in plan.cells() if cell.stage is stage}
     planned, finished = len(wanted), len(wanted & mine.keys())
-    lengths = how["lengths"]
+    lengths = how.get("lengths", ())
     curves = {
         arm: {
             length: by_seed(mine, arm, lambda line, length=length: endpoint(plan, line, length)) for length in lengths
@@ -86,7 +99,7 @@ def analyse(plan: Plan, lines: list[dict]) -> Results:
         pair = [curves[entry[side]][length] for side in SIDES]
         reached = {
             seed for seed in pair[0].keys() & pair[1].keys()
-            if all(mine[entry[side], seed]["finetuning"]["reached_at"] is not None for side in SIDES)
+            if all(last_run(mine[entry[side], seed])["reached_at"] is not None for side in SIDES)
         }  # fmt: skip
         return compare(entry["name"], entry["claim"], "points", how["margin"], effect, *pair, reached)
 
@@ -94,27 +107,28 @@ def analyse(plan: Plan, lines: list[dict]) -> Results:
     if "gate" in how:
         gate = of_endpoint(how["gate"], how["gate"]["length"], how["gate"]["above"])
         gate.verdict = decide(gate.low, gate.high, 0.0, gate.effect, gate.margin) if complete else WAITING
-    comparisons = [of_endpoint(entry, how["length"]) for entry in how.get("contrasts", ())]
-    family = list(comparisons)
-    for entry in how.get("bits", ()):
-        pair = [by_seed(mine, entry[side], lambda line: line["pretraining"]["bits_per_byte"]) for side in SIDES]
-        comparisons.append(compare(entry["name"], entry["claim"], "bits per byte", entry["margin"], 0.0, *pair, set()))
-    for entry in how.get("ablations", ()):
-        changed = by_seed(mine, entry["arm"], lambda line, entry=entry: ablation(line, entry))
-        nothing = dict.fromkeys(changed, 0.0)
-        comparisons.append(
-            compare(entry["name"], entry["claim"], entry["unit"], entry["margin"], 0.0, changed, nothing, set())
+    contrasts = [of_endpoint(entry, how["length"]) for entry in how.get("contrasts", ())]
+    figures = []
+    for entry in how.get("figures", ()):
+        first = by_seed(mine, entry["first"], lambda line, entry=entry: figure_of(line, entry))
+        second = dict.fromkeys(first, 0.0)
+        if "second" in entry:
+            second = by_seed(mine, entry["second"], lambda line, entry=entry: figure_of(line, entry))
+        figures.append(
+            compare(entry["name"], entry["claim"], entry["unit"], entry["margin"], 0.0, first, second, set())
         )
+    family = contrasts or figures
     adjusted = iter(holm([row.p for row in family if row.p is not None]))
-    for row in comparisons:
+    for row in (comparisons := [*contrasts, *figures]):
         row.holm = (next(adjusted) if row in family else row.p) if row.p is not None else None
         if complete and row.p is not None:
             row.verdict = decide(row.low, row.high, row.holm, row.effect, row.margin)
             if gate and not gate.verdict.startswith("holds") and row.unit == "points":
                 row.verdict = INSENSITIVE
     return Results(
-        finished, planned, curves, gate, comparisons, by_cell(plan, mine), before(plan, lines), warnings_of(lines)
-    )
+        finished, planned, curves, gate, comparisons, levels(plan, mine), by_cell(plan, mine), before(plan, lines),
+        warnings_of(lines),
+    )  # fmt: skip
 
 
 def compare(
@@ -146,6 +160,11 @@ def difference(first: dict[int, float], second: dict[int, float], seeds: Iterabl
     return seed_difference([first[seed] for seed in seeds], [second[seed] for seed in seeds])
 
 
+def last_run(line: dict) -> dict:
+    """Returns the figures of the last training run of a cell."""
+    return line.get("finetune", line["pretrain"])
+
+
 def endpoint(plan: Plan, line: dict, length: int) -> float | None:
     """Returns the mean share of exact answers of a run over the tasks and placements of the endpoint, or None if the
     run cannot read texts of this length."""
@@ -160,18 +179,35 @@ def endpoint(plan: Plan, line: dict, length: int) -> float | None:
 def exact(plan: Plan, line: dict, task: str, placement: str, length: int) -> float | None:
     """Returns the share of exact answers in one cell, read with the placement that the arm has in place of this one."""
     read_as = plan.arms[line["arm"]].placements.get(placement, placement)
-    for cell in line["tasks"]:
+    for cell in line["measures"]["tasks"]:
         if (cell["task"], cell["placement"], cell["length"]) == (task, read_as, length):
             return cell.get("exact")
     return None
 
 
-def ablation(line: dict, entry: dict) -> float | None:
-    """Returns the figure of a line of probe.py ablation that has the values of entry["where"]."""
-    for found in line[entry["of"]]:
-        if all(found.get(name) == value for name, value in entry["where"].items()):
-            return found[entry["figure"]]
+def figure_of(line: dict, entry: dict) -> float | None:
+    """Returns the figure that an entry of [analysis.figures] names, or None if the line of a run does not have it.
+
+    Of a measure, it is the figure of the line that has the values of entry["where"]."""
+    of, where = entry["of"], entry.get("where", {})
+    for found in [line[of]] if of in RUNS else line["measures"].get(of, ()):
+        if all(found.get(name) == value for name, value in where.items()):
+            return found.get(entry["figure"])
     return None
+
+
+def levels(plan: Plan, mine: dict) -> list[Levels]:
+    """Returns the values by arm and seed of every figure of [analysis.figures]."""
+    found: dict[str, Levels] = {}
+    for entry in plan.analysis.get("figures", ()):
+        where = ", ".join(f"{name}={value}" for name, value in entry.get("where", {}).items())
+        name = f"{entry['figure']} of {entry['of']}" + (f" ({where})" if where else "")
+        values = {
+            arm: by_seed(mine, arm, lambda line, entry=entry: figure_of(line, entry))
+            for arm in plan.stages[plan.analysis["stage"]].arms
+        }
+        found[name] = Levels(name, entry["unit"], {arm: given for arm, given in values.items() if given})
+    return list(found.values())
 
 
 def by_cell(plan: Plan, mine: dict) -> list[tuple]:
@@ -192,10 +228,12 @@ def before(plan: Plan, lines: list[dict]) -> list[tuple]:
 
     Learning rates are chosen by these figures, which come from validation texts of the trained length alone."""
     rows = []
+    if "tasks" not in plan.analysis:
+        return rows
     for stage in plan.stages.values():
         for arm, variant in itertools.product(stage.arms, stage.variants):
             found = [
-                line["finetuning"] for line in lines
+                last_run(line) for line in lines
                 if (line["stage"], line["arm"], line["variant"]) == (stage.name, arm, variant)
             ]  # fmt: skip
             if found and stage.name != plan.analysis["stage"]:
@@ -239,8 +277,8 @@ def table(plan: Plan, results: Results) -> str:
         f"# {plan.question}",
         "",
         f"{results.finished} of {results.planned} planned runs of the stage {how['stage']} are in. Differences are "
-        f"paired by seed, with 95 % intervals over seeds (Student's t); p of the contrasts of the "
-        f"endpoint is Holm's.",
+        f"paired by seed, with 95 % intervals over seeds (Student's t); p of the "
+        f"{'contrasts of the endpoint' if how.get('contrasts') else 'differences'} is Holm's.",
         "",
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",
@@ -258,16 +296,26 @@ def table(plan: Plan, results: Results) -> str:
             f"| {row.name} | {row.claim} | {interval(row)}{unit} | {len(row.seeds)} | {margin} | {p} | {row.verdict} | "
             f"{matched} |"
         )
-    lengths = how["lengths"]
-    out += ["", "Mean share of exact answers over tasks and placements (standard deviation over seeds):", ""]
-    out += [
-        f"| arm | runs | {' | '.join(f'{length} positions' for length in lengths)} |",
-        "|---" * (2 + len(lengths)) + "|",
-    ]
-    for arm, curve in results.curves.items():
-        runs = len(curve[lengths[0]])
-        shown = [spread(list(curve[length].values())) for length in lengths]
-        out.append(f"| {plan.arms[arm].label} ({arm}) | {runs} | {' | '.join(shown)} |")
+    if lengths := how.get("lengths"):
+        out += ["", "Mean share of exact answers over tasks and placements (standard deviation over seeds):", ""]
+        out += [
+            f"| arm | runs | {' | '.join(f'{length} positions' for length in lengths)} |",
+            "|---" * (2 + len(lengths)) + "|",
+        ]
+        for arm, curve in results.curves.items():
+            runs = len(curve[lengths[0]])
+            shown = [spread(list(curve[length].values())) for length in lengths]
+            out.append(f"| {plan.arms[arm].label} ({arm}) | {runs} | {' | '.join(shown)} |")
+    for level in results.levels:
+        out += ["", f"{level.name}, {level.unit}:", ""]
+        out += ["| arm | runs | mean | standard deviation | lowest | highest |", "|---|---|---|---|---|---|"]
+        for arm, by_seed_ in level.values.items():
+            values = np.array(list(by_seed_.values()))
+            deviation = f"{values.std(ddof=1):.4f}" if len(values) > 1 else "–"
+            out.append(
+                f"| {plan.arms[arm].label} ({arm}) | {len(values)} | {values.mean():.4f} | {deviation} | "
+                f"{values.min():.4f} | {values.max():.4f} |"
+            )
     if results.cells:
         out += ["", "Differences by cell, in points (descriptive, without correction):", ""]
         out += ["| | task | placement | positions | difference | pairs |", "|---|---|---|---|---|---|"]
@@ -294,16 +342,22 @@ def spread(values: list[float]) -> str:
 
 
 def picture(plan: Plan, results: Results) -> bytes:
-    """Returns the figure of the study as PNG: all endpoints, and the differences that are measured in points."""
+    """Returns the figure of the study as PNG: the endpoint by length, or the first of its figures, and the differences
+    that have its unit."""
+    level = None if plan.analysis.get("lengths") else results.levels[0]
+    unit, scale = ("points", 100) if level is None else (level.unit, 1)
     rows = [
         {
-            "name": f"{row.name}: {row.claim}", "verdict": row.verdict, "margin": 100 * row.margin,
-            "above": 100 * row.effect,
-            "differences": [100 * value for value in row.differences],
-            **{name: None if row.p is None else 100 * getattr(row, name) for name in ("mean", "low", "high")},
+            "name": f"{row.name}: {row.claim}", "verdict": row.verdict, "margin": scale * row.margin,
+            "above": scale * row.effect,
+            "differences": [scale * value for value in row.differences],
+            **{name: None if row.p is None else scale * getattr(row, name) for name in ("mean", "low", "high")},
         }
         for row in [*([results.gate] if results.gate else []), *results.comparisons]
-        if row.unit == "points"
+        if row.unit == unit
     ]  # fmt: skip
-    curves = {plan.arms[arm].label: curve for arm, curve in results.curves.items()}
-    return study_picture(curves, rows, f"{plan.question} ({results.finished} of {results.planned} runs)")
+    title = f"{plan.question} ({results.finished} of {results.planned} runs)"
+    if level is not None:
+        values = {plan.arms[arm].label: list(given.values()) for arm, given in level.values.items()}
+        return levels_picture(values, rows, unit, title)
+    return study_picture({plan.arms[arm].label: curve for arm, curve in results.curves.items()}, rows, title)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from nanometa.common.errors import UserError
 from nanometa.common.files import read_json_lines, write_atomically
-from nanometa.studies.plan import Cell, Plan, joined
+from nanometa.evals.common import FACTS
+from nanometa.studies.plan import Cell, Measure, Plan, joined
 
 # runs a command, given the name of its log; returns its CPU seconds; raises Interrupted or UserError
 Run = Callable[[str, list[str]], float]
@@ -40,14 +41,14 @@ class Step:
         return cpu_s
 
 
-def pretraining(cell: Cell) -> str:
-    """Returns the name of the pretraining run of a cell. Cells of equal seed and arm share it."""
-    return f"pretrain_{cell.arm.weights_of}_{cell.seed}"
+def runs_of(plan: Plan, cell: Cell) -> dict[str, str]:
+    """Returns the names of the training runs of a cell, "pretrain" and "finetune", in their order.
 
-
-def finetuning(cell: Cell) -> str:
-    """Returns the name of the fine-tuning run of a cell."""
-    return "finetune_" + cell.key.replace("/", "_")
+    Cells of equal seed and arm share the pretraining if they fine-tune it."""
+    own = cell.key.replace("/", "_")
+    if "finetune" in plan.settings:
+        return {"pretrain": f"pretrain_{cell.arm.weights_of}_{cell.seed}", "finetune": f"finetune_{own}"}
+    return {"pretrain": f"pretrain_{own}"}
 
 
 def run_cell(plan: Plan, cell: Cell, work: Path, run: Run) -> dict:
@@ -57,38 +58,39 @@ def run_cell(plan: Plan, cell: Cell, work: Path, run: Run) -> dict:
     the same seconds for it.
 
     Raises UserError if a command fails, and Interrupted if the queue stops."""
-    first, second = pretraining(cell), finetuning(cell)
-    seed = [f"--seed={cell.seed}", f"--out_dir={work}", "--wandb=disabled"]
-    of, ablated, cpu_s = arguments_of(plan, cell), cell.arm.name in plan.ablated, {}
-    cpu_s[first] = train(work, first, [*of["pretrain"], *seed], "scratch", run)
-    if ablated:
-        cpu_s[f"{first}_ablation"] = measure(work, f"{first}_ablation", "probe.py", of["probe_text"], first, run)
-    cpu_s[second] = train(work, second, [*of["finetune"], *seed], str(work / first), run)
-    cpu_s[f"{second}_tasks"] = measure(work, f"{second}_tasks", "eval.py", of["tasks"], second, run)
-    if ablated:
-        cpu_s[f"{second}_ablation"] = measure(work, f"{second}_ablation", "probe.py", of["probe_tasks"], second, run)
+    names, arguments, base, cpu_s, measured = runs_of(plan, cell), arguments_of(plan, cell), "scratch", {}, {}
+    for kind, name in names.items():
+        common = [f"--seed={cell.seed}", f"--out_dir={work}", "--wandb=disabled"]
+        cpu_s[name] = train(work, name, [*arguments[kind], *common], base, run)
+        base = str(work / name)
+        for measure in measures_of(plan, cell):
+            if measure.of == kind:
+                step = f"{name}_{measure.name}"
+                cpu_s[step] = measure_run(work, step, [*measure.command, *arguments[measure.name]], name, run)
+                measured[measure.name] = [figures_of(line) for line in lines_of(work / f"{step}.jsonl")]
     return {
-        "pretraining": training_figures(work / first),
-        "finetuning": training_figures(work / second),
-        "tasks": [task_figures(line) for line in lines_of(work / f"{second}_tasks.jsonl")],
-        "text_ablation": lines_of(work / f"{first}_ablation.jsonl") if ablated else [],
-        "task_ablation": lines_of(work / f"{second}_ablation.jsonl") if ablated else [],
+        **{kind: training_figures(work / name) for kind, name in names.items()},
+        "measures": measured,
         "cpu_s": cpu_s,
-        **environment_of(work / second, work / first),
+        **environment_of(*(work / name for name in reversed(names.values()))),
     }
+
+
+def measures_of(plan: Plan, cell: Cell) -> list[Measure]:
+    """Returns what is measured on the runs of a cell."""
+    return [measure for measure in plan.measures.values() if cell.arm.name in measure.arms]
 
 
 def arguments_of(plan: Plan, cell: Cell) -> dict[str, list[str]]:
-    """Returns the arguments of each command of a cell, without those that name its seed and its folders."""
-    shared, arm, base = plan.settings, cell.arm, plan.arms[cell.arm.weights_of]
-    tuned = joined(joined(shared["finetune"], arm.finetune), cell.stage.variants[cell.variant])
-    arguments = {
-        "pretrain": joined(shared["pretrain"], base.pretrain),
-        "finetune": tuned,
-        "tasks": ("tasks", *shared["tasks"]),
-    }
-    if arm.name in plan.ablated:
-        arguments |= {name: ("ablation", *shared[name]) for name in ("probe_text", "probe_tasks")}
+    """Returns the arguments of each training run and each measure of a cell, without those that name its seed and its
+    folders."""
+    arm, base = cell.arm, plan.arms[cell.arm.weights_of]
+    arguments = {"pretrain": joined(plan.settings["pretrain"], base.pretrain)}
+    last = runs_of(plan, cell).popitem()[0]
+    if last == "finetune":
+        arguments["finetune"] = joined(plan.settings["finetune"], arm.finetune)
+    arguments[last] = joined(arguments[last], cell.stage.variants[cell.variant])
+    arguments |= {measure.name: measure.arguments for measure in measures_of(plan, cell)}
     return {name: placed(cell, list(values)) for name, values in arguments.items()}
 
 
@@ -129,10 +131,10 @@ def train(work: Path, name: str, arguments: list[str], base: str, run: Run) -> f
     return step.finish(cpu_s)
 
 
-def measure(work: Path, name: str, program: str, arguments: list[str], run_name: str, run: Run) -> float:
+def measure_run(work: Path, name: str, command: list[str], run_name: str, run: Run) -> float:
     """Runs an evaluation or a probe, which writes NAME.jsonl, unless it was run before. Returns the CPU seconds."""
     output = work / f"{name}.jsonl"
-    command = [program, *words(arguments), f"--run={work / run_name}", f"--output={output}"]
+    command = [*words(command), f"--run={work / run_name}", f"--output={output}"]
     step = Step(work, name, command)
     if output.is_file() and (known := step.cpu_s()) is not None:
         return known
@@ -159,11 +161,9 @@ def training_figures(folder: Path) -> dict:
     return {**figures, "reached_at": reached[0] if reached else None}
 
 
-def task_figures(line: dict) -> dict:
-    """Returns the figures of a line of eval.py tasks that the study keeps."""
-    kept = ("task", "placement", "level", "question", "length", "n", "correct", "exact", "token_accuracy", "nats",
-            "chance", "floors", "impossible", "format_failures")  # fmt: skip
-    return {name: line[name] for name in kept if name in line}
+def figures_of(line: dict) -> dict:
+    """Returns the figures of a line of a measure, without the facts about its run and the outcome of every text."""
+    return {name: value for name, value in line.items() if name not in (*FACTS, "outcomes", "seconds")}
 
 
 def lines_of(path: Path) -> list[dict]:

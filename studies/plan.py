@@ -4,19 +4,21 @@ The tables of a plan:
 
     [study]       name, question, and `lines`: the file that receives a JSON line for every finished run
     [prepare]     for the name of each dataset, the commands that make it
-    [settings]    lists of arguments that commands share: pretrain, finetune, tasks, probe_text, probe_tasks; `ablated`:
-                  the arms that probe.py ablation measures
+    [settings]    arguments of train.py that all arms share: pretrain, and finetune for a second run that starts from
+                  the first one's weights; without finetune, a cell trains once
+    [measures.X]  what is measured on the finished runs: `command`, such as "eval.py tasks"; `of`: the run, "pretrain"
+                  or "finetune"; its arguments; and optionally the arms that are measured, if not all
     [arms.X]      label, and arguments of this arm in addition: pretrain, finetune; `weights_of`: the arm whose
                   pretrained weights it takes over; `placements`: the placement that replaces another one, for arms
                   without meta-tokens
     [stages.X]    arms, seeds, and optionally fewer = {arm = number of its seeds}, and variants = {name = arguments of
                   the fine-tuning}
-    [sizes.X]     a smaller study, to test its machinery: stages, the number of seeds, and arguments; its lines are
-                  in out/NAME_X
-    [analysis]    endpoint, gate, contrasts and margins (studies/analysis.py)
+    [sizes.X]     a smaller study, to test its machinery: stages, the number of seeds, and arguments of pretrain,
+                  finetune and measures; its lines are in out/NAME_X
+    [analysis]    endpoint, gate, contrasts, figures and margins (studies/analysis.py)
 
-A cell is one arm with one seed in one stage. Each cell is a series of ordinary commands: train.py twice (pretraining
-and fine-tuning), eval.py and probe.py.
+A cell is one arm with one seed in one stage. Each cell is a series of ordinary commands: train.py once or twice, and
+the measures.
 """
 
 import tomllib
@@ -27,7 +29,22 @@ from nanometa.common.errors import UserError
 from nanometa.config.checks import nearest_name
 from nanometa.config.tasks import PLACEMENTS, TASKS
 
-SETTINGS = ("pretrain", "finetune", "tasks", "probe_text", "probe_tasks")
+RUNS = ("pretrain", "finetune")
+PROGRAMS = ("eval.py", "probe.py")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A command that measures a finished run of a cell, and writes JSON lines."""
+
+    name: str
+    command: tuple[str, ...]
+    """program and subcommand, such as ("eval.py", "tasks")"""
+    of: str
+    """the run that it measures: "pretrain" or "finetune" """
+    arguments: tuple[str, ...]
+    arms: tuple[str, ...]
+    """the arms that are measured"""
 
 
 @dataclass(frozen=True)
@@ -83,10 +100,10 @@ class Plan:
     prepare: dict[str, tuple[str, ...]]
     """the commands that make each dataset; the last one is prepare.py"""
     settings: dict[str, tuple[str, ...]]
+    """arguments of the training runs of a cell: "pretrain", and "finetune" if there is a second one"""
+    measures: dict[str, Measure]
     arms: dict[str, Arm]
     stages: dict[str, Stage]
-    ablated: tuple[str, ...]
-    """the arms that probe.py ablation measures, after pretraining and after fine-tuning"""
     analysis: dict
 
     def cells(self) -> list[Cell]:
@@ -120,7 +137,7 @@ def read_plan(path: str, size: str = "") -> Plan:
 
 
 def _plan(path: Path, raw: dict, size: str) -> Plan:
-    _refuse_unknown(path, raw, ("study", "prepare", "settings", "arms", "stages", "sizes", "analysis"))
+    _refuse_unknown(path, raw, ("study", "prepare", "settings", "measures", "arms", "stages", "sizes", "analysis"))
     study, smaller = raw["study"], {}
     if size:
         if size not in raw.get("sizes", {}):
@@ -128,10 +145,11 @@ def _plan(path: Path, raw: dict, size: str) -> Plan:
             cure = nearest_name(size, sizes) if sizes else "it defines none; leave --size out."
             raise UserError(f"{path} has no size {size!r}: {cure}")
         smaller = raw["sizes"][size]
-        _refuse_unknown(path, smaller, (*SETTINGS, "stages", "seeds"))
-    _refuse_unknown(path, raw["settings"], (*SETTINGS, "ablated"))
+        _refuse_unknown(path, smaller, (*RUNS, "measures", "stages", "seeds"))
+    _refuse_unknown(path, raw["settings"], RUNS)
+    raw["settings"]["pretrain"]  # must be there
     # of an argument that is given twice, only the later one is kept
-    settings = {name: joined(raw["settings"][name], smaller.get(name, ())) for name in SETTINGS}
+    settings = {name: joined(given, smaller.get(name, ())) for name, given in raw["settings"].items()}
     arms = {}
     for name, arm in raw["arms"].items():
         _refuse_unknown(path, arm, ("label", "pretrain", "finetune", "weights_of", "placements"))
@@ -139,6 +157,20 @@ def _plan(path: Path, raw: dict, size: str) -> Plan:
             name, arm["label"], tuple(arm.get("pretrain", ())), tuple(arm.get("finetune", ())),
             arm.get("weights_of", name), dict(arm.get("placements", {})),
         )  # fmt: skip
+        for entry in ("finetune", "weights_of"):
+            if entry in arm and "finetune" not in settings:
+                raise UserError(f"{path} has {entry} in [arms.{name}], but no finetune in [settings]: add it there.")
+    measures, fewer = {}, smaller.get("measures", {})
+    _refuse_unknown(path, fewer, tuple(raw.get("measures", {})))
+    for name, measure in raw.get("measures", {}).items():
+        _refuse_unknown(path, measure, ("command", "of", "arguments", "arms"))
+        command = tuple(measure["command"].split())
+        if command[0] not in PROGRAMS:
+            raise UserError(f"{path} measures {name} with {command[0]!r}: {nearest_name(command[0], PROGRAMS)}")
+        if measure["of"] not in settings:
+            raise UserError(f"{path} measures {name} of {measure['of']!r}: {nearest_name(measure['of'], settings)}")
+        arguments = joined(measure["arguments"], fewer.get(name, ()))
+        measures[name] = Measure(name, command, measure["of"], arguments, tuple(measure.get("arms", arms)))
     stages = {}
     for name, stage in raw["stages"].items():
         if name not in smaller.get("stages", raw["stages"]):
@@ -151,48 +183,41 @@ def _plan(path: Path, raw: dict, size: str) -> Plan:
         if len(set(seeds)) < len(seeds):
             raise UserError(f"{path} names a seed of stage {name} twice: name each once.")
         stages[name] = Stage(name, tuple(stage["arms"]), seeds, dict(stage.get("fewer", {})), variants)
-    ablated = raw["settings"].get("ablated", ())
     for name in [
-        *ablated,
+        *(arm for measure in measures.values() for arm in measure.arms),
         *(arm.weights_of for arm in arms.values()),
         *(arm for stage in stages.values() for arm in stage.arms),
     ]:
         if name not in arms:
             raise UserError(f"{path} names the arm {name!r}: {nearest_name(name, list(arms))}")
-    _check_analysis(path, raw["analysis"], stages)
+    _check_analysis(path, raw["analysis"], stages, measures)
     name = f"{study['name']}_{size}" if size else study["name"]
     return Plan(
         path, name, study["question"], Path("out", name, "lines.jsonl") if size else Path(study["lines"]),
         {name: tuple(commands) for name, commands in raw["prepare"].items()},
-        settings, arms, stages, tuple(ablated), raw["analysis"],
+        settings, measures, arms, stages, raw["analysis"],
     )  # fmt: skip
 
 
 CONTRAST = {"name": str, "claim": str, "first": str, "second": str}
-ABLATION = {
-    "name": str,
-    "claim": str,
-    "arm": str,
-    "of": str,
-    "where": dict,
-    "figure": str,
-    "unit": str,
-    "margin": float,
-}
+FIGURE = {"name": str, "claim": str, "of": str, "figure": str, "unit": str, "margin": float, "first": str}
 TABLES = {  # of [analysis]: the entries of each, with their types
     "gate": CONTRAST | {"length": int, "above": float},
     "contrasts": CONTRAST,
-    "bits": CONTRAST | {"margin": float},
-    "ablations": ABLATION,
+    "figures": FIGURE,
 }
-ANALYSIS = {"stage": str, "tasks": list, "placements": list, "lengths": list, "length": int, "margin": float}
+OPTIONAL = {"figures": {"second": str, "where": dict}}
+ENDPOINT = {"tasks": list, "placements": list, "lengths": list, "length": int, "margin": float}
 
 
-def _check_analysis(path: Path, analysis: dict, stages: dict[str, Stage]) -> None:
+def _check_analysis(path: Path, analysis: dict, stages: dict[str, Stage], measures: dict[str, Measure]) -> None:
     """Raises UserError for an entry of [analysis] that is missing, unknown or of a wrong type, and for an unknown name,
     so that this is known before the first run. stages: those of the study, or of the smaller size."""
-    _check_entries(path, "[analysis]", {k: v for k, v in analysis.items() if k not in TABLES}, ANALYSIS)
-    _refuse_unknown(path, analysis, (*ANALYSIS, *TABLES))
+    has_endpoint = any(name in analysis for name in (*ENDPOINT, "gate", "contrasts"))
+    entries = {"stage": str, **(ENDPOINT if has_endpoint else {})}
+    _check_entries(path, "[analysis]", {k: v for k, v in analysis.items() if k not in TABLES}, entries)
+    if has_endpoint and "tasks" not in measures:
+        raise UserError(f"{path} analyses the endpoint of tasks without [measures.tasks]: add it, see studies/plan.py.")
     if analysis["stage"] not in stages:
         raise UserError(f"{path} analyses stage {analysis['stage']!r}: {nearest_name(analysis['stage'], list(stages))}")
     stage = stages[analysis["stage"]]
@@ -201,30 +226,36 @@ def _check_analysis(path: Path, analysis: dict, stages: dict[str, Stage]) -> Non
             f"{path} analyses stage {stage.name!r}, which has {len(stage.variants)} variants, but a seed of an arm "
             f"must have one result: leave variants out of that stage."
         )
-    for name, known in (("tasks", TASKS), ("placements", PLACEMENTS)):
-        for value in analysis[name]:
-            if value not in known:
-                raise UserError(f"{path} names {value!r} in {name} of [analysis]: {nearest_name(value, list(known))}")
+    if has_endpoint:
+        for name, known in (("tasks", TASKS), ("placements", PLACEMENTS)):
+            for value in analysis[name]:
+                if value not in known:
+                    cure = nearest_name(value, list(known))
+                    raise UserError(f"{path} names {value!r} in {name} of [analysis]: {cure}")
     gate = [analysis["gate"]] if "gate" in analysis else []
-    for length in [analysis["length"], *(entry.get("length") for entry in gate)]:
+    for length in [analysis["length"], *(entry.get("length") for entry in gate)] if has_endpoint else []:
         if length not in analysis["lengths"]:
             raise UserError(f"{path} has length={length} in [analysis], which is none of lengths: add it there.")
     for table, entries in TABLES.items():
         for entry in gate if table == "gate" else analysis.get(table, []):
             where = f"[analysis.{table}]"
-            _check_entries(path, where, entry, entries)
-            for side in ("first", "second", "arm"):
+            _check_entries(path, where, entry, entries, OPTIONAL.get(table, {}))
+            for side in ("first", "second"):
                 if side in entry and entry[side] not in stage.arms:
                     cure = nearest_name(entry[side], list(stage.arms))
                     raise UserError(f"{path} names the arm {entry[side]!r} in {where} of stage {stage.name}: {cure}")
+            if "of" in entry and entry["of"] not in (*RUNS, *measures):
+                cure = nearest_name(entry["of"], [*RUNS, *measures])
+                raise UserError(f"{path} compares a figure of {entry['of']!r} in {where}: {cure}")
 
 
-def _check_entries(path: Path, where: str, table: dict, entries: dict[str, type]) -> None:
-    _refuse_unknown(path, table, tuple(entries))
-    for name, kind in entries.items():
-        if name not in table:
+def _check_entries(path: Path, where: str, table: dict, entries: dict, optional: dict | None = None) -> None:
+    known = entries | (optional or {})
+    _refuse_unknown(path, table, tuple(known))
+    for name, kind in known.items():
+        if name in entries and name not in table:
             raise UserError(f"{path} lacks {name} in {where}: add it.")
-        if not isinstance(table[name], (int, float) if kind is float else kind):
+        if name in table and not isinstance(table[name], (int, float) if kind is float else kind):
             raise UserError(
                 f"{path} has {name}={table[name]!r} in {where}, which has a wrong type: see studies/plan.py."
             )

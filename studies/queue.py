@@ -22,7 +22,7 @@ from nanometa.common.errors import UserError
 from nanometa.common.files import lock_folder, read_json, read_json_lines, remove, sync
 from nanometa.common.terminal import write_line
 from nanometa.evals.common import write_lines
-from nanometa.studies.cell import Interrupted, finetuning, fingerprint, pretraining, run_cell
+from nanometa.studies.cell import Interrupted, fingerprint, run_cell, runs_of
 from nanometa.studies.plan import Cell, Plan
 from nanometa.training.clock import hms
 
@@ -45,7 +45,7 @@ class Queue:
         self.ends_at = None if stop_after_s is None else time.monotonic() + stop_after_s
         self.stop = threading.Event()
         self.writing = threading.Lock()
-        self.pretraining: dict[str, threading.Lock] = defaultdict(threading.Lock)
+        self.pretraining: dict[str, threading.Lock] = defaultdict(threading.Lock)  # by the name of the run
         self.failed: list[str] = []
         self.work.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(self.work)
@@ -135,11 +135,11 @@ class Queue:
                 if not self.waiting:
                     return
                 # prefer a cell whose pretraining no other worker is busy with
-                free = (cell for cell in self.waiting if not self.pretraining[pretraining(cell)].locked())
+                free = (cell for cell in self.waiting if not self._first_run(cell).locked())
                 cell = next(free, self.waiting[0])
                 self.waiting.remove(cell)
             try:
-                with self.pretraining[pretraining(cell)]:
+                with self._first_run(cell):
                     self._finish(cell)
             except Interrupted:
                 return
@@ -149,6 +149,10 @@ class Queue:
             except BaseException:
                 self.stop.set()  # the other workers end, too, and `run` raises this
                 raise
+
+    def _first_run(self, cell: Cell) -> threading.Lock:
+        """Returns the lock of a cell's first training run, which several cells may share."""
+        return self.pretraining[runs_of(self.plan, cell)["pretrain"]]
 
     def _finish(self, cell: Cell) -> None:
         """Runs a cell and appends its line."""
@@ -170,11 +174,12 @@ class Queue:
         )
 
     def _remove_weights(self, cell: Cell) -> None:
-        """Removes the checkpoints of a finished cell's fine-tuning: nothing reads them, and hundreds would fill a disk.
+        """Removes the checkpoints of a finished cell's last run: nothing reads them, and hundreds would fill a disk.
 
-        The pretrained weights stay, because other cells start from them."""
+        Pretrained weights stay if the cell fine-tunes them, because other cells start from them, too."""
+        run = list(runs_of(self.plan, cell).values())[-1]
         for kind in ("step_*", "best*"):
-            for checkpoint in (self.work / finetuning(cell)).glob(kind):
+            for checkpoint in (self.work / run).glob(kind):
                 remove(checkpoint)
 
     def _command(self, name: str, command: list[str]) -> float:
@@ -224,7 +229,7 @@ def read_lines(path: Path, plan: Plan) -> list[dict]:
         return []
 
     def check(line: dict) -> None:
-        for name in ("study", "plan", "cell", "stage", "arm", "seed", "variant", "tasks", "pretraining"):
+        for name in ("study", "plan", "cell", "stage", "arm", "seed", "variant", "pretrain", "measures"):
             line[name]
 
     lines = read_json_lines(path, check, "study.py")

@@ -295,7 +295,7 @@ def test_best_weights_of_later_steps_are_set_aside_on_resume(tmp_path):
 READER = """
 import sys
 from pathlib import Path
-from nanometa.evals.common import facts_of
+from nanometa.evals.common import FACTS, facts_of
 from nanometa.model import GPT
 from nanometa.training.checkpoint import load_run, newest
 
@@ -307,7 +307,7 @@ for i in range(50):
     assert found.optimizer()["wte.weight/exp_avg"].tolist() == [float(found.step)] * 3
     run = load_run(run_dir)
     assert run.model.wte.weight[0, 0] == GPT(run.config.model, seed=run.state["step"]).wte.weight[0, 0]
-    assert facts_of(run)["weights_sha256"] == run.weights_sha256
+    assert facts_of(run)["weights_sha256"] == run.weights_sha256 and tuple(facts_of(run)) == FACTS
 print(len(seen), warned)
 """
 

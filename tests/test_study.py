@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from nanometa.common.errors import UserError
+from nanometa.common.statistics import holm
 from nanometa.config import PrepareConfig, TrainConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.command_line import load_config
@@ -33,10 +34,15 @@ lines = "lines.jsonl"
 [settings]
 pretrain = ["--steps=5"]
 finetune = ["--placements target background"]
-tasks = ["--lengths 128 256 512", "--placements target background"]
-probe_text = ["--lengths 1", "--placements text"]
-probe_tasks = ["--lengths 1", "--placements target"]
-ablated = ["M"]
+[measures.text_ablation]
+command = "probe.py ablation"
+of = "pretrain"
+arguments = ["--lengths 1", "--placements text"]
+arms = ["M"]
+[measures.tasks]
+command = "eval.py tasks"
+of = "finetune"
+arguments = ["--lengths 128 256 512", "--placements target background"]
 [arms.M]
 label = "meta"
 [arms.P]
@@ -61,6 +67,7 @@ fewer = { O = 2 }
 stages = ["deciding"]
 seeds = 1
 pretrain = ["--steps=1"]
+measures = { tasks = ["--lengths 128"] }
 [analysis]
 stage = "deciding"
 tasks = ["copying"]
@@ -73,15 +80,23 @@ contrasts = [
   { name = "H3", claim = "M - P", first = "M", second = "P" },
   { name = "H4", claim = "P - G", first = "P", second = "G" },
 ]
-bits = [{ name = "H5", claim = "bits", first = "M", second = "P", margin = 0.01 }]
-[[analysis.ablations]]
+[[analysis.figures]]
+name = "H5"
+claim = "bits"
+of = "pretrain"
+figure = "bits_per_byte"
+unit = "bits per byte"
+first = "M"
+second = "P"
+margin = 0.01
+[[analysis.figures]]
 name = "H2"
 claim = "diagonal"
-arm = "M"
 of = "text_ablation"
 where = { placement = "text" }
 figure = "exact"
 unit = "nats"
+first = "M"
 margin = 0.005
 """
 
@@ -106,7 +121,9 @@ def test_a_plan_lists_its_cells_stage_by_stage_and_seed_by_seed(plan_file):
 def test_a_size_shrinks_the_study_under_another_name(plan_file):
     whole, small = read_plan(str(plan_file)), read_plan(str(plan_file), "small")
     assert [cell.key for cell in small.cells()] == [f"deciding/{arm}/1" for arm in "MPOG"]
-    assert small.settings["pretrain"] == ("--steps=1",) and small.settings["finetune"] == whole.settings["finetune"]
+    assert small.settings == {"pretrain": ("--steps=1",), "finetune": whole.settings["finetune"]}
+    assert small.measures["tasks"].arguments == ("--placements target background", "--lengths 128")
+    assert small.measures["text_ablation"] == whole.measures["text_ablation"]
     assert (small.name, small.lines) == ("fake_small", Path("out/fake_small/lines.jsonl"))
 
 
@@ -125,7 +142,11 @@ def test_an_arm_without_markers_reads_each_placement_once(plan_file):
     [
         ('arms = ["M"]', 'arms = ["X"]', "names the arm 'X'"),
         ("[settings]", "[setings]", "unknown entry 'setings'"),
-        ("tasks = [", "taks = [", "unknown entry 'taks'"),
+        ("finetune = [", "finetun = [", "unknown entry 'finetun'"),
+        ('of = "finetune"', 'of = "finetuning"', "measures tasks of 'finetuning'"),
+        ('"eval.py tasks"', '"train.py"', "measures tasks with 'train.py'"),
+        ("[measures.tasks]", "[measures.other]", r"without \[measures.tasks\]"),
+        ('of = "pretrain"\nfigure', 'of = "text"\nfigure', r"compares a figure of 'text' in \[analysis.figures\]"),
         ("seeds = [1, 2, 3]", "seeds = [1, 1]", "names a seed of stage deciding twice"),
         ('label = "meta"\n', "", "has no entry 'label'"),
         ('name = "fake"', "name = ", "cannot be read"),
@@ -174,6 +195,20 @@ def test_the_study_of_meta_tokens_is_a_valid_plan():
         assert load_config(PrepareConfig, commands[-1].split()[2:]).name == name
 
 
+def test_the_plan_of_the_quick_start_has_every_arm():
+    """Every tiny config that pretrains is an arm of it, and its datasets are those that the configs name."""
+    plan = read_plan(str(ROOT / "studies/quick_start.toml"))
+    given = {arm.pretrain for arm in plan.arms.values()}
+    other = {"tiny_tasks.py", "tiny_extend_4x.py", "tiny_extend_8x.py"}
+    assert given == {(f"config/{p.name}",) for p in (ROOT / "config").glob("tiny_*.py") if p.name not in other}
+    assert plan.stages["seeds"].arms == tuple(plan.arms)
+    for (path,) in given:
+        cfg = load_config(TrainConfig, [str(ROOT / path)], config_file=True)
+        assert cfg.dataset.removeprefix("data/") in plan.prepare
+    for name, commands in plan.prepare.items():
+        assert load_config(PrepareConfig, commands[-1].split()[2:]).name in (name, "")
+
+
 def load(cell: Cell, settings: str, more: tuple[str, ...]):
     """Returns the settings of a training command of a cell."""
     plan = read_plan(str(META))
@@ -216,18 +251,48 @@ def test_the_queue_writes_a_line_for_every_cell(plan_file, commands, tmp_path):
     lines = run_queue(plan, tmp_path)
     assert {line["cell"] for line in lines} == {cell.key for cell in plan.cells()} and len(lines) == 13
     line = next(line for line in lines if line["cell"] == "deciding/M/1")
-    assert [(cell["length"], cell["placement"]) for cell in line["tasks"]][:2] == [(128, "target"), (128, "background")]
-    assert line["finetuning"]["reached_at"] == 4 and line["commit"] == "c" and line["text_ablation"]
-    assert "outcomes" not in line["tasks"][0] and all(seconds > 0 for seconds in line["cpu_s"].values())
+    tasks = line["measures"]["tasks"]
+    assert [(cell["length"], cell["placement"]) for cell in tasks][:2] == [(128, "target"), (128, "background")]
+    assert line["finetune"]["reached_at"] == 4 and line["commit"] == "c" and line["measures"]["text_ablation"]
+    assert "outcomes" not in tasks[0] and "arm" not in tasks[0] and all(line["cpu_s"].values())
     assert list(line["cpu_s"]) == [
-        "pretrain_M_1", "pretrain_M_1_ablation", "finetune_deciding_M_1", "finetune_deciding_M_1_tasks",
-        "finetune_deciding_M_1_ablation",
-    ]  # fmt: skip
+        "pretrain_M_1",
+        "pretrain_M_1_text_ablation",
+        "finetune_deciding_M_1",
+        "finetune_deciding_M_1_tasks",
+    ]
     oracle, plain = (next(of for of in lines if of["cell"] == f"deciding/{arm}/1") for arm in "OM")
     assert oracle["cpu_s"]["pretrain_M_1"] == plain["cpu_s"]["pretrain_M_1"]
-    assert oracle["pretraining"] == plain["pretraining"] and oracle["tasks"] != plain["tasks"]
+    assert oracle["pretrain"] == plain["pretrain"] and oracle["measures"].keys() == {"tasks"}
+    assert oracle["measures"]["tasks"] != plain["measures"]["tasks"]
     assert run_queue(plan, tmp_path) == lines  # a second call finds nothing to do
     assert not list((tmp_path / "out/fake").glob("finetune_*/step_*"))
+
+
+def test_the_cells_of_a_study_without_fine_tuning_train_once(plan_file, commands, tmp_path):
+    """Their measures belong to the pretraining, variants change it, and the analysis compares figures alone."""
+    start, _, end = PLAN.partition("[sizes.small]")
+    end = end.partition("[[analysis.figures]]")[2]
+    start = start.replace('finetune = ["--placements target background"]\n', "")
+    start = start.replace('of = "finetune"', 'of = "pretrain"')
+    plan_file.write_text(f'{start}[analysis]\nstage = "deciding"\n[[analysis.figures]]{end}')
+    with pytest.raises(UserError, match=r"has finetune in \[arms.O\], but no finetune in \[settings\]"):
+        read_plan(str(plan_file))
+    oracle = 'weights_of = "M"\nfinetune = ["--visible=marked"]\n'
+    plan_file.write_text(plan_file.read_text().replace(oracle, ""))
+    plan = read_plan(str(plan_file))
+    lines = run_queue(plan, tmp_path)
+    by_cell = {line["cell"]: line for line in lines}
+    assert len(lines) == 13 and "finetune" not in lines[0] and by_cell["deciding/G/1"]["measures"]["tasks"]
+    assert by_cell["tuning/M/7/low"]["pretrain"] != by_cell["tuning/M/7/high"]["pretrain"]
+    results = analyse(plan, lines)
+    assert [row.name for row in results.comparisons] == ["H5", "H2"] and not any(map(len, results.curves.values()))
+    assert results.levels[0].values["P"].keys() == {1, 2, 3} and results.levels[1].values.keys() == {"M"}
+    first, second = (row.p for row in results.comparisons)
+    assert {row.holm for row in results.comparisons} == set(holm([first, second]))
+    text = table(plan, results)
+    assert "bits_per_byte of pretrain, bits per byte:" in text and "exact of text_ablation (placement=text)" in text
+    assert picture(plan, results).startswith(b"\x89PNG")
 
 
 def test_a_queue_that_is_killed_at_ten_moments_writes_the_lines_of_an_uninterrupted_one(plan_file, commands, tmp_path):
@@ -257,7 +322,7 @@ def test_a_queue_that_is_killed_at_ten_moments_writes_the_lines_of_an_uninterrup
     assert process.returncode == 0
     lines = queue.read_lines(tmp_path / "killed/lines.jsonl", plan)
     assert comparable(lines) == expected
-    assert all(len(line["cpu_s"]) == (5 if line["arm"] == "M" else 3) for line in lines)  # also of earlier calls
+    assert all(len(line["cpu_s"]) == (4 if line["arm"] == "M" else 3) for line in lines)  # also of earlier calls
 
 
 def test_a_line_that_a_kill_cut_short_is_written_again(plan_file, commands, tmp_path):
@@ -373,10 +438,12 @@ def invented(plan: Plan, effect: dict[str, float], noise: float = 0.005, seeds=r
         ]  # fmt: skip
         lines.append({
             "study": plan.name, "plan": fingerprint(plan, cell), "cell": cell.key, "stage": "deciding",
-            "arm": cell.arm.name, "seed": cell.seed, "variant": "", "tasks": tasks, "uncommitted_changes": False,
+            "arm": cell.arm.name, "seed": cell.seed, "variant": "", "uncommitted_changes": False,
             "commit": "c", "processor": "p", "threads": 1, "torch": "2", "data": {},
-            "pretraining": {"bits_per_byte": 1.2 + 1e-4 * rng.standard_normal()}, "finetuning": {"reached_at": 9},
-            "text_ablation": [{"placement": "text", "exact": 1e-4 * rng.standard_normal()}],
+            "pretrain": {"bits_per_byte": 1.2 + 1e-4 * rng.standard_normal()}, "finetune": {"reached_at": 9},
+            "measures": {
+                "tasks": tasks, "text_ablation": [{"placement": "text", "exact": 1e-4 * rng.standard_normal()}],
+            },
         })  # fmt: skip
     return lines
 
@@ -420,7 +487,7 @@ def test_stages_before_the_deciding_one_show_validation_at_the_trained_length(pl
     assert analyse(plan, lines).earlier == []
     for variant, reached in (("low", 100), ("high", None)):
         tuned = {"step": 300, "reached_at": reached, "exact_copying_target": 0.9, "exact_copying_background": 0.8}
-        lines.append({**lines[0], "stage": "tuning", "variant": variant, "finetuning": tuned, "seed": 7})
+        lines.append({**lines[0], "stage": "tuning", "variant": variant, "finetune": tuned, "seed": 7})
     rows = analyse(plan, lines).earlier
     assert rows == [("tuning", "M", "low", 1, 100.0, 0.8), ("tuning", "M", "high", 1, 300.0, 0.8)]
     assert "| tuning | M | high | 1 | 300 | 80.0 % |" in table(plan, analyse(plan, lines))
@@ -440,7 +507,7 @@ def test_pairs_that_did_not_both_reach_the_accuracy_are_left_out_of_matched_only
     lines = invented(plan, {"O": 0.4, "M": 0.1}, seeds=range(1, 9))
     for line in lines:
         if line["seed"] <= 3:
-            line["finetuning"]["reached_at"] = None
+            line["finetune"]["reached_at"] = None
     row = next(row for row in analyse(plan, lines).comparisons if row.name == "H3")
     assert len(row.seeds) == 8 and row.matched[3] == 5
 
