@@ -207,7 +207,7 @@ def levels(plan: Plan, mine: dict) -> list[Levels]:
             for arm in plan.stages[plan.analysis["stage"]].arms
         }
         found[name] = Levels(name, entry["unit"], {arm: given for arm, given in values.items() if given})
-    return list(found.values())
+    return [level for level in found.values() if level.values]
 
 
 def by_cell(plan: Plan, mine: dict) -> list[tuple]:
@@ -344,7 +344,7 @@ def spread(values: list[float]) -> str:
 def picture(plan: Plan, results: Results) -> bytes:
     """Returns the figure of the study as PNG: the endpoint by length, or the first of its figures, and the differences
     that have its unit."""
-    level = None if plan.analysis.get("lengths") else results.levels[0]
+    level = None if plan.analysis.get("lengths") or not results.levels else results.levels[0]
     unit, scale = ("points", 100) if level is None else (level.unit, 1)
     rows = [
         {
