@@ -18,8 +18,8 @@ PATTERNS = {
 
 
 class RanksConverter(TikTokenConverter):
-    """Converts ranks in memory. tiktoken reads them from a file, and caches the content of a path in a temporary folder,
-    where another run's file of the same path would be found."""
+    """Converts ranks in memory. tiktoken would read them from a file, and caches the content of a path in a temporary
+    folder, where it would find that of an earlier file of the same path."""
 
     @staticmethod
     def load_tiktoken_bpe(ranks: dict[bytes, int]) -> dict[bytes, int]:

@@ -1,0 +1,165 @@
+"""Writes a run as a folder that Hugging Face transformers loads, with tasks for lm-eval and a model card."""
+
+import importlib.util
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+from tyro.conf import Suppress
+
+from nanometa.common.errors import UserError
+from nanometa.common.files import WRITING, remove, sync
+from nanometa.common.terminal import BOLD, write_line
+from nanometa.config import Rescale
+from nanometa.config.checks import check, check_types
+from nanometa.config.settings import SET, Settings, setting
+from nanometa.evals.common import read_split
+from nanometa.inference.generation import MarkerPlan
+from nanometa.interop.hub import check_repository, push
+from nanometa.interop.model_card import Card, model_card
+from nanometa.interop.texts import bits_per_byte, harness_texts
+from nanometa.interop.weights import CODE, config_of, is_plain, pad_id, placement_of, refuse, token_ids, weights_of
+from nanometa.training.checkpoint import Run, load_run
+from nanometa.training.context_extension import rescaled
+
+TASKS = Path(__file__).parent / "lm_eval"  # the files of the lm-eval tasks, copied as they are
+
+
+@dataclass(frozen=True)
+class ExportConfig(Settings):
+    """Exports a trained model to Hugging Face transformers."""
+
+    run: str = ""
+    """folder of a run (out/NAME) or of one of its checkpoints; by default the newest run in out/"""
+    output: str = ""
+    """folder to write, which must not exist; if empty, hf in the run's folder"""
+    markers: Literal["auto", "implicit", "explicit", "none"] = "auto"
+    """how the exported model gets its markers. implicit: it inserts them itself, by the rule of the run's data;
+    explicit: prompts contain them, and generation forces them; none: it neither inserts nor forces any; auto =
+    implicit, or none for a run whose data has no markers"""
+    seed: int = 1337
+    """seed of random marker positions; the default gives those of sample.py and eval.py"""
+    eval_texts: int = 200
+    """number of texts of each lm-eval task, which the export contains; 0 = no tasks and no figures on these texts"""
+    dataset: str = setting("", only_with={"eval_texts": SET})
+    """folder of the dataset whose validation text is exported for lm-eval; if empty, the run's own"""
+    push_to_hub: str = ""
+    """repository USER/NAME of the Hugging Face hub to upload the export to; a new one is private"""
+    rescale: Rescale = field(default_factory=Rescale)
+    typed: Suppress[tuple[str, ...]] = field(default=(), compare=False, repr=False, metadata={"hidden": True})
+    """names of the settings that the command line set, even to their defaults"""
+
+    def __post_init__(self):
+        check_types(self)
+        check(self, "seed", self.seed >= 0, "be at least 0")
+        check(self, "eval_texts", 0 <= self.eval_texts <= 10**6, "lie in 0 .. 1000000")
+        if self.push_to_hub:
+            check_repository(self.push_to_hub)
+
+
+def export(cfg: ExportConfig) -> Path:
+    """Exports the run that cfg names, and uploads it if asked. Returns the folder.
+
+    Raises UserError if the run cannot be exported, before anything is written."""
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError("export.py needs the package transformers, which is missing: pip install -e '.[export]'.")
+    run = rescaled(load_run(cfg.run), cfg.rescale)
+    refuse(run)
+    placement = placement_of(run, cfg.markers)
+    rule = run.state["data"]["injection"]
+    if "seed" in cfg.typed and (rule != "uniform" or placement == "none"):
+        raise UserError(
+            f"--seed has no effect on {run.folder} with markers={placement}, because no marker is placed at random: "
+            f"leave --seed out."
+        )
+    output = Path(cfg.output) if cfg.output else run.folder.parent / "hf"
+    if os.path.lexists(output):
+        raise UserError(f"output={output} already exists, and is not overwritten: delete it, or name another folder.")
+    folder = Path(cfg.dataset or run.state["data"]["dataset"])
+    stream = read_split(run, folder, None) if cfg.eval_texts else None
+    partial = output.with_name(f".{output.name}{WRITING}")
+    remove(partial)
+    partial.mkdir(parents=True)
+    config = config_of(run, placement, cfg.seed)
+    write_model(run, config, partial)
+    card = Card(run, config, output.name, cfg.push_to_hub, {}, {}, [])
+    if stream is not None:
+        card = write_tasks(run, cfg, config, stream, partial, card)
+    write_text(partial / "README.md", model_card(card))
+    finish(partial, output)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    write_line(f"{output}: {config['architectures'][0]}, {size / 1e6:.1f} MB", BOLD)
+    if cfg.push_to_hub:
+        write_line(push(output, cfg.push_to_hub))
+    return output
+
+
+def write_model(run: Run, config: dict, folder: Path) -> None:
+    """Writes the configuration, the code, the weights and the tokenizer."""
+    import transformers  # an optional dependency, and slow to import
+
+    from nanometa.interop.tokenizer import save_tokenizer
+
+    version = {"transformers_version": transformers.__version__}
+    write_json(folder / "config.json", {**config, **version})
+    write_json(folder / "generation_config.json", {"_from_model_config": True, **token_ids(run), **version})
+    if not is_plain(run):
+        for name in ("configuration_nanometa.py", "modeling_nanometa.py"):
+            shutil.copyfile(CODE / name, folder / name)
+    safetensors.torch.save_file(weights_of(run), folder / "model.safetensors", metadata={"format": "pt"})
+    save_tokenizer(run.tokenizer, pad_id(run), config["n_positions"], folder)
+
+
+def write_tasks(run: Run, cfg: ExportConfig, config: dict, stream, folder: Path, card: Card) -> Card:
+    """Writes the lm-eval tasks with their texts. Returns the card with their names and this project's own figures."""
+    plan = MarkerPlan.of_run(run, seed=cfg.seed)
+    window = run.config.model.block_size
+    # one position is left for <|endoftext|>, which lm-eval puts before the text
+    longest = sum(position not in plan for position in range(window)) - 1
+    texts, missing = harness_texts(run, stream, cfg.eval_texts, longest)
+    tasks = folder / "lm_eval"
+    tasks.mkdir()
+    shutil.copyfile(TASKS / "offline.py", tasks / "offline.py")
+    for name, lines in texts.items():
+        shutil.copyfile(TASKS / f"{name}.yaml", tasks / f"{name}.yaml")
+        write_text(tasks / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    pieces = texts["nanometa_bits_per_byte"]
+    plans = {"none": MarkerPlan("none", 1, 0, 0)}
+    if plan.M:
+        plans = {"implicit": plan, **plans}
+    figures = {placement: bits_per_byte(run, pieces, plan) for placement, plan in plans.items()}
+    for placement, figure in figures.items():
+        about = (
+            f"{len(pieces)} pieces of validation text, marker_placement={placement}" if plan.M else "validation text"
+        )
+        write_line(f"{figure:.4f} bits per byte on {about}")
+    for name, why in missing.items():
+        write_line(f"without the lm-eval task {name}: {why}")
+    return card._replace(
+        figures=figures, n_texts={name: len(lines) for name, lines in texts.items()}, missing=[*missing]
+    )
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file as transformers does."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file with the same line ends on every system."""
+    path.write_bytes(text.encode())
+
+
+def finish(partial: Path, output: Path) -> None:
+    """Gives a complete folder its name, after all of its files are on disk.
+
+    safetensors makes files that only their owner can read, so the weights get the mode of the other files."""
+    shutil.copymode(partial / "config.json", partial / "model.safetensors")
+    for path in partial.rglob("*"):
+        sync(path)
+    sync(partial)
+    os.rename(partial, output)

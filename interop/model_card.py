@@ -1,0 +1,191 @@
+"""Writes the model card of an export: what the model is, how well it does, and how to use it."""
+
+from typing import NamedTuple
+
+import nanometa
+from nanometa.evals.common import facts_of
+from nanometa.training.checkpoint import Run
+
+
+class Card(NamedTuple):
+    """What a model card tells."""
+
+    run: Run
+    config: dict  # the content of config.json
+    folder: str  # the name of the export, as it stands in commands
+    repository: str  # USER/NAME on the hub, or ""
+    figures: dict[str, float]  # bits per byte on the texts of lm-eval, by marker_placement
+    n_texts: dict[str, int]  # number of texts of each lm-eval task
+    missing: list[str]  # lm-eval tasks whose texts do not fit into the window
+
+
+def model_card(card: Card) -> str:
+    """Returns the content of README.md."""
+    parts = [_head(card), _model(card), _figures(card), _use(card), _markers(card), _harness(card), _limits(card)]
+    return "\n".join(part.strip("\n") + "\n" for part in parts if part)
+
+
+def _name(card: Card) -> str:
+    return card.repository or card.folder
+
+
+def _plain(card: Card) -> bool:
+    return card.config["model_type"] == "gpt2"
+
+
+def _head(card: Card) -> str:
+    tags = ["nanometa", *(["custom_code"] if not _plain(card) else [])]
+    return "\n".join(
+        ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+        + [f"- {tag}" for tag in tags]
+        + ["---", "", f"# {_name(card).rpartition('/')[2]}"]
+    )
+
+
+def _model(card: Card) -> str:
+    run, facts, m = card.run, facts_of(card.run), card.run.config.model
+    data, text_tokens = run.state["data"], facts["origin"]["content_tokens"]
+    kind = "A GPT-2" if _plain(card) else "A GPT-2 with meta-tokens or a control for them"
+    rows = {
+        "arm": facts["arm"],
+        "parameters": f"{facts['parameters']:,}",
+        "shape": f"{m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide",
+        "window": f"{m.block_size} positions, which hold {card.config['n_positions']} text tokens with markers inserted"
+        if card.config.get("marker_placement") == "implicit"
+        else f"{m.block_size} positions",
+        "trained on": ", ".join(run.config.task.tasks) or data["dataset"],
+        "text tokens read": "unknown" if text_tokens is None else f"{text_tokens:,}",
+        "step": f"{facts['step']:,}",
+        "seed": facts["seed"],
+        "target rule": run.config.target_rule,
+        "tokenizer": f"{run.tokenizer.name}, {run.tokenizer.n_content:,} ids",
+        "sha256 of the run's weights": facts["weights_sha256"],
+        "made by": f"nanometa {nanometa.__version__}, commit {facts['commit'] or 'unknown'}",
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join([f"{kind}, trained and exported with nanoMeta.", "", "| | |", "|---|---|", *lines])
+
+
+def _figures(card: Card) -> str:
+    lines, best = ["## Figures", "", "| measured | bits per byte |", "|---|---|"], card.run.state.get("best")
+    if best:
+        rows = f"| in training, at step {best['step']:,}: the run's validation text, in windows of the stream |"
+        lines.append(f"{rows} {best['bits_per_byte']:.4f} |")
+    for placement, figure in card.figures.items():
+        what = {"implicit": "with markers", "none": "without markers"}[placement]
+        what = f", {what}" if card.run.state["data"]["chunk_markers"] else ""
+        n = card.n_texts["nanometa_bits_per_byte"]
+        lines.append(f"| by nanoMeta: {n} pieces of validation text, each read by itself{what} | {figure:.4f} |")
+    if len(lines) == 4:
+        return ""
+    about = "The figures are not comparable with each other: a piece that is read by itself has less context."
+    return "\n".join([*lines, "", about])
+
+
+def _use(card: Card) -> str:
+    code = "" if _plain(card) else ", trust_remote_code=True"
+    where = (
+        "" if card.repository else f"\nRun this in the folder that contains `{card.folder}`, or give the full path.\n"
+    )
+    return f"""
+## Use
+{where}
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "{_name(card)}"
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name{code})
+
+text = tokenizer("def main", return_tensors="pt")
+start = torch.tensor([[tokenizer.bos_token_id]])  # <|endoftext|>: a document starts here
+ids = torch.cat([start, text.input_ids], dim=1)
+out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=50, do_sample=True, top_k=200)
+print(tokenizer.decode(out[0], skip_special_tokens=True))
+```
+
+The tokenizer puts no `<|endoftext|>` before a text, and text that spells a special token stays text. Always pass
+`attention_mask`; batches may be padded on either side. `dtype=torch.bfloat16`, beam search, `pipeline` and training
+with `labels` work as usual."""
+
+
+def _markers(card: Card) -> str:
+    c = card.config
+    if _plain(card):
+        return ""
+    if c["marker_id"] is None:
+        return "## Markers\n\nThe model was trained without markers, and its texts have none."
+    if not c["marker_count"]:
+        return f"""
+## Markers
+
+The model was trained on texts in which `<|meta|>` (id {c["marker_id"]}) stands at places that its tasks chose. Put the
+id into `input_ids` yourself. Markers are never predicted, and their labels are ignored."""
+    share = (
+        f"{c['marker_count']} markers `<|meta|>` (id {c['marker_id']}) among every {c['marker_content']} text tokens"
+    )
+    how = {"uniform": "at random places that depend on `marker_key`", "periodic": "at equal distances"}
+    return f"""
+## Markers
+
+The model was trained with {share}, {how[c["marker_injection"]]}.
+They have no text, and are never predicted. This export has `marker_placement="{c["marker_placement"]}"`; another value
+can be given to `from_pretrained`:
+
+| `marker_placement` | what you pass | what happens |
+|---|---|---|
+| `implicit` | text tokens alone | the model inserts the markers, and returns logits for the text tokens only |
+| `explicit` | `model.place_markers(ids)` | `generate` forces the markers, which count as new tokens |
+| `none` | text tokens alone, or markers at places of your own | nothing is inserted |
+
+Programs that know nothing of markers, such as lm-eval, get the right scores with `implicit`. With `explicit`:
+
+```python
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, marker_placement="explicit")
+ids = torch.tensor([model.place_markers([tokenizer.bos_token_id, *tokenizer("def main").input_ids])])
+out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=50)
+```"""
+
+
+def _harness(card: Card) -> str:
+    if not card.n_texts:
+        return ""
+    code = "" if _plain(card) else ",trust_remote_code=True"
+    text = f"""
+## lm-eval
+
+The tasks in `lm_eval/` need no network. lm-eval 0.4.13 prints the figures above for `nanometa_bits_per_byte`:
+
+```bash
+lm_eval --model hf --model_args pretrained={_name(card)}{code} --include_path {_name(card)}/lm_eval \\
+    --tasks {",".join(sorted(card.n_texts))} --device cpu --batch_size 4
+```
+"""
+    if len(card.figures) > 1:
+        text += "\nAdd `,marker_placement=none` to `--model_args` to leave the markers out.\n"
+    if card.missing:
+        text += f"\nTexts of {', '.join(f'`{name}`' for name in card.missing)} do not fit into the window.\n"
+    if card.repository:
+        text += f"\nDownload the tasks first: `hf download {card.repository} --local-dir {card.folder}`.\n"
+    return text
+
+
+def _limits(card: Card) -> str:
+    c, lines = card.config, []
+    if c.get("position", "learned") == "learned":
+        lines.append("Texts longer than the window are refused or fail, because positions are learned.")
+    elif not _plain(card):
+        lines.append("Beyond the window, positions simply go on; the model was not trained there.")
+    if c.get("second_connects") == "random":
+        lines.append(
+            "The random positions of the second attention are those of generated text, and the same in every text."
+        )
+    if _plain(card):
+        lines.append(
+            "`forward` needs `position_ids` for texts padded on the left, as every GPT-2 of transformers does."
+        )
+    else:
+        lines.append("The cache must be the default one, and cannot be cropped while markers are inserted.")
+        lines.append("Attention weights (`output_attentions`) are not returned.")
+    return "\n".join(["## Limits", "", *(f"- {line}" for line in lines)])
