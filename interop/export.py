@@ -42,7 +42,7 @@ class ExportConfig(Settings):
     explicit: prompts contain them, and generation forces them; none: it neither inserts nor forces any; auto =
     implicit, or none for a run whose data has no markers"""
     seed: int = 1337
-    """seed of random marker positions; the default gives those of sample.py and eval.py"""
+    """seed of random marker positions; the default gives those of generation and scoring from Python"""
     eval_texts: int = 200
     """number of texts of each lm-eval task, which the export contains; 0 = no tasks and no figures on these texts"""
     dataset: str = setting("", only_with={"eval_texts": SET})

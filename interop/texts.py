@@ -25,8 +25,8 @@ def validation_pieces(tokenizer: Tokenizer, stream: np.ndarray, n: int, longest:
     """Returns n pieces of documents at equal distances in a stream of tokens (N,), or all if there are fewer.
 
     A piece consists of whole lines and has at most `longest` tokens, so that one window holds it. Its text is encoded
-    anew, so any program with the same tokenizer reads the same tokens. Longer lines, and text that spells <|meta|>, are
-    left out."""
+    anew, so any program with the same tokenizer reads the same tokens. Longer lines, and pieces that spell <|meta|>,
+    are left out."""
     found = [{"text": piece} for piece in _pieces(tokenizer, strip(stream, tokenizer.meta), longest)]
     if len(found) <= n:
         return found

@@ -11,6 +11,7 @@ from nanometa.config import PrepareConfig, SampleConfig, TrainConfig
 from nanometa.config.checks import field_names
 from nanometa.config.command_line import PATHS, Parser, load_config, path_argument
 from nanometa.eval import EVALS
+from nanometa.interop.export import ExportConfig
 from nanometa.probe import PROBES
 from nanometa.report import Report
 from nanometa.reports import curves
@@ -18,11 +19,14 @@ from nanometa.study import COMMANDS
 from nanometa.tasks.example import _show
 from tests.test_config import schema_hints
 
-CLASSES = (TrainConfig, PrepareConfig, SampleConfig, Report, *(cls for cls, _ in (EVALS | PROBES | COMMANDS).values()))
+CLASSES = (
+    TrainConfig, PrepareConfig, SampleConfig, ExportConfig, Report,
+    *(cls for cls, _ in (EVALS | PROBES | COMMANDS).values()),
+)  # fmt: skip
 # settings that are text, but no path
 NO_PATHS = {
     "run_name", "accelerator", "text_column", "separator", "hf_config", "hf_split", "hf_revision", "packages", "name",
-    "part", "recipe", "prompt", "size",
+    "part", "recipe", "prompt", "size", "push_to_hub",
 }  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def check(found: dict, want: dict, run) -> None:
     plain = is_plain(run)
     assert found["class"] == ("GPT2LMHeadModel" if plain else "NanoMetaForCausalLM")
     logits = torch.tensor(found["logits"])
-    assert (logits[:-1] - want["text_logits"]).abs().max() < 1e-5 * want["text_logits"].abs().max()
+    assert (logits[:-1] - want["text_logits"]).abs().max() < 1e-5
     assert found["loss"] == pytest.approx(np.mean(want["nats"]), abs=1e-5)
     assert found["greedy"] == found["greedy_uncached"] == want["greedy"]
     assert found["beams"] == found["beams_uncached"] and len({*map(tuple, found["beams"])}) == 2
@@ -110,7 +110,7 @@ def check(found: dict, want: dict, run) -> None:
     assert found["loss_padded_right"] == pytest.approx(want["batch_loss"], abs=1e-5)
     if not plain:  # transformers' GPT-2 also scores the first token of a text after pads
         assert found["loss_padded_left"] == pytest.approx(want["batch_loss"], abs=1e-5)
-    assert 0 < found["bf16_error"] < 0.05 and len(found["bf16_greedy"]) == 4
+    assert 0 < found["bf16_error"] < 0.2 and len(found["bf16_greedy"]) == 4
     assert found["eager_error"] < 2e-5
     if "placed" in found:
         assert found["placed"] == want["marked"]

@@ -19,6 +19,7 @@ from nanometa.config.checks import flat_fields
 from nanometa.config.command_line import load_config
 from nanometa.config.tasks import TASKS
 from nanometa.eval import EVALS
+from nanometa.interop.export import ExportConfig
 from nanometa.probe import PROBES
 from nanometa.reports import curves
 from nanometa.tasks import example
@@ -28,11 +29,11 @@ from nanometa.training.run_log import environment
 from tests.conftest import ROOT, TINY, cli
 
 NAMED = {"eval.py": EVALS, "probe.py": PROBES}
-CLASSES = {"train.py": TrainConfig, "prepare.py": PrepareConfig, "sample.py": SampleConfig}
+CLASSES = {"train.py": TrainConfig, "prepare.py": PrepareConfig, "sample.py": SampleConfig, "export.py": ExportConfig}
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*GUIDES, ROOT / "LOG.md", *ROOT.glob("*.py"), *(ROOT / "config").glob("*.py")]
 
-PROGRAM = r"(?:train|prepare|sample|eval|probe|report|bench)\.py\b|-m nanometa\.tasks\.\w+"
+PROGRAM = r"(?:train|prepare|sample|eval|probe|report|bench|export)\.py\b|-m nanometa\.tasks\.\w+"
 START = rf"(?:\.venv/bin/)?(?:python |torchrun (?:--\S+ )+)(?=(?:{PROGRAM}))"
 COMMAND = rf"^ *(?:.*\| )?{START}(.*)$"
 INLINE = rf"`{START}([^`]*)`"
