@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import nanometa
 from nanometa.evals.common import facts_of
+from nanometa.reports.training import METRICS, read_run
 from nanometa.training.checkpoint import Run
 
 
@@ -60,7 +61,7 @@ def _model(card: Card) -> str:
         "target rule": run.config.target_rule,
         "tokenizer": f"{run.tokenizer.name}, {run.tokenizer.n_content:,} ids",
         "sha256 of the run's weights": facts["weights_sha256"],
-        "made by": f"nanometa {nanometa.__version__}, commit {facts['commit'] or 'unknown'}",
+        "exported by": f"nanometa {nanometa.__version__}, commit {facts['commit'] or 'unknown'}",
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join([f"{kind}, trained and exported with nanoMeta.", "", "| | |", "|---|---|", *lines])
@@ -69,8 +70,11 @@ def _model(card: Card) -> str:
 def _figures(card: Card) -> str:
     lines, best = ["## Figures", "", "| measured | bits per byte |", "|---|---|"], card.run.state.get("best")
     if best:
-        rows = f"| in training, at step {best['step']:,}: the run's validation text, in windows of the stream |"
-        lines.append(f"{rows} {best['bits_per_byte']:.4f} |")
+        where = f"| in training, at step {best['step']:,}: validation text, in windows of the stream |"
+        lines.append(f"{where} {best['bits_per_byte']:.4f} |")
+    if final := _final(card.run):
+        where = f"| at the end of training: all {final['bytes']:,} bytes of validation text, in windows of the stream |"
+        lines.append(f"{where} {final['bits_per_byte']:.4f} |")
     for placement, figure in card.figures.items():
         what = {"implicit": "with markers", "none": "without markers"}[placement]
         what = f", {what}" if card.run.state["data"]["chunk_markers"] else ""
@@ -80,6 +84,13 @@ def _figures(card: Card) -> str:
         return ""
     about = "The figures are not comparable with each other: a piece that is read by itself has less context."
     return "\n".join([*lines, "", about])
+
+
+def _final(run: Run) -> dict | None:
+    """Returns the figures of a run's final validation, if they are those of the exported weights."""
+    folder = run.folder.parent
+    found = read_run(folder).final if (folder / METRICS).is_file() else []
+    return next((line for line in reversed(found) if line["step"] == run.state["step"] and "bytes" in line), None)
 
 
 def _use(card: Card) -> str:
@@ -95,7 +106,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = "{_name(card)}"
-tokenizer = AutoTokenizer.from_pretrained(name)
+tokenizer = AutoTokenizer.from_pretrained(name{code})
 model = AutoModelForCausalLM.from_pretrained(name{code})
 
 text = tokenizer("def main", return_tensors="pt")

@@ -103,6 +103,7 @@ def use(case: dict) -> dict:
         out = model(ids, labels=ids)
         found["marked_logits"], found["marked_loss"] = out.logits[0, :, :V].tolist(), out.loss.item()
         found["marked_greedy"] = continued(model, ids, torch.ones_like(ids), case["marked_steps"])[0]
+        found["marked_beams"] = continued(model, ids, torch.ones_like(ids), case["marked_steps"], num_beams=3)[0]
         ids, mask = padded([case["marked_ids"], case["marked_ids"][:3]], model.config.pad_token_id, left=True)
         found["marked_batch"] = continued(model, ids, mask, case["marked_steps"])[0]
     return found
@@ -112,7 +113,7 @@ def main(cases: str, results: str) -> None:
     torch.set_num_threads(1)
     cases = json.load(open(cases))
     found = [use(case) for case in cases]
-    tokenizer = AutoTokenizer.from_pretrained(cases[0]["folder"])
+    tokenizer = AutoTokenizer.from_pretrained(cases[0]["folder"], trust_remote_code=True)
     write = pipeline("text-generation", model=load(cases[0]["folder"]), tokenizer=tokenizer, device="cpu")
     found[0]["pipeline"] = write("the cat", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     both = write(["the cat", "the cat sat on a"], max_new_tokens=4, do_sample=False, batch_size=2)

@@ -117,6 +117,8 @@ def check(found: dict, want: dict, run) -> None:
         assert found["marked_loss"] == pytest.approx(np.mean(want["nats"]), abs=1e-5)
         assert found["marked_greedy"] == found["marked_batch"] == want["marked_greedy"]
         assert run.tokenizer.meta in want["marked_greedy"]
+        markers = [token == run.tokenizer.meta for token in want["marked_greedy"]]
+        assert [token == run.tokenizer.meta for token in found["marked_beams"]] == markers
 
 
 def read_elsewhere(cases: list[dict], folder) -> list[dict]:
@@ -127,7 +129,8 @@ def read_elsewhere(cases: list[dict], folder) -> list[dict]:
     command = [sys.executable, "-I", "export_reader.py", "cases.json", "results.json"]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr and "newly initialized" not in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "Do you wish" not in done.stdout + done.stderr
+    assert "newly initialized" not in done.stderr, done.stderr
     return json.loads((folder / "results.json").read_text())
 
 

@@ -183,10 +183,11 @@ class NanoMetaModel(nn.Module):
         self.h = nn.ModuleList(NanoMetaBlock(cfg, layer) for layer in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
 
-    def forward(self, ids, kinds, past, cache):
-        """Returns the states of ids (B, T) before every block, and the last ones after ln_f: (B, T, C) each.
+    def forward(self, ids, kinds, past, cache, keep):
+        """Returns a list of the final states (B, T, C) of ids (B, T), after ln_f.
 
-        kinds (B, T): those of ids. past (B, P): the kinds of the slots that the cache holds."""
+        kinds (B, T): those of ids. past (B, P): the kinds of the slots that the cache holds.
+        keep: puts the states before every block in front of the final ones."""
         cfg, rows = self.cfg, kinds != EMPTY
         slots = torch.cat([past, kinds], dim=1)  # (B, S)
         place = (slots != EMPTY).cumsum(1) - 1  # the position of every slot
@@ -209,7 +210,7 @@ class NanoMetaModel(nn.Module):
         second = self.second(second, slots, place, past.size(1), rows, seen)
         x, states = self.drop(x), []
         for block in self.h:
-            states.append(x)
+            states += [x] if keep else []
             x = block(x, first, second, cache)
         return [*states, self.ln_f(x)]
 
@@ -311,15 +312,14 @@ class NanoMetaForCausalLM(PreTrainedModel, GenerationMixin):
         past = self.past_kinds(cache, input_ids)
         mask = self.new_mask(input_ids, attention_mask, past)
         rows, kinds, own, source = self.rows_of(input_ids, mask, past)
-        states = self.transformer(rows, kinds, past, cache)
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = self.transformer(rows, kinds, past, cache, keep)
         hidden, P = states[-1], past.size(1)
         if cache is not None:
             # slots after a marker may need the state of the last text token, which can be an old one
             kept = hidden if self.carries else hidden[..., :1]
             kept = cache.update(kinds[:, None, :, None].to(hidden.dtype), kept[:, None], len(cache.layers) - 1)[1][:, 0]
             hidden = kept if self.carries else hidden
-        elif self.carries:
-            P = 0
         if self.carries:
             slots = torch.cat([past, kinds], dim=1)
             order = torch.arange(slots.size(1), device=slots.device)
@@ -334,10 +334,7 @@ class NanoMetaForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits, self.scored(labels, input_ids, mask, past), self.config.vocab_size, **batch
             )
-        output_hidden_states = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
-        picked = tuple(pick_rows(state, own) for state in states) if output_hidden_states else None
+        picked = tuple(pick_rows(state, own) for state in states) if keep else None
         out = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=picked, **{CACHE: cache})
         return out if return_dict is not False else out.to_tuple()
 
