@@ -1,6 +1,7 @@
-"""Tests export.py: the folder that it writes, the tokenizer, refusals, the upload, and misuse of an exported model."""
+"""Tests export.py: the folder that it writes, the tokenizer, refusals and the upload."""
 
 import json
+import re
 import shutil
 import socket
 
@@ -291,3 +292,16 @@ def test_an_export_survives_a_copy_without_the_project(exported, tmp_path):
     for path in copy.glob("lm_eval/*.yaml"):
         function = path.read_text().split("!function offline.")[1].split()[0]
         assert path.with_suffix(".jsonl").is_file() and f"def {function}(" in (copy / "lm_eval/offline.py").read_text()
+
+
+def test_the_code_of_the_model_card_runs(exported, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(exported[0].parent)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    blocks = re.findall(r"^```python\n(.*?)^```", (exported[0] / "README.md").read_text(), re.M | re.S)
+    names: dict = {}
+    for block in blocks:
+        exec(block.replace("max_new_tokens=50", "max_new_tokens=8"), names)
+    assert len(blocks) == 2 and capsys.readouterr().out.startswith("def main")
+    marked = names["out"][0].tolist()
+    assert marked[: names["ids"].size(1)] == names["ids"][0].tolist() and 300 in marked
