@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import safetensors.torch
 from tyro.conf import Suppress
 
@@ -79,8 +80,7 @@ def export(cfg: ExportConfig) -> Path:
     output = Path(cfg.output) if cfg.output else run.folder.parent / "hf"
     if os.path.lexists(output):
         raise UserError(f"output={output} already exists, and is not overwritten: delete it, or name another folder.")
-    folder = Path(cfg.dataset or run.state["data"]["dataset"])
-    stream = read_split(run, folder, None) if cfg.eval_texts else None
+    stream = validation_stream(run, cfg) if cfg.eval_texts else None
     partial = output.with_name(f".{output.name}{WRITING}")
     remove(partial)
     partial.mkdir(parents=True)
@@ -96,6 +96,19 @@ def export(cfg: ExportConfig) -> Path:
     if cfg.push_to_hub:
         write_line(push(output, cfg.push_to_hub))
     return output
+
+
+def validation_stream(run: Run, cfg: ExportConfig) -> np.ndarray:
+    """Returns the first validation tokens (N,), twenty times as many as the texts for lm-eval need.
+
+    Raises UserError if the dataset is missing, or is not of the run's tokenizer."""
+    folder = Path(cfg.dataset or run.state["data"]["dataset"])
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no dataset in {folder}, from whose validation text the export takes the texts for lm-eval: name "
+            f"its folder with --dataset, or leave the texts out with --eval_texts=0."
+        )
+    return read_split(run, folder, 20 * cfg.eval_texts * run.config.model.block_size)
 
 
 def write_model(run: Run, config: dict, folder: Path) -> None:
@@ -114,7 +127,7 @@ def write_model(run: Run, config: dict, folder: Path) -> None:
     save_tokenizer(run.tokenizer, pad_id(run), config["n_positions"], folder)
 
 
-def write_tasks(run: Run, cfg: ExportConfig, config: dict, stream, folder: Path, card: Card) -> Card:
+def write_tasks(run: Run, cfg: ExportConfig, config: dict, stream: np.ndarray, folder: Path, card: Card) -> Card:
     """Writes the lm-eval tasks with their texts. Returns the card with their names and this project's own figures."""
     plan = MarkerPlan.of_run(run, seed=cfg.seed)
     window = run.config.model.block_size

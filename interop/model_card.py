@@ -169,7 +169,7 @@ def _harness(card: Card) -> str:
 The tasks in `lm_eval/` need no network. lm-eval 0.4.13 prints the figures above for `nanometa_bits_per_byte`:
 
 ```bash
-lm_eval --model hf --model_args pretrained={_name(card)}{code} --include_path {_name(card)}/lm_eval \\
+lm_eval --model hf --model_args pretrained={_name(card)}{code} --include_path {card.folder}/lm_eval \\
     --tasks {",".join(sorted(card.n_texts))} --device cpu --batch_size 4
 ```
 """

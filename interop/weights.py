@@ -14,6 +14,11 @@ from nanometa.training.checkpoint import Run
 from nanometa.training.hugging_face import to_hf
 
 CODE = Path(__file__).parent / "hugging_face"  # the Python files of an export, copied as they are
+# SecondAttention.connects and .others that NanoMetaModel.second in CODE computes, with any window
+COMPUTED = {
+    ("markers", "nothing"), ("markers", "mean"), ("markers", "read"), ("random", "nothing"), ("all", "nothing"),
+    ("nothing", "nothing"),
+}  # fmt: skip
 
 
 def is_plain(run: Run) -> bool:
@@ -24,6 +29,12 @@ def is_plain(run: Run) -> bool:
 
 def refuse(run: Run) -> None:
     """Raises UserError if the exported code cannot compute what the run's model computes."""
+    second = run.config.model.second
+    if (second.connects, second.others) not in COMPUTED:
+        raise UserError(
+            f"second_attention={second.name} cannot be exported, because interop/hugging_face/modeling_nanometa.py "
+            f"does not compute it: add it there."
+        )
     if run.config.model.rope_dynamic:
         raise UserError(
             "rope_dynamic=True cannot be exported, because the scale of every query rotates all cached keys anew: "

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.inference.generation import MarkerPlan, generate, lay_out
 from nanometa.inference.scoring import score, text_batch
@@ -21,7 +22,7 @@ from nanometa.interop.weights import CODE, config_of, is_plain, placement_of
 from tests.conftest import ROOT, WORDS
 from tests.runs import small_run
 
-TEXT, STEPS = "the cat sat on a mat and saw that", 12
+TEXT, STEPS = "the cat sat on a mat and saw that one dog had run over two hills", 12
 YARN = {"position": "rope", "rope_scaling": "yarn", "rope_factor": 2.0}
 # second attention, positions, target rule, injection
 DIAGONAL = [
@@ -148,6 +149,7 @@ def compare_all(tokenizer, cells, folder) -> list[dict]:
 
 
 def test_exports_compute_what_runs_compute_where_nothing_of_ours_can_be_imported(small_tokenizer, tmp_path):
+    assert {second for second, *_ in DIAGONAL} == set(SECOND_ATTENTIONS)
     found = compare_all(small_tokenizer, DIAGONAL, tmp_path)
     assert found[0]["pipeline"].startswith("the cat") and len(found[0]["pipeline"]) > len("the cat")
     assert found[0]["pipeline_batch"][0] == found[0]["pipeline"]
@@ -157,11 +159,11 @@ def test_exports_compute_what_runs_compute_where_nothing_of_ours_can_be_imported
 def test_every_arm_position_and_target_rule_is_exported_exactly(small_tokenizer, tmp_path):
     cells = []
     for second, places, rule, injection in itertools.product(
-        ("meta", "diagonal", "meta_mean", "read_meta", "causal", "random", "none"), PLACES, ("ignore", "skip"),
+        SECOND_ATTENTIONS, PLACES, ("ignore", "skip"),
         ("uniform", "periodic", "none"),
     ):  # fmt: skip
         marked, moved = injection != "none", "meta_position" in places
-        if (second == "random" and marked) or (second in ("meta", "diagonal", "meta_mean", "read_meta") and not marked):
+        if SECOND_ATTENTIONS[second].markers == ("refused" if marked else "needed"):
             continue
         if not (moved and not marked):
             cells.append((second, places, rule, injection))

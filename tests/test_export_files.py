@@ -20,7 +20,7 @@ from nanometa.data.tokenizer import Tokenizer
 from nanometa.evals.common import read_split
 from nanometa.inference.generation import MarkerPlan
 from nanometa.inference.scoring import score
-from nanometa.interop import hub, texts
+from nanometa.interop import hub, texts, weights
 from nanometa.interop.export import ExportConfig, export
 from nanometa.interop.tokenizer import save_tokenizer
 from nanometa.interop.weights import config_of, is_plain, pad_id, weights_of
@@ -135,7 +135,7 @@ def test_an_export_without_texts_needs_no_dataset(workdir, marked_run):
     run = load_run(marked_run)
     run.state["data"]["dataset"] = "nowhere"
     lost = saved(run, workdir / "out/lost")
-    with pytest.raises(UserError, match="there is no dataset in nowhere"):
+    with pytest.raises(UserError, match="there is no dataset in nowhere, .*--eval_texts=0"):
         export(settings_of(f"--run={lost}", f"--output={workdir}/out/lost_hf"))
     assert not (workdir / "out/lost_hf").exists()
     export(settings_of(f"--run={lost}", f"--output={workdir}/out/lost_hf", "--eval_texts=0"))
@@ -250,6 +250,12 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(workdir, marked_run)
             export(settings_of(*argv))
         assert sentence in str(refused.value) and "\n" not in str(refused.value), argv
     assert tree(workdir / "out") == before
+
+
+def test_a_second_attention_that_the_exported_code_lacks_is_refused_by_name(marked_run, monkeypatch):
+    monkeypatch.setattr(weights, "COMPUTED", {("all", "nothing")})
+    with pytest.raises(UserError, match="second_attention=meta cannot be exported, because interop/hugging_face/"):
+        export(settings_of(f"--run={marked_run}", "--output=out/never"))
 
 
 def test_a_failed_upload_keeps_the_export_and_says_how_to_go_on(workdir, marked_run, monkeypatch):

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from nanometa.inference.generation import MarkerPlan
+from nanometa.inference.scoring import score
 from nanometa.interop.hugging_face.configuration_nanometa import MarkerPlan as ExportedPlan
 from nanometa.interop.hugging_face.configuration_nanometa import NanoMetaConfig
 from nanometa.interop.hugging_face.modeling_nanometa import NanoMetaForCausalLM
@@ -24,6 +25,9 @@ def test_the_exported_plan_is_the_plan(injection, C, M):
     ours = MarkerPlan(injection, C, M, key=2**64 - 5)
     theirs = ExportedPlan(injection, C, M, key=2**64 - 5).until(3 * C)
     assert len(theirs) >= 3 * (C + M) and theirs == [position in ours for position in range(len(theirs))]
+
+
+TEXT = "the cat sat on a mat and saw that one dog had run over two hills"
 
 
 def implicit(tokenizer, **changes):
@@ -61,6 +65,8 @@ def test_misuse_is_refused_instead_of_giving_other_numbers(dataset_tokenizer):
             model(ids, **{name: ids})
     with pytest.raises(ValueError, match="needs a DynamicCache of its own"):
         model(ids, cache=StaticCache(config=model.config, max_cache_len=64))
+    with pytest.raises(ValueError, match=r"the cache holds \[0\] tokens, but attention_mask has \[5\] before"):
+        model(ids, attention_mask=torch.ones(1, 25))
     with pytest.raises(ValueError, match="attention_mask has the shape"):
         model(ids, attention_mask=torch.ones(1, 1, 20, 20))
     cache = model(ids, use_cache=True).cache
@@ -81,6 +87,19 @@ def test_a_cache_may_be_filled_in_pieces_of_any_size(dataset_tokenizer):
             for part in ids.split(size, dim=1):
                 parts.append(model(part, cache=cache).logits)
             assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
+
+
+def test_a_window_of_the_second_attention_is_exported(dataset_tokenizer):
+    run, model = implicit(dataset_tokenizer)
+    windowed = model_of(run, second_window=3)
+    for block in run.model.h:
+        block.second_attn.window = 3
+    nats = score(run, TEXT, MarkerPlan.of_run(run))[1]
+    ids = torch.tensor([[run.tokenizer.eot, *run.tokenizer.encode(TEXT).tolist()]])
+    assert windowed(ids, labels=ids).loss.item() == pytest.approx(sum(nats) / len(nats), abs=1e-5)
+    assert abs(model(ids, labels=ids).loss - windowed(ids, labels=ids).loss) > 1e-3
+    cached = windowed(ids[:, 9:], cache=windowed(ids[:, :9]).cache).logits
+    assert torch.allclose(cached, windowed(ids).logits[:, 9:], atol=1e-5)
 
 
 def test_hidden_states_are_those_of_the_text_tokens(dataset_tokenizer):

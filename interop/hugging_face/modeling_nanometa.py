@@ -365,7 +365,7 @@ class NanoMetaForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"attention_mask has the shape {tuple(attention_mask.shape)}, not (batch, past + {T}).")
         read = (past == TEXT) if self.config.marker_placement == "implicit" else (past != EMPTY)
         before = attention_mask[:, :-T].bool().sum(1)
-        if past.size(1) and not torch.equal(read.sum(1), before):
+        if not torch.equal(read.sum(1), before):
             raise ValueError(
                 f"the cache holds {read.sum(1).tolist()} tokens, but attention_mask has {before.tolist()} before the "
                 f"new ones: pass the whole mask, and do not crop the cache of a model that inserts markers."
