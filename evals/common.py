@@ -102,7 +102,7 @@ def arm_of(run: Run) -> str:
     Short names are those of arm_label: meta, pause (markers in the data, no second attention), causal2, random,
     widemlp, gpt2 and so on."""
     m = run.config.model
-    name = m.arm_name(bool(run.state["data"]["chunk_markers"]))
+    name = run.config.arm_name(run.state["data"]["chunk_markers"])
     unplaced = f", markers' position {m.meta_position.replace('_', ' in ')}" if m.meta_position != "same" else ""
     scaling = f", {scaling_of(m)}" if scaling_of(m) else ""
     return f"{name} + {m.position}{scaling}{unplaced}"

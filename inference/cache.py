@@ -247,7 +247,7 @@ class Decoder:
         if not gathered:  # the common case: a second attention that changes only gathered rows can be skipped
             inputs[2] = None
         with torch.autocast(self.device.type, enabled=False):
-            hidden = self.weights.model(*inputs, self.attends)[0]  # (N, C)
+            hidden = self.weights.model(*inputs, attends=self.attends)[0]  # (N, C)
             index_of = {pair: n for n, pair in enumerate(order)}
             wanted = [index_of[pair] for pair in enumerate(sources)]
             return self.weights.head(hidden[wanted]).float()
@@ -256,7 +256,7 @@ class Decoder:
         """Assigns cache slots in both caches, with positions zeroed as GPT does under meta_position."""
         meta_position, lengths = self.weights.cfg.meta_position, [position + 1 for position in positions]
         zeroed = list(positions)
-        if meta_position != "same":
+        if meta_position not in ("same", "previous"):
             for n in gathered:
                 zeroed[n] = 0
         self.causal.place(rows, positions if meta_position == "none_second" else zeroed, lengths)

@@ -14,7 +14,7 @@ from nanometa.training.checkpoint import Run
 @torch.no_grad()
 def hidden_states(model: GPT, batch: Batch) -> torch.Tensor:
     """Returns the final hidden states (B, T, C) of a Batch on the model's device."""
-    return model(batch.tokens, batch.positions, batch.meta_index)
+    return model(*batch.inputs)
 
 
 @torch.no_grad()
