@@ -19,7 +19,7 @@ from nanometa.common.terminal import BOLD, DIM_MAGENTA, write, write_line
 from nanometa.config import SampleConfig
 from nanometa.config.command_line import load_config, run_cli
 from nanometa.data.tokenizer import META
-from nanometa.inference.cache import DecodingWeights
+from nanometa.inference.decoder import DecodingWeights
 from nanometa.inference.generation import MarkerPlan, generate_batch, lay_out, prepare_weights
 from nanometa.training.checkpoint import Run, load_run
 from nanometa.training.context_extension import rescaled, scaling_of

@@ -107,7 +107,10 @@ class MarkerConfig(Settings):
     @property
     def hides(self) -> Hides:
         """What the texts of a run can hide."""
-        return Hides(before=self.closing_reads == "segment", after=self.evict != "nothing")
+        before = self.closing_reads == "segment"
+        # two markers have overlapping segments, which attention without a mask (layers/visibility.py) does not allow
+        pair = before and self.places_markers and self.marks == "clcr"
+        return Hides(before, after=pair or self.evict != "nothing")
 
     @property
     def restricts(self) -> bool:

@@ -126,14 +126,17 @@ class MarkerScheme:
     def segments(self, content: np.ndarray, first: int, most: int | None) -> np.ndarray:
         """Returns the first and the last content token (N, 2) of each closed segment of content (n,), counted from 0.
 
-        first: number of the first content token in its stream; it starts a chunk. most: largest number of segments."""
+        first: number of the first content token in its stream. most: largest number of segments."""
         if self.sentences:
             found = self.sentences.segments(content)
         else:
             chunks = range(first // self.content, -(-(first + len(content)) // self.content))
             parts = [self.drawn(chunk) + (chunk * self.content - first) for chunk in chunks]
             found = np.concatenate(parts) if parts else np.empty((0, 2), dtype=np.int64)
-            found = found[found[:, 1] < len(content)]
+            found = found[(found[:, 1] >= 0) & (found[:, 1] < len(content))]
+            if self.cfg.marker_place == "span":
+                found = found[found[:, 0] >= 0]  # not one whose start belongs to an earlier text
+            found = np.maximum(found, 0)
         return found[:most]
 
     def lay_out(
@@ -141,7 +144,7 @@ class MarkerScheme:
     ) -> Layout:
         """Returns the layout of a text: content ids (n,), or with marker_place=stored ids that have their markers.
 
-        first: number of the first content token; random draws assume that it starts a chunk.
+        first: number of the first content token, on which random draws depend.
         width: the layout is padded to so many positions with the id `pad`; None = no padding.
         most: largest number of segments that are closed; None = no limit.
         Raises UserError if the layout is longer than `width`."""
@@ -258,13 +261,14 @@ class Stream:
             self._close(scheme.marks)
         begins, ends = self.start is None, False
         if cfg.marker_place in ("random", "span"):
-            begins, ends = self._drawn_here()
+            starts, ends = self._drawn_here()
+            begins = starts or (begins and cfg.marker_place == "random")  # text between spans is in no segment
         if begins:
             self.start, self.text = self.place, []
         if self.start is not None and self.count >= cfg.sinks:
             self.text.append(self.place)
         self._add(token, 0, content=self.first + self.count)
-        if ends and self.left:
+        if ends and self.start is not None and self.left:
             self._close(scheme.marks)
         return self.rows, self.forgotten
 

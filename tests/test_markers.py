@@ -70,7 +70,7 @@ def described(found: MarkerScheme, ids: np.ndarray, first: int, layout: Layout) 
 
 
 def rules_hold(tokenizer: Tokenizer, cfg: MarkerConfig, draw: int) -> None:
-    ids, first, found = text(tokenizer, cfg, draw), CONTENT * draw, scheme(tokenizer, cfg, key=draw)
+    ids, first, found = text(tokenizer, cfg, draw), 17 * draw, scheme(tokenizer, cfg, key=draw)
     layout = found.lay_out(ids, first)
     columns = [torch.from_numpy(column)[None] for column in (layout.reads_from, layout.read_until)]
     seen = visible(*columns, len(layout.tokens))[0, 0].numpy()
@@ -98,7 +98,7 @@ def test_a_stream_lays_out_every_prefix_as_the_whole_text(tokenizer, name, previ
     for most in (None, 2):
         if most and not cfg.places_markers:
             continue  # their number is that of the dataset
-        ids, first, rows = text(tokenizer, cfg, 1), 2 * CONTENT, []
+        ids, first, rows = text(tokenizer, cfg, 1), 2 * CONTENT + 7 * previous, []
         stream = found.stream(first, most)
         for n, token in enumerate(ids.tolist(), start=1):
             new, forgotten = stream.extend(token)
