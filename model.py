@@ -185,7 +185,9 @@ class GPT(nn.Module):
             x = x + (pos_emb if no_position is None else pos_emb.masked_fill(no_position[..., None], 0))
         else:
             context = self._rotary_context(positions, meta_index, no_position)
-        limited = limited_attention(reads_from, read_until, x.size(1), self.cfg.dropout if self.training else 0.0)
+        means_at = meta_index if self.cfg.summary == "mean" else None
+        dropout_p = self.cfg.dropout if self.training else 0.0
+        limited = limited_attention(reads_from, read_until, x.size(1), dropout_p, means_at)
         if limited is not None:
             # a second attention among markers reads no text, and markers are never forgotten
             second = limited if self.cfg.second.connects == "all" else None

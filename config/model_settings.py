@@ -44,6 +44,9 @@ class GPTConfig(Settings):
     """positional encoding of markers. same: that of their place in the window, as for all tokens; previous: that of the
     content token before them, so that positions count content tokens alone; none: no encoding; none_first, none_second
     (with rope): none in the first, causal attention only, or in the second only"""
+    summary: Literal["learned", "mean"] = setting("learned", only_with={"marks": ("clcr",)})
+    """what later positions read of a span behind <|cr|>. learned: the keys and values of <|cr|>; mean: in every
+    attention over all positions, the mean of the keys and values of the span, which needs no training"""
     vocab_size: int | None = None
     """rows of the embedding; None = set by the dataset's tokenizer"""
     content_vocab_size: int | None = None

@@ -174,6 +174,17 @@ class TrainConfig(Settings):
     def _check_markers(self) -> None:
         """Raises UserError if what markers hide cannot be combined with the other settings."""
         markers, model, task = self.markers, self.model, self.task
+        pair = markers.places_markers and markers.marks == "clcr"
+        if pair and model.meta_position not in ("same", "previous"):
+            raise UserError(
+                f"meta_position={model.meta_position} is not implemented for marks=clcr, which has two markers: use "
+                f"--meta_position=previous or same."
+            )
+        if model.summary == "mean" and not (pair and markers.hides.before and markers.evict == "segment"):
+            raise UserError(
+                "summary=mean stands for spans that are forgotten: add --marks=clcr, --closing_reads=segment and "
+                "--evict=segment."
+            )
         given = f"the settings of markers ({markers.label})"
         if task.tasks and markers.places_markers:
             raise UserError(
@@ -211,6 +222,7 @@ class TrainConfig(Settings):
 
         chunk_markers: number of markers in a chunk of its dataset."""
         name, label = self.model.arm_name(self.has_markers(chunk_markers)), self.markers.label
+        label += ", mean" * (self.model.summary == "mean")
         if label and self.markers.places_markers and not self.model.second.has_layer:
             return label
         return f"{name}, {label}" if label else name

@@ -16,14 +16,14 @@ def number_of_spans(content: int, ratio: float, longest: int) -> tuple[int, int]
     saved = round(ratio * content)
     if not saved:
         return 0, 0
-    n = max(1, round(saved / ((2 + longest) / 2 - 1)), -(-saved // (longest - 1)))
-    n = min(n, saved)  # a span saves one token at least
-    if saved + n > content:
+    fewest, most = -(-saved // (longest - 1)), min(saved, content - saved)
+    if fewest > most:
         raise UserError(
             f"compression_ratio={ratio:g} cannot be reached in {content} content tokens with spans of at most "
-            f"max_span={longest} tokens, because {n} spans would need {saved + n}: use a smaller ratio, or a larger "
-            f"--max_span."
+            f"max_span={longest} tokens, because {fewest} spans would need {saved + fewest}: use a smaller ratio, or a "
+            f"larger --max_span."
         )
+    n = min(max(round(saved / ((2 + longest) / 2 - 1)), fewest), most)
     return n, saved
 
 

@@ -98,8 +98,7 @@ class Store:
         that are not stored it takes only q."""
         if not self.calls:
             return q  # no token: q is empty
-        for cache, new in ((self.k[layer], k), (self.v[layer], v)):
-            cache.flatten(0, 1).index_copy_(0, self.slots, new[0].transpose(0, 1))
+        self.write(layer, k, v)
         out = []
         for start, end, rows, keys, mask in self.calls:
             part = q[:, :, start:end]
@@ -123,6 +122,11 @@ class Store:
                 y = y.transpose(0, 2) if several else y
             out.append(y)
         return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+    def write(self, layer: int, k, v) -> None:
+        """Stores k and v (1, H, N, D) of the tokens given to `place`, as far as they are stored."""
+        for cache, new in ((self.k[layer], k), (self.v[layer], v)):
+            cache.flatten(0, 1).index_copy_(0, self.slots, new[0].transpose(0, 1))
 
     def read(self, layer: int, q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
         """Replaces read_sdpa: returns what `attend` does, and whether each token has a key to read (1, N)."""

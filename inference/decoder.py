@@ -139,7 +139,7 @@ class Decoder:
             for n in gathered:
                 zeroed[n] = 0
         if self.limited:
-            self.causal.place_rows(sequences, inputs, forgotten)
+            self.causal.place_rows(sequences, inputs, forgotten, gathered)
         else:
             self.causal.place(sequences, positions if cfg.meta_position == "none_second" else zeroed, lengths)
         if self.second is not None:
@@ -150,7 +150,7 @@ class Decoder:
             elif cfg.second.gathers:
                 self.second.place(*([part[n] for n in gathered] for part in second))
             elif self.limited:
-                self.second.place_rows(sequences, inputs, forgotten)
+                self.second.place_rows(sequences, inputs, forgotten, gathered)
             else:
                 self.second.place(*second)
         if self.sums is not None:

@@ -25,12 +25,16 @@ class LimitedStore(Store):
         self.until = [np.empty(0, dtype=np.int64) for _ in range(B)]  # the last place that may read it
         self.next_place = [0] * B  # number of places that each sequence has had
 
-    def place_rows(self, rows: list[int], new: list[Row], forgotten: list[list[tuple[int, int]]]) -> None:
+    def place_rows(
+        self, rows: list[int], new: list[Row], forgotten: list[list[tuple[int, int]]], closing: list[int]
+    ) -> None:
         """Assigns a slot to every token of a packed row, and plans the calls of `attend`, as `place` does.
 
         rows: the sequence that each token belongs to. new: its Row, whose place is the next one of its sequence.
-        forgotten: for each sequence, pairs (place, read_until) of earlier places or of new ones."""
-        B, n, self.calls = len(self.used), 0, []
+        forgotten: for each sequence, pairs (place, read_until) of earlier places or of new ones.
+        closing: the tokens that close a segment; with summary=mean, their keys and values are the means of a span."""
+        B, n, self.calls, self.means = len(self.used), 0, [], []
+        closing = set(closing if self.cfg.summary == "mean" else ())
         changed = [dict(pairs) for pairs in forgotten]
         counts = [rows.count(row) for row in range(B)]
         self._reserve(max(used + count for used, count in zip(self.used, counts, strict=True)))
@@ -52,10 +56,20 @@ class LimitedStore(Store):
             if self.window is not None:
                 seen &= places[:, None] - self.place_of[row] < self.window
             masks.append(seen & (places[:, None] <= self.until[row]))
+            for i in closing.intersection(range(n, n + len(part))):
+                span = (new[i].reads_from <= self.place_of[row]) & (self.place_of[row] < places[i - n] - 1)
+                self.means.append((row, used + i - n, torch.from_numpy(np.flatnonzero(span)).to(self.k.device)))
             self.calls.append((n, n + len(part), slice(row, row + 1), self.used[row], None))
             n += len(part)
         self.slots = torch.tensor(slots, device=self.k.device, dtype=torch.long)
         self._merge(masks)
+
+    def write(self, layer: int, k, v) -> None:
+        """Stores k and v (1, H, N, D) of the tokens given to `place_rows`, or the means of their spans."""
+        super().write(layer, k, v)
+        for row, slot, span in self.means:
+            for cache in (self.k, self.v):
+                cache[layer, row, slot] = cache[layer, row, span].mean(0)
 
     def _merge(self, masks: list[np.ndarray]) -> None:
         """Adds masks to the calls, and merges the first calls into one if they are one token of every sequence."""

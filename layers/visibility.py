@@ -34,18 +34,47 @@ def visible(reads_from: torch.Tensor | None, read_until: torch.Tensor | None, T:
 
 
 def limited_attention(
-    reads_from: torch.Tensor | None, read_until: torch.Tensor | None, T: int, dropout_p: float
+    reads_from: torch.Tensor | None,
+    read_until: torch.Tensor | None,
+    T: int,
+    dropout_p: float,
+    means_at: torch.Tensor | None = None,
 ) -> Callable | None:
     """Returns a function of q, k, v (B, H, T, D) that computes attention within the limits, or None if there are none.
 
     It prepares once what all layers share. reads_from, read_until (B, T): as in a Batch; None = no limit. Without
-    read_until, the positions that have a limit must have segments reads_from .. own place that do not overlap."""
+    read_until, the positions that have a limit must have segments reads_from .. own place that do not overlap.
+    means_at (B, M): closing positions whose keys and values are replaced by the means of their spans; None = none."""
     if read_until is None and reads_from is None:
         return None
+    if means_at is not None:
+        return SpanMeans(limited_attention(reads_from, read_until, T, dropout_p), reads_from, means_at)
     if read_until is None and reads_from.device.type == "cpu":
         # scatter_add is not deterministic on a GPU, and a resumed run must repeat exactly
         return SegmentAttention(reads_from, T, dropout_p)
     return DenseAttention(visible(reads_from, read_until, T), dropout_p)
+
+
+class SpanMeans:
+    """Attention in which a closing position offers the mean of its span's keys and values in place of its own."""
+
+    def __init__(self, attention: Callable, reads_from: torch.Tensor, closing: torch.Tensor):
+        """closing (B, M): places of closing positions, then pads (= T). A span ends before the opening marker, which
+        stands directly before the closing one."""
+        T = reads_from.size(1)
+        first, place = F.pad(reads_from, (0, 1)).gather(1, closing), torch.arange(T, device=closing.device)
+        inside = (first[..., None] <= place) & (place < closing[..., None] - 1)  # (B, M, T)
+        self.attention, self.closing = attention, closing[:, None, :, None]
+        self.shares = (inside / inside.sum(-1, keepdim=True).clamp(min=1))[:, None]  # (B, 1, M, T)
+
+    def __call__(self, q, k, v):
+        """Returns the outputs (B, H, T, D)."""
+        return self.attention(q, self._replaced(k), self._replaced(v))
+
+    def _replaced(self, x):
+        means = (self.shares.to(x.dtype) @ x).to(x.dtype)  # (B, H, M, D)
+        longer = F.pad(x, (0, 0, 0, 1))  # the padding index T falls into the extra row
+        return longer.scatter(2, self.closing.expand_as(means), means)[:, :, :-1]
 
 
 class DenseAttention:

@@ -15,7 +15,7 @@ import pytest
 
 from nanometa.common.errors import UserError
 from nanometa.common.statistics import holm
-from nanometa.config import PrepareConfig, TrainConfig
+from nanometa.config import MarkerConfig, PrepareConfig, TrainConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.command_line import load_config
 from nanometa.studies import queue
@@ -200,7 +200,9 @@ def test_the_plan_of_the_quick_start_has_every_arm():
     plan = read_plan(str(ROOT / "studies/quick_start.toml"))
     given = {arm.pretrain for arm in plan.arms.values()}
     other = {"tiny_tasks.py", "tiny_extend_4x.py", "tiny_extend_8x.py"}
-    assert given == {(f"config/{p.name}",) for p in (ROOT / "config").glob("tiny_*.py") if p.name not in other}
+    paths = [path for path in sorted((ROOT / "config").glob("tiny_*.py")) if path.name not in other]
+    found = {path.name: load_config(TrainConfig, [str(path)], config_file=True) for path in paths}
+    assert given == {(f"config/{name}",) for name, cfg in found.items() if cfg.markers == MarkerConfig()}
     assert plan.stages["seeds"].arms == tuple(plan.arms)
     for (path,) in given:
         cfg = load_config(TrainConfig, [str(ROOT / path)], config_file=True)
