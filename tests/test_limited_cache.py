@@ -14,6 +14,7 @@ from nanometa.data.tokenizer import Tokenizer
 from nanometa.inference import decoder as decoder_module
 from nanometa.inference.decoder import Decoder
 from nanometa.inference.generation import MarkerPlan, generate_batch, lay_out
+from nanometa.inference.limited_cache import SPARE, LimitedStore
 from nanometa.inference.scoring import hidden_states
 from nanometa.model import GPT
 from tests.schemes import VARIANTS
@@ -156,3 +157,32 @@ def test_when_the_window_is_full_the_rest_is_laid_out_anew(tokenizer, place, mar
     pairs = [prompt_of(run, n, n) for n in (10, 25)]
     prompts, plans = (list(part) for part in zip(*pairs, strict=True))
     compare(run, prompts, plans, 50, monkeypatch)
+
+
+@pytest.mark.parametrize("second", ["none", "causal"])
+def test_the_mean_of_a_span_is_read_from_the_cache(tokenizer, second, monkeypatch):
+    cfg = MarkerConfig(marker_place="span", marks="clcr", closing_reads="segment", evict="segment", max_span=5)
+    run = run_of(tokenizer, cfg, meta_position="previous", summary="mean", second_attention=second)
+    pairs = [prompt_of(run, n, n) for n in (25, 3)]
+    monkeypatch.setattr(decoder_module, "PIECE", 7)
+    compare(run, *(list(part) for part in zip(*pairs, strict=True)), 30, monkeypatch)
+
+
+def test_the_cache_holds_what_is_kept(tokenizer, monkeypatch):
+    """A long prompt that is read in pieces never takes more slots than what is kept, a piece, and some spare ones."""
+    cfg = MarkerConfig(evict="window", eviction_window=16, sinks=2)
+    run = run_of(tokenizer, cfg, block_size=2000)
+    prompt, plan = prompt_of(run, 300)
+    monkeypatch.setattr(decoder_module, "PIECE", 32)
+    sizes, evict = [], LimitedStore.evict
+
+    def recording(self):
+        sizes.append((self.k.size(2), self.used[0]))
+        evict(self)
+
+    monkeypatch.setattr(LimitedStore, "evict", recording)
+    decoder = compare(run, [prompt], [plan], 40, monkeypatch)
+    (places,) = [decoder.causal.kept(0)]
+    assert places == [0, 1, *range(decoder.places[0] - 15, decoder.places[0])]
+    assert max(slots for slots, _ in sizes) <= (18 * 4 // 3 + 32) + SPARE
+    assert decoder.causal.nbytes == 2 * 2 * decoder.causal.k.size(2) * 16 * 4

@@ -107,6 +107,21 @@ def test_dropout_of_segments_keeps_the_mean():
     assert rows.detach().std() > 0.05 and abs(float(rows.detach().mean()) - 1) < 0.02
 
 
+def test_a_closing_position_may_offer_the_means_of_its_span():
+    """Spans 2..7 and 0..3 are closed by 9 and 5; the opening markers 8 and 4 are not among the means."""
+    reads_from, read_until = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), FOREVER)
+    closing = torch.tensor([[9, 22], [5, T]])
+    for row, first, last in ((0, 2, 9), (0, 12, 22), (1, 0, 5)):
+        read_until[row, first:last], reads_from[row, last - 1], reads_from[row, last] = last, last - 1, first
+    q, k, v = heads(torch.float64)
+    y = limited_attention(reads_from, read_until, T, 0.0, closing)(q, k, v)
+    means = [x.clone() for x in (k, v)]
+    for row, first, last in ((0, 2, 9), (0, 12, 22), (1, 0, 5)):
+        for x, mean in zip((k, v), means, strict=True):
+            mean[row, :, last] = x[row, :, first : last - 1].mean(1)
+    assert torch.allclose(y, slow(q, *means, visible(reads_from, read_until, T)), atol=1e-13)
+
+
 # ----------------------------------------------------------------------------- in the model
 
 
