@@ -140,17 +140,24 @@ class MarkerScheme:
         return found[:most]
 
     def lay_out(
-        self, ids: np.ndarray, first: int = 0, width: int | None = None, pad: int = 0, most: int | None = None
+        self,
+        ids: np.ndarray,
+        first: int = 0,
+        width: int | None = None,
+        pad: int = 0,
+        most: int | None = None,
+        segments: np.ndarray | None = None,
     ) -> Layout:
         """Returns the layout of a text: content ids (n,), or with marker_place=stored ids that have their markers.
 
         first: number of the first content token, on which random draws depend.
         width: the layout is padded to so many positions with the id `pad`; None = no padding.
         most: largest number of segments that are closed; None = no limit.
+        segments: first and last content token (N, 2) of the closed segments; None = those that the scheme finds.
         Raises UserError if the layout is longer than `width`."""
         ids = np.asarray(ids, dtype=np.int64)
         if self.cfg.places_markers:
-            segments = self.segments(ids, first, most)
+            segments = self.segments(ids, first, most) if segments is None else segments
             tokens, content = self._with_marks(ids, segments)
         else:
             tokens, content = ids, np.where(ids == self.tokenizer.meta, -1, np.cumsum(ids != self.tokenizer.meta) - 1)
