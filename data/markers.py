@@ -40,6 +40,9 @@ class Row(NamedTuple):
     position: int
     reads_from: int
     read_until: int
+    reads_to: int = FOREVER
+    """the last place that it reads, apart from itself and the markers before it; only for spans that are compressed
+    late"""
 
 
 class Placing(NamedTuple):

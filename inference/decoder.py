@@ -12,10 +12,12 @@ import copy
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanometa.data.layout import FOREVER
 from nanometa.data.markers import Row
 from nanometa.inference.cache import RunningSums, Store
 from nanometa.inference.limited_cache import LimitedStore
@@ -107,6 +109,27 @@ class Decoder:
         with torch.autocast(self.device.type, enabled=False):
             return self.weights.head(torch.stack([found[pair] for pair in enumerate(sources)])).float()
 
+    def compress(self, sequence: int, first: int, last: int, marks: tuple[int, int]) -> None:
+        """Compresses a span that was already read: reads <|cl|> and <|cr|>, and forgets the places first .. last.
+
+        The closing marker reads the span and the opening marker alone, as in training, so nothing is computed again.
+        What was read behind the span has seen its text. marks: the ids of both markers; both get the position of the
+        last place. Raises ValueError if the cache is not limited, or does not hold all of the span."""
+        if not self.limited:
+            raise ValueError("only a limited cache can forget a span")
+        places, here = self.causal.place_of[sequence], self.places[sequence]
+        if np.isin(range(first, last + 1), self.causal.kept(sequence)).sum() != last + 1 - first or first > last:
+            raise ValueError(f"the cache does not hold the span of places {first} .. {last}")
+        position = int(self.causal.position_of[sequence][places == last][0])
+        rows = [
+            Row(marks[0], -1, position, here, here + 1),
+            Row(marks[1], -1, position, first, FOREVER, reads_to=last),
+        ]
+        forgotten = [[] for _ in self.places]
+        forgotten[sequence] = [(place, here + 1) for place in range(first, last + 1)]
+        with torch.inference_mode():
+            self._hidden([rows if b == sequence else [] for b in range(len(self.places))], forgotten)
+
     def _hidden(self, new: list[list[Row]], forgotten: Forgotten) -> dict[tuple[int, int], torch.Tensor]:
         """Reads new tokens. Returns the final hidden state (C,) of row i of sequence b, by (b, i)."""
         # the packed order: prompts first, then the first new token of every other sequence, then the second, ...
@@ -155,6 +178,12 @@ class Decoder:
                 self.second.place(*second)
         if self.sums is not None:
             self.sums.place(sequences)
+
+    @property
+    def position_bytes(self) -> int:
+        """The bytes that a limited cache takes for one position of one sequence."""
+        stores = [store for store in self.stores if isinstance(store, LimitedStore)]
+        return sum(2 * store.k[:, :1, :1].nbytes for store in stores)
 
     def forget(self, row: int) -> None:
         """Empties the cache of sequence `row`, which then starts again at place 0."""

@@ -15,6 +15,7 @@ import functools
 import numbers
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,19 @@ from nanometa.data.layout import random_positions
 from nanometa.data.markers import NAMES, MarkerScheme, Placing, Row, Stream
 from nanometa.inference.decoder import Decoder, DecodingWeights
 from nanometa.training.checkpoint import Run
+
+
+class Held(NamedTuple):
+    """What a limited cache holds of a text at its end."""
+
+    number: int
+    """number of the prompt"""
+    ids: list[int]
+    """the ids of the window that were read"""
+    places: list[int]
+    """the places of those that the cache still holds"""
+    position_bytes: int
+    """bytes of the cache for one position"""
 
 
 @dataclass(frozen=True)
@@ -188,11 +202,13 @@ def generate_batch(
     seeds: list[int] | None = None,
     stop_at_endoftext: bool = False,
     weights: DecodingWeights | None = None,
+    on_end: Callable[[Held], None] = lambda held: None,
 ) -> Iterator[tuple[int, int]]:
     """Continues several prompts as one batch, each with its own plan and seed (1337 by default).
 
     Yields pairs (number of the prompt, id) as soon as they are sampled. For each prompt the ids are those that
-    `generate` yields, except for floating-point rounding."""
+    `generate` yields, except for floating-point rounding.
+    on_end: called at the end of each text whose positions may be forgotten."""
     SampleConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)  # checks the ranges
     T = run.config.model.block_size
     for prompt in prompts:
@@ -210,7 +226,7 @@ def generate_batch(
     parts = zip(prompts, plans, seeds, strict=True)
     texts = [_Text(run, number, list(prompt), plan, seed) for number, (prompt, plan, seed) in enumerate(parts)]
     weights = weights or prepare_weights(run, len(prompts))
-    return _generate(run, weights, texts, max_new_tokens, (temperature, top_k, top_p), stop_at_endoftext)
+    return _generate(run, weights, texts, max_new_tokens, (temperature, top_k, top_p), stop_at_endoftext, on_end)
 
 
 class _Text:
@@ -267,11 +283,18 @@ class _Text:
         return taken
 
 
-def _generate(run, weights, texts, max_new_tokens, sampling, stop_at_endoftext) -> Iterator[tuple[int, int]]:
+def _generate(run, weights, texts, max_new_tokens, sampling, stop_at_endoftext, on_end) -> Iterator[tuple[int, int]]:
     """Yields the pairs of `generate_batch`. sampling: (temperature, top_k, top_p)."""
     n_content, skip = run.tokenizer.n_content, run.config.target_rule == "skip"
     limited = any(text.plan.scheme.places_markers or text.plan.scheme.restricts for text in texts)
     decoder = Decoder(weights, len(texts), *_slots(run, texts, max_new_tokens), takes_part(run), limited)
+
+    def end(rows: Iterable[int]) -> None:
+        for row in rows if limited else ():
+            text = texts[row]
+            ids, places = text.ids[: decoder.places[row]], decoder.causal.kept(row)
+            on_end(Held(text.number, ids, places, decoder.position_bytes))
+
     for _ in range(max_new_tokens):
         new, sources, forgotten = [], [], []
         for row, text in enumerate(texts):
@@ -298,11 +321,13 @@ def _generate(run, weights, texts, max_new_tokens, sampling, stop_at_endoftext) 
             text.last = token
         if stop_at_endoftext:
             unfinished = [row for row, text in enumerate(texts) if text.last != run.tokenizer.eot]
+            end(row for row in range(len(texts)) if row not in unfinished)
             if not unfinished:
                 return
             if len(unfinished) < len(texts):
                 texts = [texts[row] for row in unfinished]
                 decoder.keep(unfinished)
+    end(range(len(texts)))
 
 
 def takes_part(run: Run) -> Callable[[int, int], bool]:

@@ -22,6 +22,7 @@ class LimitedStore(Store):
     def __init__(self, cfg: GPTConfig, B: int, dtype: torch.dtype, device: torch.device, window: int | None = None):
         super().__init__(cfg, B, 0, dtype, device, window)
         self.place_of = [np.empty(0, dtype=np.int64) for _ in range(B)]  # the place of each used slot
+        self.position_of = [np.empty(0, dtype=np.int64) for _ in range(B)]  # its position
         self.until = [np.empty(0, dtype=np.int64) for _ in range(B)]  # the last place that may read it
         self.next_place = [0] * B  # number of places that each sequence has had
 
@@ -47,12 +48,15 @@ class LimitedStore(Store):
             places = np.arange(self.next_place[row], self.next_place[row] + len(part))
             until = [changed[row].get(place, one.read_until) for place, one in zip(places.tolist(), part, strict=True)]
             self.place_of[row] = np.append(self.place_of[row], places)
+            self.position_of[row] = np.append(self.position_of[row], [one.position for one in part])
             self.until[row] = np.append(self.until[row], np.array(until, dtype=np.int64))
             used, self.used[row] = self.used[row], self.used[row] + len(part)
             self.next_place[row] += len(part)
             slots += range(row * S + used, row * S + self.used[row])
             reads_from = np.array([one.reads_from for one in part])[:, None]
             seen = (reads_from <= self.place_of[row]) & (self.place_of[row] <= places[:, None])
+            reads_to = np.array([one.reads_to for one in part])[:, None]
+            seen &= (self.place_of[row] <= reads_to) | (self.place_of[row] >= places[0])
             if self.window is not None:
                 seen &= places[:, None] - self.place_of[row] < self.window
             masks.append(seen & (places[:, None] <= self.until[row]))
@@ -123,18 +127,19 @@ class LimitedStore(Store):
             index = torch.from_numpy(kept).to(self.k.device)
             for cache in (self.k, self.v):
                 cache[:, row, first : first + len(kept)] = cache[:, row, index]
-            self.place_of[row], self.until[row] = self.place_of[row][alive], self.until[row][alive]
+            for of in (self.place_of, self.position_of, self.until):
+                of[row] = of[row][alive]
             self.used[row] = n - dead
 
     def clear(self, row: int) -> None:
         """Empties the cache of a sequence, which starts again at place 0."""
         self.used[row], self.next_place[row] = 0, 0
-        self.place_of[row] = self.until[row] = np.empty(0, dtype=np.int64)
+        self.place_of[row] = self.position_of[row] = self.until[row] = np.empty(0, dtype=np.int64)
 
     def keep(self, rows: list[int]) -> None:
         """Drops the cache of every sequence except those listed."""
         super().keep(rows)
-        for name in ("place_of", "until", "next_place"):
+        for name in ("place_of", "position_of", "until", "next_place"):
             setattr(self, name, [getattr(self, name)[row] for row in rows])
 
     def kept(self, row: int) -> list[int]:

@@ -5,15 +5,18 @@ Every position has two limits, so that
     visible(q, k)  =  reads_from[q] <= k <= q <= read_until[k]
 
 reads_from[q] is the first place that q may read, and read_until[k] the last place that may read k. `limited_attention`
-takes the fastest way that is exact: closing markers that read only their own segment are computed apart, after causal
-attention for all other positions, in time that is linear in T; if positions are forgotten, a dense mask is needed.
+takes the fastest way that is exact. On a CPU, closing markers that read only their own segment are computed apart,
+after causal attention for all other positions, in time that is linear in T; if positions are forgotten, a dense mask is
+used. On a GPU, FlexAttention skips the blocks of pairs that are hidden.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from nanometa.meta_attention import blockwise_attention, causal_sdpa
 
@@ -49,10 +52,38 @@ def limited_attention(
         return None
     if means_at is not None:
         return SpanMeans(limited_attention(reads_from, read_until, T, dropout_p), reads_from, means_at)
-    if read_until is None and reads_from.device.type == "cpu":
+    device = (reads_from if reads_from is not None else read_until).device.type
+    if read_until is None and device == "cpu":
         # scatter_add is not deterministic on a GPU, and a resumed run must repeat exactly
         return SegmentAttention(reads_from, T, dropout_p)
+    if device == "cuda" and dropout_p == 0:  # FlexAttention has neither dropout nor, on a CPU, a backward pass
+        return BlockAttention(reads_from, read_until, T)
     return DenseAttention(visible(reads_from, read_until, T), dropout_p)
+
+
+class BlockAttention:
+    """Attention by FlexAttention, which computes only the blocks of 128 x 128 pairs that are not all hidden."""
+
+    def __init__(self, reads_from: torch.Tensor | None, read_until: torch.Tensor | None, T: int):
+        def may_read(b, h, q, k):
+            seen = k <= q
+            if reads_from is not None:
+                seen = seen & (reads_from[b, q] <= k)
+            return seen if read_until is None else seen & (q <= read_until[b, k])
+
+        given = reads_from if reads_from is not None else read_until
+        self.mask = create_block_mask(may_read, len(given), None, T, T, device=given.device)
+
+    def __call__(self, q, k, v):
+        """Returns the outputs (B, H, T, D)."""
+        on_gpu = q.device.type == "cuda" and not torch.compiler.is_compiling()
+        return (_compiled_flex() if on_gpu else flex_attention)(q, k, v, block_mask=self.mask)
+
+
+@functools.cache
+def _compiled_flex() -> Callable:
+    """Returns the compiled FlexAttention; the eager one would compute all scores."""
+    return torch.compile(flex_attention)
 
 
 class SpanMeans:

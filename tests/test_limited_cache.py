@@ -9,13 +9,15 @@ import torch
 
 from nanometa.common.errors import UserError
 from nanometa.config import GPTConfig, MarkerConfig, TrainConfig
-from nanometa.data.layout import batch_of, targets_of
-from nanometa.data.tokenizer import Tokenizer
+from nanometa.data.layout import FOREVER, batch_of, targets_of
+from nanometa.data.markers import Row
+from nanometa.data.tokenizer import CL, CR, Tokenizer
 from nanometa.inference import decoder as decoder_module
-from nanometa.inference.decoder import Decoder
+from nanometa.inference.decoder import Decoder, DecodingWeights
 from nanometa.inference.generation import MarkerPlan, generate_batch, lay_out
 from nanometa.inference.limited_cache import SPARE, LimitedStore
 from nanometa.inference.scoring import hidden_states
+from nanometa.layers.visibility import DenseAttention, visible
 from nanometa.model import GPT
 from tests.schemes import VARIANTS
 from tests.test_markers import SENTENCES
@@ -186,3 +188,53 @@ def test_the_cache_holds_what_is_kept(tokenizer, monkeypatch):
     assert places == [0, 1, *range(decoder.places[0] - 15, decoder.places[0])]
     assert max(slots for slots, _ in sizes) <= (18 * 4 // 3 + 32) + SPARE
     assert decoder.causal.nbytes == 2 * 2 * decoder.causal.k.size(2) * 16 * 4
+
+
+# ----------------------------------------------------------------------------- late compression
+
+
+def logits_of(run, layout, mask) -> torch.Tensor:
+    """Returns the logits (T, n_content) of a layout under a mask (T, T)."""
+    attention, positions = DenseAttention(mask[None, None], 0.0), torch.from_numpy(layout.positions)[None]
+    attends = [(attention, None)] * run.config.model.n_layer
+    with torch.no_grad():
+        hidden = run.model(torch.from_numpy(layout.tokens)[None], positions, None, attends=attends)
+        return run.model.logits(hidden[0])[:, : run.tokenizer.n_content]
+
+
+@pytest.mark.parametrize("behind", [0, 6])
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_a_span_can_be_compressed_after_it_was_read(tokenizer, position, behind):
+    """Directly behind the span this equals a planned compression; later, what came between has read its text."""
+    cfg = MarkerConfig(marker_place="span", marks="clcr", closing_reads="segment", evict="segment")
+    run = run_of(tokenizer, cfg, position=position, meta_position="previous")
+    content = tokenizer.encode(SENTENCES)[:30].astype(int)
+    first, last, plan = 4, 11, MarkerPlan.of_run(run)
+    scheme, marks = plan.stream(run).scheme, tuple(tokenizer.markers[name] for name in (CL, CR))
+    decoder = Decoder(DecodingWeights(run.model, torch.float32, 1), 1, 0, 0, lambda *_: False, limited=True)
+
+    def read(tokens: np.ndarray, start: int) -> torch.Tensor:
+        rows = [Row(int(token), start + i, start + i, 0, FOREVER) for i, token in enumerate(tokens)]
+        return decoder.read([rows], [len(rows) - 1])[0]
+
+    cut = last + 1 + behind
+    read(content[:cut], 0)
+    decoder.compress(0, first, last, marks)
+    assert decoder.causal.kept(0) == [place for place in range(cut + 2) if not first <= place <= last and place != cut]
+    ours = torch.stack([read(content[i : i + 1], i) for i in range(cut, 30)])
+
+    layout = scheme.lay_out(content, segments=np.array([[cut - 1, cut - 1]]))  # the markers stand behind `cut`
+    mask = torch.ones(32, 32, dtype=torch.bool).tril()
+    mask[cut, :cut] = mask[cut + 2 :, cut] = False
+    mask[cut + 1] = False
+    mask[cut + 1, [*range(first, last + 1), cut, cut + 1]] = True
+    mask[cut + 2 :, first : last + 1] = False
+    layout.positions[cut : cut + 2] = last
+    torch.testing.assert_close(ours, logits_of(run, layout, mask)[cut + 2 :], rtol=0, atol=1e-4)
+    if not behind:
+        planned = scheme.lay_out(content, segments=np.array([[first, last]]))
+        columns = [torch.from_numpy(column)[None] for column in (planned.reads_from, planned.read_until)]
+        assert torch.equal(visible(*columns, 32)[0, 0], mask)
+        assert [column.tolist() for column in planned[:3]] == [column.tolist() for column in layout[:3]]
+    with pytest.raises(ValueError, match=r"does not hold the span of places 3 \.\. 5"):
+        decoder.compress(0, 3, 5, marks)

@@ -59,6 +59,8 @@ def test_every_scheme_trains_resumes_and_samples(workdir, name):
     assert sampled.returncode == 0, sampled.stderr.decode()
     mark = {"sr": "<|sr|>", "clcr": "<|cl|><|cr|>", "meta_evict": "<|meta|>"}.get(name, "")
     assert mark in sampled.stdout.decode()
+    forgets = CONFIGS[name].markers.evict != "nothing"
+    assert ("# the cache held " in sampled.stderr.decode()) == forgets
     shown = cli("train.py", *TINY, *given, "--show_batch=3", cwd=workdir)
     assert shown.returncode == 0 and mark in shown.stdout.decode()
 

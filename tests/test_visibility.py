@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from nanometa.config import GPTConfig
 from nanometa.data.layout import FOREVER
-from nanometa.layers.visibility import DenseAttention, SegmentAttention, limited_attention, visible
+from nanometa.layers.visibility import BlockAttention, DenseAttention, SegmentAttention, limited_attention, visible
 from nanometa.meta_attention import blockwise_attention
 from nanometa.model import GPT
 
@@ -72,6 +72,15 @@ def test_forgotten_positions_are_not_read():
     assert torch.allclose(y, slow(q, k, v, mask), atol=1e-13)
     only = limited_attention(None, read_until, T, 0.0)
     assert torch.allclose(only(q, k, v), slow(q, k, v, visible(None, read_until, T)), atol=1e-13)
+
+
+@pytest.mark.parametrize("columns", [(True, True), (True, False), (False, True)])
+def test_flex_attention_equals_a_dense_mask(columns):
+    """On a CPU it has no backward pass; test_cuda.py has the gradients."""
+    limits = [column if given else None for column, given in zip((closing_rows(), evicting()), columns, strict=True)]
+    q, k, v = (x.detach() for x in heads())
+    expected = DenseAttention(visible(*limits, T), 0.0)(q, k, v)
+    assert torch.allclose(BlockAttention(*limits, T)(q, k, v), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
