@@ -38,7 +38,7 @@ class LimitedStore(Store):
         closing = set(closing if self.cfg.summary == "mean" else ())
         changed = [dict(pairs) for pairs in forgotten]
         counts = [rows.count(row) for row in range(B)]
-        self._reserve(max(used + count for used, count in zip(self.used, counts, strict=True)))
+        self.reserve(max(used + count for used, count in zip(self.used, counts, strict=True)))
         for row, pairs in enumerate(changed):
             for place, until in pairs.items():
                 self.until[row][self.place_of[row] == place] = until
@@ -97,7 +97,7 @@ class LimitedStore(Store):
         hidden = torch.from_numpy(~seen).to(self.k.device)
         return torch.zeros(hidden.shape, dtype=self.k.dtype, device=self.k.device).masked_fill(hidden, -torch.inf)
 
-    def _reserve(self, slots: int) -> None:
+    def reserve(self, slots: int) -> None:
         """Makes room for so many slots in every sequence."""
         have = self.k.size(2)
         if slots <= have:
