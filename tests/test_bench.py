@@ -171,4 +171,4 @@ def test_a_filled_cache_is_that_of_a_decoder_that_has_read_the_text(method):
         alive = read.causal.until[row] >= len(rows)
         assert filled.causal.until[row].tolist() == read.causal.until[row][alive].tolist()
         assert filled.causal.position_of[row].tolist() == read.causal.position_of[row][alive].tolist()
-    assert eviction.cache_bytes(case) < 0.8 * eviction.cache_bytes(eviction.Case("plain", 0.0, 90, 2, "fp32", 1))
+    assert eviction.cache_bytes(case) < 0.9 * eviction.cache_bytes(eviction.Case("plain", 0.0, 90, 2, "fp32", 1))
