@@ -188,7 +188,7 @@ def configs(draw, cls):
         if chosen.get("dry_run"):
             chosen.pop("show_batch", None)
         if chosen["task"].tasks == () and draw(st.booleans()):
-            chosen |= draw(marked(chosen["model"]))
+            chosen |= draw(marked(chosen["model"], chosen["task"]))
         chosen["learning_rate"] = max(chosen.get("learning_rate", 1.0), chosen.get("min_lr", 0.0))
     if cls is SampleConfig:
         given = st.builds(Rescale, st.sampled_from(("none", "yarn")), st.floats(1.5, 2**16), st.booleans())
@@ -211,13 +211,13 @@ def configs(draw, cls):
     return cls(**{name: value for name, value in chosen.items() if not (name == "init_from" and not value)})
 
 
-def marked(model: GPTConfig):
-    """A strategy for settings of markers that fit a model, with the target rule that they need."""
+def marked(model: GPTConfig, task: TaskConfig):
+    """A strategy for settings of markers that fit a model and a task, with the target rule that they need."""
     found = []
     for markers in VARIANTS.values():
         given = {"markers": markers, "target_rule": "skip"}
         with contextlib.suppress(UserError):
-            TrainConfig(model=model, **given)
+            TrainConfig(model=model, task=task, **given)
             found.append(given)
     return st.sampled_from(found or [{}])
 

@@ -19,8 +19,8 @@ from nanometa.config.checks import flat_fields
 from nanometa.config.command_line import load_config
 from nanometa.config.tasks import TASKS
 from nanometa.eval import EVALS
-from nanometa.evals import masks
 from nanometa.probe import PROBES
+from nanometa.probes import masks
 from nanometa.reports import curves
 from nanometa.tasks import example
 from nanometa.training import messages

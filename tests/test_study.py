@@ -18,7 +18,7 @@ from nanometa.common.statistics import holm
 from nanometa.config import MarkerConfig, PrepareConfig, TrainConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.command_line import load_config
-from nanometa.evals import masks
+from nanometa.probes import masks
 from nanometa.studies import queue
 from nanometa.studies.analysis import INSENSITIVE, WAITING, analyse, picture, table
 from nanometa.studies.cell import arguments_of, fingerprint, placed, words

@@ -1,4 +1,4 @@
-"""python -m nanometa.evals.masks FILE.png: draws what every position may read, for each config with marker settings."""
+"""Draws what every position may read, for each config with marker settings: python -m nanometa.probes.masks FILE.png"""
 
 from dataclasses import replace
 from pathlib import Path
