@@ -231,12 +231,12 @@ def test_training_settings_survive_saving_and_the_command_line(cfg):
     idle = [name for name in default if name not in from_base and why_idle(cfg, name)]
     for name, value in flat(cfg).items():
         if value != () and name not in idle:
-            argv += [f"--{name}", *value] if isinstance(value, tuple) else [f"--{name}={value}"]
+            argv += [f"--{name}", *map(str, value)] if isinstance(value, tuple) else [f"--{name}={value}"]
     loaded = flat(load_config(TrainConfig, argv))
     assert loaded == {**flat(cfg), **{name: default[name] for name in idle}}
     for name in idle[:1]:  # a setting without an effect is refused
         value = flat(cfg)[name]
-        more = [f"--{name}", *value] if isinstance(value, tuple) else [f"--{name}={value}"]
+        more = [f"--{name}", *map(str, value)] if isinstance(value, tuple) else [f"--{name}={value}"]
         with pytest.raises(UserError, match=f"--{name} has no effect: it is only used "):
             load_config(TrainConfig, [*argv, *more])
 
