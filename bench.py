@@ -14,7 +14,7 @@ printed, and the ratios within one run are meaningful even on a busy machine. Al
 import json
 from pathlib import Path
 
-from nanometa.benches import decoding, layer, lengths, preparing, profile, training
+from nanometa.benches import decoding, eviction, layer, lengths, preparing, profile, training
 from nanometa.benches.timing import DTYPES, matmul_peak
 from nanometa.common.errors import UserError
 from nanometa.common.files import write_atomically
@@ -23,7 +23,7 @@ from nanometa.reports import bench_picture
 from nanometa.training.distributed import pick_device, why_not_compile
 from nanometa.training.run_log import environment
 
-SECTIONS = ("training", "profile", "decoding", "preparing", "layer", "lengths")
+SECTIONS = ("training", "profile", "decoding", "preparing", "layer", "lengths", "eviction")
 QUICK = {"only": ["training", "decoding"], "shapes": ["tiny", "small"], "modes": ["eager"], "batches": [1]}
 
 
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
     results: dict[str, list[dict]] = {}
     modules = {
         "training": training, "profile": profile, "decoding": decoding, "preparing": preparing, "layer": layer,
-        "lengths": lengths,
+        "lengths": lengths, "eviction": eviction,
     }  # fmt: skip
     for section in SECTIONS:
         if section not in args.only:

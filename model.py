@@ -26,6 +26,7 @@ from nanometa.common.keyed_random import stable_key
 from nanometa.config import GPTConfig
 from nanometa.layers.loss import mask_unpredictable_
 from nanometa.layers.rope import attend_dynamic, fixed_scale, read_dynamic, rope_tables, rotate
+from nanometa.layers.visibility import limited_attention
 from nanometa.meta_attention import (
     CausalSelfAttention,
     MetaAttention,
@@ -54,7 +55,8 @@ class Context(NamedTuple):
     rotate_second: Callable | None = None
     """applies rotary positions to q or k of the second attention; None for no rotary positions"""
     attend: Callable | None = None
-    """replaces the causal attention over q, k, v, for a KV cache or a dynamic rotary scale; None to use the layer's"""
+    """replaces the causal attention over q, k, v, for a KV cache, a dynamic rotary scale, or limits to what positions
+    may read; None to use the layer's"""
     attend_second: Callable | None = None
     """replaces the second attention over q, k, v in the same way"""
     mean: Callable | None = None
@@ -166,10 +168,11 @@ class GPT(nn.Module):
             else:
                 raise AssertionError(f"_init_weights does not know the parameter {name}: add a rule for it.")
 
-    def forward(self, tokens, positions, meta_index, attends=None):
+    def forward(self, tokens, positions, meta_index, reads_from=None, read_until=None, attends=None):
         """Returns the final hidden states (B, T, C), after ln_f, for tokens (B, T) and positions (B, T).
 
         meta_index (B, M): positions that the second attention connects, as in a Batch; None if it connects none.
+        reads_from, read_until (B, T): limits to what positions may read, as in a Batch; None = no limit.
         attends: for each block, the functions that replace its causal attention, its second attention and the mean of
             its values (inference/cache.py). The first two receive rotated q and k, except under rope_dynamic."""
         if meta_index is None and self.cfg.second.others != "nothing":  # the other positions are computed all the same
@@ -182,6 +185,13 @@ class GPT(nn.Module):
             x = x + (pos_emb if no_position is None else pos_emb.masked_fill(no_position[..., None], 0))
         else:
             context = self._rotary_context(positions, meta_index, no_position)
+        means_at = meta_index if self.cfg.summary == "mean" else None
+        dropout_p = self.cfg.dropout if self.training else 0.0
+        limited = limited_attention(reads_from, read_until, x.size(1), dropout_p, means_at)
+        if limited is not None:
+            # a second attention among markers reads no text, and markers are never forgotten
+            second = limited if self.cfg.second.connects == "all" else None
+            context = context._replace(attend=limited, attend_second=second)
         x = self.drop(x)
         for layer, block in enumerate(self.h):
             if attends is not None:
@@ -196,8 +206,8 @@ class GPT(nn.Module):
     def _without_position(self, tokens, meta_index) -> torch.Tensor | None:
         """Returns a mask (B, T) of the tokens whose position at least one of the two attentions does not see.
 
-        These are the tokens at meta_index unless meta_position is "same". Returns None if there are none."""
-        if self.cfg.meta_position == "same" or meta_index is None:
+        These are the tokens at meta_index, depending on meta_position. Returns None if there are none."""
+        if self.cfg.meta_position in ("same", "previous") or meta_index is None:
             return None
         B, T = tokens.shape
         no_position = torch.zeros(B, T + 1, dtype=torch.bool, device=tokens.device)

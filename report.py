@@ -25,7 +25,7 @@ from nanometa.reports.probe_sections import SECTIONS
 
 # Evaluations that the page does not show. tests/test_report.py fails for an evaluation that has no section and is not
 # listed here.
-NO_SECTION = ("passkey",)
+NO_SECTION = ("compression", "passkey")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ python sample.py --rope_scaling=yarn --rope_factor=4 --max_new_tokens=2000      
 """
 
 import codecs
+import re
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,9 @@ from nanometa.common.keyed_random import stable_key
 from nanometa.common.terminal import BOLD, DIM_MAGENTA, write, write_line
 from nanometa.config import SampleConfig
 from nanometa.config.command_line import load_config, run_cli
-from nanometa.data.tokenizer import META
-from nanometa.inference.cache import DecodingWeights
-from nanometa.inference.generation import MarkerPlan, generate_batch, lay_out, prepare_weights
+from nanometa.data.tokenizer import MARKERS
+from nanometa.inference.decoder import DecodingWeights
+from nanometa.inference.generation import Held, MarkerPlan, generate_batch, lay_out, prepare_weights
 from nanometa.training.checkpoint import Run, load_run
 from nanometa.training.context_extension import rescaled, scaling_of
 from nanometa.training.distributed import autocast, pick_device, pick_dtype
@@ -50,7 +51,7 @@ def read_prompt(cfg: SampleConfig) -> str | None:
     except (OSError, ValueError) as error:  # a zero byte in the path is a ValueError
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"the prompt file {name} cannot be read ({reason}): give a readable text file.") from None
-    if not text.replace(META, ""):
+    if not re.sub("|".join(map(re.escape, MARKERS)), "", text):
         raise UserError(
             f"the prompt {'contains only markers' if text else 'is empty'}, so there is nothing to continue: give some "
             f"text, or leave the prompt out to start a document."
@@ -59,19 +60,25 @@ def read_prompt(cfg: SampleConfig) -> str | None:
 
 
 def start_samples(
-    run: Run, cfg: SampleConfig, prompt_text: str | None, numbers: Sequence[int], weights: DecodingWeights | None = None
+    run: Run,
+    cfg: SampleConfig,
+    prompt_text: str | None,
+    numbers: Sequence[int],
+    weights: DecodingWeights | None = None,
+    held: list[Held] | None = None,
 ) -> list[tuple[list[int], Iterator[int]]]:
     """Starts generating the samples of these numbers as one batch.
 
     Returns for each sample the ids of its prompt, markers included, and an iterator over the ids that follow.
-    weights: as in `generate`.
+    weights: as in `generate`. held: receives what a cache that forgets holds at the end of each sample.
     Raises UserError for a prompt that cannot be continued, before anything is printed."""
+    held = [] if held is None else held
     seeds = [stable_key(cfg.seed, number) for number in numbers]
     plans = [MarkerPlan.of_run(run, cfg.meta, seed) for seed in seeds]
     content = run.tokenizer.encode_prompt(prompt_text or "")
     prompts = [lay_out(run, content, plan) for plan in plans]
     options = (cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seeds, cfg.stop_at_endoftext, weights)
-    generated = generate_batch(run, prompts, plans, *options)
+    generated = generate_batch(run, prompts, plans, *options, on_end=held.append)
     queues: list[deque[int]] = [deque() for _ in numbers]  # ids that were generated and not yet shown, by sample
 
     def stream(queue: deque[int]) -> Iterator[int]:
@@ -92,16 +99,28 @@ def show_sample(run: Run, show_markers: bool, prompt: list[int], ids: Iterator[i
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # one character may span several tokens
 
     def show(token: int, style: str = "") -> None:
-        if token != tokenizer.meta:
+        if token < tokenizer.n_content:
             write(decoder.decode(tokenizer.decode_bytes(token)), style)
         elif show_markers:
-            write(META, DIM_MAGENTA)
+            write(tokenizer.decode([token]), DIM_MAGENTA)
 
     for token in prompt[prompt.index(tokenizer.eot) + 1 :]:
         show(token, BOLD)
     for token in ids:
         show(token)
     write(decoder.decode(b"", final=True) + "\n")
+
+
+def describe_cache(run: Run, held: Held) -> str:
+    """Returns a sentence about what the cache held at the end of a sample, and what it had forgotten."""
+    kept, n_content = set(held.places), run.tokenizer.n_content
+    gone = [token for place, token in enumerate(held.ids) if place not in kept and token < n_content]
+    marks = sum(held.ids[place] >= n_content for place in held.places)
+    return (
+        f"# the cache held {len(kept)} of {len(held.ids)} positions, {marks} of them markers "
+        f"({len(kept) * held.position_bytes / 1e3:,.0f} of {len(held.ids) * held.position_bytes / 1e3:,.0f} kB); "
+        f"forgotten: {len(gone)} tokens, {int(run.tokenizer.token_bytes[gone].sum())} bytes of text"
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -116,7 +135,8 @@ def main(argv: list[str]) -> None:
         weights = prepare_weights(run, min(cfg.count, BATCH))
         for first in range(0, cfg.count, BATCH):
             numbers = range(first, min(first + BATCH, cfg.count))
-            samples = start_samples(run, cfg, prompt_text, numbers, weights)
+            held: list[Held] = []
+            samples = start_samples(run, cfg, prompt_text, numbers, weights, held)
             if first == 0:
                 size = f"{run.model.num_params() / 1e6:.1f}M parameters"
                 scaling = f", read with {scaling_of(run.config.model)}" if cfg.rescale.rope_scaling else ""
@@ -126,6 +146,8 @@ def main(argv: list[str]) -> None:
                 if cfg.count > 1:
                     write(f"--- sample {number + 1} of {cfg.count} ---\n", BOLD)
                 show_sample(run, show_markers, *sample)
+            for one in sorted(held) if run.config.markers.hides.after else ():
+                write_line(describe_cache(run, one), file=sys.stderr)
 
 
 if __name__ == "__main__":

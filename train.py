@@ -166,7 +166,7 @@ class Trainer:
 
     def _introduce(self, notes: list[str], why_dtype: str, no_compile: str | None) -> None:
         """Prints what is trained, on which data, from which weights and on which device."""
-        cfg, arm = self.cfg, self.cfg.model.arm_name(bool(self.facts["chunk_markers"]))
+        cfg, arm = self.cfg, self.cfg.arm_name(self.facts["chunk_markers"])
         on = f"texts of {', '.join(cfg.task.tasks)}" if cfg.task.tasks else cfg.dataset
         for line in (
             f"{cfg.run_name}: training the {arm} arm on {on}; all files go to {self.run_dir}",

@@ -4,6 +4,7 @@ command_line.py fills the dataclasses from a config file and the command line. A
 a short recipe for one experiment.
 """
 
+from nanometa.config.marker_settings import MarkerConfig
 from nanometa.config.model_settings import GPTConfig, Rescale
 from nanometa.config.prepare_settings import PrepareConfig
 from nanometa.config.sample_settings import SampleConfig
@@ -12,6 +13,6 @@ from nanometa.config.tasks import Level, Placement, Question, Task
 from nanometa.config.train_settings import TrainConfig, train_config_from_dict
 
 __all__ = [
-    "GPTConfig", "Level", "Placement", "PrepareConfig", "Question", "Rescale", "SampleConfig", "Task", "TaskConfig",
-    "TrainConfig", "train_config_from_dict",
+    "GPTConfig", "Level", "MarkerConfig", "Placement", "PrepareConfig", "Question", "Rescale", "SampleConfig", "Task",
+    "TaskConfig", "TrainConfig", "train_config_from_dict",
 ]  # fmt: skip

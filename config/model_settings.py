@@ -40,9 +40,13 @@ class GPTConfig(Settings):
     random_fraction: float = setting(0.1, only_with={"second_attention": RANDOM_ATTENTIONS})
     """for second_attention=random: share of the window's positions to connect, drawn anew for each window; the dataset
     must not contain markers"""
-    meta_position: Literal["same", "none", "none_first", "none_second"] = "same"
-    """positional encoding of meta-tokens. same: that of their place in the window, as for all tokens; none: no
-    encoding; none_first, none_second (with rope): none in the first, causal attention only, or in the second only"""
+    meta_position: Literal["same", "previous", "none", "none_first", "none_second"] = "same"
+    """positional encoding of markers. same: that of their place in the window, as for all tokens; previous: that of the
+    content token before them, so that positions count content tokens alone; none: no encoding; none_first, none_second
+    (with rope): none in the first, causal attention only, or in the second only"""
+    summary: Literal["learned", "mean"] = setting("learned", only_with={"marks": ("clcr",)})
+    """what later positions read of a span behind <|cr|>. learned: the keys and values of <|cr|>; mean: in every
+    attention over all positions, the mean of the keys and values of the span, which needs no training"""
     vocab_size: int | None = None
     """rows of the embedding; None = set by the dataset's tokenizer"""
     content_vocab_size: int | None = None
@@ -132,7 +136,7 @@ class GPTConfig(Settings):
                 f"rope_scaling={self.rope_scaling}{', rope_dynamic' * self.rope_dynamic} by {self.rope_factor:g} needs "
                 f"position=rope: learned positions can only be interpolated once, with --rope_scaling=pi."
             )
-        if self.position == "learned" and self.meta_position not in ("same", "none"):
+        if self.position == "learned" and self.meta_position in ("none_first", "none_second"):
             raise UserError(
                 f"meta_position={self.meta_position} needs position=rope, because learned positions are added before "
                 f"any attention: use --position=rope, or leave meta_position out."

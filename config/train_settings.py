@@ -7,6 +7,7 @@ from tyro.conf import Suppress
 
 from nanometa.common.errors import UserError
 from nanometa.config.checks import FOLDER_NAME, check, check_types, is_folder_name
+from nanometa.config.marker_settings import MarkerConfig
 from nanometa.config.model_settings import GPTConfig
 from nanometa.config.settings import EMPTY, SET, Settings, setting
 from nanometa.config.task_settings import TaskConfig
@@ -132,6 +133,7 @@ class TrainConfig(Settings):
     """also skip the update of a step with a spike"""
 
     task: TaskConfig = field(default_factory=TaskConfig)
+    markers: MarkerConfig = field(default_factory=MarkerConfig)
 
     typed: Suppress[tuple[str, ...]] = field(default=(), compare=False, repr=False, metadata={"hidden": True})
     """names of the settings that the command line or the config file set, even to their defaults; never saved"""
@@ -163,10 +165,67 @@ class TrainConfig(Settings):
                 f"init_from={self.init_from} and branch_from={self.branch_from} are both given: give only one of them."
             )
         check(self, "eval_windows", self.eval_windows is None or self.eval_windows >= 1, "be at least 1")
+        self._check_markers()
         for name in ("beta1", "beta2"):
             check(self, name, 0 <= getattr(self, name) < 1, "lie in [0, 1)")
         check(self, "keep", self.keep >= 2, "be at least 2, because the newest checkpoint may be damaged")
         check(self, "run_name", is_folder_name(self.run_name) or not self.run_name, FOLDER_NAME)
+
+    def _check_markers(self) -> None:
+        """Raises UserError if what markers hide cannot be combined with the other settings."""
+        markers, model, task = self.markers, self.model, self.task
+        pair = markers.places_markers and markers.marks == "clcr"
+        if pair and model.meta_position not in ("same", "previous"):
+            raise UserError(
+                f"meta_position={model.meta_position} is not implemented for marks=clcr, which has two markers: use "
+                f"--meta_position=previous or same."
+            )
+        if model.summary == "mean" and not (pair and markers.hides.before and markers.evict == "segment"):
+            raise UserError(
+                "summary=mean stands for spans that are forgotten: add --marks=clcr, --closing_reads=segment and "
+                "--evict=segment."
+            )
+        given = f"the settings of markers ({markers.label})"
+        if task.tasks and markers.places_markers:
+            raise UserError(
+                f"marker_place={markers.marker_place} cannot be combined with tasks, whose texts have their own "
+                f"meta-tokens: use marker_place=stored."
+            )
+        if task.visible == "marked" and markers.restricts:
+            raise UserError(f"visible=marked cannot be combined with {given}: leave one of them out.")
+        if not markers.restricts:
+            return
+        if markers.closes and self.target_rule == "ignore" and (markers.places_markers or not markers.hides.after):
+            raise UserError(
+                f"target_rule=ignore lets markers predict the next token, and {given} hide from them what they would "
+                f"need for that: set --target_rule=skip."
+            )
+        if model.rope_dynamic:
+            raise UserError(f"rope_dynamic is not implemented for {given}: use a fixed --rope_scaling.")
+        second = model.second
+        if second.connects == "random" or second.others != "nothing":
+            raise UserError(
+                f"second_attention={second.name} is not implemented for {given}: use none, meta, diagonal or causal."
+            )
+        if second.connects == "markers" and markers.evict not in ("nothing", "segment"):
+            raise UserError(
+                f"second_attention={second.name} reads all markers, but evict={markers.evict} forgets some: use "
+                f"evict=segment, or --second_attention=none."
+            )
+
+    def has_markers(self, chunk_markers: int) -> bool:
+        """Returns whether the run's texts have markers. chunk_markers: those in a chunk of its dataset."""
+        return self.markers.marks != "none" if self.markers.places_markers else chunk_markers > 0
+
+    def arm_name(self, chunk_markers: int) -> str:
+        """Returns the short name of the run's arm, with what is special about its markers.
+
+        chunk_markers: number of markers in a chunk of its dataset."""
+        name, label = self.model.arm_name(self.has_markers(chunk_markers)), self.markers.label
+        label += ", mean" * (self.model.summary == "mean")
+        if label and self.markers.places_markers and not self.model.second.has_layer:
+            return label
+        return f"{name}, {label}" if label else name
 
     @property
     def extends(self) -> bool:
@@ -188,10 +247,12 @@ def train_config_from_dict(values: dict) -> TrainConfig:
 
     A missing setting has its default, and ALIASES translates old names. Raises UserError for an unknown setting and for
     an invalid value."""
+    nested = {"model": GPTConfig, "task": TaskConfig, "markers": MarkerConfig}
     try:
-        values = {name: _renamed(part) if name in ("model", "task") else part for name, part in values.items()}
-        task = {name: tuple(v) if isinstance(v, list) else v for name, v in values.get("task", {}).items()}  # JSON
-        parts = {"model": GPTConfig(**values["model"]), "task": TaskConfig(**task)}
+        parts = {"model": values["model"]} | {name: values.get(name, {}) for name in nested if name != "model"}
+        for name, part in parts.items():  # JSON has lists in place of tuples
+            part = {key: tuple(value) if isinstance(value, list) else value for key, value in _renamed(part).items()}
+            parts[name] = nested[name](**part)
         return TrainConfig(**{**_renamed(values), **parts})
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(

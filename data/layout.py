@@ -6,19 +6,36 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import stable_key
 from nanometa.config import TrainConfig
+from nanometa.config.marker_settings import Hides
 from nanometa.data.inject import marker_places
 
 IGNORE = -100  # the target of a position that is not scored
+FOREVER = 2**31 - 1  # the value of read_until for a position that all later ones may read
 
 
 class Layout(NamedTuple):
-    """A text as the model reads it: one entry per position, arrays (T,) of int64."""
+    """A text as the model reads it: one entry per position, arrays (T,) of int64.
+
+    Position q may read position k if reads_from[q] <= k <= q <= read_until[k]. Places count the positions of the text,
+    markers included."""
 
     tokens: np.ndarray  # ids, markers included
     content: np.ndarray  # index among the content tokens of its text or stream, -1 for a marker or a pad
     positions: np.ndarray  # positions for the positional encoding
+    reads_from: np.ndarray  # the first place that this one may read; 0 = all earlier ones
+    read_until: np.ndarray  # the last place that may read this one; FOREVER = all later ones
+
+    def cut(self, first: int, width: int) -> "Layout":
+        """Returns the layout of the places first .. first + width - 1, read as a text of their own.
+
+        What came before cannot be read, and positions start at 0."""
+        part = Layout(*(column[first : first + width] for column in self))
+        until = np.where(part.read_until == FOREVER, FOREVER, part.read_until - first)
+        positions = part.positions - (part.positions[0] if len(part.positions) else 0)
+        return Layout(part.tokens, part.content, positions, np.maximum(part.reads_from - first, 0), until)
 
 
 class Batch(NamedTuple):
@@ -29,10 +46,20 @@ class Batch(NamedTuple):
     positions: torch.Tensor  # (B, T) int64, positions for the positional encoding
     meta_index: torch.Tensor  # (B, M) int64, positions that the second attention connects, increasing, then pads (= T)
     scored_index: torch.Tensor  # (B, S) int64, positions that are scored, increasing, then pads (= T)
+    reads_from: torch.Tensor | None = None  # (B, T) int64, as in a Layout; None if every position reads from place 0
+    read_until: torch.Tensor | None = None  # (B, T) int64, as in a Layout; None if every position is read for ever
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor | None, ...]:
+        """The arguments of the model: tokens, positions, meta_index, reads_from and read_until."""
+        return self.tokens, self.positions, self.meta_index, self.reads_from, self.read_until
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch on another device. The copy to a GPU is asynchronous."""
-        return Batch(*(to_device(tensor, device) for tensor in self))
+        return Batch(*(None if tensor is None else to_device(tensor, device) for tensor in self))
+
+
+NOTHING = Hides(before=False, after=False)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -52,7 +79,22 @@ def layout_of(tokens: np.ndarray, marker: int, first: int = 0, width: int | None
     padded[: len(tokens)] = tokens
     is_content = tokens != marker
     content[: len(tokens)][is_content] = np.arange(first, first + np.count_nonzero(is_content))
-    return Layout(padded, content, np.arange(T))
+    return Layout(padded, content, np.arange(T), np.zeros(T, dtype=np.int64), np.full(T, FOREVER))
+
+
+def padded(layout: Layout, width: int, pad: int) -> Layout:
+    """Returns a layout with `width` positions, of which the last ones hold the id `pad` and are no content.
+
+    Raises UserError if it is longer."""
+    T = len(layout.tokens)
+    if T > width:
+        raise UserError(
+            f"a text with its markers has {T} positions, more than the {width} of a window: use a larger block_size, "
+            f"or fewer markers."
+        )
+    rest = width - T
+    values = (pad, -1, 0, 0, FOREVER)
+    return Layout(*(np.append(column, np.full(rest, value)) for column, value in zip(layout, values, strict=True)))
 
 
 def targets_of(layout: Layout, rule: str, counted: np.ndarray | None = None) -> np.ndarray:
@@ -103,15 +145,23 @@ def draw_of(cfg: TrainConfig, split: str) -> Draw | None:
 
 
 def connected_positions(
-    layouts: Sequence[Layout], marker: int, numbers: np.ndarray, draw: Draw | None, multiple: int = 1
+    layouts: Sequence[Layout],
+    marker: int | None,
+    numbers: np.ndarray,
+    draw: Draw | None,
+    multiple: int = 1,
+    width: int | None = None,
 ) -> np.ndarray:
     """Returns the positions that the second attention connects, in the form of Batch.meta_index (B, M).
 
-    draw None: the positions of the markers, with M rounded up to a multiple of `multiple`. Otherwise the randomly drawn
-    positions of the texts with these `numbers` (B,)."""
+    draw None: the positions of the marker that closes segments, if there is one, with M = width or, by default, as
+    many as there are, rounded up to a multiple of `multiple`. Otherwise the randomly drawn positions of the texts with
+    these `numbers` (B,)."""
     if draw:
         return random_positions(numbers, len(layouts[0].tokens), *draw)
-    return places_of(np.stack([layout.tokens for layout in layouts]) == marker, multiple=multiple)
+    if marker is None:
+        return np.empty((len(layouts), 0), dtype=np.int64)
+    return places_of(np.stack([layout.tokens for layout in layouts]) == marker, width, multiple)
 
 
 def places_of(there: np.ndarray, width: int | None = None, multiple: int = 1) -> np.ndarray:
@@ -135,11 +185,20 @@ def batch_of(
     meta_index: np.ndarray,
     scored_width: int | None = None,
     multiple: int = 1,
+    hides: Hides = NOTHING,
 ) -> Batch:
     """Builds a Batch on the CPU from layouts of one length, their targets (T,) each and meta_index (B, M).
 
-    scored_width, multiple: width of scored_index, as in places_of."""
+    scored_width, multiple: width of scored_index, as in places_of. hides: the columns that the layouts of this run can
+    restrict; the others are left out, so that attention takes its fast path."""
     targets = np.stack(targets)
     scored_index = places_of(targets != IGNORE, scored_width, multiple)
-    tokens, positions = (np.stack(columns) for columns in zip(*((x.tokens, x.positions) for x in layouts), strict=True))
-    return Batch(*map(torch.from_numpy, (tokens, targets, positions, meta_index, scored_index)))
+
+    def stacked(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([getattr(layout, name) for layout in layouts]))
+
+    return Batch(
+        stacked("tokens"), torch.from_numpy(targets), stacked("positions"), torch.from_numpy(meta_index),
+        torch.from_numpy(scored_index), stacked("reads_from") if hides.before else None,
+        stacked("read_until") if hides.after else None,
+    )  # fmt: skip

@@ -8,7 +8,8 @@ from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import permute, stable_key
 from nanometa.config import TrainConfig
 from nanometa.config.checks import nearest_multiples
-from nanometa.data.layout import Batch, Draw, Layout, batch_of, connected_positions, layout_of, targets_of
+from nanometa.data.layout import IGNORE, Batch, Draw, batch_of, connected_positions, padded, targets_of
+from nanometa.data.markers import STORED, MarkerScheme, Placing
 from nanometa.data.shards import TokenStream, read_manifest
 from nanometa.data.tokenizer import Tokenizer
 
@@ -36,37 +37,55 @@ def step_windows(step: int, cfg: TrainConfig, n_windows: int | None, rank: int, 
 
 
 class Windows:
-    """The windows of one split. Window i is the positions [i T, (i + 1) T) of the stream, with T = block_size.
+    """The windows of one split. Every window has the same number of content tokens, and is read alone.
 
-    Under both target rules, every content token of the stream is scored exactly once per epoch, except the first one,
-    which no content precedes. draw: how second_attention=random draws its positions; None: the second
-    attention connects the markers.
+    With the markers of the dataset, window i is the positions [i T, (i + 1) T) of the stream, with T = block_size.
+    A scheme that places markers itself needs a dataset without any: window i is then the content [i C, (i + 1) C),
+    where C is the largest multiple of the dataset's chunks within block_size, and the rest of block_size has room for
+    markers. Under both target rules, every content token of the stream is scored exactly once per epoch, except the
+    first one, which no content precedes.
 
-    Raises UserError if the dataset is missing or damaged, if block_size is not a multiple of the chunk size, or if the
-    split is shorter than one window."""
+    Raises UserError if the dataset is missing or damaged, if it does not fit block_size or the scheme, or if the split
+    is shorter than one window."""
 
-    def __init__(self, folder: str | Path, split: str, block_size: int, target_rule: str, draw: Draw | None = None):
-        self.split, self.draw = split, draw
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        block_size: int,
+        target_rule: str,
+        draw: Draw | None = None,
+        placing: Placing = STORED,
+    ):
+        """draw: how second_attention=random draws its positions; None: the second attention connects the markers.
+        placing: how markers are placed, and what can be read; by default they are those of the dataset."""
+        self.split, self.T, self.rule, self.draw, self.hides = split, block_size, target_rule, draw, placing.cfg.hides
         self.manifest = read_manifest(Path(folder))
         self.tokenizer = Tokenizer.load(Path(folder))
         if self.tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
             raise UserError(f"the tokenizer in {folder} is not the one of its manifest: prepare the dataset again.")
-        chunk = self.manifest["chunk_content"] + self.manifest["chunk_markers"]
-        if block_size % chunk:
+        C, M = self.manifest["chunk_content"], self.manifest["chunk_markers"]
+        chunks, places = self.T // (C + M), placing.cfg.places_markers
+        if self.T % (C + M) and not (places and chunks):
             raise UserError(
-                f"block_size={block_size} is not a whole number of the {chunk}-position chunks of {folder}: "
-                f"use --block_size={nearest_multiples(block_size, chunk)}."
+                f"block_size={self.T} is not a whole number of the {C + M}-position chunks of {folder}: "
+                f"use --block_size={nearest_multiples(self.T, C + M)}."
             )
+        self.content_per_window = chunks * C
+        self.scheme = MarkerScheme(placing, self.tokenizer, chunks * C, chunks * M)
+        self.most = None  # largest number of segments that a window closes
+        if places and self.scheme.marks:
+            self.most = (self.T - chunks * C) // len(self.scheme.marks)
+            self.scheme.check_room(self.most, self.T)
         self.stream = TokenStream(Path(folder), self.manifest["splits"][split]["shards"], self.tokenizer.n_vocab)
-        self.T, self.rule = block_size, target_rule
-        # under "skip", the last target may come after all markers of the next chunk
-        self.lookahead = 1 + self.manifest["chunk_markers"]
-        self.content_per_window = block_size // chunk * self.manifest["chunk_content"]
-        self.n_windows = len(self.stream) // block_size
+        # positions of the stream in a window, and further ones that its last target may be in: under "skip", it may
+        # come after all markers of the next chunk
+        self.step, self.lookahead = (chunks * C, 1) if places else (self.T, 1 + M)
+        self.n_windows = len(self.stream) // self.step
         if self.n_windows == 0:
             raise UserError(
                 f"the {split} split of {folder} has {len(self.stream):,} positions, fewer than one window of "
-                f"block_size={block_size}: prepare more text, or raise --val_fraction if it is the val split."
+                f"block_size={self.T}: prepare more text, or raise --val_fraction if it is the val split."
             )
 
     def counted(self, n: int) -> dict[str, int]:
@@ -79,12 +98,18 @@ class Windows:
 
     def batch(self, windows: np.ndarray) -> Batch:
         """Builds the Batch of the given windows (B,), on the CPU."""
-        T, meta, layouts, targets = self.T, self.tokenizer.meta, [], []
+        layouts, targets = [], []
         for window in windows.tolist():
-            ids = self.stream.read(window * T, (window + 1) * T + self.lookahead)
-            layout = layout_of(ids, meta, first=window * self.content_per_window)
-            layouts.append(Layout(*(column[:T] for column in layout)))
-            targets.append(targets_of(layout, self.rule)[:T])
-        meta_index = connected_positions(layouts, meta, windows, self.draw)
+            ids = self.stream.read(window * self.step, (window + 1) * self.step + self.lookahead)
+            first = window * self.content_per_window
+            layout = self.scheme.lay_out(ids, first, most=self.most)
+            after = np.flatnonzero(layout.content >= first + self.content_per_window)
+            # only the last target lies behind the window
+            T = int(after[0]) if len(after) and self.step < self.T else min(self.T, len(layout.tokens))
+            goals = targets_of(layout, self.rule)[:T]
+            layouts.append(padded(layout.cut(0, T), self.T, self.tokenizer.eot))
+            targets.append(np.pad(goals, (0, self.T - len(goals)), constant_values=IGNORE))
+        meta_index = connected_positions(layouts, self.scheme.closing, windows, self.draw, width=self.most)
         # at most its own content, and one more token if this window starts with a marker and the next with content
-        return batch_of(layouts, targets, meta_index, scored_width=min(T, self.content_per_window + 1))
+        width = min(self.T, self.content_per_window + 1)
+        return batch_of(layouts, targets, meta_index, scored_width=width, hides=self.hides)

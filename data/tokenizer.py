@@ -1,7 +1,7 @@
 """Converts text to token ids and back, with GPT-2's BPE or a byte-level BPE trained on the corpus, through tiktoken.
 
-The ids of every tokenizer are: BPE tokens, then <|endoftext|>, then markers, then unused rows up to a multiple of 64.
-A model may therefore predict exactly the ids below n_content, and the embedding has the same shape with and without
+The ids of every tokenizer are: BPE tokens, then <|endoftext|>, then the markers, then unused rows up to a multiple of
+64. A model may therefore predict exactly the ids below n_content, and the embedding has the same shape with and without
 markers.
 """
 
@@ -23,7 +23,8 @@ from nanometa.common.errors import UserError
 from nanometa.common.files import own_file, parse_json, read_file
 from nanometa.common.terminal import MAGENTA, write
 
-ENDOFTEXT, META = "<|endoftext|>", "<|meta|>"
+ENDOFTEXT, META, SR, CL, CR = "<|endoftext|>", "<|meta|>", "<|sr|>", "<|cl|>", "<|cr|>"
+MARKERS = (META, SR, CL, CR)  # in the order of their ids, which follow <|endoftext|>
 SPEC_FILE, RANKS_FILE = "tokenizer.json", "tokenizer.ranks"
 # SHA-256 of GPT-2's vocabulary files, from tiktoken_ext.openai_public
 GPT2_VOCAB_BPE = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -46,24 +47,33 @@ PATTERNS = {
 
 
 class Tokenizer:
-    """A byte-level BPE, followed by <|endoftext|> and the marker.
+    """A byte-level BPE, followed by <|endoftext|> and the markers.
 
-    eot, meta: ids of <|endoftext|> and <|meta|>; n_content: number of ids that the model may predict (BPE tokens and
-    <|endoftext|>); n_vocab: rows of the embedding; token_bytes (n_vocab,) int64: bytes of text per id, 0 for
-    <|endoftext|>, markers and unused ids; fingerprint: SHA-256 of the pattern and the ranks."""
+    eot, meta: ids of <|endoftext|> and <|meta|>; markers: the id of each marker by its name; n_content: number of ids
+    that the model may predict (BPE tokens and <|endoftext|>), so that larger ids are markers or unused; n_vocab: rows
+    of the embedding; token_bytes (n_vocab,) int64: bytes of text per id, 0 for <|endoftext|>, markers and unused ids;
+    fingerprint: SHA-256 of the pattern and the ranks."""
 
-    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int]):
+    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], n_vocab: int | None = None):
+        """n_vocab: rows of the embedding, of a tokenizer that was saved; None = enough for all markers.
+
+        Tokenizers that were saved when <|meta|> was the only marker may have no room for the others."""
         self.name, self.pattern, self.ranks = name, pattern, ranks
         self.eot = len(ranks)
         self.meta = self.eot + 1
         self.n_content = self.eot + 1
-        self.n_vocab = -(-(self.meta + 1) // 64) * 64
+        sizes = [rows_of(self.n_content + n) for n in (len(MARKERS), 1)]
+        if n_vocab not in (None, *sizes):
+            raise ValueError(f"its n_vocab {n_vocab!r} is neither {sizes[0]} nor {sizes[1]}")
+        self.n_vocab = n_vocab or sizes[0]
+        ids = enumerate(MARKERS, start=self.n_content)
+        self.markers = {marker: id for id, marker in ids if id < self.n_vocab}
         if pattern not in PATTERNS:
             raise ValueError(f"its pattern {pattern!r} is neither GPT-2's nor that of prepare.py")
         engine_pattern, blanks = PATTERNS[pattern]
         self._long_blanks = re.compile(rf"(?<![{blanks}])[{blanks}]{{{LONG_BLANKS},}}+(?=[^{LINE_BLANKS}\r\n])")
         self._encoding = tiktoken.Encoding(
-            name, pat_str=engine_pattern, mergeable_ranks=ranks, special_tokens={ENDOFTEXT: self.eot, META: self.meta}
+            name, pat_str=engine_pattern, mergeable_ranks=ranks, special_tokens={ENDOFTEXT: self.eot, **self.markers}
         )
         self.token_bytes = np.zeros(self.n_vocab, dtype=np.int64)
         for token, rank in ranks.items():
@@ -73,7 +83,7 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(pattern.encode() + b"\0" + self._ranks_text).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns the ids of a text, (N,) uint32. "<|meta|>" and "<|endoftext|>" in the text are ordinary text."""
+        """Returns the ids of a text, (N,) uint32. Names of markers, and "<|endoftext|>", are ordinary text."""
         if len(text) <= LONG_BLANKS:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
         # both patterns start a new pre-token at the last of several blanks before other text, so the text is cut there
@@ -82,7 +92,7 @@ class Tokenizer:
         return np.concatenate([self._encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Returns the ids of a prompt, (N,) uint32, in which <|meta|> stands for the marker.
+        """Returns the ids of a prompt, (N,) uint32, in which <|meta|> and the other markers stand for themselves.
 
         Raises UserError for invalid Unicode, and if a marker would split a token. Removing the markers therefore leaves
         exactly the ids of the text without them."""
@@ -92,25 +102,25 @@ class Tokenizer:
             raise UserError(
                 f"the text is not valid Unicode at character {error.start} ({text[error.start]!r}): remove it."
             ) from None
-        parts = text.split(META)
-        ids = self.encode("".join(parts))
+        parts = re.split("(" + "|".join(map(re.escape, self.markers)) + ")", text)  # text, marker, text, ..., text
+        ids = self.encode("".join(parts[::2]))
         starts = np.concatenate([[0], np.cumsum(self.token_bytes[ids])])  # first byte of every token, and the end
         out, done, at = [], 0, 0
-        for part in parts[:-1]:
+        for part, marker in zip(parts[:-1:2], parts[1::2], strict=True):
             at += len(part.encode())
             border = int(np.searchsorted(starts, at))
             if starts[border] != at:
                 token = self.decode(ids[border - 1 : border])
                 raise UserError(
-                    f"a {META} in the prompt splits the token {token!r}: move it before or after that token, for "
+                    f"a {marker} in the prompt splits the token {token!r}: move it before or after that token, for "
                     f"example before the space that precedes a word."
                 )
-            out += [ids[done:border], [self.meta]]
+            out += [ids[done:border], [self.markers[marker]]]
             done = border
         return np.concatenate([*out, ids[done:]]).astype(np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of ids. Markers appear as <|meta|>, and bytes that are not valid UTF-8 as U+FFFD."""
+        """Returns the text of ids. Markers appear as names such as <|meta|>, and bytes that are not UTF-8 as U+FFFD."""
         return b"".join(self.decode_bytes(i) for i in ids).decode("utf-8", errors="replace")
 
     def text_bytes(self, ids: np.ndarray) -> bytes:
@@ -119,10 +129,9 @@ class Tokenizer:
 
     def decode_bytes(self, token: int) -> bytes:
         """Returns the bytes of one id; a character may span several ids. Raises UserError for an unknown id."""
-        if not 0 <= token <= self.meta:
-            raise UserError(
-                f"{token} is not an id of the tokenizer {self.name}, which ends at {self.meta}: check the data."
-            )
+        last = self.eot + len(self.markers)
+        if not 0 <= token <= last:
+            raise UserError(f"{token} is not an id of the tokenizer {self.name}, which ends at {last}: check the data.")
         return self._encoding.decode_single_token_bytes(int(token))
 
     def files(self) -> dict[str, bytes]:
@@ -131,7 +140,7 @@ class Tokenizer:
             "name": self.name,
             "pattern": self.pattern,
             "endoftext": self.eot,
-            "markers": {META: self.meta},
+            "markers": self.markers,
             "n_content": self.n_content,
             "n_vocab": self.n_vocab,
             "ranks_sha256": hashlib.sha256(self._ranks_text).hexdigest(),
@@ -169,7 +178,7 @@ class Tokenizer:
                 raise ValueError("some of the 256 bytes have no token")
             if type(spec["name"]) is not str:
                 raise TypeError("its name is not text")
-            tokenizer = cls(spec["name"], spec["pattern"], ranks)
+            tokenizer = cls(spec["name"], spec["pattern"], ranks, int(spec["n_vocab"]))
             if tokenizer.fingerprint != spec["fingerprint"]:
                 raise ValueError("its fingerprint does not match its pattern and ranks")
             return tokenizer
@@ -206,6 +215,11 @@ class Tokenizer:
         return cls(f"bpe{len(ranks) + 1}", BPE_PATTERN, ranks)  # it has fewer tokens if there is too little text
 
 
+def rows_of(ids: int) -> int:
+    """Returns the number of rows of an embedding for so many ids: the next multiple of 64."""
+    return -(-ids // 64) * 64
+
+
 def open_tokenizer(name: str, others: str = "gpt2") -> Tokenizer:
     """Returns the tokenizer gpt2, or that of a prepared dataset, a run or one of its checkpoints, by its folder.
 
@@ -222,6 +236,6 @@ def open_tokenizer(name: str, others: str = "gpt2") -> Tokenizer:
 
 
 def write_tokens(tokens: Iterable[int], tokenizer: Tokenizer) -> None:
-    """Prints ids as text, with every <|meta|> visible."""
-    for is_marker, group in itertools.groupby(tokens, key=lambda token: token == tokenizer.meta):
+    """Prints ids as text, with every marker visible."""
+    for is_marker, group in itertools.groupby(tokens, key=lambda token: token >= tokenizer.n_content):
         write(tokenizer.decode(group), MAGENTA if is_marker else "")

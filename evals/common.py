@@ -35,6 +35,10 @@ PATIENCE = 2.0  # seconds after which a cell shows a progress bar
 class Evaluation:
     """The settings of every evaluation: the run, how to read its positions, the device, and the output file."""
 
+    READS = ()
+    """What the evaluation supports beside plain texts: "drawn", markers that a run places itself; "limited", limits to
+    what positions may read."""
+
     run: str = ""
     """folder of a run (out/NAME) or of one of its checkpoints; if empty, the newest run in out/"""
     rescale: Rescale = field(default_factory=Rescale)
@@ -58,6 +62,13 @@ class Evaluation:
 
         Raises UserError if there is no such run or it cannot be rescaled."""
         run = load_run(self.run, pick_device(self.device))
+        markers = run.config.markers
+        for kind, applies in (("drawn", markers.places_markers), ("limited", markers.restricts)):
+            if applies and kind not in self.READS:
+                raise UserError(
+                    f"{run.folder} was trained with special markers ({markers.label}), which this evaluation cannot "
+                    f"place: use python eval.py compression, or another run."
+                )
         facts, trained = facts_of(run), run.config.model
         run = rescaled(run, self.rescale)
         if run.config.model != trained:
@@ -102,7 +113,7 @@ def arm_of(run: Run) -> str:
     Short names are those of arm_label: meta, pause (markers in the data, no second attention), causal2, random,
     widemlp, gpt2 and so on."""
     m = run.config.model
-    name = m.arm_name(bool(run.state["data"]["chunk_markers"]))
+    name = run.config.arm_name(run.state["data"]["chunk_markers"])
     unplaced = f", markers' position {m.meta_position.replace('_', ' in ')}" if m.meta_position != "same" else ""
     scaling = f", {scaling_of(m)}" if scaling_of(m) else ""
     return f"{name} + {m.position}{scaling}{unplaced}"

@@ -46,7 +46,7 @@ from nanometa.common.keyed_random import stable_key
 from nanometa.config.checks import nearest_multiples
 from nanometa.config.settings import setting
 from nanometa.data.inject import inject, marker_places, strip
-from nanometa.data.layout import IGNORE, Layout, batch_of, connected_positions, draw_of, layout_of, targets_of
+from nanometa.data.layout import IGNORE, batch_of, connected_positions, draw_of, layout_of, targets_of
 from nanometa.evals.blocks import DISTANCES, BlockSums, distance_bins, intervals
 from nanometa.evals.common import (
     POSITIONS,
@@ -257,7 +257,7 @@ def windows(tokens: np.ndarray, length: int, stride: int, rule: str, meta: int, 
     for first in range(0, n, size):
         numbers = np.arange(first, min(first + size, n))
         at = numbers[:, None] * stride + np.arange(length)  # (B, length)
-        layouts = [Layout(stream.tokens[row], stream.content[row], np.arange(length)) for row in at]
+        layouts = [stream.cut(number * stride, length) for number in numbers.tolist()]
         scored_before = (numbers[:, None] > 0) & (np.arange(length) < length - stride)
         yield numbers, layouts, np.where(scored_before, IGNORE, targets[at])
 

@@ -27,6 +27,8 @@ from nanometa.training.checkpoint import Run
 class TasksEval(Evaluation):
     """Accuracy on texts of the synthetic tasks, by length."""
 
+    READS = ("limited",)
+
     tasks: tuple[Task, ...] = ()
     """tasks to evaluate; if empty, those that the run was trained on, or all"""
     lengths: tuple[int, ...] = (128, 256, 512)

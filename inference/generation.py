@@ -14,20 +14,34 @@ print(run.tokenizer.decode(generate(run, ids, plan, max_new_tokens=50)))
 import functools
 import numbers
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import stable_key
-from nanometa.config import SampleConfig
+from nanometa.config import MarkerConfig, SampleConfig
 from nanometa.config.tasks import PLACEMENTS
 from nanometa.data.inject import marker_places
 from nanometa.data.layout import random_positions
-from nanometa.data.tokenizer import META
-from nanometa.inference.cache import Decoder, DecodingWeights
+from nanometa.data.markers import NAMES, MarkerScheme, Placing, Row, Stream
+from nanometa.inference.decoder import Decoder, DecodingWeights
 from nanometa.training.checkpoint import Run
+
+
+class Held(NamedTuple):
+    """What a limited cache holds of a text at its end."""
+
+    number: int
+    """number of the prompt"""
+    ids: list[int]
+    """the ids of the window that were read"""
+    places: list[int]
+    """the places of those that the cache still holds"""
+    position_bytes: int
+    """bytes of the cache for one position"""
 
 
 @dataclass(frozen=True)
@@ -44,17 +58,21 @@ class MarkerPlan:
     M: int
     """markers in a chunk"""
     key: int
-    """key of the random places, for injection uniform"""
+    """key of the random places, for injection uniform and for the scheme"""
+    scheme: MarkerConfig = field(default_factory=MarkerConfig)
+    """markers that depend on the text, and what positions may read"""
 
     @classmethod
     def of_run(cls, run: Run, injection: str = "trained", seed: int = 1337) -> "MarkerPlan":
         """Returns the plan that the run's data was prepared with, or one with another injection rule at its density.
 
         Raises UserError if markers are asked for and the run was trained without."""
-        data = run.state["data"]
+        data, scheme = run.state["data"], run.config.markers
         C, M = data["chunk_content"], data["chunk_markers"]
         if injection == "trained":
             injection = data["injection"]
+        elif scheme.places_markers:
+            scheme = MarkerConfig()
         if injection == "none":
             M = 0
         elif M == 0:
@@ -62,12 +80,18 @@ class MarkerPlan:
                 f"meta={injection} needs a run that was trained with markers, and {run.folder} was not: use "
                 f"--meta=none."
             )
-        return cls(injection, C, M, stable_key(seed, "generated markers"))
+        return cls(injection, C, M, stable_key(seed, "generated markers"), scheme)
 
     def __contains__(self, position: int) -> bool:
         """Returns whether a position of the sequence holds a marker."""
         chunk, place = divmod(position, self.C + self.M)
         return bool(_chunk_places(self, chunk)[place])
+
+    def stream(self, run: Run, first: int = 0) -> Stream:
+        """Returns a stream that lays out a text of the run. first: number of its first content token."""
+        m, chunks = run.config.model, max(1, run.config.model.block_size // (self.C + self.M))
+        placing = Placing(self.scheme, self.key, m.meta_position == "previous")
+        return MarkerScheme(placing, run.tokenizer, chunks * self.C, chunks * self.M).stream(first)
 
 
 @functools.lru_cache(maxsize=64)
@@ -79,8 +103,17 @@ def _chunk_places(plan: MarkerPlan, chunk: int) -> np.ndarray:
 def lay_out(run: Run, content: np.ndarray, plan: MarkerPlan) -> list[int]:
     """Returns the ids of a prompt: <|endoftext|> and the content ids, with markers where the plan has them.
 
-    If `content` already contains markers, placed by hand, no others are inserted."""
+    If `content` already contains markers, placed by hand, no others are inserted by an injection rule. Raises UserError
+    if the scheme of the run places markers itself, and `content` contains some."""
     meta, content = run.tokenizer.meta, [int(i) for i in content]
+    if plan.scheme.places_markers:
+        if max(content, default=0) >= run.tokenizer.n_content:
+            raise UserError(
+                f"the prompt contains a marker, but {run.folder} places its markers itself (marker_place="
+                f"{plan.scheme.marker_place}): leave them out of the prompt."
+            )
+        stream = plan.stream(run)
+        return [row.token for token in [run.tokenizer.eot, *content] for row in stream.extend(token)[0]]
     if meta in content:
         return [run.tokenizer.eot, *content]
     ids: list[int] = []
@@ -92,25 +125,35 @@ def lay_out(run: Run, content: np.ndarray, plan: MarkerPlan) -> list[int]:
 
 
 def knows_meta(run: Run) -> bool:
-    """Returns whether the run saw markers in training, in its dataset or in the texts of its tasks."""
-    task = run.config.task
+    """Returns whether the run saw meta-tokens in training, in its dataset or in the texts of its tasks."""
+    task, markers = run.config.task, run.config.markers
     placed = task.tasks and any(PLACEMENTS[name].has_meta for name in task.placements)
-    return bool(placed or run.state["data"]["chunk_markers"])
+    drawn = markers.places_markers and markers.marks == "meta"
+    return bool(placed or drawn or run.state["data"]["chunk_markers"])
+
+
+def known_markers(run: Run) -> set[int]:
+    """Returns the ids of the markers that the run saw in training."""
+    tokenizer, markers = run.tokenizer, run.config.markers
+    own = {tokenizer.markers[name] for name in NAMES[markers.marks]} if markers.places_markers else set()
+    return own | ({tokenizer.meta} if knows_meta(run) else set())
 
 
 def check_ids(run: Run, ids: Iterable[int]) -> None:
     """Raises UserError if the run's model does not know one of the ids of a text, markers included."""
-    meta, ids = run.tokenizer.meta, list(ids)
+    tokenizer, ids = run.tokenizer, list(ids)
+    last = tokenizer.eot + len(tokenizer.markers)
     for token in ids:
-        if not (isinstance(token, numbers.Integral) and 0 <= token <= meta):
+        if not (isinstance(token, numbers.Integral) and 0 <= token <= last):
             raise UserError(
-                f"{token!r} in the text is not an id of the tokenizer {run.tokenizer.name}, whose ids are 0 to {meta}: "
+                f"{token!r} in the text is not an id of the tokenizer {tokenizer.name}, whose ids are 0 to {last}: "
                 f"encode the text with the run's tokenizer."
             )
-    if meta in ids and not knows_meta(run):
+    unknown = {token for token in ids if token >= tokenizer.n_content} - known_markers(run)
+    if unknown:
         raise UserError(
-            f"the text contains {META}, and {run.folder} was trained without markers, so its model does not know them: "
-            f"leave them out, or take another run."
+            f"the text contains {tokenizer.decode([min(unknown)])}, and {run.folder} was trained without such markers, "
+            f"so its model does not know them: leave them out, or take another run."
         )
 
 
@@ -137,8 +180,9 @@ def generate(
 ) -> Iterator[int]:
     """Continues a prompt, given as ids with markers, and yields each new id as soon as it is sampled.
 
-    Yields max_new_tokens content tokens, and the markers that the plan puts between them. Under target rule "skip" a
-    content token is sampled from the logits of the last content token, under "ignore" from those of the last token.
+    Yields max_new_tokens content tokens, and the markers that the plan and its scheme put between them. Under target
+    rule "skip" a content token is sampled from the logits of the last content token, under "ignore" from those of the
+    last token.
     When the window is full, its older half is dropped and positions start again at 0.
     weights: the result of `prepare_weights(run)`, to share it between calls; prepared here by default.
     Raises UserError if the prompt is empty, is longer than the window or has ids that the model does not know, if an
@@ -158,11 +202,13 @@ def generate_batch(
     seeds: list[int] | None = None,
     stop_at_endoftext: bool = False,
     weights: DecodingWeights | None = None,
+    on_end: Callable[[Held], None] = lambda held: None,
 ) -> Iterator[tuple[int, int]]:
     """Continues several prompts as one batch, each with its own plan and seed (1337 by default).
 
     Yields pairs (number of the prompt, id) as soon as they are sampled. For each prompt the ids are those that
-    `generate` yields, except for floating-point rounding."""
+    `generate` yields, except for floating-point rounding.
+    on_end: called at the end of each text whose positions may be forgotten."""
     SampleConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)  # checks the ranges
     T = run.config.model.block_size
     for prompt in prompts:
@@ -178,76 +224,134 @@ def generate_batch(
             )
     seeds = [1337] * len(prompts) if seeds is None else seeds
     parts = zip(prompts, plans, seeds, strict=True)
-    texts = [_Text(number, list(prompt), plan, seed) for number, (prompt, plan, seed) in enumerate(parts)]
+    texts = [_Text(run, number, list(prompt), plan, seed) for number, (prompt, plan, seed) in enumerate(parts)]
     weights = weights or prepare_weights(run, len(prompts))
-    return _generate(run, weights, texts, max_new_tokens, (temperature, top_k, top_p), stop_at_endoftext)
+    return _generate(run, weights, texts, max_new_tokens, (temperature, top_k, top_p), stop_at_endoftext, on_end)
 
 
 class _Text:
     """One sequence that is being generated."""
 
-    def __init__(self, number: int, ids: list[int], plan: MarkerPlan, seed: int):
-        self.number, self.ids, self.plan = number, ids, plan  # ids: only those in the current window
-        self.dropped = 0  # number of ids that have left the window
-        self.read = 0  # number of ids in the window that the cache already holds
+    def __init__(self, run: Run, number: int, ids: list[int], plan: MarkerPlan, seed: int):
+        """Raises UserError if the scheme of the plan places markers, and `ids` has others."""
+        self.run, self.number, self.plan = run, number, plan
+        self.dropped = 0  # number of positions that have left the window
+        self.content = 0  # number of content tokens that have left the window
         self.generator = torch.Generator().manual_seed(stable_key(seed, "sample") >> 1)
+        self._begin(ids)
+        if self.ids != ids:
+            raise UserError(
+                f"the prompt has markers in other places than those in which {run.folder} places them (marker_place="
+                f"{plan.scheme.marker_place}): leave them out of the prompt."
+            )
+
+    def _begin(self, ids: list[int]) -> None:
+        """Starts a window with these ids."""
+        if self.plan.scheme.places_markers and max(ids) >= self.run.tokenizer.n_content:
+            ids = [token for token in ids if token < self.run.tokenizer.n_content]
+        self.stream = self.plan.stream(self.run, self.content)
+        self.ids: list[int] = []  # those in the current window
+        self.unread: list[Row] = []  # rows that the cache does not hold yet
+        self.forgotten: list[tuple[int, int]] = []  # pairs (place, read_until) that it does not know yet
+        for token in ids:
+            self.add(token)
+
+    def add(self, token: int) -> list[int]:
+        """Adds a token. Returns its id, with those of the markers that the scheme places before and after it."""
+        rows, forgotten = self.stream.extend(token)
+        new = [row.token for row in rows]
+        self.ids += new
+        self.unread += rows
+        self.forgotten += forgotten
+        return new
+
+    def is_full(self) -> bool:
+        """Returns whether the next token cannot be predicted from one window any more."""
+        return len(self.ids) > self.run.config.model.block_size
+
+    def drop_half(self) -> None:
+        """Drops the older half of the window, and starts a new one with the rest."""
+        drop = len(self.ids) - self.run.config.model.block_size // 2
+        self.dropped += drop
+        self.content += sum(token < self.run.tokenizer.n_content for token in self.ids[:drop])
+        self._begin(self.ids[drop:])
+
+    def take(self) -> tuple[list[Row], list[tuple[int, int]]]:
+        """Returns the rows that the cache does not hold yet, and what it does not know yet of earlier ones."""
+        taken = self.unread, self.forgotten
+        self.unread, self.forgotten = [], []
+        return taken
 
 
-def _generate(run, weights, texts, max_new_tokens, sampling, stop_at_endoftext) -> Iterator[tuple[int, int]]:
+def _generate(run, weights, texts, max_new_tokens, sampling, stop_at_endoftext, on_end) -> Iterator[tuple[int, int]]:
     """Yields the pairs of `generate_batch`. sampling: (temperature, top_k, top_p)."""
-    T, meta, skip = run.config.model.block_size, run.tokenizer.meta, run.config.target_rule == "skip"
-    decoder = Decoder(weights, len(texts), *_slots(run, texts, max_new_tokens), takes_part(run))
+    n_content, skip = run.tokenizer.n_content, run.config.target_rule == "skip"
+    limited = any(text.plan.scheme.places_markers or text.plan.scheme.restricts for text in texts)
+    decoder = Decoder(weights, len(texts), *_slots(run, texts, max_new_tokens), takes_part(run), limited)
+
+    def end(rows: Iterable[int]) -> None:
+        for row in rows if limited else ():
+            text = texts[row]
+            ids, places = text.ids[: decoder.places[row]], decoder.causal.kept(row)
+            on_end(Held(text.number, ids, places, decoder.position_bytes))
+
     for _ in range(max_new_tokens):
-        new, sources = [], []
+        new, sources, forgotten = [], [], []
         for row, text in enumerate(texts):
             while text.dropped + len(text.ids) in text.plan:
-                text.ids.append(meta)
-                yield text.number, meta
-            if len(text.ids) > T:  # the next token can be predicted from at most T positions
-                drop = len(text.ids) - T // 2
-                text.ids, text.dropped, text.read = text.ids[drop:], text.dropped + drop, 0
+                yield from ((text.number, token) for token in text.add(run.tokenizer.meta))
+            if text.is_full():
+                text.drop_half()
                 decoder.forget(row)
-            unread = text.ids[text.read :]
-            last = source = len(unread) - 1
-            while skip and source and unread[source] == meta:
+            rows, known = text.take()
+            last = source = len(rows) - 1
+            while skip and source and rows[source].token >= n_content:
                 source -= 1
             # a window of markers only has no content token to predict from: use its last marker
-            sources.append(last if unread[source] == meta else source)
-            new.append(unread)
-            text.read = len(text.ids)
-        logits = decoder.read(new, sources)
+            sources.append(last if rows[source].token >= n_content else source)
+            new.append(rows)
+            forgotten.append(known)
+        logits = decoder.read(new, sources, forgotten)
         if not torch.stack(torch.aminmax(logits)).isfinite().all():
             raise UserError(
                 f"the logits of {run.folder} are not finite, so no token can be drawn: use another checkpoint."
             )
         for text, token in zip(texts, _pick_all(logits, *sampling, [text.generator for text in texts]), strict=True):
-            text.ids.append(token)
-            yield text.number, token
+            yield from ((text.number, added) for added in text.add(token))
+            text.last = token
         if stop_at_endoftext:
-            unfinished = [row for row, text in enumerate(texts) if text.ids[-1] != run.tokenizer.eot]
+            unfinished = [row for row, text in enumerate(texts) if text.last != run.tokenizer.eot]
+            end(row for row in range(len(texts)) if row not in unfinished)
             if not unfinished:
                 return
             if len(unfinished) < len(texts):
                 texts = [texts[row] for row in unfinished]
                 decoder.keep(unfinished)
+    end(range(len(texts)))
 
 
 def takes_part(run: Run) -> Callable[[int, int], bool]:
-    """Returns a function of (id, position in the window) that tells whether the second attention connects the token.
+    """Returns a function of (id, place in the window) that tells whether the second attention connects the token.
 
-    If the second attention connects all tokens, or there is none, the function tells whether the token is a marker,
-    since markers may have no position."""
-    m, meta = run.config.model, run.tokenizer.meta
+    If the second attention connects all tokens, or there is none, the function tells whether the token is a marker that
+    closes a segment, since such markers may have no position."""
+    m, tokenizer, markers = run.config.model, run.tokenizer, run.config.markers
     if m.second.connects != "random":
-        return lambda token, position: token == meta
+        closing = tokenizer.meta
+        if markers.places_markers:
+            closing = tokenizer.markers[NAMES[markers.marks][-1]] if markers.closes else None
+        return lambda token, place: token == closing
     # generated text has its own draw of positions, which does not change while the text grows
     drawn = random_positions(np.array([0]), m.block_size, m.random_fraction, run.config.seed, "generated")
     drawn = frozenset(drawn[0].tolist())
-    return lambda token, position: position in drawn
+    return lambda token, place: place in drawn
 
 
 def _slots(run: Run, texts: list[_Text], max_new_tokens: int) -> tuple[int, int]:
     """Returns upper bounds on the used positions of a window, and on those that the second attention connects."""
+    if texts[0].plan.scheme.places_markers:  # at least one token lies between two closing markers, mostly many
+        T = run.config.model.block_size
+        return T, T
     T, member, meta = run.config.model.block_size, takes_part(run), run.tokenizer.meta
     # the new content fills, or one window spans, at most this many chunks: the whole ones, and one cut at each end
     chunks = [min(max_new_tokens // text.plan.C, T // (text.plan.C + text.plan.M)) + 2 for text in texts]

@@ -40,6 +40,13 @@ def refuse(run: Run) -> None:
             "rope_dynamic=True cannot be exported, because the scale of every query rotates all cached keys anew: "
             "leave it out, or export with a fixed --rope_factor."
         )
+    markers = run.config.markers
+    if markers.places_markers or markers.restricts or run.config.model.meta_position == "previous":
+        what = markers.label or "meta_position=previous"
+        raise UserError(
+            f"{run.folder} cannot be exported, because the exported code does not place sentinels, and hides nothing "
+            f"from a position ({what}): export another run."
+        )
     if run.config.task.visible == "marked":
         raise UserError(
             f"{run.folder} cannot be exported, because it was trained with visible=marked, which skips positions that "

@@ -163,9 +163,9 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens, targets, positions, meta_index, scored_index):
+    def forward(self, tokens, targets, positions, meta_index, scored_index, reads_from=None, read_until=None):
         """Returns the summed nats () of the scored targets."""
-        hidden = self.model(tokens, positions, meta_index)
+        hidden = self.model(tokens, positions, meta_index, reads_from, read_until)
         hidden, targets = gather_scored(hidden, targets, scored_index)
         return summed_nats(hidden, self.model.wte.weight, targets, self.model.cfg.content_vocab_size)
 

@@ -33,6 +33,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens, targets, positions, meta_index, scored_index) -> Scores:
+    def forward(self, tokens, targets, positions, meta_index, scored_index, reads_from=None, read_until=None) -> Scores:
         """Returns the Scores of the targets."""
-        return score_hidden(self.model, self.model(tokens, positions, meta_index), targets, scored_index)
+        hidden = self.model(tokens, positions, meta_index, reads_from, read_until)
+        return score_hidden(self.model, hidden, targets, scored_index)

@@ -35,6 +35,8 @@ READ = 2048  # positions of one forward pass on a CPU, few enough to stay in the
 class MarkedTextsProbe(TasksEval):
     """Settings of the probes that read task texts in which a meta-token or a word marks a place."""
 
+    READS = ()  # probes change attention in ways that limits to what positions may read would have to follow
+
     tasks: tuple[Task, ...] = ()
     """tasks to read: by default list_recall, because its answer is in the text, or, for a run that was not trained
     on list_recall, the tasks that the run was trained on"""

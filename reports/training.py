@@ -25,6 +25,7 @@ from nanometa.reports.markup import details, escaped, percent, table
 METRICS, CONFIG = "metrics.jsonl", "config.json"
 # what is shown of config.json; a run of an earlier version may lack any of it
 FACTS = {
+    "arm": (str,),
     "config": {
         "seed": (int,),
         "model": {
@@ -64,6 +65,8 @@ class Metrics:
         model = self.facts["config"]["model"]
         if not {"n_embd", "second_attention", "position"} <= model.keys():
             return self.name
+        if "arm" in self.facts:
+            return f"{self.facts['arm']} + {model['position']}"
         wide = model.get("n_inner") not in (None, 4 * model["n_embd"])
         second = SECOND_ATTENTIONS[model["second_attention"]]
         return f"{arm_label(second, wide, bool(self.facts['data'].get('chunk_markers')))} + {model['position']}"

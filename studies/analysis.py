@@ -113,7 +113,8 @@ def analyse(plan: Plan, lines: list[dict]) -> Results:
         first = by_seed(mine, entry["first"], lambda line, entry=entry: figure_of(line, entry))
         second = dict.fromkeys(first, 0.0)
         if "second" in entry:
-            second = by_seed(mine, entry["second"], lambda line, entry=entry: figure_of(line, entry))
+            other = entry | {"where": entry.get("where_second", entry.get("where", {}))}
+            second = by_seed(mine, entry["second"], lambda line, entry=other: figure_of(line, entry))
         figures.append(
             compare(entry["name"], entry["claim"], entry["unit"], entry["margin"], 0.0, first, second, set())
         )
@@ -199,7 +200,9 @@ def figure_of(line: dict, entry: dict) -> float | None:
 def levels(plan: Plan, mine: dict) -> list[Levels]:
     """Returns the values by arm and seed of every figure of [analysis.figures]."""
     found: dict[str, Levels] = {}
-    for entry in plan.analysis.get("figures", ()):
+    entries = plan.analysis.get("figures", ())
+    others = [entry | {"where": entry["where_second"]} for entry in entries if "where_second" in entry]
+    for entry in (*entries, *others):
         where = ", ".join(f"{name}={value}" for name, value in entry.get("where", {}).items())
         name = f"{entry['figure']} of {entry['of']}" + (f" ({where})" if where else "")
         values = {

@@ -206,7 +206,7 @@ TABLES = {  # of [analysis]: the entries of each, with their types
     "contrasts": CONTRAST,
     "figures": FIGURE,
 }
-OPTIONAL = {"figures": {"second": str, "where": dict}}
+OPTIONAL = {"figures": {"second": str, "where": dict, "where_second": dict}}
 ENDPOINT = {"tasks": list, "placements": list, "lengths": list, "length": int, "margin": float}
 
 
@@ -262,11 +262,17 @@ def _check_entries(path: Path, where: str, table: dict, entries: dict, optional:
 
 
 def joined(first, second) -> tuple[str, ...]:
-    """Returns two lists of arguments as one. Where both give the same setting, the second one counts.
+    """Returns two lists of arguments as one, a config file first. Where both give the same setting, or a config file,
+    the second one counts.
 
     A setting with several values, such as --lengths, is written as one argument: "--lengths 128 256"."""
-    names = {arg.split("=")[0].split()[0] for arg in second if arg.startswith("--")}
-    return (*(arg for arg in first if arg.split("=")[0].split()[0] not in names), *second)
+
+    def name(argument: str) -> str:
+        return argument.split("=")[0].split()[0] if argument.startswith("--") else ""
+
+    given = {name(argument) for argument in second}
+    together = [*(argument for argument in first if name(argument) not in given), *second]
+    return tuple(sorted(together, key=lambda argument: name(argument) != ""))
 
 
 def _refuse_unknown(path: Path, table: dict, known: tuple[str, ...]) -> None:

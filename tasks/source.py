@@ -12,7 +12,8 @@ import torch
 
 from nanometa.common.errors import UserError
 from nanometa.config import TaskConfig, TrainConfig
-from nanometa.data.layout import Batch, batch_of, connected_positions, draw_of, layout_of, targets_of
+from nanometa.data.layout import Batch, batch_of, connected_positions, draw_of, targets_of
+from nanometa.data.markers import MarkerScheme, placing_of
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.tasks.curriculum import MULTIPLE, SHORTEST, Curriculum
 from nanometa.tasks.example import Example, Maker
@@ -37,15 +38,16 @@ def collate(
     numbers (B,) and split are the key of the positions that second_attention=random draws.
     loss_on: "answer" scores only the answers, any other value every token."""
     layouts, targets = [], []
+    scheme = MarkerScheme(placing_of(cfg, split), tokenizer, content=T, markers=0)  # a text is a window of its own
     for example in examples:
-        layout = layout_of(example.ids, tokenizer.meta, width=T, pad=tokenizer.eot)
+        layout = scheme.lay_out(example.ids, width=T, pad=tokenizer.eot)
         if example.positions is not None:  # only a part of the text is read; nothing reads the pads
             layout.positions[: len(example.positions)] = example.positions
         counted = np.pad(example.answers, (0, T - len(example.answers))) if loss_on == "answer" else None
         layouts.append(layout)
         targets.append(targets_of(layout, cfg.target_rule, counted))
     meta_index = connected_positions(layouts, tokenizer.meta, numbers, draw_of(cfg, split), MULTIPLE)
-    return batch_of(layouts, targets, meta_index, multiple=MULTIPLE)
+    return batch_of(layouts, targets, meta_index, multiple=MULTIPLE, hides=cfg.markers.hides)
 
 
 def pairs_of(task: TaskConfig) -> list[tuple[str, str]]:

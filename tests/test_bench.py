@@ -6,11 +6,14 @@ import resource
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+from nanometa.benches import eviction
 from nanometa.benches.timing import Contestant, alternate, contest, quartiles
 from nanometa.benches.training import KEPT, DenseMeta, Step, ratios, training_step
+from nanometa.data.markers import Row
 from nanometa.meta_attention import MetaAttention
 from nanometa.reports import bench_picture
 from tests.conftest import ROOT
@@ -147,3 +150,25 @@ def test_the_bench_picture_is_drawn(tmp_path):
     ]
     for picture in bench_picture.draw(results, tmp_path):
         assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("method", ["plain", *eviction.METHODS])
+def test_a_filled_cache_is_that_of_a_decoder_that_has_read_the_text(method):
+    """The benchmark of eviction fills caches instead of reading long texts."""
+    case = eviction.Case(method, 0.5 if method != "plain" else 0.0, 90, 2, "fp32", layers=1)
+    ids = np.random.default_rng(0).integers(0, 50256, case.content)
+    filled, scheme = eviction.open_decoder(case)
+    eviction.fill(filled, scheme, ids)
+    read, _ = eviction.open_decoder(case)
+    rows = [Row(*map(int, values)) for values in zip(*scheme.lay_out(ids), strict=True)]
+    read.read([rows] * 2, [len(rows) - 1] * 2)
+    assert filled.places == read.places == [len(rows)] * 2
+    if method == "plain":
+        assert filled.causal.used == read.causal.used
+        return
+    for row in range(2):
+        assert filled.causal.kept(row) == read.causal.kept(row)
+        alive = read.causal.until[row] >= len(rows)
+        assert filled.causal.until[row].tolist() == read.causal.until[row][alive].tolist()
+        assert filled.causal.position_of[row].tolist() == read.causal.position_of[row][alive].tolist()
+    assert eviction.cache_bytes(case) < 0.9 * eviction.cache_bytes(eviction.Case("plain", 0.0, 90, 2, "fp32", 1))

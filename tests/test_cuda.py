@@ -13,12 +13,14 @@ from nanometa.config.command_line import load_config
 from nanometa.data.layout import places_of
 from nanometa.inference.generation import generate
 from nanometa.layers.loss import Objective
+from nanometa.layers.visibility import DenseAttention, limited_attention, visible
 from nanometa.model import GPT
 from nanometa.train import Trainer
 from nanometa.training.distributed import autocast, pick_dtype, processes, why_not_compile
 from tests.conftest import TINY, cli, losses, override
 from tests.test_generate_cache import PLANS, laid_out, random_run
 from tests.test_model import LAYERED
+from tests.test_visibility import closing_rows, evicting
 
 pytestmark = [
     pytest.mark.cuda,
@@ -54,6 +56,22 @@ def loss_and_gradients(device: str, dtype: torch.dtype, compiled: bool = False, 
         nats = objective(*batch(device))
     nats.backward()
     return nats.item(), {name: p.grad.float().cpu() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("columns", [(True, True), (True, False), (False, True)])
+def test_attention_within_limits_on_the_gpu_equals_a_dense_mask_on_the_cpu(columns):
+    limits = [column if given else None for column, given in zip((closing_rows(), evicting()), columns, strict=True)]
+    T = limits[0 if columns[0] else 1].size(1)
+    generator, results = torch.Generator().manual_seed(1), []
+    given = [torch.randn(2, 3, T, 16, generator=generator) for _ in range(4)]
+    for device in ("cpu", DEVICE):
+        q, k, v = (x.to(device).requires_grad_() for x in given[:3])
+        here = [None if column is None else column.to(device) for column in limits]
+        attention = limited_attention(*here, T, 0.0) if device == DEVICE else DenseAttention(visible(*limits, T), 0.0)
+        y = attention(q, k, v)
+        results.append([x.cpu() for x in (y, *torch.autograd.grad(y, (q, k, v), given[3].to(device)))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])

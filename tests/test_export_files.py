@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from nanometa.common.errors import UserError
-from nanometa.config import TaskConfig
+from nanometa.config import MarkerConfig, TaskConfig
 from nanometa.config.command_line import load_config
 from nanometa.data.shards import read_manifest
 from nanometa.data.tokenizer import Tokenizer
@@ -206,8 +206,9 @@ def test_pads_have_an_id_of_their_own_where_one_can_be_masked(dataset_tokenizer,
     assert len(fast(dataset_tokenizer, tmp_path, 299)) == 300 and len(fast(dataset_tokenizer, tmp_path, 300)) == 301
     # a GPT-2 of transformers has no masked ids, so it has no rows that would take part in the softmax
     assert weights_of(plain)["transformer.wte.weight"].shape[0] == config_of(plain, "none", 0)["vocab_size"] == 300
-    # a vocabulary without a spare row gets one
-    full = Tokenizer.train([" " + " ".join(ITEMS + NAMES)] * 3, 319)
+    # the vocabulary of an older dataset, without a spare row, gets one
+    trained = Tokenizer.train([" " + " ".join(ITEMS + NAMES)] * 3, 319)
+    full = Tokenizer(trained.name, trained.pattern, trained.ranks, n_vocab=320)
     assert full.n_vocab == full.meta + 1 == 320
     run = small_run(full, {**data, "injection": "uniform", "chunk_markers": 4})
     assert weights_of(run)["transformer.wte.weight"].shape[0] == config_of(run, "implicit", 0)["vocab_size"] == 321
@@ -230,9 +231,15 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(workdir, marked_run)
     oracle = run_on(workdir / "data/u")
     object.__setattr__(oracle.config, "task", TaskConfig(tasks=("parity",), visible="marked"))
     oracle = saved(oracle, workdir / "out/oracle")
+    forgetful = run_on(workdir / "data/u")
+    object.__setattr__(forgetful.config, "markers", MarkerConfig(evict="segment"))
+    forgetful = saved(forgetful, workdir / "out/forgetful")
+    previous = saved(run_on(workdir / "data/u", meta_position="previous"), workdir / "out/previous")
     before = tree(workdir / "out")
     for argv, sentence in (
         ([f"--run={rope}", "--rope_scaling=yarn", "--rope_dynamic"], "rope_dynamic=True cannot be exported, because"),
+        ([f"--run={forgetful}"], "and hides nothing from a position (evict)"),
+        ([f"--run={previous}"], "and hides nothing from a position (meta_position=previous)"),
         ([f"--run={oracle}"], "it was trained with visible=marked, which skips positions"),
         (
             [f"--run={plain}", "--markers=implicit"],

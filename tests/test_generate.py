@@ -145,15 +145,17 @@ def test_prompts_that_cannot_be_continued_are_refused(run):
 def test_ids_and_markers_that_a_run_does_not_know_are_refused(run, workdir):
     plan, meta = MarkerPlan.of_run(run, "none"), run.tokenizer.meta
     assert len(list(generate(run, [5, meta, np.int64(6)], plan, 2))) == 2
-    for token in (-1, meta + 1, run.tokenizer.n_vocab, 10**30, 1.0, "a", None):
+    for token in (-1, meta + 4, run.tokenizer.n_vocab, 10**30, 1.0, "a", None):
         for use in (lambda ids: generate(run, ids, plan, 2), lambda ids: text_batch(run, ids)):
             with pytest.raises(UserError, match=f"{token!r} in the text is not an id of the tokenizer bpe"):
                 use([5, token])
     plain = dataclasses.replace(run, state={**run.state, "data": {**run.state["data"], "injection": "none",
                                                                    "chunk_markers": 0}})  # fmt: skip
     for use in (lambda: generate(plain, [5, meta], plan, 2), lambda: score(plain, "the<|meta|> cat", plan)):
-        with pytest.raises(UserError, match=r"the text contains <\|meta\|>, and .* was trained without markers"):
+        with pytest.raises(UserError, match=r"the text contains <\|meta\|>, and .* was trained without such markers"):
             use()
+    with pytest.raises(UserError, match=r"the text contains <\|sr\|>, and .* was trained without such markers"):
+        generate(run, [5, meta + 1], plan, 2)
     for placements, known in ((("none",), False), (("none", "target"), True), (("every",), True)):
         task = TaskConfig(tasks=("parity",), placements=placements)
         assert knows_meta(dataclasses.replace(plain, config=dataclasses.replace(run.config, task=task))) is known
@@ -255,6 +257,6 @@ def test_generating_with_markers_needs_a_run_trained_with_markers(workdir):
         in cli("sample.py", "--run=out/plain", "--meta=uniform", cwd=workdir).stderr.decode()
     )
     assert cli("sample.py", "--run=out/plain", "--max_new_tokens=5", cwd=workdir).returncode == 0
-    assert "the text contains <|meta|>, and out/plain/best_00000001 was trained without markers" in refusal(
+    assert "the text contains <|meta|>, and out/plain/best_00000001 was trained without such markers" in refusal(
         cli("sample.py", "--run=out/plain", "--prompt=the<|meta|> cat", cwd=workdir)
     )

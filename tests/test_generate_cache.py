@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from nanometa.common.keyed_random import stable_key
-from nanometa.config import GPTConfig, SampleConfig, TaskConfig
-from nanometa.inference.cache import Decoder, RunningSums, Store
+from nanometa.config import GPTConfig, MarkerConfig, SampleConfig, TaskConfig
+from nanometa.inference.cache import RunningSums, Store
+from nanometa.inference.decoder import Decoder
 from nanometa.inference.generation import MarkerPlan, generate, generate_batch, pick, prepare_weights
 from nanometa.inference.scoring import hidden_states, text_batch
 from nanometa.model import GPT
@@ -40,8 +41,8 @@ def random_run(rule="ignore", seed=3, **changes):
                 torch.nn.init.normal_(p, std=0.2)
     return types.SimpleNamespace(
         model=model.eval(),
-        tokenizer=types.SimpleNamespace(meta=META, eot=EOT, n_content=V),
-        config=types.SimpleNamespace(model=cfg, target_rule=rule, seed=5, task=TaskConfig()),
+        tokenizer=types.SimpleNamespace(meta=META, eot=EOT, n_content=V, markers={"<|meta|>": META}),
+        config=types.SimpleNamespace(model=cfg, target_rule=rule, seed=5, task=TaskConfig(), markers=MarkerConfig()),
         state={"data": {"chunk_markers": 3}},
         folder="out/random",
     )
@@ -72,8 +73,8 @@ def recorded(monkeypatch) -> list[torch.Tensor]:
     """A list to which the decoder's logits of every step are added."""
     steps, read = [], Decoder.read
 
-    def recording(self, new, sources):
-        steps.append(read(self, new, sources))
+    def recording(self, *args):
+        steps.append(read(self, *args))
         return steps[-1]
 
     monkeypatch.setattr(Decoder, "read", recording)
@@ -214,13 +215,13 @@ def test_the_comparison_notices_a_broken_cache(loss, position, recorded, monkeyp
     elif loss in ("late", "early"):
         forward, shift = GPT.forward, 1 if loss == "late" else -1
 
-        def shifted(self, tokens, positions, *rest):
+        def shifted(self, tokens, positions, *rest, **named):
             moved = positions + shift if tokens.size(1) < 4 else positions
-            return forward(self, tokens, moved.clamp(0, 23), *rest)
+            return forward(self, tokens, moved.clamp(0, 23), *rest, **named)
 
         monkeypatch.setattr(GPT, "forward", shifted)
     elif loss == "marker_keys":
-        monkeypatch.setattr(Decoder, "read", lambda self, new, sources: drop_markers(read, self, new, sources))
+        monkeypatch.setattr(Decoder, "read", lambda self, *args: drop_markers(read, self, *args))
     else:
         monkeypatch.setattr(Decoder, "forget", lambda self, row: None)
     with pytest.raises(AssertionError if loss != "stale" else IndexError):
@@ -253,12 +254,12 @@ def test_the_comparison_notices_a_fault_of_what_ordinary_tokens_get(loss, record
         compare(run, [laid_out(5, plan), content(4)], [plan, PLANS["none"]], 40, recorded)
 
 
-def drop_markers(read, decoder, new, sources):
+def drop_markers(read, decoder, new, *rest):
     """Reads the new tokens and then removes the markers from the causal cache."""
     before = decoder.causal.used[0]
-    logits = read(decoder, new, sources)
-    for i, token in enumerate(new[0]):
-        if token == META:
+    logits = read(decoder, new, *rest)
+    for i, row in enumerate(new[0]):
+        if row.token == META:
             decoder.causal.v[:, 0, before + i] = 0
     return logits
 
@@ -299,9 +300,12 @@ def test_a_batch_continues_when_some_texts_have_ended():
 def test_markers_cost_no_extra_step_and_no_token_is_read_twice(recorded, monkeypatch):
     run, plan, sizes = random_run(block_size=100), PLANS["other"], []
     forward = GPT.forward
-    monkeypatch.setattr(
-        GPT, "forward", lambda self, tokens, *rest: sizes.append(tokens.size(1)) or forward(self, tokens, *rest)
-    )
+
+    def counting(self, tokens, *rest, **named):
+        sizes.append(tokens.size(1))
+        return forward(self, tokens, *rest, **named)
+
+    monkeypatch.setattr(GPT, "forward", counting)
     prompt = laid_out(5, plan)
     ids = list(generate(run, prompt, plan, 40, temperature=0))
     assert len(sizes) == len(recorded) == 40 and sum(sizes) == len(prompt) + len(ids) - 1
@@ -336,7 +340,7 @@ def test_bfloat16_decoding_gives_the_logits_of_autocast(recorded):
         ids = prompt + list(generate(run, prompt, plan, 8, temperature=0))
         starts = [i for i in range(len(prompt), len(ids)) if ids[i] != META]
         for step, i in zip(recorded, starts, strict=True):
-            hidden = hidden_states(run.model, text_batch(run, ids[:i]))[0, -1]
+            hidden = hidden_states(run.model, text_batch(run, ids[:i], plan))[0, -1]
             expected = run.model.logits(hidden)[:V]
             exact = reference.next_logits(run, ids[:i])
             assert (step[0] - expected).abs().max() < 0.1 * exact.std()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nanometa.config import GPTConfig
 from nanometa.data.loader import Windows
-from nanometa.inference.cache import DecodingWeights
+from nanometa.inference.decoder import DecodingWeights
 from nanometa.layers.loss import Tally, _SummedNats, gather_scored, summed_nats, token_scores
 from nanometa.model import GPT
 

@@ -3,6 +3,7 @@
 Other properties are tested elsewhere: epochs and targets in test_data.py, injection in test_injection.py.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -28,6 +29,7 @@ from nanometa.data.verify import verify
 from nanometa.training import checkpoint
 from nanometa.training.checkpoint import open_checkpoint
 from nanometa.training.distributed import accumulation
+from tests.schemes import VARIANTS
 from tests.test_checkpoint import write
 
 # ----------------------------------------------------------------------------- the order of the data
@@ -176,7 +178,7 @@ def configs(draw, cls):
     hints = {
         name: hint
         for name, hint in typing.get_type_hints(cls).items()
-        if name not in ("model", "task", "rescale", "n_head", "n_embd", "typed")
+        if name not in ("model", "task", "markers", "rescale", "n_head", "n_embd", "typed")
     }
     chosen = {name: draw(values(hint, name)) for name, hint in hints.items() if draw(st.booleans())}
     if cls is TrainConfig:
@@ -185,6 +187,8 @@ def configs(draw, cls):
             chosen.pop("branch_from", None)
         if chosen.get("dry_run"):
             chosen.pop("show_batch", None)
+        if chosen["task"].tasks == () and draw(st.booleans()):
+            chosen |= draw(marked(chosen["model"], chosen["task"]))
         chosen["learning_rate"] = max(chosen.get("learning_rate", 1.0), chosen.get("min_lr", 0.0))
     if cls is SampleConfig:
         given = st.builds(Rescale, st.sampled_from(("none", "yarn")), st.floats(1.5, 2**16), st.booleans())
@@ -195,6 +199,7 @@ def configs(draw, cls):
         if chosen.get("question") == "after":
             chosen.pop("semantic_lists", None)
     if cls is GPTConfig:
+        chosen.pop("summary", None)  # refused without the markers that it belongs to
         head, size = draw(st.integers(1, 12)), 2 * draw(st.integers(1, 64))
         chosen |= {"n_head": head, "n_embd": head * size}
         if SECOND_ATTENTIONS[chosen.get("second_attention", "meta")].markers == "refused":
@@ -206,6 +211,17 @@ def configs(draw, cls):
     return cls(**{name: value for name, value in chosen.items() if not (name == "init_from" and not value)})
 
 
+def marked(model: GPTConfig, task: TaskConfig):
+    """A strategy for settings of markers that fit a model and a task, with the target rule that they need."""
+    found = []
+    for markers in VARIANTS.values():
+        given = {"markers": markers, "target_rule": "skip"}
+        with contextlib.suppress(UserError):
+            TrainConfig(model=model, task=task, **given)
+            found.append(given)
+    return st.sampled_from(found or [{}])
+
+
 @settings(max_examples=20, deadline=None)
 @given(configs(TrainConfig))
 def test_training_settings_survive_saving_and_the_command_line(cfg):
@@ -215,12 +231,12 @@ def test_training_settings_survive_saving_and_the_command_line(cfg):
     idle = [name for name in default if name not in from_base and why_idle(cfg, name)]
     for name, value in flat(cfg).items():
         if value != () and name not in idle:
-            argv += [f"--{name}", *value] if isinstance(value, tuple) else [f"--{name}={value}"]
+            argv += [f"--{name}", *map(str, value)] if isinstance(value, tuple) else [f"--{name}={value}"]
     loaded = flat(load_config(TrainConfig, argv))
     assert loaded == {**flat(cfg), **{name: default[name] for name in idle}}
     for name in idle[:1]:  # a setting without an effect is refused
         value = flat(cfg)[name]
-        more = [f"--{name}", *value] if isinstance(value, tuple) else [f"--{name}={value}"]
+        more = [f"--{name}", *map(str, value)] if isinstance(value, tuple) else [f"--{name}={value}"]
         with pytest.raises(UserError, match=f"--{name} has no effect: it is only used "):
             load_config(TrainConfig, [*argv, *more])
 

@@ -21,6 +21,7 @@ from nanometa.config.tasks import TASKS
 from nanometa.eval import EVALS
 from nanometa.interop.export import ExportConfig
 from nanometa.probe import PROBES
+from nanometa.probes import masks
 from nanometa.reports import curves
 from nanometa.tasks import example
 from nanometa.training import messages
@@ -125,10 +126,14 @@ def test_the_six_commands_train_the_six_arms_of_the_table():
 
 
 def test_the_page_of_the_arms_lists_the_configs_of_every_arm():
-    text = (ROOT / "docs/arms.md").read_text()
-    names = {path.name for pattern in ("tiny_*.py", "*gpt2.py") for path in (ROOT / "config").glob(pattern)}
+    """Configs with settings of markers are on the page of sentinels."""
+    arms, sentinels = ((ROOT / f"docs/{name}.md").read_text() for name in ("arms", "sentinels"))
+    paths = [path for pattern in ("tiny_*.py", "*gpt2.py") for path in (ROOT / "config").glob(pattern)]
     others = {"tiny_tasks.py", "tiny_extend_4x.py", "tiny_extend_8x.py"}
-    assert set(re.findall(r"`config/(tiny_\w+\.py|\w*gpt2\.py)`", text)) == names - others
+    names = {path.name for path in paths} - others
+    marked = {f"{name}.py" for name in masks.configs()}
+    assert set(re.findall(r"`config/(tiny_\w+\.py|\w*gpt2\.py)`", arms)) == names - marked
+    assert {f"{name}.py" for name in re.findall(r"^\| `(tiny_\w+)` \|", sentinels, re.M)} == marked
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)

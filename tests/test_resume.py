@@ -119,7 +119,7 @@ def test_a_start_killed_before_config_json_leaves_the_folder_free(tmp_path, monk
     killed."""
     monkeypatch.setattr(os, "replace", lambda *paths: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception):
-        RunLog(tmp_path, TrainConfig(wandb="disabled"), {}, -1, main=True)
+        RunLog(tmp_path, TrainConfig(wandb="disabled"), {"chunk_markers": 0}, -1, main=True)
     assert not occupied(tmp_path)
 
 
@@ -133,5 +133,5 @@ def test_damaged_lines_of_metrics_are_dropped_on_resume(tmp_path):
         b'{"kind": "train", "step": 2}',
     ]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b'\n{"kind": "tra')
-    RunLog(tmp_path, TrainConfig(wandb="disabled"), {}, 2, main=True).close()
+    RunLog(tmp_path, TrainConfig(wandb="disabled"), {"chunk_markers": 0}, 2, main=True).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines[0] + b"\n" + lines[-1] + b"\n"

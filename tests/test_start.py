@@ -341,7 +341,7 @@ def test_a_run_without_any_stdout_trains(workdir):
 
 
 def test_an_entry_of_the_log_is_one_line_without_escape_sequences(tmp_path, capsys):
-    log = RunLog(tmp_path, TrainConfig(wandb="disabled"), {}, -1, main=True)
+    log = RunLog(tmp_path, TrainConfig(wandb="disabled"), {"chunk_markers": 0}, -1, main=True)
     log.say("started from weights\nof \x1b[31mout/é\x00")
     log.close()
     line = "started from weights\\nof \\x1b[31mout/é\\x00\n"

@@ -15,12 +15,13 @@ import pytest
 
 from nanometa.common.errors import UserError
 from nanometa.common.statistics import holm
-from nanometa.config import PrepareConfig, TrainConfig
+from nanometa.config import MarkerConfig, PrepareConfig, TrainConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.command_line import load_config
+from nanometa.probes import masks
 from nanometa.studies import queue
 from nanometa.studies.analysis import INSENSITIVE, WAITING, analyse, picture, table
-from nanometa.studies.cell import fingerprint, placed, words
+from nanometa.studies.cell import arguments_of, fingerprint, placed, words
 from nanometa.studies.plan import Cell, Plan, joined, read_plan
 from tests.conftest import ROOT, cli
 
@@ -129,6 +130,7 @@ def test_a_size_shrinks_the_study_under_another_name(plan_file):
 
 def test_of_a_setting_given_twice_the_later_one_counts():
     assert joined(["a.py", "--x=1", "--l 1 2"], ["--l 3", "--y=2"]) == ("a.py", "--x=1", "--l 3", "--y=2")
+    assert joined(["a.py", "--x=1"], ["--y=2", "b.py"]) == ("b.py", "--x=1", "--y=2")
 
 
 def test_an_arm_without_markers_reads_each_placement_once(plan_file):
@@ -200,13 +202,28 @@ def test_the_plan_of_the_quick_start_has_every_arm():
     plan = read_plan(str(ROOT / "studies/quick_start.toml"))
     given = {arm.pretrain for arm in plan.arms.values()}
     other = {"tiny_tasks.py", "tiny_extend_4x.py", "tiny_extend_8x.py"}
-    assert given == {(f"config/{p.name}",) for p in (ROOT / "config").glob("tiny_*.py") if p.name not in other}
+    paths = [path for path in sorted((ROOT / "config").glob("tiny_*.py")) if path.name not in other]
+    found = {path.name: load_config(TrainConfig, [str(path)], config_file=True) for path in paths}
+    assert given == {(f"config/{name}",) for name, cfg in found.items() if cfg.markers == MarkerConfig()}
     assert plan.stages["seeds"].arms == tuple(plan.arms)
     for (path,) in given:
         cfg = load_config(TrainConfig, [str(ROOT / path)], config_file=True)
         assert cfg.dataset.removeprefix("data/") in plan.prepare
     for name, commands in plan.prepare.items():
         assert load_config(PrepareConfig, commands[-1].split()[2:]).name in (name, "")
+
+
+def test_the_plan_of_the_sentinels_is_valid():
+    """Its configs exist, its datasets are those of its configs, and every config of a sentinel is an arm."""
+    plan = read_plan(str(ROOT / "studies/sentinels.toml"))
+    arms = {}
+    for cell in plan.cells():
+        path, *rest = words(arguments_of(plan, cell)["pretrain"])
+        cfg = load_config(TrainConfig, [str(ROOT / path), *rest], config_file=True)
+        assert cfg.dataset.removeprefix("data/") in plan.prepare and cfg.model.n_embd == 96
+        arms[Path(path).stem] = cfg
+    assert set(masks.configs()) < set(arms) and "tiny_gpt2" in arms
+    assert len(read_plan(str(ROOT / "studies/sentinels.toml"), "minutes").cells()) == len(plan.arms)
 
 
 def load(cell: Cell, settings: str, more: tuple[str, ...]):
@@ -495,6 +512,34 @@ def test_stages_before_the_deciding_one_show_validation_at_the_trained_length(pl
 
 def test_too_much_noise_is_undecided(plan):
     assert verdicts(plan, invented(plan, {"O": 0.4}, noise=0.2, seeds=range(1, 9)))["H3"] == "undecided"
+
+
+def test_two_arms_may_be_compared_under_different_conditions(plan_file):
+    """A figure of the first arm at one line of a measure, and of the second arm at another."""
+    tasks = [{"method": name, "bits": value} for name, value in (("own", 1.5), ("full", 1.0))]
+    plan_file.write_text(
+        PLAN
+        + """[[analysis.figures]]
+name = "C"
+claim = "own - full"
+of = "tasks"
+where = { method = "own" }
+where_second = { method = "full" }
+figure = "bits"
+unit = "bits"
+first = "M"
+second = "P"
+margin = 0.1
+"""
+    )
+    plan = read_plan(str(plan_file))
+    lines = invented(plan, {})
+    for line in lines:
+        line["measures"]["tasks"] += [{**one, "task": "", "placement": "", "length": 0} for one in tasks]
+    results = analyse(plan, lines)
+    row = next(row for row in results.comparisons if row.name == "C")
+    assert row.differences == (0.5,) * 3
+    assert [level.name for level in results.levels][-1] == "bits of tasks (method=full)"
 
 
 def test_lines_of_different_commits_are_named(plan):

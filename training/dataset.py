@@ -10,6 +10,7 @@ from nanometa.config.checks import nearest_multiples
 from nanometa.config.command_line import read_config_file, recipes
 from nanometa.data.layout import draw_of
 from nanometa.data.loader import Windows
+from nanometa.data.markers import placing_of
 from nanometa.data.shards import read_manifest
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.tasks.source import TaskWindows
@@ -48,28 +49,40 @@ def open_windows(cfg: TrainConfig, split: str, base: Checkpoint | None = None) -
         )
     manifest = read_manifest(Path(cfg.dataset))
     check_arm(cfg, manifest["chunk_content"], manifest["chunk_markers"])
-    return Windows(cfg.dataset, split, cfg.model.block_size, cfg.target_rule, draw_of(cfg, split))
+    placing = placing_of(cfg, split)
+    return Windows(cfg.dataset, split, cfg.model.block_size, cfg.target_rule, draw_of(cfg, split), placing)
 
 
 def check_arm(cfg: TrainConfig, content: int, markers: int) -> None:
     """Raises UserError if the arm does not fit a dataset with these numbers of content tokens and markers per chunk."""
-    second = cfg.model.second
-    if second.markers == "needed" and not markers:
+    second, places = cfg.model.second, cfg.markers.places_markers
+    if places and markers:
+        raise UserError(
+            f"marker_place={cfg.markers.marker_place} places markers in text without any, but {cfg.dataset} has "
+            f"{markers} markers per chunk: give a dataset prepared with --injection=none."
+        )
+    if second.markers == "needed" and not cfg.has_markers(markers):
         raise UserError(
             f"second_attention={second.name} has nothing to connect, because {cfg.dataset} has no markers: set "
             f"--second_attention=none, or give a dataset prepared with --injection=uniform."
         )
-    if second.markers == "refused" and markers:
+    if second.markers == "refused" and cfg.has_markers(markers):
         raise UserError(
             f"second_attention={second.name} is a control for data without markers, but {cfg.dataset} has {markers} "
             f"markers per chunk: give a dataset prepared with --injection=none."
         )
-    if cfg.model.meta_position == "none" and not markers:
+    if cfg.model.meta_position in ("none", "previous") and not cfg.has_markers(markers):
         raise UserError(
-            f"meta_position=none has no effect, because {cfg.dataset} has no markers: set --meta_position=same, or "
-            f"give a dataset prepared with --injection=uniform."
+            f"meta_position={cfg.model.meta_position} has no effect, because {cfg.dataset} has no markers: set "
+            f"--meta_position=same, or give a dataset prepared with --injection=uniform."
         )
-    if second.markers == "allowed":
+    closing = cfg.markers.evict == "segment" or cfg.markers.closing_reads == "segment"
+    if closing and not places and not markers:
+        raise UserError(
+            f"evict={cfg.markers.evict}, closing_reads={cfg.markers.closing_reads} need markers that close segments, "
+            f"and {cfg.dataset} has none: give a dataset prepared with --injection=uniform, or set --marker_place."
+        )
+    if second.markers == "allowed" and not places:
         check_window(cfg, content, markers)
 
 

@@ -66,7 +66,7 @@ def describe_estimate(cfg: TrainConfig, accumulation: int) -> str:
         dtype = torch.bfloat16  # every accelerator in the table computes it
     else:
         dtype = pick_dtype(cfg.dtype, torch.device(device))[0]
-    arm = cfg.model.arm_name(load.M > 0)
+    arm = cfg.arm_name(load.M)
     flops, table = _flops(cfg, load)
     return (
         f"{cfg.run_name or 'a run'} (the {arm} arm) on {cfg.n_accelerators} x {cfg.accelerator}: an estimate; nothing "
@@ -192,8 +192,8 @@ def _load_of(cfg: TrainConfig) -> tuple[TrainConfig, Load]:
         return _load_of_tasks(cfg, base)
     data = data_of(cfg.dataset)
     check_arm(cfg, data.chunk_content, data.chunk_markers)
-    chunk = data.chunk_content + data.chunk_markers
-    if cfg.model.block_size % chunk:
+    chunk, drawn = data.chunk_content + data.chunk_markers, cfg.markers.places_markers
+    if cfg.model.block_size % chunk and not (drawn and cfg.model.block_size > chunk):
         raise UserError(
             f"block_size={cfg.model.block_size} is not a multiple of {chunk}, the positions of a chunk of "
             f"{cfg.dataset}: set --block_size={nearest_multiples(cfg.model.block_size, chunk)}."
@@ -207,7 +207,8 @@ def _load_of(cfg: TrainConfig) -> tuple[TrainConfig, Load]:
         f"markers; {_vocabulary(cfg)}"
     )
     widths = [(cfg.max_steps * cfg.batch_size, T)]
-    return cfg, Load("window", cfg.model, T // chunk * data.chunk_markers, widths, origin, note="")
+    note = "  (every window counts with all its room for markers)\n" if drawn else ""
+    return cfg, Load("window", cfg.model, T - T // chunk * data.chunk_content, widths, origin, note)
 
 
 def _load_of_tasks(cfg: TrainConfig, base: Checkpoint | None) -> tuple[TrainConfig, Load]:

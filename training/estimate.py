@@ -15,7 +15,7 @@ import torch
 from nanometa.common.errors import UserError
 from nanometa.config import GPTConfig, TrainConfig
 from nanometa.data.shards import MANIFEST, read_manifest
-from nanometa.data.tokenizer import Tokenizer
+from nanometa.data.tokenizer import MARKERS, Tokenizer, rows_of
 from nanometa.layers.loss import SLICE, block_rows, chunk_rows
 from nanometa.model import GPT
 from nanometa.training.dataset import recipe_of
@@ -86,7 +86,7 @@ def data_of(dataset: str) -> Data:
         n_content = recipe.bpe_vocab_size
     else:
         n_content = 50257 if recipe.tokenizer == "gpt2" else Tokenizer.load(Path(recipe.tokenizer)).n_content
-    n_vocab = -(-(n_content + 1) // 64) * 64  # the marker's id and spare rows, as data/tokenizer.py adds them
+    n_vocab = rows_of(n_content + len(MARKERS))
     origin = f"according to config/{recipe.recipe}.py, since {dataset} is not prepared yet"
     return Data(recipe.chunk_content, markers, n_vocab, n_content, origin)
 

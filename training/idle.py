@@ -11,7 +11,7 @@ def refuse_idle(cfg: TrainConfig, chunk_markers: int) -> None:
     A run that resumes is not checked: it must keep the settings that it was started with. chunk_markers: number of
     markers in a chunk of the dataset; not used for tasks, whose placements say whether there are markers."""
     tasks, model = cfg.task.tasks, cfg.model
-    marked = any(PLACEMENTS[name].has_meta for name in cfg.task.placements) if tasks else chunk_markers > 0
+    marked = any(PLACEMENTS[name].has_meta for name in cfg.task.placements) if tasks else cfg.has_markers(chunk_markers)
     if model.meta_position == "none_second" and not model.second.has_layer:
         raise UserError(
             f"meta_position=none_second has no effect, because second_attention={model.second_attention} is no second "

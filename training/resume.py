@@ -80,7 +80,7 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
 
 def _start_of(saved: Checkpoint) -> str:
     """Returns the arm of a checkpoint and, if it is recorded, the command of its run's last start, in words."""
-    arm = saved.config.model.arm_name(bool(saved.state["data"]["chunk_markers"]))
+    arm = saved.config.arm_name(saved.state["data"]["chunk_markers"])
     environment = saved.state.get("environment")
     command = environment.get("command") if isinstance(environment, dict) else None
     return f"the run of the {arm} arm" + (f" ({command})" if command else "")
