@@ -356,7 +356,10 @@ def test_no_input_becomes_markup_or_mathematics():
         ({"outcomes": None}, "outcomes is missing"),
         ({"seed": "1"}, "seed is '1'"),
         ({"task": "../../etc"}, "task is '../../etc'"),
-        ({"eval": "passkey"}, 'it has no field "eval" or "probe" with one of the values tasks, perplexity, positions'),
+        (
+            {"eval": "passkey"},
+            'it has no field "eval" or "probe" with one of the values tasks, perplexity, compression, positions',
+        ),
         ({"origin": {"weights": "scratch"}}, "dataset is missing"),
         ({"scaling": 4}, "scaling is '4'"),
         ({"chance": math.nan}, "NaN is no figure"),
