@@ -93,8 +93,9 @@ def padded(layout: Layout, width: int, pad: int) -> Layout:
             f"or fewer markers."
         )
     rest = width - T
-    values = (pad, -1, 0, 0, FOREVER)
-    return Layout(*(np.append(column, np.full(rest, value)) for column, value in zip(layout, values, strict=True)))
+    after = np.arange(rest) + (int(layout.positions[-1]) + 1 if T else 0)
+    values = (np.full(rest, pad), np.full(rest, -1), after, np.zeros(rest, dtype=np.int64), np.full(rest, FOREVER))
+    return Layout(*(np.append(column, value) for column, value in zip(layout, values, strict=True)))
 
 
 def targets_of(layout: Layout, rule: str, counted: np.ndarray | None = None) -> np.ndarray:
