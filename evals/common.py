@@ -37,7 +37,7 @@ class Evaluation:
 
     READS = ()
     """What the evaluation supports beside plain texts: "drawn", markers that a run places itself; "limited", limits to
-    what positions may read."""
+    what positions may read; "previous", markers with the position of the token before them."""
 
     run: str = ""
     """folder of a run (out/NAME) or of one of its checkpoints; if empty, the newest run in out/"""
@@ -63,11 +63,15 @@ class Evaluation:
         Raises UserError if there is no such run or it cannot be rescaled."""
         run = load_run(self.run, pick_device(self.device))
         markers = run.config.markers
-        for kind, applies in (("drawn", markers.places_markers), ("limited", markers.restricts)):
+        for kind, applies, what in (
+            ("drawn", markers.places_markers, markers.label),
+            ("limited", markers.restricts, markers.label),
+            ("previous", run.config.model.meta_position == "previous", "meta_position=previous"),
+        ):
             if applies and kind not in self.READS:
                 raise UserError(
-                    f"{run.folder} was trained with special markers ({markers.label}), which this evaluation cannot "
-                    f"place: use python eval.py compression, or another run."
+                    f"{run.folder} was trained with special markers ({what}), which this evaluation cannot place: use "
+                    f"python eval.py compression, or another run."
                 )
         facts, trained = facts_of(run), run.config.model
         run = rescaled(run, self.rescale)

@@ -51,7 +51,7 @@ MEANING = {  # printed below the results
 class CompressionEval(Evaluation):
     """Loss, recall and continuations of a run that forgets a part of its context."""
 
-    READS = ("drawn", "limited")
+    READS = ("drawn", "limited", "previous")
 
     dataset: str = ""
     """folder of a dataset that was prepared with the run's tokenizer; if empty, the run's own dataset"""

@@ -27,7 +27,7 @@ from nanometa.training.checkpoint import Run
 class TasksEval(Evaluation):
     """Accuracy on texts of the synthetic tasks, by length."""
 
-    READS = ("limited",)
+    READS = ("limited", "previous")
 
     tasks: tuple[Task, ...] = ()
     """tasks to evaluate; if empty, those that the run was trained on, or all"""

@@ -118,3 +118,39 @@ def test_an_evaluation_that_cannot_place_the_markers_of_a_run_says_so(workdir):
     typed = cli("sample.py", "--run=out/sr_refused", "--prompt=the<|sr|> cat", cwd=workdir)
     assert "the prompt contains a marker, but out/sr_refused" in refusal(typed)
     assert cli("sample.py", "--run=out/sr_refused", "--meta=none", "--max_new_tokens=3", cwd=workdir).returncode == 0
+
+
+def test_a_run_with_the_positions_of_the_tokens_before_is_read_by_what_supports_it(workdir):
+    run(workdir, "previous", "--max_steps=1", "--dataset=data/u", "--block_size=32", "--meta_position=previous")
+    assert "(meta_position=previous)" in refusal(cli("eval.py", "perplexity", "--run=out/previous", cwd=workdir))
+    args = ("--run=out/previous", "--windows=4", "--output=previous.jsonl")
+    assert cli("eval.py", "compression", *args, cwd=workdir).returncode == 0
+
+
+def test_a_run_that_extends_the_window_takes_over_the_markers_and_a_task_run_its_limits(workdir):
+    run(workdir, "base_sr", "--max_steps=1", *settings("sr"))
+    extended = (
+        "--init_from=out/base_sr",
+        "--dataset=data/n",
+        "--rope_scaling=yarn",
+        "--rope_factor=2",
+        "--max_steps=1",
+    )
+    folder = workdir / "out/longer"
+    base = override((*TINY, "--run_name=longer"), *extended)
+    base = [arg for arg in base if not arg.startswith(("--n_", "--dropout"))]
+    result = cli("train.py", *base, cwd=workdir)
+    assert result.returncode == 0, result.stderr.decode()
+    config = json.loads((folder / "config.json").read_text())["config"]
+    assert config["markers"]["marker_place"] == "sentence" and config["model"]["block_size"] == 80
+    wrong = cli("train.py", *override(tuple(base), "--run_name=wrong", "--marker_place=newline"), cwd=workdir)
+    assert "marker_place=newline differs from marker_place=sentence of the model in out/base_sr" in refusal(wrong)
+
+    run(workdir, "base_evict", "--max_steps=1", *settings("meta_evict"))
+    tasks = ("--tasks", "parity", "--train_length=48", "--level=easy", "--max_steps=1", "--eval_windows=4")
+    base = [arg for arg in TINY if not arg.startswith(("--n_", "--eval_windows"))]
+    for name, more, evict in (("kept", (), "segment"), ("typed", ("--evict=nothing",), "nothing")):
+        args = (*base, *tasks, *more, "--init_from=out/base_evict", f"--run_name={name}")
+        result = cli("train.py", *args, cwd=workdir)
+        assert result.returncode == 0, result.stderr.decode()
+        assert json.loads((workdir / f"out/{name}/config.json").read_text())["config"]["markers"]["evict"] == evict

@@ -24,7 +24,7 @@ def base_of(cfg: TrainConfig, saved: Checkpoint | None) -> Checkpoint | None:
 
 
 def with_base(cfg: TrainConfig, base: Checkpoint | None) -> TrainConfig:
-    """Returns cfg with the model and the target rule of the base run, which need not be given again.
+    """Returns cfg with the model, the target rule and the markers of the base run, which need not be given again.
 
     Raises UserError if cfg contradicts the base run's model, has tasks but no tokenizer, asks for texts with more
     positions than the model has, or sets a dynamic scale."""
@@ -65,7 +65,10 @@ def check_length(cfg: TrainConfig) -> None:
 
 
 def _taken_over(cfg: TrainConfig, base: Checkpoint) -> TrainConfig:
-    """Returns cfg with the model and the target rule of `base`, whose window is extended if cfg asks for it.
+    """Returns cfg with the model, target rule and markers of `base`, whose window is extended if cfg asks for it.
+
+    Texts of tasks have their own meta-tokens, so a task run does not place the markers of its base, and it may be given
+    other limits to what positions may read.
 
     Raises UserError if cfg has another value for one of these settings, and the value was typed, is in the config file,
     or differs from the default.
@@ -77,6 +80,10 @@ def _taken_over(cfg: TrainConfig, base: Checkpoint) -> TrainConfig:
     if cfg.extends and any(getattr(model, name) != value for name, value in window.items()):
         model = stretched(model, window.pop("rope_scaling"), window.pop("rope_factor"), **window)
     found, default = {**to_dict(model), "target_rule": base.config.target_rule}, flat(TrainConfig())
+    markers, own = base.config.markers, to_dict(cfg.markers)
+    if cfg.task.tasks and (markers.places_markers or set(own) & set(cfg.typed)):
+        markers = cfg.markers
+    found |= to_dict(markers)
     for name, value in found.items():
         given = asked[name]
         left_open = given is None and name in ("vocab_size", "content_vocab_size")  # the tokenizer decides these
@@ -91,4 +98,4 @@ def _taken_over(cfg: TrainConfig, base: Checkpoint) -> TrainConfig:
             f"{name}={given} differs from {name}={value} of the model in {base.folder}, which this run takes over: "
             f"leave {name} out of the command line and of the config file."
         )
-    return dataclasses.replace(cfg, model=model, target_rule=found["target_rule"])
+    return dataclasses.replace(cfg, model=model, target_rule=found["target_rule"], markers=markers)
