@@ -25,7 +25,7 @@ from nanometa.config import TrainConfig
 from nanometa.config.marker_settings import MarkerConfig
 from nanometa.data.inject import marker_places
 from nanometa.data.layout import FOREVER, Layout, padded
-from nanometa.data.sentences import Sentences
+from nanometa.data.sentences import sentences_of
 from nanometa.data.spans import draw_spans, number_of_spans
 from nanometa.data.tokenizer import CL, CR, META, SR, Tokenizer
 
@@ -84,7 +84,7 @@ class MarkerScheme:
                         f"version: prepare the dataset again."
                     )
             self.marks = tuple(tokenizer.markers[name] for name in NAMES[cfg.marks])
-        self.sentences = Sentences(tokenizer, cfg) if cfg.marker_place in ("sentence", "newline") else None
+        self.sentences = sentences_of(tokenizer, cfg) if cfg.marker_place in ("sentence", "newline") else None
         if cfg.marker_place == "random" and cfg.random_marks >= content:
             raise UserError(
                 f"random_marks={cfg.random_marks} does not fit a window with {content} content tokens: use fewer."

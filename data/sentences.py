@@ -5,6 +5,7 @@ mark, closing quotes and brackets apart, if the next token begins with white spa
 ends after a token with a newline. An end is known once the next token has come.
 """
 
+import functools
 import re
 
 import numpy as np
@@ -44,6 +45,12 @@ class Sentences:
     def begin(self) -> "Following":
         """Returns an object that finds the ends of segments in a text that comes token by token."""
         return Following(self)
+
+
+@functools.lru_cache(maxsize=4)
+def sentences_of(tokenizer: Tokenizer, cfg: MarkerConfig) -> Sentences:
+    """Returns the Sentences of a tokenizer and settings. Building its tables takes as long as reading much text."""
+    return Sentences(tokenizer, cfg)
 
 
 class Ends:
