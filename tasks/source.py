@@ -76,6 +76,7 @@ class TaskWindows:
         self.makers = [Maker(*pair, settings, tokenizer) for pair in pairs]
         self.n_windows = None if train else VALIDATION * len(cfg.task.tasks)  # None: endless
         self.loss_on = cfg.task.loss_on if train else "answer"
+        self.written: dict[int, Example] = {}  # the validation texts that were read before, by number
         if not train and cfg.eval_windows is not None and cfg.eval_windows < len(pairs):
             raise UserError(
                 f"eval_windows={cfg.eval_windows} is too few to validate each of {len(cfg.task.tasks)} tasks with each "
@@ -115,10 +116,15 @@ class TaskWindows:
         return self.curriculum.reached(step)
 
     def example(self, window: int) -> Example:
-        """Returns text number `window` of the split."""
+        """Returns text number `window` of the split. Those of validation are written once, because each evaluation
+        reads them again."""
+        if window in self.written:
+            return self.written[window]
         maker, index = self.makers[window % len(self.makers)], window // len(self.makers)
         if self.split != "train":
-            return found(maker, self.split, index, math.ceil(0.9 * self.T), self.T, (self.cfg.task.level,))
+            low, level = math.ceil(0.9 * self.T), self.cfg.task.level
+            self.written[window] = found(maker, self.split, index, low, self.T, (level,))
+            return self.written[window]
         longest, levels = self.reached(window // self.cfg.batch_size)
         return found(maker, f"train/{self.cfg.seed}", index, SHORTEST, longest, levels)
 

@@ -216,6 +216,19 @@ def test_texts_are_padded_to_the_length_of_their_step_and_padding_counts(curricu
     assert TaskWindows(cfg, "val", Tokenizer.gpt2()).batch(np.arange(4)).tokens.size(1) == 256
 
 
+def test_validation_texts_are_written_once(tokenizer, monkeypatch):
+    """Every evaluation of a run reads the same ones; a training text is read once, and not kept."""
+    task = TaskConfig(tasks=("copying",), placements=("target", "background"), train_length=128)
+    cfg = TrainConfig(model=GPTConfig(position="rope"), task=task, batch_size=8, micro_batch_size=8)
+    train, val = (TaskWindows(cfg, split, tokenizer) for split in ("train", "val"))
+    first, calls, write = val.batch(np.arange(12)), [], Maker.example
+    monkeypatch.setattr(Maker, "example", lambda *args: calls.append(args) or write(*args))
+    again = val.batch(np.arange(12))
+    assert not calls and all(torch.equal(a, b) for a, b in zip(first[:5], again[:5], strict=True))
+    train.batch(np.arange(8))
+    assert len(calls) == 8 and not train.written
+
+
 def test_a_text_that_is_not_found_is_replaced_by_a_fixed_other_one(tokenizer, monkeypatch):
     """Otherwise a rare text could end a run after hours."""
     task = TaskConfig(tasks=("list_recall", "copying"), placements=("target", "background"), train_length=128)
@@ -226,8 +239,10 @@ def test_a_text_that_is_not_found_is_replaced_by_a_fixed_other_one(tokenizer, mo
     for split, windows in data.items():
         kept = 0
         for window, before in enumerate(usual[split]):
-            once, again = windows.example(window), windows.example(window)
-            assert np.array_equal(once.ids, again.ids)
+            windows.written.clear()
+            once = windows.example(window)
+            windows.written.clear()
+            assert np.array_equal(once.ids, windows.example(window).ids)
             try:
                 windows.makers[window % 4].example(
                     *{"train": ("train/1337", window // 4, 32, 128, LEVELS[: 1 + LEVELS.index(task.level)]),
