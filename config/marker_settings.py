@@ -105,6 +105,11 @@ class MarkerConfig(Settings):
         return not self.places_markers or self.marks != "none"
 
     @property
+    def has_ratio(self) -> bool:
+        """Whether compression_ratio has an effect."""
+        return self.marker_place == "span" or self.evict in SHARES
+
+    @property
     def hides(self) -> Hides:
         """What the texts of a run can hide."""
         before = self.closing_reads == "segment"

@@ -94,12 +94,12 @@ def main(cfg: CompressionEval) -> None:
             f"use at most {content_of(run) // 4}."
         )
     cells = [(method, ratio) for method in cfg.methods for ratio in ratios_of(cfg, run, method)]
-    for method, ratio in cells:
-        open_windows(cfg, run, folder, method, ratio)  # raises UserError before anything is measured
+    # all are opened first, so that a UserError comes before anything is measured
+    opened = {(method, ratio): open_windows(cfg, run, folder, method, ratio) for method, ratio in cells}
 
     def measured() -> Iterator[dict | str]:
         for what, (method, ratio) in itertools.product(cfg.measure, cells):
-            started, data = time.perf_counter(), open_windows(cfg, run, folder, method, ratio)
+            started, data = time.perf_counter(), opened[method, ratio]
             if what == "recall" and data.scheme.cfg.places_markers:
                 if (method, ratio) != next(cell for cell in cells if cell[0] == method):
                     continue
@@ -125,10 +125,11 @@ def main(cfg: CompressionEval) -> None:
 
 def ratios_of(cfg: CompressionEval, run: Run, method: str) -> tuple[float | None, ...]:
     """Returns the ratios at which a method is measured; None for a method whose ratio the text determines."""
-    markers = scheme_of(cfg, run, method, None)
-    if method == "full" or not (markers.marker_place == "span" or markers.evict in (*SHARES, "window")):
-        return (None,)
-    return cfg.ratios or run.config.markers.compression_ratio
+    trained = run.config.markers
+    if method in (*SHARES, "drop", "window") or (method in ("trained", "segment") and trained.has_ratio):
+        return cfg.ratios or trained.compression_ratio
+    scheme_of(cfg, run, method, None)  # raises UserError if the run cannot be read by this method
+    return (None,)
 
 
 def scheme_of(cfg: CompressionEval, run: Run, method: str, ratio: float | None) -> MarkerConfig:
@@ -152,17 +153,12 @@ def scheme_of(cfg: CompressionEval, run: Run, method: str, ratio: float | None) 
                 f"method drop cuts spans of text without markers, and the data of {run.folder} has some: use segment."
             )
         return MarkerConfig(marker_place="span", marks="none", evict="segment", max_span=trained.max_span, **given)
-    if method == "trained" and trained.evict != "window":
-        return replace(trained, **(given if len(given) and has_ratio(trained) else {}))
+    if method == "trained":
+        return replace(trained, **given)
     if method in SHARES:
         return MarkerConfig(evict=method, **given)
-    C = content_of(run)
-    window = trained.eviction_window if ratio is None else max(1, round((1 - ratio) * C))
+    window = max(1, round((1 - ratio) * content_of(run)))
     return MarkerConfig(evict="window", eviction_window=window, sinks=min(cfg.sinks, window - 1))
-
-
-def has_ratio(markers: MarkerConfig) -> bool:
-    return markers.marker_place == "span" or markers.evict in SHARES
 
 
 def content_of(run: Run) -> int:

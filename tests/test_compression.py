@@ -124,6 +124,19 @@ def test_the_command_measures_every_method_and_writes_lines(clcr, workdir):
     assert full["agreement"] == full["f1_full"] == full["rouge_full"] == 1
 
 
+def test_a_run_with_a_sliding_window_is_read_with_its_own_window(workdir):
+    """The window of training counts, not one that a ratio of compression would give."""
+    run(workdir, "window", "--max_steps=1", *settings("window"))
+    args = ("--run=out/window", "--methods", "trained", "window", "--ratios", "0.25", "--windows=4")
+    result = cli("eval.py", "compression", *args, "--output=window.jsonl", cwd=workdir)
+    assert result.returncode == 0, result.stderr.decode()
+    trained, other = map(json.loads, (workdir / "window.jsonl").read_text().splitlines())
+    assert (trained["ratio"], other["ratio"]) == (None, 0.25)
+    assert trained["realised"] == pytest.approx(1 - (13 + 4) / 28)  # 14 positions, less one for the next, and 4 sinks
+    cfg, loaded = CompressionEval(), load_run(str(workdir / "out/window"), CPU)
+    assert open_windows(cfg, loaded, workdir / "data/n", "trained", None).scheme.cfg == loaded.config.markers
+
+
 def test_a_run_with_stored_markers_is_read_with_its_text_forgotten(workdir):
     run(workdir, "stored", "--max_steps=2", "--dataset=data/u", "--block_size=32")
     assert "the data of out/stored" in refusal(
