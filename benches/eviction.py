@@ -105,7 +105,7 @@ def cache_bytes(case: Case) -> int:
     """Returns the bytes of the cache after the text of the case, free slots included."""
     decoder, scheme = open_decoder(dataclasses.replace(case, layers=1))
     fill(decoder, scheme, np.random.default_rng(0).integers(0, 50256, case.content))
-    return (decoder.causal.k.nbytes + decoder.causal.v.nbytes) * case.layers
+    return decoder.causal.nbytes * case.layers
 
 
 def reading(case: Case) -> Callable:

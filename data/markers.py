@@ -91,7 +91,7 @@ class MarkerScheme:
             )
         if cfg.marker_place == "span":
             for ratio in cfg.compression_ratio:
-                draw_spans(content, ratio, cfg.max_span, self.key, 0)  # raises UserError if it cannot be done
+                number_of_spans(content, ratio, cfg.max_span)  # raises UserError if it cannot be done
 
     @property
     def closing(self) -> int | None:

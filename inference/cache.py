@@ -132,6 +132,11 @@ class Store:
         """Replaces read_sdpa: returns what `attend` does, and whether each token has a key to read (1, N)."""
         return self.attend(layer, q, k, v), self.reads
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all keys and values, free slots included."""
+        return self.k.nbytes + self.v.nbytes
+
     def clear(self, row: int) -> None:
         """Empties the cache of a sequence, which starts again at position 0."""
         self.used[row] = 0

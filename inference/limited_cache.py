@@ -145,8 +145,3 @@ class LimitedStore(Store):
     def kept(self, row: int) -> list[int]:
         """Returns the places of a sequence that later positions may still read."""
         return self.place_of[row][self.until[row] >= self.next_place[row]].tolist()
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all keys and values, free slots included."""
-        return self.k.nbytes + self.v.nbytes
