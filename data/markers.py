@@ -24,7 +24,7 @@ from nanometa.common.keyed_random import stable_key, uniform_bits
 from nanometa.config import TrainConfig
 from nanometa.config.marker_settings import MarkerConfig
 from nanometa.data.inject import marker_places
-from nanometa.data.layout import FOREVER, Layout, padded
+from nanometa.data.layout import FOREVER, Layout, layout_of, padded
 from nanometa.data.sentences import sentences_of
 from nanometa.data.spans import draw_spans, number_of_spans
 from nanometa.data.tokenizer import CL, CR, META, SR, Tokenizer
@@ -64,6 +64,12 @@ def placing_of(cfg: TrainConfig, split: str) -> Placing:
     return Placing(cfg.markers, stable_key(cfg.seed, "markers", split), cfg.model.meta_position == "previous")
 
 
+def closing_marker(cfg: MarkerConfig, tokenizer: Tokenizer) -> int | None:
+    """Returns the id of the marker that closes a segment, or None if none does."""
+    names = NAMES[cfg.marks] if cfg.places_markers else (META,)
+    return tokenizer.markers[names[-1]] if names else None
+
+
 class MarkerScheme:
     """The markers of a run, and what later positions may read."""
 
@@ -84,6 +90,7 @@ class MarkerScheme:
                         f"version: prepare the dataset again."
                     )
             self.marks = tuple(tokenizer.markers[name] for name in NAMES[cfg.marks])
+        self.closing = closing_marker(cfg, tokenizer)
         self.sentences = sentences_of(tokenizer, cfg) if cfg.marker_place in ("sentence", "newline") else None
         if cfg.marker_place == "random" and cfg.random_marks >= content:
             raise UserError(
@@ -92,13 +99,6 @@ class MarkerScheme:
         if cfg.marker_place == "span":
             for ratio in cfg.compression_ratio:
                 number_of_spans(content, ratio, cfg.max_span)  # raises UserError if it cannot be done
-
-    @property
-    def closing(self) -> int | None:
-        """The id of the marker that closes a segment, or None if none does."""
-        if not self.cfg.places_markers:
-            return self.tokenizer.meta
-        return self.marks[-1] if self.marks else None
 
     def check_room(self, most: int, width: int) -> None:
         """Raises UserError if windows of `width` positions, which can close `most` segments, lack room for those that
@@ -163,8 +163,8 @@ class MarkerScheme:
             segments = self.segments(ids, first, most) if segments is None else segments
             tokens, content = self._with_marks(ids, segments)
         else:
-            tokens, content = ids, np.where(ids == self.tokenizer.meta, -1, np.cumsum(ids != self.tokenizer.meta) - 1)
-            ends = np.cumsum(ids != self.tokenizer.meta)[ids == self.tokenizer.meta] - 1
+            tokens, content, *_ = layout_of(ids, self.tokenizer.meta)
+            ends = np.cumsum(content >= 0)[content < 0] - 1
             segments = np.stack([np.append(0, ends + 1)[:-1], ends], axis=1)
         T = len(tokens)
         positions = np.maximum(np.cumsum(content >= 0) - 1, 0) if self.previous else np.arange(T)

@@ -32,7 +32,7 @@ from nanometa.evals.common import POSITIONS, Evaluation, check_finite, check_ran
 from nanometa.evals.forgotten import continuation, recall
 from nanometa.inference.scoring import score_batch
 from nanometa.layers.loss import Tally
-from nanometa.training.checkpoint import Run
+from nanometa.training.checkpoint import Run, content_per_window
 
 Method = Literal["trained", "full", "drop", "segment", "local", "scattered", "window"]
 METHODS = get_args(Method)
@@ -88,10 +88,11 @@ def main(cfg: CompressionEval) -> None:
     run, facts = cfg.open()
     folder = Path(cfg.dataset or run.state["data"]["dataset"])
     read_split(run, folder, None)  # checks the tokenizer and the text
-    if "recall" in cfg.measure and max(cfg.spans) > content_of(run) // 4:
+    C = content_per_window(run.state, run.config)
+    if "recall" in cfg.measure and max(cfg.spans) > C // 4:
         raise UserError(
-            f"spans={max(cfg.spans)} is too long for texts of {content_of(run)} content tokens, which have it twice: "
-            f"use at most {content_of(run) // 4}."
+            f"spans={max(cfg.spans)} is too long for texts of {C} content tokens, which have it twice: use at most "
+            f"{C // 4}."
         )
     cells = [(method, ratio) for method in cfg.methods for ratio in ratios_of(cfg, run, method)]
     # all are opened first, so that a UserError comes before anything is measured
@@ -157,14 +158,8 @@ def scheme_of(cfg: CompressionEval, run: Run, method: str, ratio: float | None) 
         return replace(trained, **given)
     if method in SHARES:
         return MarkerConfig(evict=method, **given)
-    window = max(1, round((1 - ratio) * content_of(run)))
+    window = max(1, round((1 - ratio) * content_per_window(run.state, run.config)))
     return MarkerConfig(evict="window", eviction_window=window, sinks=min(cfg.sinks, window - 1))
-
-
-def content_of(run: Run) -> int:
-    """Returns the number of content tokens in a window of a run."""
-    data = run.state["data"]
-    return run.config.model.block_size // (data["chunk_content"] + data["chunk_markers"]) * data["chunk_content"]
 
 
 def open_windows(cfg: CompressionEval, run: Run, folder: Path, method: str, ratio: float | None) -> Windows:
@@ -172,7 +167,7 @@ def open_windows(cfg: CompressionEval, run: Run, folder: Path, method: str, rati
     markers, data = scheme_of(cfg, run, method, ratio), run.state["data"]
     size = run.config.model.block_size
     if run.config.markers.places_markers or not data["chunk_markers"]:
-        size = content_of(run)  # and room for the markers of the method
+        size = content_per_window(run.state, run.config)  # and room for the markers of the method
         if markers.marker_place == "span":
             spans = max(number_of_spans(size, of, markers.max_span)[0] for of in markers.compression_ratio)
             size += len(NAMES[markers.marks]) * spans

@@ -26,7 +26,7 @@ from nanometa.config import MarkerConfig, SampleConfig
 from nanometa.config.tasks import PLACEMENTS
 from nanometa.data.inject import marker_places
 from nanometa.data.layout import random_positions
-from nanometa.data.markers import NAMES, MarkerScheme, Placing, Row, Stream
+from nanometa.data.markers import NAMES, MarkerScheme, Placing, Row, Stream, closing_marker
 from nanometa.inference.decoder import Decoder, DecodingWeights
 from nanometa.training.checkpoint import Run
 
@@ -335,11 +335,9 @@ def takes_part(run: Run) -> Callable[[int, int], bool]:
 
     If the second attention connects all tokens, or there is none, the function tells whether the token is a marker that
     closes a segment, since such markers may have no position."""
-    m, tokenizer, markers = run.config.model, run.tokenizer, run.config.markers
+    m = run.config.model
     if m.second.connects != "random":
-        closing = tokenizer.meta
-        if markers.places_markers:
-            closing = tokenizer.markers[NAMES[markers.marks][-1]] if markers.closes else None
+        closing = closing_marker(run.config.markers, run.tokenizer)
         return lambda token, place: token == closing
     # generated text has its own draw of positions, which does not change while the text grows
     drawn = random_positions(np.array([0]), m.block_size, m.random_fraction, run.config.seed, "generated")

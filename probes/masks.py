@@ -22,11 +22,11 @@ CONFIGS = Path(__file__).resolve().parents[1] / "config"
 SMALL = {"sentence_tokens": 2, "random_marks": 3, "max_span": 6, "eviction_window": 6, "sinks": 2}
 
 
-def configs() -> dict[str, MarkerConfig]:
-    """Returns the marker settings of every config that has some, by the name of the config."""
+def configs() -> dict[str, TrainConfig]:
+    """Returns every config that has settings of markers, by its name."""
     paths = sorted(path for path in CONFIGS.glob("tiny_*.py") if path.stem != "tiny_tasks")
-    found = {path.stem: load_config(TrainConfig, [str(path)], config_file=True).markers for path in paths}
-    return {name: markers for name, markers in found.items() if markers != MarkerConfig()}
+    found = {path.stem: load_config(TrainConfig, [str(path)], config_file=True) for path in paths}
+    return {name: cfg for name, cfg in found.items() if cfg.markers != MarkerConfig()}
 
 
 def panel(markers: MarkerConfig, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     if len(argv) != 1 or not argv[0].endswith(".png"):
         raise UserError("give the name of one .png file, such as docs/masks.png.")
     tokenizer = Tokenizer.gpt2()
-    panels = {name: panel(markers, tokenizer) for name, markers in configs().items()}
+    panels = {name: panel(cfg.markers, tokenizer) for name, cfg in configs().items()}
     write_atomically(Path(argv[0]), mask_picture(panels))
     write_line(argv[0])
 

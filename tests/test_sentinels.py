@@ -4,18 +4,13 @@ import json
 
 import pytest
 
-from nanometa.config import MarkerConfig, TrainConfig
+from nanometa.config import TrainConfig
 from nanometa.config.checks import flat
-from nanometa.config.command_line import load_config
-from tests.conftest import ROOT, TINY, cli, losses, override, refusal
+from nanometa.probes import masks
+from tests.conftest import TINY, cli, losses, override, refusal
 from tests.training_runs import TORCHRUN, equal, final, run
 
-CONFIGS = {
-    path.stem.removeprefix("tiny_"): cfg
-    for path in sorted((ROOT / "config").glob("tiny_*.py"))
-    if path.stem != "tiny_tasks"
-    and (cfg := load_config(TrainConfig, [str(path)], config_file=True)).markers != MarkerConfig()
-}
+CONFIGS = {name.removeprefix("tiny_"): cfg for name, cfg in masks.configs().items()}
 SMALL = {"random_marks": 2, "sentence_tokens": 4, "max_span": 12, "eviction_window": 14}
 
 

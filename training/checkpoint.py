@@ -245,6 +245,12 @@ def content_before(state: dict) -> int | None:
     return state.get("content_before", 0 if state.get("origin") == "scratch" else None)
 
 
+def content_per_window(state: dict, cfg: TrainConfig) -> int:
+    """Returns the number of content tokens in a window of a run on text."""
+    data = state["data"]
+    return cfg.model.block_size // (data["chunk_content"] + data["chunk_markers"]) * data["chunk_content"]
+
+
 def content_tokens(state: dict, cfg: TrainConfig) -> int | None:
     """Returns how many content tokens a checkpoint's weights were trained on; None if that is unknown.
 
@@ -252,8 +258,7 @@ def content_tokens(state: dict, cfg: TrainConfig) -> int | None:
     before = content_before(state)
     if before is None or cfg.task.tasks:
         return before
-    chunk = state["data"]["chunk_content"] + state["data"]["chunk_markers"]
-    return before + state["step"] * cfg.batch_size * (cfg.model.block_size // chunk) * state["data"]["chunk_content"]
+    return before + state["step"] * cfg.batch_size * content_per_window(state, cfg)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
