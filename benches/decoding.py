@@ -18,7 +18,8 @@ import torch
 from nanometa.benches.timing import DTYPES, Contestant, alternate, contest, memory_bandwidth, quartiles, say
 from nanometa.benches.training import Step, nanogpt_model
 from nanometa.common.keyed_random import stable_key
-from nanometa.config import GPTConfig
+from nanometa.config import GPTConfig, TrainConfig
+from nanometa.data.tokenizer import META
 from nanometa.inference.generation import MarkerPlan, generate_batch, lay_out, prepare_weights
 from nanometa.model import GPT
 from nanometa.training.distributed import autocast
@@ -44,8 +45,11 @@ def ours(
     model = GPT(cfg).eval().to(device)
     for block in model.h if M else ():
         torch.nn.init.normal_(block.second_attn.c_proj.weight, std=0.02)
-    config = SimpleNamespace(model=model.cfg, target_rule="ignore", seed=0)
-    run = SimpleNamespace(model=model, tokenizer=SimpleNamespace(meta=50257, eot=50256), config=config, folder="none")
+    tokenizer = SimpleNamespace(meta=50257, eot=50256, n_content=50257, markers={META: 50257})
+    data = {"chunk_content": 1024 - M, "chunk_markers": M}
+    run = SimpleNamespace(
+        model=model, tokenizer=tokenizer, config=TrainConfig(model=model.cfg), state={"data": data}, folder="none"
+    )
     seeds = [0 if alike else number for number in range(batch)]
     plans = [MarkerPlan("uniform" if M else "none", 1024 - M, M, stable_key("bench", seed)) for seed in seeds]
     # lay_out begins with <|endoftext|>, so the prompts are as long as those of the others

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from nanometa.benches import eviction
+from nanometa.benches import decoding, eviction
 from nanometa.benches.timing import Contestant, alternate, contest, quartiles
 from nanometa.benches.training import KEPT, DenseMeta, Step, ratios, training_step
+from nanometa.common.errors import UserError
+from nanometa.config import GPTConfig
 from nanometa.data.markers import Row
 from nanometa.meta_attention import MetaAttention
 from nanometa.reports import bench_picture
@@ -172,3 +174,12 @@ def test_a_filled_cache_is_that_of_a_decoder_that_has_read_the_text(method):
         assert filled.causal.until[row].tolist() == read.causal.until[row][alive].tolist()
         assert filled.causal.position_of[row].tolist() == read.causal.position_of[row][alive].tolist()
     assert eviction.cache_bytes(case) < 0.9 * eviction.cache_bytes(eviction.Case("plain", 0.0, 90, 2, "fp32", 1))
+
+
+@pytest.mark.parametrize("second", ["none", "meta"])
+def test_the_benchmark_of_decoding_writes_as_many_tokens_as_it_counts(second):
+    cfg = GPTConfig(n_layer=1, vocab_size=50304, content_vocab_size=50257, second_attention=second)
+    write = decoding.ours(second, cfg, 2, torch.float32, False, torch.device("cpu"))
+    write(12)  # has an assertion of its own
+    with pytest.raises(UserError, match="max_new_tokens=0"):
+        write(0)
