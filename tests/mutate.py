@@ -35,6 +35,7 @@ TESTS = {
     "layers/loss.py": "test_loss",
     "layers/rope.py": "test_rope",
     "layers/scores.py": "test_loss test_perplexity",
+    "layers/short_contexts.py": "test_short_contexts",
     "layers/visibility.py": "test_visibility test_limited_cache",
     "data/layout.py": "test_layout test_data",
     "data/inject.py": "test_injection",
