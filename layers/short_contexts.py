@@ -23,9 +23,9 @@ class ShortContexts(NamedTuple):
 def short_contexts(T: int, length: int, stride: int, whole: bool = False) -> ShortContexts:
     """Returns the windows that give every position a context of length - stride + 1 .. length positions.
 
-    T: positions of the text; a context includes the position itself. Each window serves its last `stride` positions; the last window ends with the text. The
-    first `length` positions have no other context than the text's own: they are left out, or, if whole is true, the
-    first window serves all its positions.
+    T: positions of the text; a context includes the position itself. Each window serves its last `stride` positions,
+    and the last window ends with the text. The first `length` positions have no other context than the text's own: they
+    are left out, or, if whole is true, the first window serves all its positions.
     Raises ValueError unless 1 <= stride <= length <= T."""
     if not 1 <= stride <= length <= T:
         raise ValueError(f"stride {stride} and length {length} do not satisfy 1 <= stride <= length <= {T}")
@@ -42,8 +42,8 @@ def short_contexts(T: int, length: int, stride: int, whole: bool = False) -> Sho
 def cut_windows(inputs: tuple[torch.Tensor | None, ...], contexts: ShortContexts) -> tuple[torch.Tensor | None, ...]:
     """Returns the arguments of the model for all windows of all texts, (B * W, length) each.
 
-    The windows of a text are adjacent. inputs: tokens, positions, meta_index, reads_from and read_until of a Batch of B texts. In every window, positions
-    restart at 0, and what came before it cannot be read."""
+    inputs: tokens, positions, meta_index, reads_from and read_until of a Batch of B texts. The windows of a text are
+    adjacent. In every window, positions restart at 0, and what came before it cannot be read."""
     tokens, positions, meta_index, reads_from, read_until = inputs
     T, K, starts = tokens.size(1), contexts.length, contexts.starts.to(tokens.device)
     places = starts[:, None] + torch.arange(K, device=tokens.device)  # (W, K)
