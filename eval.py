@@ -5,16 +5,20 @@ python eval.py perplexity --run=out/recall --lengths 512 1024        # loss and 
 python eval.py perplexity --run=out/recall --lengths 512 4096 --documents   # loss by depth, for report.py curves
 python eval.py passkey --run=out/recall --lengths 512 1024           # recall of a number that is hidden in filler text
 python eval.py compression --run=out/tiny_clcr --ratios 0.25 0.5     # loss when a part of the context is forgotten
+python eval.py nats --run=out/tiny_gpt2 --dataset=data/stdlib_uniform   # stores a scorer's nats, for weighted losses
+python eval.py weights --run=out/tiny_meta --weighting=dense         # the weights of a loss, as colours of a text
 """
 
 from nanometa.config.command_line import run_cli, run_named
-from nanometa.evals import compression, passkey, perplexity, tasks
+from nanometa.evals import compression, nats, passkey, perplexity, tasks, weights
 
 EVALS = {
     "tasks": (tasks.TasksEval, tasks.main),
     "perplexity": (perplexity.PerplexityEval, perplexity.main),
     "passkey": (passkey.PasskeyEval, passkey.main),
     "compression": (compression.CompressionEval, compression.main),
+    "nats": (nats.NatsEval, nats.main),
+    "weights": (weights.WeightsEval, weights.main),
 }
 
 

@@ -28,7 +28,6 @@ from nanometa.config.command_line import load_config, run_cli
 from nanometa.data.layout import Batch, to_device
 from nanometa.data.loader import step_windows, window_order
 from nanometa.data.verify import verify
-from nanometa.layers.loss import Objective
 from nanometa.layers.scores import Scorer
 from nanometa.model import GPT
 from nanometa.training import agreement, checkpoint, messages, pretrained
@@ -49,6 +48,7 @@ from nanometa.training.resume import check_resumable, find_checkpoint, lock_exis
 from nanometa.training.run_log import RunLog, environment, finite, show
 from nanometa.training.show_batch import show_batch
 from nanometa.training.signals import StopFlag
+from nanometa.training.weighted_loss import TokenWeights
 
 
 class Trainer:
@@ -60,7 +60,7 @@ class Trainer:
         The folder of an existing run is locked before anything in it is read. The folder of a new run is created and
         locked last, so that a refused start leaves nothing behind."""
         self.dist, self.run_dir = dist, Path(cfg.out_dir) / cfg.run_name
-        self.ahead: tuple[list[Batch], int] | None = None  # what `read` returned for the next step
+        self.ahead: tuple[list[tuple[Batch, dict]], int] | None = None  # what `read` returned for the next step
         self.measured: dict = {}  # the last evaluation: its step, windows, figures and seconds (eval_s)
         self.inherited = self.measured  # the same of the checkpoint that the run continues
         self.start = Start()  # ends with the first step; removes the folder of a new run if it fails
@@ -99,7 +99,8 @@ class Trainer:
         self.train_data, self.val_data = (open_windows(cfg, split, base) for split in ("train", "val"))
         tokenizer = self.train_data.tokenizer
         self.cfg = with_vocabulary(cfg, tokenizer.n_vocab, tokenizer.n_content)
-        self.facts = data_facts(self.train_data, self.cfg, base)
+        self.weights = TokenWeights(self.cfg, self.train_data)
+        self.facts = data_facts(self.train_data, self.cfg, base) | self.weights.facts
         self.tokenizer_from = base.folder if base else cfg.dataset
         if saved:
             notes += check_resumable(saved, self.cfg, self.facts)
@@ -155,7 +156,8 @@ class Trainer:
         self.optimizer = Optimizer(self.model, cfg)
         if saved:
             saved.restore(self.optimizer)
-        self.objective, self.scorer = Objective(self.model), None  # None: evaluate the eager model
+        self.objective = self.weights.objective(self.model, dist.device)
+        self.scorer = None  # evaluate the eager model
         return why_dtype
 
     def _take_folder(self) -> None:
@@ -173,6 +175,7 @@ class Trainer:
             messages.settings_line(cfg),
             *notes,
             messages.model_line(self.model),
+            *self.weights.describe(),
             *messages.data_lines(
                 cfg, self.train_data, self.val_data, self.dist.world, self.accumulation, self.tokenizer_from
             ),
@@ -181,13 +184,14 @@ class Trainer:
         ):
             self.log.say(line)
 
-    def read(self, step: int) -> tuple[list[Batch], int]:
-        """Returns the micro-batches of this process for a step, on its device, and the number of their scored targets.
-        The copy to a GPU is asynchronous."""
+    def read(self, step: int) -> tuple[list[tuple[Batch, dict]], int]:
+        """Returns the micro-batches of this process for a step, each with what the objective needs besides, on its
+        device, and the number of their scored targets. The copy to a GPU is asynchronous."""
         mine = step_windows(step, self.cfg, self.train_data.n_windows, self.dist.rank, self.dist.world)
         batches = [self.train_data.batch(windows) for windows in mine]
         scored = sum(int((batch.targets >= 0).sum()) for batch in batches)
-        return [batch.to(self.dist.device) for batch in batches], scored
+        beside = [self.weights.beside(*both, step, self.dist.device) for both in zip(batches, mine, strict=True)]
+        return [(batch.to(self.dist.device), more) for batch, more in zip(batches, beside, strict=True)], scored
 
     def train_step(self, stop: bool) -> tuple[float, float, bool]:
         """Makes one update, unless the guard skips it.
@@ -202,7 +206,7 @@ class Trainer:
         scored, stops = dist.sum(to_device(torch.tensor([scored, stop], dtype=exact), dist.device))
 
         total = torch.zeros((), device=dist.device)
-        for micro, batch in enumerate(batches):
+        for micro, (batch, beside) in enumerate(batches):
             if cfg.model.dropout:
                 torch.manual_seed(stable_key(cfg.seed, "dropout", self.step, dist.rank, micro) >> 1)
             last = micro == len(batches) - 1
@@ -211,9 +215,10 @@ class Trainer:
             postpone = dist.has_group and not last
             with self.objective.no_sync() if postpone else nullcontext():
                 with autocast(dist.device, self.dtype):
-                    nats = self.objective(*batch)
-                (nats * (dist.world / scored).float()).backward()  # undoes the mean that DDP takes over processes
-            total += nats.detach()
+                    weighted, nats = self.weights.add(self.objective(*batch, **beside))
+                (weighted * (dist.world / scored).float()).backward()  # undoes the mean that DDP takes over processes
+            total += nats
+        self.weights.finish(dist, self.model, scored)
         self.norms = norms(self.model) if self.ending.due(self.step + 1, cfg.log_interval) else {}
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
         # Read the next batch, and start to copy it, while the GPU is still computing.
@@ -367,6 +372,7 @@ class Trainer:
             loss=finite(loss),
             learning_rate=rate,
             grad_norm=finite(norm),
+            **self.weights.figures(),
             **dict(zip(self.norms, map(finite, torch.stack([*self.norms.values()]).tolist()), strict=True)),
             **counted,
             **{f"{name}_per_s": rate for name, rate in rates.items()},

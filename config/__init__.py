@@ -11,8 +11,9 @@ from nanometa.config.sample_settings import SampleConfig
 from nanometa.config.task_settings import TaskConfig
 from nanometa.config.tasks import Level, Placement, Question, Task
 from nanometa.config.train_settings import TrainConfig, train_config_from_dict
+from nanometa.config.weight_settings import WeightConfig
 
 __all__ = [
     "GPTConfig", "Level", "MarkerConfig", "Placement", "PrepareConfig", "Question", "Rescale", "SampleConfig", "Task",
-    "TaskConfig", "TrainConfig", "train_config_from_dict",
+    "TaskConfig", "TrainConfig", "WeightConfig", "train_config_from_dict",
 ]  # fmt: skip

@@ -15,7 +15,8 @@ def setting(default, *, only_with: Mapping | None = None, on_resume: str = "may 
 
     only_with: conditions {name of another setting: accepted values, or SET}. This setting has an effect if at least one
     condition is met; for a setting that is a tuple, one accepted item is enough. Without conditions it always has an
-    effect. on_resume: "may change", "may not change", or "ignored" if a resumed run does not depend on it.
+    effect. on_resume: "may change", "may not change", "a branch may change" (a resumed run may not, but one that
+    branch_from starts may), or "ignored" if a resumed run does not depend on it.
     alone: if this setting is given, no other setting has an effect."""
     return dataclasses.field(
         default=default, metadata={"only_with": only_with or {}, "on_resume": on_resume, "alone": alone}

@@ -11,6 +11,7 @@ from nanometa.config.marker_settings import MarkerConfig
 from nanometa.config.model_settings import GPTConfig
 from nanometa.config.settings import EMPTY, SET, Settings, setting
 from nanometa.config.task_settings import TaskConfig
+from nanometa.config.weight_settings import BRANCH, COMPARING, WeightConfig
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,9 @@ class TrainConfig(Settings):
     """print the exact input of this step, with visible markers, instead of training"""
 
     # rarely needed
+    scorer: str = setting("self", only_with={"weighting": COMPARING}, on_resume=BRANCH)
+    """model whose short contexts the weights of the loss depend on (docs/weighting.md). self: the model that is
+    trained; the folder of a run without markers; or a folder that `python eval.py nats` wrote"""
     target_rule: Literal["ignore", "skip"] = "ignore"
     """ignore: every position predicts the next one, except where the next one is a marker; skip: a content token
     predicts the next content token, past any markers, and markers predict nothing"""
@@ -134,6 +138,7 @@ class TrainConfig(Settings):
 
     task: TaskConfig = field(default_factory=TaskConfig)
     markers: MarkerConfig = field(default_factory=MarkerConfig)
+    weights: WeightConfig = field(default_factory=WeightConfig)
 
     typed: Suppress[tuple[str, ...]] = field(default=(), compare=False, repr=False, metadata={"hidden": True})
     """names of the settings that the command line or the config file set, even to their defaults; never saved"""
@@ -165,6 +170,7 @@ class TrainConfig(Settings):
                 f"init_from={self.init_from} and branch_from={self.branch_from} are both given: give only one of them."
             )
         check(self, "eval_windows", self.eval_windows is None or self.eval_windows >= 1, "be at least 1")
+        check(self, "scorer", self.scorer != "", "be self or a folder")
         self._check_markers()
         for name in ("beta1", "beta2"):
             check(self, name, 0 <= getattr(self, name) < 1, "lie in [0, 1)")
@@ -223,9 +229,8 @@ class TrainConfig(Settings):
         chunk_markers: number of markers in a chunk of its dataset."""
         name, label = self.model.arm_name(self.has_markers(chunk_markers)), self.markers.label
         label += ", mean" * (self.model.summary == "mean")
-        if label and self.markers.places_markers and not self.model.second.has_layer:
-            return label
-        return f"{name}, {label}" if label else name
+        alone = label and self.markers.places_markers and not self.model.second.has_layer
+        return ", ".join(filter(None, ("" if alone else name, label, self.weights.label)))
 
     @property
     def extends(self) -> bool:
@@ -247,7 +252,7 @@ def train_config_from_dict(values: dict) -> TrainConfig:
 
     A missing setting has its default, and ALIASES translates old names. Raises UserError for an unknown setting and for
     an invalid value."""
-    nested = {"model": GPTConfig, "task": TaskConfig, "markers": MarkerConfig}
+    nested = {"model": GPTConfig, "task": TaskConfig, "markers": MarkerConfig, "weights": WeightConfig}
     try:
         parts = {"model": values["model"]} | {name: values.get(name, {}) for name in nested if name != "model"}
         for name, part in parts.items():  # JSON has lists in place of tuples

@@ -18,7 +18,7 @@ from tyro.conf import Suppress
 from nanometa.common.errors import UserError
 from nanometa.common.files import own_file
 from nanometa.common.terminal import BOLD, write, write_line
-from nanometa.config import Rescale
+from nanometa.config import Rescale, TrainConfig
 from nanometa.config.checks import check, check_types, to_dict
 from nanometa.data.inject import strip
 from nanometa.data.shards import TokenStream, read_manifest, token_dtype
@@ -176,8 +176,9 @@ def _settings(run: Run) -> str:
     Arms that can be compared, and the seeds of one arm, have the same hash."""
     apart = ("model", "seed", "run_name", "out_dir", "init_from", "branch_from", "dataset")
     settings = {name: value for name, value in to_dict(run.config).items() if name not in apart}
-    if settings["stop_at"] is None:
-        del settings["stop_at"]  # runs that are older than this setting keep their hash
+    for name in ("stop_at", "scorer", "weights"):  # runs that are older than these settings keep their hash
+        if getattr(run.config, name) == getattr(TrainConfig(), name):
+            del settings[name]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

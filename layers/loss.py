@@ -57,30 +57,34 @@ def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def _nats_and_slopes(logits: torch.Tensor, targets: torch.Tensor, n_content: int) -> torch.Tensor:
-    """Returns the summed nats () of the scored targets (N,), and overwrites logits (N, V) with d nats / d logits.
+def _nats_and_slopes(logits, targets, n_content: int, weights=None) -> torch.Tensor:
+    """Returns the weighted sum () of the nats of the scored targets (N,), and overwrites logits (N, V) with its slopes.
 
-    The rows of logits without a scored target get slopes, too, which the caller must not use."""
+    weights (N,): None = all 1. The rows of logits without a scored target get slopes, too, which the caller must not
+    use."""
     total = torch.zeros((), dtype=_sum_dtype(logits.dtype), device=logits.device)
     block = block_rows(logits.device.type, logits.size(1))
-    for part, t in zip(logits.split(block), targets.split(block), strict=True):
+    parts = [None] * -(-len(logits) // block) if weights is None else weights.split(block)
+    for part, t, w in zip(logits.split(block), targets.split(block), parts, strict=True):
         x = _predictable(part, n_content)
         p, scored, t = x.softmax(1), t >= 0, t.clamp(min=0)[:, None]
         # log p[t], also where p[t] is too small to be represented: take the normalizer from the largest entry
         logp = (x.gather(1, t) - x.amax(1, keepdim=True) + p.amax(1, keepdim=True).log()).squeeze(1)
-        total -= torch.where(scored, logp, 0).sum()
+        total -= torch.where(scored, logp if w is None else logp * w, 0).sum()
         # the gradient is softmax - onehot; subtract before rounding, since the difference is small for a likely target
         p.scatter_add_(1, t, -torch.ones_like(t, dtype=p.dtype))
+        if w is not None:
+            p *= w[:, None]
         part.copy_(p)
         del x, p  # free them before the next block allocates its own
     return total
 
 
 class _SummedNats(torch.autograd.Function):
-    """The sum of cross-entropies of hidden @ weight.T. The forward also computes the gradients, chunk by chunk."""
+    """The weighted sum of cross-entropies of hidden @ weight.T. The forward also computes the gradients, by chunks."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, n_content, dtype, chunk):
+    def forward(ctx, hidden, weight, targets, weights, n_content, dtype, chunk):
         w, n = weight.to(dtype), hidden.size(0)
         total = torch.zeros((), dtype=_sum_dtype(dtype), device=hidden.device)
         d_hidden = torch.empty_like(hidden)
@@ -94,7 +98,7 @@ class _SummedNats(torch.autograd.Function):
             h = hidden[rows].to(dtype).masked_fill(unscored, 0)
             d = torch.mm(h, w.T, out=None if buffer is None else buffer[: h.size(0)])
             # not in place: under torch.compile, torch 2.11 gives zero gradients if the result was changed in place
-            total = total + _nats_and_slopes(d, targets[rows], n_content)
+            total = total + _nats_and_slopes(d, targets[rows], n_content, None if weights is None else weights[rows])
             d_hidden[rows] = (d @ w).masked_fill_(unscored, 0)
             # one slice of the vocabulary at a time, to avoid a second tensor of the head's size
             for part, d_part in zip(d_weight.split(SLICE), d.split(SLICE, 1), strict=True):
@@ -113,19 +117,20 @@ class _SummedNats(torch.autograd.Function):
             d_weight = d_weight.mul_(grad)  # a second backward pass through the same graph is an error
         else:  # torch.compile cannot do that
             d_weight = d_weight * grad.to(d_weight.dtype)
-        return d_hidden * grad.to(d_hidden.dtype), d_weight, None, None, None, None
+        return d_hidden * grad.to(d_hidden.dtype), d_weight, None, None, None, None, None
 
 
-def summed_nats(hidden, weight, targets, n_content: int, chunk: int | None = None) -> torch.Tensor:
+def summed_nats(hidden, weight, targets, n_content: int, chunk: int | None = None, weights=None) -> torch.Tensor:
     """Returns the summed nats of all scored targets, a scalar in fp32, with gradients.
 
-    hidden (N, C); weight (V, C) of the head; targets (N,), negative where nothing is scored. The matrix products run in
-    autocast's dtype, softmax and sums in fp32 (in float64 for float64 inputs)."""
+    hidden (N, C); weight (V, C) of the head; targets (N,), negative where nothing is scored; weights (N,) that multiply
+    the nats, in fp32 and without gradient (None = all 1). The matrix products run in autocast's dtype, softmax and sums
+    in fp32 (in float64 for float64 inputs)."""
     dtype = _compute_dtype(hidden)
     chunk = chunk or chunk_rows(hidden.device.type, weight.shape)
     # torch.compile would unroll the loop over the many small blocks of a CPU
     apply = torch.compiler.disable(_SummedNats.apply) if hidden.device.type == "cpu" else _SummedNats.apply
-    return apply(hidden, weight, targets, n_content, dtype, chunk)
+    return apply(hidden, weight, targets, weights, n_content, dtype, chunk)
 
 
 @torch.no_grad()
@@ -146,14 +151,21 @@ def token_scores(
     return torch.cat(nats), torch.cat(hits)
 
 
+def gather_values(values: torch.Tensor, scored_index: torch.Tensor, fill=0) -> torch.Tensor:
+    """Selects values (B, T) at the scored positions (B, S), as gather_scored does; `fill` stands at the padding."""
+    if scored_index.size(1) == values.size(1):
+        return values
+    return F.pad(values, (0, 1), value=fill).gather(1, scored_index)
+
+
 def gather_scored(hidden, targets, scored_index) -> tuple[torch.Tensor, torch.Tensor]:
     """Selects the scored positions, so that the head is computed only there.
 
     Takes hidden (B, T, C), targets (B, T) and scored_index (B, S), as in a Batch. Returns hidden (N, C) and targets
     (N,) with N = B * S, in the order of scored_index. If S = T, all positions are returned in their order."""
     if scored_index.size(1) < targets.size(1):
-        hidden, targets = gather_rows(hidden, scored_index), F.pad(targets, (0, 1), value=-100).gather(1, scored_index)
-    return hidden.flatten(0, 1), targets.flatten()
+        hidden = gather_rows(hidden, scored_index)
+    return hidden.flatten(0, 1), gather_values(targets, scored_index, -100).flatten()
 
 
 class Objective(nn.Module):

@@ -58,15 +58,27 @@ def run_cell(plan: Plan, cell: Cell, work: Path, run: Run) -> dict:
     the same seconds for it.
 
     Raises UserError if a command fails, and Interrupted if the queue stops."""
-    names, arguments, base, cpu_s, measured = runs_of(plan, cell), arguments_of(plan, cell), "scratch", {}, {}
+    names, arguments, base, cpu_s, measured = (
+        runs_of(plan, cell),
+        arguments_of(plan, cell),
+        "--init_from=scratch",
+        {},
+        {},
+    )
     for kind, name in names.items():
         common = [f"--seed={cell.seed}", f"--out_dir={work}", "--wandb=disabled"]
         cpu_s[name] = train(work, name, [*arguments[kind], *common], base, run)
-        base = str(work / name)
+        base = f"--init_from={work / name}"
+        if plan.branches:
+            base = f"--branch_from={work / name / (work / name / 'latest').read_text().strip()}"
         for measure in measures_of(plan, cell):
             if measure.of == kind:
                 step = f"{name}_{measure.name}"
-                cpu_s[step] = measure_run(work, step, [*measure.command, *arguments[measure.name]], name, run)
+                given = [
+                    argument.replace("{pretrain}", str(work / names["pretrain"]))
+                    for argument in arguments[measure.name]
+                ]
+                cpu_s[step] = measure_run(work, step, [*measure.command, *given], name, run)
                 measured[measure.name] = [figures_of(line) for line in lines_of(work / f"{step}.jsonl")]
     return {
         **{kind: training_figures(work / name) for kind, name in names.items()},
@@ -88,7 +100,8 @@ def arguments_of(plan: Plan, cell: Cell) -> dict[str, list[str]]:
     arguments = {"pretrain": joined(plan.settings["pretrain"], base.pretrain)}
     last = runs_of(plan, cell).popitem()[0]
     if last == "finetune":
-        arguments["finetune"] = joined(plan.settings["finetune"], arm.finetune)
+        trunk = arguments["pretrain"] if plan.branches else ()
+        arguments["finetune"] = joined(trunk, joined(plan.settings["finetune"], arm.finetune))
     arguments[last] = joined(arguments[last], cell.stage.variants[cell.variant])
     arguments |= {measure.name: measure.arguments for measure in measures_of(plan, cell)}
     return {name: placed(cell, list(values)) for name, values in arguments.items()}
@@ -115,9 +128,9 @@ def placed(cell: Cell, arguments: list[str]) -> list[str]:
 def train(work: Path, name: str, arguments: list[str], base: str, run: Run) -> float:
     """Trains a run to its end, unless it was trained before. Returns the CPU seconds.
 
-    base: the value of init_from if the run has no checkpoint yet."""
+    base: how the run starts if it has no checkpoint yet, such as --init_from=scratch."""
     command = ["train.py", *words(arguments), f"--run_name={name}"]
-    step = Step(work, name, [*command, f"--init_from={base}"])
+    step = Step(work, name, [*command, base])
     started = any((work / name).glob("step_*"))
     if started and (known := step.cpu_s()) is not None:
         return known
@@ -125,7 +138,7 @@ def train(work: Path, name: str, arguments: list[str], base: str, run: Run) -> f
         old.unlink()  # what was measured on an earlier run of this name
     if not started:
         shutil.rmtree(work / name, ignore_errors=True)  # a start that was killed before its first checkpoint
-    cpu_s = run(name, [*command, "--init_from=resume" if started else f"--init_from={base}"])
+    cpu_s = run(name, [*command, "--init_from=resume" if started else base])
     if not any(line["kind"] == "final" for line in metrics(work / name)):
         raise Interrupted  # the run received a signal, and saved its state
     return step.finish(cpu_s)

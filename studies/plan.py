@@ -5,9 +5,11 @@ The tables of a plan:
     [study]       name, question, and `lines`: the file that receives a JSON line for every finished run
     [prepare]     for the name of each dataset, the commands that make it
     [settings]    arguments of train.py that all arms share: pretrain, and finetune for a second run that starts from
-                  the first one's weights; without finetune, a cell trains once
+                  the first one's weights; without finetune, a cell trains once. With branches = true, the second run
+                  has the first one's arguments, too, and continues it as a branch, with its optimizer and data
     [measures.X]  what is measured on the finished runs: `command`, such as "eval.py tasks"; `of`: the run, "pretrain"
-                  or "finetune"; its arguments; and optionally the arms that are measured, if not all
+                  or "finetune"; its arguments, in which {pretrain} stands for the folder of the first run; and
+                  optionally the arms that are measured, if not all
     [arms.X]      label, and arguments of this arm in addition: pretrain, finetune; `weights_of`: the arm whose
                   pretrained weights it takes over; `placements`: the placement that replaces another one, for arms
                   without meta-tokens
@@ -101,6 +103,8 @@ class Plan:
     """the commands that make each dataset; the last one is prepare.py"""
     settings: dict[str, tuple[str, ...]]
     """arguments of the training runs of a cell: "pretrain", and "finetune" if there is a second one"""
+    branches: bool
+    """whether the second run is a branch of the first one, and does not only start from its weights"""
     measures: dict[str, Measure]
     arms: dict[str, Arm]
     stages: dict[str, Stage]
@@ -146,8 +150,11 @@ def _plan(path: Path, raw: dict, size: str) -> Plan:
             raise UserError(f"{path} has no size {size!r}: {cure}")
         smaller = raw["sizes"][size]
         _refuse_unknown(path, smaller, (*RUNS, "measures", "stages", "seeds"))
-    _refuse_unknown(path, raw["settings"], RUNS)
+    _refuse_unknown(path, raw["settings"], (*RUNS, "branches"))
     raw["settings"]["pretrain"]  # must be there
+    branches = raw["settings"].pop("branches", False)
+    if type(branches) is not bool or (branches and "finetune" not in raw["settings"]):
+        raise UserError(f"{path} has branches={branches!r}: give true, and the arguments of the branches as finetune.")
     # of an argument that is given twice, only the later one is kept
     settings = {name: joined(given, smaller.get(name, ())) for name, given in raw["settings"].items()}
     arms = {}
@@ -195,7 +202,7 @@ def _plan(path: Path, raw: dict, size: str) -> Plan:
     return Plan(
         path, name, study["question"], Path("out", name, "lines.jsonl") if size else Path(study["lines"]),
         {name: tuple(commands) for name, commands in raw["prepare"].items()},
-        settings, measures, arms, stages, raw["analysis"],
+        settings, branches, measures, arms, stages, raw["analysis"],
     )  # fmt: skip
 
 

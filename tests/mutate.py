@@ -36,6 +36,7 @@ TESTS = {
     "layers/rope.py": "test_rope",
     "layers/scores.py": "test_loss test_perplexity",
     "layers/short_contexts.py": "test_short_contexts",
+    "layers/weighting.py": "test_weighting",
     "layers/visibility.py": "test_visibility test_limited_cache",
     "data/layout.py": "test_layout test_data",
     "data/inject.py": "test_injection",

@@ -39,7 +39,7 @@ def test_a_compiled_loss_has_the_same_gradients():
     hidden, weight, targets, n = case(20, 0)
 
     def loss(hidden, weight):
-        return _SummedNats.apply(hidden * 1, weight, targets, n, torch.float64, 7)
+        return _SummedNats.apply(hidden * 1, weight, targets, None, n, torch.float64, 7)
 
     nats, *grads = loss(hidden, weight), *torch.autograd.grad(loss(hidden, weight), (hidden, weight))
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden, weight)

@@ -72,6 +72,12 @@ class Dist:
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replaces a tensor by its largest values over all processes, in place, and returns it."""
+        if self.has_group:
+            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        return tensor
+
     def barrier(self) -> None:
         """Waits until all processes arrive here."""
         if self.has_group:

@@ -15,11 +15,12 @@ from nanometa.common.errors import UserError, printable
 from nanometa.config import GPTConfig, TrainConfig
 from nanometa.config.checks import nearest_multiples, similar_name
 from nanometa.config.tasks import PLACEMENTS
+from nanometa.data.nats import is_stored
 from nanometa.data.tokenizer import SPEC_FILE, Tokenizer
 from nanometa.tasks.curriculum import MULTIPLE, Curriculum
 from nanometa.tasks.source import TaskWindows
 from nanometa.training.base_run import base_of, check_length, with_base
-from nanometa.training.checkpoint import Checkpoint
+from nanometa.training.checkpoint import Checkpoint, open_run
 from nanometa.training.dataset import check_arm, with_vocabulary
 from nanometa.training.distributed import pick_dtype
 from nanometa.training.estimate import (
@@ -31,10 +32,12 @@ from nanometa.training.estimate import (
     memory,
     parameters,
     peak_flops,
+    scoring_flops,
     skeleton,
 )
 from nanometa.training.idle import refuse_idle
 from nanometa.training.pretrained import KEYWORDS, check_name
+from nanometa.training.weighted_loss import lengths_of
 
 
 class Load(NamedTuple):
@@ -137,8 +140,22 @@ def _flops(cfg: TrainConfig, load: Load) -> tuple[float, str]:
         again = of_run * (window - flops["head"]) / window / 3  # a second forward pass of the blocks; takes time too
         rows |= {"recomputed, in addition": f"{again:.3e}"}
         of_run += again
+    if cfg.weights.rule:
+        scoring = _scoring(cfg, load)
+        rows |= {"weights of the loss": f"{scoring * cfg.batch_size:.3e}  a step, in addition (forward passes)"}
+        of_run += scoring * of_run / window
     note = "  (only matrix products are counted, and attention over all keys, as in PaLM)\n"
     return of_run, _section("FLOPs, forward and backward", rows, note + load.note)
+
+
+def _scoring(cfg: TrainConfig, load: Load) -> float:
+    """Returns the FLOPs of computing the weights of the loss for a window."""
+    T, w, lengths, scorer = load.model.block_size, cfg.weights, None, None
+    content = T if cfg.task.tasks else T - load.M
+    if w.rule.compares and not is_stored(cfg.scorer):
+        lengths = lengths_of(content, T, w.short_length, w.short_stride)
+        scorer = None if cfg.scorer == "self" else open_run(cfg.scorer).config.model
+    return scoring_flops(load.model, load.M, lengths, scorer)
 
 
 def _memory(cfg: TrainConfig, load: Load, accumulation: int, device: str, dtype: torch.dtype) -> str:

@@ -17,6 +17,7 @@ from nanometa.config import GPTConfig, TrainConfig
 from nanometa.data.shards import MANIFEST, read_manifest
 from nanometa.data.tokenizer import MARKERS, Tokenizer, rows_of
 from nanometa.layers.loss import SLICE, block_rows, chunk_rows
+from nanometa.layers.weighting import ShortLengths
 from nanometa.model import GPT
 from nanometa.training.dataset import recipe_of
 from nanometa.training.optimizer import muon_dtype, muon_transient, part_of
@@ -152,6 +153,25 @@ def flops_by_part(cfg: GPTConfig, M: int) -> dict[str, int]:
 def flops_per_window(cfg: GPTConfig, M: int) -> int:
     """Returns the FLOPs of the forward and backward pass on one window with M meta-tokens."""
     return sum(flops_by_part(cfg, M).values())
+
+
+def scoring_flops(cfg: GPTConfig, M: int, lengths: ShortLengths | None, scorer: GPTConfig | None = None) -> int:
+    """Returns the FLOPs of computing the weights of the loss for a window with M meta-tokens: forward passes alone.
+
+    lengths: the short contexts; None if none is computed, so that only the head runs once more. scorer: the model of a
+    frozen scorer; None = the model scores itself."""
+    T, head = cfg.block_size, flops_by_part(cfg, M)["head"] // 3
+    if lengths is None:
+        return head
+    if scorer is None:
+        (K, stride), model, markers = lengths.in_positions(), cfg, M
+        windows, rows = -(-(T - K) // stride), T - K
+    else:
+        K, T, model, markers = lengths.length, lengths.content, scorer, 0
+        windows, rows = 1 - (-(T - K) // lengths.stride), T
+    parts = flops_by_part(dataclasses.replace(model, block_size=K), round(markers * K / T))
+    blocks = sum(flops for part, flops in parts.items() if part != "head") // 3
+    return head + windows * blocks + 2 * rows * model.n_embd * model.vocab_size
 
 
 def utilization(cfg: TrainConfig, T: int, M: int, seconds: float, peak: float) -> float:

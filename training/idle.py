@@ -27,6 +27,8 @@ def refuse_idle(cfg: TrainConfig, chunk_markers: int) -> None:
         return
     where = f"placements={','.join(cfg.task.placements)} places" if tasks else f"{cfg.dataset} has"
     cure = "--placements target" if tasks else "a dataset prepared with --injection=uniform"
+    if cfg.weights.weighting == "after_markers":
+        raise UserError(f"weighting=after_markers has no effect, because {where} no markers: give {cure}.")
     for name, value in (("target_rule", cfg.target_rule), ("meta_position", model.meta_position)):
         if value not in ("ignore", "same"):
             default = "ignore" if name == "target_rule" else "same"

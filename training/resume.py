@@ -30,9 +30,12 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
     saved_settings, declared = flat(saved.config), flat_fields(TrainConfig)
     differing = {name: value for name, value in flat(cfg).items() if value != saved_settings[name]}
     rules = {name: declared[name].metadata.get("on_resume", "may not change") for name in differing}
+    branches = bool(cfg.branch_from) and saved.folder == Path(cfg.branch_from)
+    by_branch = "may change" if branches else "may not change"
+    rules = {name: by_branch if rule == "a branch may change" else rule for name, rule in rules.items()}
     if fixed := [name for name in differing if rules[name] == "may not change"]:
         name, more = fixed[0], f" (as does {', '.join(fixed[1:])})" if fixed[1:] else ""
-        if cfg.branch_from and saved.folder == Path(cfg.branch_from):
+        if branches:
             raise UserError(
                 f"{name}={differing[name]} differs from {name}={saved_settings[name]} of {saved.folder}{more}, and a "
                 f"branch continues with the optimizer and the order of the data of its trunk: leave the setting out, "
@@ -42,6 +45,11 @@ def check_resumable(saved: Checkpoint, cfg: TrainConfig, facts: dict) -> list[st
             f"{name}={differing[name]} differs from {name}={saved_settings[name]} of {saved.folder}{more}, and a "
             f"resumed run cannot change this: give the settings that {_start_of(saved)} was started with, or start a "
             f"run with another --run_name."
+        )
+    if not branches and old.get("scorer") != facts.get("scorer"):
+        raise UserError(
+            f"scorer={cfg.scorer} has other weights than when {saved.folder} was saved, so the weights of the loss "
+            f"would change: give the scorer that the run was started with, or start a run with another --run_name."
         )
     changed = []
     names = sorted(old["shards"].keys() | facts["shards"].keys())
