@@ -52,7 +52,7 @@ def main(cfg: NatsEval) -> None:
     """Runs the evaluation: writes the nats, and a JSON line about them in the folder of the run."""
     run, facts = cfg.open()
     folder = Path(cfg.dataset or run.state["data"]["dataset"])
-    content = cfg.content or content_per_window(run.state["data"], run.config)
+    content = cfg.content or content_per_window(run.state, run.config)
     data = training_windows(folder, content)
     lengths = lengths_of(content, content, cfg.short_length, cfg.short_stride)
     check_scorer(run, data.tokenizer, lengths.length)
@@ -71,7 +71,7 @@ def main(cfg: NatsEval) -> None:
         write(target, about, values)
         mean = float(StoredNats(target).read(np.arange(data.n_windows)).mean(dtype=np.float64))
         line = {
-            "measure": "nats", "dataset": str(folder), "nats": str(target), "content": content,
+            "eval": "nats", "dataset": str(folder), "nats": str(target), "content": content,
             "short_length": lengths.length, "short_stride": lengths.stride, "windows": data.n_windows, "mean": mean,
         }  # fmt: skip
         yield line

@@ -53,6 +53,11 @@ def main(cfg: WeightsEval) -> None:
         raise UserError(
             "weighting=uniform gives every target the weight 1: name another one, such as --weighting=dense."
         )
+    if cfg.weights.weight_after:
+        raise UserError(
+            f"weight_after={cfg.weights.weight_after} has no effect, because no step is trained: leave --weight_after "
+            f"out."
+        )
     if run.config.task.tasks:
         raise UserError(
             f"{run.folder} was trained on tasks, whose texts are no windows of a dataset: give another run."
@@ -72,7 +77,7 @@ def main(cfg: WeightsEval) -> None:
             found = window(run, objective, batch, weights.beside(batch, np.array([number]), 0, device), device)
             show(run, number, found)
             yield {
-                "measure": "weights", "weighting": cfg.weights.label, "scorer": cfg.scorer, "window": number,
+                "eval": "weights", "weighting": cfg.weights.label, "scorer": cfg.scorer, "window": number,
                 "dataset": trained.dataset, **found,
             }  # fmt: skip
 

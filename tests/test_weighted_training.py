@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from nanometa.config.weight_settings import NORMALIZED, WEIGHTINGS
+from nanometa.data.loader import Windows, window_order
 from nanometa.data.nats import StoredNats
 from tests.conftest import cli, override, refusal
 from tests.training_runs import BASE, TORCHRUN, equal, final, run
@@ -34,7 +35,12 @@ def scorer(workdir):
     return run(workdir, "scorer", *args)
 
 
-@pytest.mark.parametrize("name", [*WEIGHTINGS, "uniform"])
+FAST = ("dense", "longce", "after_markers")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in (*WEIGHTINGS, "uniform")]
+)
 def test_every_weighting_branches_from_one_trunk(workdir, trunk, name):
     args = (
         "--max_steps=6",
@@ -68,7 +74,14 @@ def test_weights_that_start_later_leave_the_steps_before_as_they_are(workdir):
     assert [FIGURES <= line.keys() for line in ours] == [False] * 3 + [True] * 3
 
 
-@pytest.mark.parametrize("extra", [(), ("--weighting=longce", "--weight_norm=batch"), ("--weighting=permuted",)])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--weighting=longce", "--weight_norm=batch"),
+        pytest.param((), marks=pytest.mark.slow),
+        pytest.param(("--weighting=permuted",), marks=pytest.mark.slow),
+    ],
+)
 def test_processes_and_accumulation_do_not_change_the_weights(workdir, extra):
     args = ("--max_steps=5", "--eval_interval=5", *override(DENSE, *extra), *ROPE)
     name = extra[0].removeprefix("--weighting=") if extra else "dense"
@@ -232,7 +245,48 @@ def test_nats_that_cannot_be_computed_are_refused(workdir, trunk, scorer, stored
 
 
 def test_the_estimate_counts_the_forward_passes_of_the_scorer(workdir):
-    command = override(BASE, *DENSE, *ROPE, "--dry_run")
+    command = override(BASE, *DENSE, *ROPE, "--dry_run", "--n_accelerators=1")
     shown = cli("train.py", *command, cwd=workdir)
     assert shown.returncode == 0, shown.stderr.decode()
     assert "weights of the loss" in shown.stdout.decode()
+
+
+# ----------------------------------------------------------------------------- looking at weights
+
+
+def test_the_weights_of_a_window_are_those_of_training(workdir, trunk, scorer):
+    """The figures of a training step are computed from the same numbers that eval.py weights shows."""
+    branch = ("--max_steps=5", "--schedule=constant", f"--branch_from={trunk}/step_00000004", *DENSE, *ROPE)
+    (line,) = lines(run(workdir, "looked", *branch))
+    windows = window_order(4, 8, Windows(workdir / "data/u", "train", 32, "ignore").n_windows, 1337)
+    command = ("eval.py", "weights", f"--run={trunk}/step_00000004", *DENSE, "--output=weights.jsonl", "--windows")
+    result = cli(*command, *map(str, windows), cwd=workdir)
+    assert result.returncode == 0, result.stderr.decode()
+    shown = [json.loads(text) for text in (workdir / "weights.jsonl").read_text().splitlines()]
+    assert [one["window"] for one in shown] == windows.tolist()
+    weights = [weight for one in shown for weight in one["weights"] if weight is not None]
+    # the last target of a window lies behind it, and is not shown
+    assert max(weights) <= line["weight_max"] + 1e-3 and np.mean(weights) == pytest.approx(1, abs=0.05)
+    assert np.std(weights) == pytest.approx(line["weight_sd"], rel=0.1)
+    for one in shown:
+        for marker, weight in zip(one["markers"], one["weights"], strict=True):
+            assert not (marker and weight is not None)
+    assert " nats, " in result.stdout.decode() and " with a short context" in result.stdout.decode()
+    page = cli("report.py", "weights.jsonl", "--output=page", cwd=workdir)
+    assert page.returncode == 0, page.stderr.decode()
+    html = (workdir / "page/report.html").read_text()
+    assert html.count('<p class="weights">') == 8 and "&lt;|meta|&gt;" in html and 'title="weight ' in html
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ((), "weighting=uniform gives every target the weight 1"),
+        (("--weighting=dense", "--windows", "100000"), "window 100000 does not exist"),
+        (("--weighting=dense", "--scorer=out/trunk"), "a scorer reads the content tokens alone"),
+        (("--weighting=dense", "--weight_kappa=0.3"), "--weight_kappa has no effect"),
+        (("--weighting=dense", "--weight_after=3"), "weight_after=3 has no effect, because no step is trained"),
+    ],
+)
+def test_weights_that_cannot_be_shown_are_refused(workdir, trunk, args, sentence):
+    assert sentence in refusal(cli("eval.py", "weights", "--run=out/trunk", *args, cwd=workdir))
