@@ -24,7 +24,13 @@ from nanometa.training.distributed import pick_device, why_not_compile
 from nanometa.training.run_log import environment
 
 SECTIONS = ("training", "profile", "decoding", "preparing", "layer", "lengths", "eviction")
-QUICK = {"only": ["training", "decoding"], "shapes": ["tiny", "small"], "modes": ["eager"], "batches": [1]}
+QUICK = {
+    "only": ["training", "decoding"],
+    "shapes": ["tiny", "small"],
+    "modes": ["eager"],
+    "batches": [1],
+    "contents": [1024],
+}
 
 
 def table(rows: list[dict]) -> str:
@@ -64,6 +70,11 @@ def main(argv: list[str]) -> None:
         help="whether training uses torch.compile (default: both)",
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="texts decoded at once (default: 1 8)")
+    parser.add_argument(
+        "--contents", nargs="+", type=int, choices=eviction.SIZES, default=list(eviction.SIZES),
+        help="for eviction: content tokens in the cache (default: all). The memory of a long prompt is measured with "
+        f"{eviction.PROMPT}",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="measured turns, after two of warm-up (default: 3)")
     parser.add_argument("--nanogpt", type=path_argument, help="the folder of a nanoGPT checkout to compare with")
     parser.add_argument(

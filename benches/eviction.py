@@ -19,7 +19,7 @@ from nanometa.inference.decoder import Decoder, DecodingWeights
 from nanometa.inference.limited_cache import LimitedStore
 from nanometa.model import GPT
 
-SIZES = ((1024, (1, 8)), (4096, (1, 8)), (16384, (1,)))  # content tokens, batch sizes
+SIZES = {1024: (1, 8), 4096: (1, 8), 16384: (1,)}  # batch sizes by content tokens
 RATIOS = (0.0, 0.25, 0.5, 0.75)
 METHODS = ("clcr", "drop", "scattered", "window")
 NEW, TURNS = 24, 64  # tokens that a turn decodes, and the largest number of turns
@@ -127,10 +127,11 @@ def bench(args, peaks: dict[str, float]) -> list[dict]:
     """Measures tokens per second and cache bytes by length, batch, method and ratio, and the memory of long prompts."""
     rows = []
     for dtype in args.dtypes:
-        for content, batches in SIZES[:1] if args.quick else SIZES:
-            for batch in batches:
-                rows += compare(content, batch, dtype, args.repeats)
-        if not args.quick:
+        for content in args.contents:
+            for batch in SIZES[content]:
+                if batch in args.batches:
+                    rows += compare(content, batch, dtype, args.repeats)
+        if PROMPT in args.contents:
             rows += prompts(PROMPT, dtype)
     return rows
 
