@@ -12,6 +12,7 @@ from nanometa.config import (
     PrepareConfig,
     SampleConfig,
     TrainConfig,
+    WeightConfig,
     train_config_from_dict,
     train_settings,
 )
@@ -470,7 +471,10 @@ def test_the_settings_that_a_resumed_run_may_change():
         "run_name", "out_dir", "init_from", "branch_from", "dataset", "allow_changed_data", "dry_run", "accelerator",
         "n_accelerators", "mfu", "price", "show_batch",
     }  # fmt: skip
-    assert set(rules.values()) == {"may change", "may not change", "ignored"}
+    assert {name for name, rule in rules.items() if rule == "a branch may change"} == {
+        "scorer", *field_names(WeightConfig)
+    }  # fmt: skip
+    assert set(rules.values()) == {"may change", "may not change", "ignored", "a branch may change"}
     assert setting(1).metadata["on_resume"] == "may not change"
 
 
