@@ -58,13 +58,12 @@ def run_cell(plan: Plan, cell: Cell, work: Path, run: Run) -> dict:
     the same seconds for it.
 
     Raises UserError if a command fails, and Interrupted if the queue stops."""
-    names, arguments, base, cpu_s, measured = (
-        runs_of(plan, cell),
-        arguments_of(plan, cell),
-        "--init_from=scratch",
-        {},
-        {},
-    )
+    names, base, cpu_s, measured = runs_of(plan, cell), "--init_from=scratch", {}, {}
+    first = str(work / names["pretrain"])
+    arguments = {
+        kind: [value.replace("{pretrain}", first) for value in values]
+        for kind, values in arguments_of(plan, cell).items()
+    }
     for kind, name in names.items():
         common = [f"--seed={cell.seed}", f"--out_dir={work}", "--wandb=disabled"]
         cpu_s[name] = train(work, name, [*arguments[kind], *common], base, run)
@@ -74,11 +73,7 @@ def run_cell(plan: Plan, cell: Cell, work: Path, run: Run) -> dict:
         for measure in measures_of(plan, cell):
             if measure.of == kind:
                 step = f"{name}_{measure.name}"
-                given = [
-                    argument.replace("{pretrain}", str(work / names["pretrain"]))
-                    for argument in arguments[measure.name]
-                ]
-                cpu_s[step] = measure_run(work, step, [*measure.command, *given], name, run)
+                cpu_s[step] = measure_run(work, step, [*measure.command, *arguments[measure.name]], name, run)
                 measured[measure.name] = [figures_of(line) for line in lines_of(work / f"{step}.jsonl")]
     return {
         **{kind: training_figures(work / name) for kind, name in names.items()},

@@ -8,8 +8,7 @@ The tables of a plan:
                   the first one's weights; without finetune, a cell trains once. With branches = true, the second run
                   has the first one's arguments, too, and continues it as a branch, with its optimizer and data
     [measures.X]  what is measured on the finished runs: `command`, such as "eval.py tasks"; `of`: the run, "pretrain"
-                  or "finetune"; its arguments, in which {pretrain} stands for the folder of the first run; and
-                  optionally the arms that are measured, if not all
+                  or "finetune"; its arguments; and optionally the arms that are measured, if not all
     [arms.X]      label, and arguments of this arm in addition: pretrain, finetune; `weights_of`: the arm whose
                   pretrained weights it takes over; `placements`: the placement that replaces another one, for arms
                   without meta-tokens
@@ -18,6 +17,8 @@ The tables of a plan:
     [sizes.X]     a smaller study, to test its machinery: stages, the number of seeds, and arguments of pretrain,
                   finetune and measures; its lines are in out/NAME_X
     [analysis]    endpoint, gate, contrasts, figures and margins (studies/analysis.py)
+
+In the arguments of measures and of a second run, {pretrain} stands for the folder of the cell's first run.
 
 A cell is one arm with one seed in one stage. Each cell is a series of ordinary commands: train.py once or twice, and
 the measures.
