@@ -78,8 +78,8 @@ def fill(decoder: Decoder, scheme: MarkerScheme, ids: np.ndarray) -> None:
             store.place_of[row], store.until[row] = kept, layout.read_until[kept]
             store.position_of[row], store.next_place[row] = layout.positions[kept], T
     store.used, decoder.places = [len(kept)] * B, [T] * B
-    for cache in (store.k, store.v):
-        cache[:, :, : len(kept)].normal_()
+    for part in (*store.k, *store.v):
+        part[:, : len(kept)].normal_()
 
 
 def decoding(case: Case) -> Callable:

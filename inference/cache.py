@@ -12,7 +12,7 @@ from nanometa.meta_attention import causal_sdpa
 
 
 class Store:
-    """The KV cache of one attention in every block, for B sequences: keys and values (n_layer, B, S, H, D) each.
+    """The KV cache of one attention in every block, for B sequences: keys and values, for each layer (B, S, H, D).
 
     Keys are stored rotated, except under rope_dynamic, where every new token rotates all of them again."""
 
@@ -20,9 +20,10 @@ class Store:
         self, cfg: GPTConfig, B: int, S: int, dtype: torch.dtype, device: torch.device, window: int | None = None
     ):
         """window: number of most recent keys that a query attends to; None for all previous keys."""
-        size = (cfg.n_layer, B, S, cfg.n_head, cfg.n_embd // cfg.n_head)
+        size = (B, S, cfg.n_head, cfg.n_embd // cfg.n_head)
         # zeros instead of empty memory: a masked key has weight 0, but 0 * NaN is NaN
-        self.k, self.v = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+        self.k, self.v = ([torch.zeros(size, dtype=dtype, device=device) for _ in range(cfg.n_layer)] for _ in range(2))
+        self.dtype, self.device = dtype, device
         self.used, self.window = [0] * B, window
         self.cfg, self.positions = cfg, torch.zeros(B, S, dtype=torch.long, device=device)
 
@@ -41,7 +42,7 @@ class Store:
         tokens start .. end - 1, which are either several tokens of one sequence or one token of each of several
         sequences. `sequences` is the slice of these sequences, `keys` the number of cached keys that they read. A
         prompt reads only its own keys, and its tuple is (start, end, None, 0, None)."""
-        B, S = self.k.shape[1:3]
+        B, S = self.k[0].shape[:2]
         self.calls: list[tuple[int, int, slice | None, int, torch.Tensor | None]] = []
         slots, reads, n = [], [], 0
         for row, group in itertools.groupby(rows):
@@ -63,10 +64,10 @@ class Store:
                 mask = None if mask is None else mask[None, None]  # (1, 1, count, keys)
                 self.calls.append((n, n + count, slice(row, row + 1), seen[-1], mask))
             n += count
-        self.slots = torch.tensor(slots, device=self.k.device, dtype=torch.long)
-        self.reads = torch.tensor([reads], device=self.k.device, dtype=torch.bool)  # (1, N)
+        self.slots = torch.tensor(slots, device=self.device, dtype=torch.long)
+        self.reads = torch.tensor([reads], device=self.device, dtype=torch.bool)  # (1, N)
         if self.cfg.rope_dynamic:
-            self.at = torch.tensor([positions, lengths], device=self.k.device, dtype=torch.long)  # (2, N)
+            self.at = torch.tensor([positions, lengths], device=self.device, dtype=torch.long)  # (2, N)
             new = self.at[0] if stored is None else self.at[0, [n for n, kept in enumerate(stored) if kept]]
             self.positions.flatten().index_copy_(0, self.slots, new)
         tokens_of = [(call[1] - call[0], call[2]) for call in self.calls[:B]]
@@ -89,7 +90,7 @@ class Store:
         hidden = keys >= lengths
         if self.window is not None:
             hidden |= keys < lengths - self.window
-        return torch.zeros(hidden.shape, dtype=self.k.dtype).masked_fill(hidden, -math.inf).to(self.k.device)
+        return torch.zeros(hidden.shape, dtype=self.dtype).masked_fill(hidden, -math.inf).to(self.device)
 
     def attend(self, layer: int, q, k, v):
         """Computes the attention of one layer for the tokens given to `place`; it replaces causal_sdpa.
@@ -111,7 +112,7 @@ class Store:
             else:
                 several = rows.stop - rows.start > 1
                 part = part.transpose(0, 2) if several else part
-                cached = [x[layer, rows, :keys].transpose(1, 2) for x in (self.k, self.v)]  # (B, H, keys, D)
+                cached = [x[layer][rows, :keys].transpose(1, 2) for x in (self.k, self.v)]  # (B, H, keys, D)
                 if self.cfg.rope_dynamic:
                     positions, lengths = self.at[:, start:end]
                     y = attend_one(
@@ -135,7 +136,12 @@ class Store:
     @property
     def nbytes(self) -> int:
         """The bytes of all keys and values, free slots included."""
-        return self.k.nbytes + self.v.nbytes
+        return sum(part.nbytes for part in (*self.k, *self.v))
+
+    @property
+    def room(self) -> int:
+        """The number of slots of each sequence, free ones included."""
+        return self.k[0].size(1)
 
     def clear(self, row: int) -> None:
         """Empties the cache of a sequence, which starts again at position 0."""
@@ -146,7 +152,8 @@ class Store:
 
     def keep(self, rows: list[int]) -> None:
         """Drops the cache of every sequence except those listed."""
-        self.k, self.v, self.positions = self.k[:, rows], self.v[:, rows], self.positions[rows]
+        self.k, self.v = ([part[rows] for part in of] for of in (self.k, self.v))
+        self.positions = self.positions[rows]
         self.used = [self.used[row] for row in rows]
 
 

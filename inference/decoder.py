@@ -183,7 +183,7 @@ class Decoder:
     def position_bytes(self) -> int:
         """The bytes that a limited cache takes for one position of one sequence."""
         stores = [store for store in self.stores if isinstance(store, LimitedStore)]
-        return sum(2 * store.k[:, :1, :1].nbytes for store in stores)
+        return sum(2 * store.cfg.n_layer * store.cfg.n_embd * store.dtype.itemsize for store in stores)
 
     def forget(self, row: int) -> None:
         """Empties the cache of sequence `row`, which then starts again at place 0."""

@@ -14,6 +14,7 @@ from nanometa.data.markers import Row
 from nanometa.inference.cache import Store
 
 SPARE = 32  # slots that are added beyond those needed when a cache grows, or a sixteenth of them if that is more
+WASTE = 128  # slots that may be free between used ones, or a quarter of all slots if that is less
 
 
 class LimitedStore(Store):
@@ -42,7 +43,7 @@ class LimitedStore(Store):
         for row, pairs in enumerate(changed):
             for place, until in pairs.items():
                 self.until[row][self.place_of[row] == place] = until
-        S, slots, masks = self.k.size(2), [], []
+        S, slots, masks = self.room, [], []
         for row, group in itertools.groupby(zip(rows, new, strict=True), key=lambda pair: pair[0]):
             part = [one for _, one in group]
             places = np.arange(self.next_place[row], self.next_place[row] + len(part))
@@ -62,10 +63,10 @@ class LimitedStore(Store):
             masks.append(seen & (places[:, None] <= self.until[row]))
             for i in closing.intersection(range(n, n + len(part))):
                 span = (new[i].reads_from <= self.place_of[row]) & (self.place_of[row] < places[i - n] - 1)
-                self.means.append((row, used + i - n, torch.from_numpy(np.flatnonzero(span)).to(self.k.device)))
+                self.means.append((row, used + i - n, torch.from_numpy(np.flatnonzero(span)).to(self.device)))
             self.calls.append((n, n + len(part), slice(row, row + 1), self.used[row], None))
             n += len(part)
-        self.slots = torch.tensor(slots, device=self.k.device, dtype=torch.long)
+        self.slots = torch.tensor(slots, device=self.device, dtype=torch.long)
         self._merge(masks)
 
     def write(self, layer: int, k, v) -> None:
@@ -73,7 +74,7 @@ class LimitedStore(Store):
         super().write(layer, k, v)
         for row, slot, span in self.means:
             for cache in (self.k, self.v):
-                cache[layer, row, slot] = cache[layer, row, span].mean(0)
+                cache[layer][row, slot] = cache[layer][row, span].mean(0)
 
     def _merge(self, masks: list[np.ndarray]) -> None:
         """Adds masks to the calls, and merges the first calls into one if they are one token of every sequence."""
@@ -94,27 +95,26 @@ class LimitedStore(Store):
         """Returns the mask of an attention call from the keys that are seen, or None if all are."""
         if seen.all():
             return None
-        hidden = torch.from_numpy(~seen).to(self.k.device)
-        return torch.zeros(hidden.shape, dtype=self.k.dtype, device=self.k.device).masked_fill(hidden, -torch.inf)
+        hidden = torch.from_numpy(~seen).to(self.device)
+        return torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill(hidden, -torch.inf)
 
     def reserve(self, slots: int) -> None:
-        """Makes room for so many slots in every sequence."""
-        have = self.k.size(2)
+        """Makes room for so many slots in every sequence, one layer at a time, so that only one exists twice."""
+        have = self.room
         if slots <= have:
             return
         more = slots + max(SPARE, slots // 16) - have
-        for name in ("k", "v"):
-            old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:2], have + more, *old.shape[3:])
-            new[:, :, :have] = old
-            setattr(self, name, new)
+        for cache in (self.k, self.v):
+            for layer, old in enumerate(cache):
+                cache[layer] = old.new_zeros(len(old), have + more, *old.shape[2:])
+                cache[layer][:, :have] = old
         self.positions = self.positions.new_zeros(len(self.used), have + more)
 
     def evict(self) -> None:
         """Frees the slots that no later position may read.
 
-        The slots behind them move forward. As long as these are more than the free ones, nothing is moved until a
-        quarter of all slots is free, so that the work for each token does not grow with the cache."""
+        The slots behind them move forward. As long as these are more than the free ones, nothing is moved until WASTE
+        slots are free. Moving then takes a small part of the time in which attention has read the cache since."""
         for row, n in enumerate(self.used):
             alive = self.until[row] >= self.next_place[row]
             dead = n - int(alive.sum())
@@ -122,11 +122,11 @@ class LimitedStore(Store):
                 continue
             first = int(np.argmin(alive))
             kept = first + np.flatnonzero(alive[first:])
-            if len(kept) > dead and 4 * dead < n:
+            if len(kept) > dead and dead < min(WASTE, n / 4):
                 continue
-            index = torch.from_numpy(kept).to(self.k.device)
-            for cache in (self.k, self.v):
-                cache[:, row, first : first + len(kept)] = cache[:, row, index]
+            index = torch.from_numpy(kept).to(self.device)
+            for part in (*self.k, *self.v):
+                part[row, first : first + len(kept)] = part[row, index]
             for of in (self.place_of, self.position_of, self.until):
                 of[row] = of[row][alive]
             self.used[row] = n - dead

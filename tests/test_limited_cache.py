@@ -179,7 +179,7 @@ def test_the_cache_holds_what_is_kept(tokenizer, monkeypatch):
     sizes, evict = [], LimitedStore.evict
 
     def recording(self):
-        sizes.append((self.k.size(2), self.used[0]))
+        sizes.append((self.room, self.used[0]))
         evict(self)
 
     monkeypatch.setattr(LimitedStore, "evict", recording)
@@ -187,7 +187,7 @@ def test_the_cache_holds_what_is_kept(tokenizer, monkeypatch):
     (places,) = [decoder.causal.kept(0)]
     assert places == [0, 1, *range(decoder.places[0] - 15, decoder.places[0])]
     assert max(slots for slots, _ in sizes) <= (18 * 4 // 3 + 32) + SPARE
-    assert decoder.causal.nbytes == 2 * 2 * decoder.causal.k.size(2) * 16 * 4
+    assert decoder.causal.nbytes == 2 * 2 * decoder.causal.room * 16 * 4
 
 
 # ----------------------------------------------------------------------------- late compression
