@@ -14,7 +14,7 @@ printed, and the ratios within one run are meaningful even on a busy machine. Al
 import json
 from pathlib import Path
 
-from nanometa.benches import decoding, eviction, layer, lengths, preparing, profile, training
+from nanometa.benches import decoding, eviction, layer, lengths, preparing, profile, training, weighting
 from nanometa.benches.timing import DTYPES, matmul_peak
 from nanometa.common.errors import UserError
 from nanometa.common.files import write_atomically
@@ -23,7 +23,7 @@ from nanometa.reports import bench_picture
 from nanometa.training.distributed import pick_device, why_not_compile
 from nanometa.training.run_log import environment
 
-SECTIONS = ("training", "profile", "decoding", "preparing", "layer", "lengths", "eviction")
+SECTIONS = ("training", "profile", "decoding", "preparing", "layer", "lengths", "eviction", "weighting")
 QUICK = {
     "only": ["training", "decoding"],
     "shapes": ["tiny", "small"],
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument(
         "--shapes", nargs="+", choices=training.SHAPES, default=list(training.SHAPES),
-        help=f"the models of training and profile (default: all); {shapes}",
+        help=f"the models of training, profile and weighting (default: all); {shapes}",
     )  # fmt: skip
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="the number formats (default: all)"
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
     results: dict[str, list[dict]] = {}
     modules = {
         "training": training, "profile": profile, "decoding": decoding, "preparing": preparing, "layer": layer,
-        "lengths": lengths, "eviction": eviction,
+        "lengths": lengths, "eviction": eviction, "weighting": weighting,
     }  # fmt: skip
     for section in SECTIONS:
         if section not in args.only:

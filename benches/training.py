@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from nanometa.benches.timing import DTYPES, Contestant, contest, quartiles, say
-from nanometa.config import GPTConfig, TrainConfig
+from nanometa.config import GPTConfig, TrainConfig, WeightConfig
 from nanometa.data.layout import IGNORE, places_of
 from nanometa.layers.loss import Objective
+from nanometa.layers.weighting import ShortLengths, WeightedObjective
 from nanometa.meta_attention import MetaAttention
 from nanometa.model import GPT
 from nanometa.training.distributed import autocast, pick_device
@@ -48,6 +49,7 @@ class Step:
     device: str = "auto"
     recompute: bool = False
     micro_batches: int = 1  # each has the windows of `shape`; the update follows the last one
+    scorer: str = ""  # of a weighted loss: self or stored; "": the usual loss
 
     @property
     def positions(self) -> int:
@@ -56,6 +58,10 @@ class Step:
     @property
     def content(self) -> int:
         return (self.shape[3] - self.markers) * self.shape[4] * self.micro_batches
+
+    def scored_by(self, scorer: str) -> "Step":
+        """Returns the step with another scorer."""
+        return dataclasses.replace(self, scorer=scorer)
 
     def config(self) -> GPTConfig:
         n_layer, n_head, n_embd, T, _ = self.shape
@@ -107,15 +113,33 @@ def _ours(step: Step, device: torch.device) -> tuple[Callable, list, Callable]:
         for block in model.h:
             block.second_attn.__class__ = DenseMeta
     model.to(device)
-    objective = Objective(model)
+    objective, beside = _weighted(step, model, device) if step.scorer else (Objective(model), {})
     optimizer = Optimizer(model, TrainConfig(model=step.config()))
     if step.compiled:
         objective = torch.compile(objective, dynamic=False)
+
+    def nats() -> torch.Tensor:
+        found = objective(*batch, **beside)
+        return found[0] if step.scorer else found
+
     return (
-        lambda: objective(*batch) / (step.content // step.micro_batches),
+        lambda: nats() / (step.content // step.micro_batches),
         list(model.parameters()),
         lambda: optimizer.step(1e-4),
     )
+
+
+def _weighted(step: Step, model: GPT, device: torch.device) -> tuple[WeightedObjective, dict]:
+    """Returns the weighted objective of a model, and what it needs besides a batch. Short contexts are a quarter of a
+    window."""
+    _, _, _, T, B = step.shape
+    content = T - step.markers
+    length = content // 4
+    lengths = ShortLengths(length, round((1 - length / content) * length), content, T)
+    beside = {"ties": torch.randint(0, 2**62, (B, T)).to(device), "column": None}
+    if step.scorer == "stored":
+        beside["column"] = (8 * torch.rand(B, content)).to(device)
+    return WeightedObjective(model, WeightConfig(weighting="dense"), lengths), beside
 
 
 class DenseMeta(MetaAttention):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanometa.benches import decoding, eviction
+from nanometa.benches import decoding, eviction, weighting
 from nanometa.benches.timing import Contestant, alternate, contest, quartiles
 from nanometa.benches.training import KEPT, DenseMeta, Step, ratios, training_step
 from nanometa.common.errors import UserError
@@ -183,3 +183,21 @@ def test_the_benchmark_of_decoding_writes_as_many_tokens_as_it_counts(second):
     write(12)  # has an assertion of its own
     with pytest.raises(UserError, match="max_new_tokens=0"):
         write(0)
+
+
+@pytest.mark.parametrize("scorer", ["stored", "self"])
+def test_the_steps_of_a_weighted_loss_have_its_weights(scorer):
+    plain = Step("meta", "fp32", False, SMALL, 4, vocabulary=(128, 100), device="cpu")
+    losses = [[step().item() for _ in range(3)] for step in map(training_step, (plain, plain.scored_by(scorer)))]
+    assert losses[1] == sorted(losses[1], reverse=True) and losses[0] != losses[1]
+    # the model is the same, and its weights are 1 on average
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.05)
+
+
+def test_the_cost_of_a_weighted_loss_is_compared_with_the_usual_one():
+    rows = [{"shape": "tiny", "dtype": "fp32", "arm": "none", "scorer": scorer, "s a step": seconds}
+            for scorer, seconds in (("none", 1.0), ("stored", 1.1), ("self", 1.4))]  # fmt: skip
+    assert weighting.ratios(rows) == [
+        "tiny fp32 none: the scorer stored adds +10 % to a step",
+        "tiny fp32 none: the scorer self adds +40 % to a step",
+    ]
