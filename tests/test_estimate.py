@@ -16,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanometa import meta_attention, train
 from nanometa.common.errors import UserError
-from nanometa.config import GPTConfig, TrainConfig
+from nanometa.config import GPTConfig, TrainConfig, WeightConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.command_line import load_config
 from nanometa.data.layout import IGNORE, places_of
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.layers.loss import Objective, gather_scored
+from nanometa.layers.weighting import ShortLengths, WeightedObjective
 from nanometa.model import GPT
 from nanometa.training import estimate
 from nanometa.training.checkpoint import load_run
@@ -64,17 +65,20 @@ def random_batch(cfg: GPTConfig, B: int, M: int) -> tuple[torch.Tensor, ...]:
 # ----------------------------------------------------------------------------- measurements
 
 
-def counted_flops(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype) -> int:
+def counted_flops(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype, weighted=None) -> int:
     """Counts the FLOPs of a forward and backward pass, with PyTorch's plain attention, because PyTorch counts neither
-    those of the CPU's fused kernel nor those of blockwise_attention."""
-    objective = Objective(GPT(cfg))
+    those of the CPU's fused kernel nor those of blockwise_attention.
+
+    weighted: function of a model that returns its WeightedObjective; None = the usual loss."""
+    objective = weighted(GPT(cfg)) if weighted else Objective(GPT(cfg))
+    beside = {"ties": torch.zeros(B, cfg.block_size, dtype=torch.long)} if weighted else {}
     plain = mock.patch.object(
         meta_attention, "blockwise_attention", partial(scaled_dot_product_attention, is_causal=True)
     )
     with plain, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         with autocast(CPU, dtype):
-            nats = objective(*random_batch(cfg, B, M))
-        nats.backward()
+            nats = objective(*random_batch(cfg, B, M), **beside)
+        (nats[0] if weighted else nats).backward()
     return counter.get_total_flops()
 
 
@@ -476,3 +480,21 @@ def test_every_config_has_a_dry_run_without_data(path, tmp_path, monkeypatch, ca
     out = capsys.readouterr().out
     assert "is not prepared yet" in out and "hours and cost: " in out and out.endswith(" USD\n")
     assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------- weights of the loss
+
+
+@pytest.mark.parametrize(("second", "frozen"), [("none", False), ("meta", False), ("meta", True)])
+def test_the_scoring_of_targets_is_counted_product_by_product(second, frozen):
+    """The usual loss is subtracted from the weighted one, whose rule needs no products."""
+    cfg, M = arm(dataclasses.replace(TINY, n_layer=2, n_head=2, n_embd=32), second)
+    T = cfg.block_size
+    content, scorer = T - M, dataclasses.replace(cfg, second_attention="none", n_embd=cfg.n_embd // 2, n_head=1)
+    lengths = ShortLengths(content // 4, content // 5, content, T)
+
+    def weighted(model: GPT) -> WeightedObjective:
+        return WeightedObjective(model, WeightConfig(weighting="dense"), lengths, GPT(scorer) if frozen else None)
+
+    counted = counted_flops(cfg, 2, M, torch.float32, weighted) - counted_flops(cfg, 2, M, torch.float32)
+    assert counted == 2 * estimate.scoring_flops(cfg, M, lengths, scorer if frozen else None)

@@ -169,7 +169,8 @@ def scoring_flops(cfg: GPTConfig, M: int, lengths: ShortLengths | None, scorer: 
     else:
         K, T, model, markers = lengths.length, lengths.content, scorer, 0
         windows, rows = 1 - (-(T - K) // lengths.stride), T
-    parts = flops_by_part(dataclasses.replace(model, block_size=K), round(markers * K / T))
+    # a short window has room for all markers, because their number differs between windows
+    parts = flops_by_part(dataclasses.replace(model, block_size=K), min(markers, K))
     blocks = sum(flops for part, flops in parts.items() if part != "head") // 3
     return head + windows * blocks + 2 * rows * model.n_embd * model.vocab_size
 
