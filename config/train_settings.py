@@ -233,9 +233,10 @@ class TrainConfig(Settings):
         chunk_markers: number of markers in a chunk of its dataset."""
         name, label = self.model.arm_name(self.has_markers(chunk_markers)), self.markers.label
         label += ", mean" * (self.model.summary == "mean")
-        if label and self.markers.places_markers and not self.model.second.has_layer:
-            return label
-        return f"{name}, {label}" if label else name
+        if not (label and self.markers.places_markers and not self.model.second.has_layer):
+            label = f"{name}, {label}" if label else name
+        part = {"all": "", "markers": ", markers trained", "lora": ", LoRA"}
+        return label + part[self.train_only]
 
     @property
     def extends(self) -> bool:

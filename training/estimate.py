@@ -261,7 +261,7 @@ def activations(cfg: GPTConfig, B: int, M: int, size: int, device: str, train_on
     below = norm(T) + dropout(T, 4)  # the first norm and the dropout of the embedding
     unneeded = below * (train_only == "lora" and not M)  # no gradient passes there if no embedding is trained
     # without autocast, the products need the matrices that LoRA computes; with autocast, they need the casts of these
-    low_rank = 4 * adapted_matrices(cfg) * (train_only == "lora" and size == 4)
+    low_rank = 4 * (adapted_matrices(cfg) - 3 * C * C * (not M)) * (train_only == "lora" and size == 4)
     return cfg.n_layer * block + norm(T) + cos_sin + dropout(T, 4) + gather + low_rank - unneeded
 
 
