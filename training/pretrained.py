@@ -118,7 +118,7 @@ def _tell_apart(weights: StartWeights, tokenizer: Tokenizer, markers: tuple[str,
 
     Equal rows would get equal updates, except for what the mask makes different."""
     wte, ids = weights.tensors["wte.weight"], [tokenizer.markers[name] for name in markers]
-    if len(torch.unique(wte[ids], dim=0)) == len(ids):
+    if len(ids) < 2 or len(torch.unique(wte[ids], dim=0)) == len(ids):
         return
     for name, row in zip(markers, ids, strict=True):
         generator = torch.Generator().manual_seed(stable_key(seed, "noise", name) >> 1)
