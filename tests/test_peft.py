@@ -103,16 +103,16 @@ def test_peft_loads_an_exported_adapter_over_the_exported_base(small_tokenizer, 
     base, tuned = adapted(small_tokenizer, tmp_path, **shape)
     folders = [exported(run, "--eval_texts=0") for run in (base, tuned)]
     load = transformers.AutoModelForCausalLM.from_pretrained
-    theirs, whole = (load(folder, trust_remote_code=True).eval() for folder in folders)
+    theirs, whole = (load(folder, trust_remote_code=True).double().eval() for folder in folders)
     tokens = torch.randint(0, small_tokenizer.n_content, (2, 20), generator=torch.Generator().manual_seed(0))
     run = load_run(tuned)
-    n = run.tokenizer.n_content
+    model, n = run.model.double(), run.tokenizer.n_content
     with torch.no_grad():
-        ours = run.model.logits(run.model(tokens, torch.arange(20).expand(2, -1), None))[..., :n]
+        ours = (model(tokens, torch.arange(20).expand(2, -1), None) @ model.wte.weight.T)[..., :n]
         before = theirs(tokens).logits[..., :n]
-        theirs = PeftModel.from_pretrained(theirs, exported(tuned, "--adapter")).eval()
-        torch.testing.assert_close(theirs(tokens).logits[..., :n], ours, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(whole(tokens).logits[..., :n], ours, rtol=1e-4, atol=1e-4)
+        theirs = PeftModel.from_pretrained(theirs, exported(tuned, "--adapter")).double().eval()
+        torch.testing.assert_close(theirs(tokens).logits[..., :n].double(), ours, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(whole(tokens).logits[..., :n].double(), ours, rtol=1e-5, atol=1e-5)
     assert (before - ours).abs().max() > 0.1
     factors = 4 * (16 + 48 + 16 + 16) * 2 * (2 if "second_attention" in shape else 1)
     assert f"a LoRA adapter for peft, {factors:,} numbers" in capsys.readouterr().out
