@@ -208,7 +208,7 @@ def test_activations_of_training_a_part_equal_those_that_autograd_saves(train_on
     measured, _ = saved_bytes(cfg, 2, M, DTYPES[dtype], train_only)
     estimated = estimate.activations(cfg, 2, M, DTYPES[dtype].itemsize, "cpu", train_only)
     assert estimated == pytest.approx(measured, rel=1e-3)
-    assert estimated < 0.8 * estimate.activations(cfg, 2, M, DTYPES[dtype].itemsize, "cpu")
+    assert estimated < 0.9 * estimate.activations(cfg, 2, M, DTYPES[dtype].itemsize, "cpu")
 
 
 @pytest.mark.parametrize(("train_only", "second"), PARTS)

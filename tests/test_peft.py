@@ -111,8 +111,9 @@ def test_peft_loads_an_exported_adapter_over_the_exported_base(small_tokenizer, 
         ours = (model(tokens, torch.arange(20).expand(2, -1), None) @ model.wte.weight.T)[..., :n]
         before = theirs(tokens).logits[..., :n]
         theirs = PeftModel.from_pretrained(theirs, exported(tuned, "--adapter")).double().eval()
-        torch.testing.assert_close(theirs(tokens).logits[..., :n].double(), ours, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(whole(tokens).logits[..., :n].double(), ours, rtol=1e-5, atol=1e-5)
+        found, merged = (model(tokens).logits[..., :n].double() for model in (theirs, whole))
+    torch.testing.assert_close(found, merged, rtol=1e-4, atol=1e-4)  # merged weights are rounded to fp32
+    torch.testing.assert_close(found, ours, rtol=1e-3, atol=1e-3)  # and so are rotary tables
     assert (before - ours).abs().max() > 0.1
     factors = 4 * (16 + 48 + 16 + 16) * 2 * (2 if "second_attention" in shape else 1)
     assert f"a LoRA adapter for peft, {factors:,} numbers" in capsys.readouterr().out
