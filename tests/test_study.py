@@ -229,15 +229,12 @@ def test_the_plan_of_the_sentinels_is_valid():
 def test_the_plan_of_the_adapters_is_valid():
     """Every arm starts from the one plain model of its seed, and all arms that are compared have the same steps."""
     plan = read_plan(str(ROOT / "studies/adapters.toml"))
+    assert all(runs_of(plan, cell)["pretrain"] == f"pretrain_all_{cell.seed}" for cell in plan.cells())
     trained, steps = set(), set()
-    for cell in plan.cells():
-        arguments = arguments_of(plan, cell)
-        assert runs_of(plan, cell)["pretrain"] == f"pretrain_all_{cell.seed}"
-        for kind, base in (("pretrain", "scratch"), ("finetune", "out/base")):
-            path, *rest = words(arguments[kind])
-            given = [str(ROOT / path), *rest, f"--init_from={base}"]
-            cfg = load_config(TrainConfig, given, config_file=True)
-            assert cfg.dataset == "data/stdlib_none" and cfg.model.n_embd == 96
+    for cell in {cell.arm.name: cell for cell in plan.cells()}.values():
+        path, *rest = words(arguments_of(plan, cell)["finetune"])
+        cfg = load_config(TrainConfig, [str(ROOT / path), *rest, "--init_from=out/base"], config_file=True)
+        assert cfg.dataset == "data/stdlib_none" and cfg.model.n_embd == 96
         trained.add((Path(path).stem, cfg.train_only))
         steps.add((cfg.max_steps, cfg.learning_rate))
     assert {("tiny_sr", "lora"), ("tiny_clcr", "lora"), ("tiny_gpt2", "lora")} < trained
