@@ -44,6 +44,9 @@ SECOND_LAYERS = {
     ("all", "nothing"): CausalSelfAttention,
 }
 
+# part of the names of parameters that torch.nn.utils.parametrize makes (training/adapters.py)
+ADAPTED = ".parametrizations."
+
 
 class Context(NamedTuple):
     """The inputs that all blocks of one forward pass share, besides x."""
@@ -141,6 +144,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         cfg.check_position()
         self.recompute = False  # activation checkpointing: recompute each block in the backward pass to save memory
+        self.frozen_head = False  # whether all rows of wte that the head predicts are frozen (training/adapters.py)
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.position == "learned":
             self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
@@ -258,9 +262,12 @@ class GPT(nn.Module):
         return sum(self.get_parameter(name).numel() for name in names)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
-        """Returns optimizer groups: matrices and embeddings get weight decay, biases and LayerNorms do not."""
-        params = list(self.parameters())
-        decay = [p for p in params if p.dim() >= 2]
-        no_decay = [p for p in params if p.dim() < 2]
-        assert len(decay) + len(no_decay) == len({id(p) for p in params}), "each parameter belongs in exactly one group"
+        """Returns optimizer groups of the parameters that are not frozen. Matrices and embeddings get weight decay;
+        biases, LayerNorms and adapters do not."""
+        params = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        decay = [p for name, p in params.items() if p.dim() >= 2 and ADAPTED not in name]
+        no_decay = [p for name, p in params.items() if p.dim() < 2 or ADAPTED in name]
+        assert len(decay) + len(no_decay) == len({id(p) for p in params.values()}), (
+            "each parameter belongs in exactly one group"
+        )
         return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]

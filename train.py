@@ -27,10 +27,11 @@ from nanometa.config.checks import to_dict
 from nanometa.config.command_line import load_config, run_cli
 from nanometa.data.layout import Batch, to_device
 from nanometa.data.loader import step_windows, window_order
+from nanometa.data.markers import markers_of
 from nanometa.data.verify import verify
 from nanometa.layers.scores import Scorer
 from nanometa.model import GPT
-from nanometa.training import agreement, checkpoint, messages, pretrained
+from nanometa.training import adapters, agreement, checkpoint, messages, pretrained
 from nanometa.training.bad_steps import BadStepGuard, diverged
 from nanometa.training.base_run import base_of, with_base
 from nanometa.training.checkpoint import Checkpoint
@@ -104,6 +105,9 @@ class Trainer:
         self.tokenizer_from = base.folder if base else cfg.dataset
         if saved:
             notes += check_resumable(saved, self.cfg, self.facts)
+        else:
+            has_weights = cfg.init_from not in pretrained.KEYWORDS
+            adapters.check_start(self.cfg, self.facts["chunk_markers"], has_weights)
         if not base:
             refuse_idle(self.cfg, self.facts["chunk_markers"])
         notes += messages.warnings(self.cfg, self.train_data.n_windows)
@@ -120,6 +124,16 @@ class Trainer:
         self.step, self.best, self.evaluated, self.guard, self.ending = 0, None, None, BadStepGuard(cfg), Ending(cfg)
         self.origin = "scratch"
         self.content_before = 0  # content tokens that the weights were trained on before step 0; None = unknown
+        if not saved and cfg.init_from not in pretrained.KEYWORDS:
+            markers, positions = markers_of(cfg, self.facts["chunk_markers"]), None
+            if cfg.model.meta_position == "previous" and not cfg.task.tasks:
+                positions = self.train_data.content_per_window  # markers have no positions of their own
+            tokenizer = self.train_data.tokenizer
+            self.origin, self.content_before = pretrained.load_into(
+                self.model, cfg.init_from, tokenizer, markers, positions, cfg.seed
+            )
+            adapters.check_second(self.model, cfg)
+        adapters.attach(self.model, cfg, self.facts["chunk_markers"])
         if saved:
             saved.load_into(self.model)
             self.step, self.best = saved.step, saved.state["best"]
@@ -131,9 +145,6 @@ class Trainer:
             self.content_before = checkpoint.content_before(saved.state)
             if not self._is_own(saved):
                 self.origin = f"branch of {saved.folder} ({self.origin})"
-        elif cfg.init_from not in pretrained.KEYWORDS:
-            tokenizer = self.train_data.tokenizer
-            self.origin, self.content_before = pretrained.load_into(self.model, cfg.init_from, tokenizer)
 
     def _verify(self) -> str:
         """Verifies the contents of the shards in one process per machine. Returns a sentence saying what was done."""

@@ -72,6 +72,16 @@ class TrainConfig(Settings):
     grad_clip: float = setting(1.0, on_resume="may change")
     """maximum norm of the gradient of all parameters; 0 = no clipping"""
 
+    # training a small part of given weights (docs/adapters.md)
+    train_only: Literal["all", "markers", "lora"] = "all"
+    """what is trained. all: everything; markers: the embeddings of the run's markers; lora: these, and low-rank factors
+    of the attentions' matrices. All but `all` start from the weights of init_from, train with AdamW whatever the
+    optimizer, and without weight decay"""
+    lora_r: int = setting(16, only_with={"train_only": ("lora",)})
+    """rank of the factors that LoRA trains"""
+    lora_alpha: float = setting(32.0, only_with={"train_only": ("lora",)})
+    """LoRA adds lora_alpha / lora_r times the product of the factors to a matrix"""
+
     # evaluations, checkpoints and the log
     eval_interval: int = setting(1000, on_resume="may change")
     """steps between evaluations on the validation split"""
@@ -147,11 +157,11 @@ class TrainConfig(Settings):
         check_types(self)
         for name in ("batch_size", "micro_batch_size"):
             check(self, name, 1 <= getattr(self, name) <= 10**6, "lie in 1 .. 1000000")
-        for name in ("max_steps", "log_interval", "eval_interval", "save_interval", "max_skipped"):
+        for name in ("max_steps", "log_interval", "eval_interval", "save_interval", "max_skipped", "lora_r"):
             check(self, name, getattr(self, name) >= 1, "be at least 1")
         for name in ("min_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"):
             check(self, name, getattr(self, name) >= 0, "be at least 0")
-        for name in ("learning_rate", "spike_deviations"):
+        for name in ("learning_rate", "spike_deviations", "lora_alpha"):
             check(self, name, getattr(self, name) > 0, "be above 0")
         if self.schedule != "constant":
             check(self, "min_lr", self.min_lr <= self.learning_rate, f"be at most learning_rate={self.learning_rate}")
@@ -230,7 +240,8 @@ class TrainConfig(Settings):
         name, label = self.model.arm_name(self.has_markers(chunk_markers)), self.markers.label
         label += ", mean" * (self.model.summary == "mean")
         alone = label and self.markers.places_markers and not self.model.second.has_layer
-        return ", ".join(filter(None, ("" if alone else name, label, self.weights.label)))
+        part = {"all": "", "markers": "markers trained", "lora": "LoRA"}[self.train_only]
+        return ", ".join(filter(None, ("" if alone else name, label, part, self.weights.label)))
 
     @property
     def extends(self) -> bool:

@@ -23,6 +23,7 @@ from nanometa.common.errors import UserError
 from nanometa.common.keyed_random import stable_key, uniform_bits
 from nanometa.config import TrainConfig
 from nanometa.config.marker_settings import MarkerConfig
+from nanometa.config.tasks import PLACEMENTS
 from nanometa.data.inject import marker_places
 from nanometa.data.layout import FOREVER, Layout, layout_of, padded
 from nanometa.data.sentences import sentences_of
@@ -62,6 +63,17 @@ STORED = Placing(MarkerConfig())
 def placing_of(cfg: TrainConfig, split: str) -> Placing:
     """Returns how a run places the markers of a split, such as "train", "val" or "generated"."""
     return Placing(cfg.markers, stable_key(cfg.seed, "markers", split), cfg.model.meta_position == "previous")
+
+
+def markers_of(cfg: TrainConfig, chunk_markers: int) -> tuple[str, ...]:
+    """Returns the names of the markers that the texts of a run have, in the order of their ids.
+
+    chunk_markers: number of markers in a chunk of its dataset."""
+    if cfg.task.tasks:
+        return (META,) if any(PLACEMENTS[name].has_meta for name in cfg.task.placements) else ()
+    if cfg.markers.places_markers:
+        return NAMES[cfg.markers.marks]
+    return (META,) if chunk_markers else ()
 
 
 def closing_marker(cfg: MarkerConfig, tokenizer: Tokenizer) -> int | None:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +12,22 @@ import safetensors.torch
 from tyro.conf import Suppress
 
 from nanometa.common.errors import UserError
-from nanometa.common.files import WRITING, remove, sync
 from nanometa.common.terminal import BOLD, write_line
 from nanometa.config import Rescale
 from nanometa.config.checks import check, check_types
 from nanometa.config.settings import SET, Settings, setting
 from nanometa.evals.common import read_split
 from nanometa.inference.generation import MarkerPlan
+from nanometa.interop.adapter import open_adapted, write_adapter
 from nanometa.interop.hub import check_repository, push
 from nanometa.interop.model_card import Card, model_card
+from nanometa.interop.output import begin, check_output, finish, write_json, write_text
 from nanometa.interop.texts import bits_per_byte, harness_texts
 from nanometa.interop.weights import CODE, config_of, is_plain, pad_id, placement_of, refuse, token_ids, weights_of
 from nanometa.training.checkpoint import Run, load_run
 from nanometa.training.context_extension import rescaled
 
+WHOLE = {"adapter": (False,)}  # condition of the settings of a whole model
 TASKS = Path(__file__).parent / "lm_eval"  # the files of the lm-eval tasks, copied as they are
 
 
@@ -37,18 +38,20 @@ class ExportConfig(Settings):
     run: str = ""
     """folder of a run (out/NAME) or of one of its checkpoints; by default the newest run in out/"""
     output: str = ""
-    """folder to write, which must not exist; if empty, hf in the run's folder"""
-    markers: Literal["auto", "implicit", "explicit", "none"] = "auto"
+    """folder to write, which must not exist; if empty, hf in the run's folder, or adapter with --adapter"""
+    adapter: bool = False
+    """write the factors that the run trained with train_only=lora, as an adapter for peft, instead of a whole model"""
+    markers: Literal["auto", "implicit", "explicit", "none"] = setting("auto", only_with=WHOLE)
     """how the exported model gets its markers. implicit: it inserts them itself, by the rule of the run's data;
     explicit: prompts contain them, and generation forces them; none: it neither inserts nor forces any; auto =
     implicit, or none for a run whose data has no markers"""
-    seed: int = 1337
+    seed: int = setting(1337, only_with=WHOLE)
     """seed of random marker positions; the default gives those of generation and scoring from Python"""
-    eval_texts: int = 200
+    eval_texts: int = setting(200, only_with=WHOLE)
     """number of texts of each lm-eval task, which the export contains; 0 = no tasks and no figures on these texts"""
     dataset: str = setting("", only_with={"eval_texts": SET})
     """folder of the dataset whose validation text is exported for lm-eval; if empty, the run's own"""
-    push_to_hub: str = ""
+    push_to_hub: str = setting("", only_with=WHOLE)
     """repository USER/NAME of the Hugging Face hub to upload the export to; a new one is private"""
     rescale: Rescale = field(default_factory=Rescale)
     typed: Suppress[tuple[str, ...]] = field(default=(), compare=False, repr=False, metadata={"hidden": True})
@@ -60,12 +63,19 @@ class ExportConfig(Settings):
         check(self, "eval_texts", 0 <= self.eval_texts <= 10**6, "lie in 0 .. 1000000")
         if self.push_to_hub:
             check_repository(self.push_to_hub)
+        if self.adapter and self.rescale != Rescale():
+            raise UserError(
+                f"rope_scaling={self.rescale.rope_scaling} changes the model, which an adapter does not hold: leave it "
+                f"out, or export the whole model without --adapter."
+            )
 
 
 def export(cfg: ExportConfig) -> Path:
     """Exports the run that cfg names, and uploads it if asked. Returns the folder.
 
     Raises UserError if the run cannot be exported, before anything is written."""
+    if cfg.adapter:
+        return _export_adapter(cfg)
     if importlib.util.find_spec("transformers") is None:
         raise UserError("export.py needs the package transformers, which is missing: pip install -e '.[export]'.")
     run = rescaled(load_run(cfg.run), cfg.rescale)
@@ -78,23 +88,30 @@ def export(cfg: ExportConfig) -> Path:
             f"leave --seed out."
         )
     output = Path(cfg.output) if cfg.output else run.folder.parent / "hf"
-    if os.path.lexists(output):
-        raise UserError(f"output={output} already exists, and is not overwritten: delete it, or name another folder.")
+    check_output(output)
     stream = validation_stream(run, cfg) if cfg.eval_texts else None
-    partial = output.with_name(f".{output.name}{WRITING}")
-    remove(partial)
-    partial.mkdir(parents=True)
+    partial = begin(output)
     config = config_of(run, placement, cfg.seed)
     write_model(run, config, partial)
     card = Card(run, config, output.name, cfg.push_to_hub, {}, {}, [])
     if stream is not None:
         card = write_tasks(run, cfg, config, stream, partial, card)
     write_text(partial / "README.md", model_card(card))
-    finish(partial, output)
+    finish(partial, output, config="config.json", weights="model.safetensors")
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     write_line(f"{output}: {config['architectures'][0]}, {size / 1e6:.1f} MB", BOLD)
     if cfg.push_to_hub:
         write_line(push(output, cfg.push_to_hub))
+    return output
+
+
+def _export_adapter(cfg: ExportConfig) -> Path:
+    """Writes the adapter of a run that was trained with LoRA. Returns the folder."""
+    run = open_adapted(cfg.run)
+    output = Path(cfg.output) if cfg.output else run.folder.parent / "adapter"
+    check_output(output)
+    for line in write_adapter(run, output):
+        write_line(line)
     return output
 
 
@@ -155,24 +172,3 @@ def write_tasks(run: Run, cfg: ExportConfig, config: dict, stream: np.ndarray, f
     return card._replace(
         figures=figures, n_texts={name: len(lines) for name, lines in texts.items()}, missing=[*missing]
     )
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON file as transformers does."""
-    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file with the same line ends on every system."""
-    path.write_bytes(text.encode())
-
-
-def finish(partial: Path, output: Path) -> None:
-    """Gives a complete folder its name, after all of its files are on disk.
-
-    safetensors makes files that only their owner can read, so the weights get the mode of the other files."""
-    shutil.copymode(partial / "config.json", partial / "model.safetensors")
-    for path in partial.rglob("*"):
-        sync(path)
-    sync(partial)
-    os.rename(partial, output)

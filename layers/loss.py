@@ -80,15 +80,28 @@ def _nats_and_slopes(logits, targets, n_content: int, weights=None) -> torch.Ten
     return total
 
 
+def _add_head_gradient(d_weight: torch.Tensor, d: torch.Tensor, h: torch.Tensor, first: bool) -> None:
+    """Adds d.T @ h to d_weight (V, C), or overwrites it if this is the first chunk. d (N, V), h (N, C)."""
+    # one slice of the vocabulary at a time, to avoid a second tensor of the head's size
+    for part, d_part in zip(d_weight.split(SLICE), d.split(SLICE, 1), strict=True):
+        if first:
+            part.copy_(d_part.T @ h)
+        else:
+            part += d_part.T @ h
+
+
 class _SummedNats(torch.autograd.Function):
-    """The weighted sum of cross-entropies of hidden @ weight.T. The forward also computes the gradients, by chunks."""
+    """The weighted sum of cross-entropies of hidden @ weight.T. The forward also computes the gradients, in chunks;
+    that of a frozen weight is left out."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights, n_content, dtype, chunk):
         w, n = weight.to(dtype), hidden.size(0)
         total = torch.zeros((), dtype=_sum_dtype(dtype), device=hidden.device)
         d_hidden = torch.empty_like(hidden)
-        d_weight = (torch.empty_like if n else torch.zeros_like)(weight, dtype=total.dtype)  # the first chunk fills it
+        d_weight = None
+        if ctx.needs_input_grad[1]:  # the first chunk fills it
+            d_weight = (torch.empty_like if n else torch.zeros_like)(weight, dtype=total.dtype)
         # on a CPU, mapping the memory pages of a new tensor of this size costs a third of the product's time
         buffer = torch.empty(min(n, chunk), w.size(0), dtype=dtype) if hidden.device.type == "cpu" else None
         for start in range(0, n, chunk):
@@ -100,19 +113,17 @@ class _SummedNats(torch.autograd.Function):
             # not in place: under torch.compile, torch 2.11 gives zero gradients if the result was changed in place
             total = total + _nats_and_slopes(d, targets[rows], n_content, None if weights is None else weights[rows])
             d_hidden[rows] = (d @ w).masked_fill_(unscored, 0)
-            # one slice of the vocabulary at a time, to avoid a second tensor of the head's size
-            for part, d_part in zip(d_weight.split(SLICE), d.split(SLICE, 1), strict=True):
-                if start == 0:
-                    part.copy_(d_part.T @ h)
-                else:
-                    part += d_part.T @ h
+            if d_weight is not None:
+                _add_head_gradient(d_weight, d, h, first=start == 0)
             del d  # free it before the next chunk allocates its own
-        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx, grad):
         d_hidden, d_weight = ctx.saved_tensors
+        if d_weight is None:  # the head is frozen
+            return d_hidden * grad.to(d_hidden.dtype), None, None, None, None, None, None
         if d_weight.device.type == "cpu":  # in place, to save a tensor of the head's size when memory use is highest
             d_weight = d_weight.mul_(grad)  # a second backward pass through the same graph is an error
         else:  # torch.compile cannot do that
@@ -168,6 +179,13 @@ def gather_scored(hidden, targets, scored_index) -> tuple[torch.Tensor, torch.Te
     return hidden.flatten(0, 1), gather_values(targets, scored_index, -100).flatten()
 
 
+def head_of(model: nn.Module) -> torch.Tensor:
+    """Returns the weight (V, C) of a model's head for its training loss, detached if the head is frozen.
+
+    The rows of markers, which may still be trained, get no gradient from the head in any case."""
+    return model.wte.weight.detach() if model.frozen_head else model.wte.weight
+
+
 class Objective(nn.Module):
     """A model and its loss as one module, for DDP and torch.compile. Maps the fields of a Batch to summed nats."""
 
@@ -179,7 +197,7 @@ class Objective(nn.Module):
         """Returns the summed nats () of the scored targets."""
         hidden = self.model(tokens, positions, meta_index, reads_from, read_until)
         hidden, targets = gather_scored(hidden, targets, scored_index)
-        return summed_nats(hidden, self.model.wte.weight, targets, self.model.cfg.content_vocab_size)
+        return summed_nats(hidden, head_of(self.model), targets, self.model.cfg.content_vocab_size)
 
 
 class Tally:

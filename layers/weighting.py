@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanometa.config.weight_settings import WeightConfig
-from nanometa.layers.loss import gather_scored, gather_values, summed_nats, token_scores
+from nanometa.layers.loss import gather_scored, gather_values, head_of, summed_nats, token_scores
 from nanometa.layers.short_contexts import cut_windows, short_contexts, states_of
 
 KEY = 2.0  # nats by which the whole context must help a key token (arXiv 2410.23771, alpha)
@@ -155,7 +155,7 @@ class WeightedObjective(nn.Module):
         context, from a file; None = the scorer computes them."""
         inputs = (tokens, positions, meta_index, reads_from, read_until)
         hidden, goals = gather_scored(self.model(*inputs), targets, scored_index)
-        head, n = self.model.wte.weight, self.model.cfg.content_vocab_size
+        head, n = head_of(self.model), self.model.cfg.content_vocab_size
         if not weighted:
             nats = summed_nats(hidden, head, goals, n)
             return nats, F.pad(nats.detach()[None], (0, 5))

@@ -47,6 +47,7 @@ TESTS = {
     "data/spans.py": "test_markers",
     "data/assemble.py": "test_data test_prepare",
     "data/tokenizer.py": "test_data",
+    "training/adapters.py": "test_adapters test_peft",
     "training/optimizer.py": "test_optim",
     "training/bad_steps.py": "test_guard",
     "training/evaluation.py": "test_perplexity test_train",

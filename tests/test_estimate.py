@@ -25,6 +25,7 @@ from nanometa.layers.loss import Objective, gather_scored
 from nanometa.layers.weighting import ShortLengths, WeightedObjective
 from nanometa.model import GPT
 from nanometa.training import estimate
+from nanometa.training.adapters import attach
 from nanometa.training.checkpoint import load_run
 from nanometa.training.distributed import Dist, autocast, pick_dtype
 from nanometa.training.optimizer import Optimizer
@@ -62,15 +63,21 @@ def random_batch(cfg: GPTConfig, B: int, M: int) -> tuple[torch.Tensor, ...]:
     return tokens, targets, torch.arange(T).expand(B, T).contiguous(), index, scored
 
 
+def built(cfg: GPTConfig, M: int, train_only: str = "all") -> GPT:
+    """Returns a model that trains a part, with factors of rank 4."""
+    more = {"lora_r": 4} if train_only == "lora" else {}
+    return attach(GPT(cfg), TrainConfig(model=cfg, train_only=train_only, **more), M)
+
+
 # ----------------------------------------------------------------------------- measurements
 
 
-def counted_flops(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype, weighted=None) -> int:
+def counted_flops(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype, train_only: str = "all", weighted=None) -> int:
     """Counts the FLOPs of a forward and backward pass, with PyTorch's plain attention, because PyTorch counts neither
     those of the CPU's fused kernel nor those of blockwise_attention.
 
     weighted: function of a model that returns its WeightedObjective; None = the usual loss."""
-    objective = weighted(GPT(cfg)) if weighted else Objective(GPT(cfg))
+    objective = (weighted or Objective)(built(cfg, M, train_only))
     beside = {"ties": torch.zeros(B, cfg.block_size, dtype=torch.long)} if weighted else {}
     plain = mock.patch.object(
         meta_attention, "blockwise_attention", partial(scaled_dot_product_attention, is_causal=True)
@@ -82,13 +89,13 @@ def counted_flops(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype, weighted=N
     return counter.get_total_flops()
 
 
-def saved_bytes(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype) -> tuple[int, int]:
+def saved_bytes(cfg: GPTConfig, B: int, M: int, dtype: torch.dtype, train_only: str = "all") -> tuple[int, int]:
     """Returns the bytes that autograd saves in a forward pass: (activations, casts of weights).
 
     Parameters and the batch are not counted. Each storage is counted once, and is kept until the end so that no other
     tensor can get its address.
     """
-    model = GPT(cfg)
+    model = built(cfg, M, train_only)
     batch = random_batch(cfg, B, M)
     shapes = {p.shape for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2}
     shapes |= {shape[::-1] for shape in shapes}
@@ -132,7 +139,7 @@ def step_peak(cfg: TrainConfig, M: int, dtype: torch.dtype, accumulation: int, t
     """Returns the peak memory of the second update, in which the optimizer has its state, computed as in train_step."""
 
     def prepare():
-        model = GPT(cfg.model)
+        model = attach(GPT(cfg.model), cfg, M)
         model.recompute = cfg.activation_checkpointing
         objective, optimizer = Objective(model), Optimizer(model, cfg)
 
@@ -183,6 +190,43 @@ def compare(what: str, predicted: int, measured: int, unit: float, within: float
 def test_flops_equal_those_that_pytorch_counts(second, n_inner, dtype):
     cfg, M = arm(TINY, second, n_inner=n_inner)
     assert 2 * estimate.flops_per_window(cfg, M) == counted_flops(cfg, 2, M, DTYPES[dtype])
+
+
+PARTS = [("lora", "meta"), ("lora", "none"), ("markers", "meta")]
+
+
+@pytest.mark.parametrize(("train_only", "second"), PARTS)
+def test_flops_of_training_a_part_equal_those_that_pytorch_counts(train_only, second):
+    """The product of LoRA's factors, which the estimate leaves out, is added here: once for both windows."""
+    cfg, M = arm(TINY, second)
+    factors = 3 * 2 * 4 * estimate.adapted_matrices(cfg) * (train_only == "lora")
+    estimated = 2 * estimate.flops_per_window(cfg, M, train_only) + factors
+    assert estimated == counted_flops(cfg, 2, M, torch.float32, train_only)
+    assert estimated < 0.85 * 2 * estimate.flops_per_window(cfg, M)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("train_only", "second"), PARTS)
+def test_activations_of_training_a_part_equal_those_that_autograd_saves(train_only, second, dtype):
+    cfg, M = arm(dataclasses.replace(TINY, n_layer=2, position="rope"), second)
+    measured, _ = saved_bytes(cfg, 2, M, DTYPES[dtype], train_only)
+    estimated = estimate.activations(cfg, 2, M, DTYPES[dtype].itemsize, "cpu", train_only)
+    assert estimated == pytest.approx(measured, rel=1e-3)
+    assert estimated < 0.9 * estimate.activations(cfg, 2, M, DTYPES[dtype].itemsize, "cpu")
+
+
+@pytest.mark.parametrize(("train_only", "second"), PARTS)
+def test_peak_memory_of_training_a_part_is_estimated_within_4_percent(train_only, second, tmp_path):
+    model, M = arm(TINY, second, position="rope")
+    more = {"lora_r": 4} if train_only == "lora" else {}
+    cfg = TrainConfig(model=model, micro_batch_size=4, n_accelerators=1, train_only=train_only, **more)
+    found = estimate.memory(cfg, M, torch.float32, "cpu", 1)
+    predicted = max(found["phases"].values())
+    compare(f"{train_only} {second}, MB", predicted, step_peak(cfg, M, torch.float32, 1, tmp_path), 1e6, within=0.04)
+    trained = sum(p.numel() for p in built(model, M, train_only).parameters() if p.requires_grad)
+    assert found["parts"]["optimizer"] == 2 * found["parts"]["gradients"] == 2 * 4 * trained
+    whole = dataclasses.replace(cfg, train_only="all")
+    assert predicted < 0.8 * max(estimate.memory(whole, M, torch.float32, "cpu", 1)["phases"].values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -496,5 +540,5 @@ def test_the_scoring_of_targets_is_counted_product_by_product(second, frozen):
     def weighted(model: GPT) -> WeightedObjective:
         return WeightedObjective(model, WeightConfig(weighting="dense"), lengths, GPT(scorer) if frozen else None)
 
-    counted = counted_flops(cfg, 2, M, torch.float32, weighted) - counted_flops(cfg, 2, M, torch.float32)
+    counted = counted_flops(cfg, 2, M, torch.float32, weighted=weighted) - counted_flops(cfg, 2, M, torch.float32)
     assert counted == 2 * estimate.scoring_flops(cfg, M, lengths, scorer if frozen else None)

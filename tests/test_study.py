@@ -21,7 +21,7 @@ from nanometa.config.command_line import load_config
 from nanometa.probes import masks
 from nanometa.studies import queue
 from nanometa.studies.analysis import INSENSITIVE, WAITING, analyse, picture, table
-from nanometa.studies.cell import arguments_of, fingerprint, placed, words
+from nanometa.studies.cell import arguments_of, fingerprint, placed, runs_of, words
 from nanometa.studies.plan import Cell, Plan, joined, read_plan
 from tests.conftest import ROOT, cli
 
@@ -224,6 +224,22 @@ def test_the_plan_of_the_sentinels_is_valid():
         arms[Path(path).stem] = cfg
     assert set(masks.configs()) < set(arms) and "tiny_gpt2" in arms
     assert len(read_plan(str(ROOT / "studies/sentinels.toml"), "minutes").cells()) == len(plan.arms)
+
+
+def test_the_plan_of_the_adapters_is_valid():
+    """Every arm starts from the one plain model of its seed, and all arms that are compared have the same steps."""
+    plan = read_plan(str(ROOT / "studies/adapters.toml"))
+    assert all(runs_of(plan, cell)["pretrain"] == f"pretrain_all_{cell.seed}" for cell in plan.cells())
+    trained, steps = set(), set()
+    for cell in {cell.arm.name: cell for cell in plan.cells()}.values():
+        path, *rest = words(arguments_of(plan, cell)["finetune"])
+        cfg = load_config(TrainConfig, [str(ROOT / path), *rest, "--init_from=out/base"], config_file=True)
+        assert cfg.dataset == "data/stdlib_none" and cfg.model.n_embd == 96
+        trained.add((Path(path).stem, cfg.train_only))
+        steps.add((cfg.max_steps, cfg.learning_rate))
+    assert {("tiny_sr", "lora"), ("tiny_clcr", "lora"), ("tiny_gpt2", "lora")} < trained
+    assert len(trained) == len(plan.arms) and len(steps) == 1
+    assert len(read_plan(str(ROOT / "studies/adapters.toml"), "minutes").cells()) == len(plan.arms)
 
 
 def load(cell: Cell, settings: str, more: tuple[str, ...]):

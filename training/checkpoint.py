@@ -42,6 +42,7 @@ from nanometa.common.formats import NewerFormatError, check_format
 from nanometa.config import TrainConfig, train_config_from_dict
 from nanometa.data.tokenizer import RANKS_FILE, SPEC_FILE, Tokenizer
 from nanometa.model import GPT
+from nanometa.training import adapters
 from nanometa.training.optimizer import Optimizer
 from nanometa.training.run_folders import STATE, checkpoint_folders, newest_run, suggestion
 from nanometa.training.state import check_state
@@ -204,9 +205,19 @@ class Checkpoint:
         with torch.device("meta"):
             return GPT(cfg.model)
 
+    def adapted_model(self) -> GPT:
+        """Returns a model like empty_model's, with the adapters that the run trains, if it trains any."""
+        return adapters.attach(self.empty_model(), self.config, self.state["data"]["chunk_markers"])
+
     def weights(self, model: GPT) -> dict[str, torch.Tensor]:
-        """Returns the weights by name. Raises UserError if names, shapes or dtypes differ from those of the model."""
-        tensors, wanted = read_tensors(self.files[WEIGHTS]), model.state_dict()
+        """Returns the weights by name. If the model has no adapters, those of the run are merged into its weights.
+
+        Raises UserError if names, shapes or dtypes differ from those of the model."""
+        if self.config.train_only != "all" and not adapters.has_adapters(model):
+            tensors = adapters.merge(self.load_into(self.adapted_model(), "cpu")).state_dict()
+        else:
+            tensors = read_tensors(self.files[WEIGHTS])
+        wanted = model.state_dict()
         for name in sorted(wanted.keys() | tensors.keys()):
             ours, found = (_brief(state.get(name)) for state in (wanted, tensors))
             if ours != found:

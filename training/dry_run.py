@@ -19,6 +19,7 @@ from nanometa.data.nats import is_stored
 from nanometa.data.tokenizer import SPEC_FILE, Tokenizer
 from nanometa.tasks.curriculum import MULTIPLE, Curriculum
 from nanometa.tasks.source import TaskWindows
+from nanometa.training.adapters import check_start
 from nanometa.training.base_run import base_of, check_length, with_base
 from nanometa.training.checkpoint import Checkpoint, open_run
 from nanometa.training.dataset import check_arm, with_vocabulary
@@ -26,6 +27,7 @@ from nanometa.training.distributed import pick_dtype
 from nanometa.training.estimate import (
     MEMORY,
     PEAK,
+    adapted_skeleton,
     data_of,
     flops_by_part,
     flops_per_window,
@@ -33,7 +35,7 @@ from nanometa.training.estimate import (
     parameters,
     peak_flops,
     scoring_flops,
-    skeleton,
+    trained_parameters,
 )
 from nanometa.training.idle import refuse_idle
 from nanometa.training.pretrained import KEYWORDS, check_name
@@ -64,6 +66,7 @@ def describe_estimate(cfg: TrainConfig, accumulation: int) -> str:
             f"{f' (did you mean {close!r}?)' if close else ''}."
         )
     cfg, load = _load_of(cfg)
+    check_start(cfg, load.M, has_weights=cfg.init_from != "scratch" or bool(cfg.branch_from))
     device = cfg.device if cfg.device != "auto" else "cuda"
     if cfg.dtype == "auto" and device == "cuda":
         dtype = torch.bfloat16  # every accelerator in the table computes it
@@ -74,7 +77,7 @@ def describe_estimate(cfg: TrainConfig, accumulation: int) -> str:
     return (
         f"{cfg.run_name or 'a run'} (the {arm} arm) on {cfg.n_accelerators} x {cfg.accelerator}: an estimate; nothing "
         f"is trained\n\n{load.origin}\n"
-        + _parameters(cfg)
+        + _parameters(cfg, load)
         + _tokens(cfg, load, accumulation)
         + table
         + _memory(cfg, load, accumulation, device, dtype)
@@ -87,10 +90,13 @@ def _section(title: str, rows: dict[str, str], notes: str = "") -> str:
     return f"\n{title}\n" + "\n".join(f"  {name:<32}{value}" for name, value in rows.items()) + "\n" + notes
 
 
-def _parameters(cfg: TrainConfig) -> str:
-    counts = parameters(skeleton(cfg.model))
+def _parameters(cfg: TrainConfig, load: Load) -> str:
+    model = adapted_skeleton(cfg, load.M)
+    counts = parameters(model)
     total, table = sum(counts.values()), counts.get("position table", 0)
     sums = {"total": total} | ({"total without position table": total - table} if table else {})
+    if cfg.train_only != "all":
+        sums |= {f"trained (train_only={cfg.train_only})": trained_parameters(model)}
     return _section("parameters", {name: f"{count / 1e6:9.3f} M" for name, count in {**counts, **sums}.items()})
 
 
@@ -124,10 +130,10 @@ def _tokens(cfg: TrainConfig, load: Load, accumulation: int) -> str:
 def _flops(cfg: TrainConfig, load: Load) -> tuple[float, str]:
     """Returns the FLOPs of the run, recomputed ones included, and their section."""
     T, M = load.model.block_size, load.M
-    flops = flops_by_part(load.model, M)
+    flops = flops_by_part(load.model, M, cfg.train_only)
     window = sum(flops.values())
     of_run = sum(
-        number * flops_per_window(dataclasses.replace(load.model, block_size=width), min(M, width))
+        number * flops_per_window(dataclasses.replace(load.model, block_size=width), min(M, width), cfg.train_only)
         for number, width in load.widths
     )
     rows = {name: f"{f / T:.3e}  per position  {100 * f / window:5.1f} %" for name, f in flops.items()}
@@ -136,16 +142,19 @@ def _flops(cfg: TrainConfig, load: Load) -> tuple[float, str]:
     if M and not cfg.task.tasks:
         rows |= {"markers": f"{100 * M / T:.1f} % of the positions, so also of the projections and the MLP"}
     rows |= {"a step": f"{window * cfg.batch_size:.3e}", "the run": f"{of_run:.3e}"}
-    if cfg.activation_checkpointing:
-        again = of_run * (window - flops["head"]) / window / 3  # a second forward pass of the blocks; takes time too
-        rows |= {"recomputed, in addition": f"{again:.3e}"}
-        of_run += again
+    added = 0.0
     if cfg.weights.rule:
         scoring = _scoring(cfg, load)
         rows |= {"weights of the loss": f"{scoring * cfg.batch_size:.3e}  a step, in addition (forward passes)"}
-        of_run += scoring * of_run / window
+        added += scoring * of_run / window
+    if cfg.activation_checkpointing:
+        # a second forward pass of the blocks; takes time too
+        forward = flops_by_part(load.model, M, backward=False)
+        again = of_run * (sum(forward.values()) - forward["head"]) / window
+        rows |= {"recomputed, in addition": f"{again:.3e}"}
+        added += again
     note = "  (only matrix products are counted, and attention over all keys, as in PaLM)\n"
-    return of_run, _section("FLOPs, forward and backward", rows, note + load.note)
+    return of_run + added, _section("FLOPs, forward and backward", rows, note + load.note)
 
 
 def _scoring(cfg: TrainConfig, load: Load) -> float:

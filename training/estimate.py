@@ -19,8 +19,9 @@ from nanometa.data.tokenizer import MARKERS, Tokenizer, rows_of
 from nanometa.layers.loss import SLICE, block_rows, chunk_rows
 from nanometa.layers.weighting import ShortLengths
 from nanometa.model import GPT
+from nanometa.training.adapters import attach
 from nanometa.training.dataset import recipe_of
-from nanometa.training.optimizer import muon_dtype, muon_transient, part_of
+from nanometa.training.optimizer import muon_dtype, muon_matrices, muon_transient, part_of
 
 # Dense bfloat16 FLOP/s with fp32 accumulation. NVIDIA's data sheets give twice these numbers where they assume
 # structured sparsity. Keys are the names of torch.cuda.get_device_name() without maker, form factor and memory size.
@@ -101,6 +102,16 @@ def skeleton(cfg: GPTConfig) -> GPT:
         return GPT(cfg)
 
 
+def adapted_skeleton(cfg: TrainConfig, M: int) -> GPT:
+    """Returns a skeleton with the adapters of a run whose windows have M markers."""
+    return attach(skeleton(cfg.model), cfg, M)
+
+
+def trained_parameters(model: GPT) -> int:
+    """Returns the number of parameters that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def parameters(model: GPT) -> dict[str, int]:
     """Returns the number of parameters by part of the model."""
     words = {"attn": "attention", "second_attn": "second attention", "mlp": "MLP"}
@@ -122,18 +133,25 @@ def scored_rows(cfg: GPTConfig, M: int) -> int:
     return min(cfg.block_size, cfg.block_size - M + 1)
 
 
-def flops_by_part(cfg: GPTConfig, M: int) -> dict[str, int]:
+def flops_by_part(cfg: GPTConfig, M: int, train_only: str = "all", backward: bool = True) -> dict[str, int]:
     """Returns the FLOPs of the forward and backward pass on one window with M meta-tokens, by part of the model.
 
-    Only matrix products count. A product of (n, k) with (k, m) takes 2 n k m FLOPs, and for each product in the
-    forward pass the backward pass has two of the same size. Attention is counted over all keys, as PaLM (arXiv
-    2204.02311, appendix B) and nanoGPT do; a causal kernel does about half of that."""
+    Only matrix products count. A product of (n, k) with (k, m) takes 2 n k m FLOPs. For each product in the forward
+    pass the backward pass has two of the same size, or one if a factor is a frozen weight. Attention is counted over
+    all keys, as PaLM (arXiv 2204.02311, appendix B) and nanoGPT do; a causal kernel does about half of that. The
+    product of LoRA's factors is left out, because it is made once for all windows of a micro-batch.
+
+    train_only: as in TrainConfig. backward=False counts the forward pass alone."""
     T, C, L = cfg.block_size, cfg.n_embd, cfg.n_layer
     inner = cfg.n_inner or 4 * C
+    # the number of products for each one in the forward pass
+    moving = 3 if backward else 1  # of two activations
+    adapted = moving - (backward and train_only == "markers")  # with the attentions' matrices
+    fixed = moving - (backward and train_only != "all")  # with the MLP's matrices and the head
 
     def attention(rows: int, queries: int, keys: int) -> int:
         projections = 2 * rows * C * (3 * C + C)  # the products for queries, keys, values and the output
-        return projections + 2 * 2 * queries * keys * C  # the scores and the weighted sum of the values
+        return adapted * projections + moving * 2 * 2 * queries * keys * C  # the scores, the weighted sum of the values
 
     n = second_rows(cfg, M)
     second = {
@@ -141,18 +159,21 @@ def flops_by_part(cfg: GPTConfig, M: int) -> dict[str, int]:
         "mean": (T, n, n),  # the values of all rows, and for simplicity also their queries and keys, are computed
         "read": (T, T, n + 1),  # the key of zeros for rows that have nothing to read counts as well
     }[cfg.second.others]
-    forward = {
-        "attention": L * attention(T, T, T),
+    # if no embedding is trained, no gradient passes the first matrix of the first block
+    unneeded = 2 * T * C * 3 * C * (backward and train_only == "lora" and not M)
+    parts = {
+        "attention": L * attention(T, T, T) - unneeded,
         "second attention": L * attention(*second) * cfg.second.has_layer,
-        "MLP": L * 2 * T * 2 * C * inner,
-        "head": 2 * scored_rows(cfg, M) * C * cfg.vocab_size,
+        "MLP": fixed * L * 2 * T * 2 * C * inner,
+        "head": fixed * 2 * scored_rows(cfg, M) * C * cfg.vocab_size,
     }
-    return {part: 3 * flops for part, flops in forward.items() if flops}
+    return {part: flops for part, flops in parts.items() if flops}
 
 
-def flops_per_window(cfg: GPTConfig, M: int) -> int:
-    """Returns the FLOPs of the forward and backward pass on one window with M meta-tokens."""
-    return sum(flops_by_part(cfg, M).values())
+def flops_per_window(cfg: GPTConfig, M: int, train_only: str = "all") -> int:
+    """Returns the FLOPs of the forward and backward pass on one window with M meta-tokens. train_only: as in
+    TrainConfig."""
+    return sum(flops_by_part(cfg, M, train_only).values())
 
 
 def scoring_flops(cfg: GPTConfig, M: int, lengths: ShortLengths | None, scorer: GPTConfig | None = None) -> int:
@@ -179,7 +200,7 @@ def utilization(cfg: TrainConfig, T: int, M: int, seconds: float, peak: float) -
     """Returns the MFU (model FLOPs utilization) of a step on windows of T positions, M of them markers.
 
     seconds: the time of the step; peak: FLOP/s of all devices together."""
-    flops = cfg.batch_size * flops_per_window(dataclasses.replace(cfg.model, block_size=T), M)
+    flops = cfg.batch_size * flops_per_window(dataclasses.replace(cfg.model, block_size=T), M, cfg.train_only)
     return flops / seconds / peak
 
 
@@ -188,12 +209,14 @@ def utilization(cfg: TrainConfig, T: int, M: int, seconds: float, peak: float) -
 # the bytes per number of autocast's dtype (4 without autocast), which the products of the blocks and the head have.
 
 
-def activations(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
+def activations(cfg: GPTConfig, B: int, M: int, size: int, device: str, train_only: str = "all") -> int:
     """Returns the bytes that autograd saves for the backward pass of B windows, counting each tensor once.
 
-    device: cuda | mps | cpu."""
+    device: cuda | mps | cpu. train_only: as in TrainConfig; the input of a product with a frozen matrix is not
+    saved."""
     T, C, H = cfg.block_size, cfg.n_embd, cfg.n_head
     inner, rope = cfg.n_inner or 4 * C, cfg.position == "rope"
+    adapted, full = train_only != "markers", train_only == "all"  # are the attentions' matrices trained, and the MLP's?
 
     def norm(rows: int) -> int:
         # the input, which is in fp32 like the residual stream, and the mean and 1/deviation of each row
@@ -203,12 +226,12 @@ def activations(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
         return B * rows * C * (1 if device == "cuda" else width) if cfg.dropout else 0
 
     def around(rows: int) -> int:  # an attention without its softmax: the norm, c_attn's input, dropout
-        return norm(rows) + B * rows * C * size + dropout(rows, size)
+        return norm(rows) + B * rows * C * size * adapted + dropout(rows, size)
 
     def softmax(rows: int, masked: bool = False, reused: bool = True) -> int:
         # reused: c_proj's input counts here, and is the output of the softmax where no copy is needed
         n = B * rows
-        c_proj = n * C * size * reused
+        c_proj = n * C * size * reused * adapted
         if device == "cpu" and cfg.dropout:
             # With dropout, torch has no fused kernel on a CPU: it saves q, k, v and three matrices of rows x rows in
             # fp32.
@@ -232,7 +255,8 @@ def activations(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
         # RoPE saves a rotated copy of q, else q keeps the tensor of all keys and values alive; c_proj's input as above
         return saved + n * C * size * (2 if rope else 3)
 
-    mlp = norm(T) + B * T * (C * size + 2 * inner * size) + dropout(T, size)  # c_fc's input, GELU's input and output
+    # c_fc's input, and GELU's input and output
+    mlp = norm(T) + B * T * (C * size * full + (1 + full) * inner * size) + dropout(T, size)
     block = around(T) + softmax(T) + mlp
     rows = second_rows(cfg, M)
     tables = T
@@ -255,46 +279,60 @@ def activations(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
     cos_sin = 2 * 4 * B * tables * (C // H // 2) if rope else 0
     scored = scored_rows(cfg, M)
     gather = B * scored * (8 + 1) if scored < T else 0
-    return cfg.n_layer * block + norm(T) + cos_sin + dropout(T, 4) + gather
+    below = norm(T) + dropout(T, 4)  # the first norm and the dropout of the embedding
+    unneeded = below * (train_only == "lora" and not M)  # no gradient passes there if no embedding is trained
+    # without autocast, the products need the matrices that LoRA computes; with autocast, they need the casts of these
+    low_rank = 4 * (adapted_matrices(cfg) - 3 * C * C * (not M)) * (train_only == "lora" and size == 4)
+    return cfg.n_layer * block + norm(T) + cos_sin + dropout(T, 4) + gather + low_rank - unneeded
 
 
-def loss_transient(cfg: GPTConfig, B: int, M: int, size: int, device: str) -> int:
+def adapted_matrices(cfg: GPTConfig) -> int:
+    """Returns how many numbers the matrices have that LoRA adapts."""
+    return cfg.n_layer * 4 * cfg.n_embd**2 * (1 + cfg.second.has_layer)
+
+
+def loss_transient(cfg: GPTConfig, B: int, M: int, size: int, device: str, train_only: str = "all") -> int:
     """Returns the largest number of bytes that the forward pass of loss._SummedNats holds at once, including its
     input."""
+    full = train_only == "all"  # else the head is frozen, and is joined with the trained rows of the markers
     n, C, V = B * scored_rows(cfg, M), cfg.n_embd, cfg.vocab_size
     chunk = min(n, chunk_rows(device, torch.Size((V, C))))
     block = min(chunk, block_rows(device, V))
     # The largest of: a block's fp32 logits with their softmax; the gradient of the hidden states; and a slice of the
     # head's gradient, which from the second chunk on has an fp32 copy under autocast.
     fp32_copy = 4 if size == 2 and n > chunk else 0
-    most = max(2 * 4 * block * V, chunk * C * size, min(V, SLICE) * C * (size + fp32_copy))
+    most = max(2 * 4 * block * V, chunk * C * size, min(V, SLICE) * C * (size + fp32_copy) * full)
     casts = (V if size == 2 else 0) * C * size + chunk * C * size  # the head's weight; the hidden states
+    head = 4 * V * C * (full or M > 0)
     # the last three terms: the gradients of the head and of the hidden states, and the hidden states themselves
-    return chunk * V * size + most + casts + 4 * V * C + 4 * n * C + 4 * n * C
+    return chunk * V * size + most + casts + head + 4 * n * C + 4 * n * C
 
 
 def memory(cfg: TrainConfig, M: int, dtype: torch.dtype, device: str, accumulation: int) -> dict[str, dict[str, int]]:
     """Returns {"parts": bytes by name, "phases": bytes held in each phase of a step}. The peak is the largest phase.
 
     cfg.model must have a vocabulary; cfg.n_accelerators is the number of processes."""
-    model, size = skeleton(cfg.model), dtype.itemsize
+    plain, model, size = skeleton(cfg.model), adapted_skeleton(cfg, M), dtype.itemsize
     B, wte, L = cfg.micro_batch_size, cfg.model.vocab_size * cfg.model.n_embd, cfg.model.n_layer
-    P = model.num_params()
-    blocks = [p for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2]
-    matrices = sum(p.numel() for p in blocks)
-    saved = activations(cfg.model, B, M, size, device)
+    full = cfg.train_only == "all"
+    P, trained = model.num_params(), trained_parameters(model)
+    matrices = sum(p.numel() for name, p in plain.named_parameters() if name.startswith("h.") and p.dim() == 2)
+    of_muon = muon_matrices(model) if cfg.optimizer == "muon" else []
+    saved = activations(cfg.model, B, M, size, device, cfg.train_only)
     if cfg.activation_checkpointing:
-        block = activations(dataclasses.replace(cfg.model, n_layer=L + 1), B, M, size, device) - saved
+        longer = dataclasses.replace(cfg.model, n_layer=L + 1)
+        block = activations(longer, B, M, size, device, cfg.train_only) - saved
         saved += L * (4 * B * cfg.model.block_size * cfg.model.n_embd - block)  # keeps only the inputs of the blocks
     parts = {
         "weights": 4 * P,
-        "gradients": 4 * P if cfg.n_accelerators == 1 else 0,  # with several processes they are views of DDP's buckets
-        "optimizer": 4 * (2 * P - (matrices if cfg.optimizer == "muon" else 0)),  # Muon has one moment, AdamW two
-        "DDP's buckets": 4 * P if cfg.n_accelerators > 1 else 0,  # kept from step to step
+        # with several processes, gradients are views of DDP's buckets
+        "gradients": 4 * trained if cfg.n_accelerators == 1 else 0,
+        "optimizer": 4 * (2 * trained - sum(p.numel() for p in of_muon)),  # Muon has one moment, AdamW two
+        "DDP's buckets": 4 * trained if cfg.n_accelerators > 1 else 0,  # kept from step to step
         # autocast casts the blocks' matrices once per forward pass, and the backward pass needs the casts
         "casts of weights": 2 * matrices if size == 2 else 0,
         "activations": saved,
-        "temporary, for the loss": loss_transient(cfg.model, B, M, size, device),
+        "temporary, for the loss": loss_transient(cfg.model, B, M, size, device, cfg.train_only),
     }
     kept = parts["weights"] + parts["optimizer"] + parts["DDP's buckets"]
     forward = kept + parts["casts of weights"] + parts["activations"]
@@ -305,20 +343,22 @@ def memory(cfg: TrainConfig, M: int, dtype: torch.dtype, device: str, accumulati
         # the gradients of the head and of the hidden states, as saved and as scaled by the loss's gradient; on a CPU
         # the gradient of the head is scaled in place
         "start of backward pass": forward
-        + 4 * ((1 if device == "cpu" else 2) * wte + 2 * B * scored_rows(cfg.model, M) * cfg.model.n_embd),
+        + 4 * ((1 if device == "cpu" else 2) * wte * full + 2 * B * scored_rows(cfg.model, M) * cfg.model.n_embd),
         # In between, activations are freed while gradients are made. At the end, the dense gradient of the embedding
         # is made beside that of the head; the gradient of earlier micro-batches is the third of this size. AdamW's
         # fused update needs no further memory.
-        "end of backward pass": kept + parts["gradients"] + 4 * wte * (2 if accumulation > 1 else 1),
+        "end of backward pass": kept
+        + parts["gradients"]
+        + 4 * wte * (M > 0 if not full else 2 if accumulation > 1 else 1),
     }
-    if cfg.optimizer == "muon":
+    if of_muon:
         # every GPU that --dry_run knows computes bfloat16
         muon = torch.bfloat16 if device == "cuda" else muon_dtype(torch.device(device))
-        phases["update"] = kept + parts["gradients"] + muon_transient(blocks, muon)
+        phases["update"] = kept + parts["gradients"] + muon_transient(of_muon, muon)
     if cfg.activation_checkpointing:
         # the recomputed activations and casts of the last block, and the gradients of the head, of the residual stream
         # and of the MLP's input and output
         rows = B * cfg.model.block_size * cfg.model.n_embd
-        again = block + (2 * matrices // L if size == 2 else 0) + 4 * wte + rows * (4 + 2 * size)
+        again = block + (2 * matrices // L if size == 2 else 0) + 4 * wte * full + rows * (4 + 2 * size)
         phases["recomputing a block"] = forward - parts["casts of weights"] + again
     return {"parts": {name: n_bytes for name, n_bytes in parts.items() if n_bytes}, "phases": phases}

@@ -61,10 +61,14 @@ def warnings(cfg: TrainConfig, n_windows: int | None) -> list[str]:
 
 
 def model_line(model: GPT) -> str:
-    """Returns the number of parameters, and of those that weight decay applies to."""
+    """Returns the number of parameters, of those that are trained, and of those that weight decay applies to."""
     whole, rest = (f"{model.num_params(table) / 1e6:.2f}M" for table in (True, False))
     decayed, others = (sum(p.numel() for p in group["params"]) for group in model.param_groups(0.0))
     table = "" if whole == rest else f", {rest} without the table of learned positions"
+    if model.frozen_head:
+        return (
+            f"model: {whole} parameters{table}; {decayed + others:,} of them are trained, by AdamW without weight decay"
+        )
     return f"model: {whole} parameters{table}; weight decay applies to {decayed:,} of {decayed + others:,}"
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn.utils import get_total_norm
 
 from nanometa.config import TrainConfig
-from nanometa.model import GPT
+from nanometa.model import ADAPTED, GPT
 from nanometa.training.distributed import pick_dtype
 
 
@@ -69,6 +69,14 @@ def muon_transient(matrices: list[torch.Tensor], dtype: torch.dtype) -> int:
     return most
 
 
+def muon_matrices(model: GPT) -> list[torch.Tensor]:
+    """Returns the parameters that Muon updates: the trained matrices of the blocks, but not the factors of LoRA."""
+    return [
+        p for name, p in model.named_parameters()
+        if name.startswith("h.") and p.dim() == 2 and p.requires_grad and ADAPTED not in name
+    ]  # fmt: skip
+
+
 def muon_dtype(device: torch.device) -> torch.dtype:
     """Returns the dtype of the Newton-Schulz steps: bfloat16, or fp32 on a processor or GPU that would emulate it."""
     return pick_dtype("auto", device)[0]
@@ -126,7 +134,8 @@ STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_
 
 
 class Optimizer:
-    """AdamW for all parameters, or Muon for the matrices inside the blocks and AdamW for the rest.
+    """AdamW for all parameters, or Muon for the matrices inside the blocks and AdamW for the rest. Frozen parameters
+    have no state.
 
     Muon (Jordan et al., 2024) orthogonalizes the momentum by Newton-Schulz steps. Its updates are scaled here to the
     root mean square of AdamW's updates (Liu et al., arXiv 2502.16982), so both share one learning rate and weight
@@ -136,14 +145,14 @@ class Optimizer:
         self.model = model
         self.parts: list[torch.optim.Optimizer] = []
         groups = model.param_groups(cfg.weight_decay)
-        if cfg.optimizer == "muon":
-            matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2]
+        if cfg.optimizer == "muon" and (matrices := muon_matrices(model)):
             ids = {id(p) for p in matrices}
             groups = [{**group, "params": [p for p in group["params"] if id(p) not in ids]} for group in groups]
             self.parts.append(Muon(matrices, weight_decay=cfg.weight_decay))
         self.parts.append(torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=True))
         mine = [p for part in self.parts for group in part.param_groups for p in group["params"]]
-        assert len(mine) == len({id(p) for p in mine}) == len(list(model.parameters())), "a parameter is missing"
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert len(mine) == len({id(p) for p in mine}) == len(trained), "a parameter is missing"
 
     def step(self, rate: float) -> None:
         """Makes one update at this learning rate, and deletes the gradients."""
@@ -168,7 +177,7 @@ class Optimizer:
         """Takes over a state that `tensors` returned.
 
         Raises ValueError, before anything has changed, if it is not the state of these parameters."""
-        params = dict(self.model.named_parameters())
+        params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         owner = {id(p): part for part in self.parts for group in part.param_groups for p in group["params"]}
         for name, p in params.items():
             here = {
@@ -183,7 +192,7 @@ class Optimizer:
                 )
         for name in tensors:
             if name.rpartition("/")[0] not in params:
-                raise ValueError(f"{name} belongs to no parameter")
+                raise ValueError(f"{name} belongs to no parameter that is trained")
         for name, tensor in tensors.items():
             param, key = name.rsplit("/", 1)
             owner[id(params[param])].state[params[param]][key] = tensor.to(params[param].device)
@@ -198,13 +207,15 @@ def part_of(name: str) -> str:
 
 @torch.no_grad()
 def norms(model: GPT) -> dict[str, torch.Tensor]:
-    """Returns the L2 norms of weights and gradients by name.
+    """Returns the L2 norms of the trained parameters and of their gradients by name.
 
-    The names are weight_norm for the whole model, and weight_norm_PART and grad_norm_PART for each part."""
+    The names are weight_norm for the whole model, and weight_norm_PART and grad_norm_PART for each part that is
+    trained."""
     parts: dict[str, list[torch.Tensor]] = {}
     for name, p in model.named_parameters():
-        parts.setdefault(part_of(name), []).append(p)
-    out = {"weight_norm": get_total_norm(model.parameters())}
+        if p.requires_grad:
+            parts.setdefault(part_of(name), []).append(p)
+    out = {"weight_norm": get_total_norm([p for p in model.parameters() if p.requires_grad])}
     for part, params in parts.items():
         out[f"weight_norm_{part}"] = get_total_norm(params)
         out[f"grad_norm_{part}"] = get_total_norm([p.grad for p in params])
