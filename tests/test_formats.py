@@ -76,7 +76,8 @@ def test_plain_text_is_read_whatever_the_file_is_called(tmp_path, name):
     ("name", "cure"),
     [("a.csv", "convert it to .jsonl"), ("a.TSV", "convert it to .jsonl"), ("a.csv.gz", "convert it to .jsonl"),
      ("a.arrow", "convert it to .jsonl"), ("a.tar.zst", "unpack it"), ("a.txt.bz2", "unpack it"),
-     ("a.csv.zst", "convert it to .jsonl"), ("a.parquet.zst", "unpack it"), ("a.xz", "unpack it"), ("a.zip", "unpack it"), ("a.tar.gz", "unpack it"), ("a.parquet.gz", "unpack it"),
+     ("a.csv.zst", "convert it to .jsonl"), ("a.parquet.zst", "unpack it"),
+     ("a.xz", "unpack it"), ("a.zip", "unpack it"), ("a.tar.gz", "unpack it"), ("a.parquet.gz", "unpack it"),
      ("a.html", "save its text as .txt"), ("a.docx", "save its text as .txt"), ("a.Pdf", "save its text as .txt")],
 )  # fmt: skip
 def test_formats_that_are_not_read_are_refused_with_the_cure(tmp_path, name, cure):
@@ -175,7 +176,7 @@ def test_zstandard_files_may_have_several_frames_or_none(tmp_path):
 def test_a_zstandard_window_that_is_too_long_is_refused_with_the_cure(tmp_path):
     """Some corpora are compressed with zstd --long=31."""
     frame = bytes.fromhex("28b52ffd 00 a0 290000") + b"hello"  # a window of 1 GiB
-    with pytest.raises(UserError, match="a window of more than 128 MiB: unpack it with zstd --decompress --long=31, and"):
+    with pytest.raises(UserError, match="a window of more than 128 MiB: unpack it with zstd --decompress --long=31"):
         files_source(write(tmp_path / "a.jsonl.zst", frame))
     assert "more than 128 MiB: unpack it" in reason_of(write(tmp_path / "a.txt.zst", frame))
     frame = bytes.fromhex("28b52ffd 00 88 290000") + b"hello"  # a window of 128 MiB
