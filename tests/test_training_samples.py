@@ -88,7 +88,7 @@ def test_a_failed_sample_says_why_and_ends_nothing(workdir):
     [
         (("--sample_interval=0",), "sample_interval=0 must be at least 1, or None"),
         (("--sample_prompt=x",), "--sample_prompt has no effect: it is only used with --sample_interval"),
-        (("--sample_interval=5", f"--sample_prompt={'the cat sat ' * 40}"), "positions with its markers, but the model"),
+        (("--sample_interval=5", f"--sample_prompt={'the cat sat ' * 40}"), "positions with its markers, but"),
         (("--sample_interval=5", "--sample_prompt=a<|meta|>", "--dataset=data/n", "--second_attention=none"),
          "cannot be continued: the text contains <|meta|>, and out/refused was trained without such markers"),
     ],
