@@ -67,6 +67,7 @@ def test_a_bool_setting_needs_no_value():
     assert bool_names(TrainConfig) == [
         "bias",
         "rope_dynamic",
+        "draw_curves",
         "compile",
         "activation_checkpointing",
         "dry_run",

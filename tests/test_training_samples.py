@@ -86,10 +86,11 @@ def test_a_failed_sample_says_why_and_ends_nothing(workdir):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (("--sample_interval=0",), "sample_interval=0 must be at least 1, or None"),
+        (("--sample_interval=0",), "sample_interval=0 is out of range: it must be at least 1, or None"),
         (("--sample_prompt=x",), "--sample_prompt has no effect: it is only used with --sample_interval"),
         (("--sample_interval=5", f"--sample_prompt={'the cat sat ' * 40}"), "positions with its markers, but"),
-        (("--sample_interval=5", "--sample_prompt=a<|meta|>", "--dataset=data/n", "--second_attention=none"),
+        (("--sample_interval=5", "--sample_prompt=a<|meta|>", "--dataset=data/n", "--block_size=28",
+          "--second_attention=none"),
          "cannot be continued: the text contains <|meta|>, and out/refused was trained without such markers"),
     ],
 )  # fmt: skip
