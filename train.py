@@ -29,12 +29,14 @@ from nanometa.data.layout import Batch, to_device
 from nanometa.data.loader import step_windows, window_order
 from nanometa.data.markers import markers_of
 from nanometa.data.verify import verify
+from nanometa.inference.training_samples import TrainingSamples
 from nanometa.layers.scores import Scorer
 from nanometa.model import GPT
+from nanometa.reports.own_curves import OwnCurves
 from nanometa.training import adapters, agreement, checkpoint, messages, pretrained
 from nanometa.training.bad_steps import BadStepGuard, diverged
 from nanometa.training.base_run import base_of, with_base
-from nanometa.training.checkpoint import Checkpoint
+from nanometa.training.checkpoint import Checkpoint, Run
 from nanometa.training.clock import Clock, hms
 from nanometa.training.dataset import data_facts, open_windows, with_vocabulary
 from nanometa.training.distributed import Dist, accumulation, autocast, pick_dtype, processes, why_eager
@@ -169,6 +171,10 @@ class Trainer:
             saved.restore(self.optimizer)
         self.objective = self.weights.objective(self.model, dist.device)
         self.scorer = None  # evaluate the eager model
+        self.samples = None  # in the main process, what generates samples, which the others do not wait for
+        if cfg.sample_interval and dist.is_main:
+            run = Run(self.model, self.train_data.tokenizer, cfg, {"data": self.facts}, self.run_dir)
+            self.samples = TrainingSamples(run, cfg.sample_prompt, self.dtype)
         return why_dtype
 
     def _take_folder(self) -> None:
@@ -335,6 +341,7 @@ class Trainer:
 
     def _train(self, stop: StopFlag) -> None:
         cfg, log, due, clock = self.cfg, self.log, self.ending.due, Clock()
+        curves = OwnCurves(self.run_dir, log.say, on=cfg.draw_curves and self.dist.is_main)
         stopping = False
         # at the start of a run, or if a signal interrupted the evaluation after this step
         if due(self.step, cfg.eval_interval) and self.evaluated != self.step:
@@ -353,8 +360,11 @@ class Trainer:
             paused = time.perf_counter()
             if due(self.step, cfg.eval_interval) and not stopping:
                 stopping = not self.evaluate(cfg.eval_windows, stop)
+            if self.samples and due(self.step, cfg.sample_interval) and not stopping:
+                log.say(messages.sample_line(self.step, self.samples.text()))
             if due(self.step, cfg.save_interval) or stopping:
                 self.save("step")
+                curves.draw(last=False)
             clock.pause(time.perf_counter() - paused)
         if self.step == 0:
             raise UserError("stopped by a signal before the first step, so nothing is saved: give the command again.")
@@ -362,6 +372,7 @@ class Trainer:
             self.save("step")
         if not stopping:
             stopping = not self.evaluate(None, stop, kind="final")
+        curves.draw(last=True)
         if stopping:
             log.say(f"stopped by a signal after step {self.step:,}, which is saved; continue with --init_from=resume")
         else:

@@ -93,8 +93,17 @@ class TrainConfig(Settings):
     """number of recent checkpoints to keep, in addition to the best one"""
     log_interval: int = setting(10, on_resume="may change")
     """steps between log lines"""
+    tracker: Literal["wandb", "tensorboard", "none"] | None = setting(None, on_resume="may change")
+    """where the figures go in addition to metrics.jsonl; None = wandb, or none with wandb=disabled. tensorboard: into
+    the run folder, for `tensorboard --logdir`; it needs the package tensorboard"""
     wandb: Literal["offline", "online", "disabled"] = setting("offline", on_resume="may change")
-    """Weights & Biases logging. offline: into the run folder, for `wandb sync` to upload later"""
+    """Weights & Biases logging. offline: into the run folder, for `wandb sync` to upload later; disabled: none"""
+    draw_curves: bool = setting(True, on_resume="may change")
+    """draw the curves into loss.png in the run folder, at checkpoints and at the end"""
+    sample_interval: int | None = setting(None, on_resume="may change")
+    """steps between sample texts, which the run generates from sample_prompt, prints and logs; None = no samples"""
+    sample_prompt: str = setting("", only_with={"sample_interval": SET}, on_resume="may change")
+    """text that every sample continues, which may contain markers; by default the start of a document"""
 
     # hardware
     device: Literal["auto", "cuda", "mps", "cpu"] = setting("auto", on_resume="may change")
@@ -167,6 +176,8 @@ class TrainConfig(Settings):
             check(self, "min_lr", self.min_lr <= self.learning_rate, f"be at most learning_rate={self.learning_rate}")
         check(self, "lr_decay_steps", self.lr_decay_steps is None or self.lr_decay_steps >= 1, "be at least 1")
         check(self, "decay_fraction", 0 < self.decay_fraction <= 1, "lie in (0, 1]")
+        at_least = self.sample_interval is None or self.sample_interval >= 1
+        check(self, "sample_interval", at_least, "be at least 1, or None")
         check(self, "stop_at", self.stop_at is None or 0 < self.stop_at <= 1, "lie in (0, 1], or be None")
         check(self, "mfu", 0 < self.mfu <= 1, "lie in (0, 1]")
         check(self, "n_accelerators", 1 <= self.n_accelerators <= 10**6, "lie in 1 .. 1000000")
@@ -181,11 +192,25 @@ class TrainConfig(Settings):
             )
         check(self, "eval_windows", self.eval_windows is None or self.eval_windows >= 1, "be at least 1")
         check(self, "scorer", self.scorer != "", "be self or a folder")
+        self._check_tracker()
         self._check_markers()
         for name in ("beta1", "beta2"):
             check(self, name, 0 <= getattr(self, name) < 1, "lie in [0, 1)")
         check(self, "keep", self.keep >= 2, "be at least 2, because the newest checkpoint may be damaged")
         check(self, "run_name", is_folder_name(self.run_name) or not self.run_name, FOLDER_NAME)
+
+    def _check_tracker(self) -> None:
+        """Raises UserError if tracker and wandb are both given and contradict each other."""
+        given = self.wandb != "offline" or "wandb" in self.typed
+        if given and self.tracker and (self.tracker == "wandb") != (self.wandb != "disabled"):
+            raise UserError(
+                f"tracker={self.tracker} and wandb={self.wandb} contradict each other: give only one of them."
+            )
+
+    @property
+    def tracked_by(self) -> str:
+        """The tracker of the run: wandb, tensorboard or none."""
+        return self.tracker or ("none" if self.wandb == "disabled" else "wandb")
 
     def _check_markers(self) -> None:
         """Raises UserError if what markers hide cannot be combined with the other settings."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from nanometa.common.errors import UserError
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")  # each line is a document, and may be compressed
+COMPRESSED = (".gz", ".zst", ".zstd")  # the suffix before one of these tells the kind of the content
 PARQUET = (".parquet", ".parq", ".pq")
 STDLIB_SUFFIXES = (".py", ".txt", ".rst")
 LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
@@ -19,7 +20,7 @@ BUILD_FILES = ("version.py", "_version.py", "__config__.py")
 AS_ROWS = "convert it to .jsonl or .parquet with a column of text"
 AS_TEXT = "save its text as .txt"
 OR_SYNTAX = ", or rename it to .txt if the model should learn its syntax"
-UNPACK = "unpack it, or compress each file with gzip (.txt.gz, .jsonl.gz)"
+UNPACK = "unpack it, or compress each file with gzip or zstd (.txt.gz, .jsonl.zst)"
 # Formats that contain text, but are not text themselves: a model would learn their syntax. Codes of languages are not
 # listed, because they are suffixes of plain text in translation corpora (.pt, .ps, .br).
 UNREAD = {
@@ -28,14 +29,14 @@ UNREAD = {
     **dict.fromkeys(".xls .xlsx .ods .arrow .feather .ipc .orc .avro .tfrecord .h5 .hdf5 .npy .npz .pkl .pickle "
                     ".safetensors .msgpack .db .sqlite .sqlite3 .warc .wet .wat".split(), AS_ROWS),
     **dict.fromkeys(".pdf .doc .docx .odt .ppt .pptx .odp .epub .mobi .djvu".split(), AS_TEXT),
-    **dict.fromkeys(".zst .zstd .bz2 .xz .lzma .lz4 .zip .tar .tgz .tbz2 .txz .7z .rar".split(), UNPACK),
+    **dict.fromkeys(".bz2 .xz .lzma .lz4 .zip .tar .tgz .tbz2 .txz .tzst .7z .rar".split(), UNPACK),
 }  # fmt: skip
 
 
 def kind_of(path: Path) -> str:
-    """Returns the suffix of a file in lower case. For a compressed file, it is the suffix before .gz."""
+    """Returns the suffix of a file in lower case. For a compressed file, it is the suffix before .gz or .zst."""
     suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix == ".gz" else suffix
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
 
 
 def is_rows(path: Path) -> bool:

@@ -1,14 +1,13 @@
 """Reads the rows of JSON lines and Parquet files: the text of each row, or the reason why it has none."""
 
-import gzip
 import itertools
-import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from nanometa.common.errors import UserError, printable
 from nanometa.common.files import parse_json
 from nanometa.config.checks import nearest_name
+from nanometa.data.opening import DAMAGED
 
 ROW_BYTES = 2**26  # longest line of JSON and longest text of a row, because a row is held in memory as a whole
 SAMPLED_ROWS = 100  # rows in which a misspelled column is looked for before the preparation starts
@@ -30,10 +29,6 @@ class Skipped(NamedTuple):
     def reason(self) -> str:
         """The whole reason."""
         return self.kind + self.detail
-
-
-class Unreadable(Exception):
-    """A file from which no document can be read. Its arguments are the kind and the detail of a Skipped."""
 
 
 # ----------------------------------------------------------------------------- one row
@@ -133,7 +128,7 @@ def texts_in_json_lines(file: BinaryIO, column: str, name: str) -> Iterator[str 
                     yield Skipped(where, "invalid JSON", f" ({error})")
                 else:
                     yield text_of(cell_of(row, column), column, where)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except DAMAGED as error:
         yield Skipped(f"{name}:{number + 1}", "damaged from here on", f" ({error})")
 
 
@@ -149,7 +144,7 @@ def sampled_rows(file: BinaryIO) -> list:
                 rows.append(parse_json(line or b""))
             except ValueError:  # texts_in_json_lines reports it
                 continue
-    except (OSError, EOFError, zlib.error):
+    except (OSError, *DAMAGED):
         pass
     return rows
 

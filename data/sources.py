@@ -6,12 +6,10 @@ Hugging Face dataset). Machines share the work by units, and an interrupted prep
 so that nothing is lost silently."""
 
 import codecs
-import gzip
 import hashlib
 import itertools
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
@@ -20,9 +18,9 @@ from nanometa.common.errors import UserError
 from nanometa.common.files import parse_json
 from nanometa.config import PrepareConfig
 from nanometa.data.found_files import JSON_LINES, files_of, is_rows, kind_of, package_files, stdlib_files
+from nanometa.data.opening import DAMAGED, Unreadable, open_regular, unpacked
 from nanometa.data.rows import (
     Skipped,
-    Unreadable,
     check_column,
     check_parquet,
     sampled_rows,
@@ -35,7 +33,6 @@ READ_BYTES = 2**20  # bytes of a file that are read at a time
 UNITS, UNIT_BYTES = 64, 256 * 2**20  # files form about 64 units, or more if units would exceed this size
 SAMPLED_FILES = 10  # in which a misspelled text column is looked for before the preparation starts
 BOM = "\ufeff"
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 starts with the same two bytes, or with zeros
 
 
 class Piece(NamedTuple):
@@ -136,7 +133,7 @@ class FileSource:
                     yield from read_pieces(path, self.separator, self._open)
             except UnicodeDecodeError as error:
                 yield Skipped(str(path), "not UTF-8", f" at byte {error.start}")
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            except DAMAGED as error:
                 yield Skipped(str(path), "damaged", f" ({error})")
             except Unreadable as error:
                 yield Skipped(str(path), *error.args)
@@ -198,29 +195,6 @@ def _grouped(paths: list[Path], sizes: list[int], least: float) -> Iterator[list
         yield group
 
 
-# ----------------------------------------------------------------------------- opening
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file. Raises Unreadable for a pipe, a socket or a device, because reading one might never end."""
-    if path.exists() and not path.is_file():
-        raise Unreadable("not a regular file", ": copy its content to a file")
-    return open(path, "rb")
-
-
-def _unpacked(path: Path, file: BinaryIO) -> BinaryIO:
-    """Returns a reader of the content of an open file: that of the gzip archive, if its name ends with .gz.
-
-    Raises Unreadable if the start of the content shows that it is not UTF-8."""
-    content = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
-    start = content.peek(READ_BYTES)
-    if start[:2] in UTF16:
-        raise Unreadable("UTF-16 or UTF-32, not UTF-8", ": convert it, for example with iconv -f UTF-16 -t UTF-8")
-    if start and 4 * start.count(0) >= len(start):  # half of the bytes of English in UTF-16 are zero
-        raise Unreadable("binary or UTF-16, because at least a quarter of its first bytes are zero")
-    return content
-
-
 # ----------------------------------------------------------------------------- rows
 
 
@@ -228,7 +202,7 @@ def _texts_of_rows(path: Path, column: str, opened: Callable[[Path], BinaryIO]) 
     """Yields the texts of the rows of a file. opened: opens the file."""
     with opened(path) as file:
         if kind_of(path) in JSON_LINES:
-            content = _unpacked(path, file)
+            content = unpacked(path, file)
             if kind_of(path) == ".json":  # the name is also used for files with one array or object
                 _refuse_other_json(content)
             yield from texts_in_json_lines(content, column, str(path))
@@ -254,7 +228,7 @@ def _check_columns(paths: list[Path], column: str) -> None:
         try:
             with open_regular(path) as file:
                 if kind_of(path) in JSON_LINES:
-                    content = _unpacked(path, file)
+                    content = unpacked(path, file)
                     if kind_of(path) == ".json":
                         _refuse_other_json(content)
                     rows = sampled_rows(content)
@@ -264,7 +238,7 @@ def _check_columns(paths: list[Path], column: str) -> None:
                 else:
                     check_parquet(file, column, str(path))
             return
-        except (OSError, EOFError, zlib.error):
+        except (OSError, *DAMAGED):
             continue
         except Unreadable as error:
             refusals.append(UserError(f"{path} is {''.join(error.args)}."))
@@ -286,7 +260,7 @@ def read_pieces(
     Raises UnicodeDecodeError, with the byte's position in the file, before it yields the first piece, and Unreadable if
     the file is something else than text."""
     with opened(path) as file:
-        content = _unpacked(path, file)
+        content = unpacked(path, file)
         start = content.read(READ_BYTES)
         _refuse_json(path, start)
         if len(start) < READ_BYTES:  # true of most files

@@ -3,6 +3,7 @@ loss. For files of eval.py perplexity --documents it draws the loss by depth in 
 
 python report.py curves                                # the newest run -> out/<run>/loss.png
 python report.py curves out/tiny_meta out/tiny_gpt2 --output=compare.png
+python report.py curves out/tiny_meta --follow         # redraws while the run is being trained, until it ends
 python report.py curves out/tiny_meta/perplexity.jsonl    # -> out/tiny_meta/depth.png
 """
 
@@ -14,6 +15,7 @@ from nanometa.common.terminal import write_line
 from nanometa.config.command_line import Parser, path_argument
 from nanometa.reports import depth
 from nanometa.reports.drawing import png, tiled
+from nanometa.reports.follow import follow
 from nanometa.reports.training import draw, heading, looks_of, panels_of, reached, read_run
 
 
@@ -53,7 +55,17 @@ def main(argv: list[str]) -> None:
         type=path_argument,
         help="name of the PNG; by default loss.png or depth.png in the folder of the first run",
     )
+    parser.add_argument(
+        "--follow", action="store_true", help="redraw whenever there are new figures, until the runs end or Ctrl-C"
+    )
+    parser.add_argument(
+        "--interval", type=float, help="for --follow: seconds between two looks at the runs (by default 30)"
+    )
     args = parser.parse_args(argv)
+    if args.interval is not None and not args.follow:
+        raise UserError("--interval has no effect: it is only used with --follow; leave it out, or add --follow.")
+    if args.interval is not None and not 0.1 <= args.interval <= 86400:
+        raise UserError(f"--interval={args.interval:g} is out of range: it must lie in 0.1 .. 86400.")
     runs = args.runs or sorted(Path("out").glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)[-1:]
     if not runs:
         raise UserError("there is no run in out/: train one first, for example python train.py config/tiny_meta.py.")
@@ -64,6 +76,10 @@ def main(argv: list[str]) -> None:
     output = args.output or (runs[0].parent / "depth.png" if files else runs[0] / "loss.png")
     if output.suffix != ".png":
         raise UserError(f"{output} does not end in .png, but the picture is a PNG: take a name that does.")
+    if files and args.follow:
+        raise UserError(f"--follow has no effect on {files[0]}, a file of an evaluation: leave it out.")
+    if args.follow:
+        return follow(runs, lambda: write_atomically(output, picture(runs)), output, args.interval or 30)
     drawn = png(depth.draw, *depth.read(files), width=7.5) if files else picture(runs)
     write_atomically(output, drawn)
     write_line(str(output))

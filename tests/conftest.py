@@ -78,6 +78,7 @@ TINY = (
     "--n_layer=2", "--n_head=2", "--n_embd=32", "--dtype=float32", "--compile=False", "--wandb=disabled",
     "--device=cpu", "--batch_size=8", "--micro_batch_size=8", "--learning_rate=1e-3", "--min_lr=1e-4",
     "--warmup_steps=3", "--log_interval=1", "--eval_interval=10", "--save_interval=10", "--eval_windows=5",
+    "--draw_curves=False",
 )  # fmt: skip
 
 

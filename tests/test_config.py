@@ -68,6 +68,7 @@ def test_a_bool_setting_needs_no_value():
     assert bool_names(TrainConfig) == [
         "bias",
         "rope_dynamic",
+        "draw_curves",
         "compile",
         "activation_checkpointing",
         "dry_run",
@@ -465,7 +466,8 @@ def test_the_settings_that_a_resumed_run_may_change():
         "verify", "micro_batch_size", "max_steps", "schedule", "learning_rate", "min_lr", "warmup_steps",
         "lr_decay_steps", "decay_fraction", "weight_decay", "beta1", "beta2", "grad_clip", "max_skipped",
         "spike_deviations", "skip_spikes", "log_interval", "eval_interval", "save_interval", "keep", "wandb", "device",
-        "dtype", "compile", "activation_checkpointing", "stop_at",
+        "dtype", "compile", "activation_checkpointing", "stop_at", "tracker", "draw_curves", "sample_interval",
+        "sample_prompt",
     }  # fmt: skip
     assert {name for name, rule in rules.items() if rule == "ignored"} == {
         "run_name", "out_dir", "init_from", "branch_from", "dataset", "allow_changed_data", "dry_run", "accelerator",

@@ -27,6 +27,14 @@ def write(path, content):
     return path
 
 
+def zstd(content: bytes) -> bytes:
+    """Returns the content as a Zstandard frame without a checksum."""
+    out = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(out, "zstd") as file:
+        file.write(content)
+    return out.getvalue().to_pybytes()
+
+
 def items_of(*paths, **settings) -> list:
     """Returns everything that the files give: the text of each piece, and each Skipped."""
     source = files_source(*paths, **settings)
@@ -44,10 +52,15 @@ def reason_of(*paths, **settings) -> str:
 # ----------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.JSONL", "a.json", "a.NdJson.GZ", "a.json.gz"])
+PACKERS = {".gz": gzip.compress, ".zst": zstd, ".zstd": zstd}
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.ndjson", "a.JSONL", "a.json", "a.NdJson.GZ", "a.json.gz", "a.jsonl.zst", "a.json.ZSTD"]
+)
 def test_rows_of_json_are_documents_whatever_the_file_is_called(tmp_path, name):
-    content = gzip.compress(ROWS.encode()) if name.lower().endswith(".gz") else ROWS
-    assert items_of(write(tmp_path / name, content)) == DOCUMENTS
+    pack = PACKERS.get((tmp_path / name).suffix.lower(), bytes)
+    assert items_of(write(tmp_path / name, pack(ROWS.encode()))) == DOCUMENTS
 
 
 @pytest.mark.parametrize(
@@ -55,13 +68,15 @@ def test_rows_of_json_are_documents_whatever_the_file_is_called(tmp_path, name):
 )
 def test_plain_text_is_read_whatever_the_file_is_called(tmp_path, name):
     assert items_of(write(tmp_path / name, "# text\n")) == ["# text\n"]
-    assert items_of(write(tmp_path / f"{name}.gz", gzip.compress(b"# text\n"))) == ["# text\n"]
+    for suffix, pack in PACKERS.items():
+        assert items_of(write(tmp_path / f"{name}{suffix}", pack(b"# text\n"))) == ["# text\n"]
 
 
 @pytest.mark.parametrize(
     ("name", "cure"),
     [("a.csv", "convert it to .jsonl"), ("a.TSV", "convert it to .jsonl"), ("a.csv.gz", "convert it to .jsonl"),
-     ("a.arrow", "convert it to .jsonl"), ("a.jsonl.zst", "unpack it"), ("a.txt.bz2", "unpack it"),
+     ("a.arrow", "convert it to .jsonl"), ("a.tar.zst", "unpack it"), ("a.txt.bz2", "unpack it"),
+     ("a.csv.zst", "convert it to .jsonl"), ("a.parquet.zst", "unpack it"),
      ("a.xz", "unpack it"), ("a.zip", "unpack it"), ("a.tar.gz", "unpack it"), ("a.parquet.gz", "unpack it"),
      ("a.html", "save its text as .txt"), ("a.docx", "save its text as .txt"), ("a.Pdf", "save its text as .txt")],
 )  # fmt: skip
@@ -103,6 +118,7 @@ def test_a_byte_order_mark_is_left_out_in_every_format(tmp_path):
     for path in (
         write(tmp_path / "a.txt", text),
         write(tmp_path / "a.txt.gz", gzip.compress(text.encode())),
+        write(tmp_path / "a.txt.zst", zstd(text.encode())),
         write(tmp_path / "a.jsonl", "\ufeff" + json.dumps({"text": text})),
         tmp_path / "a.parquet",
     ):
@@ -127,6 +143,44 @@ def test_a_damaged_archive_of_text_gives_no_half_document(tmp_path):
         assert "damaged" in reason_of(write(tmp_path / "a.txt.gz", damaged))
     whole = items_of(write(tmp_path / "a.txt.gz", packed))
     assert "".join(whole) == "a line of text\n" * 200_000 and len(whole) > 10
+
+
+def test_a_damaged_zstandard_file_gives_no_half_document(tmp_path):
+    packed = zstd(b"a line of text\n" * 200_000)
+    path = tmp_path / "a.txt.zst"
+    for damaged in (packed[:-20], packed[:-1], packed[:3], b"not zstd", packed + b"garbage", packed[:40] + packed[90:]):
+        assert reason_of(write(path, damaged)).startswith("damaged (")
+    whole = items_of(write(path, packed))
+    assert "".join(whole) == "a line of text\n" * 200_000 and len(whole) > 10
+    assert "UTF-16" in reason_of(write(path, zstd("English text\n".encode("utf-16"))))
+
+
+def test_a_zstandard_file_of_rows_is_read_up_to_its_damage(tmp_path):
+    rows = "".join(json.dumps({"text": f"document {i} {i**9}"}) + "\n" for i in range(100_000))
+    packed = zstd(rows.encode())
+    whole = items_of(write(tmp_path / "a.jsonl.zst", packed))
+    assert whole == [json.loads(row)["text"] for row in rows.splitlines()]
+    *read, skipped = items_of(write(tmp_path / "a.jsonl.zst", packed[:-1000]))
+    assert read == whole[: len(read)] and len(read) > 10_000
+    assert skipped.where == f"{tmp_path / 'a.jsonl.zst'}:{len(read) + 1}"
+    assert skipped.reason.startswith("damaged from here on (")
+
+
+def test_zstandard_files_may_have_several_frames_or_none(tmp_path):
+    skippable = bytes.fromhex("502a4d18 04000000") + b"note"
+    path = tmp_path / "a.jsonl.zst"
+    assert items_of(write(path, zstd(ROWS.encode()) + skippable + zstd(ROWS.encode()))) == 2 * DOCUMENTS
+    assert items_of(write(path, b"")) == [] == items_of(write(tmp_path / "a.zst", zstd(b"")))
+
+
+def test_a_zstandard_window_that_is_too_long_is_refused_with_the_cure(tmp_path):
+    """Some corpora are compressed with zstd --long=31."""
+    frame = bytes.fromhex("28b52ffd 00 a0 290000") + b"hello"  # a window of 1 GiB
+    with pytest.raises(UserError, match="a window of more than 128 MiB: unpack it with zstd --decompress --long=31"):
+        files_source(write(tmp_path / "a.jsonl.zst", frame))
+    assert "more than 128 MiB: unpack it" in reason_of(write(tmp_path / "a.txt.zst", frame))
+    frame = bytes.fromhex("28b52ffd 00 88 290000") + b"hello"  # a window of 128 MiB
+    assert items_of(write(tmp_path / "a.txt.zst", frame)) == ["hello"]
 
 
 # ----------------------------------------------------------------------------- separators

@@ -9,7 +9,7 @@ import pytest
 
 from nanometa.common.errors import UserError
 from nanometa.data.found_files import files_of
-from nanometa.data.sources import open_regular
+from nanometa.data.opening import open_regular
 from tests.conftest import cli, refusal, write_texts
 from tests.test_formats import items_of, write
 from tests.test_sources import SMALL

@@ -134,7 +134,7 @@ def resumed(strange, steps: int = 3):
     return cli("train.py", *override(BASE, *RESUME, f"--max_steps={steps}"), cwd=strange.parent.parent)
 
 
-@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl", ".lock", "wandb"])
+@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl", ".lock", "wandb", "tensorboard"])
 @pytest.mark.parametrize("target", ["file", "new", "pipe", "zero"])
 def test_a_resume_writes_through_no_link_and_waits_for_no_pipe(strange, name, target):
     """The target may exist or be created by the write."""
@@ -145,8 +145,8 @@ def test_a_resume_writes_through_no_link_and_waits_for_no_pipe(strange, name, ta
     else:
         path.symlink_to("/dev/zero" if target == "zero" else mine / target)
     before = tree(strange.parent)
-    if name == "wandb" and target == "pipe":
-        return  # only wandb opens this path, and it makes a folder of it
+    if name in ("wandb", "tensorboard") and target == "pipe":
+        return  # only the tracker opens this path, and it makes a folder of it
     error = refusal(resumed(strange))
     assert f"{name} is " in error and ("a link out of its folder: delete" in error or "not a regular file" in error)
     after = tree(strange.parent)

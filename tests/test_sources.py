@@ -44,7 +44,7 @@ def files_source(*patterns, **settings) -> FileSource:
 
 @pytest.fixture(scope="module")
 def formats(tmp_path_factory) -> tuple[Path, list[str]]:
-    """The same documents as text files, jsonl, jsonl.gz and parquet (two files of each), one of the documents long."""
+    """The same documents as text files, jsonl (also compressed) and parquet (two files of each), one of them long."""
     folder = tmp_path_factory.mktemp("formats")
     write_texts(folder / "texts", documents=40)
     # long enough for several pieces, with line ends that must be kept
@@ -54,6 +54,8 @@ def formats(tmp_path_factory) -> tuple[Path, list[str]]:
         lines = "".join(json.dumps({"id": i, "body": text}) + "\n" for i, text in enumerate(rows)).encode()
         (folder / f"{number}.jsonl").write_bytes(lines)
         (folder / f"{number}.jsonl.gz").write_bytes(gzip.compress(lines))
+        with pyarrow.CompressedOutputStream(folder / f"{number}.jsonl.zst", "zstd") as file:
+            file.write(lines)
         table = pyarrow.table({"id": range(len(rows)), "body": rows})
         pyarrow.parquet.write_table(table, folder / f"{number}.parquet", row_group_size=7, write_page_checksum=True)
     (folder / "hub").mkdir()
@@ -68,6 +70,7 @@ def test_every_format_gives_the_same_shards(formats):
         "txt": ("--source=files", "--files=texts/*.txt"),
         "jsonl": ("--source=files", "--files=*.jsonl"),
         "gz": ("--source=files", "--files=*.jsonl.gz"),
+        "zst": ("--source=files", "--files=*.jsonl.zst"),
         "parquet": ("--source=files", "--files=*.parquet"),
         "stream": ("--source=hf", "--hf_dataset=hub"),
         "loaded": ("--source=hf", "--hf_dataset=hub", "--streaming=False"),

@@ -128,6 +128,11 @@ def progress_line(step: int, done: int, n_windows: int, elapsed: str) -> str:
     return f"step {step:>7,}  validation: {done:,} of {n_windows:,} windows after {elapsed}"
 
 
+def sample_line(step: int, text: str) -> str:
+    """Returns the line with a text that the model has generated."""
+    return f"step {step:>7,}  sample: {text}"
+
+
 def evaluation_line(
     step: int, figures: dict, tasks: tuple[str, ...], packed: dict | None, scope: str, seconds: float, best: bool
 ) -> str:

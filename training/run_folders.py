@@ -10,7 +10,8 @@ from nanometa.common.files import own_file, parse_json
 from nanometa.config.checks import similar_path
 
 STATE = "state.json"  # a file that every checkpoint contains
-START = {"config.json", "metrics.jsonl", "train.log", "wandb"}  # what a run writes before its first checkpoint
+# what a run writes before its first checkpoint
+START = {"config.json", "metrics.jsonl", "train.log", "wandb", "tensorboard"}
 
 
 def checkpoint_folders(run_dir: Path, kind: str) -> list[Path]:

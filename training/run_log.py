@@ -1,4 +1,4 @@
-"""Writes a run's config.json, metrics.jsonl and train.log, and its wandb log. Only rank 0 writes."""
+"""Writes a run's config.json, metrics.jsonl and train.log, and its log in a tracker. Only rank 0 writes."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from nanometa.common.errors import UserError, printable
 from nanometa.common.files import leads_out, own_file, parse_json, sync, write_atomically
 from nanometa.config import TrainConfig
 from nanometa.config.checks import to_dict
-from nanometa.training.wandb_log import WandbLog
+from nanometa.training.trackers import FOLDERS, TrackerLog
 
 
 @functools.cache
@@ -86,23 +86,25 @@ def _discard(stream: TextIO) -> None:
 def log_files(run_dir: Path) -> tuple[Path, Path]:
     """Returns the paths of metrics.jsonl and train.log, to which a run appends.
 
-    Raises UserError if one of them, or the folder of wandb, is a link out of the run's folder."""
-    if leads_out(run_dir / "wandb"):
-        raise UserError(
-            f"{run_dir / 'wandb'} is a link out of its folder: delete the link, or replace it with the folder itself."
-        )
+    Raises UserError if one of them, or the folder of a tracker, is a link out of the run's folder."""
+    for folder in FOLDERS:
+        if leads_out(run_dir / folder):
+            raise UserError(
+                f"{run_dir / folder} is a link out of its folder: delete the link, or replace it with the folder "
+                f"itself."
+            )
     return own_file(run_dir / "metrics.jsonl"), own_file(run_dir / "train.log")
 
 
 class RunLog:
-    """The log of a run: lines for people (screen and train.log) and for programs (metrics.jsonl and wandb).
+    """The log of a run: lines for people (screen and train.log) and for programs (metrics.jsonl and the tracker).
 
     Opening it deletes the lines of metrics.jsonl beyond `step` (all lines if `step` is -1), since those steps are
     trained again. It writes nothing unless `main` is True. As a context manager, it closes itself."""
 
     def __init__(self, run_dir: Path, cfg: TrainConfig, data: dict, step: int, main: bool):
-        """Raises UserError if wandb cannot start, as WandbLog does."""
-        self.main, self.wandb = main, None
+        """Raises UserError if the tracker cannot start, as TrackerLog does."""
+        self.main, self.tracker = main, None
         if not main:
             return
         self.metrics, text = log_files(run_dir)
@@ -116,8 +118,8 @@ class RunLog:
         # killed before its first checkpoint.
         write_atomically(run_dir / "config.json", (json.dumps(resolved, indent=2) + "\n").encode())
         self.text = open(text, "a", encoding="utf-8")
-        if cfg.wandb != "disabled":
-            self.wandb = WandbLog(run_dir, cfg, resolved["config"], resumed=step >= 0, warn=self.say)
+        if (name := cfg.tracked_by) != "none":
+            self.tracker = TrackerLog(name, run_dir, cfg, resolved["config"], step, warn=self.say)
 
     def say(self, line: str) -> None:
         """Prints a line and appends it to train.log. Unprintable characters, such as line breaks, are escaped."""
@@ -132,8 +134,8 @@ class RunLog:
             return
         with open(self.metrics, "a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        if self.wandb:
-            self.wandb.record({f"{kind}/{name}": value for name, value in values.items()}, step)
+        if self.tracker:
+            self.tracker.record({f"{kind}/{name}": value for name, value in values.items()}, step)
 
     def sync(self) -> None:
         """Flushes metrics.jsonl to disk. A checkpoint needs that first: a resume does not write those lines again."""
@@ -147,10 +149,10 @@ class RunLog:
         self.close(failed=error is not None)
 
     def close(self, failed: bool = False) -> None:
-        """Ends the wandb run and closes train.log. failed: whether an error ends the run."""
+        """Ends the tracker's log and closes train.log. failed: whether an error ends the run."""
         if self.main:
-            if self.wandb:
-                self.wandb.close(failed)
+            if self.tracker:
+                self.tracker.close(failed)
             self.text.close()
 
 
