@@ -113,8 +113,9 @@ class SplitWriter:
                 skipped += f" ({self.long.too_short} others were left out by min_document_tokens={self.long.least})"
                 cure += ", or lower --min_document_tokens"
             if not why_idle(self.cfg, "val_fraction"):
-                cure += f", or {'raise' if self.split == 'val' else 'lower'} --val_fraction (a text of less than 64 KB "
-                cure += "goes to one split as a whole)"
+                cure += f", or {'raise' if self.split == 'val' else 'lower'} --val_fraction (each text of up to 64 KB, "
+                cure += "and each such part of a longer one, goes to one split as a whole)"
+                cure += ", or name --val_files" if self.cfg.source == "files" else ""
             raise UserError(
                 f"the {self.split} split has {self._pending_tokens} tokens in {documents} documents, fewer than one "
                 f"chunk of {self.C}{skipped}: {cure}."

@@ -92,7 +92,7 @@ def test_file_formats_and_workers_do_not_change_the_bytes(folder):
 
 def test_a_document_longer_than_a_piece_stays_in_its_split(folder):
     """Without val_files, the pieces of a long document go to both splits."""
-    Path("long.txt").write_text("some words of a long document\n" * 20_000)
+    Path("long.txt").write_text("".join(f"line {number} of a long document\n" for number in range(20_000)))
     splits = manifest(made(val_files=("long.txt",)))["splits"]
     assert splits["val"]["documents"] == 1 and splits["train"]["documents"] == 20
     divided = manifest(made(name="b", files=("long.txt",), val_files=(), val_fraction=0.5))["splits"]
