@@ -70,7 +70,7 @@ def make_tokenizer(cfg: PrepareConfig, source: Source, console: Console) -> Toke
     def train_texts() -> Iterator[str]:
         remaining = TOKENIZER_BYTES
         for item in itertools.chain.from_iterable(map(source.read, range(source.n_units))):
-            if isinstance(item, Piece) and split_of(item.text, cfg) == "train":
+            if isinstance(item, Piece) and split_of(item, cfg) == "train":
                 yield item.text
                 remaining -= len(item.text)
                 if remaining <= 0:

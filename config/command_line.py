@@ -33,7 +33,7 @@ from nanometa.config.settings import Settings, named_settings, refuse_idle
 PATHS = frozenset(
     {
         "branch_from", "dataset", "extra_files", "files", "hf_dataset", "init_from", "inspect", "merge", "out_dir",
-        "output", "plan", "prompt_file", "run", "runs", "scorer", "tokenizer",
+        "output", "plan", "prompt_file", "run", "runs", "scorer", "tokenizer", "val_files",
     }
 )  # fmt: skip
 

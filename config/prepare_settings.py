@@ -23,6 +23,9 @@ class PrepareConfig(Settings):
     files: tuple[str, ...] = setting((), only_with={"source": ("files",)})
     """for source=files: glob patterns, where ** also matches folders. UTF-8 text files (each file is a document), or
     .jsonl, .ndjson, .json and .parquet files (each row is a document). All but .parquet may be compressed (.gz)"""
+    val_files: tuple[str, ...] = setting((), only_with={"source": ("files",)})
+    """for source=files: glob patterns of the files that are the validation split. All text of `files` is then the train
+    split. By default val_fraction divides the text of `files`"""
     extra_files: tuple[str, ...] = setting((), only_with={"source": ("stdlib", "packages")})
     """for source=stdlib or packages: glob patterns of files to read in addition, as for files"""
     separator: str = setting("", only_with={"source": ("files",), "extra_files": SET})
@@ -59,7 +62,7 @@ class PrepareConfig(Settings):
     """content tokens per chunk (922 for the paper's window of 1024)"""
     chunk_markers: int = setting(51, only_with={"injection": ("uniform", "periodic")})
     """markers per chunk (102 for the paper's window of 1024, k = 0.1)"""
-    val_fraction: float = 0.05
+    val_fraction: float = setting(0.05, only_with={"val_files": EMPTY})
     """share of the text in the validation split; each text is assigned by a hash of its content"""
     min_document_tokens: int = 0
     """for long windows: leave documents with fewer content tokens (<|endoftext|> counts) out of both splits. The parts

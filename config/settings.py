@@ -53,9 +53,10 @@ def why_idle(config, name: str) -> str | None:
     """Returns the reason why a setting has no effect in `config`, or None if it has an effect."""
     conditions = flat_fields(type(config))[name].metadata.get("only_with", {})
     values = flat(config)
-    # a setting without an effect cannot meet the condition of another one
+    # a setting without an effect counts as not given: it meets the condition EMPTY, and no other one
     if not conditions or any(
-        _fulfils(values[other], accepted) and not why_idle(config, other) for other, accepted in conditions.items()
+        accepted == EMPTY if why_idle(config, other) else _fulfils(values[other], accepted)
+        for other, accepted in conditions.items()
     ):
         return None
     for other, accepted in conditions.items():

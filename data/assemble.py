@@ -18,6 +18,7 @@ from nanometa.common.files import write_atomically
 from nanometa.common.interrupts import interrupts_postponed
 from nanometa.common.keyed_random import stable_key
 from nanometa.config import PrepareConfig
+from nanometa.config.settings import why_idle
 from nanometa.data.inject import inject, marker_places
 from nanometa.data.shards import MANIFEST, ShardWriter, token_dtype
 from nanometa.data.staging import BLOCK_TOKENS, SPLITS, Segment, read_segment
@@ -107,14 +108,17 @@ class SplitWriter:
         self.shards.close()
         documents -= self.long.too_short
         if not self.chunks:
-            cure = f"{'raise' if self.split == 'val' else 'lower'} --val_fraction"
+            cure = "give more text"
             if self.long.too_short:
                 skipped += f" ({self.long.too_short} others were left out by min_document_tokens={self.long.least})"
-                cure = f"lower --min_document_tokens, or {cure}"
+                cure += ", or lower --min_document_tokens"
+            if not why_idle(self.cfg, "val_fraction"):
+                cure += f", or {'raise' if self.split == 'val' else 'lower'} --val_fraction (each text of up to 64 KB, "
+                cure += "and each such part of a longer one, goes to one split as a whole)"
+                cure += ", or name --val_files" if self.cfg.source == "files" else ""
             raise UserError(
                 f"the {self.split} split has {self._pending_tokens} tokens in {documents} documents, fewer than one "
-                f"chunk of {self.C}{skipped}: give more text, or {cure} (a text of less than 64 KB goes to one split "
-                f"as a whole)."
+                f"chunk of {self.C}{skipped}: {cure}."
             )
         return {
             "content_tokens": self.chunks * self.C,
@@ -208,7 +212,7 @@ def assemble(
         "chunk_content": cfg.chunk_content,
         "chunk_markers": cfg.chunk_markers if cfg.injection != "none" else 0,
         "seed": cfg.seed,
-        "val_fraction": cfg.val_fraction,
+        "val_fraction": None if why_idle(cfg, "val_fraction") else cfg.val_fraction,  # None: val_files divide the text
         "min_document_tokens": cfg.min_document_tokens,
         "too_short": {
             "documents": sum(writer.long.too_short for writer in writers.values()),

@@ -33,12 +33,14 @@ class Encoded(NamedTuple):
     n_bytes: int
 
 
-def split_of(text: str, cfg: PrepareConfig) -> str:
-    """Returns the split of a text, train or val, by a hash of the text.
+def split_of(piece: Piece, cfg: PrepareConfig) -> str:
+    """Returns the split of a piece, train or val: the one that its source assigns, or else one by a hash of its text.
 
-    The split does not depend on other documents, and equal texts are in the same split. A long document is assigned in
-    pieces of 64 KiB, so that it cannot dominate the validation split."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=b"split %d" % cfg.seed).digest()
+    A split by hash does not depend on other documents, and equal texts are in the same split. A long document is
+    assigned in pieces of 64 KiB, so that it cannot dominate the validation split."""
+    if piece.split:
+        return piece.split
+    digest = hashlib.blake2b(piece.text.encode(), digest_size=8, key=b"split %d" % cfg.seed).digest()
     return "val" if int.from_bytes(digest, "little") < cfg.val_fraction * 2**64 else "train"
 
 
@@ -47,26 +49,29 @@ class WorkerDied(Exception):
 
 
 def _work(connection: Connection, tokenizer: Tokenizer, cfg: PrepareConfig) -> None:
-    """Tokenizes the lists of texts that arrive, in a worker process, until its parent ends."""
+    """Tokenizes the lists of pieces that arrive, in a worker process, until its parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()  # if it is killed, this worker must end by itself
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the parent has ended
         while True:
-            texts = connection.recv()
+            pieces = connection.recv()
             try:
-                answer = _encode(texts, tokenizer, cfg)
+                answer = _encode(pieces, tokenizer, cfg)
             except Exception as error:
                 error.add_note(f"In a worker process:\n{traceback.format_exc()}")
                 answer = error
             connection.send(answer)
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer, cfg: PrepareConfig) -> list[Encoded]:
-    """Tokenizes texts and assigns them to splits."""
+def _encode(pieces: list[Piece], tokenizer: Tokenizer, cfg: PrepareConfig) -> list[Encoded]:
+    """Tokenizes pieces of text and assigns them to splits."""
     dtype = token_dtype(tokenizer.n_vocab)
-    return [Encoded(split_of(text, cfg), tokenizer.encode(text).astype(dtype), len(text.encode())) for text in texts]
+    return [
+        Encoded(split_of(piece, cfg), tokenizer.encode(piece.text).astype(dtype), len(piece.text.encode()))
+        for piece in pieces
+    ]
 
 
 class Worker:
@@ -81,10 +86,10 @@ class Worker:
         self.process.start()
         end.close()  # so that the death of the worker ends the pipe
 
-    def send(self, texts: list[str]) -> None:
-        """Gives the worker texts to tokenize. It must have answered before, or both could wait for each other."""
+    def send(self, pieces: list[Piece]) -> None:
+        """Gives the worker pieces to tokenize. It must have answered before, or both could wait for each other."""
         try:
-            self.connection.send(texts)
+            self.connection.send(pieces)
         except OSError:
             self._died()
 
@@ -145,7 +150,7 @@ class Encoders:
                 joined = _joined(done, worker.receive())
                 idle.append(worker)
             worker = idle.popleft()
-            worker.send([piece.text for *_, piece in task if type(piece) is Piece])
+            worker.send([piece for *_, piece in task if type(piece) is Piece])
             working.append((task, worker))
             if joined is not None:
                 yield joined

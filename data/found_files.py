@@ -44,11 +44,11 @@ def is_rows(path: Path) -> bool:
     return kind_of(path) in JSON_LINES or path.suffix.lower() in PARQUET
 
 
-def files_of(patterns: tuple[str, ...]) -> tuple[list[Path], list[str]]:
+def files_of(patterns: tuple[str, ...], setting: str = "files") -> tuple[list[Path], list[str]]:
     """Returns the sorted files that match glob patterns, each once, and notes about what was left out.
 
-    A broken link is kept, so that its reader reports it. Raises UserError if a pattern matches no file, or if a file
-    has a format that is not read."""
+    setting: the name of the setting that gives the patterns, for error messages. A broken link is kept, so that its
+    reader reports it. Raises UserError if a pattern matches no file, or if a file has a format that is not read."""
     found: set[Path] = set()
     notes: list[str] = []
     for pattern in patterns:
@@ -56,14 +56,15 @@ def files_of(patterns: tuple[str, ...]) -> tuple[list[Path], list[str]]:
         if not matches and Path(pattern).is_dir():
             raise UserError(
                 f"{pattern!r} is a folder: give a pattern for its files, such as "
-                f"--files '{pattern.rstrip('/')}/**/*.txt'."
+                f"--{setting} '{pattern.rstrip('/')}/**/*.txt'."
             )
         if not matches:
             raise UserError(
-                f"no file matches {pattern!r}: give a glob pattern of text files, such as 'texts/**/*.txt'."
+                f"no file matches {pattern!r} of --{setting}: give a glob pattern of text files, such as "
+                f"'texts/**/*.txt'."
             )
         found |= matches
-    _refuse_unread(found)
+    _refuse_unread(found, setting)
 
     def distance(path: Path) -> tuple:
         """Returns a key that is smallest for the file itself, and larger for links to it and longer paths."""
@@ -75,7 +76,7 @@ def files_of(patterns: tuple[str, ...]) -> tuple[list[Path], list[str]]:
     return sorted(by_file.values()), notes
 
 
-def _refuse_unread(paths: set[Path]) -> None:
+def _refuse_unread(paths: set[Path], setting: str) -> None:
     """Raises UserError if a file has a format that is not read."""
     unread = sorted(path for path in paths if kind_of(path) in UNREAD or _is_packed_parquet(path))
     if unread:
@@ -83,7 +84,7 @@ def _refuse_unread(paths: set[Path]) -> None:
         others = f" (files of such formats: {len(unread):,})" if len(unread) > 1 else ""
         raise UserError(
             f"{unread[0]} has the format {kind}, which cannot be read as documents{others}: "
-            f"{UNREAD.get(kind, 'unpack it')}, or give --files patterns that do not match it."
+            f"{UNREAD.get(kind, 'unpack it')}, or give --{setting} patterns that do not match it."
         )
 
 

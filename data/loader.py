@@ -85,7 +85,8 @@ class Windows:
         if self.n_windows == 0:
             raise UserError(
                 f"the {split} split of {folder} has {len(self.stream):,} positions, fewer than one window of "
-                f"block_size={self.T}: prepare more text, or raise --val_fraction if it is the val split."
+                f"block_size={self.T}: prepare more text; for the val split, raise --val_fraction or give more "
+                f"--val_files."
             )
 
     def counted(self, n: int) -> dict[str, int]:

@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 from nanometa.common.errors import UserError
 from nanometa.common.files import parse_json
 from nanometa.config import PrepareConfig
+from nanometa.config.settings import why_idle
 from nanometa.data.found_files import JSON_LINES, files_of, is_rows, kind_of, package_files, stdlib_files
 from nanometa.data.opening import DAMAGED, Unreadable, open_regular, unpacked
 from nanometa.data.rows import (
@@ -40,6 +41,8 @@ class Piece(NamedTuple):
 
     text: str
     last: bool
+    split: str = ""
+    """the split that the source assigns: "train", "val", or "" if a hash of the text decides"""
 
 
 class Source(Protocol):
@@ -62,7 +65,8 @@ class Source(Protocol):
 def open_source(cfg: PrepareConfig) -> Source:
     """Returns the source that cfg names.
 
-    Raises UserError if it has no documents or lacks the text column, and for a setting that has no effect on it."""
+    Raises UserError if it has no documents or lacks the text column, for a setting that has no effect on it, and for a
+    file that would be in both splits."""
     if cfg.source == "hf":
         from nanometa.data.hub import HubSource  # imported here, because it imports this module
 
@@ -74,18 +78,35 @@ def open_source(cfg: PrepareConfig) -> Source:
     elif cfg.source == "packages":
         paths, root, description = package_files(cfg.packages)
         descriptions.append(description)
-    patterns = (*cfg.files, *cfg.extra_files)
-    more, notes = files_of(patterns) if patterns else ([], [])
+    found, notes = {}, []
+    for name in ("files", "extra_files", "val_files"):
+        if (patterns := getattr(cfg, name)) and not why_idle(cfg, name):
+            found[name], left_out = files_of(patterns, name)
+            notes += left_out
+            descriptions.append(f"{'validation files' if name == 'val_files' else 'files'} {' '.join(patterns)}")
+    _refuse_in_both(found)
     for name, used, kind in (("text_column", True, "JSON lines or Parquet"), ("separator", False, "text")):
-        if name in cfg.given and getattr(cfg, name) and not any(is_rows(path) is used for path in more):
-            given = "--files" if cfg.files else "--extra_files"
+        chosen = (path for more in found.values() for path in more)
+        if name in cfg.given and getattr(cfg, name) and not any(is_rows(path) is used for path in chosen):
+            given = " or ".join(f"--{setting}" for setting in found)
             raise UserError(f"--{name} has no effect, because no {kind} file matches {given}: leave --{name} out.")
-    if more:
-        descriptions.append(f"files {' '.join(patterns)}")
-    paths = [*paths, *more]
+    val_paths = found.pop("val_files", [])
+    paths = [*paths, *(path for more in found.values() for path in more)]
     if not paths:
         raise UserError(f"source={cfg.source!r} has no documents on this machine: use --source=files instead.")
-    return FileSource(paths, " and ".join(descriptions), cfg.text_column, root, cfg.separator, notes)
+    return FileSource(paths, " and ".join(descriptions), cfg.text_column, root, cfg.separator, notes, val_paths)
+
+
+def _refuse_in_both(found: dict[str, list[Path]]) -> None:
+    """Raises UserError if a file of val_files is among the files to train on, also under another path."""
+    trained = {os.path.realpath(path): path for path in found.get("files", [])}
+    for path in found.get("val_files", []):
+        if other := trained.get(os.path.realpath(path)):
+            name = str(path) if path == other else f"{path} ({other})"
+            raise UserError(
+                f"{name} is in both --files and --val_files, so the model would be validated on text that it was "
+                f"trained on: change one of the patterns, so that it does not match this file."
+            )
 
 
 # ----------------------------------------------------------------------------- files
@@ -98,11 +119,16 @@ class FileSource:
 
     def __init__(
         self, paths: list[Path], description: str, column: str, root: Path | None = None, separator: str = "",
-        notes: Iterable[str] = (),
+        notes: Iterable[str] = (), val_paths: Iterable[Path] = (),
     ):  # fmt: skip
         """root: makes the fingerprint independent of the machine, by using names relative to this folder for the files
-        in it."""
+        in it. val_paths: further files, read after the others. If there are any, their text is the validation split,
+        and that of `paths` the train split."""
         self.description, self.column, self.separator, self.notes = description, column, separator, list(notes)
+        self.val_paths = frozenset(val_paths)
+        for group in (paths, val_paths):
+            _check_columns([path for path in group if is_rows(path) and path.is_file()][:SAMPLED_FILES], column)
+        paths = [*paths, *val_paths]
         self.stamps = {path: stamp_of(path) for path in paths}
         sizes = [size for size, _ in self.stamps.values()]
         inside = {path for path in paths if root and path.is_relative_to(root)}
@@ -113,7 +139,6 @@ class FileSource:
         self.unit_sizes = [sum(self.stamps[path][0] for path in unit) for unit in self.units]
         self.fingerprint = hashlib.sha256(repr([*zip(names, sizes, strict=True)]).encode()).hexdigest()
         self._before, self._file = 0, None  # bytes of the files that were read, and the file that is being read
-        _check_columns([path for path in paths if is_rows(path) and path.is_file()][:SAMPLED_FILES], column)
 
     @property
     def position(self) -> int:
@@ -125,12 +150,10 @@ class FileSource:
 
         Raises UserError if a file of the unit has changed since the source was opened."""
         for path in self.units[unit]:
+            split = ("val" if path in self.val_paths else "train") if self.val_paths else ""
             try:
-                if is_rows(path):
-                    for text in _texts_of_rows(path, self.column, self._open):
-                        yield from [text] if isinstance(text, Skipped) else pieces_of([text])
-                else:
-                    yield from read_pieces(path, self.separator, self._open)
+                for item in self._items(path):
+                    yield item._replace(split=split) if split and isinstance(item, Piece) else item
             except UnicodeDecodeError as error:
                 yield Skipped(str(path), "not UTF-8", f" at byte {error.start}")
             except DAMAGED as error:
@@ -141,6 +164,14 @@ class FileSource:
                 yield Skipped(str(path), error.strerror or str(error))
             self._file, self._before = None, self._before + self.stamps[path][0]
         refuse_changes({path: self.stamps[path] for path in self.units[unit]})
+
+    def _items(self, path: Path) -> Iterator[Piece | Skipped]:
+        """Yields the pieces of all documents of a file, and a Skipped for each row that cannot be read."""
+        if not is_rows(path):
+            yield from read_pieces(path, self.separator, self._open)
+            return
+        for text in _texts_of_rows(path, self.column, self._open):
+            yield from [text] if isinstance(text, Skipped) else pieces_of([text])
 
     def digest(self, unit: int) -> str:
         """Returns a hash of the content of a unit's files."""

@@ -36,7 +36,7 @@ PLAN = "plan.json"
 COUNTS = ("tokens", "bytes", "documents")  # counted for each split of a segment
 SEGMENT_TOKENS = 2**24  # a segment ends with the document that exceeds this: seconds of work, and few files
 BLOCK_TOKENS = 2**16  # read at a time; intermediate results fit in the cache of a core
-ADDED = ("separator",)  # settings that plans of earlier versions lack
+ADDED = ("separator", "val_files")  # settings that plans of earlier versions lack
 SKIPPED_NAMED = 100  # at most this many skipped documents of a segment are named; all are counted
 # settings that do not affect the segments, so that they may differ when merging or on another machine
 FREE = ("name", "recipe", "injection", "chunk_content", "chunk_markers", "min_document_tokens", "shard_tokens",

@@ -69,6 +69,8 @@ def validation_share(manifest: dict) -> str:
     sizes = {name: split["bytes"] for name, split in manifest["splits"].items()}
     share, asked = sizes["val"] / max(1, sum(sizes.values())), manifest.get("val_fraction")
     line = f"  the validation split has {100 * share:.3g} % of the text"
+    if "val_fraction" in manifest and asked is None:
+        return f"{line}, that of the validation files"
     if type(asked) is not float or abs(share - asked) <= SHARE_TOLERANCE * asked:
         return line
     return (

@@ -163,7 +163,7 @@ def of_text(cfg: AblationProbe, run: Run) -> Callable[[], list[dict]]:
     data = Windows(folder, "val", m.block_size, run.config.target_rule, draw_of(run.config, "val"))
     if data.n_windows < 2:
         raise UserError(f"{folder} has one validation window of {m.block_size} positions, and an interval needs two: "
-                        f"prepare more text, or raise --val_fraction.")  # fmt: skip
+                        f"prepare more text, raise --val_fraction, or give more --val_files.")  # fmt: skip
     conditions = chosen(cfg, run, has_markers)
     numbers = data.sample(min(cfg.windows or data.n_windows, data.n_windows))
     cell = {

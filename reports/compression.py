@@ -91,14 +91,14 @@ def rows(page: Page, measure: str, lines: list[dict]) -> str:
 
 def draw(figure: Figure, lines: list[dict]) -> None:
     """Draws bits per byte by the share that is saved: a line for each method of each run."""
-    axes, keys = figure.subplots(), []
+    axes, run_keys, method_keys = figure.subplots(), [], []
     figure.set_figheight(4.2)
     methods = list(dict.fromkeys(line["method"] for line in lines))
     runs = apart(lines, lambda line: (line["run"], line["arm"]))
     for number, of in enumerate(runs):
         if len(runs) > 1:
             color = COLOURS[number % len(COLOURS)]
-            keys.append(key(f"{of[0]['arm']} ({of[0]['run']})", color=color))
+            run_keys.append(key(f"{of[0]['arm']} ({of[0]['run']})", color=color))
         for at, method in enumerate(methods):
             if len(runs) == 1:
                 color = COLOURS[at % len(COLOURS)]
@@ -106,9 +106,9 @@ def draw(figure: Figure, lines: list[dict]) -> None:
             found = sorted((one["realised"], one["bits_per_byte"]) for one in of if one["method"] == method)
             axes.plot([100 * saved for saved, _ in found], [bits for _, bits in found], markersize=4, **look)
             if number == 0:
-                keys.append(key(method, **(look if len(runs) == 1 else look | {"color": GREY})))
+                method_keys.append(key(method, **(look if len(runs) == 1 else look | {"color": GREY})))
     axes.set(xlabel="content that is saved at the end of a window, %", ylabel="bits per byte")
-    legend(figure, keys)
+    legend(figure, run_keys + method_keys)
 
 
 SECTION = Section("compression", check, cell, body)

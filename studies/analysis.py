@@ -122,8 +122,10 @@ def analyse(plan: Plan, lines: list[dict]) -> Results:
     adjusted = iter(holm([row.p for row in family if row.p is not None]))
     for row in (comparisons := [*contrasts, *figures]):
         row.holm = (next(adjusted) if row in family else row.p) if row.p is not None else None
-        if complete and row.p is not None:
-            row.verdict = decide(row.low, row.high, row.holm, row.effect, row.margin)
+        if complete:
+            # with fewer than two pairs there is no interval, and nothing is decided
+            decided = row.p is not None
+            row.verdict = decide(row.low, row.high, row.holm, row.effect, row.margin) if decided else "undecided"
             if gate and not gate.verdict.startswith("holds") and row.unit == "points":
                 row.verdict = INSENSITIVE
     return Results(

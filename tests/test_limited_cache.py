@@ -238,3 +238,28 @@ def test_a_span_can_be_compressed_after_it_was_read(tokenizer, position, behind)
         assert [column.tolist() for column in planned[:3]] == [column.tolist() for column in layout[:3]]
     with pytest.raises(ValueError, match=r"does not hold the span of places 3 \.\. 5"):
         decoder.compress(0, 3, 5, marks)
+
+
+def test_a_sequence_that_starts_again_is_read_and_compressed_as_a_new_one(tokenizer):
+    cfg = MarkerConfig(marker_place="span", marks="clcr", closing_reads="segment", evict="segment")
+    run = run_of(tokenizer, cfg, meta_position="previous")
+    content = tokenizer.encode(SENTENCES)[:20].astype(int)
+    marks = tuple(tokenizer.markers[name] for name in (CL, CR))
+
+    def after(read_before: int) -> tuple[torch.Tensor, list[int]]:
+        decoder = Decoder(DecodingWeights(run.model, torch.float32, 1), 1, 0, 0, lambda *_: False, limited=True)
+
+        def read(start: int, end: int) -> torch.Tensor:
+            rows = [Row(int(content[place]), place, place, 0, FOREVER) for place in range(start, end)]
+            return decoder.read([rows], [len(rows) - 1])
+
+        if read_before:
+            read(0, read_before)
+            decoder.forget(0)
+        read(0, 12)
+        decoder.compress(0, 4, 11, marks)
+        return read(12, 20), decoder.causal.kept(0)
+
+    (logits, kept), (expected, kept_new) = after(7), after(0)
+    assert kept == kept_new == [*range(4), 13, *range(14, 22)]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)

@@ -173,6 +173,14 @@ def test_every_window_saves_exactly_the_asked_share(ratio):
         assert set(lengths) == set(range(2, longest + 1))
 
 
+def test_the_largest_ratio_that_fits_is_drawn():
+    """Two spans of the largest size fill the chunk, and one token more cannot be saved."""
+    assert draw_spans(10, 0.8, 5, key=1, chunk=0).tolist() == [[0, 4], [5, 9]]
+    with pytest.raises(UserError, match="because 3 spans would need 12"):
+        draw_spans(10, 0.9, 5, key=1, chunk=0)
+    assert draw_spans(10, 0.1, 5, key=1, chunk=0).shape == (1, 2)
+
+
 def test_a_ratio_that_a_window_cannot_hold_is_refused(tokenizer):
     cfg = MarkerConfig(marker_place="span", marks="clcr", compression_ratio=(0.9,), max_span=3)
     with pytest.raises(UserError, match=r"compression_ratio=0.9 cannot be reached in 30 content tokens"):

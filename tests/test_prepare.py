@@ -10,6 +10,7 @@ from rich.console import Console
 from nanometa import prepare as module
 from nanometa.common.files import file_sha256
 from nanometa.config import PrepareConfig
+from nanometa.data.sources import Piece
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.prepare import split_of
 from tests.conftest import cli, manifest, override, refusal, tree, write_texts
@@ -89,9 +90,9 @@ def test_one_very_large_document_does_not_dominate_validation(tmp_path):
 def test_the_split_of_a_document_depends_only_on_its_text(folder):
     """New documents do not move other documents to the other split, and equal texts go to the same split."""
     cfg = PrepareConfig(val_fraction=0.2)
-    texts = [f"document number {i}" for i in range(2000)]
-    sides = [split_of(text, cfg) for text in texts]
-    assert [split_of(text, cfg) for text in texts[::-1]][::-1] == sides
+    pieces = [Piece(f"document number {i}", last=True) for i in range(2000)]
+    sides = [split_of(piece, cfg) for piece in pieces]
+    assert [split_of(piece, cfg) for piece in pieces[::-1]][::-1] == sides
     assert 320 < sides.count("val") < 480
 
 
@@ -99,7 +100,7 @@ def test_a_bpe_is_trained_only_on_the_train_split(folder):
     prepare(folder, "--name=a")
     secret = "zqxzqx zqxzqx zqxzqx " * 200
     cfg = PrepareConfig(val_fraction=0.1)
-    number = next(i for i in range(1000) if split_of(f"{i} {secret}", cfg) == "val")
+    number = next(i for i in range(1000) if split_of(Piece(f"{i} {secret}", last=True), cfg) == "val")
     (folder / "texts/zz.txt").write_text(f"{number} {secret}")
     prepare(folder, "--name=b")
     a, b = (Tokenizer.load(folder / "data" / name) for name in "ab")

@@ -162,3 +162,21 @@ def test_the_shares_of_all_processes_are_the_step():
         shares = [step_windows(5, cfg, 50, rank, world) for rank in range(world)]
         assert [w for share in shares for w in share.flat] == list(whole.flat)
         assert all(share.shape == (6 // world, 2) for share in shares)
+
+
+@pytest.mark.parametrize(
+    ("marks", "settings"),
+    [
+        ("<|sr|>", ("--marker_place=sentence", "--sentence_tokens=8")),
+        ("<|cl|><|cr|>", ("--marker_place=span", "--marks=clcr", "--max_span=12", "--evict=segment")),
+    ],
+)
+def test_markers_that_are_placed_while_reading_are_counted_and_padding_is_not_shown(workdir, marks, settings):
+    """Once every window of such a run was said to have no markers, and its padding counted as content."""
+    args = ("--dataset=data/n", "--block_size=40", "--target_rule=skip", "--second_attention=none",
+            "--meta_position=previous", "--closing_reads=segment", "--position=rope", *settings)  # fmt: skip
+    out = show(workdir, 1, *args)
+    found = [re.search(HEADER, line + "\n") for line in out.splitlines() if line.startswith("--- window")]
+    assert len(found) == 8 and all(match[8] == "28" for match in found)
+    assert sum(int(match[9]) for match in found) == out.count(marks) * marks.count("|>") > 0
+    assert out.count("<|endoftext|>") < 8  # those of documents

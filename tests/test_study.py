@@ -8,7 +8,10 @@ from nanometa.common.errors import UserError
 from nanometa.config import MarkerConfig, PrepareConfig, TrainConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.command_line import load_config
+from nanometa.config.weight_settings import COMPARING
+from nanometa.evals.compression import CompressionEval
 from nanometa.probes import masks
+from nanometa.studies.analysis import WAITING, analyse, table
 from nanometa.studies.cell import arguments_of, placed, runs_of, words
 from nanometa.studies.plan import Cell, joined, read_plan
 from tests.conftest import ROOT, cli
@@ -153,6 +156,68 @@ def test_the_plan_of_the_adapters_is_valid():
     assert {("tiny_sr", "lora"), ("tiny_clcr", "lora"), ("tiny_gpt2", "lora")} < trained
     assert len(trained) == len(plan.arms) and len(steps) == 1
     assert len(read_plan(str(ROOT / "studies/adapters.toml"), "minutes").cells()) == len(plan.arms)
+
+
+def test_the_plan_of_the_weighted_losses_is_valid():
+    """Its branches can be given as they are, and every weighting that compares losses is an arm."""
+    plan, rules = read_plan(str(ROOT / "studies/weighting.toml")), set()
+    for cell in plan.cells():
+        for kind in ("pretrain", "finetune"):
+            path, *rest = words(arguments_of(plan, cell)[kind])
+            start = ["--branch_from=out/x/step_00000700"] if kind == "finetune" else []
+            cfg = load_config(TrainConfig, [str(ROOT / path), *rest, *start], config_file=True)
+            assert cfg.dataset.removeprefix("data/") in plan.prepare and cfg.model.n_embd == 96
+        rules.add(cfg.weights.weighting)
+    assert rules == {"uniform", "permuted", *COMPARING}
+    assert len(read_plan(str(ROOT / "studies/weighting.toml"), "minutes").cells()) == len(plan.arms)
+
+
+@pytest.mark.parametrize("name", ["sentinels_text", "sentinels_more"])
+def test_the_further_plans_of_the_sentinels_are_valid(name):
+    """Every command of every cell is accepted, in the study and in its small size."""
+    for size in ("", "minutes"):
+        plan = read_plan(str(ROOT / f"studies/{name}.toml"), size)
+        assert len(plan.cells()) == len(plan.arms) * (1 if size or name == "sentinels_more" else 3)
+        for cell in plan.cells():
+            arguments = arguments_of(plan, cell)
+            path, *rest = words(arguments["pretrain"])
+            cfg = load_config(TrainConfig, [str(ROOT / path), *rest], config_file=True)
+            assert cfg.dataset.removeprefix("data/") in plan.prepare and cfg.model.n_embd == 96
+            for measure in arguments.keys() - {"pretrain"}:
+                load_config(CompressionEval, [*words(arguments[measure]), "--run=out/x"])
+    for dataset, commands in plan.prepare.items():
+        assert load_config(PrepareConfig, commands[-1].split()[2:]).name in (dataset, "")
+
+
+def test_the_matrix_of_ratios_and_the_lengths_of_recall_are_in_the_table():
+    """With one seed the verdicts are undecided, but the tables show each arm at each ratio and length."""
+    plan = read_plan(str(ROOT / "studies/sentinels_more.toml"))
+    lines = []
+    for number, cell in enumerate(plan.cells()):
+        measures = {}
+        if cell.arm.name in plan.measures["ratios"].arms:
+            measures["ratios"] = [{"method": "trained", "ratio": ratio, "bits_per_byte": number + ratio}
+                                  for ratio in (0.125, 0.25, 0.375, 0.5)]  # fmt: skip
+        if cell.arm.name in plan.measures["forgotten"].arms:
+            measures["forgotten"] = [
+                *({"measure": "recall", "method": method, "ratio": None, "size": size, "exact": size / 100}
+                  for method in ("trained", "full") for size in (2, 4, 8, 16, 24)),
+                {"measure": "continuation", "method": "trained", "ratio": 0.5, "agreement": 0.5, "rouge_full": 0.6,
+                 "f1_full": 0.7},
+            ]  # fmt: skip
+        lines.append({
+            "study": plan.name, "cell": cell.key, "stage": "single", "arm": cell.arm.name, "seed": 1, "variant": "",
+            "pretrain": {"bits_per_byte": float(number)}, "measures": measures, "commit": "c", "processor": "p",
+            "threads": 1, "torch": "t", "data": {}, "uncommitted_changes": False,
+        })  # fmt: skip
+    results = analyse(plan, lines)
+    assert {row.verdict for row in results.comparisons} == {"undecided"}
+    values = {level.name: level.values for level in results.levels}
+    for ratio in (0.125, 0.25, 0.375, 0.5):
+        assert len(values[f"bits_per_byte of ratios (method=trained, ratio={ratio})"]) == 5
+    assert values["exact of forgotten (measure=recall, method=full, size=24)"]["drop"] == {1: 0.24}
+    assert "| cl/cr, ratio 0.25 (clcr_0250) | 1 | 6.5000 |" in table(plan, results)
+    assert {row.verdict for row in analyse(plan, lines[1:]).comparisons} == {WAITING}
 
 
 def load(cell: Cell, settings: str, more: tuple[str, ...]):

@@ -42,9 +42,11 @@ def show_batch(cfg: TrainConfig, world: int) -> None:
     for sample, (rank, micro, window) in enumerate(places, start=first):
         batch = data.batch(np.array([window]))
         tokens = batch.tokens[0].numpy()
+        markers, scored = int((tokens >= data.tokenizer.n_content).sum()), int((batch.targets >= 0).sum())
         if cfg.task.tasks:  # leave out the padding after the text's second <|endoftext|>
             tokens = tokens[: 1 + np.flatnonzero(tokens == data.tokenizer.eot)[1]]
-        markers, scored = int((tokens == data.tokenizer.meta).sum()), int((batch.targets >= 0).sum())
+        elif cfg.markers.places_markers:  # leave out the padding in place of markers that the text does not need
+            tokens = tokens[: data.content_per_window + markers]
         write(
             f"--- window {window}: sample {sample}, epoch {sample // n_windows}, process {rank} of {world}, "
             f"micro-batch {micro} of {len(shares[0])}, {len(tokens) - markers} content tokens, {markers} markers, "
