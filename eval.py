@@ -5,16 +5,18 @@ python eval.py perplexity --run=out/recall --lengths 512 1024        # loss and 
 python eval.py perplexity --run=out/recall --lengths 512 4096 --documents   # loss by depth, for report.py curves
 python eval.py passkey --run=out/recall --lengths 512 1024           # recall of a number that is hidden in filler text
 python eval.py compression --run=out/tiny_clcr --ratios 0.25 0.5     # loss when a part of the context is forgotten
+python eval.py longppl --run=out/tiny_sr --evaluator=out/tiny_gpt2   # perplexity where a long context matters
 """
 
 from nanometa.config.command_line import run_cli, run_named
-from nanometa.evals import compression, passkey, perplexity, tasks
+from nanometa.evals import compression, longppl, passkey, perplexity, tasks
 
 EVALS = {
     "tasks": (tasks.TasksEval, tasks.main),
     "perplexity": (perplexity.PerplexityEval, perplexity.main),
     "passkey": (passkey.PasskeyEval, passkey.main),
     "compression": (compression.CompressionEval, compression.main),
+    "longppl": (longppl.LongpplEval, longppl.main),
 }
 
 
