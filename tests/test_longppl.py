@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from nanometa import eval as evaluation
 from nanometa.common.errors import UserError
+from nanometa.common.statistics import clustered_ratio
 from nanometa.config import MarkerConfig
 from nanometa.data.assemble import marked_text
 from nanometa.data.layout import IGNORE, Layout, batch_of
@@ -26,7 +27,7 @@ from nanometa.evals.longppl import LongpplEval, Sums, is_key
 from nanometa.evals.piece_reader import PieceReader
 from nanometa.evals.shared_text import SharedPiece, carried, cuts, shared_pieces
 from nanometa.inference.scoring import score_batch
-from tests.conftest import WORDS, cli, manifest
+from tests.conftest import TINY, WORDS, cli, manifest, override
 from tests.reference import longppl as reference
 from tests.runs import run_on, saved
 from tests.test_perplexity import double
@@ -34,6 +35,7 @@ from tests.test_perplexity import double
 KEY = " Schlüssel☃"  # has characters of two and three bytes
 K, D = 8, 4  # short_length and short_stride
 SHORT = ("--short_length=8", "--short_stride=4")
+STEPS = 500
 
 
 def write_texts(folder: Path) -> None:
@@ -69,7 +71,7 @@ def plain(folder: Path, **changes):
 token_bytes = st.lists(st.integers(1, 4), max_size=14)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(token_bytes, token_bytes, st.integers(1, 7))
 def test_pieces_end_at_the_last_border_that_both_tokenizers_share(first, second, size):
     first, second = [0, *first], [0, *second]
@@ -91,7 +93,7 @@ def test_with_one_tokenizer_the_pieces_are_those_of_documents(content, size):
     assert mine == [(owner, piece) for owner, piece in zip(owners.tolist(), found.tolist(), strict=True)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), max_size=12), st.randoms(use_true_random=False))
 def test_a_token_is_key_if_all_its_bytes_lie_in_one_merged_interval(tokens, random):
     flags, flagged = [flag for flag, _ in tokens], [size for _, size in tokens]
@@ -185,7 +187,7 @@ def test_every_run_reads_a_piece_as_it_was_trained_and_again_from_every_start(wo
     assert tokens[tokens < tokenizer.n_content].tolist() == ids.tolist()
     assert batch.targets[batch.targets != IGNORE].tolist() == ids[1:].tolist()
     markers_there = len(tokens) - len(ids)
-    assert (markers_there > 3) == (markers.places_markers or data == "u")
+    assert (markers_there > 1) == (markers.places_markers or data == "u")
     assert (batch.read_until is not None) == (markers.evict != "nothing")
     if markers_there:
         assert not np.array_equal(tokens, reader.batch(4, ids).tokens[0].numpy()) or markers is SR  # a draw of its own
@@ -232,8 +234,8 @@ def measured(cfg: LongpplEval, run, evaluator, found: list[SharedPiece]) -> list
 def test_the_figures_are_those_of_loops_that_read_every_prefix_again(two, ours, theirs):
     folders = two / "data" / ours, two / "data" / theirs
     run, evaluator = plain(folders[0]), plain(folders[1], seed=8)
-    cfg = LongpplEval(short_length=K, short_stride=D, alpha=(1.0, 0.25), beta=-5.0)
-    found = shared_pieces((run, evaluator), folders, 40)[:6:2]
+    cfg = LongpplEval(short_length=K, short_stride=D, alpha=(0.5, 0.1), beta=-9.0)
+    found = shared_pieces((run, evaluator), folders, 40)[:6:3]
     everything = []
     for piece in found:
         first, second = piece.first.tolist(), piece.second.tolist()
@@ -245,8 +247,8 @@ def test_the_figures_are_those_of_loops_that_read_every_prefix_again(two, ours, 
         for document, (first, second), nats, whole, short in everything:
             both = [(a, b) for a, b in zip(whole, short, strict=True) if b is not None]
             differences += [b - a for a, b in both]
-            lsds += [b - a for a, b in both if b - a > line["alpha"] and a < 5]
-            there = reference.inside(reference.key_intervals(whole, short, second, line["alpha"], -5), first)[1:]
+            lsds += [b - a for a, b in both if b - a > line["alpha"] and a < 9]
+            there = reference.inside(reference.key_intervals(whole, short, second, line["alpha"], -9), first)[1:]
             mine = [(a, size) for a, size, key in zip(nats, first[1:], there, strict=True) if key]
             keys += mine
             if mine:
@@ -314,9 +316,14 @@ def test_keys_planted_in_the_text_are_found_with_another_tokenizer(runs, tmp_pat
 
     def read(cfg, readers, number, piece):
         ours, theirs = (planted(of.run.tokenizer, ids) for of, ids in zip(readers, piece[1:], strict=True))
-        ours[0], theirs[0] = False, False
-        expected["tokens"] += ours.sum()
-        expected["bytes"] += readers[0].run.tokenizer.token_bytes[piece.first][ours].sum()
+        theirs[0] = False  # the first token of a piece is not scored
+        n_bytes = [of.run.tokenizer.token_bytes[ids].tolist() for of, ids in zip(readers, piece[1:], strict=True)]
+        key = reference.inside(reference.merged(theirs.tolist(), n_bytes[1]), n_bytes[0])
+        assert not any(k and not own for k, own in zip(key, ours, strict=True))
+        # all of KEY is found, but where it is at the start of a piece
+        assert all(i < 13 for i, (k, own) in enumerate(zip(key, ours, strict=True)) if own and not k)
+        expected["tokens"] += sum(key[1:])
+        expected["bytes"] += sum(size for k, size in zip(key[1:], n_bytes[0][1:], strict=True) if k)
         return np.ones(len(ours) - 1), np.full(len(theirs) - 1, 0.5), np.where(theirs[1:], 3.0, 0.5)
 
     monkeypatch.setattr(longppl, "read", read)
@@ -324,10 +331,7 @@ def test_keys_planted_in_the_text_are_found_with_another_tokenizer(runs, tmp_pat
     evaluation.main(["longppl", f"--run={runs[ours]}", f"--evaluator={runs[theirs]}", f"--output={output}", *SHORT])
     line = lines_of(output)[0]
     assert line["alpha"] == 2 and line["keys"] > 10
-    # a piece may begin within KEY, whose first token is never scored, and then some bytes belong to no key
-    lost = expected["tokens"] - line["key_tokens"]
-    assert 0 <= lost <= 2 and line["key_tokens"] > 20
-    assert 0 <= expected["bytes"] - line["key_bytes"] <= 4 * lost
+    assert (line["key_tokens"], line["key_bytes"]) == (expected["tokens"], expected["bytes"])
     assert line["longppl"] == pytest.approx(math.e) and line["candidates"] > 40 * line["keys"] / 30
 
 
@@ -403,3 +407,68 @@ def test_datasets_without_a_hash_of_the_text_need_the_same_tokens(two, workdir, 
     evaluation.main(["longppl", f"--run={runs['u']}", f"--evaluator={runs['n']}", f"--dataset={old['u']}", *SHORT,
                      f"--evaluator_dataset={old['n']}", "--pieces=2", f"--output={tmp_path}/lines"])  # fmt: skip
     assert {line["text_sha256"] for line in lines_of(tmp_path / "lines")} == {None}
+
+
+# ----------------------------------------------------------------------------- what LongPPL sees and perplexity does not
+
+TAGS = tuple("red blue green pink grey gold teal plum lime navy rust jade sand coal mint wine".split())
+
+
+def write_distant_texts(folder: Path, documents: int = 150) -> None:
+    """Writes documents of lines of 40 to 56 words, each of which ends with # and a tag that its document has throughout.
+
+    A word depends on the two words before it, so a model needs many steps to learn which words are likely."""
+    rng = np.random.default_rng(5)
+    after = rng.integers(len(WORDS), size=(len(WORDS), len(WORDS), 3))
+    folder.mkdir()
+    for number in range(documents):
+        lines, tag, last = [], TAGS[rng.integers(len(TAGS))], [0, 1]
+        for _ in range(12):
+            words = []
+            for _ in range(rng.integers(40, 57)):
+                last = [last[1], after[*last, rng.integers(3)]]
+                words.append(WORDS[last[1]])
+            lines.append(" ".join([*words, "#", tag]) + "\n")
+        (folder / f"{number:03}.txt").write_text("".join(lines))
+
+
+@pytest.mark.slow
+def test_longppl_separates_two_runs_of_equal_perplexity(tmp_path):
+    """One run reads at most 31 positions, those of two layers with windows of 16, and the last tag is at least 42 back.
+
+    It has trained longer than the other run, whose checkpoint is chosen by its validation loss alone. Another run of
+    another seed is the evaluator."""
+    write_distant_texts(tmp_path / "texts")
+    args = ("--source=files", "--files=texts/*.txt", "--injection=none", "--val_fraction=0.15", "--name=far")
+    result = cli("prepare.py", *args, "--bpe_vocab_size=450", "--chunk_content=192", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr.decode()
+    common = override(TINY, "--dataset=data/far", "--block_size=192", "--n_embd=64", "--position=rope", "--keep=100",
+                      "--second_attention=none", "--learning_rate=5e-3", "--min_lr=5e-4", "--eval_windows=None",
+                      "--log_interval=50", f"--max_steps={STEPS}")  # fmt: skip
+    more = {
+        "window": ("--evict=window", "--eviction_window=16", "--eval_interval=100", "--save_interval=100"),
+        "reader": ("--seed=1", "--eval_interval=10", "--save_interval=10"),
+        "judge": ("--seed=2", "--eval_interval=100", "--save_interval=100"),
+    }
+    for name, own in more.items():
+        result = cli("train.py", *override(common, f"--run_name={name}", *own), cwd=tmp_path)
+        assert result.returncode == 0, result.stderr.decode()
+    evaluated = {name: [json.loads(line) for line in (tmp_path / "out" / name / "metrics.jsonl").read_text().splitlines()]
+                 for name in more}  # fmt: skip
+    losses = {
+        name: {line["step"]: line["loss"] for line in of if line["kind"] == "val"} for name, of in evaluated.items()
+    }
+    wanted = losses["window"][STEPS]
+    step = min((step for step in losses["reader"] if step), key=lambda step: abs(losses["reader"][step] - wanted))
+    found = {}
+    for name, at in (("window", STEPS), ("reader", step)):
+        result = cli("eval.py", "longppl", f"--run=out/{name}/step_{at:08}", f"--evaluator=out/judge/step_{STEPS:08}",
+                     "--short_length=32", "--short_stride=8", f"--output={name}.jsonl", cwd=tmp_path)  # fmt: skip
+        assert result.returncode == 0, result.stderr.decode()
+        found[name] = lines_of(tmp_path / f"{name}.jsonl")[0]
+    window, reader = found["window"], found["reader"]
+    assert abs(window["perplexity"] / reader["perplexity"] - 1) < 0.02
+    assert window["key_tokens"] == reader["key_tokens"] > 40 and window["longppl"] > 2 * reader["longppl"]
+    nats = np.subtract(window["document_key_nats"], reader["document_key_nats"])
+    assert clustered_ratio(nats, np.array(window["document_key_tokens"]))[0] > math.log(2)
+    print(step, losses, found)
