@@ -415,7 +415,7 @@ TAGS = tuple("red blue green pink grey gold teal plum lime navy rust jade sand c
 
 
 def write_distant_texts(folder: Path, documents: int = 150) -> None:
-    """Writes documents of lines of 40 to 56 words, each of which ends with # and a tag that its document has throughout.
+    """Writes documents of lines of 12 to 15 words, each of which ends with # and a tag that its document has throughout.
 
     A word depends on the two words before it, so a model needs many steps to learn which words are likely."""
     rng = np.random.default_rng(5)
@@ -423,9 +423,9 @@ def write_distant_texts(folder: Path, documents: int = 150) -> None:
     folder.mkdir()
     for number in range(documents):
         lines, tag, last = [], TAGS[rng.integers(len(TAGS))], [0, 1]
-        for _ in range(12):
+        for _ in range(36):
             words = []
-            for _ in range(rng.integers(40, 57)):
+            for _ in range(rng.integers(12, 16)):
                 last = [last[1], after[*last, rng.integers(3)]]
                 words.append(WORDS[last[1]])
             lines.append(" ".join([*words, "#", tag]) + "\n")
@@ -434,19 +434,19 @@ def write_distant_texts(folder: Path, documents: int = 150) -> None:
 
 @pytest.mark.slow
 def test_longppl_separates_two_runs_of_equal_perplexity(tmp_path):
-    """One run reads at most 31 positions, those of two layers with windows of 16, and the last tag is at least 42 back.
+    """One run reads at most 15 positions, those of two layers with windows of 8, and the last tag is at least 21 back.
 
     It has trained longer than the other run, whose checkpoint is chosen by its validation loss alone. Another run of
     another seed is the evaluator."""
     write_distant_texts(tmp_path / "texts")
     args = ("--source=files", "--files=texts/*.txt", "--injection=none", "--val_fraction=0.15", "--name=far")
-    result = cli("prepare.py", *args, "--bpe_vocab_size=450", "--chunk_content=192", cwd=tmp_path)
+    result = cli("prepare.py", *args, "--bpe_vocab_size=450", "--chunk_content=96", cwd=tmp_path)
     assert result.returncode == 0, result.stderr.decode()
-    common = override(TINY, "--dataset=data/far", "--block_size=192", "--n_embd=64", "--position=rope", "--keep=100",
+    common = override(TINY, "--dataset=data/far", "--block_size=96", "--n_embd=48", "--position=rope", "--keep=100",
                       "--second_attention=none", "--learning_rate=5e-3", "--min_lr=5e-4", "--eval_windows=None",
                       "--log_interval=50", f"--max_steps={STEPS}")  # fmt: skip
     more = {
-        "window": ("--evict=window", "--eviction_window=16", "--eval_interval=100", "--save_interval=100"),
+        "window": ("--evict=window", "--eviction_window=8", "--eval_interval=100", "--save_interval=100"),
         "reader": ("--seed=1", "--eval_interval=10", "--save_interval=10"),
         "judge": ("--seed=2", "--eval_interval=100", "--save_interval=100"),
     }
@@ -463,7 +463,7 @@ def test_longppl_separates_two_runs_of_equal_perplexity(tmp_path):
     found = {}
     for name, at in (("window", STEPS), ("reader", step)):
         result = cli("eval.py", "longppl", f"--run=out/{name}/step_{at:08}", f"--evaluator=out/judge/step_{STEPS:08}",
-                     "--short_length=32", "--short_stride=8", f"--output={name}.jsonl", cwd=tmp_path)  # fmt: skip
+                     "--short_length=16", "--short_stride=4", f"--output={name}.jsonl", cwd=tmp_path)  # fmt: skip
         assert result.returncode == 0, result.stderr.decode()
         found[name] = lines_of(tmp_path / f"{name}.jsonl")[0]
     window, reader = found["window"], found["reader"]
