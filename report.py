@@ -18,7 +18,7 @@ from nanometa.common.files import write_atomically
 from nanometa.common.terminal import write_line
 from nanometa.config.checks import check, check_types, similar_name
 from nanometa.config.command_line import load_config, run_cli
-from nanometa.reports import compression, curves, depth, summary, tasks, training, weights
+from nanometa.reports import compression, curves, depth, longppl, summary, tasks, training, weights
 from nanometa.reports.files import Found, read
 from nanometa.reports.page import Page, Section
 from nanometa.reports.probe_sections import SECTIONS
@@ -72,7 +72,8 @@ def main(argv: list[str]) -> None:
 
 def sections_of(effect: float, margin: float) -> list[Section]:
     """Returns the sections of all evaluations and probes, in the order of the page."""
-    return [tasks.section(effect, margin), depth.SECTION, compression.SECTION, weights.SECTION, *SECTIONS.values()]
+    shown = (depth.SECTION, compression.SECTION, longppl.SECTION, weights.SECTION, *SECTIONS.values())
+    return [tasks.section(effect, margin), *shown]
 
 
 def render(

@@ -32,8 +32,9 @@ from nanometa.config.settings import Settings, named_settings, refuse_idle
 # Settings of all commands whose values are paths. tests/test_config.py fails for a text setting that it does not know.
 PATHS = frozenset(
     {
-        "branch_from", "dataset", "extra_files", "files", "hf_dataset", "init_from", "inspect", "merge", "out_dir",
-        "output", "plan", "prompt_file", "run", "runs", "scorer", "tokenizer", "val_files",
+        "branch_from", "dataset", "evaluator", "evaluator_dataset", "extra_files", "files", "hf_dataset", "init_from",
+        "inspect", "merge", "out_dir", "output", "plan", "prompt_file", "run", "runs", "scorer", "tokenizer",
+        "val_files",
     }
 )  # fmt: skip
 

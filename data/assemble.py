@@ -74,7 +74,7 @@ class SplitWriter:
         self.dtype = token_dtype(tokenizer.n_vocab)
         self.key = stable_key(cfg.seed, "marker places", split)
         self.long = LongDocuments(tokenizer.eot, cfg.min_document_tokens)
-        self.content_hash = hashlib.sha256()
+        self.content_hash, self.text_hash = hashlib.sha256(), hashlib.sha256()
         self.chunks = self.bytes = 0
         self._pending: list[np.ndarray] = []
         self._pending_tokens = 0
@@ -82,6 +82,7 @@ class SplitWriter:
     def add(self, ids: np.ndarray) -> None:
         """Adds the next ids (N,) of the content stream, in the dtype of the shards."""
         if len(ids := self.long.take(ids)):
+            self.text_hash.update(marked_text(ids, self.tokenizer))
             self._pending.append(ids)
             self._pending_tokens += len(ids)
         if self._pending_tokens >= BLOCK_TOKENS:
@@ -128,8 +129,14 @@ class SplitWriter:
             "bytes": self.bytes,
             "content_tokens_dropped_at_end": self._pending_tokens,  # too few for another chunk
             "content_sha256": self.content_hash.hexdigest(),  # the same in all arms
+            "text_sha256": self.text_hash.hexdigest(),  # the same with every tokenizer; the dropped end is included
             "shards": self.shards.entries,
         }
+
+
+def marked_text(ids: np.ndarray, tokenizer: Tokenizer) -> bytes:
+    """Returns the text of content ids (N,), with the byte FF, which no UTF-8 text contains, for every <|endoftext|>."""
+    return b"\xff".join(tokenizer.text_bytes(part) for part in np.split(ids, np.flatnonzero(ids == tokenizer.eot)))
 
 
 def compressed(segments: list[tuple[Path, Segment]], tokenizer: Tokenizer, least: int) -> dict:

@@ -110,6 +110,7 @@ def _check_manifest(manifest: dict) -> None:
     for name in SPLITS:
         split = manifest["splits"][name]
         texts += [split["content_sha256"], *(entry[key] for entry in split["shards"] for key in ("file", "sha256"))]
+        texts += [split["text_sha256"]] if "text_sha256" in split else []  # earlier versions recorded none
         counts += [split[key] for key in ("chunks", "content_tokens", "markers", "documents", "bytes")]
         counts += [entry["tokens"] for entry in split["shards"]]
     if not (all(type(text) is str for text in texts) and all(map(is_count, counts))):

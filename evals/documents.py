@@ -7,14 +7,21 @@ import numpy as np
 from nanometa.common.statistics import clustered_ratio
 
 
+def documents_of(content: np.ndarray, eot: int) -> list[np.ndarray]:
+    """Returns the documents of a content stream (N,), each of which ends with <|endoftext|>.
+
+    A document starts with <|endoftext|>, as a prompt does, and excludes the <|endoftext|> that ends it. The last one is
+    what follows the last <|endoftext|>."""
+    stream = np.append(np.array([eot], content.dtype), content)
+    return np.split(stream, np.flatnonzero(stream == eot)[1:])
+
+
 def pieces(content: np.ndarray, eot: int, size: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Cuts the documents of a content stream (N,), each of which ends with <|endoftext|>, into pieces.
+    """Cuts the documents of a content stream (N,) into pieces.
 
     Returns the pieces (P, size), the number of each piece's document (P,), and the tokens of the longest document.
-    A document starts with <|endoftext|>, as a prompt does, and excludes the <|endoftext|> that ends it. It is cut from
-    its start into consecutive pieces; the remainder at its end is dropped."""
-    stream = np.append(np.array([eot], content.dtype), content)
-    documents = np.split(stream, np.flatnonzero(stream == eot)[1:])
+    A document is cut from its start into consecutive pieces; the remainder at its end is dropped."""
+    documents = documents_of(content, eot)
     cut = [document[: len(document) // size * size].reshape(-1, size) for document in documents]
     owners = np.repeat(np.arange(len(cut)), [len(rows) for rows in cut])
     return np.concatenate(cut), owners, max(map(len, documents))

@@ -72,6 +72,9 @@ TESTS = {
     "tasks/words.py": "test_tasks",
     "evals/compression.py": "test_compression",
     "evals/forgotten.py": "test_compression",
+    "evals/longppl.py": "test_longppl",
+    "evals/piece_reader.py": "test_longppl",
+    "evals/shared_text.py": "test_longppl",
     "evals/perplexity.py": "test_perplexity test_documents",
 }
 SWAPS = {

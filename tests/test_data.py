@@ -252,9 +252,10 @@ WRONG_FIELDS = {
     "skipped": [["a", "b", "c"]], "skipped ": [["a", 3]], "skipped  ": [["a"]],
     "val_text_compressed bytes": -1, "val_text_compressed gzip_9_bits_per_byte": "2",
     "val_text_compressed xz_bits_per_byte": None, "splits": lambda splits: {**splits, "test": splits["val"]},
-    "splits train content_sha256": 3, "splits val chunks": 0, "splits train chunks": lambda n: n + 1,
-    "splits train content_tokens": lambda n: n + 1, "splits val markers": lambda n: n - 1,
-    "splits val documents": -1, "splits train bytes": None, "splits train shards 0 tokens": lambda n: n + 32,
+    "splits train content_sha256": 3, "splits val text_sha256": 3, "splits val chunks": 0,
+    "splits train chunks": lambda n: n + 1, "splits train content_tokens": lambda n: n + 1,
+    "splits val markers": lambda n: n - 1, "splits val documents": -1, "splits train bytes": None,
+    "splits train shards 0 tokens": lambda n: n + 32,
     "splits train shards 0 file": "train_000001.bin", "splits val shards 0 file": "train_000000.bin",
     "splits val shards 0 sha256": 3, "splits val shards": [],
 }  # fmt: skip

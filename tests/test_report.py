@@ -358,7 +358,7 @@ def test_no_input_becomes_markup_or_mathematics():
         ({"task": "../../etc"}, "task is '../../etc'"),
         (
             {"eval": "passkey"},
-            'it has no field "eval" or "probe" with one of the values tasks, perplexity, compression, positions',
+            'it has no field "eval" or "probe" with one of the values tasks, perplexity, compression, longppl, ',
         ),
         ({"origin": {"weights": "scratch"}}, "dataset is missing"),
         ({"scaling": 4}, "scaling is '4'"),
