@@ -222,7 +222,7 @@ def test_no_gradient_of_a_frozen_head_is_computed():
     hidden, weight, targets, n = case(20, 0)
 
     def nats(hidden, weight):
-        return _SummedNats.apply(hidden * 1, weight, targets, n, torch.float64, 7)
+        return _SummedNats.apply(hidden * 1, weight, targets, None, n, torch.float64, 7)
 
     expected = torch.autograd.grad(nats(hidden, weight), hidden)[0]
     with mock.patch.object(loss, "_add_head_gradient", side_effect=AssertionError("computed")):
@@ -239,7 +239,7 @@ def test_a_compiled_loss_computes_no_gradient_of_a_frozen_head():
     hidden, weight, targets, n = case(20, 0)
 
     def nats(hidden):
-        return _SummedNats.apply(hidden * 1, weight.detach(), targets, n, torch.float64, 7)
+        return _SummedNats.apply(hidden * 1, weight.detach(), targets, None, n, torch.float64, 7)
 
     expected = torch.autograd.grad(nats(hidden), hidden)[0]
     with mock.patch.object(loss, "_add_head_gradient", side_effect=AssertionError("computed")):

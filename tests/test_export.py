@@ -101,7 +101,8 @@ def check(found: dict, want: dict, run) -> None:
     plain = is_plain(run)
     assert found["class"] == ("GPT2LMHeadModel" if plain else "NanoMetaForCausalLM")
     logits = torch.tensor(found["logits"])
-    assert (logits[:-1] - want["text_logits"]).abs().max() < 1e-5
+    largest = want["text_logits"].abs().max()  # of single precision, in which low bits depend on the processor
+    assert (logits[:-1] - want["text_logits"]).abs().max() < 1e-5 * max(1.0, largest)
     assert found["loss"] == pytest.approx(np.mean(want["nats"]), abs=1e-5)
     assert found["greedy"] == found["greedy_uncached"] == want["greedy"]
     assert found["beams"] == found["beams_uncached"] and len({*map(tuple, found["beams"])}) == 2

@@ -84,15 +84,15 @@ def test_a_worker_that_dies_while_it_writes_a_result_is_noticed(tokenizer, worke
     """The result is larger than the buffer of a pipe, and nobody reads it. With a pipe that all workers write to, the
     parent would wait for its rest forever. SIGTERM is what a scheduler sends to all processes of a job."""
     with Encoders(tokenizer, PrepareConfig(workers=workers)) as pool:
-        pool.workers[0].send(["the cat sat " * 100_000])
+        pool.workers[0].send([Piece("the cat sat " * 100_000, True)])
         assert pool.workers[0].connection.poll(60)  # the worker has begun to write
         os.kill(pool.workers[0].process.pid, number)
         with pytest.raises(raised):
             pool.workers[0].receive()
         with pytest.raises(raised):
-            pool.workers[0].send(["a text"])
+            pool.workers[0].send([Piece("a text", True)])
         if workers == 2:
-            pool.workers[1].send(["the cat"])
+            pool.workers[1].send([Piece("the cat", True)])
             assert len(pool.workers[1].receive()) == 1
     assert not any(worker.process.is_alive() for worker in pool.workers)
 
@@ -103,7 +103,7 @@ def test_an_error_in_a_worker_is_raised_with_its_traceback(tokenizer):
         with pytest.raises(AttributeError) as raised:
             pool.workers[0].receive()
         assert "In a worker process:\nTraceback" in raised.value.__notes__[0]
-        pool.workers[0].send(["the cat"])  # the worker goes on
+        pool.workers[0].send([Piece("the cat", True)])  # the worker goes on
         assert tokenizer.decode(pool.workers[0].receive()[0].ids.tolist()) == "the cat"
 
 
@@ -113,10 +113,11 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 from nanometa.config import PrepareConfig
 from nanometa.data.encoders import Encoders
+from nanometa.data.sources import Piece
 from nanometa.data.tokenizer import Tokenizer
 
 with Encoders(Tokenizer.train(iter(["the cat sat on the mat " * 50]), 300), PrepareConfig(workers=2)) as pool:
-    pool.workers[0].send(["the cat sat " * 100_000])  # whose result nobody reads
+    pool.workers[0].send([Piece("the cat sat " * 100_000, True)])  # whose result nobody reads
     print("begun", flush=True)
     sys.stdin.read()
 """

@@ -18,7 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanometa.common.errors import UserError
-from nanometa.config import GPTConfig, Rescale, SampleConfig, TaskConfig, TrainConfig, train_config_from_dict
+from nanometa.config import (
+    GPTConfig,
+    Rescale,
+    SampleConfig,
+    TaskConfig,
+    TrainConfig,
+    WeightConfig,
+    train_config_from_dict,
+)
 from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.checks import field_names, flat, to_dict
 from nanometa.config.command_line import load_config
@@ -152,7 +160,7 @@ NUMBERS = {  # for settings whose type alone allows too many values
     "temperature": st.floats(1e-3, 1e300), "prompt": st.none(), "rope_factor": st.floats(1, 2**16),
     "yarn_beta_slow": st.floats(1e-3, 1), "yarn_beta_fast": st.floats(2, 1e300),
     "yarn_attention_factor": st.none() | st.floats(1e-3, 1e300), "spike_deviations": st.floats(1e-3, 1e300),
-    "stop_at": st.none() | st.floats(0, 1, exclude_min=True),
+    "stop_at": st.none() | st.floats(0, 1, exclude_min=True), "lora_alpha": st.floats(1e-3, 1e300),
 }  # fmt: skip
 # On a command line, a text "None" looks like no text. No setting may be both. In a path, ~ stands for a home folder.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0~"), max_size=30)
@@ -173,12 +181,19 @@ def values(hint, name: str):
     }[hint]  # fmt: skip
 
 
+WEIGHTS = (
+    WeightConfig(), WeightConfig(weighting="dense", weight_lambda=0.5, short_length=7, short_stride=3),
+    WeightConfig(weighting="ppmi", weight_kappa=0.1, weight_shift=2.0, weight_after=9),
+    WeightConfig(weighting="longce", weight_gamma=2.0, weight_norm="batch"),
+)  # fmt: skip
+
+
 @st.composite
 def configs(draw, cls):
     hints = {
         name: hint
         for name, hint in typing.get_type_hints(cls).items()
-        if name not in ("model", "task", "markers", "rescale", "n_head", "n_embd", "typed")
+        if name not in ("model", "task", "markers", "weights", "rescale", "n_head", "n_embd", "typed")
     }
     chosen = {name: draw(values(hint, name)) for name, hint in hints.items() if draw(st.booleans())}
     if cls is TrainConfig:
@@ -187,6 +202,9 @@ def configs(draw, cls):
             chosen.pop("branch_from", None)
         if chosen.get("dry_run"):
             chosen.pop("show_batch", None)
+        if chosen.get("tracker"):
+            chosen.pop("wandb", None)
+        chosen["weights"] = draw(st.sampled_from(WEIGHTS))
         if chosen["task"].tasks == () and draw(st.booleans()):
             chosen |= draw(marked(chosen["model"], chosen["task"]))
         chosen["learning_rate"] = max(chosen.get("learning_rate", 1.0), chosen.get("min_lr", 0.0))
@@ -208,7 +226,7 @@ def configs(draw, cls):
             del chosen["rope_scaling"]
         if chosen.get("rope_scaling", "none") == "none":
             chosen.pop("rope_dynamic", None)
-    return cls(**{name: value for name, value in chosen.items() if not (name == "init_from" and not value)})
+    return cls(**{name: value for name, value in chosen.items() if not (name in ("init_from", "scorer") and not value)})
 
 
 def marked(model: GPTConfig, task: TaskConfig):
@@ -230,7 +248,7 @@ def test_training_settings_survive_saving_and_the_command_line(cfg):
     from_base = field_names(GPTConfig) if cfg.takes_over else ()
     idle = [name for name in default if name not in from_base and why_idle(cfg, name)]
     for name, value in flat(cfg).items():
-        if value != () and name not in idle:
+        if value != () and name not in idle and not (name == "wandb" and cfg.tracker):
             argv += [f"--{name}", *map(str, value)] if isinstance(value, tuple) else [f"--{name}={value}"]
     loaded = flat(load_config(TrainConfig, argv))
     assert loaded == {**flat(cfg), **{name: default[name] for name in idle}}

@@ -27,11 +27,12 @@ SPY = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 from nanometa import train
+from nanometa.layers import loss
 from nanometa.data.loader import Windows
 from nanometa.config.command_line import run_cli
 
 step, rank = None, None
-load, update, forward = Windows.batch, train.Trainer.train_step, train.Objective.forward
+load, update, forward = Windows.batch, train.Trainer.train_step, loss.Objective.forward
 
 def train_step(self, stop):
     global step, rank
@@ -48,7 +49,7 @@ def objective(self, tokens, *rest):  # the windows that are trained on, whenever
         file.write(json.dumps({{"step": step, "rank": rank, "windows": tokens.windows}}) + "\\n")
     return forward(self, tokens, *rest)
 
-Windows.batch, train.Objective.forward = batch, objective
+Windows.batch, loss.Objective.forward = batch, objective
 train.Trainer.train_step = train_step
 run_cli(train.main)
 """
