@@ -132,11 +132,13 @@ def test_compression_sentinels_start_with_different_rows(workdir, plain):
     assert not torch.allclose(rows["clcr"][2], rows["clcr_seed"][2])
 
 
+@pytest.mark.slow
 def test_training_everything_from_a_plain_run_with_markers_works_too(workdir, plain):
     whole = run(workdir, "whole", "--max_steps=3", "--init_from=out/plain", *sentinels("sr"))
     assert not torch.equal(state(steps(whole))["wte.weight"][:300], state(steps(plain))["wte.weight"][:300])
 
 
+@pytest.mark.slow
 def test_sentinels_of_the_base_stay_as_trained_and_others_become_the_mean(workdir, tuned):
     """A base that was trained with <|sr|> keeps its row; <|cl|> and <|cr|>, which it never saw, start at the mean."""
     args = ("--max_steps=1", "--learning_rate=1e-30", "--min_lr=0", "--init_from=out/tuned", "--train_only=markers")
@@ -150,6 +152,7 @@ def test_sentinels_of_the_base_stay_as_trained_and_others_become_the_mean(workdi
     assert "except those of <|cl|> and <|cr|>, which are the mean" in (other / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_learned_positions_suffice_if_markers_share_those_of_text(workdir):
     """The base has 28 positions, and the windows with sentinels have 40, of which the text takes 28."""
     learned = [*PLAIN[:3], "--position=learned"]

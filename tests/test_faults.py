@@ -12,6 +12,7 @@ from nanometa.training.optimizer import Optimizer
 from tests.conftest import ROOT, cli
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_few_faults_of_every_kind(workdir):
     """Runs the short version of `make faults`."""
     result = cli("tests/faults.py", "--quick", f"--workdir={workdir}", cwd=ROOT, env={"PYTHONPATH": str(ROOT)})

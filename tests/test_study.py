@@ -133,7 +133,7 @@ def test_the_plan_of_the_sentinels_is_valid():
     """Its configs exist, its datasets are those of its configs, and every config of a sentinel is an arm."""
     plan = read_plan(str(ROOT / "studies/sentinels.toml"))
     arms = {}
-    for cell in plan.cells():
+    for cell in {cell.arm.name: cell for cell in plan.cells()}.values():
         path, *rest = words(arguments_of(plan, cell)["pretrain"])
         cfg = load_config(TrainConfig, [str(ROOT / path), *rest], config_file=True)
         assert cfg.dataset.removeprefix("data/") in plan.prepare and cfg.model.n_embd == 96
@@ -161,7 +161,7 @@ def test_the_plan_of_the_adapters_is_valid():
 def test_the_plan_of_the_weighted_losses_is_valid():
     """Its branches can be given as they are, and every weighting that compares losses is an arm."""
     plan, rules = read_plan(str(ROOT / "studies/weighting.toml")), set()
-    for cell in plan.cells():
+    for cell in {cell.arm.name: cell for cell in plan.cells()}.values():
         for kind in ("pretrain", "finetune"):
             path, *rest = words(arguments_of(plan, cell)[kind])
             start = ["--branch_from=out/x/step_00000700"] if kind == "finetune" else []
