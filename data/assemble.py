@@ -143,8 +143,8 @@ def compressed(segments: list[tuple[Path, Segment]], tokenizer: Tokenizer, least
     """Returns the bits per byte of gzip -9 and xz on at most 8 MiB of validation text, a baseline for models.
 
     segments: (folder, segment) of the whole source. least: the setting min_document_tokens."""
-    dtype, text, long = token_dtype(tokenizer.n_vocab), bytearray(), LongDocuments(tokenizer.eot, least)
-    for ids in (ids for where, segment in segments for ids in read_segment(where, segment, "val", dtype)):
+    text, long = bytearray(), LongDocuments(tokenizer.eot, least)
+    for ids in (ids for where, segment in segments for ids in read_segment(where, segment, "val", tokenizer)):
         text += tokenizer.text_bytes(long.take(ids))
         if len(text) >= COMPRESSOR_BYTES:
             break
@@ -197,7 +197,7 @@ def assemble(
             compressing = beside.submit(compressed, segments, tokenizer, cfg.min_document_tokens)
         for split, writer in writers.items():
             for where, segment in segments:
-                for ids in read_segment(where, segment, split, token_dtype(tokenizer.n_vocab)):
+                for ids in read_segment(where, segment, split, tokenizer):
                     writer.add(ids)
                     advance(len(ids))
     check_length({split: writer.long.longest for split, writer in writers.items()}, cfg.min_document_tokens)

@@ -273,15 +273,22 @@ class SegmentWriter:
         write_atomically(self.folder / f"{segment.name}.json", (json.dumps(vars(segment)) + "\n").encode())
 
 
-def read_segment(folder: Path, segment: Segment, split: str, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Yields the ids of a segment in blocks. Raises UserError after the last one if the file's SHA-256 is wrong."""
+def read_segment(folder: Path, segment: Segment, split: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Yields the ids of a segment in blocks, all of them ids of content.
+
+    Raises UserError if the file's SHA-256 is wrong, after the last block or in place of the first one with another
+    id."""
+    dtype = token_dtype(tokenizer.n_vocab)
     path, sha256 = folder / f"{segment.name}.{split}", hashlib.sha256()
     with open(own_file(path), "rb") as file:  # not memory-mapped, because mapped pages count as memory of the process
         while block := file.read(BLOCK_TOKENS * dtype.itemsize):
             sha256.update(block)
             if len(block) % dtype.itemsize:
                 break
-            yield np.frombuffer(block, dtype)
+            ids = np.frombuffer(block, dtype)
+            if ids.max() >= tokenizer.n_content:
+                break
+            yield ids
     if sha256.hexdigest() != segment.splits[split]["sha256"]:
         raise UserError(
             f"{path} is damaged (its sha256 is {sha256.hexdigest()[:12]}.., not {segment.splits[split]['sha256'][:12]}"
