@@ -55,7 +55,7 @@ def test_every_weighting_branches_from_one_trunk(workdir, trunk, name):
         assert not FIGURES & found[0].keys()
         return
     plain = lines(run(workdir, f"plain_{name}", *args[:3], *ROPE))
-    assert found[0]["loss"] == plain[0]["loss"]  # the reported loss has no weights
+    assert found[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-6)  # the reported loss has no weights
     assert found[1]["loss"] != plain[1]["loss"]  # but the updates have
     for line in found:
         assert line.keys() >= FIGURES and 0 < line["effective_share"] < 1 and line["weight_sd"] > 0
@@ -68,7 +68,8 @@ def test_weights_that_start_later_leave_the_steps_before_as_they_are(workdir):
     plain = run(workdir, "plain", "--max_steps=6", *ROPE)
     later = run(workdir, "later", "--max_steps=6", "--weight_after=3", *DENSE, *ROPE)
     ours, theirs = lines(later), lines(plain)
-    assert [line["loss"] for line in ours[:4]] == [line["loss"] for line in theirs[:4]]
+    assert [line["loss"] for line in ours[:3]] == [line["loss"] for line in theirs[:3]]
+    assert ours[3]["loss"] == pytest.approx(theirs[3]["loss"], rel=1e-6)
     assert [line["grad_norm"] for line in ours[:3]] == [line["grad_norm"] for line in theirs[:3]]
     assert ours[3]["grad_norm"] != theirs[3]["grad_norm"] and ours[5]["loss"] != theirs[5]["loss"]
     assert [FIGURES <= line.keys() for line in ours] == [False] * 3 + [True] * 3
