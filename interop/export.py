@@ -16,7 +16,7 @@ from nanometa.common.terminal import BOLD, write_line
 from nanometa.config import Rescale
 from nanometa.config.checks import check, check_types
 from nanometa.config.settings import SET, Settings, setting
-from nanometa.evals.common import read_split
+from nanometa.evals.common import facts_of, read_split
 from nanometa.inference.generation import MarkerPlan
 from nanometa.interop.adapter import open_adapted, write_adapter
 from nanometa.interop.hub import check_repository, push
@@ -78,7 +78,8 @@ def export(cfg: ExportConfig) -> Path:
         return _export_adapter(cfg)
     if importlib.util.find_spec("transformers") is None:
         raise UserError("export.py needs the package transformers, which is missing: pip install -e '.[export]'.")
-    run = rescaled(load_run(cfg.run), cfg.rescale)
+    run = load_run(cfg.run)
+    facts, run = facts_of(run), rescaled(run, cfg.rescale)
     refuse(run)
     placement = placement_of(run, cfg.markers)
     rule = run.state["data"]["injection"]
@@ -93,7 +94,7 @@ def export(cfg: ExportConfig) -> Path:
     partial = begin(output)
     config = config_of(run, placement, cfg.seed)
     write_model(run, config, partial)
-    card = Card(run, config, output.name, cfg.push_to_hub, {}, {}, [])
+    card = Card(run, facts, config, output.name, cfg.push_to_hub, {}, {}, [])
     if stream is not None:
         card = write_tasks(run, cfg, config, stream, partial, card)
     write_text(partial / "README.md", model_card(card))

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import nanometa
-from nanometa.evals.common import facts_of
 from nanometa.reports.training import METRICS, read_run
 from nanometa.training.checkpoint import Run
 
@@ -12,6 +11,7 @@ class Card(NamedTuple):
     """What a model card tells."""
 
     run: Run
+    facts: dict  # of the run before its window was rescaled, as evals.common.facts_of returns them
     config: dict  # the content of config.json
     folder: str  # the name of the export, as it stands in commands
     repository: str  # USER/NAME on the hub, or ""
@@ -44,16 +44,14 @@ def _head(card: Card) -> str:
 
 
 def _model(card: Card) -> str:
-    run, facts, m = card.run, facts_of(card.run), card.run.config.model
+    run, facts, m = card.run, card.facts, card.run.config.model
     data, text_tokens = run.state["data"], facts["origin"]["content_tokens"]
     kind = "A GPT-2" if _plain(card) else "A GPT-2 with meta-tokens or a control for them"
     rows = {
         "arm": facts["arm"],
         "parameters": f"{facts['parameters']:,}",
         "shape": f"{m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide",
-        "window": f"{m.block_size} positions, which hold {card.config['n_positions']} text tokens with markers inserted"
-        if card.config.get("marker_placement") == "implicit"
-        else f"{m.block_size} positions",
+        "window": _window(card),
         "trained on": ", ".join(run.config.task.tasks) or data["dataset"],
         "text tokens read": "unknown" if text_tokens is None else f"{text_tokens:,}",
         "step": f"{facts['step']:,}",
@@ -65,6 +63,24 @@ def _model(card: Card) -> str:
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join([f"{kind}, trained and exported with nanoMeta.", "", "| | |", "|---|---|", *lines])
+
+
+def _stretched(card: Card) -> bool:
+    """Returns whether the export has a longer window than the run was trained with."""
+    trained_on_text = not card.run.config.task.tasks
+    return trained_on_text and card.run.config.model.block_size != card.facts["train_length"]
+
+
+def _window(card: Card) -> str:
+    """Returns the size of the window in words."""
+    data, T = card.run.state["data"], card.run.config.model.block_size
+    said = f"{T} positions"
+    if _stretched(card):
+        said += f", stretched from the {card.facts['train_length']} that were trained"
+    if data["chunk_markers"]:
+        text = T // (data["chunk_content"] + data["chunk_markers"]) * data["chunk_content"]
+        said += f", which hold {text} text tokens and their markers"
+    return said
 
 
 def _figures(card: Card) -> str:
@@ -82,7 +98,9 @@ def _figures(card: Card) -> str:
         lines.append(f"| by nanoMeta: {n} pieces of validation text, each read by itself{what} | {figure:.4f} |")
     if len(lines) == 4:
         return ""
-    about = "The figures are not comparable with each other: a piece that is read by itself has less context."
+    about = "Figures of pieces and of windows are not comparable: a piece that is read by itself has less context."
+    if _stretched(card) and (best or final):
+        about += " Those of training are of the window that was trained."
     return "\n".join([*lines, "", about])
 
 
@@ -98,9 +116,14 @@ def _use(card: Card) -> str:
     where = (
         "" if card.repository else f"\nRun this in the folder that contains `{card.folder}`, or give the full path.\n"
     )
+    ids = "[tokenizer.bos_token_id, *tokenizer(text).input_ids]"  # <|endoftext|>: a document starts here
+    if card.config.get("marker_placement") == "explicit":
+        ids = f"model.place_markers({ids})"
     return f"""
 ## Use
 {where}
+This needs `pip install "transformers>=5"`; it was tested with transformers 5.24.0.
+
 ```python
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -109,16 +132,38 @@ name = "{_name(card)}"
 tokenizer = AutoTokenizer.from_pretrained(name{code})
 model = AutoModelForCausalLM.from_pretrained(name{code})
 
-text = tokenizer("def main", return_tensors="pt")
-start = torch.tensor([[tokenizer.bos_token_id]])  # <|endoftext|>: a document starts here
-ids = torch.cat([start, text.input_ids], dim=1)
+
+def ids_of(text):  # <|endoftext|> comes first, because a document starts here
+    return {ids}
+
+# generate
+ids = torch.tensor([ids_of("def main")])
 out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=50, do_sample=True, top_k=200)
 print(tokenizer.decode(out[0], skip_special_tokens=True))
+
+# score: nats per text token, for several texts at once
+texts = ["import os", "def main(argv):"]
+batch = tokenizer.pad({{"input_ids": [ids_of(text) for text in texts]}}, return_tensors="pt")
+labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+with torch.no_grad():
+    print(model(**batch, labels=labels).loss.item())
 ```
 
-The tokenizer puts no `<|endoftext|>` before a text, and text that spells a special token stays text. Always pass
-`attention_mask`; batches may be padded on either side. `dtype=torch.bfloat16`, beam search, `pipeline` and training
-with `labels` work as usual."""
+The tokenizer puts no `<|endoftext|>` before a text, and text that spells a special token stays text, unless the call
+has `split_special_tokens=False`. Always pass `attention_mask`; batches may be padded on either side.
+`dtype=torch.bfloat16`, beam search and training with `labels` work as usual. {_pipeline(card)}"""
+
+
+def _pipeline(card: Card) -> str:
+    """Returns how a pipeline begins a document, or why none can."""
+    if card.config.get("marker_placement") == "explicit":
+        return (
+            'A `pipeline` passes text without its markers: load the model with\n`marker_placement="implicit"` for it.'
+        )
+    return (
+        "A `pipeline` starts a\ndocument if its texts begin with `tokenizer.bos_token`, and it is called with "
+        '`tokenizer_encode_kwargs={"split_special_tokens": False}`.'
+    )
 
 
 def _markers(card: Card) -> str:
@@ -163,10 +208,13 @@ def _harness(card: Card) -> str:
     if not card.n_texts:
         return ""
     code = "" if _plain(card) else ",trust_remote_code=True"
+    if card.config.get("marker_placement") == "explicit":
+        code += ",marker_placement=implicit"
     text = f"""
 ## lm-eval
 
-The tasks in `lm_eval/` need no network. lm-eval 0.4.13 prints the figures above for `nanometa_bits_per_byte`:
+The tasks in `lm_eval/` need no network. lm-eval 0.4.13 (`pip install "lm_eval[hf]"`) prints the figures above for
+`nanometa_bits_per_byte`:
 
 ```bash
 lm_eval --model hf --model_args pretrained={_name(card)}{code} --include_path {card.folder}/lm_eval \\
@@ -174,7 +222,7 @@ lm_eval --model hf --model_args pretrained={_name(card)}{code} --include_path {c
 ```
 """
     if len(card.figures) > 1:
-        text += "\nAdd `,marker_placement=none` to `--model_args` to leave the markers out.\n"
+        text += "\nWith `marker_placement=none` in `--model_args` the markers are left out.\n"
     if card.missing:
         text += f"\nTexts of {', '.join(f'`{name}`' for name in card.missing)} do not fit into the window.\n"
     if card.repository:

@@ -315,6 +315,29 @@ def test_the_code_of_the_model_card_runs(exported, tmp_path, monkeypatch, capsys
     names: dict = {}
     for block in blocks:
         exec(block.replace("max_new_tokens=50", "max_new_tokens=8"), names)
-    assert len(blocks) == 2 and capsys.readouterr().out.startswith("def main")
+    printed = capsys.readouterr().out
+    assert len(blocks) == 2 and printed.startswith("def main")
+    told = ["import os", "def main(argv):"]
+    run = load_run(exported[0].parent / "marked")
+    scored = [score(run, text, MarkerPlan.of_run(run)) for text in told]
+    n = sum(target >= 0 for targets, _ in scored for target in targets)
+    nats = sum(sum(nats) for _, nats in scored)
+    assert float(printed.splitlines()[-1]) == pytest.approx(nats / n, abs=1e-4)
     marked = names["out"][0].tolist()
     assert marked[: names["ids"].size(1)] == names["ids"][0].tolist() and 300 in marked
+
+
+def test_the_card_of_an_explicit_and_stretched_export_says_so(workdir, tmp_path):
+    """Its code places the markers, lm-eval is told to insert them, and figures of training name the trained window."""
+    run = run_on(workdir / "data/u", position="rope")
+    saved(run, tmp_path / "rope")
+    out = export(load_config(ExportConfig, [
+        f"--run={tmp_path / 'rope'}", f"--output={tmp_path / 'hf'}", "--markers=explicit", "--eval_texts=0",
+        "--rope_scaling=yarn", "--rope_factor=4",
+    ]))  # fmt: skip
+    card = (out / "README.md").read_text()
+    assert "return model.place_markers([tokenizer.bos_token_id, *tokenizer(text).input_ids])" in card
+    assert (
+        "128 positions, stretched from the 32 that were trained, which hold 112 text tokens and their markers" in card
+    )
+    assert 'load the model with\n`marker_placement="implicit"`' in card

@@ -60,6 +60,8 @@ def test_misuse_is_refused_instead_of_giving_other_numbers(dataset_tokenizer):
         model_of(run, marker_placement="some")
     with pytest.raises(ValueError, match="needs a rule that places markers"):
         model_of(run, marker_count=0)
+    with pytest.raises(ValueError, match="input_ids is missing"):
+        model()
     for name in ("position_ids", "inputs_embeds"):
         with pytest.raises(ValueError, match=f"{name} is not supported"):
             model(ids, **{name: ids})

@@ -286,7 +286,7 @@ class NanoMetaForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids,
+        input_ids=None,
         attention_mask=None,
         cache=None,
         labels=None,
@@ -305,6 +305,8 @@ class NanoMetaForCausalLM(PreTrainedModel, GenerationMixin):
         for name in ("inputs_embeds", "position_ids", "output_attentions"):
             if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise ValueError(f"{name} is not supported: this model reads input_ids, and counts positions itself.")
+        if input_ids is None:
+            raise ValueError("input_ids is missing: this model reads nothing else.")
         cache = past_key_values if cache is None else cache
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache and not self.training:
