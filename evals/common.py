@@ -171,12 +171,15 @@ def origin_of(run: Run) -> dict:
 
 
 def _settings(run: Run) -> str:
-    """Returns a hash of the run's training settings, without its model, its seed and names of folders.
+    """Returns a hash of the run's training settings, without its model, its seed, names of folders, and what is shown
+    of the run.
 
     Arms that can be compared, and the seeds of one arm, have the same hash."""
-    apart = ("model", "seed", "run_name", "out_dir", "init_from", "branch_from", "dataset")
+    apart = {"model", "seed", "run_name", "out_dir", "init_from", "branch_from", "dataset"}
+    apart |= {"tracker", "draw_curves", "sample_interval", "sample_prompt"}
     settings = {name: value for name, value in to_dict(run.config).items() if name not in apart}
-    for name in ("stop_at", "scorer", "weights"):  # runs that are older than these settings keep their hash
+    # runs that are older than these settings keep their hash
+    for name in ("stop_at", "scorer", "weights", "train_only", "lora_r", "lora_alpha"):
         if getattr(run.config, name) == getattr(TrainConfig(), name):
             del settings[name]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
