@@ -129,7 +129,7 @@ def test_a_mark_of_several_tokens_is_refused_with_settings_that_work(
 
 
 def test_the_hash_of_settings_tells_trainings_apart_and_not_what_is_shown_of_them():
-    """A new setting at its default must leave the hash of older runs as it is: add it to the list in evals/common.py."""
+    """A new setting at its default leaves the hash of older runs as it is: add it to the list in evals/common.py."""
 
     def hash_of(**changes) -> str:
         return _settings(SimpleNamespace(config=TrainConfig(**changes)))
