@@ -10,7 +10,7 @@ from nanometa.evals.common import POSITIONS, check_finite
 from nanometa.evals.perplexity import marked
 from nanometa.inference.scoring import score_batch
 from nanometa.layers.scores import score_hidden
-from nanometa.layers.short_contexts import cut_windows, short_contexts, states_of
+from nanometa.layers.short_contexts import short_contexts, short_states
 from nanometa.training.checkpoint import Run, content_per_window
 
 
@@ -61,10 +61,8 @@ class PieceReader:
         if T <= length:
             return nats
         contexts, model = short_contexts(T, length, stride), self.run.model
-        windows = contexts.starts.split(max(1, POSITIONS // length))
-        parts = [model(*cut_windows(batch.inputs, contexts._replace(starts=starts))) for starts in windows]
+        states = short_states(model, batch.inputs, contexts, at_once=max(1, POSITIONS // length))
         index = torch.from_numpy(places_of(targets[:, length:] != IGNORE)).to(batch.tokens.device)
-        states = states_of(torch.cat(parts), contexts)
         scores = score_hidden(model, states, batch.targets[:, length:], index)
         nats[scored >= length] = self._checked(scores.nats[scores.targets != IGNORE])
         return nats

@@ -61,6 +61,16 @@ def cut_windows(inputs: tuple[torch.Tensor | None, ...], contexts: ShortContexts
     return tokens.flatten(0, 1), positions.flatten(0, 1), meta_index, reads_from, read_until
 
 
+def short_states(model, inputs: tuple, contexts: ShortContexts, at_once: int | None = None) -> torch.Tensor:
+    """Returns the final states (B, T - first, C) of a model at the served positions, each with its short context.
+
+    inputs: as for cut_windows. at_once: windows of a text that are read in one forward pass; None = all."""
+    B, parts = len(inputs[0]), contexts.starts.split(at_once or len(contexts.starts))
+    read = [model(*cut_windows(inputs, contexts._replace(starts=part))).unflatten(0, (B, -1)) for part in parts]
+    states = torch.cat(read, dim=1) if len(read) > 1 else read[0]  # joining a single part would copy it
+    return states_of(states.flatten(0, 1), contexts)
+
+
 def states_of(hidden: torch.Tensor, contexts: ShortContexts) -> torch.Tensor:
     """Returns the states (B, T - first, C) of the served positions, from those (B * W, length, C) of all windows."""
     rows = hidden.unflatten(0, (-1, len(contexts.starts))).flatten(1, 2)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from nanometa.config.weight_settings import WeightConfig
 from nanometa.layers.loss import gather_scored, gather_values, head_of, summed_nats, token_scores
-from nanometa.layers.short_contexts import cut_windows, short_contexts, states_of
+from nanometa.layers.short_contexts import short_contexts, short_states
 
 KEY = 2.0  # nats by which the whole context must help a key token (arXiv 2410.23771, alpha)
 
@@ -102,15 +102,15 @@ def short_nats(model, inputs, targets, length: int, stride: int, whole: bool) ->
     inputs: as for cut_windows. length, stride, whole: as for short_contexts; unless `whole`, the first `length`
     positions are 0."""
     contexts = short_contexts(targets.size(1), length, stride, whole)
-    hidden = states_of(model(*cut_windows(inputs, contexts)), contexts)
+    hidden = short_states(model, inputs, contexts)
     goals = targets[:, contexts.first :]
     nats, _ = token_scores(hidden.flatten(0, 1), model.wte.weight, goals.flatten(), model.cfg.content_vocab_size)
     return F.pad(nats.view(goals.shape), (contexts.first, 0))
 
 
 def content_number(tokens: torch.Tensor, n_content: int) -> torch.Tensor:
-    """Returns for every position (B, T) how many content tokens of its text come before it: that of the last content
-    token at or before it, and -1 before the first one."""
+    """Returns, for every position (B, T), the number of the last content token at or before it, counted from 0 in its
+    text; -1 where there is none."""
     return (tokens < n_content).cumsum(1) - 1
 
 
@@ -137,7 +137,7 @@ class WeightedObjective(nn.Module):
     """A model and its weighted loss as one module, for DDP and torch.compile.
 
     Its forward takes the fields of a Batch and what the rule needs besides, and returns the weighted nats and their
-    Measures."""
+    `measures`."""
 
     def __init__(self, model: nn.Module, cfg: WeightConfig, shorter: ShortLengths, scorer: nn.Module | None = None):
         """scorer: a model that knows no markers and is not trained; None = the model scores itself."""

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanometa.data.layout import FOREVER
-from nanometa.layers.short_contexts import cut_windows, short_contexts, states_of
+from nanometa.layers.short_contexts import cut_windows, short_contexts, short_states, states_of
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 60), st.booleans())
@@ -71,3 +71,11 @@ def test_the_states_are_those_of_the_positions():
     tokens = torch.arange(20).view(2, 10)
     cut = cut_windows((tokens, tokens, None, None, None), contexts)[0]
     assert torch.equal(states_of(cut[..., None], contexts)[..., 0], tokens)
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 2, 3])
+def test_windows_that_are_read_in_parts_give_the_same_states(at_once):
+    contexts = short_contexts(20, 4, 3, whole=True)
+    tokens = torch.arange(60).view(3, 20)
+    found = short_states(lambda tokens, *rest: tokens[..., None], (tokens, tokens, None, None, None), contexts, at_once)
+    assert torch.equal(found[..., 0], tokens)

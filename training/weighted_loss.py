@@ -68,9 +68,7 @@ class TokenWeights:
         """Opens the scorer. Raises UserError if it, or the short contexts, do not fit the run."""
         self.cfg, self.w, self.column, self.run, self.lengths = cfg, cfg.weights, None, None, None
         self.key = stable_key(cfg.seed, "weights")
-        self.sums: torch.Tensor | None = (
-            None  # of the measures of this step's micro-batches, without the largest weight
-        )
+        self.sums: torch.Tensor | None = None  # of this step's measures, without the largest weight
         self.most: torch.Tensor | None = None  # the largest weight among them
         self.last: tuple | None = None  # the sums of all processes, the largest weight, and the number of targets
         if self.w.rule is None or not self.w.rule.compares:
