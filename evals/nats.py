@@ -20,7 +20,7 @@ from nanometa.data.layout import IGNORE
 from nanometa.data.loader import Windows
 from nanometa.data.nats import Description, StoredNats, write
 from nanometa.data.shards import read_manifest
-from nanometa.evals.common import POSITIONS, Evaluation, check_ranges, progress
+from nanometa.evals.common import POSITIONS, Evaluation, check_finite, check_ranges, progress
 from nanometa.layers.weighting import ShortLengths, content_scores
 from nanometa.training.checkpoint import Run, content_per_window
 from nanometa.training.weighted_loss import check_scorer, lengths_of
@@ -106,6 +106,7 @@ def nats_of(run: Run, data: Windows, lengths: ShortLengths) -> np.ndarray:
             ids, goals = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*texts, strict=True))
             found[windows] = content_scores(run.model, ids, goals, lengths).float().cpu().numpy()
             advance(len(windows))
+    check_finite(run, found)
     return found
 
 

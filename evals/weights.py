@@ -16,9 +16,10 @@ import torch
 from nanometa.common.errors import UserError, printable
 from nanometa.common.terminal import MAGENTA, write
 from nanometa.config import WeightConfig
+from nanometa.data.layout import Batch
 from nanometa.evals.common import Evaluation, check_finite, check_ranges
 from nanometa.layers.loss import gather_scored
-from nanometa.layers.weighting import KEY, WeightedObjective
+from nanometa.layers.weighting import KEY, WeightedObjective, content_number
 from nanometa.training.checkpoint import Run
 from nanometa.training.dataset import open_windows
 from nanometa.training.weighted_loss import TokenWeights
@@ -74,7 +75,8 @@ def main(cfg: WeightsEval) -> None:
             write(f"{line}\n")
         for number in cfg.windows:
             batch = data.batch(np.array([number]))
-            found = window(run, objective, batch, weights.beside(batch, np.array([number]), 0, device), device)
+            beside = weights.beside(batch, np.array([number]), 0, device)
+            found = window(run, objective, batch, data.content_per_window, beside, device)
             show(run, number, found)
             yield {
                 "eval": "weights", "weighting": cfg.weights.label, "scorer": cfg.scorer, "window": number,
@@ -85,31 +87,35 @@ def main(cfg: WeightsEval) -> None:
 
 
 @torch.inference_mode()
-def window(run: Run, objective: WeightedObjective, batch, beside: dict, device: torch.device) -> dict:
+def window(
+    run: Run, objective: WeightedObjective, batch: Batch, content: int, beside: dict, device: torch.device
+) -> dict:
     """Returns the tokens of a window as text, and for each token the weight and the nats with the whole context and
-    with a short one. They are None for a token that is no target, and short is None if the rule compares nothing."""
+    with a short one. They are None for a token that is no target, and short is None if the rule compares nothing.
+
+    content: number of content tokens in the window; pads follow them."""
     batch = batch.to(device)
     hidden, goals = gather_scored(run.model(*batch.inputs), batch.targets, batch.scored_index)
     column = beside["column"]
     seen, weights = objective.weigh(
         batch.inputs, hidden, goals, batch.targets, batch.scored_index, beside["ties"], column
     )
-    places, scored = batch.scored_index[0].tolist(), seen.scored[0].tolist()
-    content = batch.tokens[0] < run.model.cfg.content_vocab_size
-    following = [int(p) for p in np.flatnonzero(content.cpu().numpy())]
-    T = batch.tokens.size(1)
+    n_content, T = run.model.cfg.content_vocab_size, batch.tokens.size(1)
+    is_content = batch.tokens[0] < n_content
+    stands = is_content.nonzero().flatten().tolist()[:content]  # the places of the content tokens
+    number = content_number(batch.tokens, n_content)[0].tolist()
     columns = {name: [None] * T for name in ("weights", "long", "short")}
     values = {"weights": weights[0].tolist(), "long": seen.long[0].tolist(), "short": seen.short[0].tolist()}
     check_finite(run, np.array(values["long"]))
-    for i, (place, target) in enumerate(zip(places, scored, strict=True)):
-        at = next((p for p in following[np.searchsorted(following, place, "right") :]), None) if target else None
-        if at is not None:  # the last target is the first token of the next window
+    for i, (place, scored) in enumerate(zip(batch.scored_index[0].tolist(), seen.scored[0].tolist(), strict=True)):
+        # the target is the next content token, which for the last one is the first of the next window
+        if scored and number[place] + 1 < content:
             for name, column in columns.items():
-                column[at] = round(values[name][i], 4)
+                column[stands[number[place] + 1]] = round(values[name][i], 4)
     if not objective.cfg.rule.compares:
         columns["short"] = [None] * T
     texts = [run.tokenizer.decode([token]) for token in batch.tokens[0].tolist()]
-    return {"tokens": texts, "markers": (~content).tolist(), **columns}
+    return {"tokens": texts, "markers": (~is_content).tolist(), **columns}
 
 
 def show(run: Run, number: int, found: dict) -> None:

@@ -5,10 +5,15 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
+from nanometa.common.errors import UserError
 from nanometa.config.weight_settings import NORMALIZED, WEIGHTINGS
 from nanometa.data.loader import Windows, window_order
 from nanometa.data.nats import StoredNats
+from nanometa.evals.nats import nats_of, training_windows
+from nanometa.training.checkpoint import load_run
+from nanometa.training.weighted_loss import lengths_of
 from tests.conftest import cli, override, refusal
 from tests.training_runs import BASE, TORCHRUN, equal, final, run
 
@@ -279,6 +284,27 @@ def test_the_weights_of_a_window_are_those_of_training(workdir, trunk, scorer):
     assert page.returncode == 0, page.stderr.decode()
     html = (workdir / "page/report.html").read_text()
     assert html.count('<p class="weights">') == 8 and "&lt;|meta|&gt;" in html and 'title="weight ' in html
+
+
+def test_a_weight_stands_at_its_target_and_never_at_a_pad(workdir):
+    """Windows that close fewer segments than they have room for end with pads."""
+    args = ("--marker_place=newline", "--second_attention=none", "--dataset=data/n", "--block_size=40", "--max_steps=1")
+    run(workdir, "padded", *args, *ROPE)
+    command = ("eval.py", "weights", "--run=out/padded", *DENSE, "--output=padded.jsonl", "--windows", "0", "1", "2")
+    assert cli(*command, cwd=workdir).returncode == 0
+    for one in map(json.loads, (workdir / "padded.jsonl").read_text().splitlines()):
+        text = [at for at, marker in enumerate(one["markers"]) if not marker]
+        assert len(text) > 28  # 28 content tokens, and pads
+        weighted = [at for at, weight in enumerate(one["weights"]) if weight is not None]
+        assert weighted == text[28 - len(weighted) : 28] and len(weighted) in (27, 28)
+
+
+def test_a_scorer_whose_losses_are_not_finite_is_refused(workdir, scorer):
+    """`sparse` would keep the targets whose nats are NaN, as those with the largest difference."""
+    broken = load_run(scorer)
+    torch.nn.init.constant_(broken.model.ln_f.weight, float("nan"))
+    with pytest.raises(UserError, match="is not finite"):
+        nats_of(broken, training_windows(workdir / "data/n", 28), lengths_of(28, 28, 8, 6))
 
 
 def test_weights_that_cannot_be_shown_are_refused(workdir, trunk):
