@@ -94,6 +94,11 @@ def main(cfg: CompressionEval) -> None:
             f"spans={max(cfg.spans)} is too long for texts of {C} content tokens, which have it twice: use at most "
             f"{C // 4}."
         )
+    if "continuation" in cfg.measure and cfg.new_tokens >= C // 2:
+        raise UserError(
+            f"new_tokens={cfg.new_tokens} is too many: the prefix and its continuation must fit into the {C} content "
+            f"tokens of a window, and the prefix has {C // 2} of them: use at most {C // 2 - 1}."
+        )
     cells = [(method, ratio) for method in cfg.methods for ratio in ratios_of(cfg, run, method)]
     # all are opened first, so that a UserError comes before anything is measured
     opened = {(method, ratio): open_windows(cfg, run, folder, method, ratio) for method, ratio in cells}
@@ -241,5 +246,6 @@ def sentence(line: dict) -> str:
     return (
         f"{head}  against the full context: equal ids {line['agreement']:.1%}, F1 {line['f1_full']:.3f}, ROUGE-L "
         f"{line['rouge_full']:.3f}; against the text: F1 {line['f1_text']:.3f}, full context "
-        f"{line['f1_text_of_full']:.3f}; n = {line['n']}\n"
+        f"{line['f1_text_of_full']:.3f}, loss {line['loss_text']:.4f}, full context "
+        f"{line['loss_text_of_full']:.4f} nats per token; n = {line['n']}\n"
     )

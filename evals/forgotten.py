@@ -11,7 +11,7 @@ from nanometa.data.layout import batch_of, targets_of
 from nanometa.data.loader import Windows
 from nanometa.data.markers import Placing
 from nanometa.inference.generation import MarkerPlan, generate_batch, lay_out, prepare_weights
-from nanometa.inference.scoring import score_batch
+from nanometa.inference.scoring import score_batch, score_content
 from nanometa.training.checkpoint import Run
 
 BATCH = 8
@@ -65,9 +65,11 @@ def continuation(run: Run, data: Windows, n: int, new_tokens: int) -> dict:
 
     The prefix is the first half of a window. agreement: share of equal ids at equal places; f1_full, rouge_full: token
     F1 and ROUGE-L against the continuation of the full context; f1_text: token F1 against the true text, and
-    f1_text_of_full: that of the full context."""
+    loss_text: loss of the true text at the places of the continuation, in nats per token; f1_text_of_full and
+    loss_text_of_full: the same for the full context."""
     C, numbers = data.content_per_window // 2, data.sample(min(n, data.n_windows))
     weights, found = prepare_weights(run, BATCH), {name: [] for name in ("method", "full", "text")}
+    losses = {"method": [], "full": []}
     facts, placing = run.state["data"], Placing(data.scheme.cfg, data.scheme.key, data.scheme.previous)
     for start in range(0, len(numbers), BATCH):
         part = numbers[start : start + BATCH].tolist()
@@ -84,6 +86,10 @@ def continuation(run: Run, data: Windows, n: int, new_tokens: int) -> dict:
                 if token < data.tokenizer.n_content:
                     written[number].append(token)
             found[name] += list(written.values())
+            for ids, plan in zip(texts, plans, strict=True):
+                targets, nats = score_content(run, ids[: C + new_tokens], plan)
+                of_content = [one for target, one in zip(targets, nats, strict=True) if target >= 0]
+                losses[name].append(np.mean(of_content[C:]))
     pairs = list(zip(found["method"], found["full"], found["text"], strict=True))
     return {
         "n": len(pairs), "new_tokens": new_tokens, "prefix": C,
@@ -92,6 +98,7 @@ def continuation(run: Run, data: Windows, n: int, new_tokens: int) -> dict:
         "rouge_full": float(np.mean([rouge_l(ours, full) for ours, full, _ in pairs])),
         "f1_text": float(np.mean([token_f1(ours, text) for ours, _, text in pairs])),
         "f1_text_of_full": float(np.mean([token_f1(full, text) for _, full, text in pairs])),
+        "loss_text": float(np.mean(losses["method"])), "loss_text_of_full": float(np.mean(losses["full"])),
     }  # fmt: skip
 
 

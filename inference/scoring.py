@@ -42,7 +42,12 @@ def score(run: Run, text: str, plan: MarkerPlan) -> tuple[list[int], list[float]
     """Returns the content ids of a text, and the nats of each given <|endoftext|> and the tokens before it.
 
     Markers are placed by the plan. Raises UserError if the text does not fit into one window."""
-    ids = lay_out(run, run.tokenizer.encode_prompt(text), plan)
+    return score_content(run, run.tokenizer.encode_prompt(text), plan)
+
+
+def score_content(run: Run, content: np.ndarray, plan: MarkerPlan) -> tuple[list[int], list[float]]:
+    """Does what `score` does, for a text that is given as content ids."""
+    ids = lay_out(run, content, plan)
     if len(ids) > run.config.model.block_size:
         raise UserError(
             f"the text has {len(ids)} positions with its markers, more than the model's window of "

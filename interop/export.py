@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from nanometa.training.checkpoint import Run, load_run
 from nanometa.training.context_extension import rescaled
 
 WHOLE = {"adapter": (False,)}  # condition of the settings of a whole model
+NAME = r"[a-z0-9.-]*"  # of a license or a language on the hub
 TASKS = Path(__file__).parent / "lm_eval"  # the files of the lm-eval tasks, copied as they are
 
 
@@ -53,6 +55,10 @@ class ExportConfig(Settings):
     """folder of the dataset whose validation text is exported for lm-eval; if empty, the run's own"""
     push_to_hub: str = setting("", only_with=WHOLE)
     """repository USER/NAME of the Hugging Face hub to upload the export to; a new one is private"""
+    license: str = setting("", only_with=WHOLE)
+    """license of the weights for the model card, by its name on the hub, such as mit; if empty, the card names none"""
+    language: str = setting("", only_with=WHOLE)
+    """language of the text for the model card, by its ISO 639-1 code, such as en; if empty, the card names none"""
     rescale: Rescale = field(default_factory=Rescale)
     typed: Suppress[tuple[str, ...]] = field(default=(), compare=False, repr=False, metadata={"hidden": True})
     """names of the settings that the command line set, even to their defaults"""
@@ -61,6 +67,8 @@ class ExportConfig(Settings):
         check_types(self)
         check(self, "seed", self.seed >= 0, "be at least 0")
         check(self, "eval_texts", 0 <= self.eval_texts <= 10**6, "lie in 0 .. 1000000")
+        check(self, "license", re.fullmatch(NAME, self.license) is not None, "be a name such as mit or apache-2.0")
+        check(self, "language", re.fullmatch(NAME, self.language) is not None, "be a code such as en")
         if self.push_to_hub:
             check_repository(self.push_to_hub)
         if self.adapter and self.rescale != Rescale():
@@ -94,7 +102,8 @@ def export(cfg: ExportConfig) -> Path:
     partial = begin(output)
     config = config_of(run, placement, cfg.seed)
     write_model(run, config, partial)
-    card = Card(run, facts, config, output.name, cfg.push_to_hub, {}, {}, [])
+    terms = {name: value for name in ("license", "language") if (value := getattr(cfg, name))}
+    card = Card(run, facts, config, output.name, cfg.push_to_hub, {}, {}, [], terms)
     if stream is not None:
         card = write_tasks(run, cfg, config, stream, partial, card)
     write_text(partial / "README.md", model_card(card))

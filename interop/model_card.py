@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import nanometa
+from nanometa.config.arms import SecondAttention
 from nanometa.reports.training import METRICS, read_run
 from nanometa.training.checkpoint import Run
 
@@ -18,6 +19,7 @@ class Card(NamedTuple):
     figures: dict[str, float]  # bits per byte on the texts of lm-eval, by marker_placement
     n_texts: dict[str, int]  # number of texts of each lm-eval task
     missing: list[str]  # lm-eval tasks whose texts do not fit into the window
+    terms: dict[str, str]  # license and language, as the hub names them; those that are not known are left out
 
 
 def model_card(card: Card) -> str:
@@ -37,7 +39,8 @@ def _plain(card: Card) -> bool:
 def _head(card: Card) -> str:
     tags = ["nanometa", *(["custom_code"] if not _plain(card) else [])]
     return "\n".join(
-        ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+        ["---", *(f'{name}: "{value}"' for name, value in card.terms.items())]
+        + ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
         + [f"- {tag}" for tag in tags]
         + ["---", "", f"# {_name(card).rpartition('/')[2]}"]
     )
@@ -48,7 +51,7 @@ def _model(card: Card) -> str:
     data, text_tokens = run.state["data"], facts["origin"]["content_tokens"]
     kind = "A GPT-2" if _plain(card) else "A GPT-2 with meta-tokens or a control for them"
     rows = {
-        "arm": facts["arm"],
+        "arm": facts["arm"] if _plain(card) else f"{facts['arm']} ({_second(m.second)})",
         "parameters": f"{facts['parameters']:,}",
         "shape": f"{m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide",
         "window": _window(card),
@@ -63,6 +66,20 @@ def _model(card: Card) -> str:
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join([f"{kind}, trained and exported with nanoMeta.", "", "| | |", "|---|---|", *lines])
+
+
+def _second(second: SecondAttention) -> str:
+    """Returns in words what the second attention of a block does, and how far."""
+    if not second.has_layer:
+        return "no second attention"
+    among = {"markers": "markers", "random": "random positions", "all": "all positions"}[second.connects]
+    reach = {None: "", 1: ", each with itself alone"}.get(second.window, f", each with the last {second.window} alone")
+    others = {
+        "nothing": "",
+        "mean": "; the others get the mean of what is before them",
+        "read": "; the others read them, too",
+    }[second.others]
+    return f"the second attention connects {among}{reach}{others}"
 
 
 def _stretched(card: Card) -> bool:
@@ -247,4 +264,5 @@ def _limits(card: Card) -> str:
     else:
         lines.append("The cache must be the default one, and cannot be cropped while markers are inserted.")
         lines.append("Attention weights (`output_attentions`) are not returned.")
+        lines.append("`AutoModel` does not load it: use `AutoModelForCausalLM`, with `output_hidden_states=True`.")
     return "\n".join(["## Limits", "", *(f"- {line}" for line in lines)])

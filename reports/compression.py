@@ -10,8 +10,11 @@ from nanometa.reports.page import Page, Section
 MEASURES = {
     "bits": {"bits_per_byte": NUMBER, "interval": (list,), "windows": (int,), "realised": NUMBER, "cache": NUMBER},
     "recall": {"size": (int,), "n": (int,), "exact": NUMBER, "interval": (list,), "token_accuracy": NUMBER},
-    "continuation": {"n": (int,), "agreement": NUMBER, "f1_full": NUMBER, "rouge_full": NUMBER, "f1_text": NUMBER},
-}
+    "continuation": {
+        "n": (int,), "agreement": NUMBER, "f1_full": NUMBER, "rouge_full": NUMBER, "f1_text": NUMBER,
+        "loss_text": NUMBER,
+    },
+}  # fmt: skip
 ABOUT = """A method says how a run is read: "trained" by its own rules, "full" without forgetting anything, and the
 others by rules of their own. Saved is the share of a window's content that the cache does not hold at its
 end; cache is the mean size of the cache as a share of the content read so far. Intervals are 95 % over
@@ -70,10 +73,10 @@ def rows(page: Page, measure: str, lines: list[dict]) -> str:
             ],
         ),
         "continuation": (
-            ("equal ids %", "F1", "ROUGE-L", "F1 with the text", "n"),
+            ("equal ids %", "F1", "ROUGE-L", "F1 with the text", "loss of the text", "n"),
             lambda line: [
                 percent(line["agreement"]), f"{line['f1_full']:.3f}", f"{line['rouge_full']:.3f}",
-                f"{line['f1_text']:.3f}", line["n"],
+                f"{line['f1_text']:.3f}", f"{line['loss_text']:.4f}", line["n"],
             ],
         ),
     }  # fmt: skip

@@ -26,7 +26,7 @@ CLASSES = (
 # settings that are text, but no path
 NO_PATHS = {
     "run_name", "accelerator", "text_column", "separator", "hf_config", "hf_split", "hf_revision", "packages", "name",
-    "part", "recipe", "prompt", "size", "push_to_hub", "sample_prompt",
+    "part", "recipe", "prompt", "size", "push_to_hub", "sample_prompt", "license", "language",
 }  # fmt: skip
 
 

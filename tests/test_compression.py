@@ -12,10 +12,12 @@ import torch
 from nanometa.config import MarkerConfig
 from nanometa.data.loader import Windows
 from nanometa.evals.compression import METHODS, CompressionEval, bits, kept, open_windows
-from nanometa.evals.forgotten import recall, rouge_l, token_f1
+from nanometa.evals.forgotten import continuation, recall, rouge_l, token_f1
+from nanometa.inference.generation import MarkerPlan
 from nanometa.training.checkpoint import load_run
 from nanometa.training.evaluation import evaluate
 from tests.conftest import cli, refusal
+from tests.test_limited_cache import masked_logits
 from tests.test_perplexity import ALONE
 from tests.test_sentinels import settings
 from tests.training_runs import run
@@ -122,6 +124,30 @@ def test_the_command_measures_every_method_and_writes_lines(clcr, workdir):
     assert ("recall", "trained", None, 3) in cells and ("recall", "local", 0.25, 2) in cells
     full = next(line for line in lines if (line["measure"], line["method"]) == ("continuation", "full"))
     assert full["agreement"] == full["f1_full"] == full["rouge_full"] == 1
+
+
+@pytest.mark.parametrize("method", ["trained", "full", "local"])
+def test_the_loss_of_the_true_continuation_is_that_of_one_token_after_the_other(clcr, workdir, method):
+    data, n = opened(clcr, workdir, method, 0.5 if method != "full" else None), 3
+    found = continuation(clcr, data, n=2, new_tokens=n)
+    expected, first = {"loss_text": [], "loss_text_of_full": []}, data.content_per_window // 2
+    for window in data.sample(2).tolist():
+        ids = data.stream.read(window * data.step, (window + 1) * data.step)
+        for name, cfg in (("loss_text", data.scheme.cfg), ("loss_text_of_full", MarkerConfig())):
+            plan = MarkerPlan("none", 28, 0, data.scheme.key + window, cfg)
+            for last in range(first, first + n):
+                text = [clcr.tokenizer.eot, *ids[:last].tolist()]
+                logits = masked_logits(clcr, text, plan, 0)
+                expected[name].append(-torch.log_softmax(logits.double(), -1)[ids[last]].item())
+    for name, losses in expected.items():
+        assert found[name] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert (found["loss_text"] == found["loss_text_of_full"]) == (method == "full")
+
+
+def test_a_continuation_must_fit_into_the_window(clcr, workdir):
+    args = ("--run=out/clcr", "--measure", "continuation", "--new_tokens=14", "--output=long.jsonl")
+    assert "use at most 13" in refusal(cli("eval.py", "compression", *args, cwd=workdir))
+    assert not (workdir / "long.jsonl").exists()
 
 
 def test_a_run_with_a_sliding_window_is_read_with_its_own_window(workdir):

@@ -252,6 +252,8 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(workdir, marked_run)
         ([f"--run={marked_run}", "--push_to_hub=name"], "push_to_hub='name' is no repository of the hub"),
         ([f"--run={marked_run}", "--push_to_hub=a/../b"], "is no repository of the hub"),
         ([f"--run={marked_run}", "--eval_texts=-1"], "eval_texts"),
+        ([f"--run={marked_run}", "--license=MIT\nx: y"], "license='MIT\\nx: y' is out of range: it must be a name"),
+        ([f"--run={marked_run}", "--language=English"], "it must be a code such as en"),
     ):
         with pytest.raises(UserError) as refused:
             export(settings_of(*argv))
@@ -333,9 +335,11 @@ def test_the_card_of_an_explicit_and_stretched_export_says_so(workdir, tmp_path)
     saved(run, tmp_path / "rope")
     out = export(load_config(ExportConfig, [
         f"--run={tmp_path / 'rope'}", f"--output={tmp_path / 'hf'}", "--markers=explicit", "--eval_texts=0",
-        "--rope_scaling=yarn", "--rope_factor=4",
+        "--rope_scaling=yarn", "--rope_factor=4", "--license=mit", "--language=no",
     ]))  # fmt: skip
     card = (out / "README.md").read_text()
+    assert card.startswith('---\nlicense: "mit"\nlanguage: "no"\n')
+    assert "| arm | meta + rope (the second attention connects markers) |" in card
     assert "return model.place_markers([tokenizer.bos_token_id, *tokenizer(text).input_ids])" in card
     assert (
         "128 positions, stretched from the 32 that were trained, which hold 112 text tokens and their markers" in card

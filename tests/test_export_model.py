@@ -71,12 +71,26 @@ def test_misuse_is_refused_instead_of_giving_other_numbers(dataset_tokenizer):
         model(ids, attention_mask=torch.ones(1, 25))
     with pytest.raises(ValueError, match="attention_mask has the shape"):
         model(ids, attention_mask=torch.ones(1, 1, 20, 20))
+    with pytest.raises(TypeError, match="the ids of one text as a list of int"):
+        model.place_markers(ids)
+    assert len(model.place_markers(ids[0].tolist())) > 20
     cache = model(ids, use_cache=True).cache
     place = MarkerPlan.of_run(run)
     cache.crop(-3)  # rows, markers among them
     assert any(position in place for position in range(cache.get_seq_length(), cache.get_seq_length() + 3))
     with pytest.raises(ValueError, match=r"the cache holds \[\d+\] tokens, but attention_mask has \[19\] before"):
         model(ids[:, :1], cache=cache, attention_mask=torch.ones(1, 20))
+
+
+def test_pads_without_a_mask_are_warned_about(dataset_tokenizer, monkeypatch):
+    said = []
+    monkeypatch.setattr("transformers.modeling_utils.logger.warning_once", said.append)
+    _, model = implicit(dataset_tokenizer)
+    ids = torch.tensor([[model.config.pad_token_id, 1, 2], [3, 4, 5]])
+    model(ids, attention_mask=(ids != model.config.pad_token_id).long())
+    assert not said
+    model(ids)
+    assert len(said) == 1 and "attention_mask" in said[0]
 
 
 def test_a_cache_may_be_filled_in_pieces_of_any_size(dataset_tokenizer):

@@ -203,7 +203,7 @@ def test_the_matrix_of_ratios_and_the_lengths_of_recall_are_in_the_table():
                 *({"measure": "recall", "method": method, "ratio": None, "size": size, "exact": size / 100}
                   for method in ("trained", "full") for size in (2, 4, 8, 16, 24)),
                 {"measure": "continuation", "method": "trained", "ratio": 0.5, "agreement": 0.5, "rouge_full": 0.6,
-                 "f1_full": 0.7},
+                 "f1_full": 0.7, "loss_text": 2.5},
             ]  # fmt: skip
         lines.append({
             "study": plan.name, "cell": cell.key, "stage": "single", "arm": cell.arm.name, "seed": 1, "variant": "",

@@ -307,6 +307,7 @@ class NanoMetaForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{name} is not supported: this model reads input_ids, and counts positions itself.")
         if input_ids is None:
             raise ValueError("input_ids is missing: this model reads nothing else.")
+        self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         cache = past_key_values if cache is None else cache
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache and not self.training:
@@ -426,6 +427,8 @@ class NanoMetaForCausalLM(PreTrainedModel, GenerationMixin):
 
     def place_markers(self, ids: list[int]) -> list[int]:
         """Returns a text's ids with markers at the places of the plan, as a prompt for marker_placement=explicit."""
+        if not all(isinstance(token, int) for token in ids):
+            raise TypeError("place_markers takes the ids of one text as a list of int: call tolist() on a row of ids.")
         flags, out = self.plan.until(len(ids)), []
         for token in ids:
             while flags[len(out)]:
