@@ -1,5 +1,6 @@
 """Tests the plans of studies, and the command line of study.py."""
 
+import types
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from nanometa.config import MarkerConfig, PrepareConfig, TrainConfig
 from nanometa.config.arms import SECOND_ATTENTIONS
 from nanometa.config.command_line import load_config
 from nanometa.config.weight_settings import COMPARING
-from nanometa.evals.compression import CompressionEval
+from nanometa.evals.compression import CompressionEval, ratios_of
 from nanometa.probes import masks
 from nanometa.studies.analysis import WAITING, analyse, table
 from nanometa.studies.cell import arguments_of, placed, runs_of, words
@@ -187,6 +188,23 @@ def test_the_further_plans_of_the_sentinels_are_valid(name):
                 load_config(CompressionEval, [*words(arguments[measure]), "--run=out/x"])
     for dataset, commands in plan.prepare.items():
         assert load_config(PrepareConfig, commands[-1].split()[2:]).name in (dataset, "")
+
+
+@pytest.mark.parametrize("name", ["sentinels", "sentinels_more", "adapters"])
+def test_every_arm_can_be_read_by_the_methods_of_its_measures(name):
+    plan, read = read_plan(str(ROOT / f"studies/{name}.toml")), 0
+    for cell in plan.cells():
+        arguments = arguments_of(plan, cell)
+        for measure in arguments.keys() - {"pretrain", "finetune"}:
+            path, *rest = words(arguments[plan.measures[measure].of])
+            start = ["--init_from=out/x"] if plan.measures[measure].of == "finetune" else []
+            trained = load_config(TrainConfig, [str(ROOT / path), *rest, *start], config_file=True)
+            stored = 0 if trained.dataset.endswith("none") else 51
+            run = types.SimpleNamespace(config=trained, state={"data": {"chunk_markers": stored}}, folder="out/x")
+            cfg = load_config(CompressionEval, [*words(arguments[measure]), "--run=out/x"])
+            for method in cfg.methods:
+                read += len(ratios_of(cfg, run, method))  # raises UserError if it cannot be read so
+    assert read > 10
 
 
 def test_the_matrix_of_ratios_and_the_lengths_of_recall_are_in_the_table():
