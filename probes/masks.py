@@ -1,5 +1,6 @@
 """Draws what every position may read, for each config with marker settings: python -m nanometa.probes.masks FILE.png"""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "config"
 SMALL = {"sentence_tokens": 2, "random_marks": 3, "max_span": 6, "eviction_window": 6, "sinks": 2}
 
 
+@functools.cache
 def configs() -> dict[str, TrainConfig]:
     """Returns every config that has settings of markers, by its name."""
     paths = sorted(path for path in CONFIGS.glob("tiny_*.py") if path.stem != "tiny_tasks")

@@ -18,6 +18,7 @@ from nanometa.data.shards import HEADER, ShardWriter, TokenStream, read_manifest
 from nanometa.data.tokenizer import GPT2_PATTERN, META, Tokenizer
 from nanometa.data.verify import verify
 from tests.conftest import manifest
+from tests.fast_cases import diagonal
 from tests.reference.targets import stream_targets
 
 # ----------------------------------------------------------------------------- targets
@@ -384,8 +385,9 @@ def test_cutting_a_text_at_long_blanks_changes_no_id(bpe, gpt2, monkeypatch):
             assert cutting.encode(text).tolist() == plain.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("blank", [" ", "\n", "\t", " \n", "\u00a0", "\r\n", "\u3000"])
-@pytest.mark.parametrize("end", ["", "x", "\nx"])
+@pytest.mark.parametrize(
+    ("blank", "end"), diagonal([" ", "\n", "\t", " \n", "\u00a0", "\r\n", "\u3000"], ["", "x", "\nx"])
+)
 def test_a_million_blanks_are_encoded(bpe, gpt2, blank, end):
     """The regex engine of tiktoken gives up: "Max stack size exceeded for backtracking"."""
     text = "a!" + blank * 1_100_000 + end

@@ -17,6 +17,7 @@ from nanometa.evals import perplexity
 from nanometa.evals.common import read_split
 from nanometa.evals.documents import pieces
 from nanometa.evals.perplexity import PerplexityEval, long_pieces, measure_perplexity, streams, window
+from tests.fast_cases import diagonal
 from tests.reference import perplexity as reference
 from tests.runs import run_on, saved
 from tests.test_perplexity import double
@@ -51,10 +52,11 @@ def cut(run, folder: Path, longest: int, markers: str):
     return np.split(tokens, range(width, len(tokens), width)), owners
 
 
-@pytest.mark.parametrize("rule", ["ignore", "skip"])
 @pytest.mark.parametrize(
-    ("markers", "length", "stride", "bucket"),
-    [("trained", 96, 96, 1), ("none", 84, 84, 7), ("trained", 32, 16, 7), ("none", 28, 14, 1)],
+    ("markers", "length", "stride", "bucket", "rule"),
+    diagonal(
+        [("trained", 96, 96, 1), ("none", 84, 84, 7), ("trained", 32, 16, 7), ("none", 28, 14, 1)], ("ignore", "skip")
+    ),
 )
 def test_the_loss_equals_scoring_every_token_separately(workdir, rule, markers, length, stride, bucket):
     """Tests windows that are as long as a piece, and shorter windows that slide over the same pieces."""

@@ -31,6 +31,7 @@ from nanometa.training.distributed import Dist, autocast, pick_dtype
 from nanometa.training.optimizer import Optimizer
 from tests.conftest import ROOT, cli, override, tree
 from tests.conftest import TINY as SMALL
+from tests.fast_cases import diagonal
 from tests.test_config import CONFIGS
 
 CPU = torch.device("cpu")
@@ -185,8 +186,10 @@ def compare(what: str, predicted: int, measured: int, unit: float, within: float
 # ----------------------------------------------------------------------------- small models
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("second", "n_inner"), [*((name, None) for name in SECOND_ATTENTIONS), ("none", 6 * 192)])
+@pytest.mark.parametrize(
+    ("second", "n_inner", "dtype"),
+    diagonal([*((name, None) for name in SECOND_ATTENTIONS), ("none", 6 * 192)], DTYPES),
+)
 def test_flops_equal_those_that_pytorch_counts(second, n_inner, dtype):
     cfg, M = arm(TINY, second, n_inner=n_inner)
     assert 2 * estimate.flops_per_window(cfg, M) == counted_flops(cfg, 2, M, DTYPES[dtype])

@@ -17,6 +17,7 @@ from nanometa.tasks.example import SPLITS, Maker
 from nanometa.tasks.floors import PROGRAMS, TOLD, lists_of, measure, prefix, read_text, spans_of
 from nanometa.tasks.parity import percentile
 from nanometa.tasks.segment_counting import SIZES
+from tests.fast_cases import diagonal
 from tests.reference.tasks import SIGNS, shortcuts, solve
 
 LENGTHS = (64, 128, 256, 512)
@@ -49,8 +50,7 @@ def beaten(cell, n, floors_vary=False):
     return {name: share for name, share in cell.programs.items() if wilson(round(share * n), n)[0] > most}
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("task", "length"), diagonal(TASKS, LENGTHS))
 def test_no_program_beats_the_printed_floors(gpt2, task, length):
     n = 120
     cell = measure(maker(task, gpt2), "hard", length, n, 300)
@@ -75,6 +75,7 @@ def test_no_program_beats_the_printed_floors_on_many_texts(gpt2, task, length, l
     assert cell.seen in (0, None)
 
 
+@pytest.mark.slow
 def test_floors_of_segment_counting_do_not_grow_with_the_length(gpt2):
     """Programs that read no mark are at chance in long texts, where the largest count of adjacent lists once rose."""
     n, reads_marks = 200, ("mark", "segment")

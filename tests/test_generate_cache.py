@@ -15,6 +15,7 @@ from nanometa.inference.generation import MarkerPlan, generate, generate_batch, 
 from nanometa.inference.scoring import hidden_states, text_batch
 from nanometa.model import GPT
 from nanometa.sample import start_samples
+from tests.fast_cases import diagonal, every
 from tests.reference import generate as reference
 from tests.test_model import ARMS_AND_PLACES, sharpen, wake
 from tests.test_rope import ARMS_AND_ALL_PLACES, SCALES
@@ -97,9 +98,9 @@ def compare(run, prompts, plans, n, steps, tolerance=1e-4):
         assert found[number] == [token for token, _ in expected]
 
 
-@pytest.mark.parametrize("rule", ["ignore", "skip"])
-@pytest.mark.parametrize("position", ["learned", "rope"])
-@pytest.mark.parametrize(("second", "place"), ARMS_AND_PLACES)
+@pytest.mark.parametrize(
+    ("second", "place", "position", "rule"), diagonal(ARMS_AND_PLACES, ("learned", "rope"), ("ignore", "skip"))
+)
 def test_cached_equals_recomputed(second, place, position, rule, recorded):
     """Decodes across several windows in every arm: one prompt alone, and a batch of unequal prompts with different
     plans."""
@@ -123,7 +124,9 @@ def compare_crowded(run, recorded):
 
 @pytest.mark.parametrize(
     ("scaling", "dynamic", "second", "place"),
-    [(*scale, "meta", "same") for scale in SCALES[1:]] + [("yarn", True, *arm) for arm in ARMS_AND_ALL_PLACES],
+    every(
+        2, [(*scale, "meta", "same") for scale in SCALES[1:]] + [("yarn", True, *arm) for arm in ARMS_AND_ALL_PLACES]
+    ),
 )
 def test_cached_equals_recomputed_in_an_extended_window(second, place, scaling, dynamic, recorded):
     """Also with a dynamic scale, where every token has its own scale and all keys are rotated anew."""

@@ -19,6 +19,7 @@ from nanometa.inference.limited_cache import SPARE, LimitedStore
 from nanometa.inference.scoring import hidden_states
 from nanometa.layers.visibility import DenseAttention, visible
 from nanometa.model import GPT
+from tests.fast_cases import every
 from tests.schemes import VARIANTS
 from tests.test_markers import SENTENCES
 from tests.test_model import sharpen, wake
@@ -119,19 +120,9 @@ def compare(run, prompts, plans, n, monkeypatch, tolerance=1e-4) -> Decoder:
 SECONDS = ("none", "meta", "causal")
 
 
-@pytest.mark.parametrize(("name", "second"), zip(LIMITED, itertools.cycle(SECONDS)))
+# a prime stride, so that the fast cases have all schemes of marks and all three arms
+@pytest.mark.parametrize(("name", "second"), every(7, itertools.product(LIMITED, SECONDS)))
 def test_decoding_that_forgets_equals_a_masked_forward_pass(tokenizer, name, second, monkeypatch):
-    forgetting_equals_masking(tokenizer, name, second, monkeypatch)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("second", SECONDS)
-@pytest.mark.parametrize("name", LIMITED)
-def test_decoding_that_forgets_equals_a_masked_forward_pass_in_every_arm(tokenizer, name, second, monkeypatch):
-    forgetting_equals_masking(tokenizer, name, second, monkeypatch)
-
-
-def forgetting_equals_masking(tokenizer, name, second, monkeypatch) -> None:
     """Compares whole prompts, prompts in pieces, and unequal prompts in one batch."""
     cfg = LIMITED[name]
     previous = {"meta_position": "previous"} if cfg.closes and cfg.places_markers else {}

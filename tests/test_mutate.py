@@ -13,6 +13,7 @@ import pytest
 from nanometa.common.errors import UserError
 from tests import mutate
 from tests.conftest import ROOT
+from tests.fast_cases import every
 
 TEXT = '''"""A docstring of 3 words."""
 
@@ -91,13 +92,15 @@ STOPPED = """
 import pathlib, sys
 sys.path.insert(0, {root!r})
 from tests import mutate
+from tests.fast_cases import every
+from tests.fast_cases import every
 
 mutate.ROOT, mutate.TESTS = pathlib.Path({folder!r}), {{"core.py": "test_core"}}
 mutate.run_cli(mutate.main)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", every(3, [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]))
 def test_a_stopped_program_leaves_neither_its_copy_nor_running_tests(tmp_path, number):
     folder, temporary = tmp_path / "core", tmp_path / "temporary"
     (folder / "tests").mkdir(parents=True)

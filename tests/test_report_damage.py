@@ -17,6 +17,7 @@ from nanometa.reports import drawing, training
 from nanometa.reports.probe_sections import SECTIONS
 from tests.conftest import ROOT
 from tests.damage import damage
+from tests.fast_cases import every
 
 RECORDS = ROOT / "records"
 # a published file of each kind of lines, and the number of its lines that are damaged
@@ -114,10 +115,9 @@ def damaged_run(folder: Path, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_damaged_lines_are_shown_or_refused(kind, seeds=range(12)):
+def test_damaged_lines_are_shown_or_refused(kind, seeds=range(12), enough=4):
+    """Ends after `enough` files if some were shown and some refused."""
     outcomes = []
-    if kind in ("residual", "patching"):  # whose pictures have many panels
-        seeds = seeds[::3]
     for seed in seeds:
         Path("x.jsonl").write_bytes(damaged_lines(kind, random.Random(f"{kind} {seed}")))
         outcomes.append(outcome(["x.jsonl", "--output=page"]))
@@ -125,6 +125,8 @@ def test_damaged_lines_are_shown_or_refused(kind, seeds=range(12)):
             with contextlib.suppress(UserError, ValueError):  # a line of another run may be damaged
                 if lines := read_earlier_lines(Path("x.jsonl"), kind, {}):
                     draw_picture(kind, lines)
+        if len(outcomes) >= enough and 0 < outcomes.count("made") < len(outcomes):
+            break
     assert "made" in outcomes and any(sentence != "made" for sentence in outcomes)
 
 
@@ -142,10 +144,10 @@ def test_many_damaged_files_are_shown_or_refused(kind):
     if kind == "run":
         test_damaged_records_of_runs_are_shown_or_refused(range(1000, 1300))
     else:
-        test_damaged_lines_are_shown_or_refused(kind, range(1000, 1150))
+        test_damaged_lines_are_shown_or_refused(kind, range(1000, 1150), enough=150)
 
 
-@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("kind", every(3, FILES))
 def test_every_published_file_is_shown(kind):
     name, _ = FILES[kind]
     assert outcome([str(RECORDS / name), "--output=page"]) == "made"

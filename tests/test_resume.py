@@ -18,6 +18,7 @@ from nanometa.training.checkpoint import load_run
 from nanometa.training.resume import occupied
 from nanometa.training.run_log import RunLog
 from tests.conftest import ROOT, losses, override
+from tests.fast_cases import every
 from tests.training_runs import BASE, TORCHRUN, equal, final, metrics, run
 
 
@@ -76,7 +77,7 @@ def test_init_from_auto_starts_and_later_resumes(workdir):
     assert len([line for line in metrics(again) if line["kind"] == "train"]) == 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", every(2, [signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_saves_a_checkpoint_and_ends_with_status_0(workdir, number):
     name = f"signal{int(number)}"
     command = [sys.executable, str(ROOT / "train.py"), *BASE, f"--run_name={name}", "--max_steps=100000"]

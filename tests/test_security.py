@@ -18,6 +18,7 @@ from nanometa.evals.common import Evaluation
 from nanometa.training import checkpoint
 from nanometa.training.checkpoint import load_run, open_checkpoint
 from tests.conftest import ROOT, cli, override, refusal, tree
+from tests.fast_cases import diagonal
 from tests.test_checkpoint import write
 from tests.test_rooms import PRODUCT
 from tests.training_runs import BASE, run
@@ -134,8 +135,10 @@ def resumed(strange, steps: int = 3):
     return cli("train.py", *override(BASE, *RESUME, f"--max_steps={steps}"), cwd=strange.parent.parent)
 
 
-@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl", ".lock", "wandb", "tensorboard"])
-@pytest.mark.parametrize("target", ["file", "new", "pipe", "zero"])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    diagonal(["train.log", "metrics.jsonl", ".lock", "wandb", "tensorboard"], ["file", "new", "pipe", "zero"]),
+)
 def test_a_resume_writes_through_no_link_and_waits_for_no_pipe(strange, name, target):
     """The target may exist or be created by the write."""
     mine, path = strange.parent.parent / "mine", strange / name

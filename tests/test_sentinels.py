@@ -34,7 +34,7 @@ def settings(name: str) -> list[str]:
     return found
 
 
-FAST = ("sr", "clcr", "meta_evict")
+FAST = ("clcr",)
 
 
 @pytest.mark.parametrize(

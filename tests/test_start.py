@@ -24,6 +24,7 @@ from nanometa.training.failed_start import Start
 from nanometa.training.optimizer import muon_dtype
 from nanometa.training.run_log import RunLog
 from tests.conftest import ROOT, cli, losses, override, refusal, tree
+from tests.fast_cases import diagonal, every
 from tests.training_runs import BASE, run
 
 CPU = Dist(0, 0, 1, torch.device("cpu"))
@@ -174,8 +175,10 @@ def kill(workdir, monkeypatch):
     return kill
 
 
-@pytest.mark.parametrize("init_from", ["scratch", "out/base"])
-@pytest.mark.parametrize("where", ["Trainer._introduce", "evaluate", "Trainer.train_step"])
+@pytest.mark.parametrize(
+    ("where", "init_from"),
+    diagonal(["Trainer._introduce", "evaluate", "Trainer.train_step"], ["scratch", "out/base"]),
+)
 def test_the_command_of_a_killed_start_can_be_given_again(workdir, monkeypatch, kill, where, init_from):
     """It starts from the same weights, which --init_from=auto would not take from another run."""
     if not (workdir / "out/base").exists():
@@ -240,7 +243,7 @@ def test_failures_of_the_machine_are_put_in_words(error, sentence):
 # ----------------------------------------------------------------------------- compiling
 
 
-@pytest.mark.parametrize("text", ["#!/bin/sh\nexit 1\n", ""])
+@pytest.mark.parametrize("text", every(2, ["#!/bin/sh\nexit 1\n", ""]))
 def test_a_broken_compiler_means_an_eager_run_that_says_why(workdir, tmp_path, text):
     compiler = tmp_path / "g++"
     compiler.write_text(text)
@@ -258,8 +261,12 @@ def test_a_broken_compiler_means_an_eager_run_that_says_why(workdir, tmp_path, t
     assert not (workdir / "elsewhere").exists()
 
 
-def test_a_working_compiler_is_recognized_and_a_missing_one_is_named(monkeypatch):
+@pytest.mark.slow
+def test_a_working_compiler_is_recognized():
     assert why_not_compile(torch.device("cpu")) is None
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
     assert why_not_compile(torch.device("mps")) == "torch.compile is not used on mps"
     monkeypatch.setenv("CXX", "/nowhere/g++")
     assert why_not_compile(torch.device("cpu")) == "no C++ compiler was found (/nowhere/g++)"

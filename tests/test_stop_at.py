@@ -16,6 +16,7 @@ from nanometa.training.checkpoint import load_run
 from nanometa.training.ending import Ending
 from nanometa.training.optimizer import decay_of, learning_rate
 from tests.conftest import TINY, cli, override, refusal
+from tests.fast_cases import every
 from tests.training_runs import TORCHRUN, equal, final, metrics
 
 TASK = TaskConfig(tasks=("parity", "copying"), placements=("none", "target"))
@@ -189,7 +190,7 @@ def test_a_run_that_does_not_reach_it_equals_one_without(workdir):
     assert load_run(with_it).state["stop_at"] is None
 
 
-@pytest.mark.parametrize("at", [5, "reached", "decay"])
+@pytest.mark.parametrize("at", every(3, ["reached", 5, "decay"]))
 def test_an_interrupted_run_equals_an_uninterrupted_one(workdir, ended, at):
     """Interrupted before, at and after the evaluation that reached the share."""
     (reached,) = steps(ended, "stop_at")
@@ -203,7 +204,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(workdir, ended, at):
     assert equal(final(again), final(ended))
 
 
-@pytest.mark.parametrize("schedule", ["wsd", "constant"])
+@pytest.mark.parametrize("schedule", every(2, ["constant", "wsd"]))
 def test_a_signal_during_the_evaluation_that_reaches_the_share(workdir, monkeypatch, schedule):
     """The resumed run makes the evaluation. A constant schedule then ends at once, and the checkpoint must know why."""
     monkeypatch.chdir(workdir)

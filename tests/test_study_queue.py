@@ -18,6 +18,7 @@ from nanometa.studies import queue
 from nanometa.studies.analysis import analyse, picture, table
 from nanometa.studies.plan import Plan, read_plan
 from tests.conftest import ROOT
+from tests.fast_cases import every
 from tests.study_plans import PLAN, write_plan
 
 
@@ -103,7 +104,8 @@ def test_the_cells_of_a_study_without_fine_tuning_train_once(plan_file, commands
     assert picture(plan, results).startswith(b"\x89PNG")
 
 
-def test_a_queue_that_is_killed_at_ten_moments_writes_the_lines_of_an_uninterrupted_one(plan_file, commands, tmp_path):
+@pytest.mark.parametrize("moments", every(2, [4, 10]))
+def test_a_killed_queue_writes_the_lines_of_an_uninterrupted_one(plan_file, commands, tmp_path, moments):
     plan = read_plan(str(plan_file))
     expected = comparable(run_queue(plan, tmp_path, "whole"))
     program = (
@@ -116,7 +118,7 @@ def test_a_queue_that_is_killed_at_ten_moments_writes_the_lines_of_an_uninterrup
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     while True:
         process = subprocess.Popen([sys.executable, "-c", program], env=environment, start_new_session=True)
-        time.sleep(draws.uniform(1.0, 2.0)) if kills < 10 else process.wait()
+        time.sleep(draws.uniform(1.0, 2.0)) if kills < moments else process.wait()
         if process.poll() is not None:
             break
         kind = draws.choice((signal.SIGTERM, signal.SIGKILL))

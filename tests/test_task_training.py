@@ -102,7 +102,7 @@ def test_marker_rows_that_were_trained_on_tasks_are_kept(workdir, bases):
     assert torch.allclose(*rows, atol=1e-6) and not torch.allclose(rows[0], mean, atol=1e-4)
 
 
-def test_a_resumed_task_run_equals_an_uninterrupted_one_on_any_processes(workdir, bases):
+def test_a_resumed_task_run_equals_an_uninterrupted_one(workdir, bases):
     args = ("--curriculum_steps=12", "--train_length=192")
     tasks = ("parity", "copying", "--placements", "background", "target")
     straight = tune(workdir, "t_straight", bases["meta"], "--max_steps=20", *args, tasks=tasks)
@@ -112,8 +112,14 @@ def test_a_resumed_task_run_equals_an_uninterrupted_one_on_any_processes(workdir
     # the content tokens of its base run, also after the resume
     assert load_run(resumed).state["content_before"] == 10 * 8 * 84
     assert [line for line in metrics(resumed) if (line["step"], line["kind"]) != (13, "val")] == metrics(straight)
-    # two processes with two micro-batches each
-    args += ("--max_steps=20", "--micro_batch_size=4")
+
+
+@pytest.mark.slow
+def test_two_processes_with_two_micro_batches_train_on_tasks_like_one(workdir, bases):
+    args = ("--curriculum_steps=12", "--train_length=192", "--max_steps=20")
+    tasks = ("parity", "copying", "--placements", "background", "target")
+    straight = tune(workdir, "t_one", bases["meta"], *args, tasks=tasks)
+    args += ("--micro_batch_size=4",)
     other = tune(workdir, "t_two", bases["meta"], *args, tasks=tasks, launcher=TORCHRUN)
     assert losses(other) == pytest.approx(losses(straight), rel=2e-5, abs=2e-5)
     ours, theirs = (next(line for line in metrics(run) if line["kind"] == "final") for run in (straight, other))

@@ -24,6 +24,7 @@ from nanometa.data.tokenizer import META, Tokenizer
 from nanometa.tasks import words
 from nanometa.tasks.example import TASK_MODULE, Maker, load_task
 from nanometa.tasks.source import collate, count_right
+from tests.fast_cases import diagonal
 from tests.reference.targets import stream_targets
 from tests.reference.tasks import pointed_and_named, solve
 
@@ -158,8 +159,7 @@ def test_splits_share_no_text_even_if_texts_repeat(gpt2):
     assert len(seen) < 1500  # otherwise no text was repeated, and the test would show nothing
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(("placement", "task"), diagonal(PLACEMENTS, TASKS))
 def test_the_most_frequent_answer_is_right_at_chance(gpt2, task, placement):
     """Always giving the answer that was most frequent in training, overall or for this question, is right no more often
     than chance."""

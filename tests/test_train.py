@@ -127,6 +127,7 @@ def test_the_commit_is_looked_up_once_at_the_start(monkeypatch):
     assert run_log.environment() == first and len(first["commit"]) in (0, 40)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_has_the_losses_of_an_eager_one(workdir):
     eager = run(workdir, "eager", "--position=rope", "--target_rule=skip", "--max_steps=6")
     args = ("--position=rope", "--target_rule=skip", "--max_steps=6", "--compile=True", "--run_name=compiled")
