@@ -37,7 +37,8 @@ class Queue:
         """out_dir: folder of all runs. threads: of every command. stop_after_s: seconds after which no command is
         started, and running ones are interrupted; None = never.
 
-        Raises UserError if another queue works in the same folder, or if a line of the file is damaged."""
+        Raises UserError if another queue works in the same folder or writes to the same file, or if a line of the file
+        is damaged."""
         if os.name == "nt":
             raise UserError("a study needs Linux or macOS, because its queue follows processes as Windows cannot.")
         self.plan, self.lines_file, self.work = plan, lines, out_dir / plan.name
@@ -52,6 +53,7 @@ class Queue:
         if self.lock is None:
             raise UserError(f"another process works on {self.work}: wait for it, or choose another --out_dir.")
         self.running = self._wait_for_orphans()
+        self.writer = self._lock_lines()
         mend(lines)
         done = {line["cell"] for line in read_lines(lines, plan)}
         self.cells = plan.cells()
@@ -83,6 +85,7 @@ class Queue:
         finally:
             for kind, handler in previous.items():
                 signal.signal(kind, handler)
+            self.writer.close()
             self.running.close()
             self.lock.release()
         left = len(self.cells) - len({line["cell"] for line in read_lines(self.lines_file, self.plan)})
@@ -108,6 +111,25 @@ class Queue:
         except BlockingIOError:
             self.say(f"waiting for commands in {self.work} that a killed queue has left behind")
             fcntl.flock(file, fcntl.LOCK_EX)
+        return file
+
+    def _lock_lines(self) -> IO:
+        """Returns the open file of the lines, which is locked: a second queue would run the same cells again.
+
+        Raises UserError if another queue holds the lock."""
+        import fcntl  # not on Windows
+
+        self.lines_file.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self.lines_file, "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            self.running.close()
+            self.lock.release()
+            raise UserError(
+                f"another queue writes to {self.lines_file}: wait for it, or choose another --output."
+            ) from None
         return file
 
     def say(self, text: str) -> None:

@@ -223,9 +223,11 @@ def test_the_queue_stops_at_its_limit_and_goes_on_later(plan_file, commands, tmp
     assert len(run_queue(plan, tmp_path)) == 13
 
 
-def test_two_queues_cannot_work_in_one_folder(plan_file, commands, tmp_path):
+def test_two_queues_share_neither_a_folder_nor_a_file_of_lines(plan_file, commands, tmp_path):
     plan = read_plan(str(plan_file))
     first = queue.Queue(plan, tmp_path / "a.jsonl", tmp_path / "out", 1, 1, None)
+    with pytest.raises(UserError, match=r"another queue writes to .*a\.jsonl: wait for it"):
+        queue.Queue(plan, tmp_path / "a.jsonl", tmp_path / "other", 1, 1, None)
     with pytest.raises(UserError, match="another process works on"):
         queue.Queue(plan, tmp_path / "a.jsonl", tmp_path / "out", 1, 1, None)
     first.lock.release()
