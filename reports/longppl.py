@@ -1,8 +1,11 @@
 """The section of eval.py longppl: perplexity, and perplexity on the tokens for which a long context matters."""
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from nanometa.common.statistics import clustered_ratio
+from nanometa.reports.drawing import GREY, key, legend, look, png, wrapped
 from nanometa.reports.lines import NUMBER, apart, check_facts
 from nanometa.reports.markup import details, escaped, table
 from nanometa.reports.page import Page, Section
@@ -72,11 +75,42 @@ def body(page: Page, lines: list[dict]) -> str:
             f"documents of {first['dataset']} ({first['content_sha256'][:8]})"
         )
         groups[name] = [row(page, line, first) for line in of]
+    figures = ""
+    for number, of in enumerate(apart(lines, lambda line: evaluation({**line, "alpha": 0})), 1):
+        note = f"perplexity on {of[0]['dataset']}, key tokens found by {of[0]['evaluator']}"
+        picture = png(draw, of, width=5.4)
+        figures += page.picture(f"longppl_{number}.png", note, picture, of, note=note)
     head = ["run", "arm", "perplexity", "95 %", "bits per byte", "key tokens", "LongPPL", "95 %", "bits per byte",
             "minus the first, nats", "evaluator's keys", "% of tokens", "median LSD", "command"]  # fmt: skip
     return f"""<h2 id="longppl">LongPPL</h2>
+<div>{figures}</div>
 <p class="small">{escaped(" ".join(ABOUT.split()))}</p>
 {details("All lines: LongPPL", table(head, groups, (0, 1, len(head) - 1)))}"""
+
+
+def draw(figure: Figure, lines: list[dict]) -> None:
+    """Draws the perplexity of every run over all tokens, and over the key tokens at each alpha, with intervals."""
+    axes, runs = figure.subplots(), apart(lines, lambda line: (line["run"], line["weights_sha256"]))
+    looks = {None: {"color": GREY, "marker": "o", "markersize": 4.5}}
+    looks |= {alpha: look(number) for number, alpha in enumerate(sorted({line["alpha"] for line in lines}))}
+    step = 1 / (len(looks) + 1)  # between the points of a run, which are below each other
+    figure.set_figheight(1 + len(runs) * max(0.5, 0.2 * len(looks)))
+    for place, of in enumerate(runs):
+        points = {None: (of[0]["perplexity"], of[0].get("perplexity_interval"))}
+        points |= {line["alpha"]: (line["longppl"], line.get("longppl_interval")) for line in of if line["key_tokens"]}
+        for number, (alpha, style) in enumerate(looks.items()):
+            if alpha in points:
+                at, (value, interval) = place + (number + 1) * step - 0.5, points[alpha]
+                axes.plot(value, at, linestyle="", **style)
+                axes.hlines(at, *(interval or (value, value)), color=style["color"], linewidth=1.4)
+    axes.set_yticks(range(len(runs)), [wrapped(f"{of[0]['arm']}, {of[0]['run']}", 22) for of in runs])
+    axes.set(ylim=(len(runs) - 0.5, -0.5), xlabel="perplexity")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
+    axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    names = {None: "all tokens"} | {alpha: f"key tokens, alpha {alpha:g}" for alpha in looks if alpha is not None}
+    legend(figure, [key(names[alpha], linestyle="-", **style) for alpha, style in looks.items()])
 
 
 def row(page: Page, line: dict, first: dict) -> list:

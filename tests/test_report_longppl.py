@@ -34,7 +34,9 @@ def test_the_page_shows_every_line_and_the_difference_to_the_first():
         line(), line(**other, document_key_nats=[10.0, 35.25], longppl=3.5), line(**NONE), line(**other, **NONE),
         line(run="third", weights_sha256="f" * 64, content_sha256="g" * 64, longppl=7.25),
     ]  # fmt: skip
-    rows = cells_of(rendered({"longppl": lines})["report.html"])
+    files = rendered({"longppl": lines})
+    assert files["longppl_1.png"].startswith(b"\x89PNG")
+    rows = cells_of(files["report.html"])
     first = ("12.345", "11.500 .. 13.250", "1.1250", "50", "4.500", "3.250 .. 6.000", "0.7500", "60", "0.50", "2.62")
     assert first in {row[2:12] for row in rows}
     low, high = clustered_ratio([-20, -10], [20, 30])
