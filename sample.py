@@ -74,7 +74,7 @@ def start_samples(
     Raises UserError for a prompt that cannot be continued, before anything is printed."""
     held = [] if held is None else held
     seeds = [stable_key(cfg.seed, number) for number in numbers]
-    plans = [MarkerPlan.of_run(run, cfg.meta, seed) for seed in seeds]
+    plans = [MarkerPlan.of_run(run, cfg.meta, seed, cfg.compression_ratio) for seed in seeds]
     content = run.tokenizer.encode_prompt(prompt_text or "")
     prompts = [lay_out(run, content, plan) for plan in plans]
     options = (cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seeds, cfg.stop_at_endoftext, weights)
@@ -129,7 +129,8 @@ def main(argv: list[str]) -> None:
     prompt_text = read_prompt(cfg)
     device = pick_device(cfg.device)
     run = rescaled(load_run(cfg.run, device), cfg.rescale)
-    cfg.refuse_unused(MarkerPlan.of_run(run, cfg.meta).injection)
+    plan = MarkerPlan.of_run(run, cfg.meta, ratio=cfg.compression_ratio)
+    cfg.refuse_unused(plan.injection, plan.scheme)
     show_markers = cfg.show_markers == "yes" or (cfg.show_markers == "auto" and sys.stdout.isatty())
     with autocast(device, pick_dtype(cfg.dtype, device)[0]):
         weights = prepare_weights(run, min(cfg.count, BATCH))

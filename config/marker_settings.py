@@ -110,6 +110,11 @@ class MarkerConfig(Settings):
         return self.marker_place == "span" or self.evict in SHARES
 
     @property
+    def is_random(self) -> bool:
+        """Whether the places of markers, or what is forgotten, are drawn at random."""
+        return self.marker_place in ("random", "span") or self.evict == "scattered"
+
+    @property
     def hides(self) -> Hides:
         """What the texts of a run can hide."""
         before = self.closing_reads == "segment"

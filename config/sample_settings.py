@@ -7,6 +7,7 @@ from tyro.conf import Suppress
 
 from nanometa.common.errors import UserError
 from nanometa.config.checks import check, check_types
+from nanometa.config.marker_settings import MarkerConfig
 from nanometa.config.model_settings import Rescale
 from nanometa.config.settings import SET, Settings, setting
 
@@ -38,6 +39,9 @@ class SampleConfig(Settings):
     meta: Literal["trained", "none", "periodic", "uniform"] = "trained"
     """where to insert markers. trained: as in the training data of the run; none: nowhere; periodic, uniform: by that
     rule of prepare.py"""
+    compression_ratio: float | None = setting(None, only_with={"meta": ("trained",)})
+    """share of the context to save, for a run that was trained with such shares; None = those of training, of which
+    every window draws one"""
     show_markers: Literal["auto", "yes", "no"] = "auto"
     """print the markers, dimmed; auto = only on a terminal"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -55,21 +59,22 @@ class SampleConfig(Settings):
         check(self, "temperature", self.temperature == 0 or self.temperature >= 1e-3, "be 0, or at least 0.001")
         check(self, "top_k", self.top_k is None or self.top_k >= 1, "be at least 1, or None")
         check(self, "top_p", 0 < self.top_p <= 1, "lie in (0, 1]")
+        check(self, "compression_ratio", 0 <= (self.compression_ratio or 0) < 1, "lie in [0, 1), or be None")
         check(self, "seed", self.seed >= 0, "be at least 0")
         if self.prompt is not None and self.prompt_file:
             raise UserError("prompt and prompt_file are both given: give only one of them.")
 
-    def refuse_unused(self, injection: str) -> None:
+    def refuse_unused(self, injection: str, scheme: MarkerConfig) -> None:
         """Raises UserError if a setting that was typed has no effect on a run.
 
-        injection: the rule that places the markers in the samples of the run."""
+        injection, scheme: the rules that place the markers in the samples of the run."""
         if self.top_k == 1 and (idle := [name for name in ("temperature", "top_p") if name in self.typed]):
             raise UserError(
                 f"--{idle[0]} has no effect with --top_k=1, which always takes the most likely token: leave one of "
                 f"them out."
             )
         greedy = "temperature=0" if self.temperature == 0 else "top_k=1" if self.top_k == 1 else ""
-        if greedy and injection != "uniform" and "seed" in self.typed:
+        if greedy and not (injection == "uniform" or scheme.is_random) and "seed" in self.typed:
             raise UserError(
                 f"--seed has no effect, because {greedy} always takes the most likely token and injection={injection} "
                 f"places no marker at random: leave --seed out."

@@ -14,7 +14,7 @@ print(run.tokenizer.decode(generate(run, ids, plan, max_new_tokens=50)))
 import functools
 import numbers
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -63,10 +63,11 @@ class MarkerPlan:
     """markers that depend on the text, and what positions may read"""
 
     @classmethod
-    def of_run(cls, run: Run, injection: str = "trained", seed: int = 1337) -> "MarkerPlan":
+    def of_run(cls, run: Run, injection: str = "trained", seed: int = 1337, ratio: float | None = None) -> "MarkerPlan":
         """Returns the plan that the run's data was prepared with, or one with another injection rule at its density.
 
-        Raises UserError if markers are asked for and the run was trained without."""
+        ratio: share of the context to save in place of those of training; None = those of training.
+        Raises UserError if markers or a ratio are asked for and the run was trained without."""
         data, scheme = run.state["data"], run.config.markers
         C, M = data["chunk_content"], data["chunk_markers"]
         if injection == "trained":
@@ -80,6 +81,13 @@ class MarkerPlan:
                 f"meta={injection} needs a run that was trained with markers, and {run.folder} was not: use "
                 f"--meta=none."
             )
+        if ratio is not None:
+            if not scheme.has_ratio:
+                raise UserError(
+                    f"compression_ratio={ratio:g} needs a run that was trained to save a share of its context, and "
+                    f"{run.folder} was not: leave --compression_ratio out."
+                )
+            scheme = replace(scheme, compression_ratio=(ratio,))
         return cls(injection, C, M, stable_key(seed, "generated markers"), scheme)
 
     def __contains__(self, position: int) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from nanometa.common.errors import UserError
 from nanometa.config import (
     GPTConfig,
+    MarkerConfig,
     PrepareConfig,
     SampleConfig,
     TrainConfig,
@@ -442,9 +443,17 @@ def test_settings_of_sampling_that_a_run_cannot_use_are_refused(argv, injection,
     """Whether the seed has an effect depends on the run, which may place markers at random."""
     cfg = load(*argv.split(), cls=SampleConfig)
     if not idle:
-        return cfg.refuse_unused(injection)
+        return cfg.refuse_unused(injection, MarkerConfig())
     with pytest.raises(UserError, match=f"^--{idle} has no effect.* leave"):
-        cfg.refuse_unused(injection)
+        cfg.refuse_unused(injection, MarkerConfig())
+
+
+def test_the_seed_of_greedy_samples_places_random_segments():
+    cfg = load("--temperature=0", "--seed=3", cls=SampleConfig)
+    for given in ({"marker_place": "random"}, {"marker_place": "span"}, {"evict": "scattered"}):
+        cfg.refuse_unused("none", MarkerConfig(**given))
+    with pytest.raises(UserError, match="^--seed has no effect"):
+        cfg.refuse_unused("none", MarkerConfig(marker_place="sentence"))
 
 
 def test_a_seed_without_anything_random_is_refused():

@@ -1,6 +1,7 @@
 """Trains and samples with every config that has settings of markers, as a user would, and resumes it."""
 
 import json
+import re
 
 import pytest
 
@@ -56,8 +57,22 @@ def test_every_scheme_trains_resumes_and_samples(workdir, name):
     assert mark in sampled.stdout.decode()
     forgets = CONFIGS[name].markers.evict != "nothing"
     assert ("# the cache held " in sampled.stderr.decode()) == forgets
+    if name == "clcr":
+        check_ratios(workdir, f"out/{name}_whole")
     shown = cli("train.py", *TINY, *given, "--show_batch=3", cwd=workdir)
     assert shown.returncode == 0 and mark in shown.stdout.decode()
+
+
+def check_ratios(workdir, run_dir: str) -> None:
+    """A sample of a run with mixed ratios may ask for one of its own, and then forgets so much."""
+
+    def forgotten(*more: str) -> int:
+        result = cli("sample.py", f"--run={run_dir}", "--max_new_tokens=27", "--temperature=0", *more, cwd=workdir)
+        assert result.returncode == 0, result.stderr.decode()
+        return int(re.search(r"forgotten: (\d+) tokens", result.stderr.decode())[1])
+
+    kept = {ratio: forgotten(f"--compression_ratio={ratio}", "--seed=5") for ratio in (0, 0.3, 0.6)}
+    assert kept[0] == 0 < kept[0.3] < kept[0.6]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +127,8 @@ def test_an_evaluation_that_cannot_place_the_markers_of_a_run_says_so(workdir):
         assert "was trained with special markers (sr sentence own segment)" in found
     typed = cli("sample.py", "--run=out/sr_refused", "--prompt=the<|sr|> cat", cwd=workdir)
     assert "the prompt contains a marker, but out/sr_refused" in refusal(typed)
+    found = refusal(cli("sample.py", "--run=out/sr_refused", "--compression_ratio=0.5", cwd=workdir))
+    assert "compression_ratio=0.5 needs a run that was trained to save a share of its context" in found
     assert cli("sample.py", "--run=out/sr_refused", "--meta=none", "--max_new_tokens=3", cwd=workdir).returncode == 0
 
 
