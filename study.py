@@ -18,7 +18,7 @@ from nanometa.common.files import write_atomically
 from nanometa.common.terminal import write, write_line
 from nanometa.config.checks import check, check_types
 from nanometa.config.command_line import run_cli, run_named
-from nanometa.studies.analysis import analyse, picture, table
+from nanometa.studies.analysis import analyse, picture, picture_of_curves, table
 from nanometa.studies.plan import read_plan
 from nanometa.studies.queue import Queue, read_lines
 
@@ -66,7 +66,7 @@ class RunStudy(StudySettings):
 
 @dataclass(frozen=True)
 class ReportStudy(StudySettings):
-    """Prints the verdict table of a study and draws its figure, beside the file of its lines."""
+    """Prints the verdict table of a study and draws its figures, beside the file of its lines."""
 
 
 def run(cfg: RunStudy) -> None:
@@ -87,9 +87,11 @@ def report(cfg: ReportStudy) -> None:
     for target, content in (
         (path.with_name(f"{plan.name}.md"), text.encode()),
         (path.with_name(f"{plan.name}.png"), picture(plan, results)),
+        (path.with_name(f"{plan.name}_curves.png"), picture_of_curves(plan, results)),
     ):
-        write_atomically(target, content)
-        write_line(str(target))
+        if content is not None:
+            write_atomically(target, content)
+            write_line(str(target))
 
 
 COMMANDS = {"run": (RunStudy, run), "report": (ReportStudy, report)}

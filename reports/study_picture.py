@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib.figure import Figure
 
-from nanometa.reports.drawing import COLOURS, GREY, LIGHT, png
+from nanometa.reports.drawing import COLOURS, DASHES, GREY, LIGHT, png
 
 DOTS = {
     "curves": "Left: a small dot is a run, its mean share of exact answers over tasks and placements; lines join the "
@@ -32,6 +32,31 @@ def levels_picture(levels: dict[str, list[float]], rows: list[dict], unit: str, 
     """Returns the figure of a study of one figure as PNG. levels: its values by name of the arm. rows, unit: as in
     study_picture."""
     return png(_draw, functools.partial(_draw_levels, levels=levels, unit=unit), rows, unit, "levels", title, width=11)
+
+
+def curves_picture(panels: list[tuple[str, str, str, dict]], title: str) -> bytes:
+    """Returns curves side by side as PNG. panels: name, name of the horizontal axis, unit, and the values by name of
+    the arm, place on the horizontal axis and seed."""
+    return png(_draw_panels, panels, title, width=5.5 * len(panels))
+
+
+def _draw_panels(figure: Figure, panels: list, title: str) -> None:
+    most = max(len(values) for *_, values in panels)
+    figure.set_figheight(3.6 + 0.2 * most)
+    figure.suptitle(title)
+    figure.supxlabel("A small dot is a run; lines join the means of an arm.", fontsize=8, color=GREY)
+    for axes, (name, x, unit, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for number, (arm, curve) in enumerate(values.items()):
+            color, places = (*COLOURS, GREY)[number % (len(COLOURS) + 1)], sorted(curve)
+            for at in places:
+                runs = list(curve[at].values())
+                axes.plot([at] * len(runs), runs, "o", color=color, markersize=3, alpha=0.45, mew=0)
+            means = [np.mean(list(curve[at].values())) for at in places]
+            style = {"linestyle": DASHES[number // len(COLOURS) % len(DASHES)], "marker": "D", "markersize": 3.5}
+            axes.plot(places, means, color=color, linewidth=1.4, label=arm, **style)
+        axes.set(xlabel=x, ylabel=unit)
+        axes.set_title(textwrap.fill(name, 60), fontsize=9)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize=8)
 
 
 def _draw(figure: Figure, draw_left: Callable, rows: list[dict], unit: str, kind: str, title: str) -> None:

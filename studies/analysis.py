@@ -8,6 +8,9 @@ one length. A run that did not reach the accuracy of `stop_at` in validation cou
 repeats each comparison over the pairs of which both did. The `figures` compare any other figure of two arms, or a
 figure of one arm with 0: the last evaluation of a training run ("pretrain" or "finetune"), or a line of a measure.
 
+The `curves` describe how a figure of a measure depends on another field `x` of its lines, such as a ratio or a length,
+in all arms that have the measure. They have no verdicts.
+
 Holm's correction applies to the contrasts, or, in a study without contrasts, to the figures.
 """
 
@@ -19,9 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanometa.common.errors import UserError
 from nanometa.common.statistics import decide, holm, mean_p, seed_difference
 from nanometa.config.tasks import cells_of
-from nanometa.reports.study_picture import levels_picture, study_picture
+from nanometa.reports.study_picture import curves_picture, levels_picture, study_picture
 from nanometa.studies.plan import RUNS, Plan
 
 INSENSITIVE = "no verdict: the gate is closed"
@@ -60,6 +64,16 @@ class Levels(NamedTuple):
     """by arm and seed, of the arms that have any"""
 
 
+class Curves(NamedTuple):
+    """A figure of all arms by the value of another field, such as the ratio of compression."""
+
+    name: str
+    x: str
+    unit: str
+    values: dict[str, dict[float, dict[int, float]]]
+    """by arm, value of x and seed"""
+
+
 @dataclass
 class Results:
     """What the lines of a study show."""
@@ -71,6 +85,7 @@ class Results:
     gate: Comparison | None
     comparisons: list[Comparison]
     levels: list[Levels]
+    described: list[Curves]
     cells: list[tuple[str, str, str, int, float, float, float, int]]
     """contrast, task, placement, length, mean difference, interval, number of pairs: descriptive"""
     earlier: list[tuple[str, str, str, int, float, float]]
@@ -129,8 +144,8 @@ def analyse(plan: Plan, lines: list[dict]) -> Results:
             if gate and not gate.verdict.startswith("holds") and row.unit == "points":
                 row.verdict = INSENSITIVE
     return Results(
-        finished, planned, curves, gate, comparisons, levels(plan, mine), by_cell(plan, mine), before(plan, lines),
-        warnings_of(lines),
+        finished, planned, curves, gate, comparisons, levels(plan, mine), described(plan, mine), by_cell(plan, mine),
+        before(plan, lines), warnings_of(lines),
     )  # fmt: skip
 
 
@@ -191,12 +206,19 @@ def exact(plan: Plan, line: dict, task: str, placement: str, length: int) -> flo
 def figure_of(line: dict, entry: dict) -> float | None:
     """Returns the figure that an entry of [analysis.figures] names, or None if the line of a run does not have it.
 
-    Of a measure, it is the figure of the line that has the values of entry["where"]."""
+    Of a measure, it is the figure of the line that has the values of entry["where"], or with mean = true the mean of
+    all such lines. Raises UserError if there are several lines, with different figures, and no mean is asked for."""
     of, where = entry["of"], entry.get("where", {})
-    for found in [line[of]] if of in RUNS else line["measures"].get(of, ()):
-        if all(found.get(name) == value for name, value in where.items()):
-            return found.get(entry["figure"])
-    return None
+    found = [
+        one[entry["figure"]] for one in ([line[of]] if of in RUNS else line["measures"].get(of, ()))
+        if all(one.get(name) == value for name, value in where.items()) and one.get(entry["figure"]) is not None
+    ]  # fmt: skip
+    if len(set(found)) > 1 and not entry.get("mean"):
+        raise UserError(
+            f"the plan names {entry['figure']} of {of} where {where}, and {line['cell']} has {len(found)} lines of "
+            f"that kind: name more fields in `where`, or give mean = true."
+        )
+    return float(np.mean(found)) if found else None
 
 
 def levels(plan: Plan, mine: dict) -> list[Levels]:
@@ -213,6 +235,30 @@ def levels(plan: Plan, mine: dict) -> list[Levels]:
         }
         found[name] = Levels(name, entry["unit"], {arm: given for arm, given in values.items() if given})
     return [level for level in found.values() if level.values]
+
+
+def described(plan: Plan, mine: dict) -> list[Curves]:
+    """Returns the curves of [analysis.curves] of which the lines have any point."""
+    found = []
+    for entry in plan.analysis.get("curves", ()):
+        x, where = entry["x"], entry.get("where", {})
+        values = {}
+        for arm in plan.stages[plan.analysis["stage"]].arms:
+            measured = [
+                of for (name, _), line in mine.items() if name == arm for of in line["measures"].get(entry["of"], ())
+            ]
+            places = sorted({of[x] for of in measured if of.get(x) is not None})
+            points = {
+                at: by_seed(mine, arm, functools.partial(figure_of, entry=entry | {"where": where | {x: at}}))
+                for at in places
+            }
+            if points := {at: given for at, given in points.items() if given}:
+                values[arm] = points
+        shown = ", ".join(f"{name}={value}" for name, value in where.items())
+        name = f"{entry['figure']} of {entry['of']} by {x}" + (f" ({shown})" if shown else "")
+        if values:
+            found.append(Curves(name, x, entry["unit"], values))
+    return found
 
 
 def by_cell(plan: Plan, mine: dict) -> list[tuple]:
@@ -321,6 +367,14 @@ def table(plan: Plan, results: Results) -> str:
                 f"| {plan.arms[arm].label} ({arm}) | {len(values)} | {values.mean():.4f} | {deviation} | "
                 f"{values.min():.4f} | {values.max():.4f} |"
             )
+    for curves in results.described:
+        places = sorted({at for curve in curves.values.values() for at in curve})
+        out += ["", f"{curves.name}, {curves.unit} (mean over runs; descriptive):", ""]
+        out += [f"| arm | runs | {' | '.join(f'{at:g}' for at in places)} |", "|---" * (2 + len(places)) + "|"]
+        for arm, curve in curves.values.items():
+            means = [f"{np.mean(list(curve[at].values())):.4f}" if at in curve else "" for at in places]
+            runs = max(map(len, curve.values()))
+            out.append(f"| {plan.arms[arm].label} ({arm}) | {runs} | {' | '.join(means)} |")
     if results.cells:
         out += ["", "Differences by cell, in points (descriptive, without correction):", ""]
         out += ["| | task | placement | positions | difference | pairs |", "|---|---|---|---|---|---|"]
@@ -366,3 +420,12 @@ def picture(plan: Plan, results: Results) -> bytes:
         values = {plan.arms[arm].label: list(given.values()) for arm, given in level.values.items()}
         return levels_picture(values, rows, unit, title)
     return study_picture({plan.arms[arm].label: curve for arm, curve in results.curves.items()}, rows, title)
+
+
+def picture_of_curves(plan: Plan, results: Results) -> bytes | None:
+    """Returns the curves that the plan describes as PNG, or None without any."""
+    panels = [
+        (of.name, of.x, of.unit, {plan.arms[arm].label: curve for arm, curve in of.values.items()})
+        for of in results.described
+    ]
+    return curves_picture(panels, plan.question) if panels else None

@@ -16,7 +16,7 @@ The tables of a plan:
                   the fine-tuning}
     [sizes.X]     a smaller study, to test its machinery: stages, the number of seeds, and arguments of pretrain,
                   finetune and measures; its lines are in out/NAME_X
-    [analysis]    endpoint, gate, contrasts, figures and margins (studies/analysis.py)
+    [analysis]    endpoint, gate, contrasts, figures and margins, and curves that are described (studies/analysis.py)
 
 In the arguments of measures and of a second run, {pretrain} stands for the folder of the cell's first run.
 
@@ -213,8 +213,12 @@ TABLES = {  # of [analysis]: the entries of each, with their types
     "gate": CONTRAST | {"length": int, "above": float},
     "contrasts": CONTRAST,
     "figures": FIGURE,
+    "curves": {"of": str, "x": str, "figure": str, "unit": str},
 }
-OPTIONAL = {"figures": {"second": str, "where": dict, "where_second": dict}}
+OPTIONAL = {
+    "figures": {"second": str, "where": dict, "where_second": dict, "mean": bool},
+    "curves": {"where": dict, "mean": bool},
+}
 ENDPOINT = {"tasks": list, "placements": list, "lengths": list, "length": int, "margin": float}
 
 
@@ -254,7 +258,7 @@ def _check_analysis(path: Path, analysis: dict, stages: dict[str, Stage], measur
                     raise UserError(f"{path} names the arm {entry[side]!r} in {where} of stage {stage.name}: {cure}")
             if "of" in entry and entry["of"] not in (*RUNS, *measures):
                 cure = nearest_name(entry["of"], [*RUNS, *measures])
-                raise UserError(f"{path} compares a figure of {entry['of']!r} in {where}: {cure}")
+                raise UserError(f"{path} names a figure of {entry['of']!r} in {where}: {cure}")
 
 
 def _check_entries(path: Path, where: str, table: dict, entries: dict, optional: dict | None = None) -> None:

@@ -65,7 +65,7 @@ def test_an_arm_without_markers_reads_each_placement_once(plan_file):
         ('of = "finetune"', 'of = "finetuning"', "measures tasks of 'finetuning'"),
         ('"eval.py tasks"', '"train.py"', "measures tasks with 'train.py'"),
         ("[measures.tasks]", "[measures.other]", r"without \[measures.tasks\]"),
-        ('of = "pretrain"\nfigure', 'of = "text"\nfigure', r"compares a figure of 'text' in \[analysis.figures\]"),
+        ('of = "pretrain"\nfigure', 'of = "text"\nfigure', r"names a figure of 'text' in \[analysis.figures\]"),
         ("seeds = [1, 2, 3]", "seeds = [1, 1]", "names a seed of stage deciding twice"),
         ('label = "meta"\n', "", "has no entry 'label'"),
         ('name = "fake"', "name = ", "cannot be read"),

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanometa.studies.analysis import INSENSITIVE, WAITING, analyse, picture, table
+from nanometa.common.errors import UserError
+from nanometa.studies.analysis import INSENSITIVE, WAITING, analyse, picture, picture_of_curves, table
 from nanometa.studies.cell import fingerprint
 from nanometa.studies.plan import Plan, read_plan
 from tests.conftest import cli
@@ -120,6 +121,39 @@ margin = 0.1
     row = next(row for row in results.comparisons if row.name == "C")
     assert row.differences == (0.5,) * 3
     assert [level.name for level in results.levels][-1] == "bits of tasks (method=full)"
+
+
+def curve_plan(plan_file, where: str) -> Plan:
+    """Returns the plan with curves of the share of exact answers by length. where: other entries of the curves."""
+    entry = '[[analysis.curves]]\nof = "tasks"\nx = "length"\nfigure = "exact"\nunit = "share"\n'
+    plan_file.write_text(PLAN + entry + where)
+    return read_plan(str(plan_file))
+
+
+def test_curves_are_the_means_of_the_runs_by_the_field_that_the_plan_names(plan_file):
+    plan = curve_plan(plan_file, 'where = { placement = "target" }\n')
+    lines = invented(plan, {"M": 0.25}, noise=1e-6)
+    for line in lines:
+        for cell in line["measures"]["tasks"]:
+            cell["exact"] += cell["length"] / 1024 + line["seed"] / 1000
+    (curves,) = analyse(plan, lines).described
+    assert (curves.name, curves.x) == ("exact of tasks by length (placement=target)", "length")
+    assert list(curves.values) == ["M", "P", "O"]  # the fourth arm reads no placement "target"
+    assert curves.values["P"][256] == {seed: pytest.approx(0.75 + seed / 1000, abs=1e-5) for seed in (1, 2, 3)}
+    assert "| meta (M) | 3 | 0.8770 | 1.0020 | 1.2520 |" in table(plan, analyse(plan, lines))
+    assert picture_of_curves(plan, analyse(plan, lines)).startswith(b"\x89PNG")
+    assert picture_of_curves(plan, analyse(plan, lines[:0])) is None
+
+
+def test_several_lines_of_one_figure_are_refused_or_averaged_as_the_plan_says(plan_file):
+    plan = curve_plan(plan_file, "")
+    lines = invented(plan, {})
+    with pytest.raises(UserError, match="has 2 lines of that kind: name more fields in `where`, or give mean = true"):
+        analyse(plan, lines)
+    plan = curve_plan(plan_file, "mean = true\n")
+    (curves,) = analyse(plan, lines).described
+    cells = [cell["exact"] for cell in lines[0]["measures"]["tasks"] if cell["length"] == 512]
+    assert len(cells) == 2 and curves.values["M"][512][1] == pytest.approx(np.mean(cells))
 
 
 def test_lines_of_different_commits_are_named(plan):
