@@ -7,6 +7,7 @@ The `contrasts` compare the endpoint of the tasks: the mean share of exact answe
 one length. A run that did not reach the accuracy of `stop_at` in validation counts like any other; the column "matched"
 repeats each comparison over the pairs of which both did. The `figures` compare any other figure of two arms, or a
 figure of one arm with 0: the last evaluation of a training run ("pretrain" or "finetune"), or a line of a measure.
+A figure's claim is that its difference is above 0, or with lower = true that it is below 0.
 
 The `curves` describe how a figure of a measure depends on another field `x` of its lines, such as a ratio or a length,
 in all arms that have the measure. They have no verdicts.
@@ -35,7 +36,9 @@ SIDES = ("first", "second")  # of a contrast
 
 @dataclass
 class Comparison:
-    """A claim about a difference over seeds, first minus second, with its interval and verdict."""
+    """A claim about a difference over seeds, first minus second, with its interval and verdict.
+
+    The claim is that the difference is above `effect`, or below -`effect` if `lower`."""
 
     name: str
     claim: str
@@ -53,6 +56,8 @@ class Comparison:
     """mean difference, interval and number of pairs, over the pairs whose runs both reached the accuracy of stop_at"""
     holm: float | None = None
     verdict: str = WAITING
+    lower: bool = False
+    """whether the claim is that the first is lower, not that it is higher"""
 
 
 class Levels(NamedTuple):
@@ -130,17 +135,17 @@ def analyse(plan: Plan, lines: list[dict]) -> Results:
         if "second" in entry:
             other = entry | {"where": entry.get("where_second", entry.get("where", {}))}
             second = by_seed(mine, entry["second"], lambda line, entry=other: figure_of(line, entry))
-        figures.append(
-            compare(entry["name"], entry["claim"], entry["unit"], entry["margin"], 0.0, first, second, set())
-        )
+        row = compare(entry["name"], entry["claim"], entry["unit"], entry["margin"], 0.0, first, second, set())
+        row.lower = entry.get("lower", False)
+        figures.append(row)
     family = contrasts or figures
     adjusted = iter(holm([row.p for row in family if row.p is not None]))
     for row in (comparisons := [*contrasts, *figures]):
         row.holm = (next(adjusted) if row in family else row.p) if row.p is not None else None
         if complete:
             # with fewer than two pairs there is no interval, and nothing is decided
-            decided = row.p is not None
-            row.verdict = decide(row.low, row.high, row.holm, row.effect, row.margin) if decided else "undecided"
+            ends = (-row.high, -row.low) if row.lower else (row.low, row.high)
+            row.verdict = "undecided" if row.p is None else decide(*ends, row.holm, row.effect, row.margin)
             if gate and not gate.verdict.startswith("holds") and row.unit == "points":
                 row.verdict = INSENSITIVE
     return Results(
@@ -323,7 +328,7 @@ def interval(row: Comparison) -> str:
 def table(plan: Plan, results: Results) -> str:
     """Returns the verdicts as Markdown."""
     how = plan.analysis
-    head = ["", "claim", "difference", "pairs", "margin", "p", "verdict", "matched pairs only"]
+    head = ["", "claim", "difference", "claimed", "pairs", "margin", "p", "verdict", "matched pairs only"]
     out = [
         f"# {plan.question}",
         "",
@@ -335,7 +340,8 @@ def table(plan: Plan, results: Results) -> str:
         "|---" * len(head) + "|",
     ]
     for row in [*([results.gate] if results.gate else []), *results.comparisons]:
-        margin = f"above {figure(row.effect, row.unit)}" if row.effect else f"±{figure(row.margin, row.unit)[1:]}"
+        margin = f"±{figure(row.margin, row.unit)[1:]}"
+        claimed = f"above {figure(row.effect, row.unit)}" if row.effect else "below 0" if row.lower else "above 0"
         matched = "" if row.matched is None else (
             f"{figure(row.matched[0], row.unit)} ({figure(row.matched[1], row.unit)} .. "
             f"{figure(row.matched[2], row.unit)}), {row.matched[3]} pairs"
@@ -344,8 +350,8 @@ def table(plan: Plan, results: Results) -> str:
         unit = "" if row.unit == "points" else f" {row.unit}"
         unit = "" if row.p is None else unit
         out.append(
-            f"| {row.name} | {row.claim} | {interval(row)}{unit} | {len(row.seeds)} | {margin} | {p} | {row.verdict} | "
-            f"{matched} |"
+            f"| {row.name} | {row.claim} | {interval(row)}{unit} | {claimed} | {len(row.seeds)} | {margin} | {p} | "
+            f"{row.verdict} | {matched} |"
         )
     if lengths := how.get("lengths"):
         out += ["", "Mean share of exact answers over tasks and placements (standard deviation over seeds):", ""]

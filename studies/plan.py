@@ -216,7 +216,7 @@ TABLES = {  # of [analysis]: the entries of each, with their types
     "curves": {"of": str, "x": str, "figure": str, "unit": str},
 }
 OPTIONAL = {
-    "figures": {"second": str, "where": dict, "where_second": dict, "mean": bool},
+    "figures": {"second": str, "where": dict, "where_second": dict, "mean": bool, "lower": bool},
     "curves": {"where": dict, "mean": bool},
 }
 ENDPOINT = {"tasks": list, "placements": list, "lengths": list, "length": int, "margin": float}

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -12,6 +13,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the fork server of tests/forked.py
+
+# a failing example is shown as it was drawn: to find a smaller one takes minutes
+hypothesis.settings.register_profile(
+    "drawn", phases=[*set(hypothesis.Phase) - {hypothesis.Phase.shrink, hypothesis.Phase.explain}]
+)
+hypothesis.settings.load_profile("drawn")
 
 from nanometa.data.tokenizer import Tokenizer  # noqa: E402
 from nanometa.tasks.words import ITEMS, NAMES  # noqa: E402

@@ -161,6 +161,7 @@ NUMBERS = {  # for settings whose type alone allows too many values
     "yarn_beta_slow": st.floats(1e-3, 1), "yarn_beta_fast": st.floats(2, 1e300),
     "yarn_attention_factor": st.none() | st.floats(1e-3, 1e300), "spike_deviations": st.floats(1e-3, 1e300),
     "stop_at": st.none() | st.floats(0, 1, exclude_min=True), "lora_alpha": st.floats(1e-3, 1e300),
+    "compression_ratio": st.none() | st.floats(0, 1, exclude_max=True),
 }  # fmt: skip
 # On a command line, a text "None" looks like no text. No setting may be both. In a path, ~ stands for a home folder.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0~"), max_size=30)

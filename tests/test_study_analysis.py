@@ -123,6 +123,18 @@ margin = 0.1
     assert [level.name for level in results.levels][-1] == "bits of tasks (method=full)"
 
 
+@pytest.mark.parametrize(("shift", "verdict"), [(-0.1, "holds"), (0.1, "the reverse holds"), (0.0, "does not hold")])
+def test_a_claim_that_the_first_is_lower_holds_if_it_is_lower(plan_file, shift, verdict):
+    plan_file.write_text(PLAN.replace('claim = "bits"\n', 'claim = "bits"\nlower = true\n'))
+    plan = read_plan(str(plan_file))
+    lines = invented(plan, {"O": 0.3})
+    for line in lines:
+        line["pretrain"]["bits_per_byte"] += shift * (line["arm"] == "M")
+    row = next(row for row in analyse(plan, lines).comparisons if row.name == "H5")
+    assert row.mean == pytest.approx(shift, abs=1e-3) and row.verdict == verdict
+    assert "| below 0 | 3 | ±0.0100 | " in table(plan, analyse(plan, lines))
+
+
 def curve_plan(plan_file, where: str) -> Plan:
     """Returns the plan with curves of the share of exact answers by length. where: other entries of the curves."""
     entry = '[[analysis.curves]]\nof = "tasks"\nx = "length"\nfigure = "exact"\nunit = "share"\n'
