@@ -46,7 +46,7 @@ def score(run: Run, text: str, plan: MarkerPlan) -> tuple[list[int], list[float]
 
 
 def score_content(run: Run, content: np.ndarray, plan: MarkerPlan) -> tuple[list[int], list[float]]:
-    """Does what `score` does, for a text that is given as content ids."""
+    """Returns what `score` returns, for a text that is given as content ids."""
     ids = lay_out(run, content, plan)
     if len(ids) > run.config.model.block_size:
         raise UserError(
