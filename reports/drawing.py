@@ -133,12 +133,13 @@ def length_axis(axes, lengths: set[int], most: int = 6) -> None:
     axes.minorticks_off()
 
 
-def log_axis(axes) -> None:
-    """Scales the vertical axis logarithmically, with plain numbers at 1, 2 and 5 times the powers of ten."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+def log_axis(axes, name: str = "y", at: tuple[float, ...] = (1, 2, 5)) -> None:
+    """Scales an axis, x or y, logarithmically, with plain numbers at these multiples of the powers of ten."""
+    axes.set(**{f"{name}scale": "log"})
+    axis = getattr(axes, f"{name}axis")
+    axis.set_major_locator(LogLocator(subs=at))
+    axis.set_major_formatter(lambda value, position: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def run_title(lines: list[dict]) -> str:

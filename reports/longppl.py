@@ -2,10 +2,9 @@
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from nanometa.common.statistics import clustered_ratio
-from nanometa.reports.drawing import GREY, key, legend, look, png, wrapped
+from nanometa.reports.drawing import GREY, key, legend, log_axis, look, png, wrapped
 from nanometa.reports.lines import NUMBER, apart, check_facts
 from nanometa.reports.markup import details, escaped, table
 from nanometa.reports.page import Page, Section
@@ -105,10 +104,7 @@ def draw(figure: Figure, lines: list[dict]) -> None:
                 axes.hlines(at, *(interval or (value, value)), color=style["color"], linewidth=1.4)
     axes.set_yticks(range(len(runs)), [wrapped(f"{of[0]['arm']}, {of[0]['run']}", 22) for of in runs])
     axes.set(ylim=(len(runs) - 0.5, -0.5), xlabel="perplexity")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
-    axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    log_axis(axes, "x", (1, 1.5, 2, 3, 4, 5, 6, 8))
     names = {None: "all tokens"} | {alpha: f"key tokens, alpha {alpha:g}" for alpha in looks if alpha is not None}
     legend(figure, [key(names[alpha], linestyle="-", **style) for alpha, style in looks.items()])
 
