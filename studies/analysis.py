@@ -226,14 +226,20 @@ def figure_of(line: dict, entry: dict) -> float | None:
     return float(np.mean(found)) if found else None
 
 
+def title_of(entry: dict) -> str:
+    """Returns what an entry of [analysis.figures] or [analysis.curves] names, in words."""
+    where = ", ".join(f"{name}={value}" for name, value in entry.get("where", {}).items())
+    by = f" by {entry['x']}" if "x" in entry else ""
+    return f"{entry['figure']} of {entry['of']}{by}" + (f" ({where})" if where else "")
+
+
 def levels(plan: Plan, mine: dict) -> list[Levels]:
     """Returns the values by arm and seed of every figure of [analysis.figures]."""
     found: dict[str, Levels] = {}
     entries = plan.analysis.get("figures", ())
     others = [entry | {"where": entry["where_second"]} for entry in entries if "where_second" in entry]
     for entry in (*entries, *others):
-        where = ", ".join(f"{name}={value}" for name, value in entry.get("where", {}).items())
-        name = f"{entry['figure']} of {entry['of']}" + (f" ({where})" if where else "")
+        name = title_of(entry)
         values = {
             arm: by_seed(mine, arm, lambda line, entry=entry: figure_of(line, entry))
             for arm in plan.stages[plan.analysis["stage"]].arms
@@ -259,10 +265,14 @@ def described(plan: Plan, mine: dict) -> list[Curves]:
             }
             if points := {at: given for at, given in points.items() if given}:
                 values[arm] = points
-        shown = ", ".join(f"{name}={value}" for name, value in where.items())
-        name = f"{entry['figure']} of {entry['of']} by {x}" + (f" ({shown})" if shown else "")
+        all_measured = [of for line in mine.values() for of in line["measures"].get(entry["of"], ())]
+        for name in (x, entry["figure"]):
+            if all_measured and not any(name in of for of in all_measured):
+                raise UserError(
+                    f"the plan draws {title_of(entry)}, but no line of {entry['of']} has the field {name!r}."
+                )
         if values:
-            found.append(Curves(name, x, entry["unit"], values))
+            found.append(Curves(title_of(entry), x, entry["unit"], values))
     return found
 
 

@@ -157,6 +157,16 @@ def test_curves_are_the_means_of_the_runs_by_the_field_that_the_plan_names(plan_
     assert picture_of_curves(plan, analyse(plan, lines[:0])) is None
 
 
+@pytest.mark.parametrize(("old", "new"), [('x = "length"', 'x = "lenght"'), ('figure = "exact"', 'figure = "exat"')])
+def test_curves_of_a_field_that_no_line_has_are_refused(plan_file, old, new):
+    curve_plan(plan_file, "mean = true\n")
+    head, entry = plan_file.read_text().split("[[analysis.curves]]")
+    plan_file.write_text(f"{head}[[analysis.curves]]{entry.replace(old, new)}")
+    plan = read_plan(str(plan_file))
+    with pytest.raises(UserError, match="but no line of tasks has the field"):
+        analyse(plan, invented(plan, {}))
+
+
 def test_several_lines_of_one_figure_are_refused_or_averaged_as_the_plan_says(plan_file):
     plan = curve_plan(plan_file, "")
     lines = invented(plan, {})
