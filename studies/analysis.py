@@ -130,6 +130,7 @@ def analyse(plan: Plan, lines: list[dict]) -> Results:
     contrasts = [of_endpoint(entry, how["length"]) for entry in how.get("contrasts", ())]
     figures = []
     for entry in how.get("figures", ()):
+        check_fields(entry, mine)
         first = by_seed(mine, entry["first"], lambda line, entry=entry: figure_of(line, entry))
         second = dict.fromkeys(first, 0.0)
         if "second" in entry:
@@ -215,7 +216,7 @@ def figure_of(line: dict, entry: dict) -> float | None:
     all such lines. Raises UserError if there are several lines, with different figures, and no mean is asked for."""
     of, where = entry["of"], entry.get("where", {})
     found = [
-        one[entry["figure"]] for one in ([line[of]] if of in RUNS else line["measures"].get(of, ()))
+        one[entry["figure"]] for one in lines_of(line, of)
         if all(one.get(name) == value for name, value in where.items()) and one.get(entry["figure"]) is not None
     ]  # fmt: skip
     if len(set(found)) > 1 and not entry.get("mean"):
@@ -224,6 +225,21 @@ def figure_of(line: dict, entry: dict) -> float | None:
             f"that kind: name more fields in `where`, or give mean = true."
         )
     return float(np.mean(found)) if found else None
+
+
+def lines_of(line: dict, of: str) -> list[dict]:
+    """Returns what the line of a run has of a training run or of a measure."""
+    return [line[of]] if of in RUNS else line["measures"].get(of, [])
+
+
+def check_fields(entry: dict, mine: dict) -> None:
+    """Raises UserError if no line has a field that an entry of [analysis.figures] or [analysis.curves] names.
+
+    Without this, a misspelled field would look like a comparison that is undecided, or leave a curve out."""
+    found = [one for line in mine.values() for one in lines_of(line, entry["of"])]
+    for name in filter(None, (entry["figure"], entry.get("x"))):
+        if found and not any(name in one for one in found):
+            raise UserError(f"the plan names {title_of(entry)}, but no line of {entry['of']} has the field {name!r}.")
 
 
 def title_of(entry: dict) -> str:
@@ -252,12 +268,10 @@ def described(plan: Plan, mine: dict) -> list[Curves]:
     """Returns the curves of [analysis.curves] of which the lines have any point."""
     found = []
     for entry in plan.analysis.get("curves", ()):
-        x, where = entry["x"], entry.get("where", {})
-        values = {}
+        x, where, values = entry["x"], entry.get("where", {}), {}
+        check_fields(entry, mine)
         for arm in plan.stages[plan.analysis["stage"]].arms:
-            measured = [
-                of for (name, _), line in mine.items() if name == arm for of in line["measures"].get(entry["of"], ())
-            ]
+            measured = [of for (name, _), line in mine.items() if name == arm for of in lines_of(line, entry["of"])]
             places = sorted({of[x] for of in measured if of.get(x) is not None})
             points = {
                 at: by_seed(mine, arm, functools.partial(figure_of, entry=entry | {"where": where | {x: at}}))
@@ -265,12 +279,6 @@ def described(plan: Plan, mine: dict) -> list[Curves]:
             }
             if points := {at: given for at, given in points.items() if given}:
                 values[arm] = points
-        all_measured = [of for line in mine.values() for of in line["measures"].get(entry["of"], ())]
-        for name in (x, entry["figure"]):
-            if all_measured and not any(name in of for of in all_measured):
-                raise UserError(
-                    f"the plan draws {title_of(entry)}, but no line of {entry['of']} has the field {name!r}."
-                )
         if values:
             found.append(Curves(title_of(entry), x, entry["unit"], values))
     return found

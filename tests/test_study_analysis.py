@@ -167,6 +167,14 @@ def test_curves_of_a_field_that_no_line_has_are_refused(plan_file, old, new):
         analyse(plan, invented(plan, {}))
 
 
+def test_a_comparison_of_a_field_that_no_line_has_is_refused(plan_file):
+    """It would otherwise be "undecided", like one with too much noise."""
+    plan_file.write_text(PLAN.replace('figure = "bits_per_byte"', 'figure = "bits_per_bite"'))
+    plan = read_plan(str(plan_file))
+    with pytest.raises(UserError, match="no line of pretrain has the field 'bits_per_bite'"):
+        analyse(plan, invented(plan, {}))
+
+
 def test_several_lines_of_one_figure_are_refused_or_averaged_as_the_plan_says(plan_file):
     plan = curve_plan(plan_file, "")
     lines = invented(plan, {})
