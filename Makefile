@@ -27,7 +27,7 @@ out/quickstart/loss.png:
 	$(RUN) report.py curves out/quickstart
 
 test: install lint
-	$(RUN) -m pytest -q -n 4 --dist worksteal -m 'not slow'
+	PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -q -n 4 --dist worksteal -m 'not slow'
 test-slow: install
 	$(RUN) -m pytest -q -m slow
 

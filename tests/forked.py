@@ -1,7 +1,7 @@
-"""Runs a program of the repository in a fork of a process that has already imported torch.
+"""Runs a program of the repository in a fork of a process that has already imported torch and all programs.
 
-Importing torch takes most of the time of a short command. The forked process has imported no module of the repository,
-so the program runs as it would in an interpreter of its own.
+Imports take most of the time of a short command. What a program does while it is imported, and which modules it needs,
+is tested in processes of their own (test_rooms.py, test_security.py).
 """
 
 import atexit
@@ -17,7 +17,10 @@ from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["torch", "torch._dynamo", "scipy.stats", "matplotlib.figure", "rich.progress", "tyro", "tiktoken"]
+    [
+        *("torch", "torch._dynamo", "scipy.stats", "matplotlib.figure", "rich.progress", "tyro", "tiktoken"),
+        *(f"nanometa.{program}" for program in ("train", "prepare", "sample", "eval", "probe", "report", "export")),
+    ]
 )
 
 

@@ -15,9 +15,9 @@ from nanometa.training.checkpoint import load_run, open_run
 from nanometa.training.dataset import open_windows
 from nanometa.training.distributed import Dist
 from nanometa.training.evaluation import evaluate
-from tests.conftest import TINY, cli, losses, override, refusal
+from tests.conftest import TINY, TWO, cli, losses, override, refusal
 from tests.test_sentinels import settings
-from tests.training_runs import TORCHRUN, equal, final, metrics, run
+from tests.training_runs import equal, final, metrics, run
 
 PLAIN = ("--dataset=data/n", "--block_size=28", "--second_attention=none", "--position=rope")
 LORA = ("--init_from=out/plain", "--train_only=lora", "--lora_r=4")
@@ -99,7 +99,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_to_the_bit(workdir, tune
 def two(workdir, plain) -> Path:
     """The run `tuned` on two processes."""
     args = (*PARTS, "--max_steps=8", "--micro_batch_size=4", "--init_from=out/plain", *sentinels("sr"))
-    return run(workdir, "two", *args, launcher=TORCHRUN)
+    return run(workdir, "two", *args, launcher=TWO)
 
 
 @pytest.mark.slow
@@ -111,8 +111,8 @@ def test_two_processes_have_the_losses_of_one(tuned, two):
 @pytest.mark.slow
 def test_an_interrupted_run_on_two_processes_equals_an_uninterrupted_one_to_the_bit(workdir, two):
     args = (*PARTS, "--micro_batch_size=4", *sentinels("sr"))
-    run(workdir, "two_parts", "--max_steps=4", *args, "--init_from=out/plain", launcher=TORCHRUN)
-    resumed = run(workdir, "two_parts", "--max_steps=8", *args, "--init_from=resume", launcher=TORCHRUN)
+    run(workdir, "two_parts", "--max_steps=4", *args, "--init_from=out/plain", launcher=TWO)
+    resumed = run(workdir, "two_parts", "--max_steps=8", *args, "--init_from=resume", launcher=TWO)
     assert equal(final(resumed), final(two))
 
 

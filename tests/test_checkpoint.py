@@ -300,7 +300,7 @@ from nanometa.model import GPT
 from nanometa.training.checkpoint import load_run, newest
 
 run_dir, seen, warned = Path(sys.argv[1]), set(), []
-for i in range(50):
+for i in range(25):
     found = newest(run_dir, warned.append)
     seen.add(found.step)
     found.tokenizer(), found.weights(found.empty_model())
@@ -314,7 +314,7 @@ print(len(seen), warned)
 
 def test_a_reader_of_a_run_that_is_being_trained_sees_no_damage(tmp_path):
     """One process saves and deletes checkpoints without pause; another one loads the newest and the best checkpoint
-    50 times. What it loads is of one step, which seeded the weights."""
+    25 times. What it loads is of one step, which seeded the weights."""
     write(tmp_path, 1)
     write(tmp_path, 1, kind="best", keep=1)
     reader = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 from functools import partial
 from unittest import mock
@@ -24,7 +25,7 @@ from nanometa.training import estimate
 from nanometa.training.adapters import attach
 from nanometa.training.distributed import autocast, pick_dtype
 from nanometa.training.optimizer import Optimizer
-from tests.fast_cases import diagonal
+from tests.fast_cases import diagonal, slow
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -180,7 +181,10 @@ def compare(what: str, predicted: int, measured: int, unit: float, within: float
 
 @pytest.mark.parametrize(
     ("second", "n_inner", "dtype"),
-    diagonal([*((name, None) for name in SECOND_ATTENTIONS), ("none", 6 * 192)], DTYPES),
+    [
+        *diagonal([*((name, None) for name in SECOND_ATTENTIONS), ("none", 6 * 192)], ("fp32",)),
+        slow(("meta", None, "bf16")),
+    ],
 )
 def test_flops_equal_those_that_pytorch_counts(second, n_inner, dtype):
     cfg, M = arm(TINY, second, n_inner=n_inner)
@@ -225,7 +229,7 @@ def test_peak_memory_of_training_a_part_is_estimated_within_4_percent(train_only
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("dropout", "T"), [(0.0, 512), (0.1, 512), (0.0, 2600)])
+@pytest.mark.parametrize(("dropout", "T"), [(0.0, 512), (0.1, 512), slow((0.0, 2600))])
 def test_the_mask_of_a_window_is_estimated_exactly(dropout, T, dtype):
     """Diagonal saves what meta saves and also a mask, which is too small for the tolerance of the test of all
     activations."""
@@ -236,18 +240,16 @@ def test_the_mask_of_a_window_is_estimated_exactly(dropout, T, dtype):
     assert ours - theirs == estimated[0] - estimated[1]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize(
-    ("second", "dropout", "T"),
-    # the last two have more than 256 rows, the most with which bfloat16 attention runs in fp32 on a CPU
+    ("second", "T", "dtype", "dropout", "position"),
     [
-        *((second, p, 512) for second in SECOND_ATTENTIONS for p in (0.0, 0.1)),
-        ("meta", 0.0, 2600),
-        ("diagonal", 0.0, 2600),
+        *diagonal([(second, 512) for second in SECOND_ATTENTIONS], DTYPES, (0.0, 0.1), ("rope", "learned")),
+        # more than 256 rows, the most with which bfloat16 attention runs in fp32 on a CPU
+        *diagonal([("meta", 2600), ("diagonal", 2600)], ("fp32",), (0.0,), ("rope", "learned")),
+        *map(slow, itertools.product(("meta", "diagonal"), (2600,), ("bf16",), (0.0,), ("rope", "learned"))),
     ],
 )
-def test_activations_equal_those_that_autograd_saves(second, dropout, T, position, dtype):
+def test_activations_equal_those_that_autograd_saves(second, T, dtype, dropout, position):
     shape = dataclasses.replace(TINY, n_layer=2, block_size=T, position=position, dropout=dropout)
     cfg, M = arm(shape, second)
     measured, casts = saved_bytes(cfg, 2, M, DTYPES[dtype])
@@ -265,11 +267,11 @@ WIDE = dataclasses.replace(TINY, n_layer=8, n_head=4, n_embd=256, block_size=20)
     [
         (TINY, "meta", "rope", "fp32", 4, 1, "adamw"),  # config/tiny_meta.py
         pytest.param(TINY, "meta", "rope", "bf16", 4, 1, "adamw", marks=NATIVE_BF16),
-        (TINY, "none", "rope", "fp32", 4, 1, "adamw"),
+        slow((TINY, "none", "rope", "fp32", 4, 1, "adamw")),
         pytest.param(TINY, "none", "rope", "bf16", 4, 1, "adamw", marks=NATIVE_BF16),
         pytest.param(TINY, "causal", "learned", "bf16", 1, 2, "adamw", marks=NATIVE_BF16),
         (TINY, "meta", "learned", "fp32", 1, 3, "muon"),
-        (TINY, "diagonal", "rope", "fp32", 4, 1, "muon"),
+        slow((TINY, "diagonal", "rope", "fp32", 4, 1, "muon")),
         (WIDE, "meta", "learned", "fp32", 1, 1, "muon"),
         pytest.param(WIDE, "meta", "learned", "bf16", 1, 1, "adamw", marks=NATIVE_BF16),
         pytest.param(WIDE, "meta", "learned", "bf16", 1, 2, "adamw", marks=NATIVE_BF16),

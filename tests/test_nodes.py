@@ -17,13 +17,14 @@ from nanometa.common.errors import ReportedError, UserError
 from nanometa.config import TrainConfig
 from nanometa.training import agreement, launch
 from nanometa.training.distributed import Dist, check_places, fresh_store, wait_for_name
-from tests.conftest import ROOT, TINY, cli, losses, override, refusal, tree
+from tests.conftest import ROOT, TINY, cli, losses, override, refusal, start_two, tree
 from tests.training_runs import BASE as ONE
 from tests.training_runs import TORCHRUN, run
 
 BASE = override(TINY, "--dataset=data/u", "--block_size=32", "--max_steps=5", "--micro_batch_size=4")
 
 
+@pytest.mark.slow
 def test_two_nodes_give_the_losses_of_one(workdir):
     args = [*BASE, "--run_name=nodes"]
     port = 20000 + os.getpid() % 20000
@@ -90,21 +91,6 @@ def test_every_start_gets_its_own_part_of_the_store():
 # ----------------------------------------------------------------------------- what processes have in common
 
 
-def start_two(folders: tuple[Path, Path], *commands: list[str]) -> list:
-    """Starts train.py twice at once, as rank 0 and rank 1 of a run, each in its folder, without torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-    def start(rank: int):
-        env = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return cli("train.py", *commands[rank], cwd=folders[rank], env=env, timeout=60)
-
-    with ThreadPoolExecutor(2) as pool:
-        return [*pool.map(start, range(2))]
-
-
 def refused_once(results) -> str:
     """Returns the sentence with which two processes ended. Exactly one of them printed it, and nothing else."""
     assert [result.returncode for result in results] == [2, 2], [result.stderr.decode()[-2000:] for result in results]
@@ -114,7 +100,7 @@ def refused_once(results) -> str:
     return said
 
 
-TWO = override(ONE, "--micro_batch_size=4", "--max_steps=4", "--run_name=two_ranks")
+COMMAND = ("train.py", *override(ONE, "--micro_batch_size=4", "--max_steps=4", "--run_name=two_ranks"))
 
 
 @pytest.mark.parametrize(
@@ -132,8 +118,8 @@ TWO = override(ONE, "--micro_batch_size=4", "--max_steps=4", "--run_name=two_ran
 )  # fmt: skip
 def test_processes_that_differ_end_with_one_sentence_before_anything_is_written(workdir, rank, changes, sentence):
     before = tree(workdir)
-    commands = [TWO, TWO]
-    commands[rank] = override(tuple(TWO), *changes)
+    commands = [COMMAND, COMMAND]
+    commands[rank] = override(COMMAND, *changes)
     said = refused_once(start_two((workdir, workdir), *commands))
     assert re.search(sentence, said), said
     assert tree(workdir) == before
@@ -145,7 +131,7 @@ def test_a_rank_that_falls_back_to_an_older_checkpoint_is_refused(workdir, tmp_p
     shutil.copytree(workdir, tmp_path / "copy")
     weights = tmp_path / "copy/out/fallback/step_00000004/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    args = override(tuple(TWO), "--run_name=fallback", "--max_steps=6", "--save_interval=2", "--init_from=resume")
+    args = override(COMMAND, "--run_name=fallback", "--max_steps=6", "--save_interval=2", "--init_from=resume")
     before = tree(workdir)
     said = refused_once(start_two((workdir, tmp_path / "copy"), args, args))
     assert re.search(
@@ -158,8 +144,8 @@ def test_a_rank_that_falls_back_to_an_older_checkpoint_is_refused(workdir, tmp_p
 
 def test_equal_datasets_may_have_different_paths(workdir, tmp_path):
     shutil.copytree(workdir / "data/u", tmp_path / "data/copy")
-    other = override(tuple(TWO), "--dataset=data/copy")
-    results = start_two((workdir, tmp_path), TWO, other)
+    other = override(COMMAND, "--dataset=data/copy")
+    results = start_two((workdir, tmp_path), COMMAND, other)
     assert [result.returncode for result in results] == [0, 0], [result.stderr.decode() for result in results]
     assert b"rank 0 of 2 is waiting for the other processes at 127.0.0.1:" in results[0].stdout
     alone = run(workdir, "alone", "--max_steps=4", "--micro_batch_size=4")
@@ -169,10 +155,11 @@ def test_equal_datasets_may_have_different_paths(workdir, tmp_path):
 def test_an_error_during_training_is_reported_once(workdir):
     """All ranks see the same loss, so all of them end the run."""
     args = ("--run_name=diverged", "--learning_rate=1e30", "--grad_clip=0", "--max_skipped=2", "--max_steps=50")
-    args = override(tuple(TWO), *args)
+    args = override(COMMAND, *args)
     assert "training has failed: the last 2 steps" in refused_once(start_two((workdir, workdir), args, args))
 
 
+@pytest.mark.slow
 def test_a_refusal_of_rank_1_under_torchrun_is_one_sentence(workdir, tmp_path):
     script = tmp_path / "one_differs.py"
     script.write_text(
@@ -180,7 +167,7 @@ def test_a_refusal_of_rank_1_under_torchrun_is_one_sentence(workdir, tmp_path):
         "from nanometa import train\nfrom nanometa.config.command_line import run_cli\n"
         "sys.argv += ['--seed=5'] if os.environ['RANK'] == '1' else []\nrun_cli(train.main)\n"
     )
-    result = cli(str(script), *TWO, cwd=workdir, launcher=TORCHRUN, timeout=100)
+    result = cli(str(script), *COMMAND[1:], cwd=workdir, launcher=TORCHRUN, timeout=100)
     error = result.stderr.decode()
     assert result.returncode == 1 and error.count("error: rank 1 has seed=5, but rank 0 has seed=1337") == 1, error
 
@@ -230,7 +217,7 @@ PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.
     ],
 )  # fmt: skip
 def test_impossible_places_among_the_processes_are_refused(workdir, env, sentence):
-    said = refusal(cli("train.py", *TWO, cwd=workdir, env=env))
+    said = refusal(cli(*COMMAND, cwd=workdir, env=env))
     assert sentence in said and not (workdir / "out/two_ranks_refused").exists()
 
 
@@ -276,7 +263,7 @@ def test_an_occupied_port_is_reported_in_one_sentence(workdir):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         env = {**PLACE, "MASTER_PORT": str(taken.getsockname()[1])}
-        result = cli("train.py", *TWO, cwd=workdir, env=env, timeout=60)
+        result = cli(*COMMAND, cwd=workdir, env=env, timeout=60)
     said = result.stderr.decode()
     assert result.returncode == 2 and "Traceback" not in said
     assert len(said.splitlines()[-1]) < 600 and "frame #" not in said.splitlines()[-1]

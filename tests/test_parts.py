@@ -22,6 +22,7 @@ from nanometa.config import PrepareConfig
 from nanometa.data import staging
 from nanometa.data.sources import FileSource
 from tests.conftest import ROOT, cli, manifest, override, refusal, tree, write_texts
+from tests.fast_cases import slow
 
 FILES = ("--source=files", "--files=texts/*.txt", "--bpe_vocab_size=300", "--chunk_content=28", "--chunk_markers=4",
          "--val_fraction=0.1", "--workers=1")  # fmt: skip
@@ -164,7 +165,7 @@ def slow_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [*map(slow, (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL])
 def test_a_killed_preparation_continues_to_the_same_bytes(slow_folder, number):
     process = start(slow_folder, "--name=cut")
     while not list(slow_folder.glob("data/.cut.partial/unit_*.json")):

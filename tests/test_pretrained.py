@@ -19,10 +19,10 @@ from nanometa.data.loader import Windows, step_windows
 from nanometa.data.tokenizer import Tokenizer
 from nanometa.model import GPT
 from nanometa.training.pretrained import load_into
-from tests.conftest import losses
+from tests.conftest import TWO, losses
 from tests.gpt2_folders import CFG, hf_folder, loaded, rewrite, run, set_tensor
 from tests.test_model import WITH_MARKERS
-from tests.training_runs import TORCHRUN, equal, final
+from tests.training_runs import equal, final
 
 
 def theirs(folder) -> transformers.GPT2LMHeadModel:
@@ -205,7 +205,7 @@ def test_a_run_restarted_by_torchrun_resumes(workdir, hf, tuned):
 
 def test_two_processes_start_from_the_same_weights(workdir, hf, tuned):
     args = (f"--init_from={hf}", "--max_steps=6", "--micro_batch_size=4")
-    assert losses(run(workdir, "tuned_two", *args, launcher=TORCHRUN)) == pytest.approx(losses(tuned), rel=1e-5)
+    assert losses(run(workdir, "tuned_two", *args, launcher=TWO)) == pytest.approx(losses(tuned), rel=1e-5)
 
 
 def test_a_run_may_start_from_the_weights_of_another_run(workdir, dataset_tokenizer, tuned):

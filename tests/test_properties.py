@@ -241,7 +241,7 @@ def marked(model: GPTConfig, task: TaskConfig):
     return st.sampled_from(found or [{}])
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(configs(TrainConfig))
 def test_training_settings_survive_saving_and_the_command_line(cfg):
     assert train_config_from_dict(json.loads(json.dumps(to_dict(cfg)))) == cfg

@@ -17,9 +17,9 @@ from nanometa.config import TrainConfig
 from nanometa.training.checkpoint import load_run
 from nanometa.training.resume import occupied
 from nanometa.training.run_log import RunLog
-from tests.conftest import ROOT, losses, override
+from tests.conftest import ROOT, TWO, losses, override
 from tests.fast_cases import every
-from tests.training_runs import BASE, TORCHRUN, equal, final, metrics, run
+from tests.training_runs import BASE, equal, final, metrics, run
 
 
 def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(workdir, straight):
@@ -59,7 +59,7 @@ def test_a_run_may_resume_with_another_number_of_processes(workdir, tmp_path):
     args = ("--lr_decay_steps=12", "--eval_interval=6", "--micro_batch_size=4")
     whole = run(workdir, "whole", "--max_steps=12", *args)
     run(workdir, "elastic", "--max_steps=6", *args)
-    elastic = run(workdir, "elastic", "--max_steps=12", *args, "--init_from=resume", launcher=TORCHRUN)
+    elastic = run(workdir, "elastic", "--max_steps=12", *args, "--init_from=resume", launcher=TWO)
     assert losses(elastic) == pytest.approx(losses(whole), rel=1e-5)
 
 

@@ -8,8 +8,8 @@ import pytest
 from nanometa.config import TrainConfig
 from nanometa.config.checks import flat
 from nanometa.probes import masks
-from tests.conftest import TINY, cli, losses, override, refusal
-from tests.training_runs import TORCHRUN, equal, final, run
+from tests.conftest import TINY, TWO, cli, losses, override, refusal
+from tests.training_runs import equal, final, run
 
 CONFIGS = {name.removeprefix("tiny_"): cfg for name, cfg in masks.configs().items()}
 SMALL = {"random_marks": 2, "sentence_tokens": 4, "max_span": 12, "eviction_window": 14}
@@ -83,7 +83,7 @@ def test_two_processes_and_accumulation_equal_one_process(workdir, name):
     one = run(workdir, f"{name}_one", *args)
     for other in (
         run(workdir, f"{name}_four", *args, "--micro_batch_size=2"),
-        run(workdir, f"{name}_two", *args, "--micro_batch_size=2", launcher=TORCHRUN),
+        run(workdir, f"{name}_two", *args, "--micro_batch_size=2", launcher=TWO),
     ):
         assert losses(other) == pytest.approx(losses(one), rel=1e-5, abs=1e-5)
         assert losses(other, "final") == pytest.approx(losses(one, "final"), rel=1e-5)

@@ -244,6 +244,7 @@ def test_failures_of_the_machine_are_put_in_words(error, sentence):
 
 
 @pytest.mark.parametrize("text", every(2, ["#!/bin/sh\nexit 1\n", ""]))
+@pytest.mark.slow
 def test_a_broken_compiler_means_an_eager_run_that_says_why(workdir, tmp_path, text):
     compiler = tmp_path / "g++"
     compiler.write_text(text)

@@ -15,9 +15,9 @@ from nanometa.training import messages
 from nanometa.training.checkpoint import load_run
 from nanometa.training.ending import Ending
 from nanometa.training.optimizer import decay_of, learning_rate
-from tests.conftest import TINY, cli, override, refusal
+from tests.conftest import TINY, TWO, cli, override, refusal
 from tests.fast_cases import every
-from tests.training_runs import TORCHRUN, equal, final, metrics
+from tests.training_runs import equal, final, metrics
 
 TASK = TaskConfig(tasks=("parity", "copying"), placements=("none", "target"))
 # the last 22 of 110 steps are the decay
@@ -253,7 +253,7 @@ def test_a_branch_of_a_decaying_run_ends_with_it(workdir, ended):
 
 
 def test_two_processes_end_at_the_same_step_as_one(workdir, ended):
-    two = train(workdir, "two", "--max_steps=40", "--stop_at=0.3", "--micro_batch_size=4", launcher=TORCHRUN)
+    two = train(workdir, "two", "--max_steps=40", "--stop_at=0.3", "--micro_batch_size=4", launcher=TWO)
     assert steps(two) == steps(ended) and steps(two, "stop_at") == steps(ended, "stop_at")
 
 

@@ -30,8 +30,8 @@ from nanometa.train import main as train_main
 from nanometa.training import messages
 from nanometa.training.base_run import base_of, with_base
 from nanometa.training.checkpoint import load_run
-from tests.conftest import ROOT, TINY, cli, losses, manifest, override, refusal
-from tests.training_runs import TORCHRUN, equal, final, metrics
+from tests.conftest import ROOT, TINY, TWO, cli, losses, manifest, override, refusal
+from tests.training_runs import equal, final, metrics
 
 TEXT = (*TINY, "--dataset=data/u", "--block_size=96", "--position=rope")
 MODEL = ("--n_layer", "--n_head", "--n_embd", "--block_size", "--position", "--dataset", "--second_attention")
@@ -120,7 +120,7 @@ def test_two_processes_with_two_micro_batches_train_on_tasks_like_one(workdir, b
     tasks = ("parity", "copying", "--placements", "background", "target")
     straight = tune(workdir, "t_one", bases["meta"], *args, tasks=tasks)
     args += ("--micro_batch_size=4",)
-    other = tune(workdir, "t_two", bases["meta"], *args, tasks=tasks, launcher=TORCHRUN)
+    other = tune(workdir, "t_two", bases["meta"], *args, tasks=tasks, launcher=TWO)
     assert losses(other) == pytest.approx(losses(straight), rel=2e-5, abs=2e-5)
     ours, theirs = (next(line for line in metrics(run) if line["kind"] == "final") for run in (straight, other))
     for name in ("exact_parity", "exact_parity_background", "exact_parity_target", "exact_copying_target"):

@@ -16,7 +16,7 @@ from nanometa.train import evaluate
 from nanometa.training import evaluation, messages, run_log
 from nanometa.training.checkpoint import load_run
 from nanometa.training.distributed import Dist, accumulation
-from tests.conftest import cli, losses, override
+from tests.conftest import TWO, cli, losses, override
 from tests.training_runs import BASE, TORCHRUN, equal, final, metrics, run
 
 
@@ -58,7 +58,7 @@ def test_two_processes_and_accumulation_equal_one_process(workdir, second):
         args += ("--dataset=data/n", "--block_size=28")
     one = run(workdir, f"one_{second}", *args)
     four = run(workdir, f"four_{second}", *args, "--micro_batch_size=2")
-    two = run(workdir, f"two_{second}", *args, "--micro_batch_size=2", launcher=TORCHRUN)
+    two = run(workdir, f"two_{second}", *args, "--micro_batch_size=2", launcher=TWO)
     for other in (four, two):
         assert losses(other) == pytest.approx(losses(one), rel=1e-5, abs=1e-5)
         assert losses(other, "final") == pytest.approx(losses(one, "final"), rel=1e-5)
@@ -155,6 +155,7 @@ def test_accumulation_is_the_batch_over_processes_and_micro_batch():
     assert accumulation(TrainConfig(batch_size=480, micro_batch_size=12), 4) == 10  # the number of GPUs in the paper
 
 
+@pytest.mark.slow
 def test_a_compiled_evaluation_equals_the_eager_one_and_compiles_once(workdir, straight):
     """A last micro-batch that is smaller is padded to the same shape, and the added rows do not count."""
     loaded = load_run(straight)

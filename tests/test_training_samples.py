@@ -14,9 +14,9 @@ from nanometa.common.errors import UserError
 from nanometa.inference.generation import MarkerPlan, generate, lay_out
 from nanometa.inference.training_samples import NEW_TOKENS, TrainingSamples
 from nanometa.training.checkpoint import load_run
-from tests.conftest import override
+from tests.conftest import TWO, override
 from tests.runs import run_on
-from tests.training_runs import BASE, TORCHRUN, equal, final, metrics, run
+from tests.training_runs import BASE, equal, final, metrics, run
 
 ARGS = ("--max_steps=25", "--dropout=0.1", "--micro_batch_size=4")
 
@@ -105,8 +105,8 @@ def test_a_sample_that_the_run_cannot_make_is_refused_at_the_start(workdir, monk
 @pytest.mark.slow
 def test_two_processes_print_the_samples_of_one(workdir, sampled):
     args = ("--max_steps=25", "--sample_interval=10", "--sample_prompt=the cat", "--micro_batch_size=4")
-    two = run(workdir, "sampled_two", *args, launcher=TORCHRUN)
+    two = run(workdir, "sampled_two", *args, launcher=TWO)
     one = run(workdir, "sampled_one", *args)
     assert list(samples_in(two)) == [10, 20, 25] and samples_in(two)[10] == samples_in(one)[10]
-    plain = run(workdir, "plain_two", "--max_steps=25", "--micro_batch_size=4", launcher=TORCHRUN)
+    plain = run(workdir, "plain_two", "--max_steps=25", "--micro_batch_size=4", launcher=TWO)
     assert metrics(two) == metrics(plain) and equal(final(two), final(plain))

@@ -14,8 +14,8 @@ from nanometa.data.nats import StoredNats
 from nanometa.evals.nats import nats_of, training_windows
 from nanometa.training.checkpoint import load_run
 from nanometa.training.weighted_loss import lengths_of
-from tests.conftest import cli, override, refusal
-from tests.training_runs import BASE, TORCHRUN, equal, final, run
+from tests.conftest import TWO, cli, override, refusal
+from tests.training_runs import BASE, equal, final, run
 
 DENSE = ("--weighting=dense", "--short_length=8", "--short_stride=6")
 ROPE = ("--position=rope", "--dropout=0.0")
@@ -92,7 +92,7 @@ def test_processes_and_accumulation_do_not_change_the_weights(workdir, extra):
     args = ("--max_steps=5", "--eval_interval=5", *override(DENSE, *extra), *ROPE)
     name = extra[0].removeprefix("--weighting=") if extra else "dense"
     one = run(workdir, f"{name}_one", *args)
-    two = run(workdir, f"{name}_two", *args, "--micro_batch_size=2", launcher=TORCHRUN)
+    two = run(workdir, f"{name}_two", *args, "--micro_batch_size=2", launcher=TWO)
     for ours, theirs in zip(lines(two), lines(one), strict=True):
         for figure in (*FIGURES, "loss", "grad_norm"):
             assert ours[figure] == pytest.approx(theirs[figure], rel=1e-4, abs=1e-5), figure
