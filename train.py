@@ -48,7 +48,7 @@ from nanometa.training.failed_start import Start
 from nanometa.training.idle import refuse_idle
 from nanometa.training.optimizer import Optimizer, norms
 from nanometa.training.resume import check_resumable, find_checkpoint, lock_existing
-from nanometa.training.run_log import RunLog, environment, finite, show
+from nanometa.training.run_log import RunLog, earlier_environments, environment, finite, show
 from nanometa.training.show_batch import show_batch
 from nanometa.training.signals import StopFlag
 from nanometa.training.weighted_loss import TokenWeights
@@ -84,7 +84,9 @@ class Trainer:
         with self.start:
             dist.agree("folder", self._take_folder)
             resumed_at = self.step if saved else -1
-            self.log = dist.agree("log", lambda: RunLog(self.run_dir, self.cfg, self.facts, resumed_at, dist.is_main))
+            self.log = dist.agree(
+                "log", lambda: RunLog(self.run_dir, self.cfg, self.facts, resumed_at, dist.is_main, self.earlier)
+            )
             start = f"started from {self.origin}"
             self.saved_at = self.step if self._is_own(saved) else None  # step of the last checkpoint of this run
             if self._is_own(saved):
@@ -124,6 +126,7 @@ class Trainer:
         cfg = self.cfg
         self.model = GPT(cfg.model, cfg.seed)
         self.step, self.best, self.evaluated, self.guard, self.ending = 0, None, None, BadStepGuard(cfg), Ending(cfg)
+        self.earlier = earlier_environments(saved.state) if self._is_own(saved) else []
         self.origin = "scratch"
         self.content_before = 0  # content tokens that the weights were trained on before step 0; None = unknown
         if not saved and cfg.init_from not in pretrained.KEYWORDS:
@@ -320,6 +323,7 @@ class Trainer:
                 "config": to_dict(self.cfg),
                 "data": self.facts,
                 "environment": environment(),
+                "earlier_environments": self.earlier,
             }
             files = {
                 checkpoint.WEIGHTS: self.model.state_dict(),

@@ -179,20 +179,22 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def environment_of(*folders: Path) -> dict:
-    """Returns the commits, the machine and the data of the training runs of a cell.
+    """Returns the commits, the machine and the data of the training runs of a cell, over all starts of each run.
 
-    Raises UserError if the runs differ in the machine or the data."""
+    Raises UserError if the runs, or the starts of one run, differ in the machine or the data."""
     found, commits, changed = [], [], False
     for folder in folders:
         saved = json.loads((folder / "config.json").read_text())
         names = ("processor", "cpu_capability", "threads", "torch")
-        found.append({name: saved["environment"][name] for name in names} | {"data": saved["data"]["content_sha256"]})
-        commits.append(saved["environment"]["commit"])
-        changed |= saved["environment"]["uncommitted_changes"]
+        for start in (*saved.get("earlier_environments", ()), saved["environment"]):
+            found.append({name: start[name] for name in names} | {"data": saved["data"]["content_sha256"]})
+            commits.append(start["commit"])
+            changed |= start["uncommitted_changes"]
     for name in found[0]:
-        if any(one[name] != found[0][name] for one in found):
+        values = [str(one[name]) for one in found]
+        if len(set(values)) > 1:
             raise UserError(
-                f"{' and '.join(map(str, folders))} differ in {name} ({', '.join(str(one[name]) for one in found)}): "
-                f"delete these folders, so that the cell starts again."
+                f"the starts of {' and '.join(map(str, folders))} differ in {name} ({', '.join(values)}): delete these "
+                f"folders, so that the cell starts again."
             )
     return {**found[0], "commit": " and ".join(dict.fromkeys(commits)), "uncommitted_changes": changed}

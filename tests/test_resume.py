@@ -16,7 +16,7 @@ from nanometa import train
 from nanometa.config import TrainConfig
 from nanometa.training.checkpoint import load_run
 from nanometa.training.resume import occupied
-from nanometa.training.run_log import RunLog
+from nanometa.training.run_log import RunLog, earlier_environments
 from tests.conftest import ROOT, TWO, losses, override
 from tests.fast_cases import every
 from tests.training_runs import BASE, equal, final, metrics, run
@@ -136,3 +136,22 @@ def test_damaged_lines_of_metrics_are_dropped_on_resume(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b'\n{"kind": "tra')
     RunLog(tmp_path, TrainConfig(wandb="disabled"), {"chunk_markers": 0}, 2, main=True).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines[0] + b"\n" + lines[-1] + b"\n"
+
+
+def test_a_resumed_run_names_all_its_starts(workdir):
+    """Each start once, in order, in config.json and in the checkpoints. A branch has no earlier starts of its own."""
+
+    def commands(path) -> list[str]:
+        saved = json.loads(path.read_text())
+        return [start["command"].split("--max_steps=")[1][:1] for start in saved["earlier_environments"]]
+
+    for steps in (2, 4, 4, 6):
+        folder = run(workdir, "starts", f"--max_steps={steps}", "--init_from=auto")
+    assert commands(folder / "config.json") == commands(folder / "step_00000006/state.json") == ["2", "4"]
+    branch = run(workdir, "starts_branch", "--max_steps=7", "--branch_from=out/starts/step_00000006")
+    assert commands(branch / "config.json") == []
+
+
+@pytest.mark.parametrize("damage", [None, 3, [3], {"command": "train.py"}])
+def test_earlier_starts_of_any_shape_are_read(damage):
+    assert earlier_environments({"earlier_environments": damage, "environment": {"command": "x"}}) == [{"command": "x"}]

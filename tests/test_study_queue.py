@@ -170,6 +170,21 @@ def test_a_cell_that_was_trained_at_two_commits_names_both(plan_file, commands, 
     assert {line["commit"] for line in lines} == {"second and first"}
 
 
+@pytest.mark.parametrize("changes", ["{'commit': 'before'}", "{'processor': 'another'}"])
+def test_all_starts_of_a_resumed_run_count(plan_file, commands, tmp_path, changes):
+    plan = read_plan(str(plan_file))
+    script = (commands / "train.py").read_text()
+    start = '{"environment": ENVIRONMENT, '
+    earlier = f'"earlier_environments": [ENVIRONMENT | {changes}], '
+    assert start in script
+    (commands / "train.py").write_text(script.replace(start, start + earlier))
+    if "commit" in changes:
+        assert {line["commit"] for line in run_queue(plan, tmp_path)} == {"before and c"}
+    else:
+        with pytest.raises(UserError, match="13 cells failed: .*the starts of .* differ in processor .another, p"):
+            run_queue(plan, tmp_path)
+
+
 def test_weights_that_a_kill_left_behind_are_removed(plan_file, commands, tmp_path):
     plan = read_plan(str(plan_file))
     run_queue(plan, tmp_path)

@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -47,6 +48,15 @@ def environment() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def earlier_environments(state: dict) -> list[dict]:
+    """Returns the environments of the starts that trained a checkpoint of this run, other than the present one, oldest
+    first. state: the checkpoint's state.json."""
+    earlier = state.get("earlier_environments")
+    found = [*(earlier if isinstance(earlier, list) else []), state.get("environment")]
+    known = [one for one in found if isinstance(one, dict) and one != environment()]
+    return [one for at, one in enumerate(known) if one not in known[:at]]
 
 
 def _processor() -> str:
@@ -102,8 +112,12 @@ class RunLog:
     Opening it deletes the lines of metrics.jsonl beyond `step` (all lines if `step` is -1), since those steps are
     trained again. It writes nothing unless `main` is True. As a context manager, it closes itself."""
 
-    def __init__(self, run_dir: Path, cfg: TrainConfig, data: dict, step: int, main: bool):
-        """Raises UserError if the tracker cannot start, as TrackerLog does."""
+    def __init__(
+        self, run_dir: Path, cfg: TrainConfig, data: dict, step: int, main: bool, earlier: Sequence[dict] = ()
+    ):
+        """earlier: the environments of the starts that this one continues.
+
+        Raises UserError if the tracker cannot start, as TrackerLog does."""
         self.main, self.tracker = main, None
         if not main:
             return
@@ -114,6 +128,7 @@ class RunLog:
             write_atomically(self.metrics, kept.encode())
         arm = cfg.arm_name(data["chunk_markers"])
         resolved = {"arm": arm, "config": to_dict(cfg), "data": data, "environment": environment()}
+        resolved["earlier_environments"] = list(earlier)
         # Written before any other visible file: it shows --init_from=auto that the folder is a run, even if the run is
         # killed before its first checkpoint.
         write_atomically(run_dir / "config.json", (json.dumps(resolved, indent=2) + "\n").encode())
