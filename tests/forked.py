@@ -1,7 +1,6 @@
 """Runs a program of the repository in a fork of a process that has already imported torch and all programs.
 
-Imports take most of the time of a short command. What a program does while it is imported, and which modules it needs,
-is tested in processes of their own (test_rooms.py, test_security.py).
+Imports take most of the time of a short command. test_forked.py runs every program in a process of its own, too.
 """
 
 import atexit
@@ -16,12 +15,11 @@ import traceback
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        *("torch", "torch._dynamo", "scipy.stats", "matplotlib.figure", "rich.progress", "tyro", "tiktoken"),
-        *(f"nanometa.{program}" for program in ("train", "prepare", "sample", "eval", "probe", "report", "export")),
-    ]
-)
+PRELOADED = [
+    *("torch", "torch._dynamo", "scipy.stats", "matplotlib.figure", "rich.progress", "tyro", "tiktoken"),
+    *(f"nanometa.{program}" for program in ("train", "prepare", "sample", "eval", "probe", "report", "export")),
+]
+SERVER.set_forkserver_preload(PRELOADED)
 
 
 def run(script: Path, args: tuple[str, ...], cwd: Path, env: dict, stdin: bytes, timeout: float):

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests import forked
+from tests.conftest import cli
+from tests.training_runs import BASE
 
 TELLS = """
 import atexit, multiprocessing, os, pathlib, sys, threading, time
@@ -39,3 +42,25 @@ def test_a_forked_command_behaves_like_a_process_of_its_own(tmp_path, end):
     # only the last line, because the frames of the two tracebacks differ
     last = [said.stderr.decode().splitlines()[-1:] for said in (one, other)]
     assert last[0] == last[1] and one.stderr.startswith(b"no end of line") == other.stderr.startswith(b"no end of line")
+
+
+COMMANDS = {
+    "prepare.py": ("--source=files", "--files=texts/*.txt", "--bpe_vocab_size=300", "--name=fresh"),
+    "train.py": (*BASE, "--max_steps=2", "--run_name=fresh"),
+    "sample.py": ("--run=out/fresh", "--prompt=the cat", "--max_new_tokens=3"),
+    "eval.py": ("perplexity", "--run=out/fresh", "--lengths=30", "--output=fresh.jsonl"),
+    "probe.py": ("ablation", "--run=out/fresh", "--windows=4", "--output=fresh.jsonl"),
+    "report.py": ("out/fresh", "--output=page"),
+    "export.py": ("--run=out/fresh", "--output=exported"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", COMMANDS)
+def test_every_program_imports_what_it_needs(workdir, program):
+    """In a fork, a program may use what another one has imported."""
+    assert {f"nanometa.{Path(name).stem}" for name in COMMANDS} <= set(forked.PRELOADED)
+    if program not in ("prepare.py", "train.py"):
+        cli("train.py", *COMMANDS["train.py"], cwd=workdir)  # refused if the run is there
+    result = cli(program, *COMMANDS[program], cwd=workdir, launcher=(sys.executable, "-u"))
+    assert result.returncode == 0, result.stderr.decode()
