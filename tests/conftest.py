@@ -64,12 +64,16 @@ def cli(*args: str, cwd: Path, env: dict | None = None, stdin: bytes = b"", laun
 TWO = "two processes"  # much faster than torchrun, which imports torch in three new processes
 
 
-def start_two(folders: tuple[Path, Path], *commands: tuple[str, ...], timeout=60) -> list:
-    """Runs two commands at once, as rank 0 and rank 1 of a run, each in its folder, without torchrun."""
+def free_port() -> str:
+    """Returns a port at which the processes of a run can meet."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return str(free.getsockname()[1])
+
+
+def start_two(folders: tuple[Path, Path], *commands: tuple[str, ...], timeout=60) -> list:
+    """Runs two commands at once, as rank 0 and rank 1 of a run, each in its folder, without torchrun."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
 
     def start(rank: int):
         env = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}

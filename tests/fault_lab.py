@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from nanometa.config.command_line import load_config
 from nanometa.data.verify import CACHE
 from nanometa.training.run_log import environment
 from tests import faulty_train
-from tests.conftest import ROOT, TINY, override
+from tests.conftest import ROOT, TINY, free_port, override
 
 STEPS, SAVE_INTERVAL, KEEP = 9, 3, 2
 ARGS = override(
@@ -119,9 +118,7 @@ class Run:
         torchrun.
         """
         sys.stdout.flush()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = free_port()
         argvs = [override(self.argv, *filter(None, [(changes or {}).get(rank)])) for rank in range(self.world)]
         rank_of = {self.fork(argvs[rank], rank, port, fault or {}): rank for rank in range(self.world)}
         statuses = [0] * self.world

@@ -15,11 +15,9 @@ import traceback
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-PRELOADED = [
-    *("torch", "torch._dynamo", "scipy.stats", "matplotlib.figure", "rich.progress", "tyro", "tiktoken"),
-    *(f"nanometa.{program}" for program in ("train", "prepare", "sample", "eval", "probe", "report", "export")),
-]
-SERVER.set_forkserver_preload(PRELOADED)
+LIBRARIES = ("torch", "torch._dynamo", "scipy.stats", "matplotlib.figure", "rich.progress", "tyro", "tiktoken")
+PROGRAMS = ("train", "prepare", "sample", "eval", "probe", "report", "export")
+SERVER.set_forkserver_preload([*LIBRARIES, *(f"nanometa.{name}" for name in PROGRAMS)])
 
 
 def run(script: Path, args: tuple[str, ...], cwd: Path, env: dict, stdin: bytes, timeout: float):

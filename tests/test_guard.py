@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import statistics
-import sys
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from nanometa.layers.loss import Objective
 from nanometa.training.bad_steps import WINDOW, BadStepGuard
 from nanometa.training.distributed import Dist
 from tests.conftest import ROOT, cli, losses, override
-from tests.training_runs import BASE, equal, final, metrics, run
+from tests.training_runs import BASE, TORCHRUN, equal, final, metrics, run
 
 CFG = TrainConfig()
 CPU = Dist(0, 0, 1, torch.device("cpu"))
@@ -151,9 +150,8 @@ def test_a_bad_batch_on_one_rank_makes_all_ranks_skip_the_step(workdir, tmp_path
     """Rank 1 gets NaN in its third step (two micro-batches per step). Both ranks skip that step and stay equal."""
     script = tmp_path / "poisoned.py"
     script.write_text(POISONED.format(root=str(ROOT)))
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     args = override(BASE, "--micro_batch_size=2", "--run_name=one_rank", "--max_steps=6")
-    result = cli(str(script), *args, cwd=workdir, launcher=launcher)
+    result = cli(str(script), *args, cwd=workdir, launcher=TORCHRUN)
     assert result.returncode == 0, result.stderr.decode()[-2000:]
     folder = workdir / "out/one_rank"
     found = losses(folder)

@@ -16,11 +16,10 @@ from nanometa.data import verify as module
 from nanometa.data.loader import Windows
 from nanometa.data.shards import HEADER, read_manifest
 from nanometa.data.verify import CACHE, verify
-from tests.conftest import ROOT, TINY, cli, manifest, override, refusal
+from tests.conftest import ROOT, cli, manifest, override, refusal
+from tests.training_runs import BASE, TORCHRUN
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 N_IDS = 301  # 299 tokens, <|endoftext|> and <|meta|>
-BASE = (*TINY, "--dataset=data/u", "--block_size=32")
 
 
 @pytest.fixture

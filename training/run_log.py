@@ -127,8 +127,13 @@ class RunLog:
             kept = "".join(line + "\n" for line in lines if _is_kept(line, step))
             write_atomically(self.metrics, kept.encode())
         arm = cfg.arm_name(data["chunk_markers"])
-        resolved = {"arm": arm, "config": to_dict(cfg), "data": data, "environment": environment()}
-        resolved["earlier_environments"] = list(earlier)
+        resolved = {
+            "arm": arm,
+            "config": to_dict(cfg),
+            "data": data,
+            "environment": environment(),
+            "earlier_environments": list(earlier),
+        }
         # Written before any other visible file: it shows --init_from=auto that the folder is a run, even if the run is
         # killed before its first checkpoint.
         write_atomically(run_dir / "config.json", (json.dumps(resolved, indent=2) + "\n").encode())
